@@ -1,0 +1,96 @@
+# `make app` and `make test` do all the set-up on a fresh machine with Python 3.11 to 3.14; `make help` lists the rest.
+# A second run installs nothing: the stamps in .venv are younger than the files that say what to install.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+APP_STAMP := $(VENV)/.app
+TEST_STAMP := $(VENV)/.test
+BROWSER_STAMP := $(VENV)/.browser
+COMPACT_STAMP := $(VENV)/.compact
+
+# PYTHON: the interpreter behind .venv; the first of these that is new enough.
+PYTHON ?= python3 python3.13 python3.12 python3.11 python3.14 python
+# TORCH_INDEX: where to take PyTorch from, if not from where pip looks anyway; the README says when that is worth it.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+# ARGS: passed on to the command, as in `make app ARGS="--gallery my_gallery"`.
+ARGS ?=
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help app test lint format gallery compact
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+app: $(APP_STAMP)  ## open the app on http://127.0.0.1:7860 (GRADIO_SERVER_PORT=8000 make app: another port)
+	$(BIN)/python app.py $(ARGS)
+
+test: $(TEST_STAMP) $(BROWSER_STAMP) lint  ## check style, floors and types, then run every test
+	$(BIN)/pytest $(ARGS)
+
+lint: $(TEST_STAMP)  ## check style, floors and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(TEST_STAMP)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+gallery: $(APP_STAMP)  ## rebuild the starter gallery after the model has changed
+	$(BIN)/python -m alignment.gallery build assets/gallery/sources --out assets/gallery $(ARGS)
+
+compact: $(COMPACT_STAMP)  ## retrain the compact model: make compact DATA=path/to/flickr8k
+	@test -n "$(DATA)" || { echo 'Say where the training data is: make compact DATA=path/to/flickr8k' >&2; exit 1; }
+	$(BIN)/python -m alignment.compact --data "$(DATA)" --out checkpoints/compact $(ARGS)
+
+$(BIN)/python:
+	@for python in $(PYTHON); do \
+	  "$$python" -c '$(SUPPORTED)' 2>/dev/null || continue; \
+	  echo "Creating $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV) && exit 0; \
+	  rm -rf $(VENV); \
+	  echo "$$python cannot create a virtual environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; \
+	  exit 1; \
+	done; \
+	echo "Python 3.11, 3.12, 3.13 or 3.14 is needed; found none among: $(PYTHON)." >&2; \
+	if command -v python3 >/dev/null; then echo "python3 here is $$(python3 --version 2>&1)." >&2; fi; \
+	echo "Install a newer one, or name it: make app PYTHON=/path/to/python3.12" >&2; \
+	exit 1
+
+# PyTorch by its exact version first: pip then takes a CPU build where it is offered one, and keeps it afterwards.
+$(APP_STAMP): requirements.txt | $(BIN)/python
+	@$(BIN)/python -c '$(SUPPORTED)' || { echo "$(VENV) has $$($(BIN)/python --version); Python 3.11 to 3.14 is needed. Delete $(VENV) and run make again." >&2; exit 1; }
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+$(TEST_STAMP): pyproject.toml $(APP_STAMP)
+	$(PIP) install -e ".[test]"
+	@touch $@
+
+$(COMPACT_STAMP): pyproject.toml $(APP_STAMP)
+	$(PIP) install -e ".[compact]"
+	@touch $@
+
+# The browser tests take `chromium` from the PATH, else Playwright's own; the Chinese page needs a font as well.
+$(BROWSER_STAMP): $(TEST_STAMP)
+	@system=$$(. /etc/os-release 2>/dev/null && echo "$$ID"); \
+	if [ "$$(id -u)" = 0 ]; then root=env; elif sudo -n true 2>/dev/null; then root="sudo -n env"; else root=; fi; \
+	if command -v chromium >/dev/null && fc-list :lang=zh 2>/dev/null | grep -q .; then \
+	  echo "Browser: $$(command -v chromium)"; \
+	elif [ "$$system" = debian ] && [ -n "$$root" ] && $$root apt-get update && \
+	  $$root DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium fonts-noto-cjk fontconfig; then \
+	  echo "Browser: $$(command -v chromium)"; \
+	elif [ "$$system" = ubuntu ] && [ -n "$$root" ]; then \
+	  $(BIN)/playwright install --with-deps chromium; \
+	else \
+	  $(BIN)/playwright install chromium; \
+	fi
+	@touch $@
