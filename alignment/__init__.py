@@ -1,0 +1,1 @@
+"""Cross-modal retrieval: encode pictures and captions into one space, search, look and measure."""

@@ -1,0 +1,235 @@
+"""Contrastive losses: closed forms, transformers' own losses, and slow loops that spell the definitions out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+from alignment.losses import sigmoid_loss, softmax_loss
+
+Loss = Callable[..., Tensor]
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def random_logits(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 4
+
+
+def slow_softmax_loss(logits: Tensor, positives: Tensor, ignored: Tensor) -> float:
+    """The definition as loops over queries, candidates and positives, in Python floats."""
+
+    def direction(scores: list[list[float]], own: list[list[bool]], skip: list[list[bool]]) -> float:
+        losses = []
+        for row, mine, dropped in zip(scores, own, skip, strict=True):
+            kept = [score for score, is_mine, drop in zip(row, mine, dropped, strict=True) if is_mine or not drop]
+            wanted = [score for score, is_mine in zip(row, mine, strict=True) if is_mine]
+            if wanted:
+                partition = math.log(sum(math.exp(score) for score in kept))
+                losses.append(sum(partition - score for score in wanted) / len(wanted))
+        return sum(losses) / len(losses)
+
+    rows = direction(logits.tolist(), positives.tolist(), ignored.tolist())
+    columns = direction(logits.T.tolist(), positives.T.tolist(), ignored.T.tolist())
+    return (rows + columns) / 2
+
+
+def slow_sigmoid_loss(logits: Tensor, positives: Tensor, ignored: Tensor) -> float:
+    total = 0.0
+    for i in range(logits.shape[0]):
+        for j in range(logits.shape[1]):
+            if positives[i, j]:
+                total += math.log1p(math.exp(-logits[i, j].item()))
+            elif not ignored[i, j]:
+                total += math.log1p(math.exp(logits[i, j].item()))
+    return total / logits.shape[0]
+
+
+@st.composite
+def masked_logits(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of any small shape, with masks that leave at least one positive."""
+    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    cells = rows * columns
+    flags = st.lists(st.booleans(), min_size=cells, max_size=cells)
+    positives, ignored = torch.tensor(draw(flags)), torch.tensor(draw(flags))
+    positives[draw(st.integers(0, cells - 1))] = True
+    logits = random_logits(rows, columns, seed=draw(st.integers(0, 99)))
+    return logits, positives.view(rows, columns), ignored.view(rows, columns)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64])
+@pytest.mark.parametrize("level", [0.0, 3.0, -50.0])
+def test_equal_logits_cost_log_b(batch: int, level: float) -> None:
+    assert softmax_loss(torch.full((batch, batch), level)).item() == pytest.approx(math.log(batch), abs=1e-5)
+
+
+def test_equal_logits_cost_the_log_of_each_side_whatever_the_positives() -> None:
+    positives = torch.tensor([[True, True, False, False, False, False], [False, False, True, True, True, True]])
+    expected = (math.log(6) + math.log(2)) / 2
+    assert softmax_loss(torch.zeros(2, 6), positives).item() == pytest.approx(expected)
+
+
+def test_perfect_logits_cost_nothing_with_one_positive_and_log_p_with_several() -> None:
+    assert softmax_loss(torch.eye(4) * 100).item() == pytest.approx(0.0, abs=1e-6)
+    positives = torch.eye(3, dtype=torch.bool).repeat_interleave(5, dim=1)
+    # Five captions share an image's probability: log 5 on the images' side, nothing on the texts' side.
+    assert softmax_loss(positives * 100.0, positives).item() == pytest.approx(math.log(5) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_texts", [1, 3, 9])
+def test_zero_logits_cost_log_2_a_pair(num_texts: int) -> None:
+    assert sigmoid_loss(torch.zeros(3, num_texts)).item() == pytest.approx(num_texts * math.log(2))
+
+
+def test_perfect_logits_cost_the_sigmoid_loss_nothing() -> None:
+    assert sigmoid_loss(torch.eye(4) * 200 - 100).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_softmax_loss_equals_transformers_on_random_logits(batch: int) -> None:
+    logits = random_logits(batch, batch)
+    torch.testing.assert_close(softmax_loss(logits), image_text_contrastive_loss(logits.T))
+
+
+def test_softmax_loss_equals_what_a_clip_model_returns() -> None:
+    torch.manual_seed(0)
+    text = TOWER | {"vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 2}
+    config = CLIPConfig(text_config=text, vision_config=TOWER | {"image_size": 8, "patch_size": 4}, projection_dim=8)
+    output = CLIPModel(config).eval()(**random_inputs(), return_loss=True)
+    torch.testing.assert_close(softmax_loss(output.logits_per_image), output.loss)
+
+
+def test_sigmoid_loss_equals_what_a_siglip_model_returns() -> None:
+    torch.manual_seed(0)
+    text = TOWER | {"vocab_size": 50, "max_position_embeddings": 8}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=TOWER | {"image_size": 8, "patch_size": 4})).eval()
+    output = model(**random_inputs(), return_loss=True)
+    torch.testing.assert_close(sigmoid_loss(output.logits_per_image), output.loss)
+    # Other logits than a fresh model's: an untrained bias would hide a wrong sign on the diagonal.
+    with torch.no_grad():
+        model.logit_scale.fill_(2.0)
+        model.logit_bias.fill_(-0.5)
+    output = model(**random_inputs(), return_loss=True)
+    torch.testing.assert_close(sigmoid_loss(output.logits_per_image), output.loss)
+
+
+def random_inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "pixel_values": torch.randn(6, 3, 8, 8, generator=generator),
+        "input_ids": torch.randint(3, 50, (6, 8), generator=generator),
+    }
+
+
+@settings(deadline=None, max_examples=60)
+@given(masked_logits())
+def test_softmax_loss_equals_the_slow_definition(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, positives, ignored = case
+    expected = slow_softmax_loss(logits, positives, ignored)
+    assert softmax_loss(logits, positives, ignored=ignored).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(masked_logits())
+def test_sigmoid_loss_equals_the_slow_definition(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, positives, ignored = case
+    expected = slow_sigmoid_loss(logits, positives, ignored)
+    assert sigmoid_loss(logits, positives, ignored=ignored).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(masked_logits())
+def test_gradients_are_finite_and_zero_where_ignored(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, positives, ignored = case
+    for loss in (softmax_loss, sigmoid_loss):
+        leaf = logits.clone().requires_grad_()
+        loss(leaf, positives, ignored=ignored).backward()
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+        assert (leaf.grad[ignored & ~positives] == 0).all()
+
+
+def test_the_default_positives_are_the_identity() -> None:
+    logits = random_logits(5, 5)
+    for loss in (softmax_loss, sigmoid_loss):
+        torch.testing.assert_close(loss(logits), loss(logits, torch.eye(5, dtype=torch.bool)))
+
+
+def test_texts_beyond_the_images_are_negatives() -> None:
+    logits = random_logits(3, 5)
+    harder = logits.clone()
+    harder[:, 3:] += 5
+    for loss in (softmax_loss, sigmoid_loss):
+        assert loss(harder) > loss(logits)
+
+
+def test_an_ignored_pair_is_as_good_as_a_hopeless_one() -> None:
+    logits, ignored = random_logits(4, 4), torch.zeros(4, 4, dtype=torch.bool)
+    ignored[0, 2] = True
+    hopeless = logits.masked_fill(ignored, -1e4)
+    torch.testing.assert_close(softmax_loss(logits, ignored=ignored), softmax_loss(hopeless))
+    torch.testing.assert_close(sigmoid_loss(logits, ignored=ignored), sigmoid_loss(hopeless))
+
+
+def test_a_positive_is_never_ignored() -> None:
+    logits = random_logits(4, 4)
+    own = torch.eye(4, dtype=torch.bool)
+    for loss in (softmax_loss, sigmoid_loss):
+        torch.testing.assert_close(loss(logits, ignored=own), loss(logits))
+
+
+def test_softmax_loss_is_symmetric() -> None:
+    logits, positives = random_logits(3, 6), torch.eye(3, dtype=torch.bool).repeat(1, 2)
+    torch.testing.assert_close(softmax_loss(logits, positives), softmax_loss(logits.T, positives.T))
+
+
+def test_every_positive_pulls() -> None:
+    """The reason for the mean form: a caption left behind costs, although its sister already fits."""
+    positives = torch.tensor([[True, True, False], [False, False, True]])
+    behind = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]], requires_grad=True)
+    softmax_loss(behind, positives).backward()
+    assert behind.grad is not None
+    assert behind.grad[0, 1] < -0.1
+
+
+def test_parts_of_a_batch_average_to_the_sigmoid_loss_of_the_whole() -> None:
+    logits, positives = random_logits(6, 9), torch.rand(6, 9, generator=torch.Generator().manual_seed(2)) < 0.2
+    parts = [sigmoid_loss(logits[i : i + 2], positives[i : i + 2]) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), sigmoid_loss(logits, positives))
+
+
+def test_half_precision_logits_are_lifted() -> None:
+    logits = random_logits(5, 5).half()
+    for loss in (softmax_loss, sigmoid_loss):
+        assert loss(logits).dtype == torch.float32
+        torch.testing.assert_close(loss(logits), loss(logits.float()))
+
+
+@pytest.mark.parametrize("loss", [softmax_loss, sigmoid_loss])
+@pytest.mark.parametrize("mask", [torch.ones(2, 3, dtype=torch.bool), torch.ones(3, 3)])
+def test_masks_that_do_not_fit_are_refused(loss: Loss, mask: Tensor) -> None:
+    with pytest.raises(ValueError, match="positives"):
+        loss(torch.zeros(3, 3), mask)
+    with pytest.raises(ValueError, match="ignored"):
+        loss(torch.zeros(3, 3), ignored=mask)
+
+
+@pytest.mark.parametrize("loss", [softmax_loss, sigmoid_loss])
+@pytest.mark.parametrize("shape", [(3,), (0, 4), (4, 0)])
+def test_logits_without_two_sides_are_refused(loss: Loss, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least one of each"):
+        loss(torch.zeros(shape))
+
+
+def test_softmax_loss_without_a_positive_is_refused_and_the_sigmoid_is_not() -> None:
+    nothing = torch.zeros(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="at least one positive"):
+        softmax_loss(torch.zeros(2, 2), nothing)
+    assert sigmoid_loss(torch.zeros(2, 2), nothing).item() == pytest.approx(2 * math.log(2))
