@@ -1,0 +1,317 @@
+"""Align the two towers: heads on frozen features first, then the image tower's last blocks, then the text side.
+
+Place in the flow: the last step of `python -m alignment.compact`. Three stages, each measured on dev:
+
+1. *heads*: image head and a teacher's text head (sentence embedding + MiniLM, English) on frozen features;
+2. *tail*: the same with the image tower's last blocks, on random windows of the cached maps;
+3. *text*: the text head that ships (sentence embedding alone, sixteen languages), on the finished image embeddings,
+   held near the teacher's, taught Chinese by the project's own bilingual scenes.
+
+Every stage also learns the thousand ImageNet class names without an ImageNet picture: the rows of the classifier serve
+as prototypes of what a picture of the class looks like to the tower.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from alignment.compact.features import VIEWS, ImageFeatures, TextFeatures
+from alignment.losses import softmax_loss
+from alignment.towers import AlignmentHead, ResidualMLP, Tail
+
+logger = logging.getLogger(__name__)
+
+MAX_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run of the recipe may vary.
+
+    Attributes:
+        heads_epochs, tail_epochs, text_epochs: passes over the training pictures (captions, in the text stage).
+        batch_size: pictures a step in the tail stage; the heads stage takes twice as many.
+        captions_per_image: captions drawn for each picture of a step.
+        heads_rate, tail_rate, tuned_rate, text_rate: peak learning rates; `tuned_rate` is that of the heads while the
+            tail is tuned.
+        windows: sides of the random windows cut from the 17 x 17 maps, one drawn a step.
+        names_weight: weight of the class names beside the captions.
+        hold_weight: weight of staying near the pretrained features, on whole pictures.
+        teacher_weight: weight of staying near the teacher's caption embeddings in the text stage.
+        scenes_weight: weight of the bilingual scenes there.
+        average: decay of the running average of the weights, which is what is kept.
+        image_weight: share of a picture's concept part, where the ImageNet head knows nothing and where it is sure.
+        text_weight: share of the plain sentence embedding of a text.
+    """
+
+    seed: int = 0
+    heads_epochs: int = 20
+    tail_epochs: int = 10
+    text_epochs: int = 12
+    batch_size: int = 256
+    captions_per_image: int = 3
+    dropout: float = 0.3
+    heads_rate: float = 2e-3
+    tail_rate: float = 2e-4
+    tuned_rate: float = 5e-4
+    text_rate: float = 2e-3
+    weight_decay: float = 0.05
+    windows: tuple[int, ...] = (13, 14, 15, 17)
+    names_weight: float = 0.5
+    names_per_step: int = 256
+    hold_weight: float = 0.1
+    teacher_weight: float = 2.0
+    scenes_weight: float = 1.0
+    average: float = 0.99
+    image_weight: tuple[float, float] = (0.1, 0.5)
+    text_weight: float = 0.3
+
+
+class Teacher(nn.Module):
+    """The caption side that trains the image side: sentence embedding and MiniLM together, English only."""
+
+    def __init__(self, width: int, embed_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.project = ResidualMLP(width, embed_dim, 2 * embed_dim, dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Embed (..., width) as (..., embed_dim), unit norm."""
+        return functional.normalize(self.project(features), dim=-1)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Every caption with the picture it belongs to.
+
+    Attributes:
+        features: (num_captions, width), a text side's frozen features.
+        first, count: (num_images,) where a picture's captions begin and how many they are.
+    """
+
+    features: Tensor
+    first: Tensor
+    count: Tensor
+
+    def draw(self, images: Tensor, each: int) -> Tensor:
+        """Choose `each` captions a picture, without repeats while they last: (n, each) row numbers."""
+        order = torch.rand(len(images), int(self.count.max()))
+        order[torch.arange(order.shape[1]) >= self.count[images, None]] = 2.0
+        chosen = order.argsort(dim=1)[:, :each] % self.count[images, None]
+        return self.first[images, None] + chosen
+
+
+class Prototypes:
+    """What a picture of each ImageNet class looks like to the pretrained tower, guessed from its classifier.
+
+    A class's row points from the mean feature towards the class; at the typical distance from the mean lies a feature
+    that the classifier calls by that class.
+    """
+
+    def __init__(self, classifier: nn.Linear, pooled: Tensor) -> None:
+        mean, self.spread = pooled.mean((0, 1)), pooled.std((0, 1))
+        radius = (pooled - mean).norm(dim=-1).mean()
+        rows = classifier.weight.detach()
+        self.features = functional.relu(mean + radius * functional.normalize(rows - rows.mean(0), dim=-1))
+
+    def draw(self, classes: Tensor, noise: float = 0.5) -> Tensor:
+        """Return noisy features of classes: (n, 1280)."""
+        features = self.features[classes]
+        return functional.relu(features + noise * self.spread * torch.randn_like(features))
+
+
+class Aligner(nn.Module):
+    """What the first two stages train."""
+
+    def __init__(self, tail: Tail, head: AlignmentHead, teacher: Teacher) -> None:
+        super().__init__()
+        self.tail, self.head, self.teacher = tail, head, teacher
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def images(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed trunk maps; also return the averaged features they went through."""
+        last = self.tail(maps)
+        pooled = last.mean((2, 3))
+        return self.head(pooled, last.flatten(2).transpose(1, 2)), pooled
+
+    def pooled(self, features: Tensor) -> Tensor:
+        """Embed averaged features (n, 1280) as if every token were equal to them."""
+        return self.head(features, features.unsqueeze(1))
+
+    def loss(self, images: Tensor, captions: Tensor) -> Tensor:
+        """Contrast n pictures with one caption of each, averaged over the captions drawn: (n, each, embed_dim)."""
+        scale = self.logit_scale.exp().clamp(max=MAX_SCALE)
+        return torch.stack([softmax_loss(scale * images @ drawn.T) for drawn in captions.unbind(1)]).mean()
+
+
+def train_heads(aligner: Aligner, features: ImageFeatures, data: Training, recipe: Recipe) -> None:
+    """Stage 1: both heads on frozen features."""
+    size = 2 * recipe.batch_size
+    groups = [(list(aligner.head.parameters()) + list(aligner.teacher.parameters()), recipe.heads_rate)]
+    optimiser = Optimiser(aligner, groups, recipe, recipe.heads_epochs * (len(data.train) // size))
+    for images in data.batches(size, recipe.heads_epochs):
+        embeds = aligner.pooled(features.pooled[images, torch.randint(VIEWS, (size,))])
+        optimiser.step(data.caption_loss(aligner, embeds, images) + data.names_loss(aligner))
+    optimiser.keep_average()
+
+
+def train_tail(
+    aligner: Aligner,
+    features: ImageFeatures,
+    data: Training,
+    recipe: Recipe,
+    measured: Callable[[int, Aligner], None],
+) -> None:
+    """Stage 2: the heads and the image tower's last blocks, on random windows of the cached maps."""
+    size, rng, whole = recipe.batch_size, np.random.default_rng(recipe.seed), features.maps.shape[-1]
+    steps = len(data.train) // size
+    groups = [
+        (list(aligner.head.parameters()) + list(aligner.teacher.parameters()), recipe.tuned_rate),
+        (list(aligner.tail.parameters()), recipe.tail_rate),
+    ]
+    optimiser = Optimiser(aligner, groups, recipe, recipe.tail_epochs * steps)
+    for step, images in enumerate(data.batches(size, recipe.tail_epochs), 1):
+        views, side = torch.randint(VIEWS, (size,)), int(rng.choice(recipe.windows))
+        embeds, pooled = aligner.images(features.windows(images, views, side, rng))
+        loss = data.caption_loss(aligner, embeds, images) + data.names_loss(aligner)
+        if side == whole:
+            moved = (pooled - features.pooled[images, views]) / aligner.head.summary_norm.deviation
+            loss = loss + recipe.hold_weight * moved.square().mean()
+        optimiser.step(loss)
+        if step % steps == 0:
+            measured(step // steps, cast(Aligner, optimiser.average.module))
+    optimiser.keep_average()
+
+
+class Training:
+    """The training data of the first two stages."""
+
+    def __init__(
+        self, train: Tensor, captions: Captions, prototypes: Prototypes, names: Sequence[Tensor], recipe: Recipe
+    ) -> None:
+        self.train, self.captions, self.prototypes, self.names, self.recipe = train, captions, prototypes, names, recipe
+
+    def batches(self, size: int, epochs: int) -> Iterator[Tensor]:
+        """Draw the training pictures in a new order each epoch; a last incomplete batch is left out."""
+        for _ in range(epochs):
+            order = self.train[torch.randperm(len(self.train))]
+            yield from order[: len(order) // size * size].split(size)
+
+    def caption_loss(self, aligner: Aligner, embeds: Tensor, images: Tensor) -> Tensor:
+        """Contrast pictures with captions drawn for them."""
+        rows = self.captions.draw(images, self.recipe.captions_per_image)
+        return aligner.loss(embeds, aligner.teacher(self.captions.features[rows]))
+
+    def names_loss(self, aligner: Aligner) -> Tensor:
+        """Contrast prototypes with one name of each class, whose text features are in `names`, weighted."""
+        classes = torch.randperm(len(self.names))[: self.recipe.names_per_step]
+        drawn = torch.stack([draw_one(self.names[row]) for row in classes.tolist()])
+        embeds = aligner.pooled(self.prototypes.draw(classes))
+        return self.recipe.names_weight * aligner.loss(embeds, aligner.teacher(drawn).unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class TextTargets:
+    """What the text stage learns from; rows index one list of texts.
+
+    Attributes:
+        features: the frozen text tower's features of all texts.
+        captions: rows of the captions, with the pictures they belong to.
+        teacher: (num_captions, embed_dim), the teacher's embedding of every caption, which come first in the list.
+        scenes: rows of the project's own scenes, in English and in Chinese.
+        scene_teacher: (len(scenes), embed_dim), the teacher's embedding of the English.
+        names: rows of each class's names, in both languages.
+        images: (num_images, views, embed_dim), the finished image embeddings.
+    """
+
+    features: TextFeatures
+    captions: Captions
+    teacher: Tensor
+    scenes: Tensor
+    scene_teacher: Tensor
+    names: Sequence[Tensor]
+    images: Tensor
+
+
+def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: TextTargets, recipe: Recipe) -> None:
+    """Stage 3: the text head that ships, against finished image embeddings and the teacher's caption embeddings."""
+    size = 2 * recipe.batch_size
+    steps = recipe.text_epochs * (len(data.train) // size)
+    optimiser = Optimiser(head, [(list(head.parameters()), recipe.text_rate)], recipe, steps)
+    scale = aligner.logit_scale.detach().exp()
+    place = torch.full((len(targets.images),), -1)
+    place[data.train] = torch.arange(len(data.train))
+    for images in data.batches(size, recipe.text_epochs):
+        rows = targets.captions.draw(images, 1).squeeze(1)
+        scenes = torch.randperm(len(targets.scenes))[: recipe.names_per_step]
+        classes = torch.randperm(len(targets.names))[: recipe.names_per_step]
+        named = torch.stack([draw_one(targets.names[row]) for row in classes.tolist()])
+        tokens, sentences, mask = targets.features.batch(torch.cat([rows, targets.scenes[scenes], named]))
+        embeds = head(sentences, tokens, mask)
+        captions, seen, names = embeds.split([len(rows), len(scenes), len(classes)])
+        pictures = targets.images[data.train, torch.randint(VIEWS, (len(data.train),))]
+        owners = place[images]
+        with torch.no_grad():
+            prototypes = aligner.pooled(data.prototypes.draw(classes))
+        optimiser.step(
+            functional.cross_entropy(scale * captions @ pictures.T, owners) / 2
+            + functional.cross_entropy(scale * pictures[owners] @ captions.T, torch.arange(size)) / 2
+            + recipe.teacher_weight * (1 - (captions * targets.teacher[rows]).sum(-1)).mean()
+            + recipe.scenes_weight * (1 - (seen * targets.scene_teacher[scenes]).sum(-1)).mean()
+            + recipe.names_weight * softmax_loss(scale * prototypes @ names.T)
+        )
+    optimiser.keep_average()
+
+
+def draw_one(rows: Tensor) -> Tensor:
+    """Choose one of some rows."""
+    return rows[torch.randint(len(rows), ())]
+
+
+class Optimiser:
+    """AdamW on a one-cycle schedule, with a running average of the weights."""
+
+    def __init__(
+        self, module: nn.Module, groups: Sequence[tuple[list[nn.Parameter], float]], recipe: Recipe, steps: int
+    ) -> None:
+        self.module = module
+        parameters = [{"params": tuned, "weight_decay": recipe.weight_decay} for tuned, _ in groups]
+        rates = [rate for _, rate in groups]
+        if hasattr(module, "logit_scale"):
+            parameters.append({"params": [module.logit_scale], "weight_decay": 0.0})
+            rates.append(rates[0])
+        self.adam = torch.optim.AdamW(parameters, lr=rates[0])
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, steps, pct_start=0.1)
+        self.tuned = [parameter for group in parameters for parameter in group["params"]]
+        self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+        self.count, self.started = 0, time.monotonic()
+        module.train()
+
+    def step(self, loss: Tensor) -> None:
+        """Take one step; a loss that is not finite ends the run."""
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"The loss is {loss.item()} at step {self.count}: lower the learning rates.")
+        self.adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.tuned, 2.0)
+        self.adam.step()
+        self.schedule.step()
+        self.average.update_parameters(self.module)
+        self.count += 1
+        if self.count % 20 == 0:
+            logger.info("step %d, loss %.3f, %.0f s", self.count, loss.item(), time.monotonic() - self.started)
+
+    def keep_average(self) -> None:
+        """Put the averaged weights in place of the last ones."""
+        self.module.load_state_dict(self.average.module.state_dict())
+        self.module.eval()
