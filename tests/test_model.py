@@ -1,0 +1,543 @@
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor, BertModel, ViTConfig, ViTModel
+
+from alignment import model as model_module
+from alignment.model import DualEncoder
+from alignment.preprocess import InputError
+from alignment.similarity import cosine_similarity, logits_per_image
+
+TEXTS = ["a dog runs on the beach", "A PLATE of pasta", "two cats", "一只狗在海滩上奔跑"]
+OWN_TEXT = {  # how each family's documentation calls its own processor
+    "clip": {"padding": True},
+    "siglip": {"padding": "max_length"},
+    "siglip2": {"padding": "max_length", "max_length": 64},
+    "siglip2-naflex": {},
+    "chinese-clip": {"padding": True},
+    "vit-bert": {"padding": True},
+    "clip-roberta": {"padding": True},
+}
+Checkpoint = Callable[[str], Path]
+Pictures = list[Image.Image]
+
+
+def load(folder: Path) -> DualEncoder:
+    return DualEncoder.load(folder, device="cpu")
+
+
+def our_logits(encoder: DualEncoder, pictures: Pictures) -> torch.Tensor:
+    similarity = cosine_similarity(encoder.encode_images(pictures), encoder.encode_texts(TEXTS))
+    return logits_per_image(similarity, encoder.logit_scale, encoder.logit_bias)
+
+
+def own_logits(folder: Path, inputs: dict) -> torch.Tensor:
+    own = AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return own(**inputs).logits_per_image
+
+
+# ---------------------------------------------------------------- the contract
+
+
+def test_our_similarity_equals_transformers_own(family: str, checkpoint: Checkpoint, pictures: Pictures) -> None:
+    encoder = load(checkpoint(family))
+    inputs = {**encoder.preprocessor.images(pictures), **encoder.preprocessor.texts(TEXTS)}
+    own = own_logits(checkpoint(family), inputs)
+    assert own.std() > 0.05  # or everything would be alike, and any two things equal
+    torch.testing.assert_close(our_logits(encoder, pictures), own, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", OWN_TEXT)
+def test_our_similarity_equals_transformers_own_through_its_own_processor(
+    family: str, checkpoint: Checkpoint, pictures: Pictures
+) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint(family))
+    texts = [text.lower() for text in TEXTS] if family == "siglip2" else TEXTS
+    inputs = processor(images=pictures, text=texts, return_tensors="pt", **OWN_TEXT[family])
+    own = own_logits(checkpoint(family), inputs)
+    torch.testing.assert_close(our_logits(load(checkpoint(family)), pictures), own, rtol=0, atol=1e-4)
+
+
+def test_only_siglip_has_a_bias(family: str, checkpoint: Checkpoint) -> None:
+    encoder = load(checkpoint(family))
+    assert encoder.logit_bias == (pytest.approx(-3.0) if family.startswith("siglip") else None)
+    expected = 1 / 0.07 if family == "composed" else torch.tensor(2.5).exp().item()
+    assert encoder.logit_scale == pytest.approx(expected, rel=1e-5)
+
+
+def test_embeddings_are_float32_on_the_cpu_and_of_unit_norm(
+    family: str, checkpoint: Checkpoint, pictures: Pictures
+) -> None:
+    encoder = load(checkpoint(family))
+    for embeds, count in ((encoder.encode_images(pictures), 3), (encoder.encode_texts(TEXTS), 4)):
+        assert embeds.shape == (count, encoder.embed_dim)
+        assert (embeds.dtype, embeds.device.type, embeds.requires_grad) == (torch.float32, "cpu", False)
+        torch.testing.assert_close(embeds.norm(dim=1), torch.ones(count))
+
+
+def test_nothing_in_gives_nothing_of_the_right_width(family: str, checkpoint: Checkpoint) -> None:
+    encoder = load(checkpoint(family))
+    assert encoder.encode_images([]).shape == encoder.encode_texts([]).shape == (0, encoder.embed_dim)
+    assert encoder.embed_dim == (32 if family.startswith("siglip") else 24)
+
+
+def test_batches_change_neither_values_nor_order(family: str, checkpoint: Checkpoint, pictures: Pictures) -> None:
+    encoder = load(checkpoint(family))
+    together, apart = encoder.encode_images(pictures), encoder.encode_images(pictures, batch_size=1)
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
+    # A short caption is padded in company and not alone.
+    torch.testing.assert_close(
+        encoder.encode_texts(TEXTS), encoder.encode_texts(TEXTS, batch_size=1), rtol=0, atol=1e-5
+    )
+
+
+def test_a_saved_encoder_comes_back_the_same(
+    family: str, checkpoint: Checkpoint, pictures: Pictures, tmp_path: Path
+) -> None:
+    first = load(checkpoint(family))
+    first.save(tmp_path)
+    second = load(tmp_path)
+    assert torch.equal(first.encode_images(pictures), second.encode_images(pictures))
+    assert torch.equal(first.encode_texts(TEXTS), second.encode_texts(TEXTS))
+    assert first.fingerprint == second.fingerprint
+    assert str(checkpoint(family).parent) not in (tmp_path / "config.json").read_text()  # nobody's paths are published
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def test_photos_are_held_one_at_a_time(
+    checkpoint: Checkpoint, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load(checkpoint("clip"))
+    opened, prepare = [], encoder.preprocessor.images
+    monkeypatch.setattr(encoder.preprocessor, "images", lambda images: opened.append(len(images)) or prepare(images))
+    encoder.encode_images(pictures, batch_size=3)
+    assert opened == [1, 1, 1]
+
+
+def test_progress_is_reported_after_each_batch(checkpoint: Checkpoint, pictures: Pictures) -> None:
+    encoder, seen = load(checkpoint("clip")), []
+    encoder.encode_images(pictures, batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 3), (3, 3)]
+    seen.clear()
+    encoder.encode_texts([], progress=lambda done, total: seen.append((done, total)))
+    assert seen == []
+
+
+def test_pictures_come_from_anywhere(
+    checkpoint: Checkpoint, pictures: Pictures, encoded: Callable, tmp_path: Path
+) -> None:
+    encoder = load(checkpoint("clip"))
+    data = encoded(pictures[0], "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    embeds = encoder.encode_images([pictures[0], data, tmp_path / "a.png"])
+    assert torch.equal(embeds[0], embeds[1])
+    assert torch.equal(embeds[0], embeds[2])
+
+
+def test_bad_input_is_refused(checkpoint: Checkpoint) -> None:
+    encoder = load(checkpoint("clip"))
+    with pytest.raises(InputError) as caught:
+        encoder.encode_images([Image.new("RGB", (9, 9)), b"no picture"])
+    assert caught.value.code == "image.not_an_image"
+    with pytest.raises(InputError) as caught:
+        encoder.encode_texts(["a dog", " \n"])
+    assert caught.value.code == "caption.empty"
+    with pytest.raises(TypeError, match="list"):
+        encoder.encode_texts("a dog")
+
+
+def test_whitespace_does_not_change_a_caption(checkpoint: Checkpoint) -> None:
+    embeds = load(checkpoint("clip")).encode_texts(["a dog", "  a\n dog\u200b "])
+    assert torch.equal(embeds[0], embeds[1])
+
+
+def test_dropout_is_off_while_encoding_and_back_on_afterwards(checkpoint: Checkpoint) -> None:
+    encoder = DualEncoder.compose(checkpoint("vit"), checkpoint("bert"), device="cpu")
+    calm = encoder.encode_texts(TEXTS)
+    encoder.module.train()
+    assert not torch.equal(encoder.embed_texts(encoder.preprocessor.texts(TEXTS)), calm)  # there is dropout
+    assert torch.equal(encoder.encode_texts(TEXTS), calm)
+    with pytest.raises(InputError):
+        encoder.encode_texts([""])
+    assert encoder.module.training
+
+
+def test_frozen_embeddings_can_train_a_head(checkpoint: Checkpoint) -> None:
+    embeds = load(checkpoint("clip")).encode_texts(TEXTS)
+    head = torch.nn.Linear(24, 8)
+    head(embeds).sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_weights_stay_float32_and_a_cpu_computes_in_float32(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    half = AutoModel.from_pretrained(checkpoint("clip"), dtype=torch.float16)
+    shutil.copytree(checkpoint("clip"), tmp_path, dirs_exist_ok=True)
+    half.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["logit_scale"].dtype == torch.float16
+    for folder in (tmp_path, checkpoint("clip")):
+        encoder = load(folder)
+        assert {parameter.dtype for parameter in encoder.module.parameters()} == {torch.float32}
+        with torch.no_grad():
+            direct = encoder.embed_texts(encoder.preprocessor.texts(TEXTS))
+        assert torch.equal(encoder.encode_texts(TEXTS), direct)
+
+
+def test_half_precision_is_close_and_an_overflow_is_computed_again_in_full(checkpoint: Checkpoint) -> None:
+    """What a GPU runs, on the CPU: autocast works there too."""
+    encoder = load(checkpoint("clip"))
+    inputs, exact = encoder.preprocessor.texts(TEXTS), encoder.encode_texts(TEXTS)
+    with torch.no_grad():
+        half = model_module._in_half(encoder.embed_texts, inputs, "cpu")
+        assert half.dtype == torch.float32
+        assert not torch.equal(half, exact)
+        torch.testing.assert_close(half, exact, rtol=0, atol=5e-3)
+        encoder.module.text_projection.weight.mul_(1e6)  # beyond what 16 bits hold
+        torch.testing.assert_close(model_module._in_half(encoder.embed_texts, inputs, "cpu"), exact)
+
+
+def test_many_threads_may_encode_at_once(checkpoint: Checkpoint) -> None:
+    encoder = load(checkpoint("clip"))
+    expected = encoder.encode_texts(TEXTS)
+    with ThreadPoolExecutor(4) as pool:
+        for embeds in pool.map(encoder.encode_texts, [TEXTS] * 12):
+            torch.testing.assert_close(embeds, expected)
+
+
+def test_it_finds_a_device_by_itself(checkpoint: Checkpoint) -> None:
+    encoder = DualEncoder.load(checkpoint("clip"))
+    assert encoder.device.type == ("cuda" if torch.cuda.is_available() else encoder.device.type)
+    assert next(encoder.module.parameters()).device.type == encoder.device.type
+    assert encoder.encode_texts(TEXTS).device.type == "cpu"
+
+
+# ---------------------------------------------------------------- fingerprint
+
+
+def test_a_fingerprint_is_computed_once_and_only_when_asked_for(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, real = [], model_module._sha256
+    monkeypatch.setattr(model_module, "_sha256", lambda state: computed.append(1) or real(state))
+    encoder = load(checkpoint("clip"))
+    encoder.encode_texts(TEXTS)
+    assert computed == []
+    assert encoder.fingerprint == encoder.fingerprint
+    assert computed == [1]
+    assert len(encoder.fingerprint) == 64
+
+
+def test_a_fingerprint_follows_the_weights(checkpoint: Checkpoint) -> None:
+    encoder, other = load(checkpoint("clip")), load(checkpoint("clip"))
+    before = encoder.fingerprint
+    assert other.fingerprint == before
+    with torch.no_grad():
+        encoder.module.logit_scale.add_(1e-3)
+    assert encoder.fingerprint != before
+    with torch.no_grad():
+        encoder.module.logit_scale.copy_(other.module.logit_scale)
+    assert encoder.fingerprint == before
+    assert load(checkpoint("siglip")).fingerprint != load(checkpoint("siglip2")).fingerprint
+
+
+def test_a_fingerprint_tells_names_shapes_and_types_apart() -> None:
+    plain = {"a": torch.zeros(4), "b": torch.ones(1)}
+    swapped = {"b": plain["a"], "a": plain["b"]}
+    reshaped = {**plain, "a": torch.zeros(2, 2)}
+    retyped = {**plain, "a": torch.zeros(4, dtype=torch.int32)}
+    reordered = dict(reversed(plain.items()))
+    states = (plain, swapped, reshaped, retyped, {**plain, "c": torch.tensor(True)}, {**plain, "c": torch.zeros(0)})
+    assert len({model_module._sha256(state) for state in states}) == 6
+    assert model_module._sha256(reordered) == model_module._sha256(plain)
+
+
+# ---------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "/no/such/folder", "./gone", "checkpoints/gone", "a b c"])
+def test_a_checkpoint_that_is_nowhere_is_named(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"(?s){name}.*hf download"):
+        DualEncoder.load(name)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load(tmp_path)
+
+
+def test_pickled_weights_are_not_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint("clip"), tmp_path, dirs_exist_ok=True)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="pickled weights are not read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_a_tower_alone_is_no_dual_encoder(name: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="not a dual encoder"):
+        load(checkpoint(name))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_code_in_a_checkpoint_is_never_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    trap = tmp_path / "sprung"
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("clip"), folder)
+    spring = f"from pathlib import Path\nPath({str(trap)!r}).touch()\n"
+    (folder / "custom.py").write_text(spring + "from transformers import CLIPConfig as Config, CLIPModel as Model")
+    auto_map = {"AutoConfig": "custom.Config", "AutoModel": "custom.Model"}
+    edit_config(folder, auto_map=auto_map)
+    load(folder)  # a family that transformers knows is loaded with transformers' own code
+    edit_config(folder, auto_map=auto_map, model_type="custom")
+    with pytest.raises(ValueError, match="never run"):
+        load(folder)
+    for file, key in (("tokenizer_config.json", "AutoTokenizer"), ("preprocessor_config.json", "AutoImageProcessor")):
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {key: ["custom.Config"] * 2}}))
+    edit_config(folder, model_type="clip", auto_map={})
+    load(folder)
+    assert not trap.exists()
+
+
+def test_a_damaged_checkpoint_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint("clip"), tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for broken in (whole[:-1000], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b""):
+        weights.write_bytes(broken)
+        with pytest.raises(ValueError, match="damaged"):
+            load(tmp_path)
+    weights.write_bytes(whole)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path)
+
+
+def test_missing_weights_are_not_made_up(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint("clip"), tmp_path, dirs_exist_ok=True)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["visual_projection.weight"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights \(visual_projection\.weight\)"):
+        load(tmp_path)
+
+
+def test_a_checkpoint_without_its_tokenizer_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint("clip"), tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer"):
+        load(tmp_path)
+
+
+def test_weights_may_lie_in_several_files(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint("vit-bert"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    AutoModel.from_pretrained(checkpoint("vit-bert")).save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert load(tmp_path).fingerprint == load(checkpoint("vit-bert")).fingerprint
+
+
+def test_a_hub_id_and_its_revision_are_resolved(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache as huggingface_hub lays it out, which is all that is left of the Hub without a network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--someone--dogs"
+    for reference, family in (("main", "clip"), ("v1", "siglip2")):
+        commit = f"{ord(family[0]):040x}"
+        shutil.copytree(checkpoint(family), repo / "snapshots" / commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / reference).write_text(commit)
+    newest, older = DualEncoder.load("someone/dogs"), DualEncoder.load("someone/dogs", revision="v1")
+    assert (newest.module.config.model_type, older.module.config.model_type) == ("clip", "siglip")
+    assert newest.name == "someone/dogs"
+    with pytest.raises(FileNotFoundError, match="someone/dogs at revision v2"):
+        DualEncoder.load("someone/dogs", revision="v2")
+
+
+def test_loading_draws_nothing_on_the_terminal(checkpoint: Checkpoint, capfd: pytest.CaptureFixture) -> None:
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    try:
+        load(checkpoint("clip"))
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.disable_progress_bar()
+    assert capfd.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------- composition
+
+PAIRS = [
+    ("vit", "bert", ("cls", "cls")),
+    ("vit", "bert", "mean"),
+    ("vit", "bert", "pooler"),
+    ("clip", "bert", ("pooler", "mean")),  # the textbook pair
+    ("siglip", "roberta", ("pooler", "mean")),
+    ("siglip2-naflex", "distilbert", ("mean", "cls")),
+    ("chinese-clip", "chinese-clip", ("pooler", "cls")),
+    ("vit-bert", "siglip", ("cls", "pooler")),
+    ("convnext", "t5", ("pooler", "mean")),
+    ("convnext", "gpt2", ("mean", "mean")),
+    ("clip-roberta", "clip", ("pooler", "pooler")),
+]
+
+
+@pytest.mark.parametrize(("vision", "text", "pooling"), PAIRS)
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_towers_of_any_kind_are_joined(
+    vision: str,
+    text: str,
+    pooling: object,
+    projection: str,
+    checkpoint: Checkpoint,
+    pictures: Pictures,
+    tmp_path: Path,
+) -> None:
+    first = DualEncoder.compose(
+        checkpoint(vision), checkpoint(text), embed_dim=20, pooling=pooling, projection=projection, device="cpu"
+    )
+    assert first.logit_scale == pytest.approx(1 / 0.07)
+    assert (first.logit_bias, first.embed_dim) == (None, 20)
+    images, texts = first.encode_images(pictures), first.encode_texts(TEXTS)
+    assert (images.shape, texts.shape) == ((3, 20), (4, 20))
+    torch.testing.assert_close(texts, first.encode_texts(TEXTS, batch_size=1), rtol=0, atol=1e-5)  # padding is left out
+    first.save(tmp_path)
+    assert str(checkpoint(vision).parent) not in (tmp_path / "config.json").read_text()
+    second = load(tmp_path)
+    assert torch.equal(second.encode_images(pictures), images)
+    assert torch.equal(second.encode_texts(TEXTS), texts)
+    assert second.fingerprint == first.fingerprint
+
+
+def test_a_composition_has_exactly_the_towers_weights(checkpoint: Checkpoint) -> None:
+    joined = DualEncoder.compose(checkpoint("clip"), checkpoint("bert"), device="cpu").module.state_dict()
+    clip, bert = (load_file(checkpoint(name) / "model.safetensors") for name in ("clip", "bert"))
+    ours = {f"text_model.{name}": tensor for name, tensor in bert.items()}
+    ours |= {name: tensor for name, tensor in clip.items() if name.startswith("vision_model.")}
+    for name, tensor in ours.items():
+        assert torch.equal(joined.pop(name), tensor), name
+    assert joined.keys() == {"visual_projection.weight", "text_projection.weight", "logit_scale"}
+    assert joined["logit_scale"].item() == pytest.approx(log(1 / 0.07))
+
+
+def test_pooling_means_what_it_says(checkpoint: Checkpoint) -> None:
+    bert = BertModel.from_pretrained(checkpoint("bert")).eval()
+    for pooling in ("mean", "cls", "pooler"):
+        encoder = DualEncoder.compose(checkpoint("vit"), checkpoint("bert"), pooling=("cls", pooling), device="cpu")
+        inputs = encoder.preprocessor.texts(["a dog runs", "a"])
+        with torch.no_grad():
+            output = bert(**inputs)
+            tokens = output.last_hidden_state
+            lengths = inputs["attention_mask"].sum(dim=1)
+            expected = {
+                "mean": torch.stack([row[:length].mean(dim=0) for row, length in zip(tokens, lengths, strict=True)]),
+                "cls": tokens[:, 0],
+                "pooler": output.pooler_output,
+            }[pooling]
+            features = encoder.module.get_text_features(**inputs).pooler_output
+            torch.testing.assert_close(features, encoder.module.text_projection(expected))
+
+
+def test_padding_on_the_left_is_left_out_too() -> None:
+    states, keep = torch.randn(2, 4, 3), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    first = model_module._pool_tokens(states, "cls", keep)
+    torch.testing.assert_close(first, torch.stack([states[0, 2], states[1, 0]]))
+    mean = model_module._pool_tokens(states, "mean", keep)
+    torch.testing.assert_close(mean, torch.stack([states[0, 2:].mean(dim=0), states[1].mean(dim=0)]))
+
+
+def test_the_mean_over_patches_leaves_padding_out(checkpoint: Checkpoint) -> None:
+    encoder = DualEncoder.compose(checkpoint("siglip2-naflex"), checkpoint("bert"), pooling="mean", device="cpu")
+    inputs = encoder.preprocessor.images([Image.new("RGB", (320, 160), "teal")])
+    keep = inputs["pixel_attention_mask"][0].bool()
+    assert 0 < keep.sum() < len(keep)
+    with torch.no_grad():
+        tokens = encoder.module.vision_model(**inputs).last_hidden_state
+        features = encoder.module.get_image_features(**inputs).pooler_output
+        torch.testing.assert_close(features, encoder.module.visual_projection(tokens[:, keep].mean(dim=1)))
+
+
+@pytest.mark.parametrize(
+    ("vision", "pooling"), [("convnext", ("cls", "mean")), ("vit", ("max", "mean")), ("vit", ("cls", "first"))]
+)
+def test_a_pooling_that_a_tower_lacks_is_refused(vision: str, pooling: object, checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="cannot be pooled by"):
+        DualEncoder.compose(checkpoint(vision), checkpoint("bert"), pooling=pooling)
+
+
+def test_a_tower_without_a_pooler_and_an_unknown_projection_are_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="distilbert tower cannot be pooled by 'pooler'"):
+        DualEncoder.compose(checkpoint("vit"), checkpoint("distilbert"), pooling="pooler")
+    with pytest.raises(ValueError, match="choose 'linear' or 'mlp'"):
+        DualEncoder.compose(checkpoint("vit"), checkpoint("bert"), projection="deep")
+
+
+def test_a_pooler_that_was_never_trained_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint("vit"), tmp_path, dirs_exist_ok=True)
+    ViTModel(ViTConfig.from_pretrained(tmp_path), add_pooling_layer=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no trained pooler for its vision tower"):
+        DualEncoder.compose(tmp_path, checkpoint("bert"))
+    assert DualEncoder.compose(tmp_path, checkpoint("bert"), pooling="mean").embed_dim == 512
+    with pytest.raises(ValueError, match="no trained pooler for its text tower"):
+        DualEncoder.compose(checkpoint("vit"), checkpoint("chinese-clip"), pooling="pooler")
+
+
+def test_the_text_rules_of_a_half_survive(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    DualEncoder.compose(checkpoint("vit"), checkpoint("siglip2"), pooling="mean", device="cpu").save(tmp_path)
+    inputs = load(tmp_path).preprocessor.texts(["A DOG"])
+    assert inputs["input_ids"].shape == (1, 64)
+    assert torch.equal(inputs["input_ids"], load(checkpoint("siglip2")).preprocessor.texts(["a dog"])["input_ids"])
+
+
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_a_composition_learns(projection: str, checkpoint: Checkpoint, pictures: Pictures) -> None:
+    torch.manual_seed(0)
+    encoder = DualEncoder.compose(
+        checkpoint("vit"), checkpoint("bert"), embed_dim=16, projection=projection, device="cpu"
+    )
+    optimizer = torch.optim.AdamW(encoder.module.parameters(), lr=3e-3)
+    images, texts = encoder.preprocessor.images(pictures), encoder.preprocessor.texts(TEXTS[:3])
+    losses = []
+    for _ in range(25):
+        logits = encoder.embed_images(images) @ encoder.embed_texts(texts).T * encoder.module.logit_scale.exp()
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 < losses[0]
+    assert encoder.logit_scale != pytest.approx(1 / 0.07, rel=1e-3)
+
+
+@pytest.mark.parametrize(("pooling", "projection"), list(product(["mean", "pooler"], ["linear", "mlp"])))
+def test_gradients_reach_every_weight_that_is_used(pooling: str, projection: str, checkpoint: Checkpoint) -> None:
+    encoder = DualEncoder.compose(
+        checkpoint("vit"), checkpoint("bert"), pooling=pooling, projection=projection, device="cpu"
+    )
+    images = encoder.embed_images(encoder.preprocessor.images([Image.effect_noise((40, 40), 90).convert("RGB")]))
+    texts = encoder.embed_texts(encoder.preprocessor.texts(TEXTS[:1]))
+    (images @ texts.T * encoder.module.logit_scale.exp()).sum().backward()
+    idle = [name for name, weight in encoder.module.named_parameters() if weight.grad is None]
+    assert all("pooler" in name for name in idle)
+    assert bool(idle) == (pooling == "mean")
