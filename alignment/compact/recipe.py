@@ -40,12 +40,16 @@ class Recipe:
     """All that a run of the recipe may vary.
 
     Attributes:
-        heads_epochs, tail_epochs, text_epochs: passes over the training pictures (captions, in the text stage).
+        heads_epochs, tail_epochs, text_epochs: passes over the training pictures; the tail stage is a series of cycles,
+            each with a schedule of its own.
         batch_size: pictures a step in the tail stage; the heads stage takes twice as many.
         captions_per_image: captions drawn for each picture of a step.
+        dropout, tail_dropout, text_dropout: of the heads stage, of each cycle of the tail stage, of the text stage.
         heads_rate, tail_rate, tuned_rate, text_rate: peak learning rates; `tuned_rate` is that of the heads while the
             tail is tuned.
         windows: sides of the random windows cut from the 17 x 17 maps, one drawn a step.
+        names_per_step: class names in a step of the first two stages.
+        extras_per_step: class names, and as many scenes, in a step of the text stage.
         names_weight: weight of the class names beside the captions.
         hold_weight: weight of staying near the pretrained features, on whole pictures.
         teacher_weight: weight of staying near the teacher's caption embeddings in the text stage.
@@ -57,25 +61,28 @@ class Recipe:
 
     seed: int = 0
     heads_epochs: int = 20
-    tail_epochs: int = 10
-    text_epochs: int = 12
+    tail_epochs: tuple[int, ...] = (10, 9)
+    text_epochs: int = 50
     batch_size: int = 256
     captions_per_image: int = 3
     dropout: float = 0.3
+    tail_dropout: tuple[float, ...] = (0.3, 0.2)
+    text_dropout: float = 0.1
     heads_rate: float = 2e-3
-    tail_rate: float = 2e-4
+    tail_rate: float = 3e-4
     tuned_rate: float = 5e-4
     text_rate: float = 2e-3
     weight_decay: float = 0.05
     windows: tuple[int, ...] = (13, 14, 15, 17)
     names_weight: float = 0.5
     names_per_step: int = 256
+    extras_per_step: int = 160
     hold_weight: float = 0.1
     teacher_weight: float = 2.0
     scenes_weight: float = 1.0
     average: float = 0.99
     image_weight: tuple[float, float] = (0.1, 0.5)
-    text_weight: float = 0.3
+    text_weight: float = 0.2
 
 
 class Teacher(nn.Module):
@@ -170,17 +177,20 @@ def train_tail(
     features: ImageFeatures,
     data: Training,
     recipe: Recipe,
+    cycle: int,
     measured: Callable[[int, Aligner], None],
 ) -> None:
-    """Stage 2: the heads and the image tower's last blocks, on random windows of the cached maps."""
-    size, rng, whole = recipe.batch_size, np.random.default_rng(recipe.seed), features.maps.shape[-1]
+    """Stage 2, one cycle of it: the heads and the tower's last blocks, on random windows of the cached maps."""
+    size, rng, whole = recipe.batch_size, np.random.default_rng(recipe.seed + cycle), features.maps.shape[-1]
+    epochs = recipe.tail_epochs[cycle]
+    set_dropout(aligner, recipe.tail_dropout[cycle])
     steps = len(data.train) // size
     groups = [
         (list(aligner.head.parameters()) + list(aligner.teacher.parameters()), recipe.tuned_rate),
         (list(aligner.tail.parameters()), recipe.tail_rate),
     ]
-    optimiser = Optimiser(aligner, groups, recipe, recipe.tail_epochs * steps)
-    for step, images in enumerate(data.batches(size, recipe.tail_epochs), 1):
+    optimiser = Optimiser(aligner, groups, recipe, epochs * steps)
+    for step, images in enumerate(data.batches(size, epochs), 1):
         views, side = torch.randint(VIEWS, (size,)), int(rng.choice(recipe.windows))
         embeds, pooled = aligner.images(features.windows(images, views, side, rng))
         loss = data.caption_loss(aligner, embeds, images) + data.names_loss(aligner)
@@ -247,14 +257,15 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
     """Stage 3: the text head that ships, against finished image embeddings and the teacher's caption embeddings."""
     size = 2 * recipe.batch_size
     steps = recipe.text_epochs * (len(data.train) // size)
+    set_dropout(head, recipe.text_dropout)
     optimiser = Optimiser(head, [(list(head.parameters()), recipe.text_rate)], recipe, steps)
     scale = aligner.logit_scale.detach().exp()
     place = torch.full((len(targets.images),), -1)
     place[data.train] = torch.arange(len(data.train))
     for images in data.batches(size, recipe.text_epochs):
         rows = targets.captions.draw(images, 1).squeeze(1)
-        scenes = torch.randperm(len(targets.scenes))[: recipe.names_per_step]
-        classes = torch.randperm(len(targets.names))[: recipe.names_per_step]
+        scenes = torch.randperm(len(targets.scenes))[: recipe.extras_per_step]
+        classes = torch.randperm(len(targets.names))[: recipe.extras_per_step]
         named = torch.stack([draw_one(targets.names[row]) for row in classes.tolist()])
         tokens, sentences, mask = targets.features.batch(torch.cat([rows, targets.scenes[scenes], named]))
         embeds = head(sentences, tokens, mask)
@@ -271,6 +282,13 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
             + recipe.names_weight * softmax_loss(scale * prototypes @ names.T)
         )
     optimiser.keep_average()
+
+
+def set_dropout(module: nn.Module, share: float) -> None:
+    """Change the dropout of every layer that has one."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = share
 
 
 def draw_one(rows: Tensor) -> Tensor:
@@ -292,7 +310,7 @@ class Optimiser:
             rates.append(rates[0])
         self.adam = torch.optim.AdamW(parameters, lr=rates[0])
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, steps, pct_start=0.1)
-        self.tuned = [parameter for group in parameters for parameter in group["params"]]
+        self.tuned = [weight for group in self.adam.param_groups for weight in group["params"]]
         self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
         self.count, self.started = 0, time.monotonic()
         module.train()
