@@ -1,0 +1,261 @@
+"""Floor 4, serving: what the page may ask.
+
+Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, strung together here. The engine keeps
+nothing about a visitor: photos of their own are a value that the page holds for them and hands back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from io import BytesIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignment.gallery import THUMBNAIL_PIXELS, Caption, Gallery, Match, Picture
+from alignment.model import DualEncoder
+from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
+from alignment.similarity import cosine_similarity, logits_per_image, match_probabilities
+
+logger = logging.getLogger(__name__)
+
+MAX_PHOTOS = 200
+"""Photos a visitor may bring; their embeddings and thumbnails stay in memory."""
+
+_KEPT_THUMBNAILS = 1024  # of the gallery's pictures, some 15 KB each
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Pictures against captions.
+
+    Attributes:
+        similarity: (num_images, num_texts) cosines.
+        logits_per_image: the same, scaled, with the model's bias if it has one.
+    """
+
+    similarity: Tensor
+    logits_per_image: Tensor
+
+    @property
+    def over_captions(self) -> Tensor:
+        """Softmax over the captions: each picture's row adds up to 1."""
+        return match_probabilities(self.logits_per_image, dim=1)
+
+    @property
+    def over_pictures(self) -> Tensor:
+        """Softmax over the pictures: each caption's column adds up to 1."""
+        return match_probabilities(self.logits_per_image, dim=0)
+
+    @property
+    def best_captions(self) -> list[int]:
+        """For each picture the caption that fits it best; the first of equals."""
+        return [int(row.argmax()) for row in self.similarity]
+
+    @property
+    def best_pictures(self) -> list[int]:
+        """For each caption the picture that fits it best; the first of equals."""
+        return [int(column.argmax()) for column in self.similarity.T]
+
+
+@dataclass(frozen=True)
+class Photos:
+    """A visitor's own pictures: a gallery in memory. Never changed, only replaced.
+
+    Attributes:
+        gallery: the pictures (`source` is the name the file came with) and their embeddings.
+        thumbnails: picture id -> WebP.
+    """
+
+    gallery: Gallery
+    thumbnails: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.gallery.pictures)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was not taken, and why."""
+
+    name: str
+    error: InputError
+
+
+class AlignmentEngine:
+    """One encoder and one gallery, searched both ways; safe to call from several threads."""
+
+    def __init__(self, encoder: DualEncoder, gallery: Gallery) -> None:
+        self.encoder = encoder
+        self.gallery = gallery
+        self._lock = threading.Lock()  # two encodings at once only get in each other's way
+        self._pictures = {picture.id: picture for picture in gallery.pictures}
+        self._rows = {picture.id: row for row, picture in enumerate(gallery.pictures)}
+        self._kept_thumbnail = lru_cache(_KEPT_THUMBNAILS)(self._make_thumbnail)
+
+    def warm(self) -> None:
+        """Run both towers once: the first run is slow, and nobody should wait for it."""
+        self.embed_image(Image.new("RGB", (64, 64)))
+        self.embed_caption("a")
+
+    # ------------------------------------------------------------ search
+
+    def embed_image(self, image: ImageSource) -> Tensor:
+        """Embed one picture; (embed_dim,). Raises InputError when it cannot be opened."""
+        with self._lock:
+            return self.encoder.encode_images([image])[0]
+
+    def embed_caption(self, caption: str) -> Tensor:
+        """Embed one caption; (embed_dim,). Raises InputError when it is empty or too long."""
+        with self._lock:
+            return self.encoder.encode_texts([clean_caption(caption)])[0]
+
+    def search_captions(
+        self, image: ImageSource | Tensor, k: int = 10, lang: str | None = None
+    ) -> list[Match[Caption]]:
+        """Find the gallery's captions that fit a picture.
+
+        Args:
+            image: the picture, or its embedding.
+            k: how many.
+            lang: only captions of this language compete; all do where the gallery has none in it.
+
+        Raises:
+            InputError: when the picture cannot be opened.
+        """
+        embed = image if isinstance(image, Tensor) else self.embed_image(image)
+        return self.gallery.search_captions(embed, k, lang=lang if lang in self.gallery.languages else None)
+
+    def search_images(
+        self, caption: str | Tensor, k: int = 12, *, photos: Photos | None = None
+    ) -> list[Match[Picture]]:
+        """Find the pictures that fit a caption.
+
+        Args:
+            caption: the caption, or its embedding.
+            k: how many.
+            photos: where to look, instead of the gallery.
+
+        Raises:
+            InputError: when the caption is empty or too long.
+        """
+        embed = caption if isinstance(caption, Tensor) else self.embed_caption(caption)
+        return (self.gallery if photos is None else photos.gallery).search_images(embed, k)
+
+    def align(self, images: Sequence[ImageSource] | Tensor | Photos, captions: Sequence[str]) -> Alignment:
+        """Score every picture against every caption.
+
+        Args:
+            images: pictures, their embeddings, or a visitor's photos.
+            captions: in any language.
+
+        Raises:
+            InputError: when a picture cannot be opened, or a caption is empty or too long.
+        """
+        with self._lock:
+            text_embeds = self.encoder.encode_texts([clean_caption(caption) for caption in captions])
+            if isinstance(images, Photos):
+                image_embeds = images.gallery.image_embeds
+            else:
+                image_embeds = images if isinstance(images, Tensor) else self.encoder.encode_images(images)
+        similarity = cosine_similarity(image_embeds, text_embeds)
+        logits = logits_per_image(similarity, self.encoder.logit_scale, self.encoder.logit_bias)
+        return Alignment(similarity, logits)
+
+    # ------------------------------------------------------------ photos of a visitor
+
+    def no_photos(self) -> Photos:
+        """Start an empty collection."""
+        return self._photos([], torch.empty(0, self.encoder.embed_dim), {})
+
+    def gallery_photos(self, ids: Sequence[str]) -> Photos:
+        """Take some of the gallery's pictures as if a visitor had brought them."""
+        pictures = [self._pictures[id] for id in ids]
+        embeds = self.gallery.image_embeds[[self._rows[id] for id in ids]]
+        return self._photos(pictures, embeds, {id: self.thumbnail(id) for id in ids})
+
+    def add_photos(
+        self, photos: Photos, files: Sequence[tuple[str, bytes]], *, limit: int = MAX_PHOTOS
+    ) -> tuple[Photos, list[Skipped]]:
+        """Embed more photos; a bad file is skipped and named, never fatal.
+
+        Args:
+            photos: what is there already.
+            files: name and content of each file.
+            limit: of photos in all.
+
+        Returns:
+            The larger collection, and what was left out of it.
+        """
+        new: dict[str, tuple[str, Image.Image]] = {}
+        skipped = []
+        for name, data in files:
+            id = hashlib.sha256(data).hexdigest()[:32]
+            try:
+                if id in photos.thumbnails or id in new:
+                    raise InputError("This picture is there already.", "photo.duplicate")
+                if len(photos) + len(new) >= limit:
+                    raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
+                new[id] = name, open_image(data)
+            except InputError as error:
+                skipped.append(Skipped(name, error))
+        return self._extended(photos, new), skipped
+
+    def _extended(self, photos: Photos, new: Mapping[str, tuple[str, Image.Image]]) -> Photos:
+        if not new:
+            return photos
+        with self._lock:
+            embeds = self.encoder.encode_images([image for _, image in new.values()])
+        return self._photos(
+            [*photos.gallery.pictures, *(Picture(id, name) for id, (name, _) in new.items())],
+            torch.cat([photos.gallery.image_embeds, embeds]),
+            {**photos.thumbnails, **{id: as_webp(image) for id, (_, image) in new.items()}},
+        )
+
+    def without(self, photos: Photos, id: str) -> Photos:
+        """Take one photo out; one that is not there is no error."""
+        rows = [row for row, picture in enumerate(photos.gallery.pictures) if picture.id != id]
+        kept = [photos.gallery.pictures[row] for row in rows]
+        thumbnails = {picture.id: photos.thumbnails[picture.id] for picture in kept}
+        return self._photos(kept, photos.gallery.image_embeds[rows], thumbnails)
+
+    def _photos(self, pictures: Sequence[Picture], embeds: Tensor, thumbnails: Mapping[str, bytes]) -> Photos:
+        gallery = Gallery(pictures, (), embeds, torch.empty(0, self.encoder.embed_dim), self.gallery.stamp)
+        return Photos(gallery, thumbnails)
+
+    # ------------------------------------------------------------ pictures to show
+
+    def picture_embed(self, id: str) -> Tensor:
+        """Look up the embedding of one of the gallery's pictures."""
+        return self.gallery.image_embeds[self._rows[id]]
+
+    def thumbnail(self, id: str) -> bytes:
+        """Show one of the gallery's pictures small, as WebP; made once.
+
+        Raises:
+            KeyError: when the gallery has no such picture.
+            InputError: when its file is gone.
+        """
+        return self._kept_thumbnail(id)
+
+    def _make_thumbnail(self, id: str) -> bytes:
+        picture = self._pictures[id]
+        path = self.gallery.thumbnail(picture)
+        if not picture.package and path != picture.path and path.is_file():
+            return path.read_bytes()
+        return as_webp(open_image(picture.path))
+
+
+def as_webp(image: Image.Image, side: int = THUMBNAIL_PIXELS) -> bytes:
+    """Scale a picture down to fit a square of `side` pixels, as WebP."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    buffer = BytesIO()
+    small.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()

@@ -1,0 +1,121 @@
+"""Top floor, tab "Image to captions": a picture goes in, the gallery's captions come out ranked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+from torch import Tensor
+
+from alignment.engine import AlignmentEngine, as_webp
+from alignment.gallery import Picture
+from alignment.preprocess import InputError, open_image
+from alignment.ui.examples import NUM_CHIPS, PREVIEW_PIXELS, Examples
+from alignment.ui.results import Value, captions_value, is_sigmoid, note_value, problem_value
+from alignment.ui.strings import error_text, text
+from alignment.ui.uploads import drop_value, forget, take, uploads_of
+from alignment.ui.widgets import data_url, listen, spoken, widget
+
+NUM_RESULTS = 10
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The picture in question.
+
+    Attributes:
+        embed: its embedding; None before there is one.
+        preview: address of the picture as it is shown.
+        name: what to call it; the id if it is the gallery's.
+        bad_file: name of the last file, if it was no picture.
+        error: what was wrong with it.
+    """
+
+    embed: Tensor | None = None
+    preview: str = ""
+    name: str = ""
+    bad_file: str = ""
+    error: InputError | None = None
+
+
+class CaptionsTab:
+    """See the module."""
+
+    key = "captions"
+
+    def __init__(self, engine: AlignmentEngine, examples: Examples) -> None:
+        self.engine, self.examples = engine, examples
+        self.by_id = {picture.id: picture for picture in examples.pictures[:NUM_CHIPS]}
+        first = examples.pictures[:1]
+        self.first = self._of_gallery(first[0]) if first else Asked()
+
+    def build(self, language: Any, lang: str) -> None:
+        """Lay the tab out."""
+        with gr.Row(elem_classes=["al-columns"]):
+            with gr.Column(scale=5, min_width=300):
+                self.drop = widget("drop", self._drop(lang, self.first), elem_id="captions-drop")
+                self.chips = widget("chips", self._chips(lang), elem_id="captions-examples")
+            with gr.Column(scale=7, min_width=300):
+                self.results = widget("captions", self._results(lang, self.first), elem_id="captions-results")
+        self.asked = gr.State(self.first, time_to_live=3600)
+        self.inputs, self.outputs = [self.asked], [self.drop, self.chips, self.results]
+        shown = [self.asked, self.drop, self.results]
+        listen(self.drop.files, self._take, [language, self.asked], shown, work="search")
+        listen(self.chips.pick, self._pick, [language], shown)
+
+    def translate(self, lang: str, *inputs: Any) -> list[Any]:
+        """Rank the captions of the other language for the same picture."""
+        (asked,) = inputs
+        return [self._drop(lang, asked), self._chips(lang), self._results(lang, asked)]
+
+    def _take(self, lang: str, asked: Asked, event: gr.EventData) -> list[Any]:
+        uploads = uploads_of(event._data)
+        for upload in uploads[:1]:
+            try:
+                with spoken():
+                    image = open_image(take(upload, limit=1))
+                    preview = data_url(as_webp(image, PREVIEW_PIXELS))
+                    asked = Asked(self.engine.embed_image(image), preview, upload.name)
+            except InputError as error:
+                asked = replace(asked, bad_file=upload.name, error=error)  # what was there stays
+        forget(uploads)
+        return [asked, self._drop(lang, asked), self._results(lang, asked)]
+
+    def _pick(self, lang: str, event: gr.EventData) -> list[Any]:
+        picture = self.by_id.get(str(event._data.get("id")))
+        asked = self._of_gallery(picture) if picture else self.first
+        return [asked, self._drop(lang, asked), self._results(lang, asked)]
+
+    def _of_gallery(self, picture: Picture) -> Asked:
+        return Asked(self.engine.picture_embed(picture.id), self.examples.preview(picture), picture.id)
+
+    def _drop(self, lang: str, asked: Asked) -> Value:
+        picture = self.by_id.get(asked.name)
+        name = (self.examples.query(picture, lang) if picture else "") or asked.name
+        title = text(lang, "drop.other" if asked.preview else "drop.one")
+        more: Value = {"preview": asked.preview, "alt": text(lang, "drop.preview", name=name)} if asked.preview else {}
+        if asked.error:
+            more["error"] = f"{asked.bad_file}: {error_text(lang, asked.error)}"
+        return drop_value(lang, title, **more)
+
+    def _chips(self, lang: str) -> Value:
+        items = [
+            {"id": picture.id, "text": self.examples.query(picture, lang) or picture.id, "image": image}
+            for picture, image in ((picture, self.examples.image_of(picture)) for picture in self.by_id.values())
+        ]
+        return {"label": text(lang, "captions.example"), "items": items}
+
+    def _results(self, lang: str, asked: Asked) -> Value:
+        gallery = self.engine.gallery
+        if not gallery.captions:
+            return note_value(lang, "captions.none")
+        if asked.embed is None:
+            return {}
+        try:
+            with spoken():
+                matches = self.engine.search_captions(asked.embed, NUM_RESULTS, lang)
+        except InputError as error:
+            return problem_value(error, lang, self.key)
+        total = sum(caption.lang == lang for caption in gallery.captions) or len(gallery.captions)
+        return captions_value(matches, lang, total=total, sigmoid=is_sigmoid(gallery))

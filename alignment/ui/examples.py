@@ -1,0 +1,63 @@
+"""Top floor, the worked examples: what the page shows before a visitor has done anything.
+
+For the starter gallery they are chosen by hand; any other gallery gets them from its own pictures and captions.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from urllib.parse import quote
+
+from alignment.engine import AlignmentEngine, as_webp
+from alignment.gallery import Picture
+from alignment.preprocess import InputError, open_image
+from alignment.ui.strings import STRINGS, text
+from alignment.ui.widgets import data_url
+
+FAVOURITES = ("cat", "coffee", "motorcycle", "lion", "cheetah-running", "horse")  # in the starter gallery
+NUM_CHIPS, NUM_COMPARED, NUM_SAMPLE = 6, 4, 12
+PREVIEW_PIXELS = 720
+THUMBNAIL_ROUTE = "thumbnails/{id}.webp"
+
+
+class Examples:
+    """Pictures and queries of a gallery that are worth showing first."""
+
+    def __init__(self, engine: AlignmentEngine) -> None:
+        self.engine = engine
+        by_id = {picture.id: picture for picture in engine.gallery.pictures if _shown(engine, picture.id)}
+        first = [by_id[id] for id in FAVOURITES if id in by_id]
+        self.pictures = (first + [picture for picture in by_id.values() if picture not in first])[:NUM_SAMPLE]
+        self.preview = lru_cache(NUM_SAMPLE)(self._preview)
+
+    def query(self, picture: Picture, lang: str) -> str:
+        """Describe an example picture in the words of somebody who searches for it; "" if nobody knows how."""
+        return STRINGS[lang].get(f"example.query.{picture.id}") or picture.caption(lang)
+
+    def queries(self, lang: str) -> list[str]:
+        """List queries that find something."""
+        known = [query for picture in self.pictures[:NUM_CHIPS] if (query := self.query(picture, lang))]
+        return known or [text(lang, f"example.any.{number}") for number in range(1, 5)]
+
+    def compared(self, lang: str) -> list[str]:
+        """List captions for the matrix, one for each of the pictures compared."""
+        return self.queries(lang)[:NUM_COMPARED]
+
+    def image_of(self, picture: Picture) -> str:
+        """Address of a gallery picture's thumbnail, relative to the page."""
+        version = self.engine.gallery.stamp.fingerprint[:8]
+        return f"{THUMBNAIL_ROUTE.format(id=quote(picture.id, safe=''))}?{version}"
+
+    def _preview(self, picture: Picture) -> str:
+        try:
+            return data_url(as_webp(open_image(picture.path), PREVIEW_PIXELS))
+        except (InputError, OSError):  # of the user's own pictures only the thumbnail need be here
+            return self.image_of(picture)
+
+
+def _shown(engine: AlignmentEngine, id: str) -> bool:
+    try:
+        engine.thumbnail(id)
+    except (InputError, OSError):
+        return False
+    return True

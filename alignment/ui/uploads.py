@@ -1,0 +1,175 @@
+"""Top floor, what arrives from the visitor's device: uploads are read once, and then their files are deleted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from gradio.utils import get_upload_folder
+
+from alignment.engine import AlignmentEngine, Photos, Skipped
+from alignment.preprocess import InputError
+from alignment.ui.strings import count_text, error_text, text
+from alignment.ui.widgets import spoken
+
+logger = logging.getLogger(__name__)
+
+MAX_FILE_MB = 30
+MAX_NAME = 120
+CHUNK = 4  # pictures between two signs of progress
+SHOWN_PROBLEMS = 10
+
+_serial = count()  # the page redraws on a new value only, also when the same file is wrong twice
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file as the page announced it: where the server put it, or why it never arrived."""
+
+    name: str
+    path: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Pictures beside each other, kept in the visitor's session.
+
+    Attributes:
+        photos: what is there.
+        sample: whether these are still the page's own.
+        added: how many came last.
+        skipped: what was left out then.
+    """
+
+    photos: Photos
+    sample: bool = True
+    added: int = 0
+    skipped: tuple[Skipped, ...] = field(default=())
+
+
+def uploads_of(data: object) -> list[Upload]:
+    """Read the event of `drop.js`; a page could send anything."""
+    files = data.get("files") if isinstance(data, dict) else None
+    uploads = []
+    for file in files if isinstance(files, list) else []:
+        if isinstance(file, dict):
+            name, path, problem = (str(file.get(key) or "") for key in ("name", "path", "problem"))
+            uploads.append(Upload(name[:MAX_NAME] or "?", path, problem))
+    return uploads
+
+
+def take(upload: Upload, limit: int) -> bytes:
+    """Read an upload.
+
+    Raises:
+        InputError: when it is not there.
+    """
+    if upload.problem == "size":
+        raise InputError("The file has more than {limit} MB; make it smaller.", "upload.size", limit=MAX_FILE_MB)
+    if upload.problem == "limit":
+        raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
+    if upload.problem == "empty":
+        raise InputError("The file is empty; choose one with a picture in it.", "image.empty")
+    try:
+        return _path(upload).read_bytes()
+    except (OSError, ValueError) as error:
+        raise InputError("The file did not arrive; try again.", "upload.lost") from error
+
+
+def forget(uploads: Sequence[Upload]) -> None:
+    """Delete the files of uploads that have been dealt with."""
+    for upload in uploads:
+        try:
+            _path(upload).unlink(missing_ok=True)
+        except (OSError, ValueError) as error:
+            logger.debug("Nothing to delete: %s", error)
+
+
+def _path(upload: Upload) -> Path:
+    """Find the file of an upload; nothing but the upload folder is ever touched, whatever a page may send."""
+    folder = Path(get_upload_folder()).resolve()
+    path = Path(upload.path).resolve()
+    if not upload.path or folder not in path.parents:
+        raise ValueError("not an upload")
+    return path
+
+
+def fill(engine: AlignmentEngine, shelf: Shelf, uploads: Sequence[Upload], limit: int) -> Iterator[tuple[Shelf, int]]:
+    """Add uploads to a shelf a few at a time; the first make way for the sample.
+
+    Yields:
+        The shelf so far, and how many uploads have been dealt with; at first as it was, and 0.
+    """
+    yield replace(shelf, added=0, skipped=()), 0
+    photos = engine.no_photos() if shelf.sample else shelf.photos
+    before = len(photos)
+    skipped: list[Skipped] = []
+    try:
+        for start in range(0, len(uploads), CHUNK):
+            chunk = uploads[start : start + CHUNK]
+            photos = _add(engine, photos, chunk, skipped, limit)
+            now = Shelf(photos, False, len(photos) - before, tuple(skipped))
+            # Where no file was any good, the sample stays.
+            yield now if len(photos) else replace(shelf, added=0, skipped=tuple(skipped)), start + len(chunk)
+    finally:
+        forget(uploads)  # only now: two files alike are one file here
+
+
+def _add(
+    engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], skipped: list[Skipped], limit: int
+) -> Photos:
+    files = []
+    for upload in uploads:
+        try:
+            files.append((upload.name, take(upload, limit)))
+        except InputError as error:
+            skipped.append(Skipped(upload.name, error))
+    try:
+        with spoken():
+            photos, bad = engine.add_photos(photos, files, limit=limit)
+        skipped += bad
+    except InputError as error:
+        skipped += [Skipped(name, error) for name, _ in files]
+    return photos
+
+
+def drop_value(lang: str, title: str, *, max_files: int = 1, **more: Any) -> dict[str, Any]:
+    """Lay the place for files out for `drop.js`."""
+    many = max_files > 1
+    return {
+        "serial": next(_serial),
+        "title": title,
+        "how": text(lang, "drop.how.many" if many else "drop.how"),
+        "many": many,
+        "maxFiles": max_files,
+        "maxBytes": MAX_FILE_MB * 2**20,
+        "busy": text(lang, "drop.busy"),
+        "uploading": text(lang, "drop.uploading", done="{done}", total="{total}"),
+        **more,
+    }
+
+
+def shelf_drop_value(lang: str, title: str, shelf: Shelf, max_files: int) -> dict[str, Any]:
+    """Lay it out for a shelf, with what became of the last files."""
+    shown = [[skip.name, error_text(lang, skip.error)] for skip in shelf.skipped[:SHOWN_PROBLEMS]]
+    if rest := len(shelf.skipped) - len(shown):
+        shown.append(["…", text(lang, "drop.more", count=rest)])
+    return drop_value(
+        lang,
+        title,
+        max_files=max_files,
+        status=count_text(lang, "drop.added", shelf.added) if shelf.added else "",
+        skippedTitle=count_text(lang, "drop.skipped", len(shelf.skipped)) if shelf.skipped else "",
+        skipped=shown,
+    )
+
+
+def progress_value(lang: str, title: str, done: int, total: int, max_files: int) -> dict[str, Any]:
+    """Lay it out while uploads are being read."""
+    say = text(lang, "drop.reading", done=done, total=total)
+    return drop_value(lang, title, max_files=max_files, progress={"done": done, "total": total, "text": say})

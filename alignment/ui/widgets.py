@@ -1,0 +1,102 @@
+"""Top floor, the parts the tabs are made of: our own HTML elements and how events reach Python.
+
+What an element shows is a JSON value; the script beside it in `assets/ui` builds the nodes, and text enters the page
+as text only. That is why no value here is escaped and none may be put into a template.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import gradio as gr
+
+from alignment.preprocess import InputError
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets" / "ui"
+STYLE, ICON = ASSETS / "page.css", ASSETS / "favicon.svg"
+
+SEARCHES_AT_ONCE, UPLOADS_AT_ONCE = 4, 2
+
+
+class Tab(Protocol):
+    """What `app.py` needs to know of a tab."""
+
+    key: str  # of its strings: "captions", ...
+    inputs: list[Any]  # what `translate` wants to know
+    outputs: list[Any]  # what it renews
+
+    def build(self, language: Any, lang: str) -> None:
+        """Lay the tab out inside the current Gradio block, in the language `lang`."""
+
+    def translate(self, lang: str, *inputs: Any) -> list[Any]:
+        """Say everything again in another language; what the visitor did stays."""
+
+
+def widget(name: str, value: object, **options: Any) -> Any:
+    """Make an element that the script `assets/ui/NAME.js` draws; the events it sends are attributes of it."""
+    script = "\n".join((ASSETS / file).read_text("utf-8") for file in ("dom.js", f"{name}.js"))
+    return gr.HTML(
+        value,
+        html_template='<div class="al-root"></div>',
+        js_on_load=script,
+        apply_default_css=False,
+        elem_classes=["al-widget"],
+        **options,
+    )
+
+
+def listen(
+    event: Callable[..., Any],
+    handler: Callable[..., Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    work: str = "",
+    *,
+    latest: bool = False,
+) -> None:
+    """Let a handler answer an event without a trace in the public API.
+
+    Args:
+        event: such as `button.click`.
+        handler: plain function or, to show progress, a generator.
+        inputs: what it is given.
+        outputs: what it renews.
+        work: "search" or "upload" for what runs the model and has to queue; "" is answered at once.
+        latest: of several events in a hurry only the last need be answered; not for events that carry data.
+    """
+    limit = {"search": SEARCHES_AT_ONCE, "upload": UPLOADS_AT_ONCE}.get(work)
+    queued = {"concurrency_id": work, "concurrency_limit": limit} if work else {}
+    event(
+        handler,
+        list(inputs),
+        list(outputs),
+        api_visibility="private",
+        show_progress="hidden",
+        trigger_mode="always_last" if latest else "multiple",
+        queue=bool(work),
+        **queued,
+    )
+
+
+@contextmanager
+def spoken() -> Iterator[None]:
+    """Turn a failure of ours into an `InputError`, so that the page can say so and goes on; the log has the rest."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        logger.exception("A request failed")
+        raise InputError("That did not work, and it is not your fault; try again.", "internal") from error
+
+
+def data_url(webp: bytes) -> str:
+    """Put a thumbnail into the page itself; nobody else can ask for it then."""
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"

@@ -1,0 +1,221 @@
+"""The page: `python app.py`, then open http://127.0.0.1:7860.
+
+Place in the flow: the top. Arguments, layout and wiring only; the tabs are in `alignment.ui`, what they ask is answered
+by `alignment.engine`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: nothing leaves this machine
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from alignment.engine import AlignmentEngine
+from alignment.gallery import Gallery
+from alignment.model import DualEncoder
+from alignment.preprocess import InputError
+from alignment.ui.captions_tab import CaptionsTab
+from alignment.ui.examples import THUMBNAIL_ROUTE, Examples
+from alignment.ui.matrix_tab import MatrixTab
+from alignment.ui.photos_tab import PhotosTab
+from alignment.ui.pictures_tab import PicturesTab
+from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, STRINGS, pick_language, text
+from alignment.ui.theme import theme
+from alignment.ui.uploads import MAX_FILE_MB
+from alignment.ui.widgets import ICON, STYLE, Tab, listen, widget
+
+ROOT = Path(__file__).resolve().parent
+_HELP = "Search pictures by caption and captions by picture, and look at the similarity matrix behind both."
+_ENVIRONMENT = """\
+environment, for a Space or a service; an option wins over its variable:
+  ALIGNMENT_MODEL      as --model
+  ALIGNMENT_REVISION   as --revision
+  ALIGNMENT_GALLERY    as --gallery
+  ALIGNMENT_LANG       as --lang
+  GRADIO_SERVER_NAME   as --host
+  GRADIO_SERVER_PORT   as --port
+  GRADIO_TEMP_DIR      where uploads lie until they have been read
+
+Another model needs a gallery of its own:
+  python -m alignment.gallery build PHOTOS --out my_gallery --model openai/clip-vit-base-patch32
+  python app.py --gallery my_gallery --model openai/clip-vit-base-patch32
+"""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, then the environment."""
+    env = os.environ.get
+    parser = argparse.ArgumentParser(
+        description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default=env("ALIGNMENT_MODEL") or _ours("checkpoints/compact"), metavar="PATH_OR_HUB_ID")
+    add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
+    add("--gallery", default=env("ALIGNMENT_GALLERY") or _ours("assets/gallery"), metavar="DIR")
+    add("--host", default=env("GRADIO_SERVER_NAME") or "127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
+    add("--port", type=int, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
+    add(
+        "--lang",
+        choices=tuple(LANGUAGES),
+        default=env("ALIGNMENT_LANG") or DEFAULT_LANGUAGE,
+        help="for browsers that ask for neither language (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def _ours(folder: str) -> str:
+    """Find a folder of this repository, from wherever the command is run."""
+    return folder if Path.cwd() == ROOT else str(ROOT / folder)
+
+
+def load_engine(args: argparse.Namespace) -> AlignmentEngine:
+    """Load and warm up what the page asks.
+
+    Raises:
+        FileNotFoundError: when the model or the gallery is missing.
+        ValueError: when one is damaged, or they do not belong together.
+    """
+    encoder = DualEncoder.load(args.model, revision=args.revision)
+    engine = AlignmentEngine(encoder, Gallery.load(args.gallery, encoder))
+    engine.warm()
+    return engine
+
+
+def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE) -> gr.Blocks:
+    """Lay the page out in the language `lang`; a browser that prefers another changes it when it loads."""
+    examples = Examples(engine)
+    tabs: list[Tab] = [kind(engine, examples) for kind in (CaptionsTab, PicturesTab, MatrixTab, PhotosTab)]
+    with gr.Blocks(title=text(lang, "title"), analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        with gr.Row(elem_classes=["al-header"]):
+            header = widget("plain", _header(lang), elem_id="header")
+            choices = [(name, code) for code, name in LANGUAGES.items()]
+            language = gr.Radio(choices, value=lang, **_language_words(lang), elem_id="language", min_width=0, scale=0)
+        with gr.Tabs():
+            places = []
+            for tab in tabs:
+                with gr.Tab(text(lang, f"{tab.key}.tab"), id=tab.key) as place:
+                    tab.build(language, lang)
+                places.append(place)
+        footer = widget("plain", _footer(engine, lang), elem_id="footer")
+
+        def frame(lang: str) -> list[Any]:
+            labels = [gr.update(label=text(lang, f"{tab.key}.tab")) for tab in tabs]
+            return [_header(lang), gr.update(**_language_words(lang)), *labels, _footer(engine, lang)]
+
+        listen(language.change, frame, [language], [header, language, *places, footer])
+        for tab in tabs:
+            listen(language.change, tab.translate, [language, *tab.inputs], tab.outputs)
+
+        def greet(request: gr.Request) -> Any:
+            wanted = pick_language(request.query_params, request.headers.get("accept-language", ""), lang)
+            return gr.skip() if wanted == lang else wanted  # then the page is right as it is
+
+        listen(page.load, greet, [], [language])
+        add_api(engine)
+    page.queue(max_size=64, default_concurrency_limit=4, api_open=False)
+    return page
+
+
+def add_api(engine: AlignmentEngine) -> None:
+    """Offer the search to programs: POST /gradio_api/call/search_images."""
+
+    def search_images(caption: str, k: int = 12) -> list[dict[str, Any]]:
+        """Rank the gallery's pictures for a caption.
+
+        Args:
+            caption: what the picture should show, in English or Chinese.
+            k: how many pictures.
+
+        Returns:
+            Best first: rank, id, captions, credit, similarity (cosine), probability.
+        """
+        try:
+            matches = engine.search_images(caption, max(0, k))
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return [
+            {
+                "rank": match.rank,
+                "id": match.item.id,
+                "captions": dict(match.item.captions),
+                "credit": match.item.credit,
+                "similarity": match.similarity,
+                "probability": match.probability,
+            }
+            for match in matches
+        ]
+
+    gr.api(search_images, api_name="search_images", concurrency_id="search", concurrency_limit=4)
+
+
+def launch_options(engine: AlignmentEngine) -> dict[str, Any]:
+    """How to serve the page: no telemetry, no public statistics, thumbnails at an address without server paths."""
+
+    def thumbnail(request: Request) -> Response:
+        try:
+            data = engine.thumbnail(request.path_params["id"])
+        except (KeyError, InputError, OSError):
+            return Response(status_code=404)
+        return Response(data, media_type="image/webp", headers={"Cache-Control": "public, max-age=3600"})
+
+    return {
+        "theme": theme(),
+        "css_paths": [STYLE],
+        "favicon_path": ICON,
+        "footer_links": [],
+        "run_history": False,
+        "enable_monitoring": False,
+        "ssr_mode": False,
+        "show_error": False,
+        "quiet": True,
+        "max_file_size": f"{MAX_FILE_MB}mb",
+        "app_kwargs": {"routes": [Route(f"/{THUMBNAIL_ROUTE}", thumbnail)]},
+    }
+
+
+def _header(lang: str) -> dict[str, Any]:
+    return {"lang": "zh-CN" if lang == "zh" else lang, "title": text(lang, "title"), "line": text(lang, "tagline")}
+
+
+def _language_words(lang: str) -> dict[str, Any]:
+    other = " / ".join(dict.fromkeys([text(lang, "language"), *(strings["language"] for strings in STRINGS.values())]))
+    return {"label": other}
+
+
+def _footer(engine: AlignmentEngine, lang: str) -> dict[str, Any]:
+    gallery = engine.gallery
+    numbers = {"pictures": f"{len(gallery.pictures):,}", "captions": f"{len(gallery.captions):,}"}
+    model = Path(engine.encoder.name).name
+    notes = [text(lang, "footer.model", model=model, **numbers), text(lang, "footer.private")]
+    return {"notes": notes, "link": {"text": text(lang, "footer.api"), "href": "?view=api"}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = parse(argv)
+    try:
+        engine = load_engine(args)
+        page = build_page(engine, args.lang)
+        options = {**launch_options(engine), "server_name": args.host, "server_port": args.port}
+        _, url, _ = page.launch(prevent_thread_lock=True, **options)
+        print(f"Open {url}", flush=True)
+        page.block_thread()
+    except (OSError, ValueError) as error:  # what the person who typed the command can mend
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+// Shared by the scripts of this folder; each is put behind this one and run by Gradio once per component, with
+// `element`, `props`, `trigger`, `upload` and `watch` in scope. Text only ever enters the page as text nodes.
+
+const make = (tag, options = {}, ...children) => {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(options)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "class") node.className = value;
+    else if (name === "style") for (const [key, setting] of Object.entries(value)) node.style.setProperty(key, setting);
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  return node;
+};
+
+const hidden = (text) => make("span", { class: "al-hidden" }, text);
+
+// Replace what is shown, and put the keyboard focus back where it was.
+const show = (...nodes) => {
+  const root = element.querySelector(".al-root");
+  const focused = root.contains(document.activeElement) ? document.activeElement.dataset.focus : null;
+  root.replaceChildren(...nodes.filter(Boolean));
+  if (focused) [...root.querySelectorAll("[data-focus]")].find((node) => node.dataset.focus === focused)?.focus();
+};
+
+const problem = (text) => (text ? make("p", { class: "al-problem", role: "alert" }, text) : null);
+
+const bar = (share) =>
+  make("span", { class: "al-bar", "aria-hidden": "true" }, make("span", { style: { width: `${(share * 100).toFixed(1)}%` } }));
+
+const scores = (row, labels) =>
+  make(
+    "dl",
+    { class: "al-scores" },
+    make("div", { class: "al-match" }, make("dt", {}, labels.match), make("dd", {}, row.probability)),
+    make("div", {}, make("dt", {}, labels.cosine), make("dd", {}, row.cosine)),
+  );
+
+const heading = (value) =>
+  make(
+    "div",
+    { class: "al-heading" },
+    make("h2", {}, value.heading),
+    value.count ? make("p", { "aria-live": "polite" }, value.count) : null,
+  );
+
+const keep = (render) => {
+  render(props.value || {});
+  watch("value", () => render(props.value || {}));
+};

@@ -1,0 +1,30 @@
+// Ranked pictures: a grid of cards with thumbnail, rank, bar, match probability, cosine and caption.
+
+const card = (item, labels) =>
+  make(
+    "li",
+    { class: "al-card" },
+    make(
+      "div",
+      { class: "al-thumb" },
+      make("img", { src: item.image, alt: item.alt, loading: "lazy", decoding: "async" }),
+      make("span", { class: "al-rank" }, hidden(item.rankText), make("span", { "aria-hidden": "true" }, String(item.rank))),
+    ),
+    make(
+      "div",
+      { class: "al-under" },
+      bar(item.bar),
+      scores(item, labels),
+      item.text ? make("p", { class: "al-text", lang: item.lang }, item.text) : null,
+      item.credit ? make("p", { class: "al-credit", title: item.credit, lang: "en" }, item.credit) : null,
+    ),
+  );
+
+keep((value) =>
+  show(
+    value.heading ? heading(value) : null,
+    problem(value.error),
+    value.cards?.length ? make("ol", { class: "al-grid" }, ...value.cards.map((item) => card(item, value.labels))) : null,
+    value.note ? make("p", { class: "al-note" }, value.note) : null,
+  ),
+);

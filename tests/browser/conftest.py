@@ -1,0 +1,102 @@
+"""The page as it is served, with the compact model and the starter gallery, in a real browser."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+import app
+from alignment.gallery import Gallery, Picture
+
+SLOW = 30_000  # milliseconds; the machine may be busy
+expect.set_options(timeout=SLOW)
+
+
+# Gradio's queue statistics, which nobody asked for, call pandas in a way that pandas 3 has deprecated.
+ALLOWED = "ignore:The copy keyword is deprecated:DeprecationWarning"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.filterwarnings(ALLOWED))
+
+
+@pytest.fixture(scope="session")
+def engine():
+    return app.load_engine(app.parse(["--model", str(app.ROOT / "checkpoints/compact")]))
+
+
+@pytest.fixture(scope="session")
+def uploads(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="session")
+def address(engine, uploads) -> Iterator[str]:
+    """Serve the page once for all tests, on any free port."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+        patch.setenv("no_proxy", "127.0.0.1,localhost")
+        for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+            patch.delenv(name, raising=False)
+        page = app.build_page(engine, "en")
+        _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", **app.launch_options(engine))
+        yield url
+        page.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium") or None, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, address) -> Iterator[Callable[..., Page]]:
+    """Open the page: `visit("?lang=zh", locale=..., width=...)`; no complaint and no foreign request goes unnoticed."""
+    contexts, complaints = [], []
+
+    def open_page(query: str = "", *, locale: str = "en-US", width: int = 1280, height: int = 900, **options) -> Page:
+        context = browser.new_context(locale=locale, viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        context.set_default_timeout(SLOW)
+        page = context.new_page()
+
+        def check(request):
+            if not request.url.startswith((address, address.replace("http", "ws"), "data:", "blob:")):
+                complaints.append(f"foreign request: {request.url}")
+
+        page.on("request", check)
+        page.on("pageerror", lambda error: complaints.append(f"script: {error}"))
+        page.on("console", lambda line: line.type == "error" and complaints.append(f"console: {line.text}"))
+        page.goto(address + query)
+        expect(page.locator("#captions-results li").first).to_be_visible()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture(scope="session")
+def picture(engine) -> Callable[[str], Path]:
+    """File of one of the starter gallery's pictures, by its id."""
+    gallery: Gallery = engine.gallery
+    pictures: dict[str, Picture] = {picture.id: picture for picture in gallery.pictures}
+    return lambda id: pictures[id].path
+
+
+@pytest.fixture(scope="session")
+def bad_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("bad") / "notes.jpg"
+    path.write_text("This is no picture.")
+    return path

@@ -1,0 +1,306 @@
+import re
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect
+
+from alignment.ui.strings import STRINGS, text
+
+TABS = ("captions", "pictures", "matrix", "photos")
+
+
+def open_tab(page: Page, key: str, lang: str = "en") -> None:
+    page.get_by_role("tab", name=text(lang, f"{key}.tab")).click()
+    expect(page.locator(f"#{key}-{'table td' if key == 'matrix' else 'results li'}").first).to_be_visible()
+
+
+def drop(page: Page, key: str, *files) -> None:
+    page.locator(f"#{key}-drop input[type=file]").set_input_files([str(file) for file in files])
+
+
+def ranked(page: Page, key: str) -> list[str]:
+    return page.locator(f"#{key}-results li .al-text").all_inner_texts()
+
+
+def search(page: Page, key: str, caption: str) -> None:
+    box = page.locator(f"#{key}-query").get_by_role("textbox")
+    box.fill(caption)
+    box.press("Enter")
+
+
+# ---------------------------------------------------------------- first look
+
+
+@pytest.mark.parametrize(("lang", "locale"), [("en", "en-US"), ("zh", "zh-CN")])
+def test_every_tab_opens_with_a_worked_example_in_the_browsers_language(visit, lang, locale):
+    page = visit(locale=locale)
+    expect(page).to_have_title(text(lang, "title"))
+    expect(page.locator("html")).to_have_attribute("lang", "zh-CN" if lang == "zh" else "en")
+    for key in TABS:
+        open_tab(page, key, lang)
+    expect(page.locator("#photos-results h2")).to_have_text(text(lang, "pictures.results"))
+
+
+def test_results_show_rank_bar_cosine_and_probability_with_its_meaning(visit):
+    page = visit()
+    first = page.locator("#captions-results li").first
+    expect(first.locator(".al-rank")).to_contain_text("1")
+    expect(first.locator(".al-bar > span")).to_have_attribute("style", re.compile("width: 100"))
+    assert re.fullmatch(r"-?\d\.\d{3}", first.locator("dd").nth(1).inner_text())
+    assert re.fullmatch(r"[<>]?\d+\.\d %", first.locator("dd").nth(0).inner_text())
+    expect(page.locator("#captions-results .al-note")).to_contain_text("Match probability")
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_sticks_out_on_a_phone(visit, lang, dark):
+    page = visit(f"?lang={lang}&__theme={'dark' if dark else 'light'}", width=390, height=844)
+    expect(page.get_by_role("tab")).to_have_count(4)  # none is hidden in a menu
+    for key in TABS:
+        open_tab(page, key, lang)
+        widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+        assert widths[0] <= widths[1], (key, widths)
+    dark_body = page.evaluate("document.body.classList.contains('dark')")
+    assert dark_body == dark
+
+
+def test_the_grids_show_thumbnails_not_originals(visit):
+    page = visit()
+    open_tab(page, "pictures")
+    image = page.locator("#pictures-results img").first
+    expect(image).to_have_js_property("complete", True)
+    assert 0 < image.evaluate("node => Math.max(node.naturalWidth, node.naturalHeight)") <= 320
+
+
+def test_the_page_does_not_say_where_anything_lies_on_the_server(visit, engine):
+    page = visit()
+    for key in TABS:
+        open_tab(page, key)
+    html = page.content()
+    for picture in engine.gallery.pictures:
+        assert str(picture.path) not in html
+
+
+# ---------------------------------------------------------------- image to captions
+
+
+def test_a_photo_of_a_cat_finds_captions_about_cats(visit, picture, uploads):
+    page = visit()
+    drop(page, "captions", picture("cat"))
+    expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(picture("cat").name))
+    captions = page.locator("#captions-results li p").all_inner_texts()
+    assert any("cat" in caption.lower() for caption in captions[:5]), captions
+    assert [path for path in uploads.rglob("*") if path.is_file()] == []  # nothing stays
+
+
+def test_a_picture_is_read_as_a_person_sees_it(visit, picture, tmp_path):
+    upright = Image.open(picture("coffee")).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    upright.transpose(Image.Transpose.ROTATE_90).convert("CMYK").save(tmp_path / "turned.jpg", exif=exif)
+    page = visit()
+    drop(page, "captions", tmp_path / "turned.jpg")
+    image = page.locator("#captions-drop img")
+    expect(image).to_have_attribute("alt", re.compile("turned.jpg"))
+    expect(image).to_have_js_property("naturalWidth", 600)
+    captions = page.locator("#captions-results li p").all_inner_texts()
+    assert any(word in " ".join(captions[:5]).lower() for word in ("coffee", "cup", "espresso", "tea")), captions
+
+
+def test_a_bad_file_is_named_and_the_page_goes_on(visit, bad_file, picture):
+    page = visit()
+    drop(page, "captions", bad_file)
+    problem = page.locator("#captions-drop [role=alert]")
+    expect(problem).to_have_text(f"notes.jpg: {text('en', 'error.image.not_an_image')}")
+    expect(page.locator("#captions-results li")).to_have_count(10)
+    page.locator("#language").get_by_text("中文").click()
+    expect(problem).to_have_text(f"notes.jpg: {text('zh', 'error.image.not_an_image')}")
+    drop(page, "captions", bad_file)  # the same file again is judged again
+    expect(problem).to_be_visible()
+    drop(page, "captions", picture("coffee"))
+    expect(problem).to_have_count(0)
+    expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(picture("coffee").name))
+
+
+def test_an_example_is_one_click_away_also_by_keyboard(visit):
+    page = visit()
+    page.locator("#captions-examples button").nth(1).focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(text("en", "example.query.coffee")))
+
+
+def test_a_pasted_picture_is_taken(visit, picture):
+    page = visit()
+    page.evaluate(
+        """async (url) => {
+            const blob = await (await fetch(url)).blob();
+            const data = new DataTransfer();
+            data.items.add(new File([blob], "pasted.webp", { type: "image/webp" }));
+            document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data }));
+        }""",
+        "thumbnails/coffee.webp",
+    )
+    expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile("pasted.webp"))
+
+
+# ---------------------------------------------------------------- caption to images
+
+
+@pytest.mark.parametrize(("query", "found"), [("一杯咖啡", "espresso"), ("a red motorcycle", "motorcycle")])
+def test_a_caption_in_either_language_finds_the_picture(visit, query, found):
+    page = visit()
+    open_tab(page, "pictures")
+    before = ranked(page, "pictures")
+    search(page, "pictures", query)
+    expect(page.locator("#pictures-results li .al-text").first).to_contain_text(found)
+    assert ranked(page, "pictures") != before
+
+
+def test_an_empty_caption_is_answered_in_words(visit):
+    page = visit("?lang=zh")
+    open_tab(page, "pictures", "zh")
+    search(page, "pictures", "   ")
+    expect(page.locator("#pictures-results [role=alert]")).to_have_text(text("zh", "error.caption.empty"))
+    page.locator("#pictures-examples button").first.click()
+    expect(page.locator("#pictures-results li")).to_have_count(12)
+
+
+def test_what_is_typed_never_becomes_markup(visit):
+    page = visit()
+    open_tab(page, "matrix")
+    wicked = '<img src=x onerror="window.hit=1"> ${window.hit=1} {{x}}'
+    page.locator("#matrix-captions textarea").fill(wicked)
+    page.locator("#matrix-compare").click()
+    expect(page.locator("#matrix-table tbody th")).to_have_text([wicked])
+    assert page.evaluate("window.hit") is None
+
+
+# ---------------------------------------------------------------- similarity matrix
+
+
+def test_three_pictures_and_their_captions_mark_the_diagonal(visit, picture):
+    page = visit()
+    open_tab(page, "matrix")
+    drop(page, "matrix", picture("cat"), picture("coffee"), picture("motorcycle"))
+    expect(page.locator("#matrix-table thead img")).to_have_count(3)
+    page.locator("#matrix-captions textarea").fill("a cat\n一杯咖啡\na red motorcycle")
+    page.locator("#matrix-compare").click()
+    rows = page.locator("#matrix-table tbody tr")
+    expect(rows).to_have_count(3)
+    for view, pattern in (("cosine", r"-?\d\.\d{3}"), ("captions", r"[<>]?\d+\.\d %"), ("pictures", r"[<>]?\d+\.\d %")):
+        page.locator("#matrix-view").get_by_text(text("en", f"matrix.view.{view}")).click()
+        expect(page.locator("#matrix-table .al-note")).to_have_text(text("en", f"matrix.meaning.{view}"))
+        for row in range(3):
+            cells = rows.nth(row).locator("td")
+            expect(cells.nth(row)).to_have_class(re.compile("al-best-picture al-best-caption"))
+            assert re.fullmatch(pattern, cells.nth(row).locator("span").first.inner_text())
+    expect(page.locator("#matrix-table .al-cell.al-best-picture")).to_have_count(3)
+
+
+def test_pictures_of_the_matrix_can_be_removed_one_by_one_or_all(visit, bad_file, picture):
+    page = visit()
+    open_tab(page, "matrix")
+    drop(page, "matrix", picture("cat"), bad_file, picture("rocket"))
+    expect(page.locator("#matrix-drop [role=alert]")).to_contain_text("notes.jpg")
+    expect(page.locator("#matrix-table thead img")).to_have_count(2)
+    page.locator("#matrix-table .al-remove").first.click()
+    expect(page.locator("#matrix-table thead img")).to_have_count(1)
+    page.locator("#matrix-clear").click()
+    expect(page.locator("#matrix-table .al-note")).to_have_text(text("en", "matrix.empty"))
+
+
+def test_too_many_captions_are_answered_in_words(visit):
+    page = visit()
+    open_tab(page, "matrix")
+    page.locator("#matrix-captions textarea").fill("\n".join(f"caption {row}" for row in range(65)))
+    page.locator("#matrix-compare").click()
+    expect(page.locator("#matrix-table [role=alert]")).to_contain_text("65 captions")
+
+
+# ---------------------------------------------------------------- my photos
+
+
+def test_own_photos_are_searched_and_cleared(visit, bad_file, picture, uploads):
+    page = visit()
+    open_tab(page, "photos")
+    expect(page.locator("#photos-clear")).to_be_disabled()
+    names = [picture(id).name for id in ("cat", "coffee", "rocket")]
+    drop(page, "photos", *(picture(id) for id in ("cat", "coffee", "rocket")), bad_file, picture("cat"))
+    expect(page.locator("#photos-drop [role=status]")).to_have_text("3 pictures added.")
+    expect(page.locator("#photos-drop .al-problem li")).to_have_text(
+        [
+            f"notes.jpg {text('en', 'error.image.not_an_image')}",
+            f"{names[0]} {text('en', 'error.photo.duplicate')}",
+        ]
+    )
+    for query, name in (("a cat", names[0]), ("一杯咖啡", names[1])):
+        search(page, "photos", query)
+        expect(page.locator("#photos-results li .al-text").first).to_have_text(name)
+        assert sorted(ranked(page, "photos")) == sorted(names)
+    assert [path for path in uploads.rglob("*") if path.is_file()] == []
+
+    other = visit()  # another visitor sees the sample only
+    open_tab(other, "photos")
+    expect(other.locator("#photos-notes")).to_have_text(text("en", "photos.sample"))
+
+    page.locator("#photos-clear").click()
+    expect(page.locator("#photos-drop [role=status]")).to_have_text(text("en", "photos.cleared"))
+    expect(page.locator("#photos-notes")).to_have_text(text("en", "photos.sample"))
+    assert not set(names) & set(ranked(page, "photos"))
+
+
+def test_photos_come_with_signs_of_progress(visit, tmp_path):
+    for row in range(20):
+        Image.new("RGB", (64, 64), (row * 12, 90, 90)).save(tmp_path / f"{row}.png")
+    page = visit()
+    open_tab(page, "photos")
+    page.evaluate(
+        """() => {
+            window.bars = [];
+            const place = document.querySelector("#photos-drop");
+            const note = () => place.querySelectorAll("progress").forEach((bar) => window.bars.push(bar.value));
+            new MutationObserver(note).observe(place, { childList: true, subtree: true });
+        }"""
+    )
+    drop(page, "photos", *sorted(tmp_path.glob("*.png")))
+    expect(page.locator("#photos-drop [role=status]")).to_have_text("20 pictures added.")
+    bars = page.evaluate("window.bars")
+    assert bars == sorted(bars)
+    assert {8, 16} <= set(bars)
+
+
+# ---------------------------------------------------------------- languages
+
+
+def test_switching_the_language_keeps_the_state(visit, picture):
+    page = visit("?lang=en", locale="zh-CN")
+    drop(page, "captions", picture("rocket"))
+    expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(picture("rocket").name))
+    open_tab(page, "pictures")
+    search(page, "pictures", "a cheetah of my own choosing")
+    expect(page.locator("#pictures-results li .al-text").first).to_contain_text("cheetah")
+    order = [
+        image.split("?")[0]
+        for image in page.locator("#pictures-results img").evaluate_all("all => all.map(i => i.src)")
+    ]
+
+    page.locator("#language").get_by_text("中文").click()
+    expect(page.locator("#pictures-results h2")).to_have_text(text("zh", "pictures.results"))
+    expect(page.locator("#pictures-query").get_by_role("textbox")).to_have_value("a cheetah of my own choosing")
+    after = page.locator("#pictures-results img").evaluate_all("all => all.map(i => i.src)")
+    assert [image.split("?")[0] for image in after] == order
+    page.get_by_role("tab", name=text("zh", "captions.tab")).click()
+    expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(picture("rocket").name))
+    expect(page.locator("#captions-results li p[lang=zh]")).to_have_count(10)
+
+
+def test_the_chinese_page_speaks_no_english(visit):
+    page = visit("?lang=zh")
+    english = [sentence for sentence in STRINGS["en"].values() if len(sentence) > 8 and "{" not in sentence]
+    for key in TABS:
+        open_tab(page, key, "zh")
+        shown = page.locator("body").inner_text()
+        assert [sentence for sentence in english if sentence in shown] == []
+        assert "__i18n__" not in shown
+        labels = page.evaluate("[...document.querySelectorAll('[aria-label]')].map((node) => node.ariaLabel)")
+        assert [label for label in labels if label in english] == []

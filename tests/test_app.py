@@ -1,0 +1,402 @@
+import json
+import re
+import string
+from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
+
+import gradio as gr
+import pytest
+from gradio_client import Client
+from PIL import Image
+
+import app
+from alignment import preprocess
+from alignment.engine import AlignmentEngine, Skipped
+from alignment.gallery import Gallery, build_gallery
+from alignment.model import DualEncoder
+from alignment.preprocess import InputError, clean_caption, open_image, parse_captions
+from alignment.ui.examples import Examples
+from alignment.ui.matrix_tab import MatrixTab
+from alignment.ui.results import cosine, percent
+from alignment.ui.strings import STRINGS, count_text, error_text, pick_language, text
+from alignment.ui.uploads import Shelf, Upload, fill, forget, shelf_drop_value, take, uploads_of
+from alignment.ui.widgets import spoken
+
+UI = Path(app.__file__).parent / "alignment" / "ui"
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint, tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a tiny random model and a gallery of its own."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("gallery")
+    for row, name in enumerate(("one", "two", "three")):
+        Image.new("RGB", (600, 400), (80 * row, 120, 200 - 60 * row)).save(source / f"{name}.png")
+    lines = [
+        {"id": name, "source": f"{name}.png", "en": f"picture {name}", "zh": f"狗{name}"} for name in ("one", "two")
+    ]
+    lines.append({"id": "three", "source": "three.png"})
+    (source / "pictures.jsonl").write_text("\n".join(json.dumps(line) for line in lines), "utf-8")
+    build_gallery(source, out, DualEncoder.load(checkpoint("clip"), device="cpu"))
+    return checkpoint("clip"), out
+
+
+@pytest.fixture(scope="module")
+def engine(folders) -> AlignmentEngine:
+    encoder = DualEncoder.load(folders[0], device="cpu")
+    return AlignmentEngine(encoder, Gallery.load(folders[1], encoder))
+
+
+@pytest.fixture(autouse=True)
+def upload_folder(tmp_path, monkeypatch) -> Path:
+    for name in ("ALIGNMENT_MODEL", "ALIGNMENT_REVISION", "ALIGNMENT_GALLERY", "ALIGNMENT_LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    (tmp_path / "uploads").mkdir()
+    return tmp_path / "uploads"
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_without_arguments_the_page_serves_what_the_repository_holds(monkeypatch):
+    monkeypatch.chdir(app.ROOT)
+    args = app.parse([])
+    assert (args.model, args.gallery, args.host, args.port) == (
+        "checkpoints/compact",
+        "assets/gallery",
+        "127.0.0.1",
+        7860,
+    )
+    assert (args.revision, args.lang) == (None, "en")
+
+
+def test_it_finds_them_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert Path(app.parse([]).gallery) == app.ROOT / "assets/gallery"
+
+
+def test_the_environment_speaks_where_no_option_does(monkeypatch):
+    for name, value in {
+        "ALIGNMENT_MODEL": "some/model",
+        "ALIGNMENT_REVISION": "v2",
+        "ALIGNMENT_GALLERY": "g",
+        "ALIGNMENT_LANG": "zh",
+        "GRADIO_SERVER_NAME": "0.0.0.0",
+        "GRADIO_SERVER_PORT": "8123",
+    }.items():
+        monkeypatch.setenv(name, value)
+    args = app.parse([])
+    assert vars(args) == {
+        "model": "some/model",
+        "revision": "v2",
+        "gallery": "g",
+        "lang": "zh",
+        "host": "0.0.0.0",
+        "port": 8123,
+    }
+    assert app.parse(["--model", "other", "--port", "9000"]).model == "other"
+    assert app.parse(["--port", "9000"]).port == 9000
+
+
+def test_help_names_every_variable(capsys):
+    with pytest.raises(SystemExit) as ended:
+        app.parse(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for name in ("ALIGNMENT_MODEL", "ALIGNMENT_REVISION", "ALIGNMENT_GALLERY", "ALIGNMENT_LANG", "GRADIO_SERVER_PORT"):
+        assert name in shown
+
+
+def test_a_missing_checkpoint_ends_in_a_sentence(capsys, tmp_path):
+    assert app.main(["--model", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert "config.json" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_gallery_of_another_model_ends_in_the_command_that_rebuilds_it(capsys, folders, checkpoint):
+    assert app.main(["--model", str(checkpoint("chinese-clip")), "--gallery", str(folders[1])]) == 2
+    shown = capsys.readouterr().err
+    assert "python -m alignment.gallery build" in shown
+    assert "Traceback" not in shown
+
+
+# ---------------------------------------------------------------- words
+
+
+def placeholders(sentence: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(sentence) if name}
+
+
+def test_both_languages_say_the_same_things():
+    assert STRINGS["en"].keys() == STRINGS["zh"].keys()
+    for key, english in STRINGS["en"].items():
+        chinese = STRINGS["zh"][key]
+        assert english.strip()
+        assert chinese.strip()
+        if not key.startswith("meaning."):
+            assert placeholders(english) == placeholders(chinese), key
+        assert re.search("[\u4e00-\u9fff]", chinese), f"{key} is not Chinese"
+        assert not re.search("[\u4e00-\u9fff]", english), f"{key} is not English"
+
+
+def test_every_key_used_is_there_and_every_one_there_is_used():
+    sources = "\n".join(path.read_text("utf-8") for path in (*UI.glob("*.py"), Path(app.__file__)))
+    sources = sources.replace((UI / "strings.py").read_text("utf-8"), "")
+    for key in re.findall(r'text\(lang, "([\w.]+)"', sources):
+        assert key in STRINGS["en"]
+    built = ("error.", "example.", "matrix.view.", "matrix.meaning.")  # put together from their parts
+    for key in STRINGS["en"]:
+        last = key.removesuffix(".one").partition(".")[2] or key
+        assert key.startswith(built) or f'"{key.removesuffix(".one")}"' in sources or f".{last}" in sources, key
+
+
+def test_every_error_of_the_door_is_translated():
+    sources = Path(preprocess.__file__).read_text("utf-8") + "".join(
+        path.read_text("utf-8") for path in (UI.parent / "engine.py", *UI.glob("*.py"))
+    )
+    codes = set(re.findall(r'"((?:image|caption|captions|photo|photos|upload)\.[a-z_]+)"', sources))
+    codes -= {key for key in codes if key in STRINGS["en"]}  # words of a tab
+    assert len(codes) >= 14
+    for code in codes:
+        assert f"error.{code}" in STRINGS["zh"], code
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: open_image(b""),
+        lambda: open_image(b"hello"),
+        lambda: open_image(b"\x89PNG\r\n\x1a\n broken"),
+        lambda: open_image(Image.new("1", (8000, 8000))),
+        lambda: open_image(Image.new("1", (1000, 10))),
+        lambda: open_image(b"\x00\x00\x00\x20ftypheic" + bytes(50)),
+        lambda: clean_caption(" "),
+        lambda: clean_caption("x" * 2000),
+        lambda: parse_captions("\n"),
+        lambda: parse_captions("a\nb", limit=1),
+    ],
+)
+def test_errors_are_said_in_the_language_of_the_page(wrong):
+    with pytest.raises(InputError) as raised:
+        wrong()
+    assert error_text("en", raised.value) == str(raised.value)
+    chinese = error_text("zh", raised.value)
+    assert re.search("[\u4e00-\u9fff]", chinese)
+    assert "{" not in chinese
+    assert not re.search(r"[a-z]{4}", re.sub("JPEG|PNG|WebP|HEIC", "", chinese))
+
+
+def test_an_error_without_a_translation_speaks_english():
+    assert error_text("zh", InputError("Something {what}.", "image.unheard_of", what="odd")) == "Something odd."
+    assert error_text("zh", InputError("Too large.", "image.too_large")) == "Too large."  # its values are missing
+
+
+def test_the_door_does_not_tell_where_files_lie(tmp_path):
+    with pytest.raises(InputError) as raised:
+        open_image(tmp_path / "secret.png")
+    assert "secret" not in error_text("en", raised.value) + error_text("zh", raised.value)
+
+
+@pytest.mark.parametrize(
+    ("query", "header", "lang"),
+    [
+        ({"lang": "zh"}, "en-US,en;q=0.9", "zh"),
+        ({"lang": "zh-CN"}, "", "zh"),
+        ({"lang": "fr"}, "zh-Hans-CN,en;q=0.5", "zh"),
+        ({}, "de;q=0.9,en;q=0.5,zh;q=0.7", "zh"),
+        ({}, "fr-FR,fr;q=0.9", "en"),
+        ({}, "zh;q=0,en", "en"),
+        ({}, "zh;q=high", "en"),
+        ({}, "", "en"),
+    ],
+)
+def test_the_language_is_asked_for_or_guessed(query, header, lang):
+    assert pick_language(query, header) == lang
+
+
+def test_counting_knows_one():
+    assert count_text("en", "drop.added", 1) == "1 picture added."
+    assert count_text("en", "drop.added", 2) == "2 pictures added."
+
+
+@pytest.mark.parametrize(
+    ("share", "written"),
+    [(0, "0.0 %"), (0.0004, "<0.1 %"), (0.1234, "12.3 %"), (0.9996, ">99.9 %"), (1, "100.0 %")],
+)
+def test_probabilities_do_not_pass_for_certainty(share, written):
+    assert percent(share) == written
+
+
+def test_cosines_have_three_places_and_no_minus_before_nothing():
+    assert [cosine(value) for value in (0.31249, -0.0001, -0.5)] == ["0.312", "0.000", "-0.500"]
+
+
+# ---------------------------------------------------------------- uploads
+
+
+def uploaded(folder: Path, name: str, data: bytes) -> Upload:
+    path = folder / name
+    path.write_bytes(data)
+    return Upload(name, str(path))
+
+
+def test_an_upload_is_read_and_forgotten(upload_folder):
+    upload = uploaded(upload_folder, "a.png", b"data")
+    assert take(upload, 9) == b"data"
+    forget([upload])
+    assert list(upload_folder.iterdir()) == []
+    with pytest.raises(InputError, match="did not arrive"):
+        take(upload, 9)
+
+
+@pytest.mark.parametrize("path", ["{outside}", "{uploads}/../outside.png", "", "\0", "{uploads}"])
+def test_nothing_outside_the_upload_folder_is_read_or_deleted(upload_folder, tmp_path, path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(b"secret")
+    upload = Upload("x.png", path.format(outside=outside, uploads=upload_folder))
+    with pytest.raises(InputError, match="did not arrive"):
+        take(upload, 9)
+    forget([upload])
+    assert outside.read_bytes() == b"secret"
+
+
+def test_what_a_page_sends_is_doubted():
+    assert uploads_of(None) == uploads_of({"files": "x"}) == uploads_of({"files": [1, None]}) == []
+    assert uploads_of({"files": [{"name": 5, "path": None, "problem": "size"}]}) == [Upload("5", "", "size")]
+    assert len(uploads_of({"files": [{"name": "x" * 999}]})[0].name) == 120
+
+
+@pytest.mark.parametrize(
+    ("problem", "code"), [("size", "upload.size"), ("limit", "photo.limit"), ("empty", "image.empty")]
+)
+def test_what_the_page_refused_is_said(problem, code):
+    with pytest.raises(InputError) as raised:
+        take(Upload("x", "", problem), 9)
+    assert raised.value.code == code
+
+
+def test_a_shelf_fills_step_by_step_and_the_sample_makes_way(engine, upload_folder, encoded):
+    images = [Image.new("RGB", (40, 40), (row * 9, 0, 0)) for row in range(10)]
+    uploads = [uploaded(upload_folder, f"{row}.png", encoded(image, "PNG")) for row, image in enumerate(images)]
+    uploads.append(uploaded(upload_folder, "bad.jpg", b"hello"))
+    uploads.append(uploads[0])
+    steps = list(fill(engine, Shelf(engine.gallery_photos(["one"])), uploads, limit=200))
+    assert [(len(shelf.photos), shelf.sample, done) for shelf, done in steps] == [
+        (1, True, 0),
+        (4, False, 4),
+        (8, False, 8),
+        (10, False, 12),
+    ]
+    last = steps[-1][0]
+    assert (last.added, [skip.error.code for skip in last.skipped]) == (10, ["image.not_an_image", "photo.duplicate"])
+    assert list(upload_folder.iterdir()) == []
+
+
+def test_the_sample_stays_where_no_file_was_any_good(engine, upload_folder):
+    *_, (shelf, _) = fill(engine, Shelf(engine.gallery_photos(["one"])), [Upload("x", "", "size")], limit=200)
+    assert (len(shelf.photos), shelf.sample, len(shelf.skipped)) == (1, True, 1)
+
+
+def test_many_problems_are_counted_not_listed(engine):
+    skipped = tuple(Skipped(str(row), InputError("No.", "photo.duplicate")) for row in range(15))
+    value = shelf_drop_value("en", "Add", Shelf(engine.no_photos(), False, 0, skipped), 200)
+    assert value["skippedTitle"] == "15 files were left out:"
+    assert value["skipped"][-1] == ["…", "and 5 more"]
+    assert len(value["skipped"]) == 11
+
+
+def test_a_failure_of_ours_becomes_a_sentence(caplog):
+    with pytest.raises(InputError) as raised, spoken():
+        raise RuntimeError("/secret/path")
+    assert "secret" not in str(raised.value)
+    assert "/secret/path" in caplog.text
+
+
+# ---------------------------------------------------------------- examples and values
+
+
+def test_any_gallery_gives_worked_examples(engine):
+    examples = Examples(engine)
+    assert [picture.id for picture in examples.pictures] == ["one", "two", "three"]
+    assert examples.queries("zh") == ["狗one", "狗two"]
+    assert examples.image_of(examples.pictures[0]).startswith("thumbnails/one.webp?")
+
+
+def test_a_gallery_with_nothing_in_it_still_makes_a_page(engine):
+    none = engine.gallery_photos([]).gallery
+    assert Examples(AlignmentEngine(engine.encoder, none)).queries("en")[0] == text("en", "example.any.1")
+    app.build_page(AlignmentEngine(engine.encoder, none), "en")
+
+
+def test_the_matrix_marks_the_best_of_rows_and_columns(engine):
+    tab = MatrixTab(engine, Examples(engine))
+    compared = tab._compare(tab.sample, "two cats\npasta")
+    for view in ("cosine", "captions", "pictures"):
+        table = tab._table("en", view, compared)
+        assert [row["text"] for row in table["rows"]] == ["two cats", "pasta"]
+        assert len(table["columns"]) == 3
+        for row in table["rows"]:
+            assert sum(cell["bestPicture"] for cell in row["cells"]) == 1
+        for column in zip(*(row["cells"] for row in table["rows"]), strict=True):
+            assert sum(cell["bestCaption"] for cell in column) == 1
+    assert compared.alignment is not None
+    assert table["rows"][1]["cells"][2]["text"] == percent(float(compared.alignment.over_pictures[2, 1]))
+
+
+# ---------------------------------------------------------------- the page, served
+
+
+@pytest.fixture
+def served(engine):
+    page = app.build_page(engine, "en")
+    _, url, _ = page.launch(prevent_thread_lock=True, **app.launch_options(engine))
+    yield url
+    page.close()
+
+
+def fetch(url: str) -> tuple[int, str, bytes]:
+    opener = build_opener(ProxyHandler({}))
+    with opener.open(url) as answer:
+        return answer.status, answer.headers["content-type"], answer.read()
+
+
+def test_the_page_serves_thumbnails_and_a_named_search(served):
+    status, kind, data = fetch(f"{served}thumbnails/one.webp")
+    assert (status, kind) == (200, "image/webp")
+    assert max(open_image(data).size) == 320
+    with pytest.raises(OSError, match="404"):
+        fetch(f"{served}thumbnails/unknown.webp")
+    assert list(json.loads(fetch(f"{served}gradio_api/info")[2])["named_endpoints"]) == ["/search_images"]
+    client = Client(served, verbose=False)
+    found = client.predict("two cats", 2, api_name="/search_images")
+    client.close()
+    assert [match["rank"] for match in found] == [1, 2]
+    assert set(found[0]) == {"rank", "id", "captions", "credit", "similarity", "probability"}
+
+
+def test_statistics_are_not_public(served):
+    with pytest.raises(OSError, match=r"403|404"):
+        fetch(f"{served}monitoring/summary")
+
+
+def test_the_first_page_holds_results_in_every_tab(engine):
+    config = app.build_page(engine, "zh").get_config_file()
+    values = {part["props"].get("elem_id"): part["props"].get("value") for part in config["components"]}
+    assert values["captions-results"]["rows"]
+    assert values["pictures-results"]["cards"]
+    assert values["matrix-table"]["rows"]
+    assert values["photos-results"]["cards"]
+    assert values["captions-results"]["heading"] == text("zh", "captions.results")
+    assert not any("__i18n__" in json.dumps(value, default=str) for value in values.values())
+
+
+def test_every_listener_is_private(engine):
+    config = app.build_page(engine, "en").get_config_file()
+    public = [part["api_name"] for part in config["dependencies"] if part["api_visibility"] == "public"]
+    assert public == ["search_images"]
+    assert isinstance(app.build_page(engine), gr.Blocks)

@@ -1,0 +1,235 @@
+import json
+import threading
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from alignment.engine import MAX_PHOTOS, Alignment, AlignmentEngine, as_webp
+from alignment.gallery import Gallery, build_gallery
+from alignment.model import DualEncoder
+from alignment.preprocess import InputError, open_image
+
+ROOT = Path(__file__).resolve().parents[1]
+CAPTIONS = {
+    "beach": ("a dog runs on the beach", "一只狗在海滩上奔跑"),
+    "cats": ("two cats", "猫"),
+    "dish": ("pasta", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint, tmp_path_factory) -> AlignmentEngine:
+    source = tmp_path_factory.mktemp("source")
+    for row, name in enumerate(("one", "two", "three")):
+        image = Image.effect_noise((90 + 30 * row, 60), 80).convert("RGB")
+        image.paste((40 * row, 200 - 60 * row, 90), (0, 0, 40, 60))
+        image.save(source / f"{name}.png")
+    pictures = [{"id": name, "source": f"{name}.png", "en": f"picture {name}"} for name in ("one", "two", "three")]
+    lines = [{"id": id, "en": en, **({"zh": zh} if zh else {})} for id, (en, zh) in CAPTIONS.items()]
+    (source / "pictures.jsonl").write_text("\n".join(map(json.dumps, pictures)), "utf-8")
+    (source / "captions.jsonl").write_text(
+        "\n".join(json.dumps({**line, "topic": ""}, ensure_ascii=False) for line in lines), "utf-8"
+    )
+    encoder = DualEncoder.load(checkpoint("clip"), device="cpu")
+    return AlignmentEngine(encoder, build_gallery(source, tmp_path_factory.mktemp("gallery"), encoder))
+
+
+def photo(seed: int, format: str = "PNG") -> bytes:
+    torch.manual_seed(seed)
+    image = Image.fromarray(torch.randint(0, 256, (50, 70, 3), dtype=torch.uint8).numpy())
+    buffer = BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- search
+
+
+def test_captions_are_ranked_by_their_cosine(engine, pictures):
+    embed = engine.embed_image(pictures[0])
+    matches = engine.search_captions(pictures[0], k=4)
+    texts = [caption.text for caption in engine.gallery.captions]
+    cosines = engine.encoder.encode_texts(texts) @ embed
+    best = cosines.argsort(descending=True)[:4].tolist()
+    assert [match.item.text for match in matches] == [texts[row] for row in best]
+    assert [match.similarity for match in matches] == pytest.approx(cosines[best].tolist(), abs=2e-3)
+    assert [match.rank for match in matches] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("lang", "count"), [("en", 6), ("zh", 2), ("fr", 8), (None, 8)])
+def test_only_captions_of_the_language_compete_where_there_are_any(engine, pictures, lang, count):
+    matches = engine.search_captions(pictures[0], k=20, lang=lang)
+    assert len(matches) == count
+    assert lang not in ("en", "zh") or {match.item.lang for match in matches} == {lang}
+    assert sum(match.probability for match in matches) == pytest.approx(1)
+
+
+def test_an_embedding_may_stand_in_for_the_picture_or_caption(engine, pictures):
+    assert engine.search_captions(pictures[1]) == engine.search_captions(engine.embed_image(pictures[1]))
+    assert engine.search_images("two cats") == engine.search_images(engine.embed_caption("two cats"))
+
+
+def test_images_are_found_in_the_gallery_or_among_the_photos(engine):
+    assert {match.item.id for match in engine.search_images("two cats")} == {"one", "two", "three"}
+    photos, _ = engine.add_photos(engine.no_photos(), [("mine.png", photo(0))])
+    assert [match.item.source for match in engine.search_images("two cats", photos=photos)] == ["mine.png"]
+    assert engine.search_images("two cats", photos=engine.no_photos()) == []
+
+
+@pytest.mark.parametrize("caption", ["", " \n\u200b ", "x" * 1001])
+def test_a_caption_that_is_none_is_refused(engine, caption):
+    with pytest.raises(InputError, match="caption"):
+        engine.search_images(caption)
+
+
+def test_a_picture_that_is_none_is_refused(engine):
+    with pytest.raises(InputError, match="not a picture"):
+        engine.search_captions(b"hello")
+
+
+# ---------------------------------------------------------------- matrix
+
+
+def test_alignment_is_the_models_own_arithmetic(engine, pictures):
+    captions = ["two cats", "pasta"]
+    alignment = engine.align(pictures, captions)
+    expected = engine.encoder.encode_images(pictures) @ engine.encoder.encode_texts(captions).T
+    torch.testing.assert_close(alignment.similarity, expected)
+    torch.testing.assert_close(alignment.logits_per_image, expected * engine.encoder.logit_scale)
+    torch.testing.assert_close(alignment.over_captions.sum(dim=1), torch.ones(3))
+    torch.testing.assert_close(alignment.over_pictures.sum(dim=0), torch.ones(2))
+
+
+def test_alignment_takes_embeddings_and_photos_too(engine):
+    files = [(f"{seed}.png", photo(seed)) for seed in range(3)]
+    photos, _ = engine.add_photos(engine.no_photos(), files)
+    direct = engine.align([data for _, data in files], ["two cats"])
+    for images in (photos, photos.gallery.image_embeds):
+        torch.testing.assert_close(engine.align(images, ["two cats"]).similarity, direct.similarity)
+
+
+def test_best_matches_of_each_picture_and_caption():
+    similarity = torch.tensor([[0.1, 0.9, 0.9], [0.8, 0.2, 0.3]])
+    alignment = Alignment(similarity, similarity * 10)
+    assert alignment.best_captions == [1, 0]  # the first of equals
+    assert alignment.best_pictures == [1, 0, 0]
+
+
+# ---------------------------------------------------------------- photos
+
+
+def test_bad_files_are_named_and_the_others_kept(engine):
+    files = [
+        ("a.png", photo(1)),
+        ("bad.jpg", b"hello"),
+        ("cut.png", photo(2)[:200]),
+        ("none.gif", b""),
+        ("b.jpg", photo(3)),
+    ]
+    photos, skipped = engine.add_photos(engine.no_photos(), files)
+    assert [picture.source for picture in photos.gallery.pictures] == ["a.png", "b.jpg"]
+    assert [(skip.name, skip.error.code) for skip in skipped] == [
+        ("bad.jpg", "image.not_an_image"),
+        ("cut.png", "image.truncated"),
+        ("none.gif", "image.empty"),
+    ]
+    torch.testing.assert_close(photos.gallery.image_embeds[1], engine.embed_image(photo(3)))
+
+
+def test_photos_are_added_to_those_there_without_changing_them(engine):
+    first, _ = engine.add_photos(engine.no_photos(), [("a.png", photo(1))])
+    second, skipped = engine.add_photos(first, [("again.png", photo(1)), ("b.png", photo(2)), ("b2.png", photo(2))])
+    assert (len(first), len(second)) == (1, 2)
+    assert [skip.error.code for skip in skipped] == ["photo.duplicate"] * 2
+    assert set(second.thumbnails) == {picture.id for picture in second.gallery.pictures}
+
+
+def test_the_limit_counts_what_is_there(engine):
+    first, _ = engine.add_photos(engine.no_photos(), [("a.png", photo(1))], limit=2)
+    second, skipped = engine.add_photos(first, [("b.png", photo(2)), ("c.png", photo(3))], limit=2)
+    assert len(second) == 2
+    assert [(skip.name, skip.error.code, skip.error.values) for skip in skipped] == [
+        ("c.png", "photo.limit", {"limit": 2})
+    ]
+    assert MAX_PHOTOS == 200
+
+
+def test_a_photo_can_be_taken_out(engine):
+    photos, _ = engine.add_photos(engine.no_photos(), [("a.png", photo(1)), ("b.png", photo(2))])
+    left = engine.without(photos, photos.gallery.pictures[0].id)
+    assert [picture.source for picture in left.gallery.pictures] == ["b.png"]
+    torch.testing.assert_close(left.gallery.image_embeds, photos.gallery.image_embeds[1:])
+    assert len(engine.without(left, "unknown")) == 1
+
+
+def test_the_gallerys_pictures_can_be_taken_as_photos(engine):
+    photos = engine.gallery_photos(["three", "one"])
+    assert [picture.id for picture in photos.gallery.pictures] == ["three", "one"]
+    torch.testing.assert_close(photos.gallery.image_embeds[1], engine.picture_embed("one"))
+
+
+# ---------------------------------------------------------------- pictures to show
+
+
+def test_thumbnails_are_small_and_made_once(engine):
+    data = engine.thumbnail("three")
+    assert open_image(data).size == (150, 60)
+    assert engine.thumbnail("three") is data
+    with pytest.raises(KeyError):
+        engine.thumbnail("unknown")
+
+
+def test_webp_fits_the_square():
+    assert open_image(as_webp(Image.new("RGB", (1000, 400)))).size == (320, 128)
+    assert open_image(as_webp(Image.new("RGB", (10, 40)))).size == (10, 40)  # never larger than it was
+
+
+def test_several_visitors_at_once_get_what_one_gets(engine, pictures):
+    expected = engine.embed_image(pictures[0]), engine.embed_caption("two cats")
+    results: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def visit() -> None:
+        results.append((engine.embed_image(pictures[0]), engine.embed_caption("two cats")))
+
+    threads = [threading.Thread(target=visit) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    for image, text in results:
+        torch.testing.assert_close((image, text), expected)
+
+
+# ---------------------------------------------------------------- meaning
+
+
+@pytest.fixture(scope="module")
+def real() -> AlignmentEngine:
+    encoder = DualEncoder.load(ROOT / "checkpoints/compact", device="cpu")
+    return AlignmentEngine(encoder, Gallery.load(ROOT / "assets/gallery", encoder))
+
+
+@pytest.mark.parametrize(
+    ("query", "id"),
+    [
+        ("a cup of coffee", "coffee"),
+        ("一杯咖啡", "coffee"),
+        ("a cat", "cat"),
+        ("一只猫", "cat"),
+        ("a motorcycle", "motorcycle"),
+    ],
+)
+def test_the_compact_model_finds_the_picture(real, query, id):
+    assert id in [match.item.id for match in real.search_images(query, 3)]
+
+
+@pytest.mark.parametrize(("lang", "word"), [("en", "cat"), ("zh", "猫")])
+def test_the_compact_model_finds_a_caption(real, lang, word):
+    cat = next(picture for picture in real.gallery.pictures if picture.id == "cat")
+    matches = real.search_captions(cat.path, 5, lang)
+    assert {match.item.lang for match in matches} == {lang}
+    assert any(word in match.item.text.lower() for match in matches)
