@@ -279,8 +279,8 @@ class Miniature:
 def miniature(preprocessor: Preprocessor, tmp_path: Path) -> Miniature:
     torch.manual_seed(0)
     recipe = Recipe(
-        heads_epochs=20,
-        tail_epochs=(3, 2),
+        heads_epochs=6,
+        tail_epochs=(8, 6),
         text_epochs=20,
         batch_size=6,
         captions_per_image=2,
@@ -291,7 +291,7 @@ def miniature(preprocessor: Preprocessor, tmp_path: Path) -> Miniature:
         names_per_step=4,
         extras_per_step=5,
         average=0.8,
-        tail_rate=1e-3,
+        tail_rate=3e-4,
         tuned_rate=2e-3,
         heads_rate=5e-3,
         text_rate=1e-2,
@@ -326,8 +326,8 @@ def test_heads_and_tail_learn(miniature: Miniature) -> None:
     for cycle in (0, 1):
         train_tail(miniature.aligner, miniature.features, miniature.data, miniature.recipe, cycle, measured)
         assert epochs[-1][1] == pytest.approx(miniature.caption_loss(), abs=1e-5), "what is kept is what was measured"
-    assert [epoch for epoch, _ in epochs] == [1, 2, 3, 1, 2]
-    assert miniature.caption_loss() < 0.9 * heads
+    assert [epoch for epoch, _ in epochs] == [*range(1, 9), *range(1, 7)]
+    assert miniature.caption_loss() < 0.75 * heads
     assert miniature.aligner.head.summary.dropout.p == 0.0
     assert any(not torch.equal(miniature.aligner.tail.state_dict()[name], tail[name]) for name in tail)
 

@@ -78,10 +78,10 @@ class Recipe:
     names_per_step: int = 256
     extras_per_step: int = 160
     hold_weight: float = 0.1
-    teacher_weight: float = 2.0
+    teacher_weight: float = 10.0
     scenes_weight: float = 1.0
     average: float = 0.99
-    image_weight: tuple[float, float] = (0.1, 0.5)
+    image_weight: tuple[float, float] = (0.1, 0.4)
     text_weight: float = 0.2
 
 
