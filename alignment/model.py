@@ -117,7 +117,8 @@ class DualEncoder:
             embed_dim: width of the space they share.
             pooling: how a tower's tokens become one vector, for both towers or as (vision, text): the mean of all
                 tokens (padding left out), the first token, or the tower's own pooler.
-            projection: "linear", or "mlp" for a linear layer plus a two-layer correction.
+            projection: "linear", "mlp" for a linear layer plus a two-layer correction, or "none" for towers that
+                already share a space of width `embed_dim`.
             device: as for `load`.
 
         Raises:
@@ -416,6 +417,8 @@ def _projection(config: ComposedConfig, width: int) -> nn.Module:
     if config.projection == "linear":
         return nn.Linear(width, config.projection_dim, bias=False)
     if config.projection == "none":  # towers that already speak the shared space, such as the compact model's
+        if width != config.projection_dim:
+            raise ValueError(f"A tower of width {width} needs a projection to width {config.projection_dim}.")
         return nn.Identity()
     raise ValueError(f"There is no projection {config.projection!r}: choose 'linear', 'mlp' or 'none'.")
 

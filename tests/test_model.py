@@ -489,8 +489,17 @@ def test_a_pooling_that_a_tower_lacks_is_refused(vision: str, pooling: object, c
 def test_a_tower_without_a_pooler_and_an_unknown_projection_are_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(ValueError, match="distilbert tower cannot be pooled by 'pooler'"):
         DualEncoder.compose(checkpoint("vit"), checkpoint("distilbert"), pooling="pooler")
-    with pytest.raises(ValueError, match="choose 'linear' or 'mlp'"):
+    with pytest.raises(ValueError, match="choose 'linear', 'mlp' or 'none'"):
         DualEncoder.compose(checkpoint("vit"), checkpoint("bert"), projection="deep")
+
+
+def test_towers_of_one_width_need_no_projection(checkpoint: Checkpoint, pictures: Pictures, tmp_path: Path) -> None:
+    first = DualEncoder.compose(checkpoint("vit"), checkpoint("bert"), embed_dim=32, projection="none", device="cpu")
+    assert not [name for name in first.module.state_dict() if "projection" in name]
+    first.save(tmp_path)
+    assert torch.equal(load(tmp_path).encode_images(pictures), first.encode_images(pictures))
+    with pytest.raises(ValueError, match="width 32 needs a projection to width 512"):
+        DualEncoder.compose(checkpoint("vit"), checkpoint("bert"), projection="none")
 
 
 def test_a_pooler_that_was_never_trained_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
