@@ -172,7 +172,7 @@ def test_tokens_of_every_caption_are_sentencepieces(
     assert wrong == []
 
 
-@pytest.mark.parametrize("text", ["ｶﾞｷﾞﾊﾟﾝ", "\u1112\u1161\u11ab\u1100\u116e\u11a8", "x\u0301 ア\u0301", "Ａ\u0301"])
+@pytest.mark.parametrize("text", ["ｶﾞｷﾞﾊﾟﾝ", "\u1112\u1161\u11ab\u1100\u116e\u11a8", "x\u0301 ア\u0301"])
 def test_decomposed_letters_are_put_together(
     text: str, tokenizer: PreTrainedTokenizerFast, pieces: sentencepiece.SentencePieceProcessor
 ) -> None:

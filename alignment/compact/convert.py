@@ -96,6 +96,7 @@ def convert_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap),
+            normalizers.NFC(),  # the line above looks at one letter at a time and leaves decomposed ones apart
             normalizers.Strip(),
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
