@@ -343,14 +343,16 @@ def test_the_text_head_learns(miniature: Miniature, preprocessor: Preprocessor) 
     texts = [*captions, "a red bus", "一辆红色的公交车", *(f"name {number}" for number in range(7))]
     features = text_features(small_text_tower(), preprocessor, texts)
     with torch.no_grad():
+        teacher = aligner.teacher(data.captions.features)
+        pictures = teacher[data.captions.first].unsqueeze(1) + 0.05 * torch.randn(26, VIEWS, EMBED_DIM)
         targets = TextTargets(
             features=features,
             captions=data.captions,
-            teacher=aligner.teacher(data.captions.features),
+            teacher=teacher,
             scenes=torch.tensor([78, 79]),
             scene_teacher=functional.normalize(torch.randn(1, EMBED_DIM), dim=-1).repeat(2, 1),
             names=[torch.tensor([80 + number]) for number in range(7)],
-            images=functional.normalize(torch.randn(26, VIEWS, EMBED_DIM), dim=-1),
+            images=functional.normalize(pictures, dim=-1),
         )
     head = AlignmentHead(12, 40, EMBED_DIM, 4, 32, 0.1)
     head.summary_norm.deviation.fill_(12**-0.5)
@@ -358,8 +360,7 @@ def test_the_text_head_learns(miniature: Miniature, preprocessor: Preprocessor) 
     before = text_losses(head, targets, features, data.train)
     train_text(head, aligner, data, targets, recipe)
     after = text_losses(head, targets, features, data.train)
-    print("LOSSES", before, after)
-    assert (after < 0.8 * before).all(), (before, after)
+    assert (after < 0.6 * before).all(), (before, after)
     assert all(torch.equal(value, frozen[name]) for name, value in aligner.state_dict().items())
 
 
