@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import logging
 import time
@@ -80,6 +81,8 @@ class Run:
 
     def __init__(self, recipe: Recipe, pairs: Sequence[Pair], cache: Path) -> None:
         self.recipe, self.pairs, self.cache = recipe, pairs, cache
+        told = json.dumps([asdict(recipe), [Path(pair.image).name for pair in pairs]])
+        self.key = hashlib.sha256(told.encode()).hexdigest()[:16]  # of another recipe or data set nothing is taken
         self.image, self.text, tokenizer = convert_image_tower(), convert_text_tower(), convert_tokenizer()
         self.image.to(memory_format=torch.channels_last)
         self.preprocessor = compact_preprocessor(tokenizer, self.image.config.image_size)
@@ -145,7 +148,7 @@ class Run:
         return Aligner(copy.deepcopy(self.image.tail), head, Teacher(width, EMBED_DIM, self.recipe.dropout))
 
     def _stage(self, name: str, module: nn.Module, train: Callable[[], None]) -> None:
-        path = self.cache / f"{name}-{self.recipe.seed}.safetensors"
+        path = self.cache / f"{name}-{self.key}.safetensors"
         if path.exists():
             load_model(module, path)
         else:
