@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from alignment.pairs import Pair, positives_of, read_pairs
+from alignment.pairs import Pair, positives_of, read_data, read_pairs
 
 
 def picture(path: Path, shade: int = 0) -> Path:
@@ -172,6 +172,15 @@ def test_coco_joins_its_annotation_files(coco: Path) -> None:
     assert read(coco) == {f"{number:012}.jpg": (f"{number} 0", f"{number} 1") for number in (1, 2, 3)}
     assert [pair.id for pair in read_pairs(coco, split="val")] == ["3"]
     assert len(read_pairs(coco, split="train")) == 2
+
+
+def test_coco_2014_names_its_pictures_after_their_folder(tmp_path: Path) -> None:
+    name = "COCO_val2014_000000000042.jpg"
+    picture(tmp_path / "val2014" / name)
+    content = {"images": [{"id": 42, "file_name": name}], "annotations": [{"id": 1, "image_id": 42, "caption": "A."}]}
+    write(tmp_path / "annotations" / "captions_val2014.json", json.dumps(content))
+    assert read(tmp_path) == {name: ("A.",)}
+    assert splits(tmp_path) == {name: "dev"}
 
 
 def test_one_coco_file_may_be_named_anything(coco: Path) -> None:
@@ -476,6 +485,13 @@ def test_the_format_can_be_overruled(flickr8k: Path) -> None:
         read_pairs(flickr8k, format="coco")
     with pytest.raises(ValueError, match="Unknown format 'zip'; choose one of karpathy, flickr8k"):
         read_pairs(flickr8k, format="zip")
+
+
+def test_what_was_left_out_comes_with_the_reading(flickr8k: Path) -> None:
+    reading = read_data(flickr8k)
+    assert reading.pairs == read_pairs(flickr8k)
+    assert reading.format == "flickr8k"
+    assert reading.left_out == {"missing pictures": ("gone.jpg.1",)}
 
 
 def test_what_is_not_there_is_a_file_not_found(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""Floor 2, the data: read an annotated data set as images with their captions, and say what is wrong with it.
+
+Place in the flow: `data set -> read_pairs, check_data (here) -> train, evaluate, gallery`. The format is found from the
+path:
+
+| format       | what it is |
+|--------------|------------|
+| `karpathy`   | `dataset_{flickr8k,flickr30k,coco}.json` with its splits (`restval` counts as train) |
+| `flickr8k`   | `Flickr8k.token.txt` with the lists `Flickr_8k.{train,dev,test}Images.txt` beside it |
+| `flickr30k`  | `results_20130124.token`, or `results.csv` parted by bars; lists `{train,val,test}.txt` if beside it |
+| `coco`       | `captions_{train,val}{2014,2017}.json` |
+| `jsonl`      | JSON lines (or one JSON list) with a column for the image and one or more for its captions |
+| `csv`        | the same as CSV or TSV with a header; Kaggle's `captions.txt` too |
+| `webdataset` | a `.tar` shard, a folder of them, or a pattern such as `shards/train-{000..009}.tar` |
+| `folder`     | pictures, captioned by a `metadata.csv` or `metadata.jsonl` if there is one (the Hub's imagefolder) |
+| `hub`        | OWNER/NAME or OWNER/NAME@REVISION of a data set on the Hugging Face Hub (the extra `hub`) |
+
+A reader a format, listed in `formats.FORMATS`, only says what is written; `Collection` decides what of it counts.
+"""
+
+from alignment.pairs.audit import (
+    ImagePrint,
+    fingerprint_images,
+    look_alikes,
+    merge_duplicates,
+    without_overlap,
+)
+from alignment.pairs.collection import Pair
+from alignment.pairs.reading import Reading, positives_of, read_data, read_pairs
+from alignment.pairs.report import DataReport, Overlap, check_data
+from alignment.pairs.tables import CAPTION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS
+
+__all__ = [
+    "CAPTION_COLUMNS",
+    "ID_COLUMNS",
+    "IMAGE_COLUMNS",
+    "DataReport",
+    "ImagePrint",
+    "Overlap",
+    "Pair",
+    "Reading",
+    "check_data",
+    "fingerprint_images",
+    "look_alikes",
+    "merge_duplicates",
+    "positives_of",
+    "read_data",
+    "read_pairs",
+    "without_overlap",
+]

@@ -1,0 +1,82 @@
+"""Read a whole data set: find its format, ask that format's reader, and hand over what counts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignment.pairs.collection import Collection, Pair
+from alignment.pairs.files import canonical, root_of
+from alignment.pairs.formats import FORMATS, detect
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a data set holds, and what of it was left out.
+
+    Attributes:
+        pairs: one entry per image, in the order of the data set.
+        format: the name it was read by.
+        left_out: reason -> what was left out for it.
+    """
+
+    pairs: list[Pair]
+    format: str
+    left_out: Mapping[str, tuple[str, ...]]
+
+
+def read_data(source: str | os.PathLike[str], *, format: str | None = None, split: str | None = None) -> Reading:
+    """Read the pictures of a data set, each once, with all captions that belong to it.
+
+    Missing pictures, empty captions and unreadable lines are left out, counted, and logged as one summary. A picture
+    named without its folder is looked for up to two folders deep. Names never lead out of the data set's folder by
+    ".."; absolute paths count only in a CSV or JSON-lines file of one's own.
+
+    Args:
+        source: folder, annotation file, tar shard or pattern of shards, or Hub id.
+        format: a name from the package's table, where the found one is wrong.
+        split: keep only this one; "val" and "dev" mean the same.
+
+    Raises:
+        FileNotFoundError: when there is no such folder, file or Hub data set.
+        ValueError: when the format is unknown, the annotations cannot be read, or no picture is left.
+    """
+    name, files = detect(Path(source), format)
+    collection = Collection(root_of(Path(source)), canonical(split or ""), absolute=name in ("csv", "jsonl"))
+    for file in files:
+        try:
+            for row in FORMATS[name].read(file, collection):
+                collection.add(row)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{file} cannot be read as {name} ({type(error).__name__}: {error}); "
+                "check that it is complete and saved as UTF-8, or name another format."
+            ) from error
+    pairs = collection.pairs(f"{source} ({name})")
+    return Reading(pairs, name, {reason: tuple(what) for reason, what in collection.skipped.items()})
+
+
+def read_pairs(source: str | os.PathLike[str], *, format: str | None = None, split: str | None = None) -> list[Pair]:
+    """Read the pictures of a data set with their captions; `read_data` without what was left out."""
+    return read_data(source, format=format, split=split).pairs
+
+
+def positives_of(pairs: Sequence[Pair]) -> tuple[Tensor, list[str]]:
+    """Lay the captions out flat and say which belong to which image.
+
+    Args:
+        pairs: images in the order of the rows; one without captions is a row without a positive.
+
+    Returns:
+        Bool (num_images, num_texts), and the num_texts captions, image by image.
+    """
+    texts = [caption for pair in pairs for caption in pair.captions]
+    owners = torch.repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs], dtype=torch.long))
+    return owners == torch.arange(len(pairs))[:, None], texts
