@@ -1,0 +1,107 @@
+"""Pictures sorted into class folders, the names of the classes, and templates for them, read from files.
+
+Place in the flow: `folder of class folders -> read_class_folders (here) -> zero_shot`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Pictures and the class each belongs to.
+
+    Attributes:
+        images: paths.
+        labels: for each the index of its class.
+        class_names: for each class all names it goes by.
+    """
+
+    images: Sequence[str]
+    labels: Sequence[int]
+    class_names: Sequence[Sequence[str]]
+
+
+def read_class_folders(folder: Path, class_names: Path | None = None) -> LabelledImages:
+    """Read a folder that holds a folder of pictures for each class.
+
+    Args:
+        folder: the name of a folder in it is the name of its class, underscores for spaces.
+        class_names: file with better names, see `read_class_names`; its classes are the candidates then, also those
+            without pictures, and every folder must be among them.
+
+    Raises:
+        FileNotFoundError: when there is no such folder or file.
+        ValueError: when no class folder holds a picture, or the file does not name one of them.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder} to classify.")
+    found = {entry.name: _pictures_in(entry) for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")}
+    found = {name: pictures for name, pictures in found.items() if pictures}
+    if not found:
+        raise ValueError(f"{folder} has no folder with pictures in it; zero-shot classification needs one per class.")
+    names = read_class_names(class_names) if class_names else {name: [name.replace("_", " ")] for name in found}
+    unnamed = [name for name in found if name not in names]
+    if unnamed:
+        raise ValueError(f"{class_names} has no name for the folder {unnamed[0]} (and {len(unnamed) - 1} more).")
+    labels = {name: label for label, name in enumerate(names)}
+    images = [(picture, labels[name]) for name, pictures in found.items() for picture in pictures]
+    return LabelledImages([image for image, _ in images], [label for _, label in images], list(names.values()))
+
+
+def _pictures_in(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in _PICTURES and path.is_file())
+
+
+def read_class_names(file: Path) -> dict[str, list[str]]:
+    """Read the names of classes: JSON {folder: name or [names]}, or lines of folder, name, more names parted by tabs.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it cannot be read, or a class has no name.
+    """
+    text = _read(file)
+    if file.suffix.lower() == ".json":
+        try:
+            content = json.loads(text)
+            names = {folder: [name] if isinstance(name, str) else list(name) for folder, name in content.items()}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{file} is not a JSON object of class names by folder ({error}).") from error
+    else:
+        rows = [line.split("\t") for line in text.splitlines() if line.strip()]
+        names = {row[0].strip(): [name.strip() for name in row[1:] if name.strip()] for row in rows}
+    for folder, given in names.items():
+        if not given or not all(isinstance(name, str) and name.strip() for name in given):
+            raise ValueError(f"{file} has no name for the class {folder!r}; write folder, tab, name.")
+    return names
+
+
+def read_templates(file: Path) -> list[str]:
+    """Read templates, one a line, {} where the name goes; empty lines are left out.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when there is none in it, or one without {}.
+    """
+    templates = [line.strip() for line in _read(file).splitlines() if line.strip()]
+    wrong = [template for template in templates if template.count("{}") != 1]
+    if wrong or not templates:
+        raise ValueError(f"{file} must hold a template a line, with {{}} once where the class name goes.")
+    return templates
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text.") from error
+    except OSError as error:
+        raise FileNotFoundError(f"{file} cannot be read ({error.strerror}).") from error

@@ -1,0 +1,201 @@
+"""The command: measure one model or compare two, print the figures, write JSON and a page.
+
+Place in the flow: `read_pairs, read_class_folders, DualEncoder -> command (here) -> terminal, files`. Everything that
+can be wrong with what was typed is found before the first picture is encoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from alignment.evaluate.arguments import Task, check, parse, read_task
+from alignment.evaluate.bootstrap import Difference, Estimate
+from alignment.evaluate.compare import Comparison, compare_retrieval, difference_table
+from alignment.evaluate.eccv import eccv_table, evaluate_eccv
+from alignment.evaluate.embedding import Embedded, embed_pairs
+from alignment.evaluate.examples import (
+    Example,
+    FalseNegative,
+    changed_queries,
+    suspected_false_negatives,
+    worst_queries,
+)
+from alignment.evaluate.page import comparison_page, report_page
+from alignment.evaluate.retrieval import evaluate_embedded, report_table
+from alignment.evaluate.zero_shot import class_ranks, compare_zero_shot, zero_shot_line, zero_shot_report
+from alignment.model import DualEncoder
+
+EXAMPLES = 12  # of each kind and direction on the page
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a model on a `Task`.
+
+    Attributes:
+        fingerprint: of the weights.
+        embedded: the captioned images.
+        class_ranks: of the pictures with classes.
+        eccv: the figures of `eccv_metrics`.
+    """
+
+    fingerprint: str
+    embedded: Embedded | None
+    class_ranks: Tensor | None
+    eccv: Mapping[str, float] | None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate a model, or compare two, and print the figures."""
+    arguments = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        check(arguments)
+        task = read_task(arguments)
+        if arguments.compare:
+            _compare(arguments, task)
+        else:
+            _report(arguments, task)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        raise SystemExit(f"evaluate: {error}") from error
+
+
+# ---------------------------------------------------------------- one model, two models
+
+
+def _measure(name: str, task: Task, arguments: argparse.Namespace) -> Measured:
+    """Load a model and let it encode everything; it is let go before the next one comes."""
+    encoder = DualEncoder.load(name, revision=arguments.revision, device=arguments.device)
+    embedded = ranks = eccv = None
+    options: dict[str, Any] = {"batch_size": arguments.batch_size, "progress": _Progress()}
+    if task.pairs is not None:
+        embedded = embed_pairs(encoder, task.pairs, **options)
+    if task.photos is not None:
+        ranks = class_ranks(encoder, task.photos, templates=task.templates, **options)
+    if task.eccv is not None and embedded is not None:
+        eccv = evaluate_eccv(embedded, task.eccv)
+    return Measured(encoder.fingerprint, embedded, ranks, eccv)
+
+
+def _report(arguments: argparse.Namespace, task: Task) -> None:
+    """Measure one model."""
+    found, options = _measure(arguments.model, task, arguments), _resampling(arguments)
+    content: dict[str, Any] = {"model": arguments.model, "revision": arguments.revision} | _settings(arguments)
+    content["fingerprint"] = found.fingerprint
+    metrics: dict[str, Estimate] = {}
+    if found.embedded is not None:
+        report = evaluate_embedded(found.embedded, **options)
+        print(report_table(report))
+        content |= asdict(report)
+        metrics |= report.metrics
+    if found.class_ranks is not None and task.photos is not None:
+        named = zero_shot_report(found.class_ranks, len(task.photos.class_names), **options)
+        print(zero_shot_line(named))
+        content["zero_shot"] = asdict(named)
+        metrics |= named.metrics
+    if found.eccv is not None:
+        print(eccv_table(found.eccv))
+        content["eccv"] = dict(found.eccv)
+    _write_json(arguments.json, content)
+    if arguments.html:
+        looked_at = _worst(found.embedded) if found.embedded else ()
+        _write_page(arguments.html, report_page(arguments.model, _facts(arguments, task), metrics, *looked_at))
+
+
+def _compare(arguments: argparse.Namespace, task: Task) -> None:
+    """Measure two models on the same and subtract."""
+    before, after = (_measure(name, task, arguments) for name in arguments.compare)
+    options = _resampling(arguments)
+    content: dict[str, Any] = {"compare": list(arguments.compare)} | _settings(arguments)
+    content["fingerprints"] = [before.fingerprint, after.fingerprint]
+    metrics: dict[str, Difference] = {}
+    looked_at: tuple[Any, ...] = ()
+    if before.embedded is not None and after.embedded is not None:
+        comparison = compare_retrieval(before.embedded, after.embedded, **options)
+        content |= {"num_images": comparison.num_images, "num_texts": comparison.num_texts}
+        metrics |= comparison.metrics
+        looked_at = _changed(before.embedded, after.embedded, comparison)
+    if before.class_ranks is not None and after.class_ranks is not None:
+        metrics |= compare_zero_shot(before.class_ranks, after.class_ranks, **options)
+    print(difference_table(metrics))
+    content["metrics"] = {name: asdict(found) for name, found in metrics.items()}
+    if before.eccv is not None and after.eccv is not None:
+        content["eccv"] = [dict(before.eccv), dict(after.eccv)]
+        print(f"\nModel A\n{eccv_table(before.eccv)}\n\nModel B\n{eccv_table(after.eccv)}")
+    _write_json(arguments.json, content)
+    if arguments.html:
+        names = (arguments.compare[0], arguments.compare[1])
+        _write_page(arguments.html, comparison_page(names, _facts(arguments, task), metrics, *looked_at))
+
+
+def _worst(embedded: Embedded) -> tuple[Sequence[Example], Sequence[FalseNegative]]:
+    return worst_queries(embedded, EXAMPLES), suspected_false_negatives(embedded, 2 * EXAMPLES)
+
+
+def _changed(
+    before: Embedded, after: Embedded, comparison: Comparison
+) -> tuple[tuple[Sequence[Example], Sequence[Example]], Sequence[FalseNegative]]:
+    """Find what changed, and the labels that the better of the two misses."""
+    judge = after if comparison["recall_sum"] >= 0 else before
+    return changed_queries(before, after, EXAMPLES), suspected_false_negatives(judge, 2 * EXAMPLES)
+
+
+def _resampling(arguments: argparse.Namespace) -> dict[str, int]:
+    return {"resamples": arguments.resamples, "seed": arguments.seed}
+
+
+# ---------------------------------------------------------------- what is told
+
+
+class _Progress:
+    """Say how far it is on standard error: in place on a terminal, elsewhere a line at every tenth."""
+
+    def __init__(self) -> None:
+        self.told = ("", -1)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Say that `done` of `total` are through."""
+        if sys.stderr.isatty():
+            print(f"\r{what} {done:,}/{total:,}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif self.told != (what, done * 10 // total):
+            self.told = (what, done * 10 // total)
+            print(f"{what} {done:,}/{total:,}", file=sys.stderr, flush=True)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    paths = {"zero_shot_folder": arguments.zero_shot} if arguments.zero_shot else {}
+    return {name: getattr(arguments, name) for name in ("data", "split", "resamples", "seed")} | {
+        name: str(path) for name, path in paths.items()
+    }
+
+
+def _facts(arguments: argparse.Namespace, task: Task) -> dict[str, str]:
+    facts = {}
+    if task.pairs is not None:
+        facts["Data"] = f"{arguments.data}{f', split {arguments.split}' if arguments.split else ''}"
+        captions = sum(len(pair.captions) for pair in task.pairs)
+        facts["Size"] = f"{len(task.pairs):,} images, {captions:,} captions"
+    if task.photos is not None:
+        size = f"{len(task.photos.images):,} pictures, {len(task.photos.class_names):,} classes"
+        facts["Zero-shot"] = f"{arguments.zero_shot}: {size}"
+    facts["Intervals"] = f"{arguments.resamples:,} resamples, seed {arguments.seed}"
+    return facts
+
+
+def _write_json(out: Path | None, content: Mapping[str, Any]) -> None:
+    if out is not None:
+        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_page(out: Path, page: str) -> None:
+    out.write_text(page, encoding="utf-8")
+    print(f"Page: {out.absolute()}", file=sys.stderr)

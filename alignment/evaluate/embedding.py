@@ -1,0 +1,143 @@
+"""A captioned data set as embeddings: encoded once, measured as often as one likes.
+
+Place in the flow: `pairs + encoder -> embed_pairs (here) -> retrieval, compare, examples`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alignment.evaluate.ranks import query_ranks
+from alignment.pairs import Pair
+from alignment.preprocess import InputError, open_image
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+NamedProgress = Callable[[str, int, int], None]
+
+
+class Encoder(Protocol):
+    """What is measured; `DualEncoder` is one."""
+
+    def encode_images(self, images: Sequence[str], *, batch_size: int = 16, progress: Progress | None = None) -> Tensor:
+        """Embed images, (n, embed_dim) float32 on the CPU."""
+
+    def encode_texts(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
+        """Embed captions, (n, embed_dim) float32 on the CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """Images and captions with what one model makes of them.
+
+    Attributes:
+        images: paths.
+        texts: captions, image by image.
+        owners: (num_texts,) index of the image that each caption describes.
+        image_embeds: (num_images, embed_dim).
+        text_embeds: (num_texts, embed_dim).
+    """
+
+    images: Sequence[str]
+    texts: Sequence[str]
+    owners: Tensor
+    image_embeds: Tensor
+    text_embeds: Tensor
+
+    @cached_property
+    def ranks(self) -> dict[str, Tensor]:
+        """Rank of every query's best positive, see `query_ranks`."""
+        return query_ranks(self.image_embeds, self.text_embeds, self.owners)
+
+
+def embed_pairs(
+    encoder: Encoder, pairs: Sequence[Pair], *, batch_size: int = 16, progress: NamedProgress | None = None
+) -> Embedded:
+    """Embed the images of a data set and all their captions.
+
+    An image given twice is one with the captions of both; images without captions or that cannot be opened are left
+    out and logged.
+
+    Args:
+        encoder: the model.
+        pairs: images with their captions.
+        batch_size: images per forward pass.
+        progress: called with ("images" or "captions", done, total).
+
+    Raises:
+        ValueError: when no image with a caption is left.
+    """
+    captioned = _captioned(pairs)
+    images, image_embeds = embed_pictures(encoder, list(captioned), batch_size=batch_size, progress=progress)
+    texts = [caption for image in images for caption in captioned[image]]
+    text_embeds = encoder.encode_texts(texts, progress=named(progress, "captions"))
+    owners = torch.repeat_interleave(torch.tensor([len(captioned[image]) for image in images]))
+    return Embedded(images, texts, owners, image_embeds, text_embeds)
+
+
+def embed_pictures(
+    encoder: Encoder,
+    images: Sequence[str],
+    *,
+    batch_size: int = 16,
+    progress: NamedProgress | None = None,
+    called: str = "images",
+) -> tuple[list[str], Tensor]:
+    """Embed pictures; if one cannot be opened, find and drop all of that kind and start again.
+
+    Args:
+        encoder: the model.
+        images: paths.
+        batch_size: images per forward pass.
+        progress: called with (`called`, done, total).
+        called: what `progress` hears they are.
+
+    Returns:
+        The pictures that are left, and their embeddings (n, embed_dim).
+
+    Raises:
+        ValueError: when none can be opened.
+    """
+    images, report = list(images), named(progress, called)
+    try:
+        return images, encoder.encode_images(images, batch_size=batch_size, progress=report)
+    except InputError:
+        images = [image for image in images if _opens(image)]
+    if not images:
+        raise ValueError("None of the images can be opened; check the data set.")
+    return images, encoder.encode_images(images, batch_size=batch_size, progress=report)
+
+
+def named(progress: NamedProgress | None, name: str) -> Progress | None:
+    """Say what it is that progresses."""
+    return None if progress is None else lambda done, total: progress(name, done, total)
+
+
+def _captioned(pairs: Sequence[Pair]) -> dict[str, list[str]]:
+    """Map each image that has captions to all of them."""
+    captions: dict[str, list[str]] = {}
+    for pair in pairs:
+        captions.setdefault(pair.image, []).extend(pair.captions)
+    captioned = {image: texts for image, texts in captions.items() if texts}
+    if not captioned:
+        raise ValueError("There is no image with a caption to evaluate on; give a captioned data set.")
+    if len(captioned) < len(captions):
+        logger.warning("Left out %d images without a caption.", len(captions) - len(captioned))
+    return captioned
+
+
+def _opens(image: str) -> bool:
+    try:
+        open_image(image)
+    except InputError as error:
+        logger.warning("Left out %s: %s", image, error)
+        return False
+    return True

@@ -1,0 +1,126 @@
+"""Ranks and recall at k as pure functions of the scores.
+
+Place in the flow: `embeddings -> ranks (here) -> retrieval, zero_shot, compare`. The convention is CLIP_benchmark's,
+the hit rate over unit-norm embeddings compared in float32, but ties count against the query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from alignment.similarity import cosine_similarity
+
+KS = (1, 5, 10)
+ROUNDING = 1e-6
+"""Cosines closer than this are ties: float32 gives equal embeddings scores that differ in the last bits."""
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+"""The query comes first."""
+
+_QUERIES_AT_ONCE = 1024  # rows of the similarity matrix that are in memory together
+
+
+def retrieval_ranks(similarity: Tensor, positives: Tensor, *, tolerance: float = 0.0) -> Tensor:
+    """Rank of each query's best positive among the candidates that are none, from 1.
+
+    Ties count against the query: every foreign candidate that scores no less stands before it. The query's other
+    positives do not stand in its way.
+
+    Args:
+        similarity: (num_queries, num_candidates), any monotone score, higher is closer.
+        positives: same shape, bool; several positives per query are allowed.
+        tolerance: scores that differ by no more are ties, too.
+
+    Returns:
+        (num_queries,) int64.
+
+    Raises:
+        ValueError: on shapes that differ, non-finite scores, or a query without a positive.
+    """
+    if similarity.dim() != 2 or similarity.shape != positives.shape or positives.dtype != torch.bool:
+        raise ValueError(
+            f"Scores and positives must be one (num_queries, num_candidates) matrix each, the second bool, not "
+            f"{tuple(similarity.shape)} and {positives.dtype} {tuple(positives.shape)}."
+        )
+    if not similarity.isfinite().all():
+        raise ValueError("The scores hold NaN or infinity; the model or its precision is broken.")
+    if not positives.any(dim=1).all():
+        raise ValueError("A query has no positive among the candidates; leave it out, it can never be found.")
+    own = similarity.where(positives, -torch.inf).amax(dim=1, keepdim=True)
+    return ((similarity >= own - tolerance) & ~positives).sum(dim=1) + 1
+
+
+def recall_at_k(similarity: Tensor, positives: Tensor, ks: Sequence[int] = KS) -> dict[int, float]:
+    """Share of queries that find at least one of their positives among the top k.
+
+    Ties count against the model: a collapsed encoder that scores every pair equally earns 0, not 1. Two queries over
+    four candidates, where the first finds its positive second and the other ties with a stranger for the third place:
+
+        scores      .9  .8  .1  .0       positives   0 1 0 0       rank 2
+                    .7  .6  .5  .5                   0 0 0 1       rank 4
+        recall@1 = 0, recall@2 = 0.5, recall@3 = 0.5, recall@4 = 1
+
+    Args:
+        similarity: (num_queries, num_candidates), any monotone score, higher is closer.
+        positives: same shape, bool; several positives per query are allowed.
+        ks: cut-offs; one beyond the number of candidates is trivially met.
+
+    Returns:
+        k -> recall in [0, 1].
+
+    Raises:
+        ValueError: on shapes that differ, non-finite scores, a query without a positive, no query at all, or a k
+            below 1.
+
+    Source: hit-rate convention of CLIP_benchmark.
+    """
+    ranks = retrieval_ranks(similarity, positives)
+    if len(ranks) == 0 or min(ks, default=1) < 1:
+        raise ValueError(f"Recall needs at least one query and cut-offs from 1, not {len(ranks)} and {list(ks)}.")
+    return {k: (ranks <= k).double().mean().item() for k in ks}
+
+
+def query_ranks(image_embeds: Tensor, text_embeds: Tensor, owners: Tensor) -> dict[str, Tensor]:
+    """Rank the best positive of every query among the strangers, in both directions.
+
+    Cosines within `ROUNDING` of each other are ties.
+
+    Args:
+        image_embeds: (num_images, embed_dim).
+        text_embeds: (num_texts, embed_dim).
+        owners: (num_texts,) index of the image that each text describes; every image needs a text.
+
+    Returns:
+        For each of `DIRECTIONS` the ranks from 1, int64: (num_images,) and (num_texts,).
+
+    Raises:
+        ValueError: when the embeddings are not finite, none, or an image has no text.
+    """
+    everyone = torch.arange(len(image_embeds))
+    if len(everyone) == 0 or len(owners) != len(text_embeds) or owners.unique().tolist() != everyone.tolist():
+        raise ValueError("Every text must belong to an image and every image must own a text, and there must be some.")
+    images, texts = (image_embeds, everyone), (text_embeds, owners)
+    return {
+        direction: torch.cat([retrieval_ranks(*block, tolerance=ROUNDING) for _, *block in scored_blocks(*sides)])
+        for direction, sides in zip(DIRECTIONS, ((images, texts), (texts, images)), strict=True)
+    }
+
+
+def scored_blocks(
+    queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Score the queries block by block; a query and a candidate belong together if they belong to one image.
+
+    Args:
+        queries: embeddings (num_queries, embed_dim), and the image each belongs to (num_queries,).
+        candidates: the same.
+
+    Yields:
+        Indices of the block's queries, their similarity to all candidates, and the positives, bool of that shape.
+    """
+    for rows in torch.arange(len(queries[0])).split(_QUERIES_AT_ONCE):
+        embeds, images = queries[0][rows], queries[1][rows]
+        yield rows, cosine_similarity(embeds, candidates[0]), images[:, None] == candidates[1]
