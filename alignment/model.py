@@ -441,7 +441,9 @@ class ComposedModel(PreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(FRESH_LOGIT_SCALE))
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **inputs: Tensor | None) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor | None = None, **inputs: Tensor | None
+    ) -> BaseModelOutputWithPooling:
         """Project pictures into the shared space: `pooler_output`, un-normalised."""
         inputs["pixel_values"] = pixel_values
         states, pooled = _pooled(self.vision_model, self.config.vision_pooling, inputs, "pixel_attention_mask")

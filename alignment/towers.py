@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -219,6 +219,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
+    held = ("stem.", "trunk.", "concept.")  # weights that fine-tuning leaves as a million pictures made them
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
@@ -243,26 +244,46 @@ class EfficientNetLiteModel(PreTrainedModel):
         return maps
 
     def align(self, maps: Tensor) -> Tensor:
-        """Embed the trunk's maps in the space learnt from captions: (n, embed_dim), unit norm."""
-        last = self.tail(maps)
-        embeds: Tensor = self.head(last.mean((2, 3)), last.flatten(2).transpose(1, 2))
+        """Embed the last feature map in the space learnt from captions: (n, embed_dim), unit norm."""
+        embeds: Tensor = self.head(maps.mean((2, 3)), maps.flatten(2).transpose(1, 2))
         return embeds
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """Encode normalised pictures (n, 3, side, side).
+    def until(self, stage: Literal["trunk_maps", "last_maps"], pixel_values: Tensor) -> dict[str, Tensor]:
+        """Run the aligned tower's frozen beginning; `forward` takes what this returns in place of the pictures.
+
+        Args:
+            stage: up to the blocks that captions tune, or to the head behind them.
+            pixel_values: (n, 3, side, side).
+        """
+        maps = self.trunk_maps(pixel_values)
+        concepts, certainty = self.concept(maps)
+        return {stage: maps if stage == "trunk_maps" else self.tail(maps), "concepts": concepts, "certainty": certainty}
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        trunk_maps: Tensor | None = None,
+        last_maps: Tensor | None = None,
+        concepts: Tensor | None = None,
+        certainty: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode normalised pictures (n, 3, side, side), or what `until` made of them.
 
         Returns:
             Plain: `pooler_output` (n, 1280) averaged features, `last_hidden_state` (n, tokens, 1280).
             Aligned: `pooler_output` (n, embed_dim + concept_dim), unit norm.
         """
-        maps = self.trunk_maps(pixel_values)
+        if pixel_values is not None:
+            trunk_maps = self.trunk_maps(pixel_values)
+        last = self.tail(trunk_maps) if last_maps is None else last_maps
         if not self.config.embed_dim:
-            last = self.tail(maps)
             return BaseModelOutputWithPooling(last.flatten(2).transpose(1, 2), last.mean((2, 3)))
-        concepts, certainty = self.concept(maps)
+        if concepts is None:
+            concepts, certainty = self.concept(trunk_maps)
         low, high = self.config.concept_weight
         return BaseModelOutputWithPooling(
-            pooler_output=join_parts(self.align(maps), concepts, low + (high - low) * certainty)
+            pooler_output=join_parts(self.align(last), concepts, low + (high - low) * certainty)
         )
 
 
@@ -417,6 +438,8 @@ class NgramTextModel(PreTrainedModel):
     config_class = NgramTextConfig
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
+    # Fine-tuning leaves the sentence encoder alone: sixteen languages hang on it, and the image tower's concepts do.
+    held = ("table.", "input.", "input_norm.", "branches.", "token_norm.", "pool.", "sentence.")
 
     def __init__(self, config: NgramTextConfig) -> None:
         super().__init__(config)

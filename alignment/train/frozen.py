@@ -1,0 +1,191 @@
+"""What training leaves alone is computed once: the frozen beginning of the image side, kept for every picture.
+
+Place in the flow: between `presets`, which say what is trained, and `examples`. A locked image tower costs one pass
+over the pictures instead of one an epoch, which makes a locked tower, or heads alone, a matter of minutes on a laptop.
+The price is that a kept picture comes in a few fixed views instead of endlessly many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from torch import Tensor, nn
+from torch.nn import functional
+
+from alignment.model import DualEncoder
+from alignment.preprocess import open_image
+
+logger = logging.getLogger(__name__)
+
+Inputs = Mapping[str, Tensor]
+
+_TEXT_SIDE = ("text_model.", "text_projection.", "logit_")
+_TRUNK = ("vision_model.stem.", "vision_model.trunk.", "vision_model.concept.")  # of our own compact model
+_SMALLEST_WINDOW = 0.75  # of the side of a kept map
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place in the image side before which nothing is trained.
+
+    Attributes:
+        name: what is kept, for people to read.
+        before: preprocessor output -> what is kept of the images, by name, (n, ...) each.
+        after: the rest of the way, to (n, embed_dim) unit norm.
+    """
+
+    name: str
+    before: Callable[[Inputs], dict[str, Tensor]]
+    after: Callable[[Inputs], Tensor]
+
+
+def latest_cut(encoder: DualEncoder) -> Cut | None:
+    """Find the last place before which the image side is frozen; None where its first layers are trained."""
+    module = encoder.module
+    trained = tuple(
+        name for name, weight in module.named_parameters() if weight.requires_grad and not name.startswith(_TEXT_SIDE)
+    )
+    if not trained:
+        return Cut(
+            "finished embeddings",
+            lambda inputs: {"embeds": encoder.embed_images(inputs)},
+            lambda kept: kept["embeds"].to(encoder.device),
+        )
+    if all(name.startswith("visual_projection.") for name in trained):
+        return Cut(
+            "features before the projection",
+            lambda inputs: {"features": _input_of(module.visual_projection, encoder, inputs)},
+            lambda kept: _projected(module.visual_projection, kept["features"].to(encoder.device)),
+        )
+    tower = module.vision_model
+    if hasattr(tower, "until") and not any(name.startswith(_TRUNK) for name in trained):
+        stage = "last_maps" if all(name.startswith("vision_model.head.") for name in trained) else "trunk_maps"
+        return Cut(
+            "maps before the trained layers",
+            lambda inputs: tower.until(stage, inputs["pixel_values"].to(encoder.device)),
+            encoder.embed_images,
+        )
+    return None
+
+
+def _projected(projection: nn.Module, features: Tensor) -> Tensor:
+    return functional.normalize(projection(features).float(), dim=-1)
+
+
+def _input_of(projection: nn.Module, encoder: DualEncoder, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Embed images and return what the projection was given."""
+    seen: list[Tensor] = []
+    handle = projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    try:
+        encoder.embed_images(inputs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+class KeptImages:
+    """What the frozen part made of every image, as it is and mirrored, in files on disk.
+
+    Half-precision memory maps: 1 to 3 KB an image for embeddings and features, 70 to 210 KB for the compact model's
+    maps, twice that with mirror images. They are named after the frozen weights and the images, so a resumed run finds
+    them and no other run is given them by mistake.
+    """
+
+    def __init__(self, cut: Cut, encoder: DualEncoder, images: Sequence[str], folder: Path, *, augment: bool) -> None:
+        self.cut, self.encoder, self.images = cut, encoder, list(images)
+        self.views = 2 if augment else 1
+        self.folder = folder / f"{self._key()}"
+        self._kept: dict[str, np.ndarray] = {}
+
+    def fill(self, *, batch_size: int = 16, progress: Callable[[int, int], None] | None = None) -> None:
+        """Make the files, unless they are there; what a killed run has begun is made anew."""
+        if not self.folder.exists():
+            partial = self.folder.with_suffix(".partial")
+            partial.mkdir(parents=True, exist_ok=True)
+            files = {
+                name: np.lib.format.open_memmap(
+                    partial / f"{name}.npy", "w+", np.float16, (len(self.images), *view.shape[1:])
+                )
+                for name, view in self._compute([0]).items()
+            }
+            for start in range(0, len(self.images), batch_size):
+                rows = range(start, min(start + batch_size, len(self.images)))
+                for name, views in self._compute(rows).items():
+                    files[name][rows.start : rows.stop] = views.half().cpu().numpy()
+                if progress is not None:
+                    progress(rows.stop, len(self.images))
+            for file in files.values():
+                file.flush()
+            partial.replace(self.folder)
+        self._kept = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
+
+    def __call__(self, row: int, rng: np.random.Generator) -> Inputs:
+        """Return one view of an image as a batch of one."""
+        return self._batch([row], int(rng.integers(self.views)))
+
+    @torch.no_grad()
+    def embed(self, rows: Sequence[int], batch_size: int = 64) -> Tensor:
+        """Finish images as they are: (n, embed_dim) float32, CPU, unit norm."""
+        with _evaluating(self.encoder.module):
+            parts = [
+                self.cut.after(self._batch(rows[start : start + batch_size], 0)).cpu()
+                for start in range(0, len(rows), batch_size)
+            ]
+        return torch.cat(parts)
+
+    def _batch(self, rows: Sequence[int], view: int) -> Inputs:
+        assert self._kept, "fill() comes first"
+        return {
+            name: torch.from_numpy(np.stack([kept[row, view] for row in rows]).astype(np.float32))
+            for name, kept in self._kept.items()
+        }
+
+    @torch.no_grad()
+    def _compute(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return (n, views, ...) by name."""
+        with _evaluating(self.encoder.module):
+            pictures = [open_image(self.images[row]) for row in rows]
+            mirrored = [ImageOps.mirror(picture) for picture in pictures] if self.views > 1 else []
+            prepare = self.encoder.preprocessor.images
+            views = [self.cut.before(prepare(view)) for view in (pictures, mirrored) if view]
+        return {name: torch.stack([view[name] for view in views], dim=1) for name in views[0]}
+
+    def _key(self) -> str:
+        frozen = [name for name, weight in self.encoder.module.named_parameters() if not weight.requires_grad]
+        state = self.encoder.module.state_dict()
+        digest = hashlib.sha256(f"{self.cut.name} {self.views} {self.images}".encode())
+        for name in frozen:
+            if not name.startswith(_TEXT_SIDE):
+                digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def random_window(kept: Inputs) -> Inputs:
+    """Cut one square window out of kept maps (n, channels, side, side), the same for all; the rest stays as it is."""
+    cut = dict(kept)
+    for name, maps in kept.items():
+        if maps.ndim == 4:
+            side = maps.shape[-1]
+            width = int(torch.randint(round(_SMALLEST_WINDOW * side), side + 1, ()))
+            top, left = (int(torch.randint(side - width + 1, ())) for _ in range(2))
+            cut[name] = maps[:, :, top : top + width, left : left + width]
+    return cut
+
+
+@contextmanager
+def _evaluating(module: Any) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

@@ -1,0 +1,117 @@
+"""The data of a run: read, checked, parted into what is learnt from and what is measured on.
+
+Place in the flow: `pairs -> prepare (here) -> run`. `--check` ends here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from alignment.pairs import (
+    DataReport,
+    ImagePrint,
+    Pair,
+    check_data,
+    fingerprint_images,
+    look_alikes,
+    merge_duplicates,
+    read_data,
+    without_overlap,
+)
+from alignment.train.settings import TrainConfig
+
+HELD_OUT = 0.05  # of the pictures, where the data set has no split to measure on
+MIN_HELD_OUT, MAX_HELD_OUT = 20, 1000
+MIN_IMAGES = 4  # with fewer there is nothing to contrast
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run learns from and what it is measured on.
+
+    Attributes:
+        train, evaluation: pictures with captions, each once, none in both.
+        look_alikes: rows of `train` that are one photograph saved in two ways.
+        report: what the check found.
+        evaluation_name: where the evaluation part comes from, in words.
+        second: another data set to measure on, or nothing.
+    """
+
+    train: list[Pair]
+    evaluation: list[Pair]
+    look_alikes: list[tuple[int, int]]
+    report: DataReport
+    evaluation_name: str
+    second: list[Pair]
+
+    @property
+    def digest(self) -> str:
+        """Tell two data sets apart: sha256 over names and captions."""
+        told = [(pair.id, pair.captions) for part in (self.train, self.evaluation) for pair in part]
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def prepare(config: TrainConfig, *, progress: Progress | None = None) -> Prepared:
+    """Read and check the data of a run.
+
+    Args:
+        config: what to read.
+        progress: called with (done, total) while pictures are opened.
+
+    Raises:
+        FileNotFoundError: when something named is not there.
+        ValueError: when too few pictures are left.
+    """
+    reading = read_data(config.data, format=config.format)
+    train, evaluation, name = _parts(config, reading.pairs)
+    prints = fingerprint_images([pair.image for pair in [*train, *evaluation]], progress=progress)
+    report = check_data(replace(reading, pairs=train), evaluation, prints=prints)
+    evaluation = merge_duplicates(evaluation, prints)
+    train = merge_duplicates(without_overlap(train, evaluation, prints), prints)
+    if not name:
+        train, evaluation, name = _hold_out(train, prints)
+    for part, count in (("learn from", len(train)), ("measure on", len(evaluation))):
+        if count < MIN_IMAGES:
+            raise ValueError(f"{config.data} leaves {count} captioned pictures to {part}; {MIN_IMAGES} are needed.")
+    second = read_data(config.second_data, split=config.second_split).pairs if config.second_data else []
+    second = merge_duplicates(second, fingerprint_images(pair.image for pair in second))
+    rows = {pair.image: row for row, pair in enumerate(train)}
+    alike = [(rows[one], rows[other]) for one, other in look_alikes(prints) if one in rows and other in rows]
+    return Prepared(train, evaluation, alike, report, name, second)
+
+
+def _parts(config: TrainConfig, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair], str]:
+    """Find what to learn from and what to measure on; no name for the second where it has to be held out."""
+    splits = {pair.split for pair in pairs}
+    wanted = {config.split} if config.split else {"train", ""} if "train" in splits else splits - {"dev", "test"}
+    if not wanted & splits:
+        raise ValueError(f"{config.data} has no split {config.split or 'train'!r}; its splits are {sorted(splits)}.")
+    train = [pair for pair in pairs if pair.split in wanted]
+    if config.eval_data:
+        evaluation = read_data(config.eval_data, split=config.eval_split).pairs
+        return train, evaluation, f"{config.eval_data}{f', split {config.eval_split}' if config.eval_split else ''}"
+    split = config.eval_split or "dev"
+    evaluation = [pair for pair in pairs if pair.split == {"val": "dev"}.get(split, split)]
+    if config.eval_split and not evaluation:
+        raise ValueError(f"{config.data} has no split {split!r}; its splits are {sorted(splits)}.")
+    return train, evaluation, f"split {split}" if evaluation else ""
+
+
+def _hold_out(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) -> tuple[list[Pair], list[Pair], str]:
+    """Set a part aside by the pictures' content: the same ones in every run, however the data are sorted."""
+    count = min(MAX_HELD_OUT, max(MIN_HELD_OUT, round(HELD_OUT * len(pairs))), len(pairs) // 2)
+
+    def place(pair: Pair) -> str:
+        found = prints[pair.image]
+        return found.content if found else ""
+
+    held = {pair.image for pair in sorted(pairs, key=place)[:count]}
+    train = [pair for pair in pairs if pair.image not in held]
+    # A look-alike of a picture to learn from would be too easy a question.
+    seen_twice = {one for pair in look_alikes(prints) for one in pair}
+    evaluation = [pair for pair in pairs if pair.image in held and pair.image not in seen_twice]
+    return train, evaluation, f"{len(evaluation)} pictures held out"

@@ -1,0 +1,193 @@
+"""Send a result folder to the Hugging Face Hub: weights, configuration, card and report, and nothing else.
+
+Place in the flow: `train -> report -> publish (here)`; the end of a run with `--push-to-hub`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from alignment.model import DualEncoder
+from alignment.train.record import REPOSITORY, RunRecord, is_local
+
+logger = logging.getLogger(__name__)
+
+_INDEX = "model.safetensors.index.json"
+_REPORT = ("README.md", "report.md", "run.json")
+_CONFIGURATION = (
+    "config.json",
+    "preprocessor_config.json",
+    "image_processor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+# Weights of an earlier push that this one does not overwrite would be loaded instead of, or beside, the new ones.
+_OLD_WEIGHTS = ["model.safetensors", _INDEX, "model-?????-of-?????.safetensors"]
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, api: HfApi | None = None
+) -> str:
+    """Upload a result folder as a model repository, created if need be.
+
+    Only what belongs to the model is sent, by name: configuration, tokenizer, image processor, weights, README.md,
+    report.md, run.json and the plots; never checkpoints, optimizer states or logs. In README.md, `USER/NAME` becomes
+    the repository's id, on disk too.
+
+    Args:
+        folder: what training wrote; it is loaded before anything is sent.
+        repo_id: "user/name", or "name" for one's own account.
+        private: of a repository that is created now; an existing one stays as it is.
+        api: the Hub to send to, with its token; the public one and the token of `hf auth login` when None.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        FileNotFoundError: when the folder holds no checkpoint, or no card.
+        ValueError: on a malformed id, a damaged or changed checkpoint, a file that names a local folder, a missing
+            login or a missing right.
+        ConnectionError: when the Hub cannot be reached or breaks off.
+    """
+    folder, api = Path(folder), api or HfApi()
+    _check_id(repo_id)
+    files = _checked_files(folder)
+    if api.token is False or not (api.token or get_token()):
+        raise ValueError("Not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN, and push again.")
+    with _plain_errors(repo_id):
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        _name_in_card(folder / "README.md", repository.repo_id)
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            allow_patterns=[_literal(name) for name in files],
+            delete_patterns=_OLD_WEIGHTS,
+            commit_message="Upload the fine-tuned model, its card and its report",
+        )
+    logger.info("Sent %d files to %s.", len(files), repository.url)
+    return repository.url
+
+
+# ---------------------------------------------------------------- before sending
+
+
+def _check_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{repo_id!r} is no name for a repository on the Hub: write USER/NAME in letters, digits, '-', '_' and '.'."
+        ) from error
+
+
+def _checked_files(folder: Path) -> list[str]:
+    """Load the checkpoint and list what may be sent, by path within the folder."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model (no config.json): give the folder that training wrote.")
+    encoder = DualEncoder.load(folder, device="cpu")
+    if not (folder / "README.md").is_file():
+        raise FileNotFoundError(f"{folder} has no README.md, the model card; train again, or write one.")
+    if (folder / "run.json").is_file() and RunRecord.from_json(folder / "run.json").fingerprint != encoder.fingerprint:
+        raise ValueError(
+            f"The weights in {folder} are not those that its run.json measured: delete README.md, report.md and "
+            "run.json, and write a card of your own, or train again."
+        )
+    names = [*_CONFIGURATION, *_weights(folder), *_REPORT]
+    plots = [f"plots/{path.name}" for path in sorted((folder / "plots").glob("*.png"))]
+    files = [name for name in dict.fromkeys([*names, *plots]) if (folder / name).is_file()]
+    _check_private(folder, files)
+    return files
+
+
+def _weights(folder: Path) -> list[str]:
+    """Name the files that hold the weights, as `DualEncoder.load` finds them."""
+    if (folder / "model.safetensors").is_file() or not (folder / _INDEX).is_file():
+        return ["model.safetensors"]
+    shards = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    return [_INDEX, *sorted(name for name in shards if Path(name).name == name and name.endswith(".safetensors"))]
+
+
+def _check_private(folder: Path, files: list[str]) -> None:
+    """Refuse to publish where on this machine something lay."""
+    for name in files:
+        if name.endswith("config.json"):
+            path = next(_local_values(json.loads((folder / name).read_text(encoding="utf-8"))), None)
+            if path is not None:
+                raise ValueError(
+                    f"{folder / name} names a folder of this machine ({path}); take it out and push again."
+                )
+
+
+def _local_values(value: object) -> Iterator[str]:
+    if isinstance(value, str) and is_local(value) and len(re.split(r"[\\/]+", value)) > 2:  # a token may begin with "/"
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _local_values(item)
+
+
+def _name_in_card(card: Path, repo_id: str) -> None:
+    text = card.read_text(encoding="utf-8")
+    named = text.replace(f'DualEncoder.load("{REPOSITORY}")', f'DualEncoder.load("{repo_id}")')
+    if named != text:
+        card.write_text(named, encoding="utf-8")
+
+
+def _literal(name: str) -> str:
+    """Make a pattern that matches this path and no other; `*.json` would reach into every folder."""
+    return "".join(f"[{mark}]" if mark in "*?[" else mark for mark in name)
+
+
+# ---------------------------------------------------------------- the Hub's answers
+
+
+@contextmanager
+def _plain_errors(repo_id: str) -> Iterator[None]:
+    """Turn the Hub's answers into sentences that say what to do."""
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise ConnectionError(
+            "The Hugging Face Hub is switched off (HF_HUB_OFFLINE): unset the variable, and push again."
+        ) from error
+    except HfHubHTTPError as error:
+        raise _refusal(error, repo_id) from error
+    except (HTTPError, ConnectionError, PermissionError, TimeoutError, RuntimeError) as error:
+        raise ConnectionError(
+            f"The Hugging Face Hub cannot be reached, or broke off ({type(error).__name__}): check the network and "
+            "push again; what has arrived is not sent twice."
+        ) from error
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str) -> Exception:
+    status = error.response.status_code
+    if status == 401:
+        return ValueError("The Hub does not accept the token: run `hf auth login` with a valid one, and push again.")
+    if status in (402, 403, 404):
+        return ValueError(
+            f"This account may not write to {repo_id}: take a name of your own, or a token with the right to write."
+        )
+    if status == 409:
+        return ValueError(f"The name {repo_id} is taken on the Hub: choose another.")
+    if status == 400:
+        return ValueError(f"The Hub refuses what was sent to {repo_id}: {error.server_message or error}.")
+    return ConnectionError(f"The Hub answered with an error ({status}): push again later.")

@@ -1,0 +1,534 @@
+"""One fine-tuning from start to end: data, model, plan, training, choice of weights, result and report.
+
+Place in the flow: `__main__ -> run (here)`, which strings `prepare`, `presets`, `trainer` and `report` together. A run
+that was killed is called again with `resume` and ends with the weights it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import set_seed
+
+from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
+from alignment.model import DualEncoder
+from alignment.train.examples import Captions, Examples
+from alignment.train.frozen import Cut, KeptImages
+from alignment.train.measure import Measure
+from alignment.train.objective import Objective
+from alignment.train.prepare import Prepared, prepare
+from alignment.train.presets import Towers, apply_preset, merge_lora, start_of, weight_groups
+from alignment.train.record import Interval, RunRecord
+from alignment.train.report import model_card, write_report
+from alignment.train.scratch import build_scratch
+from alignment.train.settings import ALPHAS, Recipe, TrainConfig, complete
+from alignment.train.trainer import (
+    METRIC,
+    ContrastiveTrainer,
+    Journal,
+    Patience,
+    StopRequests,
+    duration,
+    last_checkpoint,
+    training_arguments,
+)
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"  # what a resumed run goes on with
+RECORD = "run.json"
+_PROBE_IMAGES = 32
+_SHARE_OF_TIME = 0.85  # of the minutes given goes into steps; the rest into the choice of weights and the report
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, as it is printed at the start; all of it lands in the report.
+
+    Attributes:
+        estimated_seconds: of training with its measurements, from a step tried out beforehand.
+        peak_memory_bytes: of this process (the GPU's, where there is one) after that step.
+    """
+
+    train_images: int
+    train_captions: int
+    eval_images: int
+    eval_captions: int
+    steps: int
+    epochs: float
+    batch_size: int
+    chunk_size: int
+    processes: int
+    trainable_parameters: int
+    total_parameters: int
+    device: str
+    precision: str
+    estimated_seconds: float
+    peak_memory_bytes: int
+
+
+def train(config: TrainConfig, *, resume: bool = False, say: Say = logger.info) -> RunRecord:
+    """Fine-tune a dual encoder on captioned images.
+
+    Args:
+        config: what to do; what is None is chosen.
+        resume: go on with the run whose folder `config.output` is.
+        say: takes each line that a person should see.
+
+    Returns:
+        The record of the run; model, report and logs are in `config.output`.
+
+    Raises:
+        FileExistsError: when the output folder holds something and `resume` is off.
+        FileNotFoundError: when data or model are missing.
+        ValueError: on data or settings that do not work.
+        FloatingPointError: when the loss is no longer a number, naming the step and the cure.
+    """
+    started = time.monotonic()
+    folder = Path(config.output)
+    state = PartialState(cpu=config.device == "cpu")
+    if state.is_main_process:
+        claim(folder, resume=resume)
+    state.wait_for_everyone()
+    saved = read_settings(folder) if resume else None
+    config = saved.continued(config) if saved else config
+    say = say if state.is_main_process else _nothing
+    prepared = prepare(config, progress=_progress(say, "checking pictures"))
+    say(prepared.report.summary())
+    run = Run(config, prepared, folder, saved, say)
+    if config.minutes is not None:
+        run.stop.deadline = started + 60 * config.minutes
+    with state.main_process_first():
+        run.keep_images()
+    run.measure_start()
+    run.plan()
+    run.learn(resume)
+    run.choose()
+    record = run.record(started)
+    if state.is_main_process:
+        run.write(record)
+    state.wait_for_everyone()
+    return record
+
+
+class Run:
+    """The parts of one fine-tuning, and its steps in order."""
+
+    def __init__(
+        self, config: TrainConfig, prepared: Prepared, folder: Path, saved: Interrupted | None, say: Say
+    ) -> None:
+        self.prepared, self.folder, self.say, self.saved = prepared, folder, say, saved
+        set_seed(config.seed)
+        self.encoder = _start(config, prepared)
+        self.base_fingerprint = self.encoder.fingerprint
+        self.config, self.recipe = config, complete(config, self.encoder, len(prepared.train))
+        self.since = datetime.now(UTC).isoformat(timespec="seconds")
+        if saved is not None:
+            saved.check(prepared, self.base_fingerprint)
+            self.recipe, self.since = saved.recipe, saved.started
+        self.start = start_of(self.encoder.module)
+        if self.recipe.gradient_checkpointing:
+            self.encoder.module.gradient_checkpointing_enable()
+        apply_preset(self.encoder, self.recipe.preset)
+        self.towers = Towers(self.encoder)
+        self.captions = Captions(prepared.train, prepared.look_alikes)
+        self.kept: dict[str, KeptImages] = {}
+        self.stop = StopRequests()
+        self.interpolation: list[dict[str, float | None]] = []
+        self.alpha: float | None = None
+
+    # ------------------------------------------------------------ before training
+
+    def keep_images(self) -> None:
+        """Compute what is frozen of the image side, once for every picture."""
+        cut = self.towers.keep_images(augment=self.recipe.augment) if self.recipe.keep_images else None
+        if cut is not None:
+            self.kept["train"] = self._keep(cut, self.prepared.train, augment=self.recipe.augment, what="training")
+            self.kept["eval"] = self._keep(cut, self.prepared.evaluation, augment=False, what="validation")
+        second = self.prepared.second
+        self.measure = Measure(self.encoder, self.prepared.evaluation, self.kept.get("eval"))
+        self.second = Measure(self.encoder, second, None) if second else None
+
+    def _keep(self, cut: Cut, pairs: Sequence[Any], *, augment: bool, what: str) -> KeptImages:
+        folder = Path(self.config.kept_folder or self.folder / "kept")
+        kept = KeptImages(cut, self.encoder, [pair.image for pair in pairs], folder, augment=augment)
+        kept.fill(progress=_progress(self.say, f"{what} pictures: {cut.name}"))
+        return kept
+
+    def measure_start(self) -> None:
+        """Measure the start weights; how long that takes tells how often it is worth it."""
+        began = time.monotonic()
+        self.before = self.measure.embedded()
+        self.measuring = time.monotonic() - began
+        self.second_before = self.second.embedded() if self.second else None
+
+    def plan(self) -> None:
+        """Try a step, see how long the run will be, fit it into the minutes given, and say all that."""
+        seconds, memory = self._probe()
+        recipe = self.recipe
+        each = seconds + self.measuring / recipe.measure_every
+        if self.stop.deadline is not None and self.saved is None:
+            left = self.stop.deadline - time.monotonic()
+            steps = max(1, min(recipe.max_steps, int(_SHARE_OF_TIME * left / each)))
+            recipe = self.recipe = replace(recipe, max_steps=steps, measure_every=min(recipe.measure_every, steps))
+        parameters = list(self.encoder.module.parameters())
+        self.planned = Plan(
+            train_images=len(self.prepared.train),
+            train_captions=len(self.captions.texts),
+            eval_images=len(self.prepared.evaluation),
+            eval_captions=len(self.before.texts),
+            steps=recipe.max_steps,
+            epochs=round(recipe.max_steps / max(1, len(self.prepared.train) // recipe.batch_size), 2),
+            batch_size=recipe.batch_size,
+            chunk_size=recipe.chunk_size,
+            processes=PartialState().num_processes,
+            trainable_parameters=sum(weight.numel() for weight in parameters if weight.requires_grad),
+            total_parameters=sum(weight.numel() for weight in parameters),
+            device=str(self.encoder.device),
+            precision=recipe.precision,
+            estimated_seconds=each * recipe.max_steps,
+            peak_memory_bytes=memory,
+        )
+        self.say(_plan_text(self.planned, self.recipe, self.encoder.name, self.prepared.evaluation_name))
+
+    def _probe(self) -> tuple[float, int]:
+        """Time one step and take the memory it needs; weights and random numbers are as before."""
+        few = min(_PROBE_IMAGES, self.recipe.chunk_size)
+        examples = self._examples(batch_size=few, steps=2)
+        objective = Objective(self.towers, self.captions.relate, loss=self.recipe.loss)
+        self.towers.train()
+        with torch.random.fork_rng():
+            for step in range(2):  # the first one warms up
+                began = time.monotonic()
+                objective.backward(examples.batch(step % examples.steps_per_epoch))
+                seconds = time.monotonic() - began
+        self.encoder.module.zero_grad()
+        twice = 4 / 3 if self.recipe.chunk_size < self.recipe.batch_size else 1.0
+        scaled = seconds / few * self.recipe.batch_size / PartialState().num_processes * twice
+        if self.encoder.device.type == "cuda":
+            return scaled, torch.cuda.max_memory_allocated()
+        return scaled, psutil.Process().memory_info().rss
+
+    # ------------------------------------------------------------ training
+
+    def learn(self, resume: bool) -> None:
+        """Train to the end, to the best or to the deadline, and come back with the best weights."""
+        trainer = self._trainer()
+        checkpoint = last_checkpoint(Path(trainer.args.output_dir)) if resume else None
+        if self.saved is None:
+            self._note_settings()
+        with _stopping_on_signals(self.stop):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.history = trainer.state.log_history
+        self.best_step = trainer.state.best_global_step or trainer.state.global_step
+        early = trainer.state.global_step < self.recipe.max_steps
+        self.stopped = self.stop.reason or (
+            "the validation recall sum had stopped rising" if early else "all steps done"
+        )
+        self.say(f"Training ended: {self.stopped}. Best weights: step {self.best_step}.")
+
+    def _trainer(self) -> ContrastiveTrainer:
+        recipe = self.recipe
+        arguments = training_arguments(
+            self.folder,
+            batch_size=recipe.batch_size,
+            num_steps=recipe.max_steps,
+            measure_every=recipe.measure_every,
+            warmup_steps=round(recipe.warmup * recipe.max_steps),
+            seed=recipe.seed,
+            bf16=recipe.precision == "bf16",
+            fp16=recipe.precision == "fp16",
+            dataloader_num_workers=0 if "train" in self.kept else recipe.workers,
+            use_cpu=self.config.device == "cpu",
+        )
+        self.encoder.device = arguments.device
+        return ContrastiveTrainer(
+            self.towers,
+            arguments,
+            examples=self._examples(batch_size=recipe.batch_size, steps=recipe.max_steps),
+            objective=Objective(self.towers, self.captions.relate, loss=recipe.loss, chunk_size=recipe.chunk_size),
+            measure=self.measure.figures,
+            groups=weight_groups(
+                self.encoder.module,
+                rate=recipe.learning_rate,
+                head_rate=recipe.head_learning_rate,
+                weight_decay=recipe.weight_decay,
+            ),
+            callbacks=[self.stop, Patience(recipe.patience), Journal(self.say)],
+        )
+
+    def _examples(self, *, batch_size: int, steps: int) -> Examples:
+        return Examples(
+            self.prepared.train,
+            self.captions,
+            self.encoder.preprocessor,
+            batch_size=batch_size,
+            num_steps=steps,
+            captions_per_image=self.recipe.captions_per_image,
+            augment=self.recipe.augment,
+            seed=self.recipe.seed,
+            kept=self.kept.get("train"),
+        )
+
+    def _note_settings(self) -> None:
+        if PartialState().is_main_process:
+            told = Interrupted(self.config, self.recipe, self.since, self.prepared.digest, self.base_fingerprint)
+            (self.folder / SETTINGS).write_text(json.dumps(asdict(told), indent=1) + "\n", encoding="utf-8")
+        PartialState().wait_for_everyone()
+
+    # ------------------------------------------------------------ after training
+
+    def choose(self) -> None:
+        """Go from the start weights to the tuned ones and stay where validation is best.
+
+        Source: WiSE-FT, Wortsman et al. 2022.
+        """
+        merge_lora(self.encoder.module)
+        if not self.recipe.interpolate:
+            return
+        weights = {name: weight for name, weight in self.encoder.module.named_parameters() if name in self.start}
+        end = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+        sums = {}
+        for alpha in ALPHAS:
+            self._mix(weights, end, alpha)
+            sums[alpha] = self.measure.figures()[METRIC]
+            second = self.second.figures()[METRIC] if self.second else None
+            self.interpolation.append({"alpha": alpha, "recall_sum": sums[alpha], "second_recall_sum": second})
+        # Of equals the one that has learnt more.
+        alpha = max(ALPHAS, key=lambda alpha: (sums[alpha], alpha))
+        self._mix(weights, end, alpha)
+        self.alpha = alpha
+        curve = ", ".join(f"{alpha:g}: {100 * sums[alpha]:.1f}" for alpha in ALPHAS)
+        self.say(f"Recall sum on validation from start (0) to tuned weights (1): {curve}. Kept: {self.alpha:g}.")
+
+    @torch.no_grad()
+    def _mix(self, weights: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> None:
+        for name, weight in weights.items():
+            if not torch.equal(self.start[name], end[name]):
+                weight.copy_((1 - alpha) * self.start[name] + alpha * end[name])
+
+    def record(self, started: float) -> RunRecord:
+        """Measure the result and put everything down that is known about the run."""
+        after = self.measure.embedded()
+        second = self.second.embedded() if self.second else None
+        gained = compare_retrieval(self.before, after).metrics
+        self.say(f"Validation, before and after:\n{difference_table(gained)}")
+        return RunRecord(
+            command=shlex.join(["python", "-m", "alignment.train", *sys.argv[1:]]),
+            started=self.since,
+            seconds=time.monotonic() - started,
+            versions={name: version(name) for name in ("torch", "transformers", "accelerate")}
+            | {"python": platform.python_version()},
+            settings=self.config.as_dict() | asdict(self.recipe),
+            plan=asdict(self.planned),
+            data=self.prepared.report.summary(),
+            base_model=self.encoder.name,
+            base_fingerprint=self.base_fingerprint,
+            fingerprint=self.encoder.fingerprint,
+            history=self.history,
+            before=_intervals(evaluate_embedded(self.before).metrics),
+            after=_intervals(evaluate_embedded(after).metrics),
+            difference=_intervals(gained),
+            stopped=self.stopped,
+            best_step=self.best_step,
+            second_data=self.config.second_data,
+            second_before=_intervals(evaluate_embedded(self.second_before).metrics) if self.second_before else None,
+            second_after=_intervals(evaluate_embedded(second).metrics) if second else None,
+            second_difference=_intervals(compare_retrieval(self.second_before, second).metrics)
+            if self.second_before and second
+            else None,
+            interpolation=self.interpolation,
+            alpha=self.alpha,
+            model_type=self.encoder.module.config.model_type,
+            data_name=Path(self.config.data).name,
+            base_model_id=_hub_id(self.config.model),
+            dataset_id=_hub_id(self.config.data),
+        )
+
+    def write(self, record: RunRecord) -> None:
+        """Write model, report and model card, and clear away what only training needed."""
+        self.encoder.save(self.folder)
+        record.to_json(self.folder / RECORD)
+        write_report(record, self.folder)
+        (self.folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        for leftover in ("checkpoints", "kept"):
+            shutil.rmtree(self.folder / leftover, ignore_errors=True)
+        (self.folder / SETTINGS).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """What a run noted down at its start, so that it can be gone on with.
+
+    Attributes:
+        config: as given.
+        recipe: with every choice made.
+        started: ISO 8601.
+        data_digest: of what it learns from and is measured on.
+        base_fingerprint: of the start weights.
+    """
+
+    config: TrainConfig
+    recipe: Recipe
+    started: str
+    data_digest: str
+    base_fingerprint: str
+
+    def continued(self, config: TrainConfig) -> TrainConfig:
+        """Return the settings to go on with: all as they were, but for the folder and the minutes."""
+        return replace(self.config, output=config.output, minutes=config.minutes)
+
+    def check(self, prepared: Prepared, base_fingerprint: str) -> None:
+        """Refuse to go on with other data or from other weights.
+
+        Raises:
+            ValueError: saying which.
+        """
+        if self.data_digest != prepared.digest:
+            raise ValueError("The data have changed since this run began; start a new one with another --output.")
+        if self.base_fingerprint != base_fingerprint:
+            raise ValueError("The start model has changed since this run began; start a new one with another --output.")
+
+
+def claim(folder: Path, *, resume: bool) -> None:
+    """Make the result folder, or make sure that it holds a run to go on with.
+
+    Raises:
+        FileExistsError: when it holds something and this is to be a new run, or the run is finished.
+        FileNotFoundError: when there is no run to go on with.
+    """
+    begun, finished = (folder / SETTINGS).exists(), (folder / RECORD).exists()
+    if resume and finished:
+        raise FileExistsError(f"The run in {folder} is finished; fine-tune further with --model {folder}.")
+    if resume and not begun:
+        raise FileNotFoundError(f"There is no run in {folder} to go on with; leave --resume out to begin one.")
+    if begun and not finished and not resume:
+        raise FileExistsError(f"{folder} holds an unfinished run: go on with --resume, or choose another --output.")
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} is not an empty folder, and nothing in it is overwritten: choose another --output."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def read_settings(folder: Path) -> Interrupted:
+    """Read what an interrupted run noted down.
+
+    Raises:
+        ValueError: when the file is damaged.
+    """
+    try:
+        values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        config, recipe = TrainConfig.from_dict(values["config"]), Recipe(**values["recipe"])
+        return Interrupted(**values | {"config": config, "recipe": recipe})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / SETTINGS} is damaged ({error}); start a new run with another --output.") from error
+
+
+def _start(config: TrainConfig, prepared: Prepared) -> DualEncoder:
+    """Load, join or build the model to begin with."""
+    if config.scratch:
+        captions = [caption for pair in prepared.train for caption in pair.captions]
+        return build_scratch(captions, config.scratch, device=config.device)
+    if config.vision and config.text:
+        return DualEncoder.compose(config.vision, config.text, device=config.device)
+    if config.model:
+        return DualEncoder.load(config.model, device=config.device)
+    raise ValueError("Name a model to begin with (--model), two towers to join (--vision, --text), or --scratch.")
+
+
+# ---------------------------------------------------------------- small things
+
+
+def _intervals(metrics: Mapping[str, Estimate | Difference]) -> dict[str, Interval]:
+    return {name: {"value": one.value, "low": one.low, "high": one.high} for name, one in metrics.items()}
+
+
+def _hub_id(name: str | None) -> str | None:
+    """Return a name that is no path on this machine and looks like OWNER/NAME."""
+    return name if name and name.count("/") == 1 and not Path(name).exists() else None
+
+
+def _plan_text(plan: Plan, recipe: Recipe, model: str, evaluation: str) -> str:
+    what = {"full": "all weights", "lit": "the text side", "heads": "the heads", "lora": "low-rank adapters"}
+    together = (
+        f"{plan.chunk_size} at a time in memory" if plan.chunk_size < plan.batch_size else "all in memory at once"
+    )
+    rates = f"{recipe.learning_rate:g}" + (
+        f", heads {recipe.head_learning_rate:g}" if recipe.head_learning_rate != recipe.learning_rate else ""
+    )
+    return "\n".join(
+        [
+            f"Fine-tuning {model} ({recipe.preset}: {what[recipe.preset]}, {plan.trainable_parameters / 1e6:.1f} of "
+            f"{plan.total_parameters / 1e6:.1f} million weights), {recipe.loss} loss, learning rate {rates}",
+            f"  learns from  {plan.train_images} pictures, {plan.train_captions} captions",
+            f"  measured on  {plan.eval_images} pictures, {plan.eval_captions} captions ({evaluation})",
+            f"  steps        {plan.steps} ({plan.epochs:g} passes) of {plan.batch_size} pictures, in memory {together}"
+            + (f", {plan.processes} processes" if plan.processes > 1 else ""),
+            f"  takes about  {duration(plan.estimated_seconds)} on {plan.device} in {plan.precision}, measured every "
+            f"{recipe.measure_every} steps; {plan.peak_memory_bytes / 2**30:.1f} GiB of memory in a trial step",
+        ]
+    )
+
+
+def _progress(say: Say, what: str) -> Callable[[int, int], None]:
+    """Say every ten seconds how far a slow thing is."""
+    began = told = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told > 10:
+            told = now
+            say(f"{what}: {done} of {total}, {duration((now - began) / done * (total - done))} left")
+
+    return progress
+
+
+def _nothing(_: str) -> None:
+    """Say nothing: another process does."""
+
+
+@contextmanager
+def _stopping_on_signals(stop: StopRequests) -> Iterator[None]:
+    """Let the first Ctrl-C or polite kill end training in good order; the second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.ask(f"stopped by {signal.Signals(number).name}")
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

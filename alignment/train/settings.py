@@ -1,0 +1,232 @@
+"""What a fine-tuning may vary, and what is chosen where a person says nothing.
+
+Place in the flow: `command -> settings (here) -> run`. Rates, batch and length depend on the kind of model, the size
+of the data set and the machine; every choice can be overruled by an option of the same name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from alignment.model import DualEncoder
+from alignment.train.objective import Loss
+from alignment.train.presets import Preset
+
+Kind = Literal["pretrained", "compact", "composed", "scratch"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One fine-tuning; what is None is chosen by `complete`.
+
+    Attributes:
+        data: folder, annotation file or Hub id of the captioned images.
+        output: folder for the result.
+        model: checkpoint to start from.
+        vision, text: two towers to join instead.
+        scratch: or the size of a small model with random weights ("tiny", "small").
+        format, split: of the data; splits other than "train" and "" are left out if there is a train split.
+        eval_data, eval_split: what is measured to stop and to choose by; else the dev split, or a part held out.
+        second_data, second_split: another data set, measured before and after: what fine-tuning makes one forget.
+        preset: what is trained, see `presets.apply_preset`.
+        loss: "softmax" (InfoNCE) or "sigmoid" (SigLIP); the one the model was trained with.
+        epochs, max_steps, minutes: length; the shortest counts.
+        batch_size: images contrasted with each other, over all processes.
+        chunk_size: images in memory together; smaller needs less memory, more time, and changes nothing else.
+        captions_per_image: captions of an image in one step.
+        learning_rate, head_learning_rate: peak rates of the towers, and of projections and adapters.
+        weight_decay: of matrices.
+        warmup: share of the steps in which the rates rise.
+        augment: crop and mirror pictures.
+        keep_images: compute what is frozen of the image side once.
+        kept_folder: where to; runs that share it share the work. By default below `output`, and gone afterwards.
+        measure_every: steps between two measurements (and checkpoints).
+        patience: measurements without a better recall sum before training stops.
+        interpolate: choose between start and end weights afterwards (WiSE-FT).
+        precision: of the forward pass.
+        gradient_checkpointing: less memory, more time.
+        workers: processes that read pictures.
+        device: "cuda", "mps" or "cpu".
+        seed: of everything random.
+    """
+
+    data: str
+    output: str
+    model: str | None = None
+    vision: str | None = None
+    text: str | None = None
+    scratch: str | None = None
+    format: str | None = None
+    split: str | None = None
+    eval_data: str | None = None
+    eval_split: str | None = None
+    second_data: str | None = None
+    second_split: str | None = None
+    preset: Preset | None = None
+    loss: Loss | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    minutes: float | None = None
+    batch_size: int | None = None
+    chunk_size: int | None = None
+    captions_per_image: int | None = None
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    augment: bool = True
+    keep_images: bool | None = None
+    kept_folder: str | None = None
+    measure_every: int | None = None
+    patience: int = 5
+    interpolate: bool | None = None
+    precision: Precision | None = None
+    gradient_checkpointing: bool = False
+    workers: int | None = None
+    device: str | None = None
+    seed: int = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Read a config back.
+
+        Raises:
+            ValueError: on names it does not know.
+        """
+        unknown = set(values) - {known.name for known in fields(cls)}
+        if unknown:
+            raise ValueError(f"Unknown settings: {', '.join(sorted(unknown))}.")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return a JSON-able copy."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run does: a `TrainConfig` with every choice made; the same names mean the same.
+
+    Attributes:
+        max_steps: optimiser steps of the whole run.
+    """
+
+    preset: Preset
+    loss: Loss
+    max_steps: int
+    batch_size: int
+    chunk_size: int
+    captions_per_image: int
+    learning_rate: float
+    head_learning_rate: float
+    weight_decay: float
+    warmup: float
+    augment: bool
+    keep_images: bool
+    measure_every: int
+    patience: int
+    interpolate: bool
+    precision: Precision
+    gradient_checkpointing: bool
+    workers: int
+    seed: int
+
+
+def kind_of(config: TrainConfig, encoder: DualEncoder) -> Kind:
+    """Tell what sort of start this is."""
+    if config.scratch:
+        return "scratch"
+    if config.vision:
+        return "composed"
+    return "compact" if hasattr(encoder.module.vision_model, "held") else "pretrained"
+
+
+# Peak rates (towers, heads) for about ten passes over thousands of images. CLIP and its kin were trained on hundreds of
+# millions of pairs and bear only small steps (notes of their users: 1e-6 to 5e-5); fresh projections need large ones.
+_RATES: dict[tuple[Kind, Preset], tuple[float, float]] = {
+    ("pretrained", "full"): (5e-6, 5e-6),
+    ("pretrained", "lit"): (1e-5, 1e-5),
+    ("pretrained", "heads"): (1e-4, 1e-4),
+    ("pretrained", "lora"): (1e-4, 1e-4),
+    ("compact", "full"): (1e-4, 1e-4),
+    ("compact", "lit"): (1e-4, 1e-4),
+    ("compact", "heads"): (1e-4, 1e-4),
+    ("composed", "full"): (3e-5, 1e-3),
+    ("composed", "lit"): (3e-5, 1e-3),
+    ("composed", "heads"): (1e-3, 1e-3),
+    ("composed", "lora"): (5e-4, 1e-3),
+    ("scratch", "full"): (1e-3, 1e-3),
+}
+_EPOCHS: dict[Kind, int] = {"pretrained": 10, "compact": 10, "composed": 15, "scratch": 30}
+
+
+def complete(config: TrainConfig, encoder: DualEncoder, num_images: int) -> Recipe:
+    """Choose what a person left open.
+
+    Args:
+        config: with Nones.
+        encoder: the start.
+        num_images: images to train on.
+
+    Raises:
+        ValueError: on values that make no sense together, in one sentence.
+    """
+    kind, on_cpu = kind_of(config, encoder), encoder.device.type == "cpu"
+    # A laptop tunes a small image tower in minutes and a large one in days: there it stays locked unless asked for.
+    preset = config.preset or ("lit" if on_cpu and kind in ("pretrained", "composed") else "full")
+    if (kind, preset) not in _RATES:
+        raise ValueError(f"Preset {preset!r} is not for a {kind} model; choose {_presets_of(kind)}.")
+    loss = config.loss or ("softmax" if encoder.logit_bias is None else "sigmoid")
+    if loss == "sigmoid" and encoder.logit_bias is None:
+        raise ValueError(f"{encoder.name} has no logit bias, which the sigmoid loss needs; choose --loss softmax.")
+    rate, head_rate = _RATES[kind, preset]
+    batch_size = min(config.batch_size or _batch_size(num_images), num_images)
+    steps_per_epoch = max(1, num_images // batch_size)
+    epochs = config.epochs or _EPOCHS[kind]
+    steps = max(1, round(epochs * steps_per_epoch))
+    max_steps = min(steps, config.max_steps) if config.max_steps else steps
+    measure_every = config.measure_every or max(steps_per_epoch, math.ceil(max_steps / 15))
+    return Recipe(
+        preset=preset,
+        loss=loss,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        chunk_size=min(config.chunk_size or (64 if on_cpu else batch_size), batch_size),
+        captions_per_image=config.captions_per_image or (2 if kind == "compact" else 1),
+        learning_rate=config.learning_rate or rate,
+        head_learning_rate=config.head_learning_rate or config.learning_rate or head_rate,
+        weight_decay=config.weight_decay,
+        warmup=config.warmup,
+        augment=config.augment,
+        keep_images=(on_cpu or preset in ("lit", "heads")) if config.keep_images is None else config.keep_images,
+        measure_every=min(measure_every, max_steps),
+        patience=config.patience,
+        interpolate=kind in ("pretrained", "compact") if config.interpolate is None else config.interpolate,
+        precision=config.precision or _precision(encoder.device.type),
+        gradient_checkpointing=config.gradient_checkpointing,
+        workers=(0 if on_cpu else 4) if config.workers is None else config.workers,
+        seed=config.seed,
+    )
+
+
+def _presets_of(kind: Kind) -> str:
+    return " or ".join(repr(preset) for known, preset in _RATES if known == kind)
+
+
+def _batch_size(num_images: int) -> int:
+    """Choose a power of two that leaves some ten steps a pass, between 16 and 256."""
+    return int(min(256, max(16, 2 ** int(math.log2(max(num_images / 10, 1))))))
+
+
+def _precision(device: str) -> Precision:
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "fp32"

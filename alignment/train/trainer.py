@@ -1,0 +1,302 @@
+"""The training loop: transformers' Trainer, with our step, our measurement and our rules for stopping.
+
+Place in the flow: `examples + presets + objective -> trainer (here) -> run`. Mixed precision, schedules, logging,
+checkpoints and several processes are Trainer's and accelerate's; here is what a contrastive run does differently.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
+
+from alignment.train.examples import Examples
+from alignment.train.objective import Batch, Objective
+from alignment.train.presets import Towers, trained_names
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGIT_SCALE = 100.0
+METRIC = "recall_sum"
+_WEIGHTS = "model.safetensors"
+_COMPLETE = "complete"  # a checkpoint without this file was being written when the run died
+
+
+class ContrastiveTrainer(Trainer):
+    """Trainer whose step is `Objective.backward` and whose measurement is retrieval.
+
+    Its checkpoints hold the trained weights alone (safetensors), the optimiser, the schedule and the random state.
+    """
+
+    optimizer: Any
+    control: TrainerControl
+
+    def __init__(
+        self,
+        towers: Towers,
+        args: TrainingArguments,
+        *,
+        examples: Examples,
+        objective: Objective,
+        measure: Callable[[], Mapping[str, float]],
+        groups: list[dict[str, Any]],
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        """Take the parts; `measure` returns a report's figures, `recall_sum` among them."""
+        self.objective = objective
+        self.measure = measure
+        self.groups = groups
+        super().__init__(
+            model=towers,
+            args=args,
+            train_dataset=examples,
+            eval_dataset=examples,  # never read: `evaluate` measures retrieval; but Trainer insists on one
+            data_collator=examples.collate,
+            callbacks=[_CountEpochs(examples.steps_per_epoch), _ClampScale(towers), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)  # `Journal` speaks instead
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run one step of the objective; a loss that is not finite ends the run.
+
+        Raises:
+            FloatingPointError: naming the step and the cure.
+        """
+        self.model.train()
+        batch = Batch(**self._prepare_inputs(inputs))
+        loss = self.objective.backward(batch, self.accelerator.backward, self.accelerator.autocast)
+        if not bool(loss.isfinite()):
+            raise FloatingPointError(self._diagnosis(f"The loss is {loss.item()}"))
+        return loss.to(self.args.device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # A gradient scaler skips the steps that overflow by itself.
+        if norm is not None and not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise FloatingPointError(self._diagnosis(f"The gradient's norm is {float(norm)}"))
+        return norm
+
+    def _diagnosis(self, what: str) -> str:
+        rate = self._get_learning_rate()
+        cure = f"lower the learning rate (--learning-rate {rate / 3:.1e})"
+        if self.args.fp16 or self.args.bf16:
+            cure = f"train in full precision (--precision fp32), or {cure}"
+        saved = (
+            f" Steps up to {self.state.global_step // max(1, self.args.save_steps) * self.args.save_steps} are saved."
+        )
+        return f"{what} at step {self.state.global_step + 1}: {cure}, into another --output.{saved}"
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build AdamW over the groups given."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98), eps=1e-6)  # CLIP's
+        return self.optimizer
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Measure retrieval on the validation data."""
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the scale beside the loss."""
+        if "loss" in logs:
+            logs["logit_scale"] = float(self.model.logit_scale.detach().exp())
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            (folder / _COMPLETE).touch()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = dict(self.model.module.named_parameters())
+        state = {name: weights[name].detach().cpu().contiguous() for name in trained_names(self.model.module)}
+        save_file(state, folder / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self.model.module, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        # By its step: the folder may have been moved since its path was noted down.
+        load_trained(self.model.module, Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}"))
+
+
+def load_trained(module: nn.Module, checkpoint: Path) -> None:
+    """Put a checkpoint's weights in place of the trained ones.
+
+    Raises:
+        ValueError: when the checkpoint is of another model or preset.
+    """
+    state = load_file(checkpoint / _WEIGHTS)
+    if state.keys() != set(trained_names(module)):
+        raise ValueError(f"{checkpoint} is of a run with another model or preset; choose another --output.")
+    module.load_state_dict(state, strict=False)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Find the newest whole checkpoint of a run, and clear away what a kill left half-written."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in checkpoints:
+        if not (path / _COMPLETE).exists():
+            logger.warning("%s was not finished and is removed.", path)
+            shutil.rmtree(path)
+    whole = [path for path in checkpoints if path.exists()]
+    return whole[-1] if whole else None
+
+
+# ---------------------------------------------------------------- rules
+
+
+class _CountEpochs(TrainerCallback):
+    """To Trainer the whole run is one epoch; people count passes over the pictures."""
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say where in the data the run is."""
+        state.epoch = state.global_step / self.steps_per_epoch
+
+
+class _ClampScale(TrainerCallback):
+    """Keep the multiplier at or below 100, as CLIP did: beyond it, training is unstable."""
+
+    def __init__(self, towers: Towers) -> None:
+        self.towers = towers
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Clamp it after every step."""
+        self.towers.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+
+class Patience(EarlyStoppingCallback):
+    """Stop once the validation recall sum has not risen for some measurements."""
+
+
+class StopRequests(TrainerCallback):
+    """End the run in good order when its time is up or a person asks for it; what is learnt by then is kept.
+
+    Attributes:
+        reason: why training was ended before its last step; "" if it was not.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        """Take the moment, by `time.monotonic`, after which no step begins."""
+        self.deadline = deadline
+        self.reason = ""
+
+    def ask(self, reason: str) -> None:
+        """End training after the current step."""
+        self.reason = self.reason or reason
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure and save, then stop."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.ask("the time given was up")
+        if self.reason:
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+
+
+class Journal(TrainerCallback):
+    """One line a measurement or log, for people."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.started = time.monotonic()
+        self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Say where the run is."""
+        if not state.is_world_process_zero or not logs:
+            return
+        place = f"step {state.global_step}/{state.max_steps}"
+        if "loss" in logs:
+            done = state.global_step - self.first_step
+            left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+            self.say(
+                f"{place}  epoch {state.epoch:.1f}  loss {logs['loss']:.3f}  scale {logs['logit_scale']:.1f}  "
+                f"{duration(left)} left"
+            )
+        elif f"eval_{METRIC}" in logs:
+            sides = "  ".join(
+                f"{name.replace('_', ' ')} R@1 {100 * logs[f'eval_{name}_recall@1']:.1f}"
+                for name in ("image_to_text", "text_to_image")
+            )
+            self.say(f"{place}  validation: {sides}  recall sum {100 * logs[f'eval_{METRIC}']:.1f}")
+
+
+def duration(seconds: float) -> str:
+    """Say a time roughly."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def training_arguments(
+    folder: Path, *, batch_size: int, num_steps: int, measure_every: int, warmup_steps: int, **settings: Any
+) -> TrainingArguments:
+    """Fill in what every contrastive run has in common.
+
+    Args:
+        folder: the result folder; checkpoints and logs go below it.
+        batch_size: images a step, over all processes.
+        num_steps: optimiser steps.
+        measure_every: steps between two measurements, each followed by a checkpoint.
+        warmup_steps: of the rise of the learning rate; a cosine follows.
+        settings: more of `TrainingArguments`.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "logs"))
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=batch_size // processes,
+        max_steps=num_steps,
+        train_sampling_strategy="sequential",  # the examples are shuffled already
+        eval_strategy="steps",
+        eval_steps=measure_every,
+        save_strategy="steps",
+        save_steps=measure_every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=METRIC,
+        greater_is_better=True,
+        warmup_steps=warmup_steps,
+        lr_scheduler_type="cosine",
+        logging_steps=math.ceil(num_steps / 50),
+        logging_nan_inf_filter=False,
+        report_to=["tensorboard"],
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs are several processes (torchrun), never threads of one
+    return arguments
