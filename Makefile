@@ -8,6 +8,8 @@ APP_STAMP := $(VENV)/.app
 TEST_STAMP := $(VENV)/.test
 BROWSER_STAMP := $(VENV)/.browser
 COMPACT_STAMP := $(VENV)/.compact
+BENCH := .venv-bench
+BENCH_STAMP := $(BENCH)/.bench
 
 # PYTHON: the interpreter behind .venv; the first of these that is new enough.
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.14 python
@@ -22,10 +24,10 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help app test lint format gallery compact
+.PHONY: help app test lint format gallery compact bench-train
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 app: $(APP_STAMP)  ## open the app on http://127.0.0.1:7860 (GRADIO_SERVER_PORT=8000 make app: another port)
 	$(BIN)/python app.py $(ARGS)
@@ -50,6 +52,9 @@ compact: $(COMPACT_STAMP)  ## retrain the compact model: make compact DATA=path/
 	@test -n "$(DATA)" || { echo 'Say where the training data is: make compact DATA=path/to/flickr8k' >&2; exit 1; }
 	$(BIN)/python -m alignment.compact --data "$(DATA)" --out checkpoints/compact $(ARGS)
 
+bench-train: $(BENCH_STAMP)  ## compare training speed with transformers' example and open_clip
+	$(BENCH)/bin/python tests/benchmarks/training_speed.py $(ARGS)
+
 $(BIN)/python:
 	@for python in $(PYTHON); do \
 	  "$$python" -c '$(SUPPORTED)' 2>/dev/null || continue; \
@@ -73,10 +78,18 @@ $(APP_STAMP): requirements.txt | $(BIN)/python
 
 $(TEST_STAMP): pyproject.toml $(APP_STAMP)
 	$(PIP) install -e ".[test]"
+	$(PIP) install --no-deps open_clip_torch==3.3.0  # its losses are a reference; its torchvision and timm stay away
 	@touch $@
 
 $(COMPACT_STAMP): pyproject.toml $(APP_STAMP)
 	$(PIP) install -e ".[compact]"
+	@touch $@
+
+# An environment of its own: the peers need torchvision, and with it transformers would take another way to the pixels.
+$(BENCH_STAMP): pyproject.toml requirements.txt | $(BIN)/python
+	$(BIN)/python -m venv --clear $(BENCH)
+	$(BENCH)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)" torchvision
+	$(BENCH)/bin/python -m pip install -r requirements.txt -e ".[train]" "open_clip_torch[training]==3.3.0" "datasets>=5.0,<6"
 	@touch $@
 
 # The browser tests take `chromium` from the PATH, else Playwright's own; the Chinese page needs a font as well.

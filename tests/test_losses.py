@@ -1,22 +1,34 @@
-"""Contrastive losses: closed forms, transformers' own losses, and slow loops that spell the definitions out."""
+"""Contrastive losses: closed forms, transformers' and open_clip's own losses, and loops that spell the definitions out.
+
+Of open_clip only the file with its losses is loaded, by its path: the package itself imports torchvision and timm,
+which the app does without.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.metadata import distribution
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from torch.nn import functional
+from transformers import AutoModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from alignment.losses import sigmoid_loss, softmax_loss
+from alignment.similarity import logits_per_image
 
 Loss = Callable[..., Tensor]
-TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SOFTMAX_FAMILIES = ("clip", "chinese-clip", "vit-bert", "clip-roberta")
+SIGMOID_FAMILIES = ("siglip", "siglip2", "siglip2-naflex")
+PARITY = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def random_logits(*shape: int, seed: int = 0) -> Tensor:
@@ -98,34 +110,128 @@ def test_softmax_loss_equals_transformers_on_random_logits(batch: int) -> None:
     torch.testing.assert_close(softmax_loss(logits), image_text_contrastive_loss(logits.T))
 
 
-def test_softmax_loss_equals_what_a_clip_model_returns() -> None:
-    torch.manual_seed(0)
-    text = TOWER | {"vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 2}
-    config = CLIPConfig(text_config=text, vision_config=TOWER | {"image_size": 8, "patch_size": 4}, projection_dim=8)
-    output = CLIPModel(config).eval()(**random_inputs(), return_loss=True)
-    torch.testing.assert_close(softmax_loss(output.logits_per_image), output.loss)
+@pytest.mark.parametrize("name", SOFTMAX_FAMILIES)
+def test_softmax_loss_equals_what_the_model_returns(name: str, checkpoint: Callable[[str], Path]) -> None:
+    assert_equal_to_the_models_own_loss(softmax_loss, checkpoint(name))
 
 
-def test_sigmoid_loss_equals_what_a_siglip_model_returns() -> None:
-    torch.manual_seed(0)
-    text = TOWER | {"vocab_size": 50, "max_position_embeddings": 8}
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config=TOWER | {"image_size": 8, "patch_size": 4})).eval()
-    output = model(**random_inputs(), return_loss=True)
-    torch.testing.assert_close(sigmoid_loss(output.logits_per_image), output.loss)
-    # Other logits than a fresh model's: an untrained bias would hide a wrong sign on the diagonal.
-    with torch.no_grad():
-        model.logit_scale.fill_(2.0)
-        model.logit_bias.fill_(-0.5)
-    output = model(**random_inputs(), return_loss=True)
-    torch.testing.assert_close(sigmoid_loss(output.logits_per_image), output.loss)
+@pytest.mark.parametrize("name", SIGMOID_FAMILIES)
+def test_sigmoid_loss_equals_what_the_model_returns(name: str, checkpoint: Callable[[str], Path]) -> None:
+    assert_equal_to_the_models_own_loss(sigmoid_loss, checkpoint(name))
 
 
-def random_inputs() -> dict[str, Tensor]:
+def assert_equal_to_the_models_own_loss(loss: Loss, folder: Path) -> None:
+    """Value, and gradient with regard to both sides' embeddings, the scale and the bias."""
+    model = AutoModel.from_pretrained(folder).eval()
+    output = model(**random_inputs(model.config), return_loss=True)
+    bias = [model.logit_bias] if hasattr(model, "logit_bias") else []
+    wanted = [output.image_embeds, output.text_embeds, model.logit_scale, *bias]
+    ours = loss(output.logits_per_image)
+    torch.testing.assert_close(ours, output.loss, **PARITY)
+    expected = torch.autograd.grad(output.loss, wanted, retain_graph=True)
+    assert all(gradient.abs().max() > 1e-3 for gradient in expected)
+    torch.testing.assert_close(torch.autograd.grad(ours, wanted), expected, **PARITY)
+
+
+def random_inputs(config: object) -> dict[str, Tensor]:
+    """Six pictures of noise and six texts of random tokens, in the shape the family takes."""
     generator = torch.Generator().manual_seed(1)
-    return {
-        "pixel_values": torch.randn(6, 3, 8, 8, generator=generator),
-        "input_ids": torch.randint(3, 50, (6, 8), generator=generator),
+    inputs = {"input_ids": torch.randint(5, 30, (6, 8), generator=generator)}
+    if config.model_type != "siglip2":
+        return inputs | {"pixel_values": torch.randn(6, 3, 32, 32, generator=generator)}
+    return inputs | {
+        "pixel_values": torch.randn(6, 4, 16 * 16 * 3, generator=generator),
+        "pixel_attention_mask": torch.ones(6, 4, dtype=torch.long),
+        "spatial_shapes": torch.full((6, 2), 2),
     }
+
+
+@pytest.fixture(scope="module")
+def open_clip_losses() -> ModuleType:
+    """Load open_clip's loss.py alone, by its path."""
+    path = distribution("open_clip_torch").locate_file("open_clip/loss.py")
+    spec = spec_from_file_location("open_clip_losses", str(path))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("batch", [1, 2, 9])
+@pytest.mark.parametrize("bias", [None, -3.0])
+def test_softmax_loss_equals_open_clips(batch: int, bias: float | None, open_clip_losses: ModuleType) -> None:
+    assert_equal_to_open_clips(softmax_loss, open_clip_losses.ClipLoss(), batch, bias)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 9])
+@pytest.mark.parametrize("bias", [-10.0, 1.0])
+def test_sigmoid_loss_equals_open_clips(batch: int, bias: float, open_clip_losses: ModuleType) -> None:
+    assert_equal_to_open_clips(sigmoid_loss, open_clip_losses.SigLipLoss(), batch, bias)
+
+
+def assert_equal_to_open_clips(loss: Loss, theirs: torch.nn.Module, batch: int, bias: float | None) -> None:
+    """Value, and gradient with regard to both sides' embeddings, the scale and the bias, if there is one."""
+    generator = torch.Generator().manual_seed(batch)
+    images, texts = (functional.normalize(torch.randn(batch, 16, generator=generator)) for _ in range(2))
+    parameters = [images, texts, torch.tensor(10.0), *([] if bias is None else [torch.tensor(bias)])]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    # The embeddings have unit norm already, so their own normalisation must not be differentiated.
+    ours = loss(logits_per_image(images @ texts.T, *parameters[2:]))
+    expected = theirs(*parameters)
+    torch.testing.assert_close(ours, expected, **PARITY)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(expected, parameters), **PARITY
+    )
+
+
+# ---------------------------------------------------------------- several captions, near-duplicates
+
+
+# Logits that are logs of whole numbers, so that the losses can be worked out by hand: a softmax is a share of the row's
+# or the column's sum, and sigmoid(log n) is n / (n + 1).
+TWO_CAPTIONS = torch.tensor([[1.0, 2, 1], [1, 1, 2]]).log()
+OWN_CAPTIONS = torch.tensor([[True, True, False], [False, False, True]])
+LOOK_ALIKES = torch.tensor([[2.0, 5, 1], [7, 4, 2], [1, 1, 3]]).log()
+ALIKE = torch.tensor([[False, True, False], [True, False, False], [False, False, False]])
+
+
+def test_softmax_loss_of_an_image_with_two_captions() -> None:
+    images = ((math.log(4 / 1) + math.log(4 / 2)) / 2 + math.log(4 / 2)) / 2
+    texts = (math.log(2 / 1) + math.log(3 / 2) + math.log(3 / 2)) / 3
+    assert softmax_loss(TWO_CAPTIONS, OWN_CAPTIONS).item() == pytest.approx((images + texts) / 2)
+
+
+def test_sigmoid_loss_of_an_image_with_two_captions() -> None:
+    matches = math.log(2 / 1) + math.log(3 / 2) + math.log(3 / 2)
+    mismatches = math.log(2) + math.log(2) + math.log(2)
+    assert sigmoid_loss(TWO_CAPTIONS, OWN_CAPTIONS).item() == pytest.approx((matches + mismatches) / 2)
+
+
+def test_softmax_loss_between_near_duplicates() -> None:
+    """Each look-alike competes with the third image alone, however well its sister's caption scores."""
+    images = (math.log(3 / 2) + math.log(6 / 4) + math.log(5 / 3)) / 3
+    texts = (math.log(3 / 2) + math.log(5 / 4) + math.log(6 / 3)) / 3
+    assert softmax_loss(LOOK_ALIKES, ignored=ALIKE).item() == pytest.approx((images + texts) / 2)
+
+
+def test_sigmoid_loss_between_near_duplicates() -> None:
+    matches = math.log(3 / 2) + math.log(5 / 4) + math.log(4 / 3)
+    mismatches = math.log(2) + math.log(3) + math.log(2) + math.log(2)
+    assert sigmoid_loss(LOOK_ALIKES, ignored=ALIKE).item() == pytest.approx((matches + mismatches) / 3)
+
+
+@pytest.mark.parametrize("loss", [softmax_loss, sigmoid_loss])
+def test_captions_of_one_image_do_not_push_each_other_away(loss: Loss) -> None:
+    """What the masks are for: taken for a negative, a second caption or a look-alike's is pushed away."""
+    logits = torch.zeros(3, 3, requires_grad=True)
+    (plain,) = torch.autograd.grad(loss(logits), logits)
+    (owned,) = torch.autograd.grad(loss(logits, torch.eye(3, dtype=torch.bool) | ALIKE), logits)
+    (masked,) = torch.autograd.grad(loss(logits, ignored=ALIKE), logits)
+    assert (plain[ALIKE] > 0).all()
+    assert (owned[ALIKE] < 0).all()
+    assert (masked[ALIKE] == 0).all()
 
 
 @settings(deadline=None, max_examples=60)

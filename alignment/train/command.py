@@ -7,10 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 DESCRIPTION = """\
 Fine-tune a dual encoder (CLIP, SigLIP, Chinese-CLIP, the compact model, or any vision and text tower) on captioned
@@ -63,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) from error
     except (OSError, ValueError, FloatingPointError) as error:
         raise SystemExit(f"train: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit("train: interrupted; if it was training already, go on with --resume") from error
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -172,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--learning-rate", type=_positive(float), help="peak, of the towers")
     how.add_argument("--head-learning-rate", type=_positive(float), help="peak, of projections and adapters")
     how.add_argument("--weight-decay", type=float, help="of matrices (0.05)")
+    how.add_argument("--warmup", type=float, help="share of the steps in which the learning rate rises (0.1)")
     how.add_argument("--patience", type=_positive(int), help="measurements without a better recall sum (5)")
     how.add_argument("--measure-every", type=_positive(int), help="steps between measurements, each with a checkpoint")
     how.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crop and mirror pictures (yes)")

@@ -8,22 +8,26 @@ resumed, or shared among any number of workers, sees just what an undisturbed on
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from alignment.pairs import Pair
 from alignment.preprocess import Preprocessor, open_image
+from alignment.train.frozen import KeptImages
 from alignment.train.objective import Batch
 
 MIN_CROP = 0.8  # of the area; smaller crops lose what the caption speaks of
 _SIDES = re.compile(r"\b(left|right)\b|左|右", re.IGNORECASE)  # a mirror image would make a liar of the caption
-_WORDS = re.compile(r"[^\w]+")
 
 
 class Captions:
@@ -46,12 +50,14 @@ class Captions:
         self.owner = torch.arange(len(pairs)).repeat_interleave(self.count)
         self.first = self.count.cumsum(0) - self.count
         known: dict[str, int] = {}
-        keys = [known.setdefault(_WORDS.sub(" ", text.casefold()).strip(), len(known)) for text in self.texts]
+        keys = [known.setdefault(_words(text), len(known)) for text in self.texts]
         self._key = torch.tensor(keys)
         self._keys = torch.nn.utils.rnn.pad_sequence(  # (num_images, most captions), -1 beyond an image's own
             list(self._key.split(self.count.tolist())), batch_first=True, padding_value=-1
         )
         self._look = torch.tensor(_components(len(pairs), look_alikes))
+        alike = (self._look.bincount(minlength=len(pairs)) > 1)[self._look[self.owner]]
+        self._alike = (self._look[self.owner] * len(keys) + self._key)[alike].unique()  # what look-alikes have
 
     def relate(self, rows: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
         """Say which pairs belong together and which must not be held apart.
@@ -67,7 +73,7 @@ class Captions:
         positives = torch.zeros(len(rows), len(captions), dtype=torch.bool)
         for keys in self._keys[rows].unbind(1):
             positives |= keys[:, None] == self._key[captions]
-        alike = self._look[rows][:, None] == self._look[self.owner[captions]]
+        alike = torch.isin(self._look[rows][:, None] * len(self._key) + self._key[captions], self._alike)
         return positives, alike & ~positives
 
     def draw(self, row: int, each: int, rng: np.random.Generator) -> list[int]:
@@ -103,7 +109,7 @@ class Examples(Dataset[dict[str, Any]]):
         captions_per_image: int = 1,
         augment: bool = True,
         seed: int = 0,
-        kept: Callable[[int, np.random.Generator], Mapping[str, Tensor]] | None = None,
+        kept: KeptImages | None = None,
     ) -> None:
         self.pairs = pairs
         self.captions = captions
@@ -127,14 +133,22 @@ class Examples(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, 1, number])
         row, chosen = self.pick(number, rng)
+        mirror = not any(map(_SIDES.search, self.pairs[row].captions))
+        images: Mapping[str, Tensor]
         if self.kept is not None:
-            images = self.kept(row, rng)
+            images = self.kept(row, rng, mirror=mirror)
         else:
             image = open_image(self.pairs[row].image)
             if self.augment:
-                image = _augmented(image, rng, mirror=not any(map(_SIDES.search, self.pairs[row].captions)))
+                image = _augmented(image, rng, mirror=mirror)
             images = self.preprocessor.images([image])
         return {"images": images, "row": row, "captions": chosen}
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        if self.kept is not None or get_worker_info() is not None:
+            return [self[number] for number in numbers]
+        with ThreadPoolExecutor() as pool:  # decoding and resizing let go of the interpreter's lock
+            return list(pool.map(self.__getitem__, numbers))
 
     def pick(self, number: int, rng: np.random.Generator) -> tuple[int, list[int]]:
         """Say which image example `number` shows, and draw its captions."""
@@ -156,12 +170,13 @@ class Examples(Dataset[dict[str, Any]]):
     def batch(self, step: int) -> Batch:
         """Return the whole batch of a step."""
         first = step * self.batch_size
-        return Batch(**self.collate([self[number] for number in range(first, first + self.batch_size)]))
+        return Batch(**self.collate(self.__getitems__(range(first, first + self.batch_size))))
 
     def _order(self, epoch: int) -> np.ndarray:
-        if self._pass[0] != epoch:
-            self._pass = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.pairs))
-        return self._pass[1]
+        known = self._pass  # looked at once: threads of one batch may be at two passes
+        if known[0] != epoch:
+            known = self._pass = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.pairs))
+        return known[1]
 
 
 def _augmented(image: Image.Image, rng: np.random.Generator, *, mirror: bool) -> Image.Image:
@@ -171,6 +186,17 @@ def _augmented(image: Image.Image, rng: np.random.Generator, *, mirror: bool) ->
     left, top = (int(rng.integers(spare + 1)) for spare in (image.width - width, image.height - height))
     image = image.crop((left, top, left + width, top + height))
     return ImageOps.mirror(image) if mirror and rng.random() < 0.5 else image
+
+
+def _words(text: str) -> str:
+    """Leave out case and punctuation; a caption of nothing else is left as it is."""
+    return " ".join(text.casefold().translate(_punctuation()).split()) or text
+
+
+@cache
+def _punctuation() -> Mapping[int, str]:
+    marks = (mark for mark in range(sys.maxunicode + 1) if unicodedata.category(chr(mark)).startswith("P"))
+    return dict.fromkeys(marks, " ")
 
 
 def _components(count: int, links: Sequence[tuple[int, int]]) -> list[int]:

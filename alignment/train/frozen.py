@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ def latest_cut(encoder: DualEncoder) -> Cut | None:
             lambda kept: _projected(module.visual_projection, kept["features"].to(encoder.device)),
         )
     tower = module.vision_model
-    if hasattr(tower, "until") and not any(name.startswith(_TRUNK) for name in trained):
+    aligned = hasattr(tower, "until") and tower.config.embed_dim  # the plain tower has no concepts to keep
+    if aligned and not any(name.startswith(_TRUNK) for name in trained):
         stage = "last_maps" if all(name.startswith("vision_model.head.") for name in trained) else "trunk_maps"
         return Cut(
             "maps before the trained layers",
@@ -125,12 +127,13 @@ class KeptImages:
                     progress(rows.stop, len(self.images))
             for file in files.values():
                 file.flush()
-            partial.replace(self.folder)
+            if not self.folder.exists():  # else another run was as far at the same time, with the same bytes
+                partial.replace(self.folder)
         self._kept = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
 
-    def __call__(self, row: int, rng: np.random.Generator) -> Inputs:
-        """Return one view of an image as a batch of one."""
-        return self._batch([row], int(rng.integers(self.views)))
+    def __call__(self, row: int, rng: np.random.Generator, *, mirror: bool = True) -> Inputs:
+        """Return one view of an image as a batch of one; the image as it is unless it may be mirrored."""
+        return self._batch([row], int(rng.integers(self.views)) if mirror else 0)
 
     @torch.no_grad()
     def embed(self, rows: Sequence[int], batch_size: int = 64) -> Tensor:
@@ -140,7 +143,7 @@ class KeptImages:
                 self.cut.after(self._batch(rows[start : start + batch_size], 0)).cpu()
                 for start in range(0, len(rows), batch_size)
             ]
-        return torch.cat(parts)
+        return torch.cat([torch.empty(0, self.encoder.embed_dim), *parts])
 
     def _batch(self, rows: Sequence[int], view: int) -> Inputs:
         assert self._kept, "fill() comes first"
@@ -160,12 +163,14 @@ class KeptImages:
         return {name: torch.stack([view[name] for view in views], dim=1) for name in views[0]}
 
     def _key(self) -> str:
-        frozen = [name for name, weight in self.encoder.module.named_parameters() if not weight.requires_grad]
-        state = self.encoder.module.state_dict()
-        digest = hashlib.sha256(f"{self.cut.name} {self.views} {self.images}".encode())
-        for name in frozen:
-            if not name.startswith(_TEXT_SIDE):
-                digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+        """Tell apart what may differ: where it was cut, the pictures, how they are prepared, the frozen weights."""
+        trained = {name for name, weight in self.encoder.module.named_parameters() if weight.requires_grad}
+        files = [(image, os.stat(image).st_size, os.stat(image).st_mtime_ns) for image in self.images]
+        prepared = self.encoder.preprocessor.image_processor.to_json_string()
+        digest = hashlib.sha256(f"{self.cut.name} {self.views} {files} {prepared}".encode())
+        for name, value in self.encoder.module.state_dict().items():
+            if name not in trained and not name.startswith(_TEXT_SIDE):
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
 

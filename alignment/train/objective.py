@@ -189,6 +189,8 @@ def _num_processes() -> int:
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
+    if torch.backends.mps.is_available():
+        return torch.get_rng_state(), [torch.mps.get_rng_state()]
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
@@ -205,5 +207,7 @@ def _replayed(state: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
 
 def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(state[0])
-    if state[1]:
+    if state[1] and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state[1][0])
+    elif state[1]:
         torch.cuda.set_rng_state_all(state[1])

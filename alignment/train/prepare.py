@@ -20,6 +20,7 @@ from alignment.pairs import (
     read_data,
     without_overlap,
 )
+from alignment.pairs.files import canonical
 from alignment.train.settings import TrainConfig
 
 HELD_OUT = 0.05  # of the pictures, where the data set has no split to measure on
@@ -87,15 +88,16 @@ def prepare(config: TrainConfig, *, progress: Progress | None = None) -> Prepare
 def _parts(config: TrainConfig, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair], str]:
     """Find what to learn from and what to measure on; no name for the second where it has to be held out."""
     splits = {pair.split for pair in pairs}
-    wanted = {config.split} if config.split else {"train", ""} if "train" in splits else splits - {"dev", "test"}
+    usual = {"train", ""} if "train" in splits else splits - {"dev", "test"}
+    wanted = {canonical(config.split)} if config.split else usual
     if not wanted & splits:
         raise ValueError(f"{config.data} has no split {config.split or 'train'!r}; its splits are {sorted(splits)}.")
     train = [pair for pair in pairs if pair.split in wanted]
     if config.eval_data:
         evaluation = read_data(config.eval_data, split=config.eval_split).pairs
         return train, evaluation, f"{config.eval_data}{f', split {config.eval_split}' if config.eval_split else ''}"
-    split = config.eval_split or "dev"
-    evaluation = [pair for pair in pairs if pair.split == {"val": "dev"}.get(split, split)]
+    split = canonical(config.eval_split or "dev")
+    evaluation = [pair for pair in pairs if pair.split == split]
     if config.eval_split and not evaluation:
         raise ValueError(f"{config.data} has no split {split!r}; its splits are {sorted(splits)}.")
     return train, evaluation, f"split {split}" if evaluation else ""

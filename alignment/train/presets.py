@@ -158,6 +158,6 @@ def trained_names(module: nn.Module) -> Sequence[str]:
 
 
 def start_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copy the trained weights to the CPU, to come back to."""
+    """Copy the weights to the CPU, to come back to."""
     with torch.no_grad():
         return {name: weight.detach().cpu().clone() for name, weight in module.named_parameters()}

@@ -35,7 +35,7 @@ from alignment.model import DualEncoder
 from alignment.train.examples import Captions, Examples
 from alignment.train.frozen import Cut, KeptImages
 from alignment.train.measure import Measure
-from alignment.train.objective import Objective
+from alignment.train.objective import Objective, gather
 from alignment.train.prepare import Prepared, prepare
 from alignment.train.presets import Towers, apply_preset, merge_lora, start_of, weight_groups
 from alignment.train.record import Interval, RunRecord
@@ -143,14 +143,15 @@ class Run:
         set_seed(config.seed)
         self.encoder = _start(config, prepared)
         self.base_fingerprint = self.encoder.fingerprint
-        self.config, self.recipe = config, complete(config, self.encoder, len(prepared.train))
+        self.config = config
+        self.recipe = complete(config, self.encoder, len(prepared.train), num_processes=PartialState().num_processes)
         self.since = datetime.now(UTC).isoformat(timespec="seconds")
         if saved is not None:
             saved.check(prepared, self.base_fingerprint)
             self.recipe, self.since = saved.recipe, saved.started
         self.start = start_of(self.encoder.module)
         if self.recipe.gradient_checkpointing:
-            self.encoder.module.gradient_checkpointing_enable()
+            _checkpoint_activations(self.encoder)
         apply_preset(self.encoder, self.recipe.preset)
         self.towers = Towers(self.encoder)
         self.captions = Captions(prepared.train, prepared.look_alikes)
@@ -188,7 +189,8 @@ class Run:
         """Try a step, see how long the run will be, fit it into the minutes given, and say all that."""
         seconds, memory = self._probe()
         recipe = self.recipe
-        each = seconds + self.measuring / recipe.measure_every
+        own = torch.tensor([seconds + self.measuring / recipe.measure_every], device=self.encoder.device)
+        each = float(gather(own).max())  # the slowest process's: all must plan the same
         if self.stop.deadline is not None and self.saved is None:
             left = self.stop.deadline - time.monotonic()
             steps = max(1, min(recipe.max_steps, int(_SHARE_OF_TIME * left / each)))
@@ -334,7 +336,7 @@ class Run:
         after = self.measure.embedded()
         second = self.second.embedded() if self.second else None
         gained = compare_retrieval(self.before, after).metrics
-        self.say(f"Validation, before and after:\n{difference_table(gained)}")
+        self.say(f"Validation, before (A) and after (B):\n{difference_table(gained)}")
         return RunRecord(
             command=shlex.join(["python", "-m", "alignment.train", *sys.argv[1:]]),
             started=self.since,
@@ -370,9 +372,9 @@ class Run:
     def write(self, record: RunRecord) -> None:
         """Write model, report and model card, and clear away what only training needed."""
         self.encoder.save(self.folder)
-        record.to_json(self.folder / RECORD)
         write_report(record, self.folder)
         (self.folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        record.to_json(self.folder / RECORD)  # from now on the run counts as finished
         for leftover in ("checkpoints", "kept"):
             shutil.rmtree(self.folder / leftover, ignore_errors=True)
         (self.folder / SETTINGS).unlink(missing_ok=True)
@@ -429,7 +431,12 @@ def claim(folder: Path, *, resume: bool) -> None:
         raise FileNotFoundError(f"There is no run in {folder} to go on with; leave --resume out to begin one.")
     if begun and not finished and not resume:
         raise FileExistsError(f"{folder} holds an unfinished run: go on with --resume, or choose another --output.")
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # A run killed before its first step leaves kept images, which the next one takes over.
+    if (
+        not resume
+        and folder.exists()
+        and (not folder.is_dir() or any(path.name != "kept" for path in folder.iterdir()))
+    ):
         raise FileExistsError(
             f"{folder} is not an empty folder, and nothing in it is overwritten: choose another --output."
         )
@@ -462,6 +469,23 @@ def _start(config: TrainConfig, prepared: Prepared) -> DualEncoder:
     raise ValueError("Name a model to begin with (--model), two towers to join (--vision, --text), or --scratch.")
 
 
+def _checkpoint_activations(encoder: DualEncoder) -> None:
+    """Keep less of the forward pass and compute it again on the way back.
+
+    Raises:
+        ValueError: when the model has no layers that can.
+    """
+    module = encoder.module
+    try:
+        for part in [module] if module.supports_gradient_checkpointing else [module.vision_model, module.text_model]:
+            part.activation_checkpointing_enable()
+    except ValueError as error:
+        raise ValueError(
+            f"{encoder.name} cannot compute its layers twice; leave --gradient-checkpointing out and save memory with "
+            "--chunk-size."
+        ) from error
+
+
 # ---------------------------------------------------------------- small things
 
 
@@ -488,7 +512,7 @@ def _plan_text(plan: Plan, recipe: Recipe, model: str, evaluation: str) -> str:
             f"{plan.total_parameters / 1e6:.1f} million weights), {recipe.loss} loss, learning rate {rates}",
             f"  learns from  {plan.train_images} pictures, {plan.train_captions} captions",
             f"  measured on  {plan.eval_images} pictures, {plan.eval_captions} captions ({evaluation})",
-            f"  steps        {plan.steps} ({plan.epochs:g} passes) of {plan.batch_size} pictures, in memory {together}"
+            f"  steps        {plan.steps} ({plan.epochs:g} passes) of {plan.batch_size} pictures, {together}"
             + (f", {plan.processes} processes" if plan.processes > 1 else ""),
             f"  takes about  {duration(plan.estimated_seconds)} on {plan.device} in {plan.precision}, measured every "
             f"{recipe.measure_every} steps; {plan.peak_memory_bytes / 2**30:.1f} GiB of memory in a trial step",

@@ -43,16 +43,14 @@ def build_scratch(captions: Iterable[str], size: str = "small", *, device: str |
     image, patch, width = (SIZES[size][name] for name in ("image_size", "patch_size", "hidden_size"))
     shape = {name: SIZES[size][name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     tokenizer = learn_tokenizer(captions)
-    vision = ViTModel(
-        ViTConfig(**shape, intermediate_size=4 * width, image_size=image, patch_size=patch), add_pooling_layer=False
-    )
+    # With poolers, though the tokens' mean is used: that is how the towers are built when the model is loaded again.
+    vision = ViTModel(ViTConfig(**shape, intermediate_size=4 * width, image_size=image, patch_size=patch))
     text = BertModel(
-        BertConfig(**shape, intermediate_size=4 * width, vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS),
-        add_pooling_layer=False,
+        BertConfig(**shape, intermediate_size=4 * width, vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS)
     )
     config = ComposedConfig(
-        vision_config=vision.config,
-        text_config=text.config,
+        vision_config=vision.config.to_dict(),  # a copy: the new config resets what it is given, attention masks too
+        text_config=text.config.to_dict(),
         projection_dim=width,
         vision_pooling="mean",
         text_pooling="mean",

@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from alignment.train.examples import Examples
-from alignment.train.objective import Batch, Objective
+from alignment.train.objective import Batch, Objective, gather
 from alignment.train.presets import Towers, trained_names
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,7 @@ MAX_LOGIT_SCALE = 100.0
 METRIC = "recall_sum"
 _WEIGHTS = "model.safetensors"
 _COMPLETE = "complete"  # a checkpoint without this file was being written when the run died
+_KEPT_CHECKPOINTS = 2  # the last one, and the best or the one before
 
 
 class ContrastiveTrainer(Trainer):
@@ -66,6 +70,8 @@ class ContrastiveTrainer(Trainer):
             callbacks=[_CountEpochs(examples.steps_per_epoch), _ClampScale(towers), *callbacks],
         )
         self.remove_callback(PrinterCallback)  # `Journal` speaks instead
+        if args.should_log:
+            self.add_callback(TensorBoardCallback(SummaryWriter(str(Path(args.output_dir).with_name("logs")))))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one step of the objective; a loss that is not finite ends the run.
@@ -87,25 +93,34 @@ class ContrastiveTrainer(Trainer):
             raise FloatingPointError(self._diagnosis(f"The gradient's norm is {float(norm)}"))
         return norm
 
-    def _diagnosis(self, what: str) -> str:
-        rate = self._get_learning_rate()
-        cure = f"lower the learning rate (--learning-rate {rate / 3:.1e})"
+    def _diagnosis(self, what: str, step: int = 0) -> str:
+        peak = min(group["initial_lr"] for group in self.optimizer.param_groups)
+        cure = f"lower the learning rate (--learning-rate {peak / 3:.1e})"
         if self.args.fp16 or self.args.bf16:
             cure = f"train in full precision (--precision fp32), or {cure}"
-        saved = (
-            f" Steps up to {self.state.global_step // max(1, self.args.save_steps) * self.args.save_steps} are saved."
-        )
-        return f"{what} at step {self.state.global_step + 1}: {cure}, into another --output.{saved}"
+        last = last_checkpoint(Path(self.args.output_dir))
+        saved = f" The last weights saved are in {last}." if last else ""
+        return f"{what} at step {step or self.state.global_step + 1}: {cure}, into another --output.{saved}"
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build AdamW over the groups given."""
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98), eps=1e-6)  # CLIP's
+            self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98), eps=1e-6, fused=True)  # CLIP's
         return self.optimizer
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Measure retrieval on the validation data."""
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
+        """Measure retrieval on the validation data.
+
+        Raises:
+            FloatingPointError: naming the step and the cure.
+        """
+        try:
+            measured = self.measure()
+        except ValueError as error:  # with the start weights there was none
+            raise FloatingPointError(
+                self._diagnosis("The embeddings are no numbers", self.state.global_step)
+            ) from error
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -120,9 +135,12 @@ class ContrastiveTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             (folder / _COMPLETE).touch()
+            # Only now: were an older one half deleted at a kill, this one would stand for it.
+            rotate_checkpoints(self.args.output_dir, _KEPT_CHECKPOINTS, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -193,6 +211,20 @@ class _ClampScale(TrainerCallback):
 class Patience(EarlyStoppingCallback):
     """Stop once the validation recall sum has not risen for some measurements."""
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **arguments: Any
+    ) -> None:
+        """Go on counting where an interrupted run stopped."""
+        super().on_train_begin(args, state, control, **arguments)
+        counted = state.stateful_callbacks[type(self).__name__]["attributes"]["early_stopping_patience_counter"]
+        self.early_stopping_patience_counter = counted
+        control.should_training_stop = counted >= self.early_stopping_patience
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ignore the step that Trainer still makes if the run had lost patience before it was interrupted."""
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_log = control.should_evaluate = control.should_save = False
+
 
 class StopRequests(TrainerCallback):
     """End the run in good order when its time is up or a person asks for it; what is learnt by then is kept.
@@ -214,7 +246,9 @@ class StopRequests(TrainerCallback):
         """Measure and save, then stop."""
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.ask("the time given was up")
-        if self.reason:
+        # Whoever is asked, all processes end after the same step.
+        if bool(gather(torch.tensor([bool(self.reason)], dtype=torch.int32, device=args.device)).any()):
+            self.ask("another process was stopped")
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
 
@@ -273,7 +307,6 @@ def training_arguments(
         settings: more of `TrainingArguments`.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "logs"))
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=batch_size // processes,
@@ -283,7 +316,6 @@ def training_arguments(
         eval_steps=measure_every,
         save_strategy="steps",
         save_steps=measure_every,
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model=METRIC,
         greater_is_better=True,
@@ -291,9 +323,10 @@ def training_arguments(
         lr_scheduler_type="cosine",
         logging_steps=math.ceil(num_steps / 50),
         logging_nan_inf_filter=False,
-        report_to=["tensorboard"],
+        report_to=[],  # the trainer writes TensorBoard's files itself, where they belong
         remove_unused_columns=False,
         dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         **settings,
     )
