@@ -29,9 +29,10 @@ from torch import Tensor
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.train.command import main
+from alignment.train.folder import RECORD, SETTINGS, claim, read_settings
 from alignment.train.prepare import prepare
 from alignment.train.record import RunRecord
-from alignment.train.run import RECORD, SETTINGS, Run, claim, read_settings, train
+from alignment.train.run import Run, train
 from alignment.train.settings import ALPHAS, TrainConfig
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange", "cyan", "brown")
@@ -111,7 +112,7 @@ def test_a_model_learns_from_scratch_and_the_folder_holds_all_that_is_promised(t
     told = "\n".join(said)
     for line in (
         "90 pictures with 90 captions",
-        "Fine-tuning scratch-tiny (full: all weights, 0.7 of 0.7 million weights), softmax loss, learning rate 0.001",
+        "Fine-tuning scratch-tiny (full: both sides, 0.7 of 0.7 million weights), softmax loss, learning rate 0.0003",
         "learns from  70 pictures, 70 captions",
         "measured on  20 pictures, 20 captions (20 pictures held out)",
         "steps        40 (10 passes) of 16 pictures, all in memory at once",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from alignment.model import DualEncoder
+from alignment.train import settings
 from alignment.train.scratch import build_scratch
 from alignment.train.settings import Recipe, TrainConfig, complete, kind_of
 
@@ -101,11 +102,15 @@ def test_a_batch_is_never_larger_than_the_data_and_a_chunk_never_larger_than_the
     assert (recipe.batch_size, recipe.chunk_size, recipe.max_steps) == (100, 100, 10)
 
 
-def test_a_processor_that_trains_an_image_tower_does_so_in_chunks(load: Load) -> None:
+def test_a_processor_that_trains_a_large_image_tower_does_so_in_chunks(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def chunks(encoder: DualEncoder) -> dict[str, int]:
         presets = ("full", "lit", "heads", "lora")
         return {one: complete(config(batch_size=512, preset=one), encoder, 10**4).chunk_size for one in presets}
 
+    assert set(chunks(load("clip")).values()) == {512}
+    monkeypatch.setattr(settings, "LARGE", 1000)
     assert chunks(load("clip")) == {"full": 64, "lit": 512, "heads": 512, "lora": 64}
     assert set(chunks(on_gpu(load("clip"))).values()) == {512}
 

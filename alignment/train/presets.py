@@ -86,6 +86,23 @@ def merge_lora(module: Any) -> None:
             setattr(module.get_submodule(parent), child, layer.get_base_layer())
 
 
+def checkpoint_activations(encoder: DualEncoder) -> None:
+    """Keep less of the forward pass and compute it again on the way back.
+
+    Raises:
+        ValueError: when the model has no layers that can.
+    """
+    module = encoder.module
+    try:
+        for part in [module] if module.supports_gradient_checkpointing else [module.vision_model, module.text_model]:
+            part.activation_checkpointing_enable()
+    except ValueError as error:
+        raise ValueError(
+            f"{encoder.name} cannot compute its layers twice; leave --gradient-checkpointing out and save memory with "
+            "--chunk-size."
+        ) from error
+
+
 class Towers(nn.Module):
     """The dual encoder as the training loop sees it: a batch in, two sets of embeddings out.
 

@@ -1,6 +1,6 @@
 """One fine-tuning from start to end: data, model, plan, training, choice of weights, result and report.
 
-Place in the flow: `__main__ -> run (here)`, which strings `prepare`, `presets`, `trainer` and `report` together. A run
+Place in the flow: `command -> run (here)`, which strings `prepare`, `presets`, `trainer` and `report` together. A run
 that was killed is called again with `resume` and ends with the weights it would have had.
 """
 
@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -33,15 +30,17 @@ from transformers import set_seed
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import DualEncoder
 from alignment.train.examples import Captions, Examples
+from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, read_settings
 from alignment.train.frozen import Cut, KeptImages
 from alignment.train.measure import Measure
 from alignment.train.objective import Objective, gather
+from alignment.train.plan import Plan, plan_text
 from alignment.train.prepare import Prepared, prepare
-from alignment.train.presets import Towers, apply_preset, merge_lora, start_of, weight_groups
+from alignment.train.presets import Towers, apply_preset, checkpoint_activations, merge_lora, start_of, weight_groups
 from alignment.train.record import Interval, RunRecord
 from alignment.train.report import model_card, write_report
 from alignment.train.scratch import build_scratch
-from alignment.train.settings import ALPHAS, Recipe, TrainConfig, complete
+from alignment.train.settings import ALPHAS, TrainConfig, complete
 from alignment.train.trainer import (
     METRIC,
     ContrastiveTrainer,
@@ -50,43 +49,16 @@ from alignment.train.trainer import (
     StopRequests,
     duration,
     last_checkpoint,
+    stopping_on_signals,
     training_arguments,
 )
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "settings.json"  # what a resumed run goes on with
-RECORD = "run.json"
 _PROBE_IMAGES = 32
 _SHARE_OF_TIME = 0.85  # of the minutes given goes into steps; the rest into the choice of weights and the report
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do, as it is printed at the start; all of it lands in the report.
-
-    Attributes:
-        estimated_seconds: of training with its measurements, from a step tried out beforehand.
-        peak_memory_bytes: of this process (the GPU's, where there is one) after that step.
-    """
-
-    train_images: int
-    train_captions: int
-    eval_images: int
-    eval_captions: int
-    steps: int
-    epochs: float
-    batch_size: int
-    chunk_size: int
-    processes: int
-    trainable_parameters: int
-    total_parameters: int
-    device: str
-    precision: str
-    estimated_seconds: float
-    peak_memory_bytes: int
 
 
 def train(config: TrainConfig, *, resume: bool = False, say: Say = logger.info) -> RunRecord:
@@ -142,6 +114,7 @@ class Run:
         self.prepared, self.folder, self.say, self.saved = prepared, folder, say, saved
         set_seed(config.seed)
         self.encoder = _start(config, prepared)
+        self.encoder.module.to(memory_format=torch.channels_last)  # convolutions run up to twice as fast
         self.base_fingerprint = self.encoder.fingerprint
         self.config = config
         self.recipe = complete(config, self.encoder, len(prepared.train), num_processes=PartialState().num_processes)
@@ -151,7 +124,7 @@ class Run:
             self.recipe, self.since = saved.recipe, saved.started
         self.start = start_of(self.encoder.module)
         if self.recipe.gradient_checkpointing:
-            _checkpoint_activations(self.encoder)
+            checkpoint_activations(self.encoder)
         apply_preset(self.encoder, self.recipe.preset)
         self.towers = Towers(self.encoder)
         self.captions = Captions(prepared.train, prepared.look_alikes)
@@ -194,7 +167,8 @@ class Run:
         if self.stop.deadline is not None and self.saved is None:
             left = self.stop.deadline - time.monotonic()
             steps = max(1, min(recipe.max_steps, int(_SHARE_OF_TIME * left / each)))
-            recipe = self.recipe = replace(recipe, max_steps=steps, measure_every=min(recipe.measure_every, steps))
+            every = min(recipe.measure_every, math.ceil(steps / 6))  # a short run has a best moment, too
+            recipe = self.recipe = replace(recipe, max_steps=steps, measure_every=every)
         parameters = list(self.encoder.module.parameters())
         self.planned = Plan(
             train_images=len(self.prepared.train),
@@ -213,7 +187,7 @@ class Run:
             estimated_seconds=each * recipe.max_steps,
             peak_memory_bytes=memory,
         )
-        self.say(_plan_text(self.planned, self.recipe, self.encoder.name, self.prepared.evaluation_name))
+        self.say(plan_text(self.planned, self.recipe, self.encoder.name, self.prepared.evaluation_name))
 
     def _probe(self) -> tuple[float, int]:
         """Time one step and take the memory it needs; weights and random numbers are as before."""
@@ -241,7 +215,7 @@ class Run:
         checkpoint = last_checkpoint(Path(trainer.args.output_dir)) if resume else None
         if self.saved is None:
             self._note_settings()
-        with _stopping_on_signals(self.stop):
+        with stopping_on_signals(self.stop):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.history = trainer.state.log_history
         self.best_step = trainer.state.best_global_step or trainer.state.global_step
@@ -380,83 +354,6 @@ class Run:
         (self.folder / SETTINGS).unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- the folder
-
-
-@dataclass(frozen=True)
-class Interrupted:
-    """What a run noted down at its start, so that it can be gone on with.
-
-    Attributes:
-        config: as given.
-        recipe: with every choice made.
-        started: ISO 8601.
-        data_digest: of what it learns from and is measured on.
-        base_fingerprint: of the start weights.
-    """
-
-    config: TrainConfig
-    recipe: Recipe
-    started: str
-    data_digest: str
-    base_fingerprint: str
-
-    def continued(self, config: TrainConfig) -> TrainConfig:
-        """Return the settings to go on with: all as they were, but for the folder and the minutes."""
-        return replace(self.config, output=config.output, minutes=config.minutes)
-
-    def check(self, prepared: Prepared, base_fingerprint: str) -> None:
-        """Refuse to go on with other data or from other weights.
-
-        Raises:
-            ValueError: saying which.
-        """
-        if self.data_digest != prepared.digest:
-            raise ValueError("The data have changed since this run began; start a new one with another --output.")
-        if self.base_fingerprint != base_fingerprint:
-            raise ValueError("The start model has changed since this run began; start a new one with another --output.")
-
-
-def claim(folder: Path, *, resume: bool) -> None:
-    """Make the result folder, or make sure that it holds a run to go on with.
-
-    Raises:
-        FileExistsError: when it holds something and this is to be a new run, or the run is finished.
-        FileNotFoundError: when there is no run to go on with.
-    """
-    begun, finished = (folder / SETTINGS).exists(), (folder / RECORD).exists()
-    if resume and finished:
-        raise FileExistsError(f"The run in {folder} is finished; fine-tune further with --model {folder}.")
-    if resume and not begun:
-        raise FileNotFoundError(f"There is no run in {folder} to go on with; leave --resume out to begin one.")
-    if begun and not finished and not resume:
-        raise FileExistsError(f"{folder} holds an unfinished run: go on with --resume, or choose another --output.")
-    # A run killed before its first step leaves kept images, which the next one takes over.
-    if (
-        not resume
-        and folder.exists()
-        and (not folder.is_dir() or any(path.name != "kept" for path in folder.iterdir()))
-    ):
-        raise FileExistsError(
-            f"{folder} is not an empty folder, and nothing in it is overwritten: choose another --output."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def read_settings(folder: Path) -> Interrupted:
-    """Read what an interrupted run noted down.
-
-    Raises:
-        ValueError: when the file is damaged.
-    """
-    try:
-        values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        config, recipe = TrainConfig.from_dict(values["config"]), Recipe(**values["recipe"])
-        return Interrupted(**values | {"config": config, "recipe": recipe})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / SETTINGS} is damaged ({error}); start a new run with another --output.") from error
-
-
 def _start(config: TrainConfig, prepared: Prepared) -> DualEncoder:
     """Load, join or build the model to begin with."""
     if config.scratch:
@@ -469,23 +366,6 @@ def _start(config: TrainConfig, prepared: Prepared) -> DualEncoder:
     raise ValueError("Name a model to begin with (--model), two towers to join (--vision, --text), or --scratch.")
 
 
-def _checkpoint_activations(encoder: DualEncoder) -> None:
-    """Keep less of the forward pass and compute it again on the way back.
-
-    Raises:
-        ValueError: when the model has no layers that can.
-    """
-    module = encoder.module
-    try:
-        for part in [module] if module.supports_gradient_checkpointing else [module.vision_model, module.text_model]:
-            part.activation_checkpointing_enable()
-    except ValueError as error:
-        raise ValueError(
-            f"{encoder.name} cannot compute its layers twice; leave --gradient-checkpointing out and save memory with "
-            "--chunk-size."
-        ) from error
-
-
 # ---------------------------------------------------------------- small things
 
 
@@ -496,28 +376,6 @@ def _intervals(metrics: Mapping[str, Estimate | Difference]) -> dict[str, Interv
 def _hub_id(name: str | None) -> str | None:
     """Return a name that is no path on this machine and looks like OWNER/NAME."""
     return name if name and name.count("/") == 1 and not Path(name).exists() else None
-
-
-def _plan_text(plan: Plan, recipe: Recipe, model: str, evaluation: str) -> str:
-    what = {"full": "all weights", "lit": "the text side", "heads": "the heads", "lora": "low-rank adapters"}
-    together = (
-        f"{plan.chunk_size} at a time in memory" if plan.chunk_size < plan.batch_size else "all in memory at once"
-    )
-    rates = f"{recipe.learning_rate:g}" + (
-        f", heads {recipe.head_learning_rate:g}" if recipe.head_learning_rate != recipe.learning_rate else ""
-    )
-    return "\n".join(
-        [
-            f"Fine-tuning {model} ({recipe.preset}: {what[recipe.preset]}, {plan.trainable_parameters / 1e6:.1f} of "
-            f"{plan.total_parameters / 1e6:.1f} million weights), {recipe.loss} loss, learning rate {rates}",
-            f"  learns from  {plan.train_images} pictures, {plan.train_captions} captions",
-            f"  measured on  {plan.eval_images} pictures, {plan.eval_captions} captions ({evaluation})",
-            f"  steps        {plan.steps} ({plan.epochs:g} passes) of {plan.batch_size} pictures, {together}"
-            + (f", {plan.processes} processes" if plan.processes > 1 else ""),
-            f"  takes about  {duration(plan.estimated_seconds)} on {plan.device} in {plan.precision}, measured every "
-            f"{recipe.measure_every} steps; {plan.peak_memory_bytes / 2**30:.1f} GiB of memory in a trial step",
-        ]
-    )
 
 
 def _progress(say: Say, what: str) -> Callable[[int, int], None]:
@@ -536,23 +394,3 @@ def _progress(say: Say, what: str) -> Callable[[int, int], None]:
 
 def _nothing(_: str) -> None:
     """Say nothing: another process does."""
-
-
-@contextmanager
-def _stopping_on_signals(stop: StopRequests) -> Iterator[None]:
-    """Let the first Ctrl-C or polite kill end training in good order; the second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.ask(f"stopped by {signal.Signals(number).name}")
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-    before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

@@ -20,6 +20,7 @@ from alignment.train.presets import Preset
 Kind = Literal["pretrained", "compact", "composed", "scratch"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
+LARGE = 50e6  # weights
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -163,10 +164,10 @@ _RATES: dict[tuple[Kind, Preset], tuple[float, float]] = {
     ("composed", "lit"): (3e-5, 1e-3),
     ("composed", "heads"): (1e-3, 1e-3),
     ("composed", "lora"): (5e-4, 1e-3),
-    ("scratch", "full"): (1e-3, 1e-3),
+    ("scratch", "full"): (3e-4, 3e-4),
 }
 # Measured on the compact model: 512 pictures at once, a quarter of the steps, learn less in the same passes than 128.
-_LARGEST: dict[Kind, int] = {"pretrained": 256, "compact": 128, "composed": 256, "scratch": 256}
+_LARGEST: dict[Kind, int] = {"pretrained": 256, "compact": 128, "composed": 256, "scratch": 128}
 _EPOCHS: dict[Kind, int] = {"pretrained": 10, "compact": 10, "composed": 15, "scratch": 30}
 
 
@@ -203,7 +204,7 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
         loss=loss,
         max_steps=steps,
         batch_size=batch_size,
-        chunk_size=min(config.chunk_size or (64 if on_cpu and preset in ("full", "lora") else batch_size), batch_size),
+        chunk_size=min(config.chunk_size or (64 if on_cpu and _is_large(encoder, preset) else batch_size), batch_size),
         captions_per_image=config.captions_per_image or (3 if kind == "compact" else 1),
         learning_rate=config.learning_rate or rate,
         head_learning_rate=config.head_learning_rate or config.learning_rate or head_rate,
@@ -223,6 +224,11 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
 
 def _presets_of(kind: Kind) -> str:
     return " or ".join(repr(preset) for known, preset in _RATES if known == kind)
+
+
+def _is_large(encoder: DualEncoder, preset: Preset) -> bool:
+    """Tell whether a whole batch's activations would fill a laptop: with a large image tower in training."""
+    return preset in ("full", "lora") and sum(weight.numel() for weight in encoder.module.parameters()) > LARGE
 
 
 def _batch_size(num_images: int, largest: int) -> int:

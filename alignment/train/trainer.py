@@ -10,9 +10,13 @@ import logging
 import math
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -250,6 +254,26 @@ class StopRequests(TrainerCallback):
         if bool(gather(torch.tensor([bool(self.reason)], dtype=torch.int32, device=args.device)).any()):
             self.ask("another process was stopped")
             control.should_training_stop = control.should_evaluate = control.should_save = True
+
+
+@contextmanager
+def stopping_on_signals(stop: StopRequests) -> Iterator[None]:
+    """Let the first Ctrl-C or polite kill end training in good order; the second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.ask(f"stopped by {signal.Signals(number).name}")
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 class Journal(TrainerCallback):

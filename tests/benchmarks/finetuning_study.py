@@ -105,6 +105,7 @@ def study(arguments: argparse.Namespace) -> dict[str, list[dict]]:
             kept_folder=str(arguments.out / "kept"),
             patience=100,
             interpolate=False,
+            measure_every=arguments.measure_every,
         )
         for name, settings in HEADS.items():
             config = replace(plan, output=str(folder / name), **settings)
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--model", default="checkpoints/compact")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=6, help="of heads alone")
+    parser.add_argument("--measure-every", type=int, default=94, help="steps; the best measured weights count")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--tune-epochs", type=float, default=3, help="of going on")
     parser.add_argument("--tune-rate", type=float, default=3e-4)

@@ -1,0 +1,90 @@
+"""The result folder: who may write to it, and what an interrupted run notes down in it.
+
+Place in the flow: `run` claims the folder first of all, and reads the notes where it is to go on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from alignment.train.prepare import Prepared
+from alignment.train.settings import Recipe, TrainConfig
+
+SETTINGS = "settings.json"  # what a resumed run goes on with
+RECORD = "run.json"  # what a finished run leaves
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """What a run noted down at its start, so that it can be gone on with.
+
+    Attributes:
+        config: as given.
+        recipe: with every choice made.
+        started: ISO 8601.
+        data_digest: of what it learns from and is measured on.
+        base_fingerprint: of the start weights.
+    """
+
+    config: TrainConfig
+    recipe: Recipe
+    started: str
+    data_digest: str
+    base_fingerprint: str
+
+    def continued(self, config: TrainConfig) -> TrainConfig:
+        """Return the settings to go on with: all as they were, but for the folder and the minutes."""
+        return replace(self.config, output=config.output, minutes=config.minutes)
+
+    def check(self, prepared: Prepared, base_fingerprint: str) -> None:
+        """Refuse to go on with other data or from other weights.
+
+        Raises:
+            ValueError: saying which.
+        """
+        if self.data_digest != prepared.digest:
+            raise ValueError("The data have changed since this run began; start a new one with another --output.")
+        if self.base_fingerprint != base_fingerprint:
+            raise ValueError("The start model has changed since this run began; start a new one with another --output.")
+
+
+def claim(folder: Path, *, resume: bool) -> None:
+    """Make the result folder, or make sure that it holds a run to go on with.
+
+    Raises:
+        FileExistsError: when it holds something and this is to be a new run, or the run is finished.
+        FileNotFoundError: when there is no run to go on with.
+    """
+    begun, finished = (folder / SETTINGS).exists(), (folder / RECORD).exists()
+    if resume and finished:
+        raise FileExistsError(f"The run in {folder} is finished; fine-tune further with --model {folder}.")
+    if resume and not begun:
+        raise FileNotFoundError(f"There is no run in {folder} to go on with; leave --resume out to begin one.")
+    if begun and not finished and not resume:
+        raise FileExistsError(f"{folder} holds an unfinished run: go on with --resume, or choose another --output.")
+    # A run killed before its first step leaves kept images, which the next one takes over.
+    if (
+        not resume
+        and folder.exists()
+        and (not folder.is_dir() or any(path.name != "kept" for path in folder.iterdir()))
+    ):
+        raise FileExistsError(
+            f"{folder} is not an empty folder, and nothing in it is overwritten: choose another --output."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def read_settings(folder: Path) -> Interrupted:
+    """Read what an interrupted run noted down.
+
+    Raises:
+        ValueError: when the file is damaged.
+    """
+    try:
+        values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        config, recipe = TrainConfig.from_dict(values["config"]), Recipe(**values["recipe"])
+        return Interrupted(**values | {"config": config, "recipe": recipe})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / SETTINGS} is damaged ({error}); start a new run with another --output.") from error
