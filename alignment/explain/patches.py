@@ -1,0 +1,81 @@
+"""Where in the picture a match is.
+
+Place in the flow: `picture + captions -> gradient, or occlusion -> relevance (here) -> heatmap.patch_overlay`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignment.explain.erasing import Fill
+from alignment.explain.gradient import gradient
+from alignment.explain.occlusion import occlusion
+from alignment.model import DualEncoder
+from alignment.preprocess import ImageSource, open_image
+from alignment.similarity import cosine_similarity
+
+Method = Literal["gradient", "occlusion"]
+
+RESOLUTION = 5
+"""Smaller windows along a side: 25 of these and 9 larger ones, and a result of 12 x 12."""
+
+
+@dataclass(frozen=True, eq=False)
+class PatchRelevance:
+    """What each place of a picture adds to its match with each caption.
+
+    Attributes:
+        grid: (num_captions, rows, columns) float32 over the whole picture, first row at the top. The cosine that a
+            ninth of the picture would bring if all of it were like this place; negative where the caption fits better
+            without it. The same scale for every caption, picture and method of a model: a caption that does not fit
+            has little anywhere.
+        cosines: (num_captions,) of the picture as it is.
+        method: how it was found.
+    """
+
+    grid: NDArray[np.float32]
+    cosines: tuple[float, ...]
+    method: Method
+
+
+def patch_relevance(
+    encoder: DualEncoder,
+    image: ImageSource,
+    captions: Sequence[str],
+    *,
+    resolution: int = RESOLUTION,
+    method: Method | None = None,
+    fill: Fill = "blur",
+) -> PatchRelevance:
+    """Find where in the picture its match with each caption lies.
+
+    Args:
+        encoder: of any family.
+        image: anything `open_image` takes.
+        captions: they share the passes of the picture, so several cost little more than one.
+        resolution: smaller windows along a side, at least 2; occlusion costs 1.25 * resolution ** 2 passes and a bit.
+        method: "gradient" costs one pass, "occlusion" works for every tower; None takes the gradient where the tower
+            has places to watch and occlusion elsewhere.
+        fill: what occlusion covers with.
+
+    Raises:
+        InputError: when the picture cannot be opened or a caption is empty or too long.
+        ValueError: on a resolution below 2, or "gradient" for a tower that has no places to watch.
+    """
+    if resolution < 2:
+        raise ValueError(f"The resolution must be at least 2, it is {resolution}.")
+    picture = open_image(image)
+    texts = encoder.encode_texts(captions)
+    found = None if method == "occlusion" else gradient(encoder, picture, texts, resolution)
+    if found is None and method == "gradient":
+        raise ValueError("This vision tower has no places to watch; use 'occlusion'.")
+    used: Method = "occlusion" if found is None else "gradient"
+    if found is None:
+        found = occlusion(encoder, picture, texts, resolution, fill)
+    cosines = cosine_similarity(encoder.encode_images([picture]), texts)[0]
+    return PatchRelevance(found.numpy().astype(np.float32), tuple(cosines.tolist()), used)
