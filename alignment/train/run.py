@@ -298,6 +298,8 @@ class Run:
         self.alpha = alpha
         curve = ", ".join(f"{alpha:g}: {100 * sums[alpha]:.1f}" for alpha in ALPHAS)
         self.say(f"Recall sum on validation from start (0) to tuned weights (1): {curve}. Kept: {self.alpha:g}.")
+        if alpha == 0:
+            self.say("No tuned weights do better there than the start's, so the result is the start model.")
 
     @torch.no_grad()
     def _mix(self, weights: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> None:
