@@ -85,8 +85,9 @@ def test_the_frozen_weights_are_the_packages() -> None:
     with safe_open(FOLDER / "frozen.safetensors", "pt") as part:
         found = {name: part.get_tensor(name) for name in part.keys()}  # noqa: SIM118 - a method, not a dictionary
     assert found.keys() == expected.keys()
-    wrong = [name for name, value in found.items() if not torch.equal(value, expected[name].to(value.dtype))]
-    assert wrong == []
+    for name, value in found.items():
+        # One step of half precision apart: processors differ in the last bit of the square root that folds a norm.
+        torch.testing.assert_close(value, expected[name].to(value.dtype), rtol=1e-3, atol=1e-7, msg=name)
     assert found["text_model.table.codes"].dtype == torch.uint8
 
 

@@ -360,6 +360,8 @@ def assert_nothing_happened(resumed: Path, whole: Path) -> None:
     one, other = record_of(resumed), record_of(whole)
     assert (one.best_step, one.stopped, one.alpha) == (other.best_step, other.stopped, other.alpha)
     assert (one.after, one.interpolation) == (other.after, other.interpolation)
+    assert "--resume" not in one.command
+    assert "--data" in one.command  # "Do it again" in the report is the whole run
     steps = [[(entry["step"], entry["loss"]) for entry in run.history if "loss" in entry] for run in (one, other)]
     assert [step for step, _ in steps[0]] == [step for step, _ in steps[1]]
     assert steps[0][-1] == steps[1][-1]

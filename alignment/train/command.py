@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.check:
             _check_data(arguments)
         else:
-            _train(arguments)
+            _train(arguments, sys.argv[1:] if argv is None else argv)
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"train: {error.name} is missing; install what training needs with: pip install '.[train]'"
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("train: interrupted; if it was training already, go on with --resume") from error
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace, command: Sequence[str]) -> None:
     _warn_nothing()
     from alignment.train.run import train
     from alignment.train.settings import TrainConfig
@@ -74,7 +74,7 @@ def _train(arguments: argparse.Namespace) -> None:
     push, private = options.pop("push_to_hub", None), options.pop("private")
     options.pop("check")
     options.setdefault("data", "")
-    train(TrainConfig.from_dict(options), resume=resume, say=_say)
+    train(TrainConfig.from_dict(options), resume=resume, say=_say, command=command)
     if int(os.environ.get("RANK", "0")):
         return
     print(f"Model and report: {arguments.output} (report.md, plots/, run.json)")

@@ -24,6 +24,7 @@ class Interrupted:
         config: as given.
         recipe: with every choice made.
         started: ISO 8601.
+        command: that began it, for the report.
         data_digest: of what it learns from and is measured on.
         base_fingerprint: of the start weights.
     """
@@ -31,6 +32,7 @@ class Interrupted:
     config: TrainConfig
     recipe: Recipe
     started: str
+    command: str
     data_digest: str
     base_fingerprint: str
 

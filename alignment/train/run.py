@@ -61,13 +61,16 @@ _SHARE_OF_TIME = 0.85  # of the minutes given goes into steps; the rest into the
 Say = Callable[[str], None]
 
 
-def train(config: TrainConfig, *, resume: bool = False, say: Say = logger.info) -> RunRecord:
+def train(
+    config: TrainConfig, *, resume: bool = False, say: Say = logger.info, command: Sequence[str] | None = None
+) -> RunRecord:
     """Fine-tune a dual encoder on captioned images.
 
     Args:
         config: what to do; what is None is chosen.
         resume: go on with the run whose folder `config.output` is.
         say: takes each line that a person should see.
+        command: the arguments it was called with, for the report; those of this process if left out.
 
     Returns:
         The record of the run; model, report and logs are in `config.output`.
@@ -89,7 +92,7 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = logger.info) 
     say = say if state.is_main_process else _nothing
     prepared = prepare(config, progress=_progress(say, "checking pictures"))
     say(prepared.report.summary())
-    run = Run(config, prepared, folder, saved, say)
+    run = Run(config, prepared, folder, saved, say, sys.argv[1:] if command is None else command)
     if config.minutes is not None:
         run.stop.deadline = started + 60 * config.minutes
     with state.main_process_first():
@@ -109,7 +112,13 @@ class Run:
     """The parts of one fine-tuning, and its steps in order."""
 
     def __init__(
-        self, config: TrainConfig, prepared: Prepared, folder: Path, saved: Interrupted | None, say: Say
+        self,
+        config: TrainConfig,
+        prepared: Prepared,
+        folder: Path,
+        saved: Interrupted | None,
+        say: Say,
+        command: Sequence[str] = (),
     ) -> None:
         self.prepared, self.folder, self.say, self.saved = prepared, folder, say, saved
         set_seed(config.seed)
@@ -118,10 +127,11 @@ class Run:
         self.base_fingerprint = self.encoder.fingerprint
         self.config = config
         self.recipe = complete(config, self.encoder, len(prepared.train), num_processes=PartialState().num_processes)
+        self.command = shlex.join(["python", "-m", "alignment.train", *command])
         self.since = datetime.now(UTC).isoformat(timespec="seconds")
         if saved is not None:
             saved.check(prepared, self.base_fingerprint)
-            self.recipe, self.since = saved.recipe, saved.started
+            self.recipe, self.since, self.command = saved.recipe, saved.started, saved.command
         self.start = start_of(self.encoder.module)
         if self.recipe.gradient_checkpointing:
             checkpoint_activations(self.encoder)
@@ -270,7 +280,9 @@ class Run:
 
     def _note_settings(self) -> None:
         if PartialState().is_main_process:
-            told = Interrupted(self.config, self.recipe, self.since, self.prepared.digest, self.base_fingerprint)
+            told = Interrupted(
+                self.config, self.recipe, self.since, self.command, self.prepared.digest, self.base_fingerprint
+            )
             (self.folder / SETTINGS).write_text(json.dumps(asdict(told), indent=1) + "\n", encoding="utf-8")
         PartialState().wait_for_everyone()
 
@@ -314,7 +326,7 @@ class Run:
         gained = compare_retrieval(self.before, after).metrics
         self.say(f"Validation, before (A) and after (B):\n{difference_table(gained)}")
         return RunRecord(
-            command=shlex.join(["python", "-m", "alignment.train", *sys.argv[1:]]),
+            command=self.command,
             started=self.since,
             seconds=time.monotonic() - started,
             versions={name: version(name) for name in ("torch", "transformers", "accelerate")}
