@@ -53,7 +53,7 @@ compact: $(COMPACT_STAMP)  ## retrain the compact model: make compact DATA=path/
 	$(BIN)/python -m alignment.compact --data "$(DATA)" --out checkpoints/compact $(ARGS)
 
 bench-train: $(BENCH_STAMP)  ## compare training speed with transformers' example and open_clip
-	$(BENCH)/bin/python tests/benchmarks/training_speed.py $(ARGS)
+	PYTHONPATH=. $(BENCH)/bin/python tests/benchmarks/training_speed.py $(ARGS)
 
 $(BIN)/python:
 	@for python in $(PYTHON); do \
@@ -86,10 +86,13 @@ $(COMPACT_STAMP): pyproject.toml $(APP_STAMP)
 	@touch $@
 
 # An environment of its own: the peers need torchvision, and with it transformers would take another way to the pixels.
+# torch and torchvision come together, whatever pair pip finds; ours runs from the source beside them.
 $(BENCH_STAMP): pyproject.toml requirements.txt | $(BIN)/python
 	$(BIN)/python -m venv --clear $(BENCH)
-	$(BENCH)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)" torchvision
-	$(BENCH)/bin/python -m pip install -r requirements.txt -e ".[train]" "open_clip_torch[training]==3.3.0" "datasets>=5.0,<6"
+	grep -v '^torch' requirements.txt > $(BENCH)/requirements.txt
+	$(BENCH)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
+	$(BENCH)/bin/python -m pip install -r $(BENCH)/requirements.txt "open_clip_torch[training]==3.3.0" "datasets>=5.0,<6" \
+	  "accelerate>=1.15,<2" "matplotlib>=3.10,<4" "peft>=0.21,<0.22" "tensorboard>=2.20,<3"
 	@touch $@
 
 # The browser tests take `chromium` from the PATH, else Playwright's own; the Chinese page needs a font as well.
