@@ -23,8 +23,8 @@ examples:
     python -m alignment.train --model checkpoints/compact --data my_photos --output tuned --minutes 30
   it was killed; go on:
     python -m alignment.train --output tuned --resume
-  what did it bring, picture by picture?
-    python -m alignment.evaluate --compare checkpoints/compact tuned --data my_photos --split dev
+  what did it bring, picture by picture? (on a data set with a dev split; what was held out of others is in report.md)
+    python -m alignment.evaluate --compare checkpoints/compact tuned --data flickr8k --split dev
   use it:
     python -m alignment.gallery build my_photos --model tuned --out my_gallery
     python app.py --gallery my_gallery --model tuned
