@@ -30,10 +30,10 @@ from alignment.ui.examples import THUMBNAIL_ROUTE, Examples
 from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
-from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, STRINGS, pick_language, text
+from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, pick_language, strings, text
 from alignment.ui.theme import theme
 from alignment.ui.uploads import MAX_FILE_MB
-from alignment.ui.widgets import ICON, STYLE, Tab, listen, widget
+from alignment.ui.widgets import ICON, Tab, listen, styles, widget
 
 ROOT = Path(__file__).resolve().parent
 _HELP = "Search pictures by caption and captions by picture, and look at the similarity matrix behind both."
@@ -141,7 +141,7 @@ def add_api(engine: AlignmentEngine) -> None:
             Best first: rank, id, captions, credit, similarity (cosine), probability.
         """
         try:
-            matches = engine.search_images(caption, max(0, k))
+            found = engine.search_images(caption, max(0, k))
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return [
@@ -153,7 +153,7 @@ def add_api(engine: AlignmentEngine) -> None:
                 "similarity": match.similarity,
                 "probability": match.probability,
             }
-            for match in matches
+            for match in found.matches
         ]
 
     gr.api(search_images, api_name="search_images", concurrency_id="search", concurrency_limit=4)
@@ -171,7 +171,7 @@ def launch_options(engine: AlignmentEngine) -> dict[str, Any]:
 
     return {
         "theme": theme(),
-        "css_paths": [STYLE],
+        "css_paths": styles(),
         "favicon_path": ICON,
         "footer_links": [],
         "run_history": False,
@@ -189,7 +189,7 @@ def _header(lang: str) -> dict[str, Any]:
 
 
 def _language_words(lang: str) -> dict[str, Any]:
-    other = " / ".join(dict.fromkeys([text(lang, "language"), *(strings["language"] for strings in STRINGS.values())]))
+    other = " / ".join(dict.fromkeys([text(lang, "language"), *(words["language"] for words in strings().values())]))
     return {"label": other}
 
 

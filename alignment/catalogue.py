@@ -5,7 +5,7 @@ picture is opened and nothing embedded here. A gallery folder holds
 
 - `gallery.json`: the stamp;
 - `pictures.jsonl` and `captions.jsonl`: one record a line;
-- `embeddings.safetensors`: `image_embeds` and `text_embeds`, float16, a row for each line;
+- `embeddings.safetensors`: `image_embeds` and `text_embeds`, float16, a row for each line, and the `background`;
 - `thumbnails/ID.webp` of the pictures that are the user's own (`gallery` makes them).
 """
 
@@ -34,6 +34,7 @@ from alignment.preprocess import InputError, clean_caption
 PICTURES, CAPTIONS = "pictures.jsonl", "captions.jsonl"
 _STAMP, _EMBEDDINGS = "gallery.json", "embeddings.safetensors"
 _PACKAGE = "package:"
+_BACKGROUND = "background."
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # it names the thumbnail
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?")
 _HAN, _KANA_OR_HANGUL = re.compile(r"[\u4e00-\u9fff]"), re.compile(r"[\u3040-\u30ff\uac00-\ud7af]")
@@ -125,6 +126,8 @@ class Stamp:
         num_pictures: rows of `image_embeds`.
         num_captions: rows of `text_embeds`.
         built: UTC, ISO 8601.
+        calibration: of match probabilities, see `Calibration.to_dict`; None in galleries built without.
+        judged_by: what the calibration was fitted on, and against which background.
     """
 
     fingerprint: str
@@ -136,6 +139,8 @@ class Stamp:
     num_pictures: int = 0
     num_captions: int = 0
     built: str = ""
+    calibration: Mapping[str, Any] | None = field(default=None, hash=False)
+    judged_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ class Catalogue:
         image_embeds: (num_pictures, embed_dim); float16 on disk.
         text_embeds: (num_captions, embed_dim).
         stamp: the model they belong to.
+        background: embeddings that tell accidents from matches, see `calibration.Background`; may be empty.
     """
 
     pictures: Sequence[Picture]
@@ -155,6 +161,7 @@ class Catalogue:
     image_embeds: Tensor
     text_embeds: Tensor
     stamp: Stamp
+    background: Mapping[str, Tensor] = field(default_factory=dict)
 
     def lines(self) -> dict[str, list[str]]:
         """Lay the records out as the lines of their files."""
@@ -308,10 +315,12 @@ def read_catalogue(folder: Path, model: str) -> Catalogue:
         with safe_open(folder / _EMBEDDINGS, "pt") as file:
             if (file.metadata() or {}).get("build") != _digest(stamp, lines):
                 raise ValueError("its files are not of one build")
-            embeds = [file.get_tensor(name) for name in ("image_embeds", "text_embeds")]
+            embeds = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         pictures = [_read_picture(json.loads(line), stamp.source) for line in lines[PICTURES]]
         captions = [Caption(**json.loads(line)) for line in lines[CAPTIONS]]
-        return Catalogue(pictures, captions, embeds[0], embeds[1], stamp)
+        image_embeds, text_embeds = embeds.pop("image_embeds"), embeds.pop("text_embeds")
+        background = {name.removeprefix(_BACKGROUND): part for name, part in embeds.items()}
+        return Catalogue(pictures, captions, image_embeds, text_embeds, stamp, background)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ValueError(
             f"The gallery in {folder} is damaged ({error}). Rebuild it with: {rebuild_command(folder, model, stamp)}"
@@ -324,6 +333,7 @@ def write_catalogue(folder: Path, catalogue: Catalogue) -> None:
     lines = catalogue.lines()
     header = {**asdict(catalogue.stamp), "source": _to_folder(folder, catalogue.stamp.source)}
     embeds = {"image_embeds": catalogue.image_embeds, "text_embeds": catalogue.text_embeds}
+    embeds |= {_BACKGROUND + name: part for name, part in catalogue.background.items()}
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as name:
         aside = Path(name)
         for file, texts in {**lines, _STAMP: [json.dumps(header, ensure_ascii=False, indent=2)]}.items():

@@ -154,7 +154,7 @@ def test_the_limit_counts_what_is_there(engine):
     assert [(skip.name, skip.error.code, skip.error.values) for skip in skipped] == [
         ("c.png", "photo.limit", {"limit": 2})
     ]
-    assert MAX_PHOTOS == 200
+    assert MAX_PHOTOS == 500
 
 
 def test_a_photo_can_be_taken_out(engine):

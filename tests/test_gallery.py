@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from alignment import gallery as gallery_module
 from alignment.catalogue import CAPTIONS, PICTURES, Caption, Picture, Stamp, read_hand_written
-from alignment.gallery import BuildReport, Gallery, build_gallery, main
+from alignment.gallery import BuildReport, Gallery, build_gallery, building, main
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
 
@@ -418,7 +417,7 @@ def test_an_interrupted_build_leaves_the_old_gallery(
         if done >= 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(gallery_module, "_CHUNK", 1)
+    monkeypatch.setattr(building, "_CHUNK", 1)
     with pytest.raises(KeyboardInterrupt):
         build(photos, tmp_path / "out", encoder, progress=ctrl_c)
     assert snapshot(tmp_path / "out") == before
@@ -594,7 +593,7 @@ def test_ctrl_c_says_that_nothing_happened(
     def ctrl_c(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gallery_module, "open_image", ctrl_c)
+    monkeypatch.setattr(building, "open_image", ctrl_c)
     assert main(["build", str(photos), "--out", str(tmp_path / "out"), "--model", encoder.name]) == 130
     assert "is as it was" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

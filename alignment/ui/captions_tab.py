@@ -12,7 +12,7 @@ from alignment.engine import AlignmentEngine, as_webp
 from alignment.gallery import Picture
 from alignment.preprocess import InputError, open_image
 from alignment.ui.examples import NUM_CHIPS, PREVIEW_PIXELS, Examples
-from alignment.ui.results import Value, captions_value, is_sigmoid, note_value, problem_value
+from alignment.ui.results import Value, captions_value, note_value, problem_value
 from alignment.ui.strings import error_text, text
 from alignment.ui.uploads import drop_value, forget, take, uploads_of
 from alignment.ui.widgets import data_url, listen, spoken, widget
@@ -114,8 +114,8 @@ class CaptionsTab:
             return {}
         try:
             with spoken():
-                matches = self.engine.search_captions(asked.embed, NUM_RESULTS, lang)
+                found = self.engine.search_captions(asked.embed, NUM_RESULTS, lang)
         except InputError as error:
             return problem_value(error, lang, self.key)
         total = sum(caption.lang == lang for caption in gallery.captions) or len(gallery.captions)
-        return captions_value(matches, lang, total=total, sigmoid=is_sigmoid(gallery))
+        return captions_value(found, lang, total=total)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from alignment.engine import AlignmentEngine, as_webp
 from alignment.gallery import Picture
 from alignment.preprocess import InputError, open_image
-from alignment.ui.strings import STRINGS, text
+from alignment.ui.strings import strings, text
 from alignment.ui.widgets import data_url
 
 FAVOURITES = ("cat", "coffee", "motorcycle", "lion", "cheetah-running", "horse")  # in the starter gallery
@@ -32,7 +32,7 @@ class Examples:
 
     def query(self, picture: Picture, lang: str) -> str:
         """Describe an example picture in the words of somebody who searches for it; "" if nobody knows how."""
-        return STRINGS[lang].get(f"example.query.{picture.id}") or picture.caption(lang)
+        return strings()[lang].get(f"example.query.{picture.id}") or picture.caption(lang)
 
     def queries(self, lang: str) -> list[str]:
         """List queries that find something."""

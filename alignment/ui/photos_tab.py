@@ -12,7 +12,7 @@ from alignment.gallery import Picture
 from alignment.preprocess import InputError
 from alignment.ui.examples import Examples
 from alignment.ui.pictures_tab import SEARCH_BOX, Asked, ask, query_chips, translated_query
-from alignment.ui.results import Value, is_sigmoid, pictures_value, problem_value
+from alignment.ui.results import Value, pictures_value, problem_value
 from alignment.ui.strings import count_text, error_text, text
 from alignment.ui.uploads import Shelf, fill, progress_value, shelf_drop_value, uploads_of
 from alignment.ui.widgets import data_url, listen, widget
@@ -138,11 +138,10 @@ class PhotosTab:
             return problem_value(asked.error or InputError("", "caption.empty"), lang, self.key)
         if not len(shelf.photos):
             return {"error": error_text(lang, InputError("There is no picture yet; add one first.", "photos.none"))}
-        matches = self.engine.search_images(asked.embed, NUM_RESULTS, photos=shelf.photos)
+        found = self.engine.search_images(asked.embed, NUM_RESULTS, photos=shelf.photos)
 
         def image_of(picture: Picture) -> str:
             thumbnail = data_url(shelf.photos.thumbnails[picture.id])
             return self.examples.image_of(picture) if shelf.sample else thumbnail
 
-        total, sigmoid = len(shelf.photos), is_sigmoid(self.engine.gallery)
-        return pictures_value(matches, lang, image_of, total=total, sigmoid=sigmoid, own=not shelf.sample)
+        return pictures_value(found, lang, image_of, total=len(shelf.photos), own=not shelf.sample)

@@ -11,7 +11,7 @@ from torch import Tensor
 from alignment.engine import AlignmentEngine
 from alignment.preprocess import InputError
 from alignment.ui.examples import Examples
-from alignment.ui.results import Value, is_sigmoid, note_value, pictures_value, problem_value
+from alignment.ui.results import Value, note_value, pictures_value, problem_value
 from alignment.ui.strings import LANGUAGES, text
 from alignment.ui.widgets import listen, spoken, widget
 
@@ -79,9 +79,9 @@ class PicturesTab:
             return note_value(lang, "pictures.none")
         if asked.error or asked.embed is None:
             return problem_value(asked.error or InputError("", "caption.empty"), lang, self.key)
-        matches = self.engine.search_images(asked.embed, NUM_RESULTS)
+        found = self.engine.search_images(asked.embed, NUM_RESULTS)
         total = len(gallery.pictures)
-        return pictures_value(matches, lang, self.examples.image_of, total=total, sigmoid=is_sigmoid(gallery))
+        return pictures_value(found, lang, self.examples.image_of, total=total)
 
 
 SEARCH_BOX: dict[str, Any] = {

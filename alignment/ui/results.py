@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from alignment.gallery import Caption, Gallery, Match, Picture
+from alignment.gallery import Caption, Found, Match, Picture
 from alignment.preprocess import InputError
 from alignment.ui.strings import error_text, text
 
 Value = dict[str, Any]
 
 
-def captions_value(matches: Sequence[Match[Caption]], lang: str, *, total: int, sigmoid: bool) -> Value:
+def captions_value(found: Found[Caption], lang: str, *, total: int) -> Value:
     """Lay ranked captions out for `captions.js`."""
     rows = [
-        {**_numbers(match, matches, lang), "text": match.item.text, "lang": match.item.lang or None}
-        for match in matches
+        {**_numbers(match, found, lang), "id": match.item.id, "text": match.item.text, "lang": match.item.lang or None}
+        for match in found.matches
     ]
-    return {**_frame("captions", len(rows), total, lang, sigmoid), "rows": rows}
+    return {**_frame("captions", found, total, lang), "rows": rows}
 
 
 def pictures_value(
-    matches: Sequence[Match[Picture]],
-    lang: str,
-    image_of: Callable[[Picture], str],
-    *,
-    total: int,
-    sigmoid: bool,
-    own: bool = False,
+    found: Found[Picture], lang: str, image_of: Callable[[Picture], str], *, total: int, own: bool = False
 ) -> Value:
     """Lay ranked pictures out for `pictures.js`; pictures of the visitor's own are called by their file's name."""
     cards = []
-    for match in matches:
+    for match in found.matches:
         picture = match.item
         words = picture.source if own else picture.caption(lang)
-        card: Value = {"image": image_of(picture), "alt": words or picture.id, "text": words, "credit": picture.credit}
-        card["lang"] = lang if not own and lang in picture.captions else None
-        cards.append({**_numbers(match, matches, lang), **card})
-    return {**_frame("photos" if own else "pictures", len(cards), total, lang, sigmoid), "cards": cards}
+        card: Value = {"id": picture.id, "image": image_of(picture), "alt": words or picture.id, "text": words}
+        card |= {"credit": picture.credit, "lang": lang if not own and lang in picture.captions else None}
+        cards.append({**_numbers(match, found, lang), **card})
+    return {**_frame("photos" if own else "pictures", found, total, lang), "cards": cards}
 
 
 def problem_value(error: InputError, lang: str, key: str) -> Value:
@@ -49,11 +43,6 @@ def problem_value(error: InputError, lang: str, key: str) -> Value:
 def note_value(lang: str, key: str) -> Value:
     """Say one sentence where the results would be."""
     return {"heading": text(lang, f"{key.split('.')[0]}.results"), "note": text(lang, key)}
-
-
-def is_sigmoid(gallery: Gallery) -> bool:
-    """Whether the model judges each pair by itself."""
-    return gallery.stamp.logit_bias is not None
 
 
 def percent(share: float) -> str:
@@ -70,21 +59,30 @@ def cosine(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"
 
 
-def _frame(key: str, count: int, total: int, lang: str, sigmoid: bool) -> Value:
-    return {
+def _frame(key: str, found: Found[Any], total: int, lang: str) -> Value:
+    judged = found.something_fits is not None
+    frame: Value = {
         "heading": text(lang, f"{key}.results"),
-        "count": text(lang, f"{key}.count", count=count, total=f"{total:,}"),
-        "labels": {"cosine": text(lang, "result.cosine"), "match": text(lang, "result.match")},
-        "note": text(lang, "meaning.sigmoid" if sigmoid else "meaning.softmax", total=f"{total:,}"),
+        "count": text(lang, f"{key}.count", count=len(found.matches), total=f"{total:,}"),
+        "labels": {name: text(lang, f"result.{name}") for name in ("cosine", "match", "why", "more", "less")},
+        "note": text(lang, "result.meaning" if judged else "result.meaning.uncalibrated"),
     }
+    if found.matches and not found.fits:
+        why = "result.senseless" if found.senseless else f"{key}.nothing"
+        frame["verdict"] = {
+            "title": text(lang, "result.nothing"),
+            "text": text(lang, why, chance=percent(found.something_fits or 0)),
+            "anyway": text(lang, "result.anyway"),
+        }
+    return frame
 
 
-def _numbers(match: Match[Any], matches: Sequence[Match[Any]], lang: str) -> Value:
-    best = max(matches[0].similarity, 1e-6)
+def _numbers(match: Match[Any], found: Found[Any], lang: str) -> Value:
+    best = max(found.matches[0].similarity, 1e-6)
     return {
         "rank": match.rank,
         "rankText": text(lang, "result.rank", rank=match.rank),
         "cosine": cosine(match.similarity),
-        "probability": percent(match.probability),
+        "probability": "" if match.probability is None else percent(match.probability),
         "bar": min(max(match.similarity / best, 0), 1),
     }

@@ -20,7 +20,7 @@ from alignment.preprocess import InputError
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "ui"
-STYLE, ICON = ASSETS / "page.css", ASSETS / "favicon.svg"
+ICON = ASSETS / "favicon.svg"
 
 SEARCHES_AT_ONCE, UPLOADS_AT_ONCE = 4, 2
 
@@ -37,6 +37,11 @@ class Tab(Protocol):
 
     def translate(self, lang: str, *inputs: Any) -> list[Any]:
         """Say everything again in another language; what the visitor did stays."""
+
+
+def styles() -> list[Path]:
+    """List the style sheets: the page's, then those of its parts, which may overrule it."""
+    return sorted(ASSETS.glob("*.css"), key=lambda file: (file.name != "page.css", file.name))
 
 
 def widget(name: str, value: object, **options: Any) -> Any:

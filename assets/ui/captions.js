@@ -1,4 +1,4 @@
-// Ranked captions: rank, caption, bar, match probability, cosine.
+// Ranked captions: rank, caption, bar, match probability, cosine. Sends the event "why".
 
 const row = (item, labels) =>
   make(
@@ -6,14 +6,19 @@ const row = (item, labels) =>
     { class: "al-caption" },
     make("span", { class: "al-rank" }, hidden(item.rankText), make("span", { "aria-hidden": "true" }, String(item.rank))),
     make("div", { class: "al-words" }, make("p", { lang: item.lang }, item.text), bar(item.bar)),
-    scores(item, labels),
+    make("div", { class: "al-judged" }, scores(item, labels), actions(item, labels, ["why"])),
   );
 
 keep((value) =>
   show(
     value.heading ? heading(value) : null,
     problem(value.error),
-    value.rows?.length ? make("ol", { class: "al-captions" }, ...value.rows.map((item) => row(item, value.labels))) : null,
+    value.rows?.length ? folded(value, make("ol", { class: "al-captions" }, ...value.rows.map((item) => row(item, value.labels)))) : null,
     value.note ? make("p", { class: "al-note" }, value.note) : null,
   ),
 );
+
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-act=why]");
+  if (button) trigger("why", { id: button.dataset.id });
+});

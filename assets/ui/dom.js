@@ -32,9 +32,35 @@ const scores = (row, labels) =>
   make(
     "dl",
     { class: "al-scores" },
-    make("div", { class: "al-match" }, make("dt", {}, labels.match), make("dd", {}, row.probability)),
+    row.probability ? make("div", { class: "al-match" }, make("dt", {}, labels.match), make("dd", {}, row.probability)) : null,
     make("div", {}, make("dt", {}, labels.cosine), make("dd", {}, row.cosine)),
   );
+
+// What can be done with a result; each sends the event of its name with the result's id.
+const actions = (row, labels, names) =>
+  make(
+    "div",
+    { class: "al-result-actions" },
+    ...names.map((name) =>
+      make(
+        "button",
+        { type: "button", "data-act": name, "data-id": row.id, "data-focus": `${name} ${row.id}`, "aria-label": `${labels[name]} ${row.rankText}` },
+        labels[name],
+      ),
+    ),
+  );
+
+// Where nothing fits, say so and fold the least bad results away.
+const folded = (value, list) =>
+  value.verdict
+    ? make(
+        "div",
+        { class: "al-verdict" },
+        make("p", { class: "al-verdict-title", role: "status" }, value.verdict.title),
+        make("p", {}, value.verdict.text),
+        make("details", {}, make("summary", { "data-focus": "anyway" }, value.verdict.anyway), list),
+      )
+    : list;
 
 const heading = (value) =>
   make(

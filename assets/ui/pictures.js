@@ -1,4 +1,5 @@
 // Ranked pictures: a grid of cards with thumbnail, rank, bar, match probability, cosine and caption.
+// Sends the events "why", "more" and "less".
 
 const card = (item, labels) =>
   make(
@@ -17,6 +18,7 @@ const card = (item, labels) =>
       scores(item, labels),
       item.text ? make("p", { class: "al-text", lang: item.lang }, item.text) : null,
       item.credit ? make("p", { class: "al-credit", title: item.credit, lang: "en" }, item.credit) : null,
+      actions(item, labels, ["why", "more", "less"]),
     ),
   );
 
@@ -24,7 +26,16 @@ keep((value) =>
   show(
     value.heading ? heading(value) : null,
     problem(value.error),
-    value.cards?.length ? make("ol", { class: "al-grid" }, ...value.cards.map((item) => card(item, value.labels))) : null,
+    value.cards?.length ? folded(value, make("ol", { class: "al-grid" }, ...value.cards.map((item) => card(item, value.labels)))) : null,
     value.note ? make("p", { class: "al-note" }, value.note) : null,
   ),
 );
+
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-act]");
+  if (!button) return;
+  const asked = { id: button.dataset.id };
+  if (button.dataset.act === "why") trigger("why", asked);
+  else if (button.dataset.act === "more") trigger("more", asked);
+  else trigger("less", asked);
+});

@@ -1,4 +1,4 @@
-"""Floor 4, serving: what the page may ask.
+"""What the page may ask.
 
 Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, strung together here. The engine keeps
 nothing about a visitor: photos of their own are a value that the page holds for them and hands back.
@@ -10,23 +10,20 @@ import hashlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.gallery import THUMBNAIL_PIXELS, Caption, Gallery, Match, Picture
+from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
+from alignment.gallery import Caption, Found, Gallery, Picture
 from alignment.model import DualEncoder
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
 from alignment.similarity import cosine_similarity, logits_per_image, match_probabilities
 
 logger = logging.getLogger(__name__)
-
-MAX_PHOTOS = 200
-"""Photos a visitor may bring; their embeddings and thumbnails stay in memory."""
 
 _KEPT_THUMBNAILS = 1024  # of the gallery's pictures, some 15 KB each
 
@@ -64,30 +61,6 @@ class Alignment:
         return [int(column.argmax()) for column in self.similarity.T]
 
 
-@dataclass(frozen=True)
-class Photos:
-    """A visitor's own pictures: a gallery in memory. Never changed, only replaced.
-
-    Attributes:
-        gallery: the pictures (`source` is the name the file came with) and their embeddings.
-        thumbnails: picture id -> WebP.
-    """
-
-    gallery: Gallery
-    thumbnails: Mapping[str, bytes] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.gallery.pictures)
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A file that was not taken, and why."""
-
-    name: str
-    error: InputError
-
-
 class AlignmentEngine:
     """One encoder and one gallery, searched both ways; safe to call from several threads."""
 
@@ -116,9 +89,7 @@ class AlignmentEngine:
         with self._lock:
             return self.encoder.encode_texts([clean_caption(caption)])[0]
 
-    def search_captions(
-        self, image: ImageSource | Tensor, k: int = 10, lang: str | None = None
-    ) -> list[Match[Caption]]:
+    def search_captions(self, image: ImageSource | Tensor, k: int = 10, lang: str | None = None) -> Found[Caption]:
         """Find the gallery's captions that fit a picture.
 
         Args:
@@ -132,9 +103,7 @@ class AlignmentEngine:
         embed = image if isinstance(image, Tensor) else self.embed_image(image)
         return self.gallery.search_captions(embed, k, lang=lang if lang in self.gallery.languages else None)
 
-    def search_images(
-        self, caption: str | Tensor, k: int = 12, *, photos: Photos | None = None
-    ) -> list[Match[Picture]]:
+    def search_images(self, caption: str | Tensor, k: int = 12, *, photos: Photos | None = None) -> Found[Picture]:
         """Find the pictures that fit a caption.
 
         Args:
@@ -226,7 +195,8 @@ class AlignmentEngine:
         return self._photos(kept, photos.gallery.image_embeds[rows], thumbnails)
 
     def _photos(self, pictures: Sequence[Picture], embeds: Tensor, thumbnails: Mapping[str, bytes]) -> Photos:
-        gallery = Gallery(pictures, (), embeds, torch.empty(0, self.encoder.embed_dim), self.gallery.stamp)
+        none = torch.empty(0, self.encoder.embed_dim)
+        gallery = Gallery(pictures, (), embeds, none, self.gallery.stamp, judge=self.gallery.judge)
         return Photos(gallery, thumbnails)
 
     # ------------------------------------------------------------ pictures to show
@@ -250,12 +220,3 @@ class AlignmentEngine:
         if not picture.package and path != picture.path and path.is_file():
             return path.read_bytes()
         return as_webp(open_image(picture.path))
-
-
-def as_webp(image: Image.Image, side: int = THUMBNAIL_PIXELS) -> bytes:
-    """Scale a picture down to fit a square of `side` pixels, as WebP."""
-    small = image.copy()
-    small.thumbnail((side, side))
-    buffer = BytesIO()
-    small.save(buffer, "WEBP", quality=80)
-    return buffer.getvalue()

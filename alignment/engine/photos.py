@@ -1,0 +1,48 @@
+"""A visitor's own pictures: a gallery in memory that the page holds for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+
+from PIL import Image
+
+from alignment.gallery import THUMBNAIL_PIXELS, Gallery
+from alignment.preprocess import InputError
+
+MAX_PHOTOS = 500
+"""Photos a visitor may bring; their embeddings and thumbnails stay in memory."""
+
+
+@dataclass(frozen=True)
+class Photos:
+    """A visitor's own pictures: a gallery in memory. Never changed, only replaced.
+
+    Attributes:
+        gallery: the pictures (`source` is the name the file came with) and their embeddings.
+        thumbnails: picture id -> WebP.
+    """
+
+    gallery: Gallery
+    thumbnails: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.gallery.pictures)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was not taken, and why."""
+
+    name: str
+    error: InputError
+
+
+def as_webp(image: Image.Image, side: int = THUMBNAIL_PIXELS) -> bytes:
+    """Scale a picture down to fit a square of `side` pixels, as WebP."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    buffer = BytesIO()
+    small.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()

@@ -1,0 +1,33 @@
+"""Floor 3, the gallery: precompute, persist, stamp and search embeddings.
+
+Place in the flow: `SOURCE -> records (pairs, catalogue) -> embeddings -> gallery (here) -> matches -> engine`. A
+gallery knows which model made it and refuses to be searched with the embeddings of another.
+
+    python -m alignment.gallery build SOURCE --out DIR [--model PATH_OR_HUB_ID]
+
+| module       | what it does |
+|--------------|--------------|
+| `building`   | embeds what is new of a source into a gallery folder |
+| `search`     | finds the pictures of a caption and the captions of a picture |
+| `judging`    | tells matches from accidents |
+| `command`    | the command |
+"""
+
+from alignment.catalogue import Caption, Picture
+from alignment.gallery.building import THUMBNAIL_PIXELS, BuildReport, build_gallery
+from alignment.gallery.command import main
+from alignment.gallery.judging import Judge
+from alignment.gallery.search import Found, Gallery, Match
+
+__all__ = [
+    "THUMBNAIL_PIXELS",
+    "BuildReport",
+    "Caption",
+    "Found",
+    "Gallery",
+    "Judge",
+    "Match",
+    "Picture",
+    "build_gallery",
+    "main",
+]

@@ -1,0 +1,257 @@
+"""Embed pictures and captions into a gallery folder; what has not changed is kept.
+
+Place in the flow: `SOURCE -> records (pairs, catalogue) -> embeddings (here) -> gallery folder`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shlex
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignment.calibration import Background
+from alignment.catalogue import (
+    Caption,
+    Catalogue,
+    FileState,
+    Picture,
+    Stamp,
+    is_hand_written,
+    read_captioned,
+    read_catalogue,
+    read_hand_written,
+    write_catalogue,
+)
+from alignment.gallery.judging import background_name, build_background, fit_calibration
+from alignment.gallery.search import THUMBNAILS, Gallery
+from alignment.model import DualEncoder
+from alignment.pairs import read_pairs
+from alignment.preprocess import InputError, open_image
+
+logger = logging.getLogger(__name__)
+
+THUMBNAIL_PIXELS = 320
+_CHUNK = 16  # pictures held decoded at a time; one of 50 megapixels takes 150 MB
+
+
+@dataclass
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        encoded: how many "pictures" and "captions" went through the model.
+        reused: how many kept the embedding they had.
+        skipped: name and reason of each picture that could not be read.
+    """
+
+    encoded: Counter[str] = field(default_factory=Counter)
+    reused: Counter[str] = field(default_factory=Counter)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def build_gallery(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    encoder: DualEncoder,
+    *,
+    format: str | None = None,
+    split: str | None = None,
+    calibrate: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    report: BuildReport | None = None,
+) -> Gallery:
+    """Embed pictures and captions into a gallery folder; what is in it already and has not changed is kept.
+
+    A file counts as unchanged by size and time, then by content. Nothing is kept of another model. A picture that
+    cannot be read is skipped, logged and reported. Until all is embedded, a gallery that lies there is not touched.
+
+    Args:
+        source: a folder of pictures, whatever `read_pairs` reads, or a hand-written list (see `read_hand_written`).
+        out: the gallery folder, new or old.
+        encoder: embeds.
+        format: of the data set, where the found one is wrong.
+        split: only this one of the data set.
+        calibrate: embed the background too, so that the gallery can tell when nothing fits.
+        progress: called with (done, total) items.
+        report: filled in as the build goes.
+
+    Raises:
+        FileNotFoundError: when there is no such source.
+        ValueError: when it cannot be read, holds nothing that can, or is the gallery folder itself.
+    """
+    out = Path(out)
+    pictures, captions, origin = _read_source(os.fspath(source), out, format, split)
+    options = [word for name, value in (("--format", format), ("--split", split)) if value for word in (name, value)]
+    stamp = Stamp(
+        encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias, origin, shlex.join(options)
+    )
+    builder = _Builder(out, encoder, stamp, progress or (lambda done, total: None), report or BuildReport(), calibrate)
+    builder.build(pictures, captions)
+    return Gallery.load(out, encoder)
+
+
+def _read_source(
+    source: str, out: Path, format: str | None, split: str | None
+) -> tuple[list[Picture], list[Caption], str]:
+    """List what is to be embedded; also where it comes from, as an absolute path or Hub id."""
+    folder, gallery = Path(source), os.path.join(os.path.abspath(out), "")
+    origin = os.path.abspath(folder) if folder.exists() else source
+    if os.path.join(origin, "") == gallery:
+        raise ValueError(f"{source} cannot be the source and the gallery at once: choose another folder for --out.")
+    if folder.is_dir() and format is None and split is None and is_hand_written(folder):
+        return *read_hand_written(folder), origin
+    pairs = read_pairs(source, format=format, split=split)
+    images = [(pair.image, pair.captions) for pair in pairs if not pair.image.startswith(gallery)]
+    return *read_captioned(images, origin if folder.is_dir() else ""), origin
+
+
+class _Builder:
+    """One build: what is known from the last one, and what becomes of it."""
+
+    def __init__(
+        self,
+        out: Path,
+        encoder: DualEncoder,
+        stamp: Stamp,
+        progress: Callable[[int, int], None],
+        report: BuildReport,
+        calibrate: bool,
+    ) -> None:
+        self.out, self.encoder, self.stamp, self.progress, self.report = out, encoder, stamp, progress, report
+        self.calibrate = calibrate
+        self.old = self._reusable()
+        self.rows: dict[str, Tensor] = {}  # of a picture, by the hash of its file
+        self.texts: dict[str, Tensor] = {}  # of a caption, by its text
+        self.files: dict[str, FileState] = {}  # of a picture, by its source
+        if self.old is not None:
+            states = [picture.file or FileState(0, 0, "") for picture in self.old.pictures]
+            self.rows = {state.sha256: row for state, row in zip(states, self.old.image_embeds, strict=True)}
+            texts = (caption.text for caption in self.old.captions)
+            self.texts = dict(zip(texts, self.old.text_embeds, strict=True))
+            sources = (picture.source for picture in self.old.pictures)
+            self.files = dict(zip(sources, states, strict=True)) if self.old.stamp.source == stamp.source else {}
+
+    def _reusable(self) -> Catalogue | None:
+        """Read what this model made before; anything else is built anew."""
+        try:
+            old = read_catalogue(self.out, self.encoder.name)
+        except (FileNotFoundError, ValueError) as error:
+            logger.debug("Nothing to reuse: %s", error)
+            return None
+        return old if old.stamp.fingerprint == self.stamp.fingerprint else None
+
+    def build(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> None:
+        """Embed everything, then put it in place."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=self.out) as aside:
+            read = self._encode_pictures(pictures, Path(aside), len(captions))
+            lost = {picture.id for picture in pictures} - {picture.id for picture in read}
+            kept = [caption for caption in captions if caption.scene not in lost]
+            self._encode_captions(kept, len(read))
+            if not read and not kept:
+                raise ValueError(f"Nothing in {self.stamp.source} could be read, so no gallery was made.")
+            self._put_in_place(read, kept, Path(aside))
+
+    def _encode_pictures(self, pictures: Sequence[Picture], aside: Path, num_captions: int) -> list[Picture]:
+        """Embed those that can be read and return them, each with the state of its file."""
+        read: list[Picture] = []
+        for start in range(0, len(pictures), _CHUNK):
+            fresh: dict[str, Image.Image] = {}
+            for picture in pictures[start : start + _CHUNK]:
+                try:
+                    read.append(self._look_at(picture, fresh, aside))
+                except (InputError, OSError) as error:
+                    self.report.skipped.append((picture.source, str(error)))
+                    logger.warning("Skipped %s: %s", picture.source, error)
+            rows = self.encoder.encode_images(list(fresh.values())).half()
+            self.rows.update(zip(fresh, rows, strict=True))
+            self.report.encoded["pictures"] += len(fresh)
+            self.progress(min(start + _CHUNK, len(pictures)), len(pictures) + num_captions)
+        self.report.reused["pictures"] = len(read) - self.report.encoded["pictures"]
+        return read
+
+    def _look_at(self, picture: Picture, fresh: dict[str, Image.Image], aside: Path) -> Picture:
+        """Find out whether a picture's file has changed; if so, open it into `fresh` and make a thumbnail."""
+        path, before = picture.path, self.files.get(picture.source)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        stat = path.stat()
+        time = 0 if picture.package else stat.st_mtime_ns  # when a package was installed says nothing
+        shown = bool(picture.package) or (self.out / THUMBNAILS / f"{picture.id}.webp").is_file()
+        if before and shown and time and (before.size, before.mtime_ns) == (stat.st_size, time):
+            return replace(picture, file=before)
+        with path.open("rb") as file:
+            state = FileState(stat.st_size, time, hashlib.file_digest(file, "sha256").hexdigest())
+        known = state.sha256 in self.rows or state.sha256 in fresh
+        shown = shown and (bool(picture.package) or (before is not None and before.sha256 == state.sha256))
+        if not (known and shown):
+            image = open_image(path)
+            if not picture.package:
+                thumbnail = image.copy()
+                thumbnail.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+                thumbnail.save(aside / f"{picture.id}.webp", quality=80)
+            if not known:
+                fresh[state.sha256] = image
+        return replace(picture, file=state)
+
+    def _encode_captions(self, captions: Sequence[Caption], num_pictures: int) -> None:
+        texts = dict.fromkeys(caption.text for caption in captions)
+        fresh = [text for text in texts if text not in self.texts]
+        done, total = num_pictures + len(captions) - len(fresh), num_pictures + len(captions)
+        embeds = self.encoder.encode_texts(fresh, progress=lambda count, _: self.progress(done + count, total)).half()
+        self.texts.update(zip(fresh, embeds, strict=True))
+        self.report.encoded["captions"] = len(fresh)
+        self.report.reused["captions"] = len(captions) - len(fresh)
+        self.progress(total, total)
+
+    def _put_in_place(self, pictures: Sequence[Picture], captions: Sequence[Caption], aside: Path) -> None:
+        image_embeds = [self.rows[picture.file.sha256] for picture in pictures if picture.file]
+        text_embeds = [self.texts[caption.text] for caption in captions]
+        none = torch.empty(0, self.encoder.embed_dim, dtype=torch.float16)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        new = Catalogue(
+            pictures,
+            captions,
+            torch.stack(image_embeds) if image_embeds else none,
+            torch.stack(text_embeds) if text_embeds else none,
+            replace(self.stamp, num_pictures=len(pictures), num_captions=len(captions), built=now),
+        )
+        if self.calibrate:
+            new = self._calibrated(new)
+        folder = self.out / THUMBNAILS
+        for thumbnail in aside.iterdir():
+            folder.mkdir(exist_ok=True)
+            os.replace(thumbnail, folder / thumbnail.name)
+        if self.old is None or not _same(self.old, new):
+            write_catalogue(self.out, new)
+        wanted = {f"{picture.id}.webp" for picture in pictures if not picture.package}
+        for thumbnail in folder.glob("*.webp"):
+            if thumbnail.name not in wanted:
+                thumbnail.unlink()
+
+    def _calibrated(self, new: Catalogue) -> Catalogue:
+        """Add what tells matches from accidents; the background of an earlier build is kept while it is the same."""
+        name = background_name()
+        if self.old is not None and self.old.background and self.old.stamp.judged_by.endswith(name):
+            background = Background(**{key: embeds.float() for key, embeds in self.old.background.items()})
+        else:
+            background = build_background(self.encoder)
+        calibration, how = fit_calibration(new.pictures, new.captions, new.image_embeds, new.text_embeds, background)
+        stamp = replace(new.stamp, calibration=calibration.to_dict(), judged_by=f"{how}; background {name}")
+        return replace(new, stamp=stamp, background=background.tensors())
+
+
+def _same(old: Catalogue, new: Catalogue) -> bool:
+    """Whether only the date would change; such a gallery is left alone, for the sake of version control."""
+    return replace(old.stamp, built=new.stamp.built) == new.stamp and old.lines() == new.lines()

@@ -1,0 +1,240 @@
+"""Search a gallery both ways; refuse one that another model made.
+
+Place in the flow: `gallery folder -> Gallery (here) -> matches -> engine`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alignment.calibration import Direction
+from alignment.catalogue import Caption, Catalogue, Picture, Stamp, read_catalogue, rebuild_command, write_catalogue
+from alignment.gallery.judging import Judge
+from alignment.index import Index
+from alignment.model import DualEncoder
+from alignment.similarity import logits_per_image, match_probabilities
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item", Picture, Caption)
+
+THUMBNAILS = "thumbnails"
+
+
+@dataclass(frozen=True)
+class Match(Generic[Item]):
+    """One search result.
+
+    Attributes:
+        rank: from 1.
+        item: what was found.
+        similarity: cosine, in [-1, 1].
+        share: the model's softmax over all candidates of the search, or its sigmoid for this one alone.
+        probability: that this is a match, calibrated, see `Judge`; None where nothing tells.
+    """
+
+    rank: int
+    item: Item
+    similarity: float
+    share: float
+    probability: float | None = None
+
+
+@dataclass(frozen=True)
+class Found(Generic[Item]):
+    """The answer to one query.
+
+    Attributes:
+        matches: best first.
+        fits: whether anything fits; if not, the matches are the least bad ones.
+        something_fits: calibrated probability that any candidate is a match; None where nothing tells.
+        senseless: whether the query is nonsense or an empty picture.
+    """
+
+    matches: tuple[Match[Item], ...]
+    fits: bool = True
+    something_fits: float | None = None
+    senseless: bool = False
+
+
+class Gallery:
+    """Pictures and captions with their embeddings: the candidates of every search.
+
+    Attributes:
+        pictures: in the order of the rows of `image_embeds`.
+        captions: in the order of the rows of `text_embeds`.
+        image_embeds: (num_pictures, embed_dim) float32, unit norm.
+        text_embeds: (num_captions, embed_dim) float32, unit norm.
+        stamp: the model they belong to.
+        judge: tells matches from accidents; None in galleries built before there was one.
+        folder: where the thumbnails lie, if there are any.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        captions: Sequence[Caption],
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        stamp: Stamp,
+        *,
+        judge: Judge | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Put the pieces together; embeddings may be half precision.
+
+        Raises:
+            ValueError: when there is not one embedding for each item.
+        """
+        if len(pictures) != len(image_embeds) or len(captions) != len(text_embeds):
+            raise ValueError(
+                f"{len(pictures)} pictures have {len(image_embeds)} embeddings and {len(captions)} captions "
+                f"{len(text_embeds)}: each item needs one."
+            )
+        self.pictures, self.captions = tuple(pictures), tuple(captions)
+        self.image_embeds = functional.normalize(image_embeds.float(), dim=-1)
+        self.text_embeds = functional.normalize(text_embeds.float(), dim=-1)
+        self.stamp = replace(stamp, num_pictures=len(pictures), num_captions=len(captions))
+        self.judge = judge
+        self.folder = folder
+        self._image_index, self._text_index = Index(self.image_embeds), Index(self.text_embeds)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder) -> Gallery:
+        """Read a gallery that this encoder made.
+
+        Pictures inside a package that is not installed here are left out, with a line in the log.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: when another model made it, or it is damaged. Both errors say what to run.
+        """
+        folder = Path(folder)
+        stored = read_catalogue(folder, encoder.name)
+        stamp = stored.stamp
+        if stamp.fingerprint != encoder.fingerprint:
+            raise ValueError(
+                f"The gallery in {folder} was made by the model {stamp.model} ({stamp.fingerprint[:12]}), but the one "
+                f"in use is {encoder.name} ({encoder.fingerprint[:12]}), and their embeddings cannot be compared. "
+                f"Rebuild it with: {rebuild_command(folder, encoder.name, stamp)}"
+            )
+        rows = _rows_at_hand(stored.pictures)
+        pictures = [stored.pictures[row] for row in rows]
+        judge = Judge.restored(stamp.calibration, stored.background)
+        if judge is None:
+            logger.warning(
+                "The gallery in %s cannot tell when nothing fits. Bring it up to date with: %s",
+                folder,
+                rebuild_command(folder, encoder.name, stamp),
+            )
+        return cls(
+            pictures,
+            stored.captions,
+            stored.image_embeds[rows],
+            stored.text_embeds,
+            stamp,
+            judge=judge,
+            folder=folder,
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the gallery with its thumbnails; what lay there before stays usable until the last moment."""
+        folder = Path(folder)
+        background = self.judge.background.tensors() if self.judge else {}
+        write_catalogue(
+            folder,
+            Catalogue(self.pictures, self.captions, self.image_embeds, self.text_embeds, self.stamp, background),
+        )
+        if self.folder and (self.folder / THUMBNAILS).is_dir() and self.folder.resolve() != folder.resolve():
+            shutil.copytree(self.folder / THUMBNAILS, folder / THUMBNAILS, dirs_exist_ok=True)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The known languages of the captions, in order of appearance."""
+        return tuple(dict.fromkeys(caption.lang for caption in self.captions if caption.lang))
+
+    def thumbnail(self, picture: Picture) -> Path:
+        """Find what to show of a picture: its thumbnail, or the file itself if it is a package's."""
+        if picture.package or self.folder is None:
+            return picture.path
+        return self.folder / THUMBNAILS / f"{picture.id}.webp"
+
+    def search_images(self, text_embed: Tensor, k: int) -> Found[Picture]:
+        """Find the k pictures that fit a caption best; fewer where the gallery holds fewer.
+
+        Args:
+            text_embed: (embed_dim,) or (1, embed_dim), unit norm.
+            k: how many.
+
+        Raises:
+            ValueError: on an embedding of another shape, or a negative k.
+        """
+        return self._search(self._image_index, self.pictures, text_embed, k, "text_to_image")
+
+    def search_captions(self, image_embed: Tensor, k: int, *, lang: str | None = None) -> Found[Caption]:
+        """Find the k captions that fit a picture best; as `search_images`.
+
+        Args:
+            image_embed: (embed_dim,) or (1, embed_dim), unit norm.
+            k: how many.
+            lang: let only captions of this language compete; no match when there are none.
+        """
+        subset = None if lang is None else [row for row, caption in enumerate(self.captions) if caption.lang == lang]
+        return self._search(self._text_index, self.captions, image_embed, k, "image_to_text", subset)
+
+    def _search(
+        self,
+        index: Index,
+        items: Sequence[Item],
+        query: Tensor,
+        k: int,
+        direction: Direction,
+        subset: list[int] | None = None,
+    ) -> Found[Item]:
+        if k < 0 or query.dim() > 2 or (query.dim() == 2 and len(query) != 1):
+            raise ValueError(f"A search takes one embedding and a k of at least 0, not {tuple(query.shape)} and {k}.")
+        rows = None if subset is None else torch.tensor(subset, dtype=torch.int64)
+        # All candidates are asked for, not only k: the softmax runs over all of them.
+        similarity, ids = index.search(query.reshape(1, -1), len(index), subset=rows)
+        bias = self.stamp.logit_bias
+        logits = logits_per_image(similarity, self.stamp.logit_scale, bias)
+        shares = match_probabilities(logits, dim=1, logit_bias=bias)[0, :k].tolist()
+        cosines, found = similarity[0, :k], [items[row] for row in ids[0, :k].tolist()]
+        ranked = zip(range(1, len(found) + 1), found, cosines.tolist(), shares, strict=True)
+        if self.judge is None or not found:
+            return Found(tuple(Match(*row) for row in ranked), bool(found))
+        says = self.judge.judge(cosines, query.reshape(-1), direction, similarity.shape[1])
+        matches = (Match(*row, share) for row, share in zip(ranked, says.probabilities.tolist(), strict=True))
+        return Found(tuple(matches), says.fits, says.something_fits, says.senseless)
+
+
+def _rows_at_hand(pictures: Sequence[Picture]) -> list[int]:
+    """Leave out pictures of packages that are not there; the user's own have thumbnails and are kept anyway."""
+    missing: Counter[str] = Counter()
+    rows = []
+    for row, picture in enumerate(pictures):
+        if picture.package and not _exists(picture):
+            missing[picture.package] += 1
+        else:
+            rows.append(row)
+    for package, count in missing.items():
+        logger.warning("%d pictures of the package %s are left out: it is not installed here.", count, package)
+    return rows
+
+
+def _exists(picture: Picture) -> bool:
+    try:
+        return picture.path.is_file()
+    except FileNotFoundError:
+        return False
