@@ -50,7 +50,7 @@ def photo(seed: int, format: str = "PNG") -> bytes:
 
 def test_captions_are_ranked_by_their_cosine(engine, pictures):
     embed = engine.embed_image(pictures[0])
-    matches = engine.search_captions(pictures[0], k=4)
+    matches = engine.search_captions(pictures[0], k=4).matches
     texts = [caption.text for caption in engine.gallery.captions]
     cosines = engine.encoder.encode_texts(texts) @ embed
     best = cosines.argsort(descending=True)[:4].tolist()
@@ -61,22 +61,24 @@ def test_captions_are_ranked_by_their_cosine(engine, pictures):
 
 @pytest.mark.parametrize(("lang", "count"), [("en", 6), ("zh", 2), ("fr", 8), (None, 8)])
 def test_only_captions_of_the_language_compete_where_there_are_any(engine, pictures, lang, count):
-    matches = engine.search_captions(pictures[0], k=20, lang=lang)
+    matches = engine.search_captions(pictures[0], k=20, lang=lang).matches
     assert len(matches) == count
     assert lang not in ("en", "zh") or {match.item.lang for match in matches} == {lang}
-    assert sum(match.probability for match in matches) == pytest.approx(1)
+    assert sum(match.share for match in matches) == pytest.approx(1)
 
 
 def test_an_embedding_may_stand_in_for_the_picture_or_caption(engine, pictures):
-    assert engine.search_captions(pictures[1]) == engine.search_captions(engine.embed_image(pictures[1]))
-    assert engine.search_images("two cats") == engine.search_images(engine.embed_caption("two cats"))
+    assert (
+        engine.search_captions(pictures[1]).matches == engine.search_captions(engine.embed_image(pictures[1])).matches
+    )
+    assert engine.search_images("two cats").matches == engine.search_images(engine.embed_caption("two cats")).matches
 
 
 def test_images_are_found_in_the_gallery_or_among_the_photos(engine):
-    assert {match.item.id for match in engine.search_images("two cats")} == {"one", "two", "three"}
+    assert {match.item.id for match in engine.search_images("two cats").matches} == {"one", "two", "three"}
     photos, _ = engine.add_photos(engine.no_photos(), [("mine.png", photo(0))])
-    assert [match.item.source for match in engine.search_images("two cats", photos=photos)] == ["mine.png"]
-    assert engine.search_images("two cats", photos=engine.no_photos()) == []
+    assert [match.item.source for match in engine.search_images("two cats", photos=photos).matches] == ["mine.png"]
+    assert engine.search_images("two cats", photos=engine.no_photos()).matches == ()
 
 
 @pytest.mark.parametrize("caption", ["", " \n\u200b ", "x" * 1001])
@@ -224,12 +226,12 @@ def real() -> AlignmentEngine:
     ],
 )
 def test_the_compact_model_finds_the_picture(real, query, id):
-    assert id in [match.item.id for match in real.search_images(query, 3)]
+    assert id in [match.item.id for match in real.search_images(query, 3).matches]
 
 
 @pytest.mark.parametrize(("lang", "word"), [("en", "cat"), ("zh", "猫")])
 def test_the_compact_model_finds_a_caption(real, lang, word):
     cat = next(picture for picture in real.gallery.pictures if picture.id == "cat")
-    matches = real.search_captions(cat.path, 5, lang)
+    matches = real.search_captions(cat.path, 5, lang).matches
     assert {match.item.lang for match in matches} == {lang}
     assert any(word in match.item.text.lower() for match in matches)

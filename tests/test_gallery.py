@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from alignment.catalogue import CAPTIONS, PICTURES, Caption, Picture, Stamp, read_hand_written
 from alignment.gallery import BuildReport, Gallery, build_gallery, building, main
+from alignment.gallery.judging import background_name
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
 
@@ -52,7 +53,7 @@ def photos(tmp_path: Path, pictures: list[Image.Image]) -> Path:
 
 def build(source: Path, out: Path, encoder: DualEncoder, **options: object) -> tuple[Gallery, BuildReport]:
     report = BuildReport()
-    return build_gallery(source, out, encoder, report=report, **options), report
+    return build_gallery(source, out, encoder, report=report, **{"calibrate": False, **options}), report
 
 
 def counts(report: BuildReport) -> tuple[int, int, int]:
@@ -88,47 +89,52 @@ def by_hand(logit_bias: float | None = None) -> Gallery:
 
 
 def test_pictures_come_best_first_with_cosine_and_softmax_over_all_pictures() -> None:
-    matches = by_hand().search_images(torch.tensor([1.0, 0.0]), 2)
+    matches = by_hand().search_images(torch.tensor([1.0, 0.0]), 2).matches
     assert [(match.rank, match.item.id) for match in matches] == [(1, "a"), (2, "b")]
     assert [match.similarity for match in matches] == pytest.approx([1.0, 0.6])
     weights = torch.tensor([2.0 * 1.0, 2.0 * 0.6, 2.0 * 0.0]).exp()
-    assert [match.probability for match in matches] == pytest.approx((weights / weights.sum())[:2].tolist())
+    assert [match.share for match in matches] == pytest.approx((weights / weights.sum())[:2].tolist())
 
 
 def test_a_model_with_a_bias_judges_every_candidate_by_itself() -> None:
-    matches = by_hand(logit_bias=-1.0).search_images(torch.tensor([1.0, 0.0]), 3)
+    matches = by_hand(logit_bias=-1.0).search_images(torch.tensor([1.0, 0.0]), 3).matches
     expected = torch.sigmoid(2.0 * torch.tensor([1.0, 0.6, 0.0]) - 1.0)
-    assert [match.probability for match in matches] == pytest.approx(expected.tolist())
+    assert [match.share for match in matches] == pytest.approx(expected.tolist())
 
 
 def test_only_captions_of_the_language_compete() -> None:
     gallery, query = by_hand(), torch.tensor([1.0, 0.0])
-    assert [match.item.id for match in gallery.search_captions(query, 9)] == ["1.en", "1.zh", "3", "2.en"]
-    english = gallery.search_captions(query, 9, lang="en")
+    assert [match.item.id for match in gallery.search_captions(query, 9).matches] == ["1.en", "1.zh", "3", "2.en"]
+    english = gallery.search_captions(query, 9, lang="en").matches
     assert [match.item.id for match in english] == ["1.en", "2.en"]
-    assert sum(match.probability for match in english) == pytest.approx(1.0)
-    assert [match.probability for match in gallery.search_captions(query, 1, lang="zh")] == [1.0]
-    assert gallery.search_captions(query, 3, lang="fr") == []
+    assert sum(match.share for match in english) == pytest.approx(1.0)
+    assert [match.share for match in gallery.search_captions(query, 1, lang="zh").matches] == [1.0]
+    assert gallery.search_captions(query, 3, lang="fr").matches == ()
     assert gallery.languages == ("en", "zh")
 
 
 def test_a_query_may_be_one_row_and_a_k_beyond_the_gallery_gives_all() -> None:
     gallery = by_hand()
-    assert gallery.search_images(torch.tensor([[0.0, 1.0]]), 99) == gallery.search_images(torch.tensor([0.0, 1.0]), 3)
-    assert gallery.search_images(torch.tensor([0.0, 1.0]), 0) == []
+    assert (
+        gallery.search_images(torch.tensor([[0.0, 1.0]]), 99).matches
+        == gallery.search_images(torch.tensor([0.0, 1.0]), 3).matches
+    )
+    assert gallery.search_images(torch.tensor([0.0, 1.0]), 0).matches == ()
 
 
 def test_equal_pictures_keep_their_order() -> None:
     embeds = torch.tensor([[0.6, 0.8]]).repeat(50, 1)
     pictures = [Picture(str(number), "x.jpg") for number in range(50)]
     gallery = Gallery(pictures, [], embeds, torch.zeros(0, 2), Stamp("f", "m", 100.0, None))
-    assert [match.item.id for match in gallery.search_images(torch.tensor([1.0, 0.0]), 50)] == list(map(str, range(50)))
+    assert [match.item.id for match in gallery.search_images(torch.tensor([1.0, 0.0]), 50).matches] == list(
+        map(str, range(50))
+    )
 
 
 def test_an_empty_side_finds_nothing() -> None:
     gallery = Gallery([], [], torch.zeros(0, 2), torch.zeros(0, 2), Stamp("f", "m", 1.0, None))
-    assert gallery.search_images(torch.tensor([1.0, 0.0]), 3) == []
-    assert gallery.search_captions(torch.tensor([1.0, 0.0]), 3) == []
+    assert gallery.search_images(torch.tensor([1.0, 0.0]), 3).matches == ()
+    assert gallery.search_captions(torch.tensor([1.0, 0.0]), 3).matches == ()
 
 
 @pytest.mark.parametrize(("query", "k"), [(torch.zeros(2, 2), 1), (torch.zeros(3), 1), (torch.zeros(2), -1)])
@@ -160,8 +166,8 @@ def test_probabilities_are_those_of_the_model(
         logits = encoder.module(**inputs).logits_per_image
     expected = logits.sigmoid() if name == "siglip" else logits.softmax(dim=1)
     for row, picture in enumerate(pictures):
-        found = gallery.search_captions(encoder.encode_images([picture])[0], 3)
-        probabilities = {match.item.text: match.probability for match in found}
+        found = gallery.search_captions(encoder.encode_images([picture])[0], 3).matches
+        probabilities = {match.item.text: match.share for match in found}
         torch.testing.assert_close(
             torch.tensor([probabilities[text] for text in texts]), expected[row], atol=0.01, rtol=0
         )
@@ -222,10 +228,12 @@ def test_pictures_of_a_missing_package_are_left_out_with_one_line(
     with caplog.at_level(logging.WARNING):
         gallery = Gallery.load(tmp_path, Fingerprint())  # type: ignore[arg-type]
     assert [picture.id for picture in gallery.pictures] == ["b"]
-    assert [match.similarity for match in gallery.search_images(torch.tensor([0.0, 1.0, 0.0]), 3)] == [1.0]
+    assert [match.similarity for match in gallery.search_images(torch.tensor([0.0, 1.0, 0.0]), 3).matches] == [1.0]
     assert gallery.stamp.num_pictures == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "2 pictures of the package not_installed_here are left out: it is not installed here."
+        "2 pictures of the package not_installed_here are left out: it is not installed here.",
+        f"The gallery in {tmp_path} cannot tell when nothing fits. Bring it up to date with: python -m alignment.gallery "
+        f"build SOURCE --out {tmp_path} --model m",
     ]
 
 
@@ -518,7 +526,7 @@ def test_captions_alone_make_a_gallery(tmp_path: Path, encoder: DualEncoder) -> 
     (source / CAPTIONS).write_text('{"id": "a", "topic": "pets", "en": "two cats", "zh": "一只猫"}\n', "utf-8")
     gallery, _ = build(source, tmp_path / "out", encoder)
     assert gallery.image_embeds.shape == (0, encoder.embed_dim)
-    assert [match.item.id for match in gallery.search_captions(gallery.text_embeds[1], 1)] == ["a.zh"]
+    assert [match.item.id for match in gallery.search_captions(gallery.text_embeds[1], 1).matches] == ["a.zh"]
 
 
 def test_source_and_gallery_must_differ(photos: Path, encoder: DualEncoder) -> None:
@@ -547,6 +555,7 @@ def test_the_command_builds_and_sums_up(
         f"{tmp_path / 'out'}: 3 pictures and 0 captions, by {encoder.name}.",
         "  pictures: 3 encoded, 0 reused",
         "  captions: 0 encoded, 0 reused",
+        f"  match probabilities: borrowed from the compact model; background {background_name()}",
         "  skipped: 1, named above",
     ]
     assert main(arguments) == 0

@@ -62,7 +62,7 @@ class Judge:
             tensors = {name: embeds.float() for name, embeds in background.items()}
             return cls(Calibration.from_dict(calibration), Background(**tensors))
         except TypeError as error:
-            raise ValueError(f"This is no background: {error}.") from error
+            raise ValueError(f"This is no background: {error}") from error
 
     def judge(self, similarity: Tensor, query_embed: Tensor, direction: Direction, num_candidates: int) -> Judgement:
         """Judge the results of one query, see `Calibration.judge`."""

@@ -131,12 +131,14 @@ class Gallery:
             )
         rows = _rows_at_hand(stored.pictures)
         pictures = [stored.pictures[row] for row in rows]
-        judge = Judge.restored(stamp.calibration, stored.background)
+        rebuild = rebuild_command(folder, encoder.name, stamp)
+        try:
+            judge = Judge.restored(stamp.calibration, stored.background)
+        except ValueError as error:
+            raise ValueError(f"The gallery in {folder} is damaged ({error}) Rebuild it with: {rebuild}") from error
         if judge is None:
             logger.warning(
-                "The gallery in %s cannot tell when nothing fits. Bring it up to date with: %s",
-                folder,
-                rebuild_command(folder, encoder.name, stamp),
+                "The gallery in %s cannot tell when nothing fits. Bring it up to date with: %s", folder, rebuild
             )
         return cls(
             pictures,
