@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from alignment.engine import AlignmentEngine
+from alignment.engine import MAX_ZIP_MB, AlignmentEngine, SecondModel
 from alignment.gallery import Gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
+from alignment.ui.api import add_api, answer_tools_in_json
+from alignment.ui.api_input import Page
 from alignment.ui.captions_tab import CaptionsTab
+from alignment.ui.evaluate_tab import EvaluateTab
 from alignment.ui.examples import THUMBNAIL_ROUTE, Examples
+from alignment.ui.explanation import Explanation
+from alignment.ui.links import arrivals, arrive, link_value
 from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
 from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, pick_language, strings, text
 from alignment.ui.theme import theme
-from alignment.ui.uploads import MAX_FILE_MB
 from alignment.ui.widgets import ICON, Tab, listen, styles, widget
 
 ROOT = Path(__file__).resolve().parent
@@ -42,7 +47,9 @@ environment, for a Space or a service; an option wins over its variable:
   ALIGNMENT_MODEL      as --model
   ALIGNMENT_REVISION   as --revision
   ALIGNMENT_GALLERY    as --gallery
+  ALIGNMENT_COMPARE    as --compare
   ALIGNMENT_LANG       as --lang
+  ALIGNMENT_MCP        as --mcp, if it is 1
   GRADIO_SERVER_NAME   as --host
   GRADIO_SERVER_PORT   as --port
   GRADIO_TEMP_DIR      where uploads lie until they have been read
@@ -63,6 +70,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", default=env("ALIGNMENT_MODEL") or _ours("checkpoints/compact"), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
     add("--gallery", default=env("ALIGNMENT_GALLERY") or _ours("assets/gallery"), metavar="DIR")
+    add(
+        "--compare",
+        default=env("ALIGNMENT_COMPARE") or None,
+        metavar="PATH_OR_HUB_ID",
+        help="a second model, such as a fine-tuned one, beside the first in the similarity matrix",
+    )
     add("--host", default=env("GRADIO_SERVER_NAME") or "127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
     add("--port", type=int, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
     add(
@@ -71,6 +84,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=env("ALIGNMENT_LANG") or DEFAULT_LANGUAGE,
         help="for browsers that ask for neither language (default: %(default)s)",
     )
+    add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
     return parser.parse_args(argv)
 
 
@@ -87,21 +101,25 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
         ValueError: when one is damaged, or they do not belong together.
     """
     encoder = DualEncoder.load(args.model, revision=args.revision)
-    engine = AlignmentEngine(encoder, Gallery.load(args.gallery, encoder))
+    second = SecondModel.load(args.compare) if args.compare else None
+    engine = AlignmentEngine(encoder, Gallery.load(args.gallery, encoder), second)
     engine.warm()
     return engine
 
 
 def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE) -> gr.Blocks:
     """Lay the page out in the language `lang`; a browser that prefers another changes it when it loads."""
-    examples = Examples(engine)
-    tabs: list[Tab] = [kind(engine, examples) for kind in (CaptionsTab, PicturesTab, MatrixTab, PhotosTab)]
-    with gr.Blocks(title=text(lang, "title"), analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    examples, explanation = Examples(engine), Explanation(engine)
+    kinds = (CaptionsTab, PicturesTab, MatrixTab, PhotosTab, EvaluateTab)
+    tabs: list[Tab] = [kind(engine, examples, explanation) for kind in kinds]
+    with Page(title=text(lang, "title"), analytics_enabled=False, delete_cache=(600, 3600)) as page:
         with gr.Row(elem_classes=["al-header"]):
             header = widget("plain", _header(lang), elem_id="header")
             choices = [(name, code) for code, name in LANGUAGES.items()]
+            link = widget("link", link_value(tabs, lang), elem_id="link", min_width=0)
             language = gr.Radio(choices, value=lang, **_language_words(lang), elem_id="language", min_width=0, scale=0)
-        with gr.Tabs():
+        explanation.build(lang)
+        with gr.Tabs() as row:
             places = []
             for tab in tabs:
                 with gr.Tab(text(lang, f"{tab.key}.tab"), id=tab.key) as place:
@@ -111,52 +129,24 @@ def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE) -> gr.Bloc
 
         def frame(lang: str) -> list[Any]:
             labels = [gr.update(label=text(lang, f"{tab.key}.tab")) for tab in tabs]
-            return [_header(lang), gr.update(**_language_words(lang)), *labels, _footer(engine, lang)]
+            words = gr.update(**_language_words(lang))
+            return [_header(lang), link_value(tabs, lang), words, *labels, _footer(engine, lang)]
 
-        listen(language.change, frame, [language], [header, language, *places, footer])
+        listen(language.change, frame, [language], [header, link, language, *places, footer])
         for tab in tabs:
             listen(language.change, tab.translate, [language, *tab.inputs], tab.outputs)
+        listen(language.change, explanation.translate, [language, explanation.asked], [explanation.dialog])
 
-        def greet(request: gr.Request) -> Any:
-            wanted = pick_language(request.query_params, request.headers.get("accept-language", ""), lang)
-            return gr.skip() if wanted == lang else wanted  # then the page is right as it is
+        def greet(request: gr.Request) -> list[Any]:
+            query = request.query_params
+            wanted = pick_language(query, request.headers.get("accept-language", ""), lang)
+            spoken = gr.skip() if wanted == lang else wanted  # else the page is right as it is
+            return [spoken, *arrive(tabs, wanted, query)]
 
-        listen(page.load, greet, [], [language])
+        listen(page.load, greet, [], [language, row, *arrivals(tabs)], work="search")
         add_api(engine)
     page.queue(max_size=64, default_concurrency_limit=4, api_open=False)
     return page
-
-
-def add_api(engine: AlignmentEngine) -> None:
-    """Offer the search to programs: POST /gradio_api/call/search_images."""
-
-    def search_images(caption: str, k: int = 12) -> list[dict[str, Any]]:
-        """Rank the gallery's pictures for a caption.
-
-        Args:
-            caption: what the picture should show, in English or Chinese.
-            k: how many pictures.
-
-        Returns:
-            Best first: rank, id, captions, credit, similarity (cosine), probability.
-        """
-        try:
-            found = engine.search_images(caption, max(0, k))
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        return [
-            {
-                "rank": match.rank,
-                "id": match.item.id,
-                "captions": dict(match.item.captions),
-                "credit": match.item.credit,
-                "similarity": match.similarity,
-                "probability": match.probability,
-            }
-            for match in found.matches
-        ]
-
-    gr.api(search_images, api_name="search_images", concurrency_id="search", concurrency_limit=4)
 
 
 def launch_options(engine: AlignmentEngine) -> dict[str, Any]:
@@ -173,13 +163,13 @@ def launch_options(engine: AlignmentEngine) -> dict[str, Any]:
         "theme": theme(),
         "css_paths": styles(),
         "favicon_path": ICON,
-        "footer_links": [],
+        "footer_links": ["api"],  # opens ?view=api; page.css hides Gradio's own footer
         "run_history": False,
         "enable_monitoring": False,
         "ssr_mode": False,
         "show_error": False,
         "quiet": True,
-        "max_file_size": f"{MAX_FILE_MB}mb",
+        "max_file_size": f"{MAX_ZIP_MB}mb",
         "app_kwargs": {"routes": [Route(f"/{THUMBNAIL_ROUTE}", thumbnail)]},
     }
 
@@ -205,10 +195,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = parse(argv)
     try:
+        if args.mcp and find_spec("mcp") is None:
+            raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
         engine = load_engine(args)
         page = build_page(engine, args.lang)
         options = {**launch_options(engine), "server_name": args.host, "server_port": args.port}
-        _, url, _ = page.launch(prevent_thread_lock=True, **options)
+        _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
+        answer_tools_in_json(page)
         print(f"Open {url}", flush=True)
         page.block_thread()
     except (OSError, ValueError) as error:  # what the person who typed the command can mend

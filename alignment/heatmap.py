@@ -101,30 +101,38 @@ def similarity_heatmap(
     return _with_margins(grid, rows, columns, cell, dark, font)
 
 
-def patch_overlay(image: Image.Image, relevance: object, *, opacity: float = 0.6) -> Image.Image:
+def patch_overlay(
+    image: Image.Image, relevance: object, *, limits: tuple[float, float] | None = None, opacity: float = 0.6
+) -> Image.Image:
     """Lay the relevance of patches over the photograph they were cut from.
 
-    What matters least sinks into night, what matters most glows, on dark photographs and on bright ones. Relevance
-    that is the same everywhere says nothing and leaves the picture as it is.
+    What matters least sinks into night, what matters most glows, on dark photographs and on bright ones.
 
     Args:
         image: the picture the patches cover edge to edge.
         relevance: (rows, columns) numbers of any range, first row at the top; NaN counts as the least.
+        limits: relevance of the first and last colour, so that pictures can be compared: one where nothing is relevant
+            is dark all over. Left out, these are the smallest and largest here, and relevance that is the same
+            everywhere says nothing and leaves the picture as it is.
         opacity: of the colours over the photograph, in [0, 1].
 
     Returns:
         An RGB image of the same size.
 
     Raises:
-        ValueError: when the relevance is not a two-dimensional, non-empty array or the opacity lies outside [0, 1].
+        ValueError: when the relevance is not a two-dimensional, non-empty array, the limits are not (low, high)
+            with low < high, or the opacity lies outside [0, 1].
     """
+    if limits is not None and not limits[0] < limits[1]:
+        raise ValueError(f"Limits must be (low, high), not {limits}.")
     if not 0 <= opacity <= 1:
         raise ValueError(f"Opacity must lie between 0 and 1, it is {opacity}.")
     matrix = _checked_matrix(relevance)
     finite = matrix[np.isfinite(matrix)]
-    if finite.size == 0 or np.ptp(finite) == 0:
+    if limits is None and (finite.size == 0 or np.ptp(finite) == 0):
         return image.convert("RGB")
-    patches = Image.fromarray(np.nan_to_num(_scaled(matrix, None)).astype(np.float32))
+    # Clipped before it is made smooth, or a glaring patch would outshine its neighbours.
+    patches = Image.fromarray(np.nan_to_num(_scaled(matrix, limits)).clip(0, 1).astype(np.float32))
     # Bicubic is smooth but overshoots a little at sharp edges; heat_colours clips.
     colours = heat_colours(patches.resize(image.size, Image.Resampling.BICUBIC), dark=True)
     blended = np.asarray(image.convert("RGB"), dtype=np.float64) * (1 - opacity) + colours * opacity

@@ -94,6 +94,43 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[..., :k], indices[..., :k]
 
 
+def cosines_within(embeds: Tensor) -> Tensor:
+    """Score every item of a collection against every other one.
+
+    Args:
+        embeds: (n, embed_dim), any length but 0.
+
+    Returns:
+        (n, n - 1) float64, without what each scores with itself.
+    """
+    cosines = cosine_similarity(embeds, embeds).double()
+    return cosines[~torch.eye(len(embeds), dtype=torch.bool)].reshape(len(embeds), -1)
+
+
+def fold_alike(embeds: Tensor, k: int, threshold: float) -> list[list[int]]:
+    """Fold each item under the best ranked one that it is nearly the same as.
+
+    Of a, b, a', c with a' nearly a, and k = 2: [[0, 2], [1]].
+
+    Args:
+        embeds: (n, embed_dim), unit norm, best ranked first.
+        k: groups wanted; those after them are left out.
+        threshold: cosine from which two items are nearly the same.
+
+    Returns:
+        At most k groups of places, each and all best ranked first.
+    """
+    free = torch.ones(len(embeds), dtype=torch.bool)
+    groups: list[list[int]] = []
+    while len(groups) < k and free.any():
+        first = int(free.int().argmax())
+        alike = (embeds @ embeds[first] >= threshold) & free
+        alike[first] = True
+        free &= ~alike
+        groups.append(alike.nonzero().flatten().tolist())
+    return groups
+
+
 def _at_least_float32(tensor: Tensor) -> Tensor:
     """Lift half precision (and integers) to float32; leave float32 and float64 as they are."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

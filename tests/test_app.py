@@ -4,9 +4,7 @@ import string
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
-import gradio as gr
 import pytest
-from gradio_client import Client
 from PIL import Image
 
 import app
@@ -15,8 +13,8 @@ from alignment.engine import AlignmentEngine, Skipped
 from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, clean_caption, open_image, parse_captions
+from alignment.ui.api import Api
 from alignment.ui.examples import Examples
-from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.results import cosine, percent
 from alignment.ui.strings import count_text, error_text, pick_language, strings, text
 from alignment.ui.uploads import Shelf, Upload, fill, forget, shelf_drop_value, take, uploads_of
@@ -48,8 +46,8 @@ def engine(folders) -> AlignmentEngine:
 
 @pytest.fixture(autouse=True)
 def upload_folder(tmp_path, monkeypatch) -> Path:
-    for name in ("ALIGNMENT_MODEL", "ALIGNMENT_REVISION", "ALIGNMENT_GALLERY", "ALIGNMENT_LANG"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("MODEL", "REVISION", "GALLERY", "COMPARE", "LANG", "MCP"):
+        monkeypatch.delenv(f"ALIGNMENT_{name}", raising=False)
     for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
@@ -70,7 +68,7 @@ def test_without_arguments_the_page_serves_what_the_repository_holds(monkeypatch
         "127.0.0.1",
         7860,
     )
-    assert (args.revision, args.lang) == (None, "en")
+    assert (args.revision, args.lang, args.compare, args.mcp) == (None, "en", None, False)
 
 
 def test_it_finds_them_from_anywhere(monkeypatch, tmp_path):
@@ -83,7 +81,9 @@ def test_the_environment_speaks_where_no_option_does(monkeypatch):
         "ALIGNMENT_MODEL": "some/model",
         "ALIGNMENT_REVISION": "v2",
         "ALIGNMENT_GALLERY": "g",
+        "ALIGNMENT_COMPARE": "other/model",
         "ALIGNMENT_LANG": "zh",
+        "ALIGNMENT_MCP": "1",
         "GRADIO_SERVER_NAME": "0.0.0.0",
         "GRADIO_SERVER_PORT": "8123",
     }.items():
@@ -93,9 +93,11 @@ def test_the_environment_speaks_where_no_option_does(monkeypatch):
         "model": "some/model",
         "revision": "v2",
         "gallery": "g",
+        "compare": "other/model",
         "lang": "zh",
         "host": "0.0.0.0",
         "port": 8123,
+        "mcp": True,
     }
     assert app.parse(["--model", "other", "--port", "9000"]).model == "other"
     assert app.parse(["--port", "9000"]).port == 9000
@@ -106,8 +108,9 @@ def test_help_names_every_variable(capsys):
         app.parse(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for name in ("ALIGNMENT_MODEL", "ALIGNMENT_REVISION", "ALIGNMENT_GALLERY", "ALIGNMENT_LANG", "GRADIO_SERVER_PORT"):
-        assert name in shown
+    for name in ("MODEL", "REVISION", "GALLERY", "COMPARE", "LANG", "MCP"):
+        assert f"ALIGNMENT_{name}" in shown
+    assert "GRADIO_SERVER_PORT" in shown
 
 
 def test_a_missing_checkpoint_ends_in_a_sentence(capsys, tmp_path):
@@ -149,7 +152,8 @@ def test_every_key_used_is_there_and_every_one_there_is_used():
     sources = sources.replace((UI / "strings.py").read_text("utf-8"), "")
     for key in re.findall(r'text\(lang, "([\w.]+)"', sources):
         assert key in strings()["en"]
-    built = ("error.", "example.", "matrix.view.", "matrix.meaning.")  # put together from their parts
+    # Put together from their parts.
+    built = ("error.", "example.", "matrix.view.", "matrix.meaning.", "matrix.label.", "drawing.")
     for key in strings()["en"]:
         last = key.removesuffix(".one").partition(".")[2] or key
         assert key.startswith(built) or f'"{key.removesuffix(".one")}"' in sources or f".{last}" in sources, key
@@ -333,21 +337,6 @@ def test_a_gallery_with_nothing_in_it_still_makes_a_page(engine):
     app.build_page(AlignmentEngine(engine.encoder, none), "en")
 
 
-def test_the_matrix_marks_the_best_of_rows_and_columns(engine):
-    tab = MatrixTab(engine, Examples(engine))
-    compared = tab._compare(tab.sample, "two cats\npasta")
-    for view in ("cosine", "captions", "pictures"):
-        table = tab._table("en", view, compared)
-        assert [row["text"] for row in table["rows"]] == ["two cats", "pasta"]
-        assert len(table["columns"]) == 3
-        for row in table["rows"]:
-            assert sum(cell["bestPicture"] for cell in row["cells"]) == 1
-        for column in zip(*(row["cells"] for row in table["rows"]), strict=True):
-            assert sum(cell["bestCaption"] for cell in column) == 1
-    assert compared.alignment is not None
-    assert table["rows"][1]["cells"][2]["text"] == percent(float(compared.alignment.over_pictures[2, 1]))
-
-
 # ---------------------------------------------------------------- the page, served
 
 
@@ -365,18 +354,12 @@ def fetch(url: str) -> tuple[int, str, bytes]:
         return answer.status, answer.headers["content-type"], answer.read()
 
 
-def test_the_page_serves_thumbnails_and_a_named_search(served):
+def test_the_page_serves_thumbnails(served):
     status, kind, data = fetch(f"{served}thumbnails/one.webp")
     assert (status, kind) == (200, "image/webp")
     assert max(open_image(data).size) == 320
     with pytest.raises(OSError, match="404"):
         fetch(f"{served}thumbnails/unknown.webp")
-    assert list(json.loads(fetch(f"{served}gradio_api/info")[2])["named_endpoints"]) == ["/search_images"]
-    client = Client(served, verbose=False)
-    found = client.predict("two cats", 2, api_name="/search_images")
-    client.close()
-    assert [match["rank"] for match in found] == [1, 2]
-    assert set(found[0]) == {"rank", "id", "captions", "credit", "similarity", "probability"}
 
 
 def test_statistics_are_not_public(served):
@@ -395,8 +378,11 @@ def test_the_first_page_holds_results_in_every_tab(engine):
     assert not any("__i18n__" in json.dumps(value, default=str) for value in values.values())
 
 
-def test_every_listener_is_private(engine):
+def test_what_the_page_does_is_private_and_what_programs_may_ask_is_not(engine, served):
     config = app.build_page(engine, "en").get_config_file()
-    public = [part["api_name"] for part in config["dependencies"] if part["api_visibility"] == "public"]
-    assert public == ["search_images"]
-    assert isinstance(app.build_page(engine), gr.Blocks)
+    public = {part["api_name"] for part in config["dependencies"] if part["api_visibility"] != "private"}
+    methods = {name for name, part in vars(Api).items() if callable(part) and not name.startswith("_")}
+    assert public == methods
+    offered = json.loads(fetch(f"{served}gradio_api/info")[2])
+    assert {name.strip("/") for name in offered["named_endpoints"]} == methods
+    assert offered["unnamed_endpoints"] == {}

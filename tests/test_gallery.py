@@ -232,8 +232,8 @@ def test_pictures_of_a_missing_package_are_left_out_with_one_line(
     assert gallery.stamp.num_pictures == 1
     assert [record.getMessage() for record in caplog.records] == [
         "2 pictures of the package not_installed_here are left out: it is not installed here.",
-        f"The gallery in {tmp_path} cannot tell when nothing fits. Bring it up to date with: python -m alignment.gallery "
-        f"build SOURCE --out {tmp_path} --model m",
+        f"The gallery in {tmp_path} cannot tell when nothing fits. Bring it up to date with: "
+        f"python -m alignment.gallery build SOURCE --out {tmp_path} --model m",
     ]
 
 

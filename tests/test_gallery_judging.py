@@ -126,7 +126,7 @@ def test_a_damaged_judge_is_an_error_that_says_what_to_run(checkpoint, tmp_path,
     else:
         kept = replace(kept, background={"image_embeds": kept.background["image_embeds"]})
     write_catalogue(tmp_path / "out", kept)
-    with pytest.raises(ValueError, match="python -m alignment.gallery build"):
+    with pytest.raises(ValueError, match=r"python -m alignment\.gallery build"):
         Gallery.load(tmp_path / "out", encoder)
 
 

@@ -192,6 +192,35 @@ def test_the_overlay_does_not_depend_on_the_unit_of_the_relevance() -> None:
     assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
 
 
+def test_limits_make_overlays_comparable() -> None:
+    photo = Image.effect_noise((40, 40), 60).convert("RGB")
+    faint = np.array([[0.0, 0.1], [0.0, 0.1]])
+    glowing, dark = patch_overlay(photo, faint), patch_overlay(photo, faint, limits=(0, 1))
+    assert np.asarray(dark).mean() < np.asarray(glowing).mean() - 30
+    assert patch_overlay(photo, faint * 10, limits=(0, 1)).tobytes() == glowing.tobytes()
+
+
+def test_what_lies_beyond_the_limits_is_as_dark_or_as_bright_as_can_be() -> None:
+    photo = Image.new("RGB", (60, 60), (90, 90, 90))
+    inside, beyond = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([[-7.0, 90.0], [1.0, -0.5]])
+    assert patch_overlay(photo, beyond, limits=(0, 1)).tobytes() == patch_overlay(photo, inside).tobytes()
+
+
+def test_with_limits_even_relevance_is_laid_over_too() -> None:
+    photo = Image.new("RGB", (20, 20), (90, 90, 90))
+    nothing, unknown, half, all_of_it = (
+        np.asarray(patch_overlay(photo, np.full((2, 2), value), limits=(0, 2))).astype(int).sum()
+        for value in (0, np.nan, 1, 2)
+    )
+    assert nothing == unknown < half < all_of_it
+
+
+@pytest.mark.parametrize("limits", [(1.0, 0.0), (0.5, 0.5), (float("nan"), 1.0)])
+def test_limits_must_rise(limits: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="low, high"):
+        patch_overlay(Image.new("RGB", (8, 8)), np.eye(2), limits=limits)
+
+
 @pytest.mark.parametrize("relevance", [np.zeros((3, 3)), np.full((2, 2), 7.0), np.full((2, 2), np.nan)])
 def test_relevance_without_differences_leaves_the_picture_as_it_is(relevance: NDArray[np.float64]) -> None:
     photo = Image.effect_noise((40, 40), 60).convert("RGB")

@@ -4,11 +4,37 @@ Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, str
 
 | module   | what it does |
 |----------|--------------|
+| `albums` | a visitor's pictures as a zip, out and in |
+| `archives` | zip files, taken for an attack until they are not |
 | `core`   | one encoder and one gallery, searched both ways |
+| `explaining` | why a picture and a caption match |
+| `matrix` | pictures against captions, under one model or two |
 | `photos` | a visitor's own pictures |
+| `queries` | captions and pictures composed into one query |
+| `trial`  | a visitor's data set, measured |
 """
 
-from alignment.engine.core import Alignment, AlignmentEngine
+from alignment.engine.archives import MAX_ZIP_MB
+from alignment.engine.core import AlignmentEngine
+from alignment.engine.explaining import Explained, Scale
+from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
+from alignment.engine.queries import MAX_TERMS, Query, Term, parse_query, write_query
 
-__all__ = ["MAX_PHOTOS", "Alignment", "AlignmentEngine", "Photos", "Skipped", "as_webp"]
+__all__ = [
+    "MAX_PHOTOS",
+    "MAX_TERMS",
+    "MAX_ZIP_MB",
+    "Alignment",
+    "AlignmentEngine",
+    "Explained",
+    "Photos",
+    "Query",
+    "Scale",
+    "SecondModel",
+    "Skipped",
+    "Term",
+    "as_webp",
+    "parse_query",
+    "write_query",
+]

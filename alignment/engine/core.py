@@ -10,63 +10,33 @@ import hashlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from alignment.engine.explaining import Explained, Scale, explain_match
+from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
+from alignment.engine.queries import Query, Term, check_count, search
 from alignment.gallery import Caption, Found, Gallery, Picture
 from alignment.model import DualEncoder
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
-from alignment.similarity import cosine_similarity, logits_per_image, match_probabilities
 
 logger = logging.getLogger(__name__)
 
 _KEPT_THUMBNAILS = 1024  # of the gallery's pictures, some 15 KB each
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """Pictures against captions.
-
-    Attributes:
-        similarity: (num_images, num_texts) cosines.
-        logits_per_image: the same, scaled, with the model's bias if it has one.
-    """
-
-    similarity: Tensor
-    logits_per_image: Tensor
-
-    @property
-    def over_captions(self) -> Tensor:
-        """Softmax over the captions: each picture's row adds up to 1."""
-        return match_probabilities(self.logits_per_image, dim=1)
-
-    @property
-    def over_pictures(self) -> Tensor:
-        """Softmax over the pictures: each caption's column adds up to 1."""
-        return match_probabilities(self.logits_per_image, dim=0)
-
-    @property
-    def best_captions(self) -> list[int]:
-        """For each picture the caption that fits it best; the first of equals."""
-        return [int(row.argmax()) for row in self.similarity]
-
-    @property
-    def best_pictures(self) -> list[int]:
-        """For each caption the picture that fits it best; the first of equals."""
-        return [int(column.argmax()) for column in self.similarity.T]
-
-
 class AlignmentEngine:
     """One encoder and one gallery, searched both ways; safe to call from several threads."""
 
-    def __init__(self, encoder: DualEncoder, gallery: Gallery) -> None:
+    def __init__(self, encoder: DualEncoder, gallery: Gallery, second: SecondModel | None = None) -> None:
         self.encoder = encoder
         self.gallery = gallery
+        self.second = second
         self._lock = threading.Lock()  # two encodings at once only get in each other's way
         self._pictures = {picture.id: picture for picture in gallery.pictures}
         self._rows = {picture.id: row for row, picture in enumerate(gallery.pictures)}
@@ -89,6 +59,16 @@ class AlignmentEngine:
         with self._lock:
             return self.encoder.encode_texts([clean_caption(caption)])[0]
 
+    def embed_images(self, images: Sequence[ImageSource]) -> Tensor:
+        """Embed pictures, (n, embed_dim). Raises InputError when one cannot be opened."""
+        with self._lock:
+            return self.encoder.encode_images(images)
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Embed captions that are clean, (n, embed_dim)."""
+        with self._lock:
+            return self.encoder.encode_texts(captions)
+
     def search_captions(self, image: ImageSource | Tensor, k: int = 10, lang: str | None = None) -> Found[Caption]:
         """Find the gallery's captions that fit a picture.
 
@@ -103,19 +83,38 @@ class AlignmentEngine:
         embed = image if isinstance(image, Tensor) else self.embed_image(image)
         return self.gallery.search_captions(embed, k, lang=lang if lang in self.gallery.languages else None)
 
-    def search_images(self, caption: str | Tensor, k: int = 12, *, photos: Photos | None = None) -> Found[Picture]:
+    def search_images(
+        self, caption: str | Tensor | Query, k: int = 12, *, photos: Photos | None = None
+    ) -> Found[Picture]:
         """Find the pictures that fit a caption.
 
         Args:
-            caption: the caption, or its embedding.
+            caption: the caption, its embedding, or a composed query.
             k: how many.
             photos: where to look, instead of the gallery.
 
         Raises:
             InputError: when the caption is empty or too long.
         """
+        gallery = self.gallery if photos is None else photos.gallery
+        if isinstance(caption, Query):
+            return search(gallery, caption, k)
         embed = caption if isinstance(caption, Tensor) else self.embed_caption(caption)
-        return (self.gallery if photos is None else photos.gallery).search_images(embed, k)
+        return gallery.search_images(embed, k)
+
+    def compose_query(self, terms: Sequence[Term]) -> Query:
+        """Put captions and pictures together, see `alignment.engine.queries`.
+
+        Args:
+            terms: pictures need their embedding, captions are embedded here.
+
+        Raises:
+            InputError: when there is nothing to look for, too much, or a caption is too long.
+        """
+        check_count(len(terms))
+        texts = [clean_caption(term.text) for term in terms if not term.picture]
+        embeds = iter(self.embed_captions(texts) if texts else ())
+        return Query(tuple(term if term.picture else replace(term, embed=next(embeds)) for term in terms))
 
     def align(self, images: Sequence[ImageSource] | Tensor | Photos, captions: Sequence[str]) -> Alignment:
         """Score every picture against every caption.
@@ -133,21 +132,41 @@ class AlignmentEngine:
                 image_embeds = images.gallery.image_embeds
             else:
                 image_embeds = images if isinstance(images, Tensor) else self.encoder.encode_images(images)
-        similarity = cosine_similarity(image_embeds, text_embeds)
-        logits = logits_per_image(similarity, self.encoder.logit_scale, self.encoder.logit_bias)
-        return Alignment(similarity, logits)
+        return Alignment.of(image_embeds, text_embeds, self.encoder)
+
+    def align_both(self, photos: Photos, captions: Sequence[str]) -> tuple[Alignment, ...]:
+        """Score photos against captions under this model and, where it knows them too, under the second."""
+        first = self.align(photos, captions)
+        if self.second is None or photos.second_embeds is None:
+            return (first,)
+        with self._lock:
+            text_embeds = self.second.encoder.encode_texts([clean_caption(caption) for caption in captions])
+        return first, Alignment.of(photos.second_embeds, text_embeds, self.second.encoder)
+
+    def explain(self, image: Image.Image, caption: str) -> Explained:
+        """Find what each word and each place adds. Raises InputError when the caption is empty or too long."""
+        with self._lock:
+            return explain_match(self.encoder, self.scale, image, caption)
+
+    @cached_property
+    def scale(self) -> Scale:
+        """What a cosine is worth, for all results alike."""
+        return Scale.of(self.gallery)
 
     # ------------------------------------------------------------ photos of a visitor
 
-    def no_photos(self) -> Photos:
-        """Start an empty collection."""
-        return self._photos([], torch.empty(0, self.encoder.embed_dim), {})
+    def no_photos(self, *, both: bool = False) -> Photos:
+        """Start an empty collection; with `both`, the second model, if there is one, will embed it too."""
+        second = torch.empty(0, self.second.encoder.embed_dim) if both and self.second else None
+        return self._photos([], torch.empty(0, self.encoder.embed_dim), {}, second)
 
-    def gallery_photos(self, ids: Sequence[str]) -> Photos:
+    def gallery_photos(self, ids: Sequence[str], *, both: bool = False) -> Photos:
         """Take some of the gallery's pictures as if a visitor had brought them."""
         pictures = [self._pictures[id] for id in ids]
         embeds = self.gallery.image_embeds[[self._rows[id] for id in ids]]
-        return self._photos(pictures, embeds, {id: self.thumbnail(id) for id in ids})
+        images = [self.picture_image(id) for id in ids] if both and self.second else []
+        second = self._second_embeds(self.no_photos(both=both), images)
+        return self._photos(pictures, embeds, {id: self.thumbnail(id) for id in ids}, second)
 
     def add_photos(
         self, photos: Photos, files: Sequence[tuple[str, bytes]], *, limit: int = MAX_PHOTOS
@@ -185,25 +204,61 @@ class AlignmentEngine:
             [*photos.gallery.pictures, *(Picture(id, name) for id, (name, _) in new.items())],
             torch.cat([photos.gallery.image_embeds, embeds]),
             {**photos.thumbnails, **{id: as_webp(image) for id, (_, image) in new.items()}},
+            self._second_embeds(photos, [image for _, image in new.values()]),
         )
+
+    def add_embedded(
+        self, photos: Photos, pictures: Sequence[Picture], embeds: Tensor, thumbnails: Mapping[str, bytes]
+    ) -> Photos:
+        """Add photos that are embedded already; `embeds` is (num_pictures, embed_dim)."""
+        return self._photos(
+            [*photos.gallery.pictures, *pictures],
+            torch.cat([photos.gallery.image_embeds, embeds]),
+            {**photos.thumbnails, **thumbnails},
+        )
+
+    def _second_embeds(self, photos: Photos, more: Sequence[Image.Image]) -> Tensor | None:
+        if self.second is None or photos.second_embeds is None or not more:
+            return photos.second_embeds
+        with self._lock:
+            return torch.cat([photos.second_embeds, self.second.encoder.encode_images(more)])
 
     def without(self, photos: Photos, id: str) -> Photos:
         """Take one photo out; one that is not there is no error."""
         rows = [row for row, picture in enumerate(photos.gallery.pictures) if picture.id != id]
         kept = [photos.gallery.pictures[row] for row in rows]
         thumbnails = {picture.id: photos.thumbnails[picture.id] for picture in kept}
-        return self._photos(kept, photos.gallery.image_embeds[rows], thumbnails)
+        second = None if photos.second_embeds is None else photos.second_embeds[rows]
+        return self._photos(kept, photos.gallery.image_embeds[rows], thumbnails, second)
 
-    def _photos(self, pictures: Sequence[Picture], embeds: Tensor, thumbnails: Mapping[str, bytes]) -> Photos:
+    def _photos(
+        self,
+        pictures: Sequence[Picture],
+        embeds: Tensor,
+        thumbnails: Mapping[str, bytes],
+        second_embeds: Tensor | None = None,
+    ) -> Photos:
         none = torch.empty(0, self.encoder.embed_dim)
         gallery = Gallery(pictures, (), embeds, none, self.gallery.stamp, judge=self.gallery.judge)
-        return Photos(gallery, thumbnails)
+        return Photos(gallery, thumbnails, second_embeds)
 
     # ------------------------------------------------------------ pictures to show
 
     def picture_embed(self, id: str) -> Tensor:
         """Look up the embedding of one of the gallery's pictures."""
         return self.gallery.image_embeds[self._rows[id]]
+
+    def picture_image(self, id: str) -> Image.Image:
+        """Open one of the gallery's pictures: its file, or what is left of it, its thumbnail.
+
+        Raises:
+            KeyError: when the gallery has no such picture.
+            InputError: when there is neither.
+        """
+        try:
+            return open_image(self._pictures[id].path)
+        except (InputError, OSError):
+            return open_image(self.thumbnail(id))
 
     def thumbnail(self, id: str) -> bytes:
         """Show one of the gallery's pictures small, as WebP; made once.

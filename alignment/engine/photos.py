@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 
 from PIL import Image
+from torch import Tensor
 
 from alignment.gallery import THUMBNAIL_PIXELS, Gallery
 from alignment.preprocess import InputError
@@ -22,10 +23,12 @@ class Photos:
     Attributes:
         gallery: the pictures (`source` is the name the file came with) and their embeddings.
         thumbnails: picture id -> WebP.
+        second_embeds: (num_pictures, embed_dim) of a second model; None where it was not asked.
     """
 
     gallery: Gallery
     thumbnails: Mapping[str, bytes] = field(default_factory=dict)
+    second_embeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.gallery.pictures)

@@ -5,10 +5,12 @@ cosine, on one scale for all results of a model, so that a caption that does not
 """
 
 from alignment.explain.deletion import DeletionCurves, deletion_curves
+from alignment.explain.occlusion import UNIT
 from alignment.explain.patches import PatchRelevance, patch_relevance
 from alignment.explain.words import WordContribution, split_words, word_contributions
 
 __all__ = [
+    "UNIT",
     "DeletionCurves",
     "PatchRelevance",
     "WordContribution",

@@ -9,27 +9,40 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.calibration import Direction
+from alignment.calibration import Direction, Judgement
 from alignment.catalogue import Caption, Catalogue, Picture, Stamp, read_catalogue, rebuild_command, write_catalogue
 from alignment.gallery.judging import Judge
 from alignment.index import Index
 from alignment.model import DualEncoder
-from alignment.similarity import logits_per_image, match_probabilities
+from alignment.similarity import cosines_within, fold_alike, logits_per_image, match_probabilities, top_k
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item", Picture, Caption)
 
 THUMBNAILS = "thumbnails"
+
+NEARLY_SAME = 0.15
+"""Two pictures are nearly the same if they lie this close, as a share of how far unrelated pictures lie apart.
+
+For the compact model that is a cosine of 0.873. Of 250 pictures of Flickr8k dev, saved again as JPEG of quality 40 it
+misses 4 %, cropped by 5 % on every side 2 %; of 1,000 distinct ones it folds 0.7 % under their nearest neighbour.
+"""
+
+_FOLDED = 1000  # of the ranking are looked at
+_FEW = 3  # pictures of a background that say nothing about how far pictures lie apart
+
+Judged: TypeAlias = Callable[[Tensor, Tensor], Judgement | None]
+"""Judges results: their rows and those of all candidates, best first -> what to think of them."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +52,9 @@ class Match(Generic[Item]):
     Attributes:
         rank: from 1.
         item: what was found.
-        similarity: cosine, in [-1, 1].
-        share: the model's softmax over all candidates of the search, or its sigmoid for this one alone.
+        similarity: cosine, in [-1, 1]; of a composed query its score, see `alignment.engine.queries`.
+        share: the model's softmax over all candidates of the search, or its sigmoid for this one alone; 0 for a
+            composed query.
         probability: that this is a match, calibrated, see `Judge`; None where nothing tells.
     """
 
@@ -60,12 +74,19 @@ class Found(Generic[Item]):
         fits: whether anything fits; if not, the matches are the least bad ones.
         something_fits: calibrated probability that any candidate is a match; None where nothing tells.
         senseless: whether the query is nonsense or an empty picture.
+        composed: whether the query was more than one caption.
+        nonsense: which of its captions say nothing.
+        groups: the k best pictures that differ, each followed by those that are nearly the same, see `NEARLY_SAME`;
+            empty where nobody can tell.
     """
 
     matches: tuple[Match[Item], ...]
     fits: bool = True
     something_fits: float | None = None
     senseless: bool = False
+    composed: bool = False
+    nonsense: tuple[str, ...] = ()
+    groups: tuple[tuple[Match[Item], ...], ...] = ()
 
 
 class Gallery:
@@ -184,6 +205,24 @@ class Gallery:
         """
         return self._search(self._image_index, self.pictures, text_embed, k, "text_to_image")
 
+    def rank_images(self, scores: Tensor, k: int, judged: Judged, *, without: Collection[str] = ()) -> Found[Picture]:
+        """Find the k pictures with the best scores, of whatever making; the answer has them for cosines.
+
+        Args:
+            scores: (num_pictures,).
+            k: how many.
+            judged: judges the results.
+            without: ids of pictures that do not compete.
+        """
+        rows = torch.tensor([row for row, picture in enumerate(self.pictures) if picture.id not in without]).long()
+        best, order = top_k(scores[rows], len(rows))
+        ids = rows[order]
+
+        def judge(places: list[int]) -> Judgement | None:
+            return judged(ids[places], ids)
+
+        return self._found(self.pictures, ids, best, torch.zeros(len(ids)), k, self._folded(ids, k), judge)
+
     def search_captions(self, image_embed: Tensor, k: int, *, lang: str | None = None) -> Found[Caption]:
         """Find the k captions that fit a picture best; as `search_images`.
 
@@ -211,14 +250,48 @@ class Gallery:
         similarity, ids = index.search(query.reshape(1, -1), len(index), subset=rows)
         bias = self.stamp.logit_bias
         logits = logits_per_image(similarity, self.stamp.logit_scale, bias)
-        shares = match_probabilities(logits, dim=1, logit_bias=bias)[0, :k].tolist()
-        cosines, found = similarity[0, :k], [items[row] for row in ids[0, :k].tolist()]
-        ranked = zip(range(1, len(found) + 1), found, cosines.tolist(), shares, strict=True)
-        if self.judge is None or not found:
-            return Found(tuple(Match(*row) for row in ranked), bool(found))
-        says = self.judge.judge(cosines, query.reshape(-1), direction, similarity.shape[1])
-        matches = (Match(*row, share) for row, share in zip(ranked, says.probabilities.tolist(), strict=True))
-        return Found(tuple(matches), says.fits, says.something_fits, says.senseless)
+        shares = match_probabilities(logits, dim=1, logit_bias=bias)[0]
+        groups = self._folded(ids[0], k) if direction == "text_to_image" else []
+
+        def judge(places: list[int]) -> Judgement | None:
+            if self.judge is None:
+                return None
+            return self.judge.judge(similarity[0, places], query.reshape(-1), direction, similarity.shape[1])
+
+        return self._found(items, ids[0], similarity[0], shares, k, groups, judge)
+
+    def _found(
+        self,
+        items: Sequence[Item],
+        ids: Tensor,
+        scores: Tensor,
+        shares: Tensor,
+        k: int,
+        groups: list[list[int]],
+        judge: Callable[[list[int]], Judgement | None],
+    ) -> Found[Item]:
+        """Put an answer together for a ranking; groups and what is judged are places in it."""
+        places = sorted(set(range(min(k, len(ids)))).union(*groups))
+        if not places:
+            return Found((), False)
+        says = judge(places)
+        chances: list[float | None] = says.probabilities.tolist() if says else [None] * len(places)
+        matches = {
+            place: Match(place + 1, items[int(ids[place])], float(scores[place]), float(shares[place]), chance)
+            for place, chance in zip(places, chances, strict=True)
+        }
+        best = tuple(match for place, match in matches.items() if place < k)
+        folded = tuple(tuple(matches[place] for place in group) for group in groups)
+        if says is None:
+            return Found(best, groups=folded)
+        return Found(best, says.fits, says.something_fits, says.senseless, groups=folded)
+
+    def _folded(self, ids: Tensor, k: int) -> list[list[int]]:
+        """Fold pictures that are nearly the same; places in the ranking `ids`."""
+        if self.judge is None or len(self.judge.background.image_embeds) < _FEW:
+            return []
+        unrelated = cosines_within(self.judge.background.image_embeds).mean().item()
+        return fold_alike(self.image_embeds[ids[:_FOLDED]], k, 1 - NEARLY_SAME * (1 - unrelated))
 
 
 def _rows_at_hand(pictures: Sequence[Picture]) -> list[int]:

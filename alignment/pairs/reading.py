@@ -32,7 +32,9 @@ class Reading:
     left_out: Mapping[str, tuple[str, ...]]
 
 
-def read_data(source: str | os.PathLike[str], *, format: str | None = None, split: str | None = None) -> Reading:
+def read_data(
+    source: str | os.PathLike[str], *, format: str | None = None, split: str | None = None, trusted: bool = True
+) -> Reading:
     """Read the pictures of a data set, each once, with all captions that belong to it.
 
     Missing pictures, empty captions and unreadable lines are left out, counted, and logged as one summary. A picture
@@ -43,13 +45,15 @@ def read_data(source: str | os.PathLike[str], *, format: str | None = None, spli
         source: folder, annotation file, tar shard or pattern of shards, or Hub id.
         format: a name from the package's table, where the found one is wrong.
         split: keep only this one; "val" and "dev" mean the same.
+        trusted: whether absolute paths may count; in annotations that a stranger wrote they must not.
 
     Raises:
         FileNotFoundError: when there is no such folder, file or Hub data set.
         ValueError: when the format is unknown, the annotations cannot be read, or no picture is left.
     """
     name, files = detect(Path(source), format)
-    collection = Collection(root_of(Path(source)), canonical(split or ""), absolute=name in ("csv", "jsonl"))
+    absolute = trusted and name in ("csv", "jsonl")
+    collection = Collection(root_of(Path(source)), canonical(split or ""), absolute=absolute)
     for file in files:
         try:
             for row in FORMATS[name].read(file, collection):

@@ -11,7 +11,8 @@ from torch import Tensor
 from alignment.engine import AlignmentEngine, as_webp
 from alignment.gallery import Picture
 from alignment.preprocess import InputError, open_image
-from alignment.ui.examples import NUM_CHIPS, PREVIEW_PIXELS, Examples
+from alignment.ui.examples import PREVIEW_PIXELS, Examples
+from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.results import Value, captions_value, note_value, problem_value
 from alignment.ui.strings import error_text, text
 from alignment.ui.uploads import drop_value, forget, take, uploads_of
@@ -28,6 +29,7 @@ class Asked:
         embed: its embedding; None before there is one.
         preview: address of the picture as it is shown.
         name: what to call it; the id if it is the gallery's.
+        photo: a visitor's picture as WebP, kept for explanations; empty if it is the gallery's.
         bad_file: name of the last file, if it was no picture.
         error: what was wrong with it.
     """
@@ -35,6 +37,7 @@ class Asked:
     embed: Tensor | None = None
     preview: str = ""
     name: str = ""
+    photo: bytes = b""
     bad_file: str = ""
     error: InputError | None = None
 
@@ -44,10 +47,11 @@ class CaptionsTab:
 
     key = "captions"
 
-    def __init__(self, engine: AlignmentEngine, examples: Examples) -> None:
-        self.engine, self.examples = engine, examples
-        self.by_id = {picture.id: picture for picture in examples.pictures[:NUM_CHIPS]}
-        first = examples.pictures[:1]
+    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: Explanation) -> None:
+        self.engine, self.examples, self.explanation = engine, examples, explanation
+        self.by_id = {picture.id: picture for picture in engine.gallery.pictures}
+        self.rows = {caption.id: row for row, caption in enumerate(engine.gallery.captions)}
+        first = examples.described[:1]
         self.first = self._of_gallery(first[0]) if first else Asked()
 
     def build(self, language: Any, lang: str) -> None:
@@ -60,9 +64,10 @@ class CaptionsTab:
                 self.results = widget("captions", self._results(lang, self.first), elem_id="captions-results")
         self.asked = gr.State(self.first, time_to_live=3600)
         self.inputs, self.outputs = [self.asked], [self.drop, self.chips, self.results]
-        shown = [self.asked, self.drop, self.results]
-        listen(self.drop.files, self._take, [language, self.asked], shown, work="search")
-        listen(self.chips.pick, self._pick, [language], shown)
+        self.arrival = [self.asked, self.drop, self.results]
+        listen(self.drop.files, self._take, [language, self.asked], self.arrival, work="search")
+        listen(self.chips.pick, self._pick, [language], self.arrival)
+        self.explanation.listen(self.results.why, self._why, [language, self.asked])
 
     def translate(self, lang: str, *inputs: Any) -> list[Any]:
         """Rank the captions of the other language for the same picture."""
@@ -75,24 +80,40 @@ class CaptionsTab:
             try:
                 with spoken():
                     image = open_image(take(upload, limit=1))
-                    preview = data_url(as_webp(image, PREVIEW_PIXELS))
-                    asked = Asked(self.engine.embed_image(image), preview, upload.name)
+                    photo = as_webp(image, PREVIEW_PIXELS)
+                    asked = Asked(self.engine.embed_image(image), data_url(photo), upload.name, photo)
             except InputError as error:
                 asked = replace(asked, bad_file=upload.name, error=error)  # what was there stays
         forget(uploads)
         return [asked, self._drop(lang, asked), self._results(lang, asked)]
 
+    def arrive(self, lang: str, asked: str) -> list[Any]:
+        """Show the gallery's picture of this id, or what is shown first."""
+        picture = self.by_id.get(asked)
+        now = self._of_gallery(picture) if picture else self.first
+        return [now, self._drop(lang, now), self._results(lang, now)]
+
     def _pick(self, lang: str, event: gr.EventData) -> list[Any]:
-        picture = self.by_id.get(str(event._data.get("id")))
-        asked = self._of_gallery(picture) if picture else self.first
-        return [asked, self._drop(lang, asked), self._results(lang, asked)]
+        return self.arrive(lang, str(event._data.get("id")))
+
+    def _why(self, lang: str, asked: Asked, event: gr.EventData) -> Pair | None:
+        row = self.rows.get(str(event._data.get("id")))
+        if row is None or asked.embed is None:
+            return None
+        gallery = self.engine.gallery
+        image = open_image(asked.photo) if asked.photo else self.engine.picture_image(asked.name)
+        shown = float(asked.embed @ gallery.text_embeds[row])  # as the list says, not as the smaller copy would have it
+        return Pair(image, self._name(lang, asked), gallery.captions[row].text, shown)
 
     def _of_gallery(self, picture: Picture) -> Asked:
         return Asked(self.engine.picture_embed(picture.id), self.examples.preview(picture), picture.id)
 
+    def _name(self, lang: str, asked: Asked) -> str:
+        picture = None if asked.photo else self.by_id.get(asked.name)
+        return (self.examples.query(picture, lang) if picture else "") or asked.name
+
     def _drop(self, lang: str, asked: Asked) -> Value:
-        picture = self.by_id.get(asked.name)
-        name = (self.examples.query(picture, lang) if picture else "") or asked.name
+        name = self._name(lang, asked)
         title = text(lang, "drop.other" if asked.preview else "drop.one")
         more: Value = {"preview": asked.preview, "alt": text(lang, "drop.preview", name=name)} if asked.preview else {}
         if asked.error:
@@ -102,7 +123,7 @@ class CaptionsTab:
     def _chips(self, lang: str) -> Value:
         items = [
             {"id": picture.id, "text": self.examples.query(picture, lang) or picture.id, "image": image}
-            for picture, image in ((picture, self.examples.image_of(picture)) for picture in self.by_id.values())
+            for picture, image in ((picture, self.examples.image_of(picture)) for picture in self.examples.described)
         ]
         return {"label": text(lang, "captions.example"), "items": items}
 
@@ -118,4 +139,5 @@ class CaptionsTab:
         except InputError as error:
             return problem_value(error, lang, self.key)
         total = sum(caption.lang == lang for caption in gallery.captions) or len(gallery.captions)
-        return captions_value(found, lang, total=total)
+        link = "" if asked.photo else asked.name
+        return {**captions_value(found, lang, total=total), "link": link}

@@ -14,7 +14,9 @@ from alignment.preprocess import InputError, open_image
 from alignment.ui.strings import strings, text
 from alignment.ui.widgets import data_url
 
-FAVOURITES = ("cat", "coffee", "motorcycle", "lion", "cheetah-running", "horse")  # in the starter gallery
+# In the starter gallery: pictures that are found by a caption, and pictures that captions are found for.
+FAVOURITES = ("cat", "coffee", "motorcycle", "lion", "cheetah-running", "cameraman")
+DESCRIBED = ("rocket", "coffee", "cat", "cheetah-cub", "eiffel-tower", "horse")
 NUM_CHIPS, NUM_COMPARED, NUM_SAMPLE = 6, 4, 12
 PREVIEW_PIXELS = 720
 THUMBNAIL_ROUTE = "thumbnails/{id}.webp"
@@ -28,6 +30,8 @@ class Examples:
         by_id = {picture.id: picture for picture in engine.gallery.pictures if _shown(engine, picture.id)}
         first = [by_id[id] for id in FAVOURITES if id in by_id]
         self.pictures = (first + [picture for picture in by_id.values() if picture not in first])[:NUM_SAMPLE]
+        described = [by_id[id] for id in DESCRIBED if id in by_id]
+        self.described = (described or self.pictures)[:NUM_CHIPS]
         self.preview = lru_cache(NUM_SAMPLE)(self._preview)
 
     def query(self, picture: Picture, lang: str) -> str:

@@ -1,27 +1,41 @@
-"""Top floor, tab "Similarity matrix": several pictures against several captions, every value in sight."""
+"""Top floor, tab "Similarity matrix": several pictures against several captions, every value in sight.
+
+The page is given the cosines once, of one model or of two; `assets/ui/matrix.js` makes the views of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path, PurePath
 from typing import Any
 
 import gradio as gr
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
 from alignment.engine import Alignment, AlignmentEngine
+from alignment.engine.explaining import Scale
+from alignment.engine.matrix import colour_limits, named_captions
 from alignment.heatmap import heat_colours
-from alignment.preprocess import InputError, parse_captions
+from alignment.preprocess import InputError, open_image, parse_captions
 from alignment.ui.examples import NUM_COMPARED, Examples
-from alignment.ui.results import Value, cosine, percent
-from alignment.ui.strings import LANGUAGES, error_text, text
+from alignment.ui.explanation import Explanation, Pair
+from alignment.ui.results import Value
+from alignment.ui.strings import LANGUAGES, error_text, strings, text
 from alignment.ui.uploads import Shelf, fill, progress_value, shelf_drop_value, uploads_of
 from alignment.ui.widgets import data_url, listen, spoken, widget
 
 MAX_PICTURES = MAX_CAPTIONS = 64
-VIEWS = ("cosine", "captions", "pictures")
+VIEWS = ("cosine", "captions", "pictures", "sigmoid")
+THEMES = ("light", "dark")
+
+# From less to more, by way of the page's own colour: orange and violet, which the colour-blind tell apart.
+_DIFFERENCE = {
+    "light": ("#8f3f00", "#e5a063", "#f4f3f1", "#a7a1ea", "#3d33b4"),
+    "dark": ("#ffc48a", "#a3642e", "#26262d", "#5c57b3", "#c8c5ff"),
+}
+_REACH = 3  # spreads of unrelated cosines that the strongest colours of the difference stand for
 
 
 @dataclass(frozen=True)
@@ -31,13 +45,16 @@ class Compared:
     Attributes:
         shelf: the pictures.
         captions: one a row.
-        alignment: their scores; None while there is nothing to compare.
+        named: for each caption the place of the picture that its line named, or None.
+        alignments: their scores, by the page's model and then by the second, if there is one; empty while there is
+            nothing to compare.
         error: why there is nothing, if something was wrong.
     """
 
     shelf: Shelf
     captions: tuple[str, ...] = ()
-    alignment: Alignment | None = None
+    named: tuple[int | None, ...] = ()
+    alignments: tuple[Alignment, ...] = ()
     error: InputError | None = None
 
 
@@ -46,20 +63,20 @@ class MatrixTab:
 
     key = "matrix"
 
-    def __init__(self, engine: AlignmentEngine, examples: Examples) -> None:
-        self.engine, self.examples = engine, examples
+    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: Explanation) -> None:
+        self.engine, self.examples, self.explanation = engine, examples, explanation
         ids = [picture.id for picture in examples.pictures[:NUM_COMPARED]]
-        self.sample = Shelf(engine.gallery_photos(ids))
+        self.sample = Shelf(engine.gallery_photos(ids, both=True))
 
     def build(self, language: Any, lang: str) -> None:
         """Lay the tab out."""
         first = self._compare(self.sample, self._example(lang))
-        with gr.Row(elem_classes=["al-columns"]):
+        with gr.Row(elem_classes=["al-columns"], elem_id="matrix-place"):
             with gr.Column(scale=4, min_width=280):
                 self.drop = widget("drop", self._drop(lang, first), elem_id="matrix-drop")
                 self.captions = gr.Textbox(
                     self._example(lang),
-                    label=text(lang, "matrix.captions"),
+                    **self._caption_words(lang),
                     lines=5,
                     max_lines=12,
                     elem_id="matrix-captions",
@@ -68,26 +85,27 @@ class MatrixTab:
                     self.button = gr.Button(text(lang, "matrix.compare"), variant="primary", elem_id="matrix-compare")
                     self.clear = gr.Button(text(lang, "matrix.clear"), variant="secondary", elem_id="matrix-clear")
             with gr.Column(scale=8, min_width=300):
-                self.view = gr.Radio(self._views(lang), value="cosine", elem_id="matrix-view", **self._view_words(lang))
-                self.table = widget("matrix", self._table(lang, "cosine", first), elem_id="matrix-table")
+                parts = ("matrix_maths", "matrix_files")
+                self.table = widget("matrix", self._table(lang, first), parts, elem_id="matrix-table")
         self.compared = gr.State(first, time_to_live=3600)
-        self.inputs = [self.captions, self.view, self.compared]
-        self.outputs = [self.drop, self.captions, self.button, self.clear, self.view, self.compared, self.table]
+        self.inputs = [self.captions, self.compared]
+        self.outputs = [self.drop, self.captions, self.button, self.clear, self.compared, self.table]
+        self.arrival = [self.captions, self.drop, self.compared, self.table]
         self._wire(language)
 
     def _wire(self, language: Any) -> None:
-        asked = [language, self.captions, self.view, self.compared]
+        asked = [language, self.captions, self.compared]
         shown = [self.drop, self.compared, self.table]
         listen(self.drop.files, self._take, asked, shown, work="upload")
         listen(self.button.click, self._again, asked, shown, work="search", latest=True)
         listen(self.clear.click, self._clear, asked, shown, work="search")
         listen(self.table.remove, self._remove, asked, shown, work="search")
-        listen(self.view.input, self._table, [language, self.view, self.compared], [self.table])
+        self.explanation.listen(self.table.why, self._why, [language, self.compared])
 
     def translate(self, lang: str, *inputs: Any) -> list[Any]:
         """Keep pictures and captions; captions of the worked example speak the other language too."""
-        typed, view, compared = inputs
-        words: dict[str, Any] = {"label": text(lang, "matrix.captions")}
+        typed, compared = inputs
+        words = self._caption_words(lang)
         state: Any = gr.skip()
         if typed != self._example(lang) and typed in {self._example(other) for other in LANGUAGES}:
             words["value"] = self._example(lang)
@@ -97,14 +115,17 @@ class MatrixTab:
             gr.update(**words),
             gr.update(value=text(lang, "matrix.compare")),
             gr.update(value=text(lang, "matrix.clear")),
-            gr.update(choices=self._views(lang), value=view, **self._view_words(lang)),
             state,
-            self._table(lang, view, compared),
+            self._table(lang, compared),
         ]
+
+    def arrive(self, lang: str, asked: str) -> list[Any]:
+        """Compare the captions of a link, one a line, with the sample; renews `arrival`."""
+        return [asked, *self._shown(lang, self._compare(self.sample, asked))]
 
     # ------------------------------------------------------------ events
 
-    def _take(self, lang: str, typed: str, view: str, compared: Compared, event: gr.EventData) -> Iterator[list[Any]]:
+    def _take(self, lang: str, typed: str, compared: Compared, event: gr.EventData) -> Iterator[list[Any]]:
         uploads = uploads_of(event._data)
         shelf = compared.shelf
         for filled, done in fill(self.engine, shelf, uploads, MAX_PICTURES):
@@ -113,28 +134,43 @@ class MatrixTab:
                 title = text(lang, "drop.many")
                 busy = progress_value(lang, title, done, len(uploads), MAX_PICTURES)
                 yield [busy, replace(compared, shelf=shelf), gr.skip()]
-        yield self._shown(lang, view, self._compare(shelf, typed))
+        yield self._shown(lang, self._compare(shelf, typed))
 
-    def _again(self, lang: str, typed: str, view: str, compared: Compared) -> list[Any]:
-        return self._shown(lang, view, self._compare(replace(compared.shelf, added=0, skipped=()), typed))
+    def _again(self, lang: str, typed: str, compared: Compared) -> list[Any]:
+        return self._shown(lang, self._compare(replace(compared.shelf, added=0, skipped=()), typed))
 
-    def _clear(self, lang: str, typed: str, view: str, compared: Compared) -> list[Any]:
-        return self._shown(lang, view, self._compare(Shelf(self.engine.no_photos(), False), typed))
+    def _clear(self, lang: str, typed: str, compared: Compared) -> list[Any]:
+        return self._shown(lang, self._compare(Shelf(self.engine.no_photos(both=True), False), typed))
 
-    def _remove(self, lang: str, typed: str, view: str, compared: Compared, event: gr.EventData) -> list[Any]:
+    def _remove(self, lang: str, typed: str, compared: Compared, event: gr.EventData) -> list[Any]:
         photos = self.engine.without(compared.shelf.photos, str(event._data.get("id")))
-        return self._shown(lang, view, self._compare(Shelf(photos, compared.shelf.sample), typed))
+        return self._shown(lang, self._compare(Shelf(photos, compared.shelf.sample), typed))
 
-    def _shown(self, lang: str, view: str, compared: Compared) -> list[Any]:
-        return [self._drop(lang, compared), compared, self._table(lang, view, compared)]
+    def _why(self, lang: str, compared: Compared, event: gr.EventData) -> Pair | None:
+        sent = event._data if isinstance(event._data, dict) else {}
+        row, shelf = sent.get("caption"), compared.shelf
+        pictures = shelf.photos.gallery.pictures if compared.alignments else ()
+        column = next((place for place, picture in enumerate(pictures) if picture.id == sent.get("picture")), None)
+        if column is None or type(row) is not int or not 0 <= row < len(compared.captions):
+            return None
+        id = pictures[column].id
+        image = self.engine.picture_image(id) if shelf.sample else open_image(shelf.photos.thumbnails[id])
+        cosine = float(compared.alignments[0].similarity[column, row])
+        return Pair(image, _name(pictures[column], shelf, lang), compared.captions[row], cosine)
+
+    def _shown(self, lang: str, compared: Compared) -> list[Any]:
+        return [self._drop(lang, compared), compared, self._table(lang, compared)]
 
     def _compare(self, shelf: Shelf, typed: str) -> Compared:
         try:
-            captions = tuple(parse_captions(typed, limit=MAX_CAPTIONS))
+            names = [PurePath(picture.source).name for picture in shelf.photos.gallery.pictures]
+            read = named_captions(typed, names)
+            captions = tuple(parse_captions("\n".join(caption for _, caption in read), limit=MAX_CAPTIONS))
+            named = tuple(place for place, _ in read)
             if not len(shelf.photos):
-                return Compared(shelf, captions)
+                return Compared(shelf, captions, named)
             with spoken():
-                return Compared(shelf, captions, self.engine.align(shelf.photos, captions))
+                return Compared(shelf, captions, named, self.engine.align_both(shelf.photos, captions))
         except InputError as error:
             return Compared(shelf, error=error)
 
@@ -143,96 +179,94 @@ class MatrixTab:
     def _example(self, lang: str) -> str:
         return "\n".join(self.examples.compared(lang))
 
-    def _views(self, lang: str) -> list[tuple[str, str]]:
-        return [(text(lang, f"matrix.view.{view}"), view) for view in VIEWS]
-
-    def _view_words(self, lang: str) -> dict[str, Any]:
-        return {"label": text(lang, "matrix.view")}
+    def _caption_words(self, lang: str) -> dict[str, Any]:
+        return {"label": text(lang, "matrix.captions"), "info": text(lang, "matrix.help")}
 
     def _drop(self, lang: str, compared: Compared) -> Value:
         shelf = compared.shelf
         value = shelf_drop_value(lang, text(lang, "drop.many"), shelf, MAX_PICTURES)
         return {**value, "status": value["status"] or (text(lang, "matrix.sample") if shelf.sample else "")}
 
-    def _table(self, lang: str, view: str, compared: Compared) -> Value:
+    def _table(self, lang: str, compared: Compared) -> Value:
         if compared.error:
             return {"error": error_text(lang, compared.error)}
-        if compared.alignment is None:
+        if not compared.alignments:
             return {"note": text(lang, "matrix.empty")}
-        numbers = {"captions": len(compared.captions), "pictures": len(compared.shelf.photos)}
+        pictures = compared.shelf.photos.gallery.pictures
+        rows = range(len(compared.captions))
         return {
-            "caption": text(lang, "matrix.table", **numbers),
-            "columns": self._columns(lang, compared.shelf),
-            "rows": _rows(compared.captions, compared.alignment, view),
-            "note": text(lang, f"matrix.meaning.{view}"),
-            "labels": {
-                "bestPicture": text(lang, "matrix.best_picture"),
-                "bestCaption": text(lang, "matrix.best_caption"),
-                "head": text(lang, "matrix.head"),
+            "caption": text(lang, "matrix.table", captions=len(rows), pictures=len(pictures)),
+            "columns": [_column(picture, compared.shelf, lang) for picture in pictures],
+            "rows": list(compared.captions),
+            "owners": {
+                "order": [row if row < len(pictures) else -1 for row in rows],
+                "name": [-1 if place is None else place for place in compared.named],
+                "none": [-1 for _ in rows],
             },
+            "pairing": "order" if set(compared.named) == {None} else "name",
+            "models": self._models(compared),
+            "reach": _REACH * self.engine.scale.spread,
+            "views": self._views(lang, compared),
+            "colours": _colours(),
+            "labels": _labels(lang),
         }
 
-    def _columns(self, lang: str, shelf: Shelf) -> list[Value]:
-        columns = []
-        for picture in shelf.photos.gallery.pictures:
-            name = picture.caption(lang) if shelf.sample else picture.source
-            name = name or picture.id
-            image = data_url(shelf.photos.thumbnails[picture.id])
-            columns.append(
-                {"id": picture.id, "image": image, "alt": name, "remove": text(lang, "matrix.remove", name=name)}
-            )
-        return columns
+    def _models(self, compared: Compared) -> list[Value]:
+        second = self.engine.second
+        known = [(self.engine.encoder.name, self.engine.scale)]
+        known += [(second.encoder.name, second.scale)] if second else []
+        return [_model(*model, alignment) for model, alignment in zip(known, compared.alignments, strict=False)]
 
-
-def _values(alignment: Alignment, view: str) -> Tensor:
-    """Pick the numbers of a view, (num_images, num_texts)."""
-    if view == "captions":
-        return alignment.over_captions
-    return alignment.over_pictures if view == "pictures" else alignment.similarity
-
-
-def _rows(captions: tuple[str, ...], alignment: Alignment, view: str) -> list[Value]:
-    """Lay the matrix out as the page shows it: captions are rows there, because long ones only fit as rows."""
-    values = _values(alignment, view).T.double().numpy()
-    colours = _colours(values, view)
-    best_captions, best_pictures = alignment.best_captions, alignment.best_pictures
-    rows = []
-    for row, caption in enumerate(captions):
-        cells = [
-            {
-                "text": cosine(value) if view == "cosine" else percent(value),
-                "colours": colours[row][column],
-                "bestPicture": best_pictures[row] == column,
-                "bestCaption": best_captions[column] == row,
-            }
-            for column, value in enumerate(values[row].tolist())
+    def _views(self, lang: str, compared: Compared) -> list[Value]:
+        judged_alone = all(alignment.logit_bias is not None for alignment in compared.alignments)
+        return [
+            {"key": view, "name": text(lang, f"matrix.view.{view}"), "meaning": text(lang, f"matrix.meaning.{view}")}
+            for view in VIEWS
+            if view != "sigmoid" or judged_alone
         ]
-        rows.append({"text": caption, "cells": cells})
-    return rows
 
 
-def _colours(values: NDArray[Any], view: str) -> list[list[list[str]]]:
-    """Colour each cell for a light and for a dark page, each with the ink that reads on it."""
-    low, high = (values.min(), values.max()) if view == "cosine" else (0.0, 1.0)
-    scaled = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
-    sides = []
-    for dark in (False, True):
-        colours = heat_colours(scaled, dark=dark)
-        # Black reads better than white wherever the relative luminance exceeds 0.18 (WCAG contrast).
-        bright = (colours / 255.0) ** 2.2 @ np.array([0.2126, 0.7152, 0.0722]) > 0.18
-        sides.append((colours, bright))
-    return [
-        [
-            [part for colours, bright in sides for part in (_hex(colours[row, column]), _ink(bright[row, column]))]
-            for column in range(values.shape[1])
-        ]
-        for row in range(values.shape[0])
-    ]
+def _name(picture: Any, shelf: Shelf, lang: str) -> str:
+    return (picture.caption(lang) if shelf.sample else picture.source) or picture.id
 
 
-def _hex(colour: NDArray[np.uint8]) -> str:
-    return "#" + bytes(colour.tolist()).hex()
+def _column(picture: Any, shelf: Shelf, lang: str) -> Value:
+    name, image = _name(picture, shelf, lang), data_url(shelf.photos.thumbnails[picture.id])
+    return {"id": picture.id, "image": image, "alt": name, "remove": text(lang, "matrix.remove", name=name)}
 
 
-def _ink(bright: bool) -> str:
-    return "#000000" if bright else "#ffffff"
+def _model(name: str, scale: Scale, alignment: Alignment) -> Value:
+    """Lay one model's scores out as the page shows them: captions are rows there, as long ones only fit as rows."""
+    return {
+        "name": Path(name).name,
+        "cosines": [[round(value, 7) for value in row] for row in alignment.similarity.T.double().tolist()],
+        "scale": alignment.logit_scale,
+        "bias": alignment.logit_bias,
+        "limits": list(colour_limits(scale)),
+    }
+
+
+def _labels(lang: str) -> dict[str, str]:
+    """Hand the script its words, with their placeholders: it fills them itself."""
+    prefix = "matrix.label."
+    return {key.removeprefix(prefix): words for key, words in strings()[lang].items() if key.startswith(prefix)}
+
+
+@cache
+def _colours() -> dict[str, dict[str, list[str]]]:
+    """List 256 colours for values and for differences, on a light and on a dark page."""
+    steps = np.linspace(0, 1, 256)
+    return {
+        "heat": {theme: _hex(heat_colours(steps, dark=theme == "dark")) for theme in THEMES},
+        "difference": {theme: _hex(_between(_DIFFERENCE[theme], steps)) for theme in THEMES},
+    }
+
+
+def _between(colours: tuple[str, ...], steps: Any) -> Any:
+    known = np.array([list(bytes.fromhex(colour[1:])) for colour in colours])
+    places = np.linspace(0, 1, len(colours))
+    return np.stack([np.interp(steps, places, channel) for channel in known.T], axis=1).round().astype(np.uint8)
+
+
+def _hex(colours: Any) -> list[str]:
+    return ["#" + bytes(colour.tolist()).hex() for colour in colours]

@@ -1,30 +1,24 @@
-"""Top floor, tab "Caption to images": a caption goes in, the gallery's pictures come out ranked."""
+"""Top floor, tab "Caption to images": captions and pictures go in, the gallery's pictures come out ranked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
 from typing import Any
 
 import gradio as gr
-from torch import Tensor
 
-from alignment.engine import AlignmentEngine
-from alignment.preprocess import InputError
+from alignment.engine import AlignmentEngine, Term, as_webp
+from alignment.preprocess import InputError, open_image
+from alignment.ui.composer import Added, Asked, ask, changed, composer_value, help_value, liked
 from alignment.ui.examples import Examples
+from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.results import Value, note_value, pictures_value, problem_value
-from alignment.ui.strings import LANGUAGES, text
-from alignment.ui.widgets import listen, spoken, widget
+from alignment.ui.strings import LANGUAGES, error_text, text
+from alignment.ui.uploads import Upload, drop_value, forget, take, uploads_of
+from alignment.ui.widgets import data_url, listen, spoken, widget
 
 NUM_RESULTS = 12
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The caption in question: the text, and its embedding unless something was wrong with it."""
-
-    caption: str
-    embed: Tensor | None = None
-    error: InputError | None = None
+TERM_PIXELS = 96
 
 
 class PicturesTab:
@@ -32,8 +26,9 @@ class PicturesTab:
 
     key = "pictures"
 
-    def __init__(self, engine: AlignmentEngine, examples: Examples) -> None:
-        self.engine, self.examples = engine, examples
+    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: Explanation) -> None:
+        self.engine, self.examples, self.explanation = engine, examples, explanation
+        self.by_id = {picture.id: picture for picture in engine.gallery.pictures}
 
     def build(self, language: Any, lang: str) -> None:
         """Lay the tab out."""
@@ -43,32 +38,121 @@ class PicturesTab:
             self.button = gr.Button(
                 text(lang, "pictures.search"), variant="primary", scale=0, elem_id="pictures-search"
             )
+        self.composer = widget("composer", self._composer(lang, first), elem_id="pictures-composer")
+        with gr.Row(elem_classes=["al-compose"]):
+            self.drop = widget("drop", self._drop(lang), elem_id="pictures-drop")
+            self.help = widget("composer", help_value(lang), elem_id="pictures-help")
         self.chips = widget("chips", self._chips(lang), elem_id="pictures-examples")
         self.results = widget("pictures", self._results(lang, first), elem_id="pictures-results")
         self.asked = gr.State(first, time_to_live=3600)
         self.inputs = [self.query, self.asked]
-        self.outputs = [self.query, self.button, self.chips, self.asked, self.results]
+        self.arrival = [self.query, self.asked, self.composer, self.results]
+        self.outputs = [*self.arrival, self.button, self.drop, self.help, self.chips]
+        self._wire(language)
+
+    def _wire(self, language: Any) -> None:
+        shown, query = [self.asked, self.composer, self.results], [language, self.query, self.asked]
         for event in (self.query.submit, self.button.click):
-            listen(event, self._search, [language, self.query], [self.asked, self.results], work="search", latest=True)
-        listen(self.chips.pick, self._pick, [language], [self.query, self.asked, self.results], work="search")
+            listen(event, self._search, query, shown, work="search", latest=True)
+        for event in (self.chips.pick, self.help.pick):
+            listen(event, self._pick, [language], self.arrival, work="search")
+        for event, answer in (
+            (self.composer.edit, self._edit),
+            (self.results.more, self._more),
+            (self.results.less, self._less),
+        ):
+            listen(event, answer, query, self.arrival, work="search")
+        listen(self.drop.files, self._take, query, [self.drop, *self.arrival], work="search")
+        self.explanation.listen(self.results.why, self._why, [language, self.asked])
+
+    def arrive(self, lang: str, q: str) -> list[Any]:
+        """Search what a link says; values for `arrival`."""
+        return self._shown(lang, ask(self.engine, q))
 
     def translate(self, lang: str, *inputs: Any) -> list[Any]:
         """Keep the query and its results; a worked example nobody has touched speaks the other language too."""
         typed, asked = inputs
         query, state, asked = translated_query(self.engine, self.examples, lang, typed, asked)
-        button = gr.update(value=text(lang, "pictures.search"))
-        return [gr.update(**query, **self._words(lang)), button, self._chips(lang), state, self._results(lang, asked)]
+        return [
+            gr.update(**query, **self._words(lang)),
+            state,
+            self._composer(lang, asked),
+            self._results(lang, asked),
+            gr.update(value=text(lang, "pictures.search")),
+            self._drop(lang),
+            help_value(lang),
+            self._chips(lang),
+        ]
 
-    def _search(self, lang: str, caption: str) -> list[Any]:
-        asked = ask(self.engine, caption)
-        return [asked, self._results(lang, asked)]
+    # ------------------------------------------------------------ events
+
+    def _search(self, lang: str, typed: str, asked: Asked) -> list[Any]:
+        return self._shown(lang, ask(self.engine, typed, asked.pictures))[1:]
 
     def _pick(self, lang: str, event: gr.EventData) -> list[Any]:
-        caption = str(event._data.get("id", ""))
-        return [caption, *self._search(lang, caption)]
+        return self.arrive(lang, str(event._data.get("id", "")))
+
+    def _edit(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
+        caption, pictures = changed(Asked(typed, pictures=asked.pictures), event._data)
+        return self._shown(lang, ask(self.engine, caption, pictures))
+
+    def _more(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
+        return self._like(lang, typed, asked, event, 1.0)
+
+    def _less(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
+        return self._like(lang, typed, asked, event, -1.0)
+
+    def _like(self, lang: str, typed: str, asked: Asked, event: gr.EventData, weight: float) -> list[Any]:
+        pictures, picture = asked.pictures, self.by_id.get(str(event._data.get("id")))
+        if picture:
+            term = Term(weight=weight, picture=picture.id, embed=self.engine.picture_embed(picture.id))
+            pictures = liked(pictures, Added(term, self.examples.image_of(picture)))
+        return self._shown(lang, ask(self.engine, typed, pictures))
+
+    def _take(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
+        uploads, pictures, problem = uploads_of(event._data), asked.pictures, ""
+        for upload in uploads[:1]:
+            try:
+                with spoken():
+                    pictures = liked(pictures, self._added(upload))
+            except InputError as error:
+                problem = f"{upload.name}: {error_text(lang, error)}"
+        forget(uploads)
+        return [self._drop(lang, problem), *self._shown(lang, ask(self.engine, typed, pictures))]
+
+    def _added(self, upload: Upload) -> Added:
+        data = take(upload, limit=1)
+        image = open_image(data)
+        term = Term(picture=hashlib.sha256(data).hexdigest(), embed=self.engine.embed_image(image))
+        return Added(term, data_url(as_webp(image, TERM_PIXELS)), upload.name)
+
+    def _why(self, lang: str, asked: Asked, event: gr.EventData) -> Pair | None:
+        """Explain the first caption that was asked for: it is the part that has words."""
+        picture = self.by_id.get(str(event._data.get("id")))
+        if picture is None or asked.query is None or not asked.query.wanted_captions:
+            return None
+        term = asked.query.wanted_captions[0]
+        shown = None if term.embed is None else float(term.embed @ self.engine.picture_embed(picture.id))
+        return Pair(self.engine.picture_image(picture.id), self._name(lang, picture.id), term.text, shown)
+
+    # ------------------------------------------------------------ what is shown
+
+    def _shown(self, lang: str, asked: Asked) -> list[Any]:
+        return [asked.caption, asked, self._composer(lang, asked), self._results(lang, asked)]
 
     def _words(self, lang: str) -> dict[str, Any]:
         return {"label": text(lang, "pictures.query"), "placeholder": text(lang, "pictures.placeholder")}
+
+    def _name(self, lang: str, id: str) -> str:
+        picture = self.by_id.get(id)
+        return (picture.caption(lang) if picture else "") or id
+
+    def _composer(self, lang: str, asked: Asked) -> Value:
+        names = [added.name or self._name(lang, added.term.picture) for added in asked.pictures]
+        return composer_value(lang, asked, names)
+
+    def _drop(self, lang: str, problem: str = "") -> Value:
+        return drop_value(lang, text(lang, "pictures.add"), how="", error=problem)
 
     def _chips(self, lang: str) -> Value:
         return query_chips(self.examples.queries(lang), lang)
@@ -77,11 +161,12 @@ class PicturesTab:
         gallery = self.engine.gallery
         if not gallery.pictures:
             return note_value(lang, "pictures.none")
-        if asked.error or asked.embed is None:
+        if asked.query is None:
             return problem_value(asked.error or InputError("", "caption.empty"), lang, self.key)
-        found = self.engine.search_images(asked.embed, NUM_RESULTS)
+        found = self.engine.search_images(asked.query, NUM_RESULTS)
+        actions = ("why", "more", "less") if asked.query.wanted_captions else ("more", "less")
         total = len(gallery.pictures)
-        return pictures_value(found, lang, self.examples.image_of, total=total)
+        return pictures_value(found, lang, self.examples.image_of, total=total, actions=actions)
 
 
 SEARCH_BOX: dict[str, Any] = {
@@ -89,15 +174,6 @@ SEARCH_BOX: dict[str, Any] = {
     "scale": 1,
     "html_attributes": gr.InputHTMLAttributes(enterkeyhint="search", autocomplete="off"),
 }
-
-
-def ask(engine: AlignmentEngine, caption: str) -> Asked:
-    """Embed a caption, or find out why it cannot be."""
-    try:
-        with spoken():
-            return Asked(caption, engine.embed_caption(caption))
-    except InputError as error:
-        return Asked(caption, error=error)
 
 
 def query_chips(queries: list[str], lang: str) -> Value:
@@ -116,7 +192,7 @@ def translated_query(
     example = _translated_example(examples, lang, typed)
     if example in ("", typed) or typed != asked.caption:
         return {}, gr.skip(), asked
-    asked = ask(engine, example)
+    asked = ask(engine, example, asked.pictures)
     return {"value": example}, asked, asked
 
 

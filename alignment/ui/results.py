@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignment.gallery import Caption, Found, Match, Picture
@@ -11,6 +11,17 @@ from alignment.ui.strings import error_text, text
 
 Value = dict[str, Any]
 
+SHOWN_ALIKE = 24  # pictures folded under one
+LABELS = {
+    "cosine": "result.cosine",
+    "match": "result.match",
+    "why": "result.why",
+    "more": "result.more",
+    "less": "result.less",
+    "moreShort": "result.more.short",
+    "lessShort": "result.less.short",
+}
+
 
 def captions_value(found: Found[Caption], lang: str, *, total: int) -> Value:
     """Lay ranked captions out for `captions.js`."""
@@ -18,21 +29,43 @@ def captions_value(found: Found[Caption], lang: str, *, total: int) -> Value:
         {**_numbers(match, found, lang), "id": match.item.id, "text": match.item.text, "lang": match.item.lang or None}
         for match in found.matches
     ]
-    return {**_frame("captions", found, total, lang), "rows": rows}
+    return {**_frame("captions", found, total, lang, len(rows)), "rows": rows}
 
 
 def pictures_value(
-    found: Found[Picture], lang: str, image_of: Callable[[Picture], str], *, total: int, own: bool = False
+    found: Found[Picture],
+    lang: str,
+    image_of: Callable[[Picture], str],
+    *,
+    total: int,
+    own: bool = False,
+    actions: Sequence[str] = ("why", "more", "less"),
 ) -> Value:
-    """Lay ranked pictures out for `pictures.js`; pictures of the visitor's own are called by their file's name."""
-    cards = []
-    for match in found.matches:
+    """Lay ranked pictures out for `pictures.js`, those that are nearly the same folded under the best of them.
+
+    Args:
+        found: the results.
+        lang: of the page.
+        image_of: address of a picture's thumbnail.
+        total: how many pictures competed.
+        own: whether they are the visitor's; these are called by their file's name.
+        actions: what can be done with a result.
+    """
+
+    def card(match: Match[Picture], rank: int) -> Value:
         picture = match.item
         words = picture.source if own else picture.caption(lang)
-        card: Value = {"id": picture.id, "image": image_of(picture), "alt": words or picture.id, "text": words}
-        card |= {"credit": picture.credit, "lang": lang if not own and lang in picture.captions else None}
-        cards.append({**_numbers(match, found, lang), **card})
-    return {**_frame("photos" if own else "pictures", found, total, lang), "cards": cards}
+        known: Value = {"id": picture.id, "image": image_of(picture), "alt": words or picture.id, "text": words}
+        known |= {"credit": picture.credit, "lang": lang if not own and lang in picture.captions else None}
+        return {**_numbers(match, found, lang), "rank": rank, "rankText": text(lang, "result.rank", rank=rank), **known}
+
+    cards = []
+    for rank, (first, *alike) in enumerate(found.groups or [(match,) for match in found.matches], start=1):
+        folded = [card(match, rank) for match in alike[:SHOWN_ALIKE]]
+        says = text(lang, "result.alike", count=len(alike)) if alike else ""
+        cards.append({**card(first, rank), "alike": folded, "alikeText": says})
+    frame = _frame("photos" if own else "pictures", found, total, lang, len(cards))
+    return {**frame, "cards": cards, "actions": list(actions)}
 
 
 def problem_value(error: InputError, lang: str, key: str) -> Value:
@@ -59,22 +92,32 @@ def cosine(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"
 
 
-def _frame(key: str, found: Found[Any], total: int, lang: str) -> Value:
-    judged = found.something_fits is not None
+def _frame(key: str, found: Found[Any], total: int, lang: str, count: int) -> Value:
+    labels = {**LABELS, "cosine": "result.score"} if found.composed else LABELS
     frame: Value = {
         "heading": text(lang, f"{key}.results"),
-        "count": text(lang, f"{key}.count", count=len(found.matches), total=f"{total:,}"),
-        "labels": {name: text(lang, f"result.{name}") for name in ("cosine", "match", "why", "more", "less")},
-        "note": text(lang, "result.meaning" if judged else "result.meaning.uncalibrated"),
+        "count": text(lang, f"{key}.count", count=count, total=f"{total:,}"),
+        "labels": {name: text(lang, word) for name, word in labels.items()},
+        "note": text(lang, _meaning(found)),
     }
     if found.matches and not found.fits:
-        why = "result.senseless" if found.senseless else f"{key}.nothing"
+        why = f"{key}.nothing"
+        if found.senseless:
+            why = "result.senseless.part" if found.nonsense else "result.senseless"
+        frame["count"] = ""
         frame["verdict"] = {
             "title": text(lang, "result.nothing"),
-            "text": text(lang, why, chance=percent(found.something_fits or 0)),
+            "text": text(lang, why, chance=percent(found.something_fits or 0), part="".join(found.nonsense[:1])),
             "anyway": text(lang, "result.anyway"),
         }
     return frame
+
+
+def _meaning(found: Found[Any]) -> str:
+    """Tell what the numbers mean; the key of a sentence."""
+    if found.something_fits is None:
+        return "result.meaning.pictures" if found.composed else "result.meaning.uncalibrated"
+    return "result.meaning.composed" if found.composed else "result.meaning"
 
 
 def _numbers(match: Match[Any], found: Found[Any], lang: str) -> Value:
@@ -82,7 +125,7 @@ def _numbers(match: Match[Any], found: Found[Any], lang: str) -> Value:
     return {
         "rank": match.rank,
         "rankText": text(lang, "result.rank", rank=match.rank),
-        "cosine": cosine(match.similarity),
+        "cosine": f"{match.similarity + 0.0:.2f}" if found.composed else cosine(match.similarity),
         "probability": "" if match.probability is None else percent(match.probability),
         "bar": min(max(match.similarity / best, 0), 1),
     }

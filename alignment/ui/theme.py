@@ -51,8 +51,8 @@ def theme() -> gr.themes.Base:
         input_border_color_focus_dark="*primary_400",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_dark="*primary_500",
-        button_primary_background_fill_hover_dark="*primary_400",
+        button_primary_background_fill_dark="*primary_600",  # white on 500 falls just short of 4.5 : 1
+        button_primary_background_fill_hover_dark="*primary_700",
         button_primary_text_color="#ffffff",
         button_secondary_background_fill="transparent",
         button_secondary_background_fill_dark="transparent",

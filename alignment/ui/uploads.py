@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 
 from gradio.utils import get_upload_folder
 
-from alignment.engine import AlignmentEngine, Photos, Skipped
+from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
+from alignment.engine.albums import Added, add_archive
 from alignment.preprocess import InputError
 from alignment.ui.strings import count_text, error_text, text
 from alignment.ui.widgets import spoken
@@ -33,6 +34,11 @@ class Upload:
     name: str
     path: str = ""
     problem: str = ""
+
+    @property
+    def is_zip(self) -> bool:
+        """Whether it is called a zip file."""
+        return self.name.lower().endswith(".zip")
 
 
 @dataclass(frozen=True)
@@ -67,18 +73,40 @@ def take(upload: Upload, limit: int) -> bytes:
     """Read an upload.
 
     Raises:
-        InputError: when it is not there.
+        InputError: when it is not there, or too large.
     """
-    if upload.problem == "size":
-        raise InputError("The file has more than {limit} MB; make it smaller.", "upload.size", limit=MAX_FILE_MB)
+    try:
+        return arrived(upload, limit).read_bytes()
+    except OSError as error:
+        raise _lost() from error
+
+
+def arrived(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
+    """Find the file of an upload.
+
+    Args:
+        upload: as the page announced it.
+        limit: of files; what there are more of never arrived.
+        limit_mb: of its size; the page keeps to it, but the page may be anybody's.
+
+    Raises:
+        InputError: when it is not there, or too large.
+    """
     if upload.problem == "limit":
         raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
     if upload.problem == "empty":
         raise InputError("The file is empty; choose one with a picture in it.", "image.empty")
     try:
-        return _path(upload).read_bytes()
+        size = limit_mb * 2**20 + 1 if upload.problem == "size" else _path(upload).stat().st_size
     except (OSError, ValueError) as error:
-        raise InputError("The file did not arrive; try again.", "upload.lost") from error
+        raise _lost() from error
+    if size > limit_mb * 2**20:
+        raise InputError("The file has more than {limit} MB; make it smaller.", "upload.size", limit=limit_mb)
+    return _path(upload)
+
+
+def _lost() -> InputError:
+    return InputError("The file did not arrive; try again.", "upload.lost")
 
 
 def forget(uploads: Sequence[Upload]) -> None:
@@ -105,25 +133,70 @@ def fill(engine: AlignmentEngine, shelf: Shelf, uploads: Sequence[Upload], limit
     Yields:
         The shelf so far, and how many uploads have been dealt with; at first as it was, and 0.
     """
-    yield replace(shelf, added=0, skipped=()), 0
-    photos = engine.no_photos() if shelf.sample else shelf.photos
-    before = len(photos)
-    skipped: list[Skipped] = []
+    for filled, done, _ in gather(engine, shelf, uploads, limit, zips=False):
+        yield filled, done
+
+
+def gather(
+    engine: AlignmentEngine,
+    shelf: Shelf,
+    uploads: Sequence[Upload],
+    limit: int,
+    *,
+    zips: bool = True,
+    more: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Shelf, int, int]]:
+    """Add uploads to a shelf a few at a time, and what is in zip files; the first make way for the sample.
+
+    Args:
+        engine: embeds.
+        shelf: what is there.
+        uploads: files; they are deleted afterwards, whatever happens.
+        limit: of pictures in all.
+        zips: whether zip files are opened.
+        more: whether these belong to what came last, and are counted with it.
+        stopped: whether to leave it at that.
+
+    Yields:
+        The shelf so far, what has been dealt with, and of how much; at first as it was, and 0.
+    """
+    shelf = shelf if more else replace(shelf, added=0, skipped=())
+    photos = engine.no_photos(both=shelf.photos.second_embeds is not None) if shelf.sample else shelf.photos
+    before, skipped = len(photos) - shelf.added, list(shelf.skipped)
     try:
-        for start in range(0, len(uploads), CHUNK):
-            chunk = uploads[start : start + CHUNK]
-            photos = _add(engine, photos, chunk, skipped, limit)
+        yield shelf, 0, max(len(uploads), 1)
+        for step in _steps(engine, photos, uploads, limit, zips):
+            photos, skipped = step.photos, skipped + step.skipped
             now = Shelf(photos, False, len(photos) - before, tuple(skipped))
             # Where no file was any good, the sample stays.
-            yield now if len(photos) else replace(shelf, added=0, skipped=tuple(skipped)), start + len(chunk)
+            yield now if len(photos) else replace(shelf, skipped=tuple(skipped)), step.done, step.total
+            if stopped():
+                return
     finally:
         forget(uploads)  # only now: two files alike are one file here
 
 
+def _steps(
+    engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], limit: int, zips: bool
+) -> Iterator[Added]:
+    plain = [upload for upload in uploads if not (zips and upload.is_zip)]
+    for start in range(0, len(plain), CHUNK):
+        chunk = plain[start : start + CHUNK]
+        photos, skipped = _add(engine, photos, chunk, limit)
+        yield Added(photos, skipped, start + len(chunk), len(uploads))
+    for upload in uploads:
+        if zips and upload.is_zip:
+            for step in _add_zip(engine, photos, upload, limit):
+                photos = step.photos
+                yield step
+
+
 def _add(
-    engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], skipped: list[Skipped], limit: int
-) -> Photos:
-    files = []
+    engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], limit: int
+) -> tuple[Photos, list[Skipped]]:
+    files: list[tuple[str, bytes]] = []
+    skipped: list[Skipped] = []
     for upload in uploads:
         try:
             files.append((upload.name, take(upload, limit)))
@@ -132,14 +205,23 @@ def _add(
     try:
         with spoken():
             photos, bad = engine.add_photos(photos, files, limit=limit)
-        skipped += bad
+        return photos, skipped + bad
     except InputError as error:
-        skipped += [Skipped(name, error) for name, _ in files]
-    return photos
+        return photos, [*skipped, *(Skipped(name, error) for name, _ in files)]
+
+
+def _add_zip(engine: AlignmentEngine, photos: Photos, upload: Upload, limit: int) -> Iterator[Added]:
+    try:
+        with spoken():
+            for step in add_archive(engine, photos, arrived(upload, limit, MAX_ZIP_MB), limit=limit):
+                photos = step.photos
+                yield step
+    except InputError as error:
+        yield Added(photos, [Skipped(upload.name, error)], 1, 1)
 
 
 def drop_value(lang: str, title: str, *, max_files: int = 1, **more: Any) -> dict[str, Any]:
-    """Lay the place for files out for `drop.js`."""
+    """Lay the place for files out for `drop.js`; `more` is what else its value may hold."""
     many = max_files > 1
     return {
         "serial": next(_serial),

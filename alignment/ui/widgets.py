@@ -31,6 +31,7 @@ class Tab(Protocol):
     key: str  # of its strings: "captions", ...
     inputs: list[Any]  # what `translate` wants to know
     outputs: list[Any]  # what it renews
+    arrival: list[Any]  # what an address changes
 
     def build(self, language: Any, lang: str) -> None:
         """Lay the tab out inside the current Gradio block, in the language `lang`."""
@@ -38,15 +39,25 @@ class Tab(Protocol):
     def translate(self, lang: str, *inputs: Any) -> list[Any]:
         """Say everything again in another language; what the visitor did stays."""
 
+    def arrive(self, lang: str, asked: str) -> list[Any]:
+        """Show what an address asks for, as if the visitor had typed it."""
+
 
 def styles() -> list[Path]:
     """List the style sheets: the page's, then those of its parts, which may overrule it."""
     return sorted(ASSETS.glob("*.css"), key=lambda file: (file.name != "page.css", file.name))
 
 
-def widget(name: str, value: object, **options: Any) -> Any:
-    """Make an element that the script `assets/ui/NAME.js` draws; the events it sends are attributes of it."""
-    script = "\n".join((ASSETS / file).read_text("utf-8") for file in ("dom.js", f"{name}.js"))
+def widget(name: str, value: object, parts: Sequence[str] = (), **options: Any) -> Any:
+    """Make an element that the script `assets/ui/NAME.js` draws; the events it sends are attributes of it.
+
+    Args:
+        name: of the script.
+        value: what it shows.
+        parts: scripts of the same folder that it builds on.
+        options: of the element.
+    """
+    script = "\n".join((ASSETS / f"{file}.js").read_text("utf-8") for file in ("dom", *parts, name))
     return gr.HTML(
         value,
         html_template='<div class="al-root"></div>',

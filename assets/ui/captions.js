@@ -9,14 +9,15 @@ const row = (item, labels) =>
     make("div", { class: "al-judged" }, scores(item, labels), actions(item, labels, ["why"])),
   );
 
-keep((value) =>
+keep((value) => {
+  element.querySelector(".al-root").dataset.link = value.link || ""; // for link.js
   show(
     value.heading ? heading(value) : null,
     problem(value.error),
     value.rows?.length ? folded(value, make("ol", { class: "al-captions" }, ...value.rows.map((item) => row(item, value.labels)))) : null,
     value.note ? make("p", { class: "al-note" }, value.note) : null,
-  ),
-);
+  );
+});
 
 element.addEventListener("click", (event) => {
   const button = event.target.closest("button[data-act=why]");

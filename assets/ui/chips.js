@@ -23,3 +23,8 @@ element.addEventListener("click", (event) => {
   const button = event.target.closest("button[data-id]");
   if (button) trigger("pick", { id: button.dataset.id });
 });
+
+// On a phone the row scrolls, and browsers leave what is half in sight where it is. Under a finger it has to stay.
+element.addEventListener("focusin", ({ target }) => {
+  if (target.matches(":focus-visible")) target.scrollIntoView({ block: "nearest", inline: "nearest" });
+});

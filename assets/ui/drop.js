@@ -1,13 +1,25 @@
 // A place for files: choose, drop or paste. Uploads them a few at a time, then sends the event "files".
+// Where the value has a `batch`, many files go in parts: while one is read the next waits, what is there can be used
+// already ("grown" says that there is more), and "halt" ends it. A zip file is a part of its own. `run` in the value says which part it answers.
 
 const AT_ONCE = 4;
+const PATIENCE = 2000; // milliseconds before the time left is worth a guess
+const GROWTH = 3000; // milliseconds between two signs of growth within a part
 let busy = "";
 let waiting = []; // files that came while others were being read
+let job = null; // { files, at, size, run, begun, from, stopped, progress }
+let runs = 0;
+let grown = 0;
+let ended = ""; // said of a job that was stopped
 // One for good: a file dialogue may be open while everything around it is drawn anew.
-const input = make("input", { type: "file", accept: "image/*", class: "al-hidden" });
+const input = make("input", { type: "file", class: "al-hidden" });
+
+const fill = (template, values) => template.replace(/\{(\w+)\}/g, (_, name) => values[name]);
+const isZip = (file) => /\.zip$/i.test(file.name || "");
 
 const area = (value) => {
   input.multiple = Boolean(value.many);
+  input.accept = value.accept || "image/*";
   const title = make("span", { class: "al-drop-title" }, busy || value.title);
   const how = busy ? null : make("span", { class: "al-drop-how" }, value.how);
   const picture = value.preview ? make("img", { src: value.preview, alt: value.alt }) : null;
@@ -23,67 +35,185 @@ const skipped = (value) =>
     make("ul", {}, ...value.skipped.map(([name, reason]) => make("li", {}, make("strong", {}, name), ` ${reason}`))),
   );
 
+// How far all files are, of which a part is being read.
+const overall = (progress) => {
+  if (!job || job.files.length === 1 || !props.value?.reading) return progress;
+  const done = job.at + (job.size * progress.done) / progress.total;
+  const total = job.files.length;
+  const text = fill(props.value.reading, { done: Math.min(Math.floor(done) + 1, total), total });
+  return { done, total, text };
+};
+
+const timeLeft = (progress, words) => {
+  const spent = performance.now() - job.begun;
+  const share = (progress.done - job.from) / (progress.total - job.from);
+  if (spent < PATIENCE || !(share > 0.02)) return "";
+  const seconds = (spent * (1 - share)) / share / 1000;
+  const [template, count] = seconds > 90 ? [words.minutes, seconds / 60] : [words.seconds, Math.ceil(seconds / 5) * 5];
+  return fill(template, { count: Math.round(count) });
+};
+
+const leftOf = (progress, value) => (job && value.left && !job.stopped ? timeLeft(progress, value.left) : "");
+
+const underway = (value) => {
+  const progress = job?.progress || value.progress;
+  if (!progress) return null;
+  const stop =
+    job && value.stop
+      ? make(
+          "button",
+          { type: "button", class: "al-plain-button", "data-act": "stop", "data-focus": "stop", disabled: job.stopped },
+          job.stopped ? value.stopping : value.stop,
+        )
+      : null;
+  return make(
+    "div",
+    { class: "al-underway" },
+    make("progress", { max: progress.total, value: progress.done, "aria-label": progress.text }),
+    stop ? make("div", { class: "al-underway-words" }, make("span", {}, leftOf(progress, value)), stop) : null,
+  );
+};
+
+// Show progress without drawing anything anew: else a click on "stop" gets lost half-way.
+const tick = (value) => {
+  const bar = element.querySelector(".al-underway progress");
+  if (!bar) return render();
+  const progress = job?.progress || value.progress;
+  busy = progress.text;
+  bar.max = progress.total;
+  bar.value = progress.done;
+  bar.setAttribute("aria-label", progress.text);
+  element.querySelector(".al-drop-title").textContent = busy;
+  const left = element.querySelector(".al-underway-words span");
+  if (left) left.textContent = leftOf(progress, value);
+};
+
 const render = () => {
   const value = props.value || {};
-  const progress = value.progress;
-  if (progress) busy = progress.text;
+  if (value.progress) busy = job?.progress?.text || value.progress.text;
   const focused = document.activeElement === input;
+  const status = busy ? "" : [ended, value.status].filter(Boolean).join(" ");
   show(
     area(value),
-    progress ? make("progress", { max: progress.total, value: progress.done, "aria-label": progress.text }) : null,
-    make("p", { class: "al-status", role: "status" }, value.status || ""),
-    problem(value.error),
+    underway(value),
+    make("p", { class: "al-status", role: "status" }, status),
+    problem(busy ? "" : value.error),
     value.skipped?.length ? make("div", { role: "alert" }, skipped(value)) : null,
   );
   if (focused) input.focus({ preventScroll: true });
 };
 
-const send = async (list) => {
+const begin = (files) => {
+  job = { files, at: 0, size: 0, run: 0, begun: performance.now(), from: 0, stopped: false, progress: null };
+  ended = "";
+  sendPart();
+};
+
+const finish = () => {
+  if (job?.stopped) ended = props.value.stopped || "";
+  if (job?.stopped) waiting = [];
+  job = null;
+  busy = "";
+  render();
+  const files = waiting.splice(0);
+  if (files.length) begin(files);
+};
+
+// The files that go next: all of them, or so many, or one zip file.
+const nextFiles = (value) => {
+  const rest = job.files.slice(job.at);
+  if (!value.batch) return rest;
+  const zip = rest.findIndex(isZip);
+  return rest.slice(0, zip < 0 ? value.batch : Math.min(Math.max(zip, 1), value.batch));
+};
+
+const problemOf = (file, place, value) => {
+  if (!file.size) return "empty";
+  if (file.size > ((isZip(file) && value.maxZipBytes) || value.maxBytes)) return "size";
+  return place >= value.maxFiles ? "limit" : "";
+};
+
+const sendPart = async () => {
   const value = props.value || {};
-  const files = [...list].slice(0, value.many ? list.length : 1);
-  if (busy) waiting = value.many ? [...waiting, ...files] : files;
-  if (busy || !files.length) return;
-  const sent = new Array(files.length);
+  const files = nextFiles(value);
+  const sent = [];
+  const mine = job;
+  mine.size = files.length;
   let next = 0;
   let done = 0;
   const say = () => {
-    busy = files.length > 1 ? value.uploading.replace("{done}", done + 1).replace("{total}", files.length) : value.busy;
+    const total = mine.files.length;
+    busy = total > 1 ? fill(value.uploading, { done: Math.min(mine.at + done + 1, total), total }) : value.busy;
     const title = element.querySelector(".al-drop-title");
     if (title) title.textContent = busy;
   };
   const work = async () => {
-    while (next < files.length) {
+    while (next < files.length && !mine.stopped) {
       const place = next++;
       const file = files[place];
-      const entry = { name: file.name || "" };
-      if (file.size > value.maxBytes) entry.problem = "size";
-      else if (place >= value.maxFiles) entry.problem = "limit";
-      else {
+      const entry = { name: file.name || "", problem: problemOf(file, mine.at + place, value) };
+      sent[place] = entry;
+      if (!entry.problem) {
         try {
-          entry.path = file.size ? (await upload(file)).path : "";
-          if (!file.size) entry.problem = "empty";
+          entry.path = (await upload(file)).path;
         } catch {
           entry.problem = "lost";
         }
       }
-      sent[place] = entry;
-      done = Math.min(done + 1, files.length - 1);
+      done++;
       say();
     }
   };
+  if (value.batch && mine.files.length > 1) mine.progress = overall({ done: 0, total: 1 });
   say();
   render();
   await Promise.all(Array.from({ length: AT_ONCE }, work));
-  trigger("files", { files: sent });
+  if (!sent.length) return finish();
+  mine.run = ++runs;
+  trigger("files", { files: sent, run: mine.run, first: mine.at === 0 });
+};
+
+const send = (list) => {
+  const files = [...list].slice(0, props.value?.many ? list.length : 1);
+  if (!files.length) return;
+  if (busy) waiting = props.value?.many ? [...waiting, ...files] : files;
+  else begin(files);
+};
+
+const grow = () => {
+  grown = performance.now();
+  trigger("grown", {});
+};
+
+const advance = () => {
+  job.run = 0; // its answer may be shown more than once
+  grow();
+  job.at += job.size;
+  if (job.at < job.files.length && !job.stopped) sendPart();
+  else finish();
 };
 
 render();
 watch("value", () => {
-  busy = "";
-  render();
-  if (!busy) send(waiting.splice(0));
+  const value = props.value || {};
+  if (value.progress) {
+    if (job?.files.length === 1 && !job.progress) Object.assign(job, { begun: performance.now(), from: value.progress.done });
+    if (job) job.progress = overall(value.progress);
+    if (job && value.batch && value.progress.done && performance.now() - grown > GROWTH) grow();
+    tick(value);
+  } else if (!job || (value.batch && !(job.run && value.run === job.run))) {
+    if (!job) busy = "";
+    render(); // the same in another language, say
+  } else if (value.batch) advance();
+  else finish();
 });
 
+element.addEventListener("click", (event) => {
+  if (!job || !event.target.closest("button[data-act=stop]")) return;
+  job.stopped = true;
+  trigger("halt", {});
+  render();
+});
 input.addEventListener("change", () => {
   send(input.files);
   input.value = ""; // the same file may be chosen again

@@ -1,7 +1,38 @@
-// Ranked pictures: a grid of cards with thumbnail, rank, bar, match probability, cosine and caption.
-// Sends the events "why", "more" and "less".
+// Ranked pictures: a grid of cards with thumbnail, rank, bar, match probability, cosine and caption; under a card, folded,
+// those that are nearly the same. Sends the events "why", "more", "less" and "remove".
 
-const card = (item, labels) =>
+const SIGNS = { more: "+", less: "−" };
+
+const act = (name, item, labels) =>
+  make(
+    "button",
+    {
+      type: "button",
+      "data-act": name,
+      "data-id": item.id,
+      "data-focus": `${name} ${item.id}`,
+      "aria-label": `${labels[name]} · ${item.rankText}`,
+      title: labels[name],
+    },
+    SIGNS[name] ? make("span", { "aria-hidden": "true" }, SIGNS[name]) : null,
+    labels[`${name}Short`] || labels[name],
+  );
+
+const alike = (item, labels) =>
+  make(
+    "details",
+    { class: "al-alike" },
+    make("summary", { "data-focus": `alike ${item.id}` }, item.alikeText),
+    make(
+      "ul",
+      {},
+      ...item.alike.map((same) =>
+        make("li", {}, make("img", { src: same.image, alt: same.alt, title: same.text, loading: "lazy", decoding: "async" }), scores(same, labels)),
+      ),
+    ),
+  );
+
+const card = (item, value) =>
   make(
     "li",
     { class: "al-card" },
@@ -15,10 +46,11 @@ const card = (item, labels) =>
       "div",
       { class: "al-under" },
       bar(item.bar),
-      scores(item, labels),
+      scores(item, value.labels),
       item.text ? make("p", { class: "al-text", lang: item.lang }, item.text) : null,
       item.credit ? make("p", { class: "al-credit", title: item.credit, lang: "en" }, item.credit) : null,
-      actions(item, labels, ["why", "more", "less"]),
+      item.alike?.length ? alike(item, value.labels) : null,
+      make("div", { class: "al-acts" }, ...value.actions.map((name) => act(name, item, value.labels))),
     ),
   );
 
@@ -26,7 +58,7 @@ keep((value) =>
   show(
     value.heading ? heading(value) : null,
     problem(value.error),
-    value.cards?.length ? folded(value, make("ol", { class: "al-grid" }, ...value.cards.map((item) => card(item, value.labels)))) : null,
+    value.cards?.length ? folded(value, make("ol", { class: "al-grid" }, ...value.cards.map((item) => card(item, value)))) : null,
     value.note ? make("p", { class: "al-note" }, value.note) : null,
   ),
 );
@@ -37,5 +69,6 @@ element.addEventListener("click", (event) => {
   const asked = { id: button.dataset.id };
   if (button.dataset.act === "why") trigger("why", asked);
   else if (button.dataset.act === "more") trigger("more", asked);
+  else if (button.dataset.act === "remove") trigger("remove", asked);
   else trigger("less", asked);
 });

@@ -12,3 +12,13 @@ keep((value) => {
     value.link ? make("p", { class: "al-note" }, make("a", { href: value.link.href }, value.link.text)) : null,
   );
 });
+
+// Gradio describes the API behind a button of its own, which page.css hides; an address alone does not open it.
+element.addEventListener("click", (event) => {
+  const button = document.querySelector("footer .show-api");
+  if (!button || !event.target.closest("a[href='?view=api']")) return;
+  event.preventDefault();
+  const stale = new URLSearchParams(location.search).get("view") === "api"; // after a reload Gradio takes it for open
+  if (stale) button.click();
+  button.click();
+});

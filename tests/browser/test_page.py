@@ -6,7 +6,7 @@ from playwright.sync_api import Page, expect
 
 from alignment.ui.strings import strings, text
 
-TABS = ("captions", "pictures", "matrix", "photos")
+TABS = ("captions", "pictures", "matrix", "photos", "evaluate")
 
 
 def open_tab(page: Page, key: str, lang: str = "en") -> None:
@@ -55,7 +55,7 @@ def test_results_show_rank_bar_cosine_and_probability_with_its_meaning(visit):
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_sticks_out_on_a_phone(visit, lang, dark):
     page = visit(f"?lang={lang}&__theme={'dark' if dark else 'light'}", width=390, height=844)
-    expect(page.get_by_role("tab")).to_have_count(4)  # none is hidden in a menu
+    expect(page.get_by_role("tab")).to_have_count(5)  # none is hidden in a menu
     for key in TABS:
         open_tab(page, key, lang)
         widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
@@ -173,100 +173,6 @@ def test_what_is_typed_never_becomes_markup(visit):
     page.locator("#matrix-compare").click()
     expect(page.locator("#matrix-table tbody th")).to_have_text([wicked])
     assert page.evaluate("window.hit") is None
-
-
-# ---------------------------------------------------------------- similarity matrix
-
-
-def test_three_pictures_and_their_captions_mark_the_diagonal(visit, picture):
-    page = visit()
-    open_tab(page, "matrix")
-    drop(page, "matrix", picture("cat"), picture("coffee"), picture("motorcycle"))
-    expect(page.locator("#matrix-table thead img")).to_have_count(3)
-    page.locator("#matrix-captions textarea").fill("a cat\n一杯咖啡\na red motorcycle")
-    page.locator("#matrix-compare").click()
-    rows = page.locator("#matrix-table tbody tr")
-    expect(rows).to_have_count(3)
-    for view, pattern in (("cosine", r"-?\d\.\d{3}"), ("captions", r"[<>]?\d+\.\d %"), ("pictures", r"[<>]?\d+\.\d %")):
-        page.locator("#matrix-view").get_by_text(text("en", f"matrix.view.{view}")).click()
-        expect(page.locator("#matrix-table .al-note")).to_have_text(text("en", f"matrix.meaning.{view}"))
-        for row in range(3):
-            cells = rows.nth(row).locator("td")
-            expect(cells.nth(row)).to_have_class(re.compile("al-best-picture al-best-caption"))
-            assert re.fullmatch(pattern, cells.nth(row).locator("span").first.inner_text())
-    expect(page.locator("#matrix-table .al-cell.al-best-picture")).to_have_count(3)
-
-
-def test_pictures_of_the_matrix_can_be_removed_one_by_one_or_all(visit, bad_file, picture):
-    page = visit()
-    open_tab(page, "matrix")
-    drop(page, "matrix", picture("cat"), bad_file, picture("rocket"))
-    expect(page.locator("#matrix-drop [role=alert]")).to_contain_text("notes.jpg")
-    expect(page.locator("#matrix-table thead img")).to_have_count(2)
-    page.locator("#matrix-table .al-remove").first.click()
-    expect(page.locator("#matrix-table thead img")).to_have_count(1)
-    page.locator("#matrix-clear").click()
-    expect(page.locator("#matrix-table .al-note")).to_have_text(text("en", "matrix.empty"))
-
-
-def test_too_many_captions_are_answered_in_words(visit):
-    page = visit()
-    open_tab(page, "matrix")
-    page.locator("#matrix-captions textarea").fill("\n".join(f"caption {row}" for row in range(65)))
-    page.locator("#matrix-compare").click()
-    expect(page.locator("#matrix-table [role=alert]")).to_contain_text("65 captions")
-
-
-# ---------------------------------------------------------------- my photos
-
-
-def test_own_photos_are_searched_and_cleared(visit, bad_file, picture, uploads):
-    page = visit()
-    open_tab(page, "photos")
-    expect(page.locator("#photos-clear")).to_be_disabled()
-    names = [picture(id).name for id in ("cat", "coffee", "rocket")]
-    drop(page, "photos", *(picture(id) for id in ("cat", "coffee", "rocket")), bad_file, picture("cat"))
-    expect(page.locator("#photos-drop [role=status]")).to_have_text("3 pictures added.")
-    expect(page.locator("#photos-drop .al-problem li")).to_have_text(
-        [
-            f"notes.jpg {text('en', 'error.image.not_an_image')}",
-            f"{names[0]} {text('en', 'error.photo.duplicate')}",
-        ]
-    )
-    for query, name in (("a cat", names[0]), ("一杯咖啡", names[1])):
-        search(page, "photos", query)
-        expect(page.locator("#photos-results li .al-text").first).to_have_text(name)
-        assert sorted(ranked(page, "photos")) == sorted(names)
-    assert [path for path in uploads.rglob("*") if path.is_file()] == []
-
-    other = visit()  # another visitor sees the sample only
-    open_tab(other, "photos")
-    expect(other.locator("#photos-notes")).to_have_text(text("en", "photos.sample"))
-
-    page.locator("#photos-clear").click()
-    expect(page.locator("#photos-drop [role=status]")).to_have_text(text("en", "photos.cleared"))
-    expect(page.locator("#photos-notes")).to_have_text(text("en", "photos.sample"))
-    assert not set(names) & set(ranked(page, "photos"))
-
-
-def test_photos_come_with_signs_of_progress(visit, tmp_path):
-    for row in range(20):
-        Image.new("RGB", (64, 64), (row * 12, 90, 90)).save(tmp_path / f"{row}.png")
-    page = visit()
-    open_tab(page, "photos")
-    page.evaluate(
-        """() => {
-            window.bars = [];
-            const place = document.querySelector("#photos-drop");
-            const note = () => place.querySelectorAll("progress").forEach((bar) => window.bars.push(bar.value));
-            new MutationObserver(note).observe(place, { childList: true, subtree: true });
-        }"""
-    )
-    drop(page, "photos", *sorted(tmp_path.glob("*.png")))
-    expect(page.locator("#photos-drop [role=status]")).to_have_text("20 pictures added.")
-    bars = page.evaluate("window.bars")
-    assert bars == sorted(bars)
-    assert {8, 16} <= set(bars)
 
 
 # ---------------------------------------------------------------- languages

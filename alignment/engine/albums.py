@@ -1,0 +1,261 @@
+"""A visitor's photos as a zip: out as a gallery folder, and in again without being embedded; or a zip of pictures.
+
+Place in the flow: `photos -> pack_album -> zip`, and `zip -> open_archive -> add_archive -> photos`. What leaves is a
+folder as `alignment.catalogue` writes it, so `unzip` and `python app.py --gallery FOLDER` open it too.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from alignment.engine.archives import Archive, open_archive
+from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
+from alignment.gallery import THUMBNAIL_PIXELS, Gallery, Picture
+from alignment.model import DualEncoder
+from alignment.preprocess import InputError, open_image
+
+ALBUM = "my_photos"
+"""Name of the zip and of the folder in it."""
+
+MAX_PICTURE_MB = 30
+AT_ONCE = 4  # pictures between two signs of progress
+
+_STAMP, _PICTURES, _EMBEDDINGS = "gallery.json", "pictures.jsonl", "embeddings.safetensors"
+_TEXT_MB, _EMBEDDINGS_MB, _THUMBNAIL_MB = 2, 80, 1
+_THUMBNAIL_SIDE = 4 * THUMBNAIL_PIXELS
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MAX_WORDS = 150  # characters of a name
+
+
+class Embedder(Protocol):
+    """What is needed of `AlignmentEngine`."""
+
+    encoder: DualEncoder
+
+    def add_photos(
+        self, photos: Photos, files: list[tuple[str, bytes]], *, limit: int = MAX_PHOTOS
+    ) -> tuple[Photos, list[Skipped]]:
+        """Embed more photos."""
+
+    def add_embedded(
+        self, photos: Photos, pictures: list[Picture], embeds: Tensor, thumbnails: Mapping[str, bytes]
+    ) -> Photos:
+        """Add photos that are embedded already."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """A step of `add_archive`.
+
+    Attributes:
+        photos: all so far.
+        skipped: what the step left out.
+        done: files of the archive that have been dealt with.
+        total: files of the archive that concern us.
+    """
+
+    photos: Photos
+    skipped: list[Skipped]
+    done: int
+    total: int
+
+
+# ---------------------------------------------------------------- out
+
+
+def pack_album(photos: Photos, encoder: DualEncoder) -> bytes:
+    """Pack photos into a zip that holds a gallery folder; nothing in it says where anything lies on this machine."""
+    old = photos.gallery
+    pictures = [replace(picture, source=_plain(picture.source), root="", file=None) for picture in old.pictures]
+    stamp = replace(
+        old.stamp,
+        model=Path(encoder.name).name if Path(encoder.name).is_absolute() else encoder.name,
+        source="",
+        options="",
+        built=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    gallery = Gallery(pictures, (), old.image_embeds, old.text_embeds[:0], stamp, judge=old.judge)
+    buffer = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        gallery.save(folder)
+        for path in sorted(Path(folder).iterdir()):
+            file.write(path, f"{ALBUM}/{path.name}")
+        for picture in pictures:
+            thumbnail = zipfile.ZipInfo(f"{ALBUM}/thumbnails/{picture.id}.webp")  # stored: WebP does not shrink
+            file.writestr(thumbnail, photos.thumbnails[picture.id])
+    return buffer.getvalue()
+
+
+def _plain(name: str) -> str:
+    """Reduce what a page called a file to a name that leads nowhere."""
+    name = name.replace("\\", "/").rpartition("/")[2].replace(":", "_")
+    return name[:_MAX_WORDS] or "?"
+
+
+# ---------------------------------------------------------------- in
+
+
+def add_archive(engine: Embedder, photos: Photos, path: Path, *, limit: int = MAX_PHOTOS) -> Iterator[Added]:
+    """Add the photos of a zip: an album that was downloaded here, or any zip of pictures.
+
+    Yields:
+        The photos after each few.
+
+    Raises:
+        InputError: when it cannot be opened, holds no picture, or is the album of another model.
+    """
+    with open_archive(path) as archive:
+        folder = _album_folder(archive)
+        if folder is None:
+            yield from _add_pictures(engine, photos, archive, limit)
+        else:
+            yield from _add_album(engine, photos, archive, folder, limit)
+
+
+def _add_pictures(engine: Embedder, photos: Photos, archive: Archive, limit: int) -> Iterator[Added]:
+    names = archive.pictures()
+    if not names:
+        raise InputError("There is no picture in the zip file.", "zip.no_pictures")
+    for start in range(0, len(names), AT_ONCE):
+        files: list[tuple[str, bytes]] = []
+        skipped: list[Skipped] = []
+        for name in names[start : start + AT_ONCE]:
+            try:
+                files.append((_plain(name), archive.read(name, MAX_PICTURE_MB)))
+            except InputError as error:
+                skipped.append(Skipped(name, error))
+        photos, bad = engine.add_photos(photos, files, limit=limit)
+        yield Added(photos, skipped + bad, min(start + AT_ONCE, len(names)), len(names))
+
+
+def _add_album(engine: Embedder, photos: Photos, archive: Archive, folder: str, limit: int) -> Iterator[Added]:
+    pictures, embeds = read_album(archive, folder, engine.encoder)
+    step = 4 * AT_ONCE  # thumbnails are quick
+    for start in range(0, len(pictures), step):
+        rows: list[int] = []
+        thumbnails: dict[str, bytes] = {}
+        skipped: list[Skipped] = []
+        for row, picture in enumerate(pictures[start : start + step], start):
+            try:
+                if picture.id in photos.thumbnails:
+                    raise InputError("This picture is there already.", "photo.duplicate")
+                if len(photos) + len(rows) >= limit:
+                    raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
+                thumbnails[picture.id] = _thumbnail(archive, f"{folder}thumbnails/{picture.id}.webp")
+                rows.append(row)
+            except InputError as error:
+                skipped.append(Skipped(picture.source, error))
+        if rows:
+            photos = engine.add_embedded(photos, [pictures[row] for row in rows], embeds[rows], thumbnails)
+        yield Added(photos, skipped, min(start + step, len(pictures)), len(pictures))
+
+
+def _album_folder(archive: Archive) -> str | None:
+    """Find the gallery in an archive: at its top, or in the one folder there."""
+    found = [name for name in archive.members if name.rpartition("/")[2] == _STAMP and name.count("/") <= 1]
+    return found[0].removesuffix(_STAMP) if len(found) == 1 else None
+
+
+def read_album(archive: Archive, folder: str, encoder: DualEncoder) -> tuple[list[Picture], Tensor]:
+    """Read the pictures of an album and their embeddings; thumbnails and everything else stay packed.
+
+    Args:
+        archive: the open zip.
+        folder: where the album lies in it, "" or "name/".
+        encoder: the model in use; no other model's embeddings are taken.
+
+    Returns:
+        The pictures, each named by a plain file name, and (num_pictures, embed_dim) float32.
+
+    Raises:
+        InputError: when a file is missing, not of this form, or made by another model.
+    """
+    stamp = _json(_read(archive, folder + _STAMP, _TEXT_MB))
+    if not isinstance(stamp, dict) or not isinstance(stamp.get("fingerprint"), str):
+        raise _spoilt(_STAMP)
+    if stamp["fingerprint"] != encoder.fingerprint:
+        theirs = _shown(str(stamp.get("model", ""))) or "?"
+        message = "These photos were embedded by the model {theirs}, but the one in use here is {ours}."
+        raise InputError(message, "album.model", theirs=theirs, ours=Path(encoder.name).name)
+    lines = _read(archive, folder + _PICTURES, _TEXT_MB).splitlines()
+    pictures = [_picture(_json(line)) for line in lines[: MAX_PHOTOS + 1]]
+    if len(pictures) > MAX_PHOTOS:
+        raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=MAX_PHOTOS)
+    if not pictures or len({picture.id for picture in pictures}) < len(pictures):
+        raise _spoilt(_PICTURES)
+    return pictures, _embeddings(_read(archive, folder + _EMBEDDINGS, _EMBEDDINGS_MB), len(pictures), encoder)
+
+
+def _read(archive: Archive, name: str, limit_mb: float) -> bytes:
+    if name not in archive.members:
+        message = "The album lacks the file {file}; take the zip as it was downloaded."
+        raise InputError(message, "album.missing", file=name.rpartition("/")[2])
+    return archive.read(name, limit_mb)
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _spoilt("JSON") from error
+
+
+def _picture(line: Any) -> Picture:
+    """Take of a picture's line what a visitor's photo has: its id and the name of its file."""
+    if not isinstance(line, dict):
+        raise _spoilt(_PICTURES)
+    id, source = line.get("id"), line.get("source")
+    if not isinstance(id, str) or not _ID.fullmatch(id) or not isinstance(source, str):
+        raise _spoilt(_PICTURES)
+    return Picture(id, _plain(_shown(source)))
+
+
+def _embeddings(data: bytes, count: int, encoder: DualEncoder) -> Tensor:
+    try:
+        embeds = load(data)["image_embeds"]
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise _spoilt(_EMBEDDINGS) from error
+    if not embeds.is_floating_point() or tuple(embeds.shape) != (count, encoder.embed_dim):
+        raise _spoilt(_EMBEDDINGS)
+    embeds = embeds.float()
+    lengths = embeds.norm(dim=-1)
+    if not lengths.isfinite().all() or not ((lengths > 0.9) & (lengths < 1.1)).all():
+        raise _spoilt(_EMBEDDINGS)
+    return embeds
+
+
+def _thumbnail(archive: Archive, name: str) -> bytes:
+    """Read a thumbnail as if it were any upload, and encode what is seen of it anew."""
+    data = _read(archive, name, _THUMBNAIL_MB)
+    try:
+        with Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
+            large = max(image.size) > _THUMBNAIL_SIDE
+    except Exception as error:  # hostile bytes make decoders raise anything
+        raise _spoilt("thumbnails") from error
+    if large:
+        raise _spoilt("thumbnails")
+    return as_webp(open_image(data))
+
+
+def _shown(text: str) -> str:
+    """Make a text of somebody else's fit to be shown."""
+    return "".join(letter for letter in text if letter.isprintable())[:_MAX_WORDS]
+
+
+def _spoilt(file: str) -> InputError:
+    message = "The album is damaged or not one of ours ({file}); take the zip as it was downloaded."
+    return InputError(message, "album.damaged", file=file)

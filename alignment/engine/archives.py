@@ -1,0 +1,168 @@
+"""Zip files from a visitor, taken for an attack until they are not.
+
+Place in the flow: `upload -> open_archive (here) -> albums, trial`. The directory is looked over before anything is
+inflated, what is inflated is bounded by what the directory declared, and no member's name becomes a path unless it is
+plain: no folder above, no link, no trick of a file system.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+import struct
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.preprocess import InputError
+
+MAX_ZIP_MB = 100
+MAX_INFLATED_MB = 400
+MAX_MEMBERS = 2000
+MAX_RATIO = 40
+"""What a zip may unpack to, as a multiple of its size: photographs hardly shrink, and text some tenfold."""
+
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
+
+_FREE_MB = 20  # an archive that unpacks to less is no bomb, whatever its ratio
+_MAX_DIRECTORY = 2**20  # bytes; read in one piece when a zip file is opened
+_MAX_DEPTH, _MAX_NAME = 8, 150  # folders; bytes
+_WAYS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# What zipfile and zlib raise on bytes that are no zip, or a broken one.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, RuntimeError, OSError)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An open zip file, looked over; nothing of it is inflated before it is asked for.
+
+    Attributes:
+        members: name -> entry of the files that may be read, in the order of the directory.
+        left_out: reason ("link", "name", "twice") -> names of those that may not.
+    """
+
+    file: zipfile.ZipFile
+    members: Mapping[str, zipfile.ZipInfo]
+    left_out: Mapping[str, Sequence[str]]
+
+    def read(self, name: str, limit_mb: float) -> bytes:
+        """Inflate one file.
+
+        Raises:
+            InputError: when it is larger, encrypted, or damaged.
+        """
+        entry = self.members[name]
+        if entry.file_size > limit_mb * 2**20:
+            message = "The file has more than {limit} MB; make it smaller."
+            raise InputError(message, "upload.size", limit=f"{limit_mb:g}")
+        try:
+            with self.file.open(entry) as handle:
+                data = handle.read(entry.file_size)  # never without a size: what is packed may be more than declared
+        except _DAMAGED as error:
+            raise _damaged() from error
+        if len(data) != entry.file_size:
+            raise _damaged()
+        return data
+
+    def pictures(self) -> list[str]:
+        """List the files that are called pictures."""
+        return [name for name in self.members if name.lower().endswith(PICTURE_ENDINGS)]
+
+
+class _Watched(io.FileIO):
+    """A file that refuses to hand over a directory of unreasonable size while it is being opened."""
+
+    opening = True
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read like any file, but not too much at once at first."""
+        if self.opening and size is not None and size > _MAX_DIRECTORY:
+            raise _too_many()
+        return super().read(-1 if size is None else size)
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[Archive]:
+    """Open a zip file and look over what it says it holds.
+
+    Raises:
+        InputError: when it is none, damaged, encrypted, too large, or unpacks to too much.
+    """
+    if path.stat().st_size > MAX_ZIP_MB * 2**20:
+        raise InputError("The file has more than {limit} MB; make it smaller.", "upload.size", limit=MAX_ZIP_MB)
+    with _Watched(path) as watched:
+        try:
+            file = zipfile.ZipFile(watched)
+        except InputError:
+            raise
+        except _DAMAGED as error:
+            raise _damaged() from error
+        watched.opening = False
+        with file:
+            yield _looked_over(file, path.stat().st_size)
+
+
+def _looked_over(file: zipfile.ZipFile, size: int) -> Archive:
+    entries = [entry for entry in file.infolist() if not entry.is_dir()]
+    if len(entries) > MAX_MEMBERS:
+        raise _too_many()
+    total = sum(entry.file_size for entry in entries)
+    if total > MAX_INFLATED_MB * 2**20:
+        message = "The zip file unpacks to more than {limit} MB; put less into it."
+        raise InputError(message, "zip.inflated", limit=MAX_INFLATED_MB)
+    if total > max(_FREE_MB * 2**20, MAX_RATIO * size):
+        message = "The zip file unpacks to more than {limit} times its size, which pictures never do; pack it anew."
+        raise InputError(message, "zip.ratio", limit=MAX_RATIO)
+    if any(entry.flag_bits & 1 for entry in entries):
+        raise InputError("The zip file has a password; pack it without one.", "zip.encrypted")
+    if any(entry.compress_type not in _WAYS for entry in entries):
+        raise InputError("The zip file is packed in a way not read here; pack it the ordinary way.", "zip.method")
+    members: dict[str, zipfile.ZipInfo] = {}
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        name = _name_of(entry)
+        if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/") if part not in (".", "..")):
+            continue  # what a file system keeps for itself
+        if reason := _reason(entry, name, members):
+            left_out[reason].append(name[:_MAX_NAME])
+        else:
+            members[name] = entry
+    return Archive(file, members, left_out)
+
+
+def _name_of(entry: zipfile.ZipInfo) -> str:
+    """Read a member's name; where no encoding is declared it is UTF-8 or, from Windows in Chinese, GB 18030."""
+    name = entry.orig_filename
+    if not entry.flag_bits & 0x800:
+        for encoding in ("utf-8", "gb18030"):
+            try:
+                name = name.encode("cp437").decode(encoding)
+                break
+            except UnicodeError:
+                continue
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def _reason(entry: zipfile.ZipInfo, name: str, members: Mapping[str, object]) -> str:
+    """Say why a member may not be read; "" if it may."""
+    kind = stat.S_IFMT(entry.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG):
+        return "link"
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") and part.isprintable() and ":" not in part for part in parts)
+    if not plain or len(parts) > _MAX_DEPTH or max(len(part.encode()) for part in parts) > _MAX_NAME:
+        return "name"
+    return "twice" if name in members else ""
+
+
+def _damaged() -> InputError:
+    return InputError("This is no zip file, or it is damaged; pack it again.", "zip.damaged")
+
+
+def _too_many() -> InputError:
+    message = "The zip file holds more than {limit} files; put fewer into it."
+    return InputError(message, "zip.members", limit=f"{MAX_MEMBERS:,}")

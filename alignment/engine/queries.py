@@ -1,0 +1,254 @@
+"""Compose a query of captions and pictures, each wanted or unwanted, more or less.
+
+Place in the flow: `what was typed -> terms -> Query (here) -> search -> matches`.
+
+    2 x golden retriever + snow - people
+
+A ` + ` or ` - ` with spaces around it parts terms, and so does a full-width ＋ or －. A weight stands in front. What is
+in double quotes is taken literally.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alignment.calibration import Judgement
+from alignment.gallery import Found, Gallery, Judge, Picture
+from alignment.preprocess import InputError
+from alignment.similarity import cosine_similarity
+
+MAX_TERMS = 8
+MIN_WEIGHT, MAX_WEIGHT = 0.1, 10.0
+
+_CJK = "\u3400-\u9fff\uf900-\ufaff"
+# Between blanks or at either end; full-width signs anywhere; a plus also between Chinese characters, where nobody types
+# blanks. A minus there could be a hyphen.
+_SIGN = re.compile(
+    rf'"[^"]*"|(?P<sign>(?:(?<=\s)|^)[+\-−](?=\s|$)|[＋－]|(?<=[{_CJK}])\+(?=[{_CJK}]|\d+(?:[.,]\d+)?\s*[x×*]\s*[{_CJK}]))'
+)
+# "2 x dog", "2x dog", "0.5*dog", "2×狗"; but not "4x4 car", "2x4" or "3 x-rays".
+_WEIGHT = re.compile(rf"(?P<weight>\d{{1,6}}(?:[.,]\d{{1,6}})?)\s*(?:[xX](?=\s|[{_CJK}])|[×＊*])\s*(?=[^\d\s])")
+SPARED = 0.5
+"""How far a picture may go beyond unrelated ones in what is not wanted before it counts; in their spreads."""
+
+_FEW = 3  # pictures of a background that say nothing about spreads
+_ITSELF = 0.99  # cosine
+_SMALLEST_SPREAD = 1e-4
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a query.
+
+    Attributes:
+        text: a caption; "" for a picture.
+        weight: how much it counts; below 0 if it is unwanted.
+        picture: what a picture is known by, in the gallery or to the page; "" for a caption.
+        embed: (embed_dim,), unit norm; None until a caption has been embedded.
+    """
+
+    text: str = ""
+    weight: float = 1.0
+    picture: str = ""
+    embed: Tensor | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is a plus term."""
+        return self.weight > 0
+
+
+def embed_of(term: Term) -> Tensor:
+    """Tell the embedding of a term that has one."""
+    if term.embed is None:
+        raise ValueError(f"{term.text!r} has not been embedded yet.")
+    return term.embed
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a search is for.
+
+    Attributes:
+        terms: all with their embedding; at least one is wanted.
+    """
+
+    terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise InputError("The caption is empty; type a few words.", "caption.empty")
+        if not any(term.wanted for term in self.terms):
+            message = "This says only what to leave out; add something to look for."
+            raise InputError(message, "query.only_minus")
+
+    @property
+    def captions(self) -> tuple[Term, ...]:
+        """The terms that are texts."""
+        return tuple(term for term in self.terms if term.text)
+
+    @property
+    def wanted_captions(self) -> tuple[Term, ...]:
+        """The texts that a picture should fit: there is a probability only if there are any."""
+        return tuple(term for term in self.captions if term.wanted)
+
+    @property
+    def composed(self) -> bool:
+        """Whether it is more than one caption."""
+        return len(self.terms) > 1 or not self.wanted_captions
+
+
+# ---------------------------------------------------------------- reading and writing
+
+
+def parse_query(text: str) -> tuple[Term, ...]:
+    """Read a query as it is typed; without signs and weights it is one caption.
+
+    Terms with nothing in them are left out.
+
+    Raises:
+        InputError: on a weight that is out of bounds, or too many terms.
+    """
+    terms, sign, start = [], 1.0, 0
+    for found in _SIGN.finditer(text):
+        if found["sign"]:
+            terms.append(_read_term(text[start : found.start()], sign))
+            sign, start = (1.0 if found["sign"] in "+＋" else -1.0), found.end()
+    terms.append(_read_term(text[start:], sign))
+    read = tuple(term for term in terms if term.text)
+    check_count(len(read))
+    return read
+
+
+def check_count(count: int) -> None:
+    """Raise InputError when a query has too many terms."""
+    if count > MAX_TERMS:
+        message = "A query may have {limit} parts and this one has {count}; leave some out."
+        raise InputError(message, "query.too_many", limit=MAX_TERMS, count=count)
+
+
+def _read_term(text: str, sign: float) -> Term:
+    text, weight = text.strip(), 1.0
+    if found := _WEIGHT.match(text):
+        text, weight = text[found.end() :], float(found["weight"].replace(",", "."))
+        if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+            bounds = {"low": f"{MIN_WEIGHT:g}", "high": f"{MAX_WEIGHT:g}"}
+            raise InputError("A weight lies between {low} and {high}.", "query.weight", **bounds)
+    if len(text) > 2 and text[0] == text[-1] == '"' and '"' not in text[1:-1]:
+        text = text[1:-1].strip()
+    return Term(text, sign * weight)
+
+
+def write_query(terms: Sequence[Term]) -> str:
+    """Write the captions of a query so that `parse_query` reads them again; pictures have no words."""
+    written: list[str] = []
+    for term in terms:
+        if term.text:
+            sign = ("+ " if term.wanted else "- ") if written or not term.wanted else ""
+            weight = abs(term.weight)
+            written.append(sign + ("" if weight == 1 else f"{weight:g} x ") + _quoted(term.text))
+    return " ".join(written)
+
+
+def _quoted(text: str) -> str:
+    try:
+        literal = parse_query(text) == (Term(text),)
+    except InputError:
+        literal = False
+    return text if literal or '"' in text else f'"{text}"'
+
+
+# ---------------------------------------------------------------- search
+
+
+def search(gallery: Gallery, query: Query, k: int) -> Found[Picture]:
+    """Find the k pictures that fit a query best, without the pictures it is made of."""
+    if not query.composed:
+        return gallery.search_images(embed_of(query.terms[0]), k)
+    own = {term.picture for term in query.terms if term.picture}
+    judge, senseless = gallery.judge, _senseless(query, gallery.judge)
+    background = judge.background.image_embeds if judge else gallery.image_embeds
+
+    def judged(rows: Tensor, candidates: Tensor) -> Judgement | None:
+        if judge is None or not query.wanted_captions:
+            return None
+        if senseless:
+            return Judgement(torch.zeros(len(rows)), 0.0, False, senseless=True)
+        return _judge(gallery.image_embeds, query, judge, rows, candidates)
+
+    found = gallery.rank_images(scores(query, gallery.image_embeds, background), k, judged, without=own)
+    return replace(found, composed=True, nonsense=senseless)
+
+
+def scores(query: Query, pictures: Tensor, background: Tensor) -> Tensor:
+    """Score pictures for a composed query, in units of what unrelated pictures scatter.
+
+    Captions and pictures lie in different cones, and how far their cosines spread over the same pictures differs from
+    query to query. So each term's cosines are standardised by what it scores with the background before they are added
+    up. A term that is not wanted takes away only where a picture shows more of it than unrelated ones do; subtracted
+    as they are, its scores would lift what is least like it above what was asked for.
+
+    Args:
+        query: composed.
+        pictures: (n, embed_dim), unit norm.
+        background: (num_background, embed_dim), unrelated pictures.
+
+    Returns:
+        (n,) float64.
+    """
+    total = torch.zeros(len(pictures)).double()
+    for term in query.terms:
+        mean, spread = _units(embed_of(term), background)
+        standard = ((pictures.double() @ embed_of(term).double()) - mean) / spread
+        total += term.weight * (standard if term.wanted else (standard - SPARED).clamp_min(0))
+    return total
+
+
+def _units(embed: Tensor, background: Tensor) -> tuple[float, float]:
+    """Mean and spread of a term's cosines with unrelated pictures; it may be one of them itself."""
+    cosines = background.double() @ embed.double()
+    others = cosines[cosines < _ITSELF]
+    if len(others) < _FEW:
+        return 0.0, 1.0
+    return others.mean().item(), max(others.std(correction=0).item(), _SMALLEST_SPREAD)
+
+
+def _senseless(query: Query, judge: Judge | None) -> tuple[str, ...]:
+    if judge is None or not query.captions:
+        return ()
+    embeds = torch.stack([embed_of(term) for term in query.captions])
+    nonsense = judge.background.is_senseless(embeds, "text_to_image").tolist()
+    return tuple(term.text for term, is_nonsense in zip(query.captions, nonsense, strict=True) if is_nonsense)
+
+
+def _judge(pictures: Tensor, query: Query, judge: Judge, rows: Tensor, candidates: Tensor) -> Judgement:
+    """Judge what is wanted as one caption, and each unwanted caption by itself, taken as independent.
+
+    Weights change the ranking only. Captions of one picture are anything but independent: multiplied, their
+    probabilities say far too little of it.
+    """
+    curves, line = judge.calibration, judge.calibration.lines["text_to_image"]
+
+    def evidence(embed: Tensor) -> Tensor:
+        similarity = cosine_similarity(embed[None], pictures[candidates])
+        return judge.background.evidence(similarity, embed[None], len(candidates), "text_to_image")[0]
+
+    wanted = evidence(
+        functional.normalize(torch.stack([embed_of(term) for term in query.wanted_captions]).sum(0), dim=0)
+    )
+    matches = curves.match["text_to_image"].probability(wanted)
+    fits = curves.fits["text_to_image"].probability(wanted)
+    for term in query.captions:
+        if not term.wanted:
+            spared = 1 - curves.match["text_to_image"].probability(evidence(embed_of(term)))
+            matches, fits = matches * spared, fits * spared
+    something = float(fits.max())
+    by_row = dict(zip(candidates.tolist(), matches.tolist(), strict=True))
+    probabilities = torch.tensor([by_row[row] for row in rows.tolist()])
+    return Judgement(probabilities, something, something >= line)

@@ -1,0 +1,224 @@
+"""Top floor, the API: what programs may ask, by `gradio_client`, by plain HTTP or, with `app.py --mcp`, as MCP tools.
+
+Place in the flow: beside the tabs, on the same engine and in the same queues. Gradio reads types and texts off the
+signatures and docstrings here (no `from __future__ import annotations`: it cannot read those), and an agent chooses a
+tool by them. Errors are said in English.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from torch import Tensor
+
+from alignment.engine import AlignmentEngine
+from alignment.preprocess import MAX_CAPTION_CHARS, MAX_IMAGE_PIXELS, InputError
+from alignment.ui.api_answers import (
+    CaptionsFound,
+    Description,
+    Embeddings,
+    Matrix,
+    PicturesFound,
+    captions_found,
+    matrix,
+    pictures_found,
+    rows,
+)
+from alignment.ui.api_input import (
+    MAX_CAPTIONS,
+    MAX_PICTURES,
+    MAX_RESULTS,
+    SentPicture,
+    forgotten,
+    opened,
+    read_caption,
+    read_captions,
+    read_count,
+)
+from alignment.ui.uploads import MAX_FILE_MB
+from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE, spoken
+
+
+class Api:
+    """The endpoints; each method is one."""
+
+    def __init__(self, engine: AlignmentEngine) -> None:
+        self.engine = engine
+
+    def search_images(self, caption: str, k: int = 12) -> PicturesFound:
+        """Find the pictures of the gallery that show what a caption says, best first.
+
+        Args:
+            caption: What the picture should show, in English or Chinese, up to 1000 characters.
+            k: How many pictures, 1 to 100.
+
+        Returns:
+            matches, best first: rank (from 1), id, captions by language, credit (author and licence), thumbnail
+            (address below the server's), similarity (cosine, -1 to 1), share (the model's softmax over the whole
+            gallery; with SigLIP models a sigmoid) and probability (calibrated chance that this is a match, null where
+            nothing tells). fits: whether anything fits at all; if false, the matches are only the least bad ones.
+            something_fits: calibrated chance that any picture of the gallery is a match.
+        """
+        return pictures_found(self.engine.search_images(read_caption(caption), read_count(k)))
+
+    def search_captions(self, image: SentPicture, k: int = 10, lang: str = "") -> CaptionsFound:
+        """Find the captions of the gallery that say what a picture shows, best first.
+
+        Args:
+            image: A data URL ("data:image/jpeg;base64,...") or what /gradio_api/upload or upload_file_to_gradio gave.
+            k: How many captions, 1 to 100.
+            lang: Only captions of this language compete, such as en or zh; all do if it is empty.
+
+        Returns:
+            matches, best first: rank (from 1), id, text, lang, similarity (cosine, -1 to 1), share (the model's softmax
+            over all captions that competed; with SigLIP models a sigmoid) and probability (calibrated chance that this
+            is a match, null where nothing tells). fits: whether anything fits at all; if false, the matches are only
+            the least bad ones. something_fits: calibrated chance that any caption of the gallery is a match.
+        """
+        with forgotten([image]):
+            count, lang = read_count(k), self._language(lang)
+            (embed,) = self._embed([image])
+            return captions_found(self.engine.search_captions(embed, count, lang or None))
+
+    def similarity_matrix(self, images: list[SentPicture], captions: list[str]) -> Matrix:
+        """Score every one of several pictures against every one of several captions.
+
+        Args:
+            images: 1 to 64 pictures, each a data URL or what /gradio_api/upload or upload_file_to_gradio gave.
+            captions: 1 to 64 captions, in English or Chinese.
+
+        Returns:
+            Tables with a row for each picture and a column for each caption: similarity (cosine, -1 to 1),
+            softmax_over_captions (each row adds up to 1), softmax_over_images (each column adds up to 1) and sigmoid
+            (each pair by itself; null for a model without a bias). best_captions: for each picture the column of its
+            best caption, from 0. best_images: for each caption the row of its best picture, from 0.
+        """
+        with forgotten(images):
+            texts = read_captions(captions)
+            return matrix(self.engine.align(self._embed(images), texts), self.engine.encoder.logit_bias)
+
+    def embed_images(self, images: list[SentPicture]) -> Embeddings:
+        """Turn pictures into vectors that can be compared with those of captions: the dot product is the cosine.
+
+        Args:
+            images: 1 to 64 pictures, each a data URL or what /gradio_api/upload or upload_file_to_gradio gave.
+
+        Returns:
+            embeddings: a vector of length 1 for each picture. fingerprint: of the model; vectors of different
+            models cannot be compared.
+        """
+        with forgotten(images):
+            return {"embeddings": rows(self._embed(images)), "fingerprint": self.engine.encoder.fingerprint}
+
+    def embed_captions(self, captions: list[str]) -> Embeddings:
+        """Turn captions into vectors that can be compared with those of pictures: the dot product is the cosine.
+
+        Args:
+            captions: 1 to 64 captions, in English or Chinese, up to 1000 characters each.
+
+        Returns:
+            embeddings: a vector of length 1 for each caption. fingerprint: of the model; vectors of different
+            models cannot be compared.
+        """
+        embeds = self.engine.embed_captions(read_captions(captions))
+        return {"embeddings": rows(embeds), "fingerprint": self.engine.encoder.fingerprint}
+
+    def describe(self) -> Description:
+        """Say which model answers here, what its gallery holds and what the limits of the other tools are.
+
+        Returns:
+            model, fingerprint (of its weights), embed_dim, logit_scale and logit_bias (cosine to logit), images and
+            captions (how many the gallery holds), languages (of its captions), calibrated (whether searches give
+            probabilities) and limits.
+        """
+        encoder, gallery = self.engine.encoder, self.engine.gallery
+        return {
+            "model": Path(encoder.name).name if Path(encoder.name).exists() else encoder.name,
+            "fingerprint": encoder.fingerprint,
+            "embed_dim": encoder.embed_dim,
+            "logit_scale": float(encoder.logit_scale),
+            "logit_bias": None if encoder.logit_bias is None else float(encoder.logit_bias),
+            "images": len(gallery.pictures),
+            "captions": len(gallery.captions),
+            "languages": list(gallery.languages),
+            "calibrated": gallery.judge is not None,
+            "limits": {
+                "k": MAX_RESULTS,
+                "images": MAX_PICTURES,
+                "captions": MAX_CAPTIONS,
+                "caption_characters": MAX_CAPTION_CHARS,
+                "image_megabytes": MAX_FILE_MB,
+                "image_megapixels": MAX_IMAGE_PIXELS // 10**6,
+            },
+        }
+
+    def _language(self, lang: object) -> str:
+        known = self.engine.gallery.languages
+        if lang in ("", None):
+            return ""
+        if lang not in known:
+            message = "The gallery has no captions in that language; lang may be {known}, or empty for all."
+            raise InputError(message, "api.lang", known=" or ".join(known) or "only empty")
+        return str(lang)
+
+    def _embed(self, images: object) -> Tensor:
+        """Embed one picture after the other: no more than one lies decoded in memory; (n, embed_dim)."""
+        return torch.stack([self.engine.embed_image(picture) for picture in opened(images)])
+
+
+def add_api(engine: AlignmentEngine) -> None:
+    """Offer the engine to programs; to be called inside a page."""
+    api = Api(engine)
+    for endpoint, work, limit in (
+        (api.search_images, "search", SEARCHES_AT_ONCE),
+        (api.search_captions, "search", SEARCHES_AT_ONCE),
+        (api.similarity_matrix, "upload", UPLOADS_AT_ONCE),
+        (api.embed_images, "upload", UPLOADS_AT_ONCE),
+        (api.embed_captions, "search", SEARCHES_AT_ONCE),
+        (api.describe, "search", SEARCHES_AT_ONCE),
+    ):
+        gr.api(
+            _answering(endpoint),
+            api_name=endpoint.__name__,
+            api_description=_described(endpoint),
+            concurrency_id=work,
+            concurrency_limit=limit,
+        )
+
+
+def _described(endpoint: Callable[..., Any]) -> str:
+    """Say what an endpoint does and gives; what it takes Gradio says of each parameter."""
+    does, _, gives = (inspect.getdoc(endpoint) or "").partition("Returns:")
+    return " ".join(f"{does.partition('Args:')[0]} Returns: {gives}".split())
+
+
+def _answering(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an endpoint say what is wrong in a sentence; the log has the rest."""
+
+    @wraps(endpoint)
+    def answer(*args: Any) -> Any:
+        try:
+            with spoken():
+                return endpoint(*args)
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return answer
+
+
+def answer_tools_in_json(page: gr.Blocks) -> None:
+    """Let a launched page's MCP tools answer in JSON; Gradio's own answers are Python's `str`."""
+    server = page.mcp_server_obj
+    if server is None:
+        return
+    content = server.types.TextContent
+
+    def written(data: Any, root_url: str) -> list[Any]:
+        return [content(type="text", text=json.dumps(answer, ensure_ascii=False)) for answer in data]
+
+    server.postprocess_output_data = written  # type: ignore[method-assign]

@@ -1,0 +1,142 @@
+"""Top floor, what programs get: the shape of every answer. Gradio makes the API's schema of these types."""
+
+from typing import Any, TypedDict
+from urllib.parse import quote
+
+from torch import Tensor
+
+from alignment.engine import Alignment
+from alignment.gallery import Caption, Found, Match, Picture
+from alignment.similarity import match_probabilities
+from alignment.ui.examples import THUMBNAIL_ROUTE
+
+PLACES = 6  # of a number in an answer; single precision has no more to say
+
+
+class _Numbers(TypedDict):
+    rank: int
+    similarity: float
+    share: float
+    probability: float | None
+
+
+class PictureMatch(_Numbers):
+    """A picture that was found."""
+
+    id: str
+    captions: dict[str, str]
+    credit: str
+    thumbnail: str
+
+
+class CaptionMatch(_Numbers):
+    """A caption that was found."""
+
+    id: str
+    text: str
+    lang: str
+
+
+class PicturesFound(TypedDict):
+    """Answer of `search_images`."""
+
+    matches: list[PictureMatch]
+    fits: bool
+    something_fits: float | None
+
+
+class CaptionsFound(TypedDict):
+    """Answer of `search_captions`."""
+
+    matches: list[CaptionMatch]
+    fits: bool
+    something_fits: float | None
+
+
+class Matrix(TypedDict):
+    """Answer of `similarity_matrix`."""
+
+    similarity: list[list[float]]
+    softmax_over_captions: list[list[float]]
+    softmax_over_images: list[list[float]]
+    sigmoid: list[list[float]] | None
+    best_captions: list[int]
+    best_images: list[int]
+
+
+class Embeddings(TypedDict):
+    """Answer of `embed_images` and `embed_captions`."""
+
+    embeddings: list[list[float]]
+    fingerprint: str
+
+
+class Description(TypedDict):
+    """Answer of `describe`."""
+
+    model: str
+    fingerprint: str
+    embed_dim: int
+    logit_scale: float
+    logit_bias: float | None
+    images: int
+    captions: int
+    languages: list[str]
+    calibrated: bool
+    limits: dict[str, int]
+
+
+def pictures_found(found: Found[Picture]) -> PicturesFound:
+    """Write ranked pictures down."""
+    matches: list[PictureMatch] = [
+        {
+            "id": match.item.id,
+            "captions": dict(match.item.captions),
+            "credit": match.item.credit,
+            "thumbnail": THUMBNAIL_ROUTE.format(id=quote(match.item.id, safe="")),
+            **_numbers(match),
+        }
+        for match in found.matches
+    ]
+    return {"matches": matches, "fits": found.fits, "something_fits": _chance(found.something_fits)}
+
+
+def captions_found(found: Found[Caption]) -> CaptionsFound:
+    """Write ranked captions down."""
+    matches: list[CaptionMatch] = [
+        {"id": match.item.id, "text": match.item.text, "lang": match.item.lang, **_numbers(match)}
+        for match in found.matches
+    ]
+    return {"matches": matches, "fits": found.fits, "something_fits": _chance(found.something_fits)}
+
+
+def matrix(scores: Alignment, logit_bias: float | None) -> Matrix:
+    """Write pictures against captions down."""
+    logits = scores.logits_per_image
+    pairs = None if logit_bias is None else rows(match_probabilities(logits, dim=1, logit_bias=logit_bias))
+    return {
+        "similarity": rows(scores.similarity),
+        "softmax_over_captions": rows(scores.over_captions),
+        "softmax_over_images": rows(scores.over_pictures),
+        "sigmoid": pairs,
+        "best_captions": scores.best_captions,
+        "best_images": scores.best_pictures,
+    }
+
+
+def rows(table: Tensor) -> list[list[float]]:
+    """Write a table down, row by row."""
+    return [[round(value, PLACES) for value in row] for row in table.tolist()]
+
+
+def _numbers(match: Match[Any]) -> _Numbers:
+    return {
+        "rank": match.rank,
+        "similarity": round(match.similarity, PLACES),
+        "share": round(match.share, PLACES),
+        "probability": _chance(match.probability),
+    }
+
+
+def _chance(probability: float | None) -> float | None:
+    return None if probability is None else round(probability, PLACES)

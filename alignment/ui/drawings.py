@@ -1,0 +1,49 @@
+"""Top floor, drawings of our own with captions: the example of what a zip for the tab "Evaluate" looks like."""
+
+from __future__ import annotations
+
+import csv
+import io
+import zipfile
+
+from PIL import Image, ImageDraw
+
+from alignment.ui.strings import text
+
+SIDE = 320
+COLOURS = {"red": "#d03a2f", "blue": "#2f5fd0", "green": "#2c8f4a", "yellow": "#e8b820"}
+TABLE = "captions"
+SHAPES = ("circle", "square", "triangle")
+
+
+def sample_zip(lang: str) -> bytes:
+    """Draw a few shapes and pack them, with a captions file in this language and a line that says what it is."""
+    names, table = [], io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["image", "caption"])
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for shape in SHAPES:
+            for colour in COLOURS:
+                names.append(f"images/{colour}_{shape}.png")
+                what = {"colour": text(lang, f"drawing.{colour}"), "shape": text(lang, f"drawing.{shape}")}
+                for form in ("drawing.caption", "drawing.caption.other"):
+                    writer.writerow([names[-1], text(lang, form, **what)])
+                file.writestr(names[-1], _drawn(shape, COLOURS[colour]))
+        file.writestr(f"{TABLE}.csv", "\ufeff" + table.getvalue())  # the mark tells spreadsheets that it is UTF-8
+    return buffer.getvalue()
+
+
+def _drawn(shape: str, colour: str) -> bytes:
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    draw = ImageDraw.Draw(image)
+    low, high = SIDE // 5, SIDE - SIDE // 5
+    if shape == "circle":
+        draw.ellipse((low, low, high, high), fill=colour)
+    elif shape == "square":
+        draw.rectangle((low, low, high, high), fill=colour)
+    else:
+        draw.polygon([(SIDE // 2, low), (low, high), (high, high)], fill=colour)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

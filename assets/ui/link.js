@@ -1,0 +1,55 @@
+// Copies a link to what is on the page: the open tab, what was asked there, the language.
+
+const asked = (key) => {
+  const box = document.querySelector(`#${key}-query textarea, #${key}-query input, #${key}-captions textarea`);
+  return box ? box.value.trim() : document.querySelector(`#${key}-results [data-link]`)?.dataset.link || "";
+};
+
+const address = () => {
+  const inSight = (key) => [...document.querySelectorAll(`[id^="${key}-"]`)].some((node) => node.offsetParent);
+  const key = props.value.tabs.find(inSight);
+  const query = new URLSearchParams({ tab: key });
+  if (asked(key)) query.set("q", asked(key));
+  query.set("lang", props.value.lang);
+  return `${location.origin}${location.pathname}?${query}`;
+};
+
+let copied = ""; // the link just copied, or to be copied by hand
+let byHand = false;
+let timer = 0;
+
+const render = () => {
+  const { words } = props.value;
+  const done = copied && !byHand;
+  show(
+    make(
+      "button",
+      { type: "button", class: `al-link${done ? " al-done" : ""}`, title: words.copy, "data-focus": "link" },
+      make("span", {}, done ? words.copied : words.copy),
+    ),
+    make("span", { class: "al-hidden", role: "status" }, done ? words.copied : ""),
+    copied && byHand ? make("input", { class: "al-link-text", type: "text", readonly: true, value: copied, "aria-label": words.byHand }) : null,
+  );
+};
+
+render();
+watch("value", render);
+
+element.addEventListener("click", async (event) => {
+  if (!event.target.closest("button.al-link")) return;
+  copied = address();
+  try {
+    await navigator.clipboard.writeText(copied);
+    byHand = false;
+  } catch {
+    byHand = true; // no leave, or no https
+  }
+  render();
+  if (byHand) element.querySelector("input").select();
+  clearTimeout(timer);
+  timer = setTimeout(() => {
+    if (byHand) return;
+    copied = "";
+    render();
+  }, 2500);
+});
