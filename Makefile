@@ -102,7 +102,7 @@ $(BROWSER_STAMP): $(TEST_STAMP)
 	if command -v chromium >/dev/null && fc-list :lang=zh 2>/dev/null | grep -q .; then \
 	  echo "Browser: $$(command -v chromium)"; \
 	elif [ "$$system" = debian ] && [ -n "$$root" ] && $$root apt-get update && \
-	  $$root DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium fonts-noto-cjk fontconfig; then \
+	  $$root DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium fonts-noto-cjk fontconfig curl; then \
 	  echo "Browser: $$(command -v chromium)"; \
 	elif [ "$$system" = ubuntu ] && [ -n "$$root" ]; then \
 	  $(BIN)/playwright install --with-deps chromium; \

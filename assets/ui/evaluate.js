@@ -62,10 +62,10 @@ const example = (item) =>
     {},
     make("div", { class: "al-example-pictures" }, ...item.images.map(picture)),
     make(
-      "dl",
-      {},
-      ...item.lines.map((line) => make("div", {}, make("dt", {}, line.label), make("dd", {}, line.text))),
-      item.rank ? make("div", { class: "al-example-rank" }, item.rank) : null,
+      "div",
+      { class: "al-example-words" },
+      make("dl", {}, ...item.lines.map((line) => make("div", {}, make("dt", {}, line.label), make("dd", {}, line.text)))),
+      item.rank ? make("p", { class: "al-example-rank" }, item.rank) : null,
     ),
   );
 

@@ -78,7 +78,8 @@ def visit(browser, address) -> Iterator[Callable[..., Page]]:
         page.on("pageerror", lambda error: complaints.append(f"script: {error}"))
         page.on("console", lambda line: line.type == "error" and complaints.append(f"console: {line.text}"))
         page.goto(address + query)
-        expect(page.locator("#captions-results h2")).to_be_visible()
+        expect(page.locator("#captions-results h2")).to_be_attached()  # an address may lead to another tab
+        expect(page.locator("#link button")).to_be_visible()
         return page
 
     yield open_page
