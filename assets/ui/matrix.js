@@ -109,7 +109,7 @@ const sayTemperature = () => {
   const own = state.heat === 0;
   const each = value.models.map((model) => significant(heat() / model.scale));
   const words = (new Set(each).size === 1 ? each.slice(0, 1) : each).join(" → ");
-  drawn.heat.textContent = own ? `${words} (${value.labels.ownNow})` : words;
+  drawn.heat.textContent = own ? `${words} · ${value.labels.ownNow}` : words;
   drawn.slider.setAttribute("aria-valuetext", drawn.heat.textContent);
   drawn.own_heat.disabled = own;
 };
@@ -177,7 +177,7 @@ const dress = (cell, panel, row, column, looks) => {
   cell.style.cssText = looks[shade(number, panel.limits)];
   cell.firstChild.data = panel.write(number, drawn.short);
   cell.children[0]?.remove();
-  if (words.length) cell.append(hidden(`, ${words.join(", ")}`));
+  if (words.length) cell.append(hidden(` · ${words.join(" · ")}`));
 };
 
 // ---------------------------------------------------------------- below the table
