@@ -5,7 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -402,7 +403,13 @@ def with_tools(address: str, talk: Callable[[ClientSession], Any]) -> Any:
             await session.initialize()
             return await talk(session)
 
-    return asyncio.run(run())
+    return finished(run())
+
+
+def finished(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run it in a thread of its own: after browser tests an event loop is running in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 def test_every_endpoint_is_a_tool_with_a_text_that_says_what_it_does(address):
@@ -511,7 +518,7 @@ def test_the_agents_configuration_of_the_readme_works(shell, address, photo, tmp
             await session.initialize()
             return await session.call_tool("search_captions", {"image": sent.content[0].text, "lang": "en"})
 
-    assert "cat" in asyncio.run(run()).content[0].text
+    assert "cat" in finished(run()).content[0].text
 
 
 def test_both_readmes_say_the_same():

@@ -14,15 +14,10 @@ SLOW = 30_000  # milliseconds; the machine may be busy
 expect.set_options(timeout=SLOW)
 
 
-# Gradio's queue statistics, which nobody asked for, call pandas in a way that pandas 3 has deprecated.
-ALLOWED = "ignore:The copy keyword is deprecated:DeprecationWarning"
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.browser)
-            item.add_marker(pytest.mark.filterwarnings(ALLOWED))
 
 
 @pytest.fixture(scope="session")
