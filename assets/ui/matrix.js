@@ -177,7 +177,7 @@ const dress = (cell, panel, row, column, looks) => {
   cell.style.cssText = looks[shade(number, panel.limits)];
   cell.firstChild.data = panel.write(number, drawn.short);
   cell.children[0]?.remove();
-  if (words.length) cell.append(hidden(` · ${words.join(" · ")}`));
+  if (words.length) cell.append(hidden(`, ${words.join(", ")}`));
 };
 
 // ---------------------------------------------------------------- below the table
