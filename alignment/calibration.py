@@ -97,16 +97,28 @@ class Background:
         Such a query is closer to them than to anything ordinary, and closer than half-way from what is ordinary to
         where they lie among themselves.
         """
-        of_images = direction == "image_to_text"
-        nonsense = self.empty_image_embeds if of_images else self.nonsense_text_embeds
-        ordinary = self.image_embeds if of_images else self.text_embeds
-        if nonsense is None or len(nonsense) <= _NEAREST:
+        nonsense, ordinary, half_way = self._apart[direction]
+        if nonsense is None:
             return torch.zeros(len(query_embeds), dtype=torch.bool)
         here = _nearness(query_embeds, nonsense)
-        # Each of them is nearest to itself, which does not count.
-        inside = cosine_similarity(nonsense, nonsense).fill_diagonal_(-1).topk(_NEAREST).values.mean()
-        half_way = (inside + _nearness(ordinary, nonsense).mean()) / 2
         return (here > _nearness(query_embeds, ordinary)) & (here > half_way)
+
+    @cached_property
+    def _apart(self) -> dict[Direction, tuple[Tensor | None, Tensor, float]]:
+        """Nonsense, what is ordinary, and half-way between them; without enough nonsense there is none."""
+        sides: dict[Direction, tuple[Tensor | None, Tensor]] = {
+            "image_to_text": (self.empty_image_embeds, self.image_embeds),
+            "text_to_image": (self.nonsense_text_embeds, self.text_embeds),
+        }
+        found: dict[Direction, tuple[Tensor | None, Tensor, float]] = {}
+        for direction, (nonsense, ordinary) in sides.items():
+            if nonsense is None or len(nonsense) <= _NEAREST:
+                found[direction] = None, ordinary, 0.0
+                continue
+            # Each of them is nearest to itself, which does not count.
+            inside = cosine_similarity(nonsense, nonsense).fill_diagonal_(-1).topk(_NEAREST).values.mean()
+            found[direction] = nonsense, ordinary, float(inside + _nearness(ordinary, nonsense).mean()) / 2
+        return found
 
     def evidence(
         self, similarity: Tensor, query_embeds: Tensor, num_candidates: int | Tensor, direction: Direction

@@ -23,7 +23,7 @@ from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
 from alignment.engine.queries import Query, Term, check_count, search
 from alignment.gallery import Caption, Found, Gallery, Picture
 from alignment.model import DualEncoder
-from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
+from alignment.preprocess import ImageSource, InputError, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,11 @@ class AlignmentEngine:
 
     def embed_image(self, image: ImageSource) -> Tensor:
         """Embed one picture; (embed_dim,). Raises InputError when it cannot be opened."""
-        with self._lock:
-            return self.encoder.encode_images([image])[0]
+        return self.embed_images([image])[0]
 
     def embed_caption(self, caption: str) -> Tensor:
         """Embed one caption; (embed_dim,). Raises InputError when it is empty or too long."""
-        with self._lock:
-            return self.encoder.encode_texts([clean_caption(caption)])[0]
+        return self.embed_captions([caption])[0]
 
     def embed_images(self, images: Sequence[ImageSource]) -> Tensor:
         """Embed pictures, (n, embed_dim). Raises InputError when one cannot be opened."""
@@ -65,7 +63,7 @@ class AlignmentEngine:
             return self.encoder.encode_images(images)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
-        """Embed captions that are clean, (n, embed_dim)."""
+        """Embed captions, (n, embed_dim). Raises InputError when one is empty or too long."""
         with self._lock:
             return self.encoder.encode_texts(captions)
 
@@ -112,7 +110,7 @@ class AlignmentEngine:
             InputError: when there is nothing to look for, too much, or a caption is too long.
         """
         check_count(len(terms))
-        texts = [clean_caption(term.text) for term in terms if not term.picture]
+        texts = [term.text for term in terms if not term.picture]
         embeds = iter(self.embed_captions(texts) if texts else ())
         return Query(tuple(term if term.picture else replace(term, embed=next(embeds)) for term in terms))
 
@@ -127,7 +125,7 @@ class AlignmentEngine:
             InputError: when a picture cannot be opened, or a caption is empty or too long.
         """
         with self._lock:
-            text_embeds = self.encoder.encode_texts([clean_caption(caption) for caption in captions])
+            text_embeds = self.encoder.encode_texts(captions)
             if isinstance(images, Photos):
                 image_embeds = images.gallery.image_embeds
             else:
@@ -140,7 +138,7 @@ class AlignmentEngine:
         if self.second is None or photos.second_embeds is None:
             return (first,)
         with self._lock:
-            text_embeds = self.second.encoder.encode_texts([clean_caption(caption) for caption in captions])
+            text_embeds = self.second.encoder.encode_texts(captions)
         return first, Alignment.of(photos.second_embeds, text_embeds, self.second.encoder)
 
     def explain(self, image: Image.Image, caption: str) -> Explained:

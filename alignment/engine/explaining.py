@@ -107,5 +107,5 @@ def explain_match(encoder: DualEncoder, scale: Scale, image: Image.Image, captio
         InputError: when the caption is empty or too long.
     """
     relevance = patch_relevance(encoder, image, [caption])
-    words = word_contributions(encoder, encoder.encode_images([image]), caption, background=scale.unrelated)
+    words = word_contributions(encoder, relevance.image_embed, caption, background=scale.unrelated)
     return Explained(relevance.cosines[0], tuple(words), relevance.grid[0] / UNIT, scale)

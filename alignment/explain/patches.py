@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from alignment.explain.erasing import Fill
 from alignment.explain.gradient import gradient
@@ -36,11 +37,13 @@ class PatchRelevance:
             has little anywhere.
         cosines: (num_captions,) of the picture as it is.
         method: how it was found.
+        image_embed: (embed_dim,) of the picture as it is.
     """
 
     grid: NDArray[np.float32]
     cosines: tuple[float, ...]
     method: Method
+    image_embed: Tensor
 
 
 def patch_relevance(
@@ -77,5 +80,6 @@ def patch_relevance(
     used: Method = "occlusion" if found is None else "gradient"
     if found is None:
         found = occlusion(encoder, picture, texts, resolution, fill)
-    cosines = cosine_similarity(encoder.encode_images([picture]), texts)[0]
-    return PatchRelevance(found.numpy().astype(np.float32), tuple(cosines.tolist()), used)
+    embeds = encoder.encode_images([picture])
+    cosines = cosine_similarity(embeds, texts)[0]
+    return PatchRelevance(found.numpy().astype(np.float32), tuple(cosines.tolist()), used, embeds[0])

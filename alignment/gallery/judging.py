@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from alignment.calibration import BORROWED, Background, Calibration, Direction, 
 from alignment.catalogue import Caption, Picture, read_hand_written
 from alignment.model import DualEncoder
 from alignment.nonsense import empty_pictures, nonsense_texts
+from alignment.similarity import cosines_within
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ MAX_FITTED = 1000
 """Captioned pictures that the curves are fitted on; more only take longer."""
 
 MAX_FITTED_CAPTIONS = 5  # of a picture
+_FEW = 3  # pictures of a background that say nothing about how far pictures lie apart
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,12 @@ class Judge:
             return cls(Calibration.from_dict(calibration), Background(**tensors))
         except TypeError as error:
             raise ValueError(f"This is no background: {error}") from error
+
+    @cached_property
+    def unrelated_pictures(self) -> float | None:
+        """Mean cosine between pictures that have nothing to do with each other; None where too few tell."""
+        pictures = self.background.image_embeds
+        return None if len(pictures) < _FEW else cosines_within(pictures).mean().item()
 
     def judge(self, similarity: Tensor, query_embed: Tensor, direction: Direction, num_candidates: int) -> Judgement:
         """Judge the results of one query, see `Calibration.judge`."""

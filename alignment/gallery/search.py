@@ -23,7 +23,7 @@ from alignment.catalogue import Caption, Catalogue, Picture, Stamp, read_catalog
 from alignment.gallery.judging import Judge
 from alignment.index import Index
 from alignment.model import DualEncoder
-from alignment.similarity import cosines_within, fold_alike, logits_per_image, match_probabilities, top_k
+from alignment.similarity import fold_alike, logits_per_image, match_probabilities, top_k
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighb
 """
 
 _FOLDED = 1000  # of the ranking are looked at
-_FEW = 3  # pictures of a background that say nothing about how far pictures lie apart
 
 Judged: TypeAlias = Callable[[Tensor, Tensor], Judgement | None]
 """Judges results: their rows and those of all candidates, best first -> what to think of them."""
@@ -289,9 +288,9 @@ class Gallery:
 
     def _folded(self, ids: Tensor, k: int) -> list[list[int]]:
         """Fold pictures that are nearly the same; places in the ranking `ids`."""
-        if self.judge is None or len(self.judge.background.image_embeds) < _FEW:
+        unrelated = self.judge.unrelated_pictures if self.judge else None
+        if unrelated is None:
             return []
-        unrelated = cosines_within(self.judge.background.image_embeds).mean().item()
         return fold_alike(self.image_embeds[ids[:_FOLDED]], k, 1 - NEARLY_SAME * (1 - unrelated))
 
 
