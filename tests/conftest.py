@@ -11,6 +11,9 @@ from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+_CACHE = TemporaryDirectory(prefix="alignment-cache-")
+os.environ["ALIGNMENT_CACHE"] = _CACHE.name  # graphs of one run are not those of another
+
 import numpy as np
 import pytest
 import torch

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
-from alignment.model import ComposedConfig, ComposedModel, DualEncoder
+from alignment.model import DualEncoder
+from alignment.model.composition import ComposedConfig, ComposedModel
 from alignment.preprocess import Preprocessor, TextRules
 from alignment.towers import EfficientNetLiteConfig, EfficientNetLiteModel, NgramTextConfig, NgramTextModel
 from alignment.train.presets import Preset, Towers, apply_preset, merge_lora, start_of, trained_names, weight_groups

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SiglipImageProcessor
 
 from alignment.compact.recipe import Aligner
-from alignment.model import ComposedConfig, ComposedModel, DualEncoder
+from alignment.model import DualEncoder
+from alignment.model.composition import ComposedConfig, ComposedModel
 from alignment.preprocess import Preprocessor, TextRules
 from alignment.towers import (
     AlignmentHead,

@@ -25,7 +25,6 @@ from torch.nn import functional
 from alignment.explain.occlusion import UNIT
 from alignment.model import DualEncoder
 from alignment.preprocess import Preprocessor
-from alignment.towers import EfficientNetLiteModel
 
 STEPS = 8  # of the integral over our own tower's maps; more change nothing that can be seen
 
@@ -50,7 +49,7 @@ def gradient(encoder: DualEncoder, image: Image.Image, text_embeds: Tensor, reso
     """
     inputs = encoder.preprocessor.images([image])
     texts = functional.normalize(text_embeds.float(), dim=-1).to(encoder.device)
-    ours = isinstance(encoder.module.vision_model, EfficientNetLiteModel)
+    ours = encoder.module.config.vision_config.model_type == "efficientnet-lite"
     found = _of_maps(encoder, inputs, texts) if ours else _of_tokens(encoder, inputs, texts)
     if found is None:
         return None

@@ -370,13 +370,14 @@ class Run:
 
 def _start(config: TrainConfig, prepared: Prepared) -> DualEncoder:
     """Load, join or build the model to begin with."""
+    # PyTorch runs the untrained model too: it is compared with the trained one.
     if config.scratch:
         captions = [caption for pair in prepared.train for caption in pair.captions]
         return build_scratch(captions, config.scratch, device=config.device)
     if config.vision and config.text:
         return DualEncoder.compose(config.vision, config.text, device=config.device)
     if config.model:
-        return DualEncoder.load(config.model, device=config.device)
+        return DualEncoder.load(config.model, device=config.device, runtime="torch")
     raise ValueError("Name a model to begin with (--model), two towers to join (--vision, --text), or --scratch.")
 
 

@@ -15,7 +15,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 
-from alignment.model import ComposedConfig, ComposedModel, DualEncoder
+from alignment.model import DualEncoder
+from alignment.model.composition import ComposedConfig, ComposedModel
 from alignment.preprocess import Preprocessor, TextRules
 
 SIZES = {  # side of a picture, of its patches; width, depth and heads of both towers

@@ -1,0 +1,129 @@
+"""Find and read checkpoints: safetensors and JSON, from a folder or the Hugging Face Hub; no pickle, no foreign code.
+
+Place in the flow: `folder or Hub id -> weights (here) -> DualEncoder`. What builds models is imported when a model is
+built: a folder is found, and a known model served, without it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model"]  # configuration and vocabularies: no code, no pickle
+_INDEX = "model.safetensors.index.json"
+
+
+def checkpoint_folder(name: str, revision: str | None) -> Path:
+    """Find a checkpoint on disk; a Hub id is fetched first: configuration, vocabulary, safetensors, nothing else."""
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _fetched(name, revision)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name} is not a checkpoint: it has no config.json; check the path.")
+    if not any((folder / file).is_file() for file in ("model.safetensors", _INDEX)):
+        raise FileNotFoundError(
+            f"{name} has no model.safetensors, and pickled weights are not read: convert it once with transformers' "
+            "`save_pretrained`, or choose a checkpoint or revision in safetensors."
+        )
+    return folder
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL_FILES))
+        index = folder / _INDEX
+        weights = {"model.safetensors"}
+        if index.is_file():
+            weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_SMALL_FILES, *sorted(weights)]))
+    except (OSError, ValueError) as error:
+        wanted = f"{name} at revision {revision}" if revision else name
+        raise FileNotFoundError(
+            f"No checkpoint {wanted}: there is no such folder, and the Hugging Face Hub did not provide it "
+            f"({type(error).__name__}); check the spelling and the network, or fetch it with `hf download {name}`."
+        ) from error
+
+
+def load_dual_encoder(folder: Path, name: str) -> Any:
+    """Read a checkpoint of a dual encoder of any family, in float32.
+
+    Raises:
+        ValueError: when it is no dual encoder, is damaged, or would need code of its own.
+    """
+    from transformers import AutoModel
+
+    from alignment.model import composition  # noqa: F401 - registers our own models
+
+    module, missing = _load_weights(AutoModel, folder)
+    if not all(hasattr(module, part) for part in ("get_image_features", "get_text_features", "logit_scale")):
+        raise ValueError(
+            f"{name} is a {module.config.model_type} model, not a dual encoder: choose a CLIP, SigLIP, "
+            "SigLIP2, Chinese-CLIP or vision-text-dual-encoder checkpoint, or join two towers with `compose`."
+        )
+    if missing:
+        raise ValueError(f"{name} lacks weights ({', '.join(missing[:3])}): train or download it again.")
+    return module
+
+
+def load_tower(folder: Path, side: Literal["vision", "text"], pooling: str) -> Any:
+    """Load one tower; of a dual encoder, the half on this side.
+
+    Raises:
+        ValueError: when it is damaged, or its pooler was never trained.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    from alignment.model.composition import auto_class, build_tower
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tower, missing = _load_weights(auto_class(config), folder)
+    if isinstance(getattr(config, f"{side}_config", None), PreTrainedConfig):
+        half = getattr(tower, f"{side}_model")
+        half.config.architectures = [type(half).__name__]
+        tower = build_tower(half.config)  # as it will be built when the composition is loaded again
+        missing = tower.load_state_dict(half.state_dict(), strict=False).missing_keys
+    if pooling == "pooler" and any("pooler" in part for part in missing):
+        raise ValueError(f"{folder} holds no trained pooler for its {side} tower: choose pooling 'mean' or 'cls'.")
+    return tower.float().eval()
+
+
+def _load_weights(auto: Any, folder: Path) -> tuple[Any, list[str]]:
+    """Read a checkpoint in float32; also which of its weights were not there and are therefore random."""
+    try:
+        with without_progress_bar():
+            module, report = auto.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{folder} cannot be loaded ({reason}): it is damaged, of another family, or needs code of its own, which "
+            "is never run; download it again or choose another checkpoint."
+        ) from error
+    return module, sorted(report["missing_keys"])
+
+
+@contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing on the terminal; library code logs."""
+    from transformers.utils import logging as transformers_logging
+
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,184 @@
+"""Where a model's graphs are kept from one start to the next, tied to its files by their content.
+
+Place in the flow: `checkpoint folder -> digest -> graphs and facts (here) -> encoder`. An entry holds what serving
+needs of a model, so that a known one answers without building it anew:
+
+- `facts.json`: fingerprint, logit scale and bias, width;
+- `image.xml`, `image.bin`, `text.xml`, `text.bin`: a graph each, made when first asked for;
+- `image.json`, `text.json`: how to run it and the hashes of its files, written last.
+
+Entries lie in `$ALIGNMENT_CACHE`, else in the user's cache folder. A file that is missing, cut off or altered is made
+again; where nothing may be written, a graph lives as long as the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.model.runtime import Kind, Tower, native_precision, openvino
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of an entry; also what a change of the export raises
+KEPT_ENTRIES = 16
+
+_OF_A_MODEL = ("*.json", "*.safetensors", "*.txt", "*.model")
+_NOT_OF_A_MODEL = ("recipe.json", "trainer_state.json", "training_args.json")  # what a training leaves beside it
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What serving needs to know of a model besides its graphs; see the properties of `DualEncoder`."""
+
+    fingerprint: str
+    logit_scale: float
+    logit_bias: float | None
+    embed_dim: int
+
+
+def digest_of(folder: Path) -> str:
+    """Name a checkpoint by the content of its files."""
+    digest = hashlib.sha256()
+    paths = sorted({path for pattern in _OF_A_MODEL for path in folder.glob(pattern)})
+    for path in paths:
+        if path.name not in _NOT_OF_A_MODEL:
+            digest.update(f"{path.name} {_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Graphs:
+    """The graphs of one model, on disk where that is possible."""
+
+    def __init__(self, entry: Path | None) -> None:
+        """Open an entry; None for a model that came from no folder, whose graphs are not kept."""
+        self.entry = entry
+
+    @classmethod
+    def of(cls, folder: Path) -> Graphs:
+        """Find the entry of a checkpoint, new or old."""
+        home = os.environ.get("ALIGNMENT_CACHE") or Path(
+            os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "image-text-alignment"
+        )
+        return cls(Path(home) / f"{digest_of(folder)[:32]}-{FORMAT}")
+
+    # ------------------------------------------------------------ facts
+
+    def facts(self) -> Facts | None:
+        """Read what is known of the model."""
+        try:
+            return Facts(**self._read("facts.json")) if self.entry else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def remember(self, facts: Facts) -> None:
+        """Write what is known of the model."""
+        self._write("facts.json", asdict(facts))
+
+    # ------------------------------------------------------------ graphs
+
+    def tower(self, kind: Kind) -> Tower | None:
+        """Compile a graph that was kept for this processor and this OpenVINO; None where there is none intact."""
+        if self.entry is None or not (self.entry / f"{kind}.json").is_file() or openvino() is None:
+            return None
+        try:
+            about = self._read(f"{kind}.json")
+            files = {name: _sha256(self.entry / name) for name in about["files"]}
+            if files != about["files"] or about["made_by"] != _made_by():
+                return None
+            return Tower(self.entry / f"{kind}.xml", about["precision"])
+        except Exception as error:  # whatever a damaged file makes of OpenVINO
+            logger.warning("The cached %s graph in %s cannot be used and is made again: %s", kind, self.entry, error)
+            return None
+
+    def make(self, kind: Kind, export: Callable[[Path], str]) -> Tower:
+        """Make a graph, and keep it.
+
+        Args:
+            kind: of the tower.
+            export: writes "NAME.xml" and "NAME.bin", returns the precision to run it in.
+        """
+        aside = tempfile.mkdtemp(prefix="alignment-graph-")
+        try:
+            path = Path(aside, f"{kind}.xml")
+            precision = export(path)
+            tower = self.tower(kind) if self._keep(kind, path, precision) else None
+            if tower is None:
+                tower = Tower(path, precision)
+                weakref.finalize(tower, shutil.rmtree, aside, ignore_errors=True)
+                aside = ""
+            return tower
+        finally:
+            if aside:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _keep(self, kind: Kind, path: Path, precision: str) -> bool:
+        """Put a graph's files in place, the one that vouches for them last."""
+        if self.entry is None:
+            return False
+        parts = (path, path.with_suffix(".bin"))
+        about = {"precision": precision, "made_by": _made_by(), "files": {part.name: _sha256(part) for part in parts}}
+        try:
+            self.entry.mkdir(parents=True, exist_ok=True)
+            for part in parts:
+                _put(part, self.entry / part.name)
+        except OSError as error:
+            logger.info("The %s graph is not kept for the next start: %s", kind, error)
+            return False
+        self._write(f"{kind}.json", about)
+        _forget_the_oldest(self.entry.parent)
+        return True
+
+    def _read(self, name: str) -> dict[str, Any]:
+        assert self.entry is not None
+        found = json.loads((self.entry / name).read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"{name} holds no object")
+        return found
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        if self.entry is None:
+            return
+        try:
+            self.entry.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.entry, suffix=".new", delete=False) as file:
+                json.dump(content, file)  # ASCII
+            os.replace(file.name, self.entry / name)
+        except OSError as error:
+            logger.info("%s is not kept for the next start: %s", name, error)
+
+
+def _made_by() -> str:
+    return f"{openvino().__version__} {native_precision()}"
+
+
+def _put(source: Path, target: Path) -> None:
+    """Copy aside, then put in place: another process may be reading what is there."""
+    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".new", delete=False) as file:
+        try:
+            with source.open("rb") as content:
+                shutil.copyfileobj(content, file, 1 << 20)
+        except OSError:
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, target)
+
+
+def _forget_the_oldest(home: Path) -> None:
+    entries = sorted((path for path in home.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    for entry in entries[:-KEPT_ENTRIES]:
+        shutil.rmtree(entry, ignore_errors=True)
