@@ -18,6 +18,7 @@ from alignment.catalogue import read_hand_written
 from alignment.model import DualEncoder
 from alignment.model.graphs import KEPT_ENTRIES, digest_of
 from alignment.model.runtime import FAITHFUL, PROBE_CAPTIONS, probe_pictures
+from alignment.preprocess import InputError
 
 Checkpoint = Callable[[str], Path]
 Pictures = list[Image.Image]
@@ -115,6 +116,21 @@ def test_many_threads_may_use_one_graph(checkpoint: Checkpoint, cache: Path) -> 
         together = list(pool.map(lambda caption: encoder.encode_texts([caption]), CAPTIONS * 8))
     for row, embed in enumerate(together):
         torch.testing.assert_close(embed, alone[row % len(CAPTIONS)], atol=1e-5, rtol=0)
+
+
+def test_many_batches_side_by_side_are_what_they_are_one_by_one(
+    checkpoint: Checkpoint, pictures: Pictures, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    encoder = DualEncoder.load(checkpoint("clip"), device="cpu", runtime="openvino")
+    seen: list[tuple[int, int]] = []
+    many = encoder.encode_images(pictures * 10, batch_size=2, progress=lambda *done: seen.append(done))
+    assert seen == [(done, 30) for done in range(2, 31, 2)]
+    assert worst(many, encoder.encode_images(pictures).repeat(10, 1)) >= FAITHFUL
+    streamed = encoder.encode_prepared(map(encoder.preprocessor.image, pictures * 10), batch_size=2)
+    torch.testing.assert_close(torch.stack(list(streamed)), many)
+    with pytest.raises(InputError):
+        encoder.encode_images([*pictures * 10, b"no picture"], batch_size=2)
 
 
 # ---------------------------------------------------------------- kept

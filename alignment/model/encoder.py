@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -48,8 +48,9 @@ Item = TypeVar("Item")
 WORTH_A_GRAPH = 2_000_000
 """Weights from which "auto" makes graphs; below, they take longer to make than they save."""
 
-_IMAGES_AT_ONCE = {"cpu": 16, "cuda": 256}  # pictures per forward pass by device
+_IMAGES_AT_ONCE = {"cpu": 8, "cuda": 256}  # pictures per forward pass by device
 _TEXTS_AT_ONCE = {"cpu": 64, "cuda": 1024}
+_WORTH_STREAMS = 8  # batches from which it pays to compile a tower a second time, for several at once
 
 
 class DualEncoder:
@@ -111,10 +112,11 @@ class DualEncoder:
         return module
 
     def _built(self) -> Any:
-        with self._lock:
-            if self._module is None:
-                assert self._load is not None
-                self._take(self._load())
+        if self._module is None:  # who only reads it need not wait for a graph that another thread is making
+            with self._lock:
+                if self._module is None:
+                    assert self._load is not None
+                    self._take(self._load())
         return self._module
 
     @classmethod
@@ -268,13 +270,13 @@ class DualEncoder:
         Raises:
             InputError: when one of them cannot be opened.
         """
-        sources, size = _listed(images), batch_size or _IMAGES_AT_ONCE.get(self.device.type, 16)
+        sources, size = _listed(images), batch_size or _IMAGES_AT_ONCE.get(self.device.type, 8)
         if len(sources) < 2:
             inputs = (self.preprocessor.image(source) for source in sources)
         else:  # one picture is decoded while another is embedded
             inputs = ahead(self.preprocessor.image, sources)
         with closing(inputs):
-            return self._encode_batches("image", _batched(inputs, size), len(sources), progress)
+            return self._encode_batches("image", _batched(inputs, size), len(sources), size, progress)
 
     def encode_texts(
         self, texts: Sequence[str], *, batch_size: int | None = None, progress: Progress | None = None
@@ -287,7 +289,7 @@ class DualEncoder:
         captions = [clean_caption(text) for text in _listed(texts)]
         size = batch_size or _TEXTS_AT_ONCE.get(self.device.type, 64)
         batches = (self.preprocessor.texts(captions[start : start + size]) for start in range(0, len(captions), size))
-        return self._encode_batches("text", batches, len(captions), progress)
+        return self._encode_batches("text", batches, len(captions), size, progress)
 
     def encode_prepared(
         self, inputs: Iterable[Mapping[str, Tensor]], *, batch_size: int | None = None
@@ -301,8 +303,10 @@ class DualEncoder:
         Yields:
             (embed_dim,) for each, in order; float32, CPU, unit norm.
         """
-        for batch in _batched(inputs, batch_size or _IMAGES_AT_ONCE.get(self.device.type, 16)):
-            yield from self._run("image", batch)
+        batches = _batched(inputs, batch_size or _IMAGES_AT_ONCE.get(self.device.type, 8))
+        with closing(self._run_many("image", batches)) as embedded:
+            for embeds in embedded:
+                yield from embeds
 
     def embed_images(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Embed what `preprocessor.images` made; on the device and with gradients, for training."""
@@ -326,15 +330,25 @@ class DualEncoder:
     # ------------------------------------------------------------ running the towers
 
     def _encode_batches(
-        self, kind: Kind, batches: Iterable[Mapping[str, Tensor]], total: int, progress: Progress | None
+        self, kind: Kind, batches: Iterable[Mapping[str, Tensor]], total: int, size: int, progress: Progress | None
     ) -> Tensor:
         embeds, done = [torch.empty(0, self.embed_dim)], 0
-        for inputs in batches:
-            embeds.append(self._run(kind, inputs))
-            done += len(embeds[-1])
-            if progress is not None:
-                progress(done, total)
+        if total > _WORTH_STREAMS * size:
+            embedded = self._run_many(kind, batches)
+        else:
+            embedded = (self._run(kind, inputs) for inputs in batches)
+        with closing(embedded):
+            for rows in embedded:
+                embeds.append(rows)
+                done += len(rows)
+                if progress is not None:
+                    progress(done, total)
         return torch.cat(embeds)
+
+    def _run_many(self, kind: Kind, batches: Iterable[Mapping[str, Tensor]]) -> Generator[Tensor]:
+        """Embed one batch after another, several at a time where graphs run them."""
+        tower = self._tower(kind)
+        return (self._run(kind, inputs) for inputs in batches) if tower is None else tower.many(batches)
 
     def _run(self, kind: Kind, inputs: Mapping[str, Tensor]) -> Tensor:
         """Embed one batch by whatever is fastest here; float32, CPU."""
