@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -50,7 +50,7 @@ WORTH_A_GRAPH = 2_000_000
 
 _IMAGES_AT_ONCE = {"cpu": 8, "cuda": 256}  # pictures per forward pass by device
 _TEXTS_AT_ONCE = {"cpu": 64, "cuda": 1024}
-_WORTH_STREAMS = 8  # batches from which it pays to compile a tower a second time, for several at once
+_WORTH_WIDENING = 4  # batches after which it pays to compile a tower a second time, for several at once
 
 
 class DualEncoder:
@@ -276,7 +276,7 @@ class DualEncoder:
         else:  # one picture is decoded while another is embedded
             inputs = ahead(self.preprocessor.image, sources)
         with closing(inputs):
-            return self._encode_batches("image", _batched(inputs, size), len(sources), size, progress)
+            return self._encode_batches("image", _batched(inputs, size), len(sources), progress)
 
     def encode_texts(
         self, texts: Sequence[str], *, batch_size: int | None = None, progress: Progress | None = None
@@ -289,7 +289,7 @@ class DualEncoder:
         captions = [clean_caption(text) for text in _listed(texts)]
         size = batch_size or _TEXTS_AT_ONCE.get(self.device.type, 64)
         batches = (self.preprocessor.texts(captions[start : start + size]) for start in range(0, len(captions), size))
-        return self._encode_batches("text", batches, len(captions), size, progress)
+        return self._encode_batches("text", batches, len(captions), progress)
 
     def encode_prepared(
         self, inputs: Iterable[Mapping[str, Tensor]], *, batch_size: int | None = None
@@ -304,7 +304,7 @@ class DualEncoder:
             (embed_dim,) for each, in order; float32, CPU, unit norm.
         """
         batches = _batched(inputs, batch_size or _IMAGES_AT_ONCE.get(self.device.type, 8))
-        with closing(self._run_many("image", batches)) as embedded:
+        with closing(self._run_all("image", batches)) as embedded:
             for embeds in embedded:
                 yield from embeds
 
@@ -330,14 +330,10 @@ class DualEncoder:
     # ------------------------------------------------------------ running the towers
 
     def _encode_batches(
-        self, kind: Kind, batches: Iterable[Mapping[str, Tensor]], total: int, size: int, progress: Progress | None
+        self, kind: Kind, batches: Iterable[Mapping[str, Tensor]], total: int, progress: Progress | None
     ) -> Tensor:
         embeds, done = [torch.empty(0, self.embed_dim)], 0
-        if total > _WORTH_STREAMS * size:
-            embedded = self._run_many(kind, batches)
-        else:
-            embedded = (self._run(kind, inputs) for inputs in batches)
-        with closing(embedded):
+        with closing(self._run_all(kind, batches)) as embedded:
             for rows in embedded:
                 embeds.append(rows)
                 done += len(rows)
@@ -345,10 +341,20 @@ class DualEncoder:
                     progress(done, total)
         return torch.cat(embeds)
 
-    def _run_many(self, kind: Kind, batches: Iterable[Mapping[str, Tensor]]) -> Generator[Tensor]:
-        """Embed one batch after another, several at a time where graphs run them."""
-        tower = self._tower(kind)
-        return (self._run(kind, inputs) for inputs in batches) if tower is None else tower.many(batches)
+    def _run_all(self, kind: Kind, batches: Iterable[Mapping[str, Tensor]]) -> Generator[Tensor]:
+        """Embed batch after batch; several at a time where graphs run them and there are many."""
+        stream, tower = iter(batches), self._tower(kind)
+        if tower is None:
+            yield from (self._run(kind, inputs) for inputs in stream)
+            return
+        if not tower.is_wide:
+            yield from (tower(inputs) for inputs in islice(stream, _WORTH_WIDENING))
+        two = list(islice(stream, 2))
+        if len(two) < 2:
+            yield from (tower(inputs) for inputs in two)
+            return
+        with closing(tower.many(chain(two, stream))) as embedded:
+            yield from embedded
 
     def _run(self, kind: Kind, inputs: Mapping[str, Tensor]) -> Tensor:
         """Embed one batch by whatever is fastest here; float32, CPU."""

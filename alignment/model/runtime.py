@@ -95,6 +95,11 @@ class Tower:
         """Embed a batch on all cores: (n, embed_dim) float32, unit norm."""
         return self._alone(inputs)
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether `many` needs no further compilation."""
+        return self._side_by_side is not None
+
     def many(self, batches: Iterable[Inputs]) -> Generator[Tensor]:
         """Embed batch after batch, each on a core of its own: they never wait for each other, nor for who feeds them.
 
