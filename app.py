@@ -7,15 +7,25 @@ by `alignment.engine`.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer
 from typing import Any
+
+if __name__ == "__main__":
+    gc.disable()  # a million objects are made now that stay; to look for rubbish among them is a fifth of the start
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: nothing leaves this machine
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Where matplotlib is installed Gradio asks for its backend at every event, and at the first imports all of it to tell.
+os.environ.setdefault("MPLBACKEND", "agg")
+# Gradio works out statistics of the last 10,000 events after each one, also where nobody may see them.
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**12))
 
 import gradio as gr
 from starlette.requests import Request
@@ -41,6 +51,9 @@ from alignment.ui.theme import theme
 from alignment.ui.widgets import ICON, Tab, listen, styles, widget
 
 ROOT = Path(__file__).resolve().parent
+PAGE_FIRST = 2.0
+"""Seconds that the processors belong to whoever opens the page, before pictures are prepared for."""
+
 _HELP = "Search pictures by caption and captions by picture, and look at the similarity matrix behind both."
 _ENVIRONMENT = """\
 environment, for a Space or a service; an option wins over its variable:
@@ -94,7 +107,7 @@ def _ours(folder: str) -> str:
 
 
 def load_engine(args: argparse.Namespace) -> AlignmentEngine:
-    """Load and warm up what the page asks.
+    """Load what the page asks, ready for captions; pictures have to wait for `AlignmentEngine.warm_images`.
 
     Raises:
         FileNotFoundError: when the model or the gallery is missing.
@@ -103,7 +116,7 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     encoder = DualEncoder.load(args.model, revision=args.revision)
     second = SecondModel.load(args.compare) if args.compare else None
     engine = AlignmentEngine(encoder, Gallery.load(args.gallery, encoder), second)
-    engine.warm()
+    engine.warm_texts()
     return engine
 
 
@@ -202,8 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = {**launch_options(engine), "server_name": args.host, "server_port": args.port}
         _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
         answer_tools_in_json(page)
+        gc.freeze()
+        gc.enable()
         print(f"Open {url}", flush=True)
+        warming = Timer(PAGE_FIRST, engine.warm_images)
+        warming.start()
         page.block_thread()
+        warming.cancel()
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -91,6 +91,11 @@ class Background:
             for direction, matrix in scores.items()
         }
 
+    @cached_property
+    def _unit(self) -> dict[str, Tensor]:
+        """All of it with unit norm: once, and not for every query."""
+        return {name: functional.normalize(embeds.float(), dim=-1) for name, embeds in self.tensors().items()}
+
     def is_senseless(self, query_embeds: Tensor, direction: Direction) -> Tensor:
         """Tell queries that lie among nonsense and empty pictures; (num_queries,) bool.
 
@@ -107,8 +112,8 @@ class Background:
     def _apart(self) -> dict[Direction, tuple[Tensor | None, Tensor, float]]:
         """Nonsense, what is ordinary, and half-way between them; without enough nonsense there is none."""
         sides: dict[Direction, tuple[Tensor | None, Tensor]] = {
-            "image_to_text": (self.empty_image_embeds, self.image_embeds),
-            "text_to_image": (self.nonsense_text_embeds, self.text_embeds),
+            "image_to_text": (self._unit.get("empty_image_embeds"), self._unit["image_embeds"]),
+            "text_to_image": (self._unit.get("nonsense_text_embeds"), self._unit["text_embeds"]),
         }
         found: dict[Direction, tuple[Tensor | None, Tensor, float]] = {}
         for direction, (nonsense, ordinary) in sides.items():
@@ -116,7 +121,7 @@ class Background:
                 found[direction] = None, ordinary, 0.0
                 continue
             # Each of them is nearest to itself, which does not count.
-            inside = cosine_similarity(nonsense, nonsense).fill_diagonal_(-1).topk(_NEAREST).values.mean()
+            inside = (nonsense @ nonsense.T).fill_diagonal_(-1).topk(_NEAREST).values.mean()
             found[direction] = nonsense, ordinary, float(inside + _nearness(ordinary, nonsense).mean()) / 2
         return found
 
@@ -135,9 +140,9 @@ class Background:
             (num_queries, num_results, 4) float64: the score; the mean of the background's `TAIL` closest; the mean of
             all of it; the logarithm of the candidates.
         """
-        background = self.text_embeds if direction == "image_to_text" else self.image_embeds
+        background = self._unit["text_embeds" if direction == "image_to_text" else "image_embeds"]
         centre, spread = self.units[direction]
-        unrelated = (cosine_similarity(query_embeds, background).double() - centre) / spread
+        unrelated = (_cosines(query_embeds, background).double() - centre) / spread
         sizes = torch.as_tensor(num_candidates, dtype=torch.double).clamp_min(1).log()
         of_query = (
             unrelated.topk(min(TAIL, len(background))).values.mean(1),
@@ -148,9 +153,14 @@ class Background:
         return torch.stack([scores, *(column[:, None].expand_as(scores) for column in of_query)], dim=-1)
 
 
+def _cosines(queries: Tensor, items: Tensor) -> Tensor:
+    """Score queries against items that have unit norm already."""
+    return functional.normalize(queries.float(), dim=-1) @ items.T
+
+
 def _nearness(queries: Tensor, items: Tensor) -> Tensor:
-    """Mean cosine with the nearest few items."""
-    return cosine_similarity(queries, items).topk(min(_NEAREST, len(items))).values.mean(1)
+    """Mean cosine with the nearest few items, which have unit norm."""
+    return _cosines(queries, items).topk(min(_NEAREST, len(items))).values.mean(1)
 
 
 @dataclass(frozen=True)

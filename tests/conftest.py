@@ -11,9 +11,6 @@ from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-_CACHE = TemporaryDirectory(prefix="alignment-cache-")
-os.environ["ALIGNMENT_CACHE"] = _CACHE.name  # graphs of one run are not those of another
-
 import numpy as np
 import pytest
 import torch
@@ -21,6 +18,8 @@ import transformers
 from PIL import Image
 from tokenizers import pre_tokenizers
 
+_CACHE = TemporaryDirectory(prefix="alignment-cache-")
+os.environ["ALIGNMENT_CACHE"] = _CACHE.name  # graphs of one run are not those of another
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

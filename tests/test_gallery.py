@@ -9,13 +9,16 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import packages_distributions
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 from torch.nn import functional
@@ -425,9 +428,9 @@ def test_an_interrupted_build_leaves_the_old_gallery(
         if done >= 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(building, "_CHUNK", 1)
     with pytest.raises(KeyboardInterrupt):
         build(photos, tmp_path / "out", encoder, progress=ctrl_c)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
     assert snapshot(tmp_path / "out") == before
     assert len(Gallery.load(tmp_path / "out", encoder).pictures) == 3
 
@@ -532,6 +535,142 @@ def test_captions_alone_make_a_gallery(tmp_path: Path, encoder: DualEncoder) -> 
 def test_source_and_gallery_must_differ(photos: Path, encoder: DualEncoder) -> None:
     with pytest.raises(ValueError, match="another folder for --out"):
         build(photos, photos, encoder)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A folder of forty photos of which every third is damaged, and one that is there twice."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        pixels = rng.integers(0, 256, (40 + number, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+        if number % 3 == 1:
+            data = (folder / f"{number:02}.png").read_bytes()
+            (folder / f"{number:02}.png").write_bytes(data[: len(data) // 2])
+    (folder / "again.png").write_bytes((folder / "02.png").read_bytes())
+    return folder
+
+
+def test_a_file_is_read_once_and_decoded_once(
+    many: Path, tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[str] = Counter()
+    decoded: list[bytes] = []
+    open_path, open_picture = Path.open, building.open_image
+
+    def noted_path(path: Path, *rest: object, **more: object) -> object:
+        read.update([path.name])
+        return open_path(path, *rest, **more)  # type: ignore[arg-type]
+
+    def noted_picture(data: bytes, near: int) -> Image.Image:
+        decoded.append(data)
+        return open_picture(data, near=near)
+
+    monkeypatch.setattr(Path, "open", noted_path)
+    monkeypatch.setattr(building, "open_image", noted_picture)
+    _, report = build(many, tmp_path / "out", encoder)
+    assert counts(report) == (27, 1, 13)
+    assert {read[path.name] for path in many.iterdir()} == {1}
+    assert len(decoded) == 41
+    read.clear()
+    decoded.clear()
+    _, report = build(many, tmp_path / "out", encoder)
+    assert counts(report) == (0, 28, 13)
+    assert len(decoded) == sum(read[path.name] for path in many.iterdir()) == 13  # the damaged ones, in case they heal
+
+
+def test_the_model_gets_one_stream_of_new_pictures_whatever_lies_between(
+    many: Path, tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams: list[int] = []
+    prepared = encoder.encode_prepared
+
+    def counted(inputs: Iterator[dict]) -> Iterator[torch.Tensor]:
+        streams.append(0)
+
+        def each() -> Iterator[dict]:
+            for one in inputs:
+                assert one["pixel_values"].shape == (1, 3, 32, 32)
+                streams[-1] += 1
+                yield one
+
+        return prepared(each())
+
+    monkeypatch.setattr(encoder, "encode_prepared", counted)
+    build(many, tmp_path / "out", encoder)
+    for number in range(0, 40, 2):
+        Image.new("RGB", (50, 50), (number, 0, 0)).save(many / f"{number:02}.png")
+        touch(many / f"{number:02}.png")
+    gallery, report = build(many, tmp_path / "out", encoder)
+    assert streams == [27, 20]
+    assert counts(report) == (20, 14, 7)
+    expected = encoder.encode_images([picture.path for picture in gallery.pictures])
+    torch.testing.assert_close(gallery.image_embeds, expected, atol=1e-3, rtol=0)
+
+
+def test_threads_change_nothing_about_the_order(many: Path, tmp_path: Path, encoder: DualEncoder) -> None:
+    seen: list[tuple[int, int]] = []
+    gallery, report = build(many, tmp_path / "out", encoder, progress=lambda done, total: seen.append((done, total)))
+    bad = [f"{number:02}.png" for number in range(1, 40, 3)]
+    assert [name for name, _ in report.skipped] == bad
+    assert [picture.source for picture in gallery.pictures] == sorted({path.name for path in many.iterdir()} - set(bad))
+    looked = [done for done, total in seen if total == 41]
+    assert looked == sorted(looked)
+    assert looked[-1] == 41
+    assert seen[len(looked) :] == [(28, 28)]  # the damaged ones count until all have been looked at
+
+
+def test_a_file_too_large_to_hold_gives_the_same_gallery(
+    photos: Path, tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = build(photos, tmp_path / "out", encoder)
+    monkeypatch.setattr(building, "_READ_AT_ONCE", 0)
+    second, report = build(photos, tmp_path / "other", encoder)
+    assert counts(report) == (3, 0, 0)
+    assert second.pictures == first.pictures
+    assert torch.equal(second.image_embeds, first.image_embeds)
+
+
+def test_a_large_photo_is_decoded_in_reduced_size_and_looks_the_same(
+    tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Image.open(Path(skimage.data.__file__).parent / "rocket.jpg") as image:
+        photo = image.resize((2562, 1921), Image.Resampling.BICUBIC)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photo.save(folder / "a.jpg", quality=95)
+    sizes: list[tuple[int, int]] = []
+    open_picture = building.open_image
+
+    def noted(data: bytes, near: int) -> Image.Image:
+        image = open_picture(data, near=near)
+        sizes.append(image.size)
+        return image
+
+    monkeypatch.setattr(building, "open_image", noted)
+    gallery, _ = build(folder, tmp_path / "out", encoder)
+    assert sizes == [(640, 480)]  # a quarter: an eighth would be smaller than the thumbnail
+    thumbnail = open_image(gallery.thumbnail(gallery.pictures[0]))
+    assert thumbnail.size == (320, 240)
+    expected = np.asarray(photo.resize((320, 240), Image.Resampling.BICUBIC), dtype=float)
+    assert np.abs(np.asarray(thumbnail, dtype=float) - expected).mean() < 3
+
+
+def test_nothing_is_left_of_a_build_that_fails(
+    many: Path, tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(inputs: Iterator[dict]) -> Iterator[torch.Tensor]:
+        yield from prepared(islice(inputs, 3))
+        raise RuntimeError("the model")
+
+    prepared = encoder.encode_prepared
+    monkeypatch.setattr(encoder, "encode_prepared", fails)
+    with pytest.raises(RuntimeError, match="the model"):
+        build(many, tmp_path / "out", encoder)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def test_progress_counts_up_to_the_end(photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:

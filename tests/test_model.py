@@ -13,9 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, BertModel, ViTConfig, ViTModel
 
-from alignment.model import composition
+from alignment.model import DualEncoder, composition
 from alignment.model import encoder as encoder_module
-from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 from alignment.similarity import cosine_similarity, logits_per_image
 

@@ -12,8 +12,7 @@ import torch
 from PIL import Image, ImageFile
 from transformers import AutoProcessor, AutoTokenizer
 
-from alignment import preprocess
-from alignment.preprocess import InputError, Preprocessor, TextRules, clean_caption, open_image, parse_captions
+from alignment.preprocess import InputError, Preprocessor, TextRules, clean_caption, formats, open_image, parse_captions
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 # Four different quarters: every one of the eight orientations looks different.
@@ -149,7 +148,7 @@ def test_a_picture_that_was_cut_off_is_refused(format: str, share: float, encode
 def test_hostile_bytes_never_raise_anything_else(
     format: str, encoded: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocess, "MAX_IMAGE_PIXELS", 100_000)  # keeps a flipped size field cheap
+    monkeypatch.setattr(formats, "MAX_IMAGE_PIXELS", 100_000)  # keeps a flipped size field cheap
     image = Image.fromarray(UPRIGHT)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -214,7 +213,7 @@ def test_a_huge_size_is_refused_from_the_header(kind: str, monkeypatch: pytest.M
 
 
 def test_the_size_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess, "MAX_IMAGE_PIXELS", 12)
+    monkeypatch.setattr(formats, "MAX_IMAGE_PIXELS", 12)
     assert open_image(Image.new("RGB", (3, 4))).size == (3, 4)
     assert refused(Image.new("RGB", (13, 1))).code == "image.too_large"
     assert refused(np.zeros((13, 1), dtype=np.uint8)).code == "image.too_large"

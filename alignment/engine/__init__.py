@@ -6,6 +6,7 @@ Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, str
 |----------|--------------|
 | `albums` | a visitor's pictures as a zip, out and in |
 | `archives` | zip files, taken for an attack until they are not |
+| `batching` | requests that wait, encoded together |
 | `core`   | one encoder and one gallery, searched both ways |
 | `explaining` | why a picture and a caption match |
 | `matrix` | pictures against captions, under one model or two |

@@ -10,23 +10,30 @@ import hashlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from itertools import islice
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from alignment.ahead import ahead
+from alignment.engine.batching import IMAGES_AT_ONCE, MORE_IMAGES, TEXTS_AT_ONCE, Batcher
 from alignment.engine.explaining import Explained, Scale, explain_match
 from alignment.engine.matrix import Alignment, SecondModel
-from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
+from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_webp
 from alignment.engine.queries import Query, Term, check_count, search
 from alignment.gallery import Caption, Found, Gallery, Picture
 from alignment.model import DualEncoder
-from alignment.preprocess import ImageSource, InputError, open_image
+from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
+
+Inputs = Mapping[str, Tensor]
 
 logger = logging.getLogger(__name__)
 
+_PREPARED_AT_ONCE = 8  # of one visitor's pictures, before others have their turn
 _KEPT_THUMBNAILS = 1024  # of the gallery's pictures, some 15 KB each
 
 
@@ -37,17 +44,30 @@ class AlignmentEngine:
         self.encoder = encoder
         self.gallery = gallery
         self.second = second
-        self._lock = threading.Lock()  # two encodings at once only get in each other's way
+        at_once = IMAGES_AT_ONCE.get(encoder.device.type, MORE_IMAGES)
+        self._encode_images = Batcher[Inputs](self._encode_prepared, at_once)
+        self._encode_texts = Batcher[str](lambda texts: self.encoder.encode_texts(texts), TEXTS_AT_ONCE)
+        self._explaining = threading.Lock()  # two explanations at once only get in each other's way
         self._pictures = {picture.id: picture for picture in gallery.pictures}
         self._rows = {picture.id: row for row, picture in enumerate(gallery.pictures)}
         self._kept_thumbnail = lru_cache(_KEPT_THUMBNAILS)(self._make_thumbnail)
 
-    def warm(self) -> None:
-        """Run both towers once: the first run is slow, and nobody should wait for it."""
-        self.embed_image(Image.new("RGB", (64, 64)))
+    def warm_texts(self) -> None:
+        """Run the text tower once: the first run is slow, and nobody should wait for it."""
         self.embed_caption("a")
 
+    def warm_images(self) -> None:
+        """Run the image tower once, as `warm_texts`; whoever brings a picture meanwhile waits for no more than that."""
+        self.embed_image(Image.new("RGB", (64, 64)))
+
     # ------------------------------------------------------------ search
+
+    @property
+    def near(self) -> int | None:
+        """How small a picture may be opened that is to be embedded and shown small; see `open_image`."""
+        encoders = [self.encoder, self.second.encoder] if self.second else [self.encoder]
+        wanted = [encoder.preprocessor.near for encoder in encoders]
+        return None if None in wanted else max(side or 0 for side in wanted)
 
     def embed_image(self, image: ImageSource) -> Tensor:
         """Embed one picture; (embed_dim,). Raises InputError when it cannot be opened."""
@@ -59,13 +79,21 @@ class AlignmentEngine:
 
     def embed_images(self, images: Sequence[ImageSource]) -> Tensor:
         """Embed pictures, (n, embed_dim). Raises InputError when one cannot be opened."""
-        with self._lock:
-            return self.encoder.encode_images(images)
+        prepare = self.encoder.preprocessor.image  # not for the batch to do: others encode meanwhile
+        if len(images) == 1:
+            return self._encode_images([prepare(images[0])])
+        embeds = [torch.empty(0, self.encoder.embed_dim)]
+        with closing(ahead(prepare, images)) as prepared:
+            while some := list(islice(prepared, _PREPARED_AT_ONCE)):
+                embeds.append(self._encode_images(some))
+        return torch.cat(embeds)
+
+    def _encode_prepared(self, images: Sequence[Inputs]) -> Tensor:
+        return torch.stack(list(self.encoder.encode_prepared(images)))
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
         """Embed captions, (n, embed_dim). Raises InputError when one is empty or too long."""
-        with self._lock:
-            return self.encoder.encode_texts(captions)
+        return self._encode_texts([clean_caption(caption) for caption in captions])
 
     def search_captions(self, image: ImageSource | Tensor, k: int = 10, lang: str | None = None) -> Found[Caption]:
         """Find the gallery's captions that fit a picture.
@@ -124,12 +152,11 @@ class AlignmentEngine:
         Raises:
             InputError: when a picture cannot be opened, or a caption is empty or too long.
         """
-        with self._lock:
-            text_embeds = self.encoder.encode_texts(captions)
-            if isinstance(images, Photos):
-                image_embeds = images.gallery.image_embeds
-            else:
-                image_embeds = images if isinstance(images, Tensor) else self.encoder.encode_images(images)
+        text_embeds = self.embed_captions(captions)
+        if isinstance(images, Photos):
+            image_embeds = images.gallery.image_embeds
+        else:
+            image_embeds = images if isinstance(images, Tensor) else self.embed_images(images)
         return Alignment.of(image_embeds, text_embeds, self.encoder)
 
     def align_both(self, photos: Photos, captions: Sequence[str]) -> tuple[Alignment, ...]:
@@ -137,13 +164,12 @@ class AlignmentEngine:
         first = self.align(photos, captions)
         if self.second is None or photos.second_embeds is None:
             return (first,)
-        with self._lock:
-            text_embeds = self.second.encoder.encode_texts(captions)
+        text_embeds = self.second.encoder.encode_texts(captions)
         return first, Alignment.of(photos.second_embeds, text_embeds, self.second.encoder)
 
     def explain(self, image: Image.Image, caption: str) -> Explained:
         """Find what each word and each place adds. Raises InputError when the caption is empty or too long."""
-        with self._lock:
+        with self._explaining:
             return explain_match(self.encoder, self.scale, image, caption)
 
     @cached_property
@@ -164,7 +190,7 @@ class AlignmentEngine:
         embeds = self.gallery.image_embeds[[self._rows[id] for id in ids]]
         images = [self.picture_image(id) for id in ids] if both and self.second else []
         second = self._second_embeds(self.no_photos(both=both), images)
-        return self._photos(pictures, embeds, {id: self.thumbnail(id) for id in ids}, second)
+        return self._photos(pictures, embeds, Thumbnails(ids, self.thumbnail), second)
 
     def add_photos(
         self, photos: Photos, files: Sequence[tuple[str, bytes]], *, limit: int = MAX_PHOTOS
@@ -188,7 +214,7 @@ class AlignmentEngine:
                     raise InputError("This picture is there already.", "photo.duplicate")
                 if len(photos) + len(new) >= limit:
                     raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
-                new[id] = name, open_image(data)
+                new[id] = name, open_image(data, near=self.near)
             except InputError as error:
                 skipped.append(Skipped(name, error))
         return self._extended(photos, new), skipped
@@ -196,8 +222,7 @@ class AlignmentEngine:
     def _extended(self, photos: Photos, new: Mapping[str, tuple[str, Image.Image]]) -> Photos:
         if not new:
             return photos
-        with self._lock:
-            embeds = self.encoder.encode_images([image for _, image in new.values()])
+        embeds = self.embed_images([image for _, image in new.values()])
         return self._photos(
             [*photos.gallery.pictures, *(Picture(id, name) for id, (name, _) in new.items())],
             torch.cat([photos.gallery.image_embeds, embeds]),
@@ -218,8 +243,7 @@ class AlignmentEngine:
     def _second_embeds(self, photos: Photos, more: Sequence[Image.Image]) -> Tensor | None:
         if self.second is None or photos.second_embeds is None or not more:
             return photos.second_embeds
-        with self._lock:
-            return torch.cat([photos.second_embeds, self.second.encoder.encode_images(more)])
+        return torch.cat([photos.second_embeds, self.second.encoder.encode_images(more)])
 
     def without(self, photos: Photos, id: str) -> Photos:
         """Take one photo out; one that is not there is no error."""
@@ -257,6 +281,14 @@ class AlignmentEngine:
             return open_image(self._pictures[id].path)
         except (InputError, OSError):
             return open_image(self.thumbnail(id))
+
+    def can_show(self, id: str) -> bool:
+        """Tell whether there is a file behind one of the gallery's pictures, without opening it."""
+        picture = self._pictures[id]
+        try:
+            return self.gallery.thumbnail(picture).is_file() or picture.path.is_file()
+        except FileNotFoundError:  # its package is not installed
+            return False
 
     def thumbnail(self, id: str) -> bytes:
         """Show one of the gallery's pictures small, as WebP; made once.

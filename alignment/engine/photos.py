@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 
@@ -32,6 +32,24 @@ class Photos:
 
     def __len__(self) -> int:
         return len(self.gallery.pictures)
+
+
+class Thumbnails(Mapping[str, bytes]):
+    """Thumbnails that are made when somebody looks at them."""
+
+    def __init__(self, ids: Sequence[str], make: Callable[[str], bytes]) -> None:
+        self._ids, self._make = dict.fromkeys(ids), make
+
+    def __getitem__(self, id: str) -> bytes:
+        if id not in self._ids:
+            raise KeyError(id)
+        return self._make(id)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Api:
 
     def _embed(self, images: object) -> Tensor:
         """Embed one picture after the other: no more than one lies decoded in memory; (n, embed_dim)."""
-        return torch.stack([self.engine.embed_image(picture) for picture in opened(images)])
+        return torch.stack([self.engine.embed_image(picture) for picture in opened(images, self.engine.near)])
 
 
 def add_api(engine: AlignmentEngine) -> None:

@@ -14,6 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from alignment.preprocess import InputError, clean_caption, open_image
+from alignment.ui.sessions import Sessions
 from alignment.ui.uploads import MAX_FILE_MB, Upload, forget, take
 
 MAX_RESULTS = 100
@@ -34,11 +35,17 @@ SentPicture = str | UploadedFile
 
 
 class Page(gr.Blocks):
-    """Gradio's page, but it fetches nothing from the network for a visitor.
+    """Gradio's page, but it fetches nothing from the network for a visitor, and its sessions are lighter.
 
     Gradio downloads a file that is sent as an address, of any size and for any endpoint, before a function of ours is
     asked. Here such a request ends before that.
     """
+
+    def launch(self, *args: Any, **options: Any) -> Any:
+        """Do as Gradio does, with sessions of ours."""
+        served = super().launch(*args, **options)
+        self.app.state_holder = Sessions.instead_of(self.app.state_holder)
+        return served
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Refuse addresses, then do as Gradio does."""
@@ -58,8 +65,12 @@ def _paths(value: object) -> Iterator[object]:
 # ---------------------------------------------------------------- pictures
 
 
-def opened(images: object) -> Iterator[Image.Image]:
+def opened(images: object, near: int | None = None) -> Iterator[Image.Image]:
     """Open the pictures of a request one after the other.
+
+    Args:
+        images: of the request.
+        near: see `open_image`.
 
     Raises:
         InputError: when they are no list of as many as may be, or one of them is no picture.
@@ -67,7 +78,7 @@ def opened(images: object) -> Iterator[Image.Image]:
     sent = _list(images, "images", MAX_PICTURES)
     for place, image in enumerate(sent, 1):
         try:
-            picture = open_image(_bytes(image))
+            picture = open_image(_bytes(image), near=near)
         except InputError as error:
             raise (_at(f"Picture {place}", error) if len(sent) > 1 else error) from error
         yield picture

@@ -14,6 +14,7 @@ from alignment.preprocess import InputError, open_image
 from alignment.ui.examples import PREVIEW_PIXELS, Examples
 from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.results import Value, captions_value, note_value, problem_value
+from alignment.ui.sessions import Unchanging, kept
 from alignment.ui.strings import error_text, text
 from alignment.ui.uploads import drop_value, forget, take, uploads_of
 from alignment.ui.widgets import data_url, listen, spoken, widget
@@ -22,7 +23,7 @@ NUM_RESULTS = 10
 
 
 @dataclass(frozen=True)
-class Asked:
+class Asked(Unchanging):
     """The picture in question.
 
     Attributes:
@@ -62,7 +63,7 @@ class CaptionsTab:
                 self.chips = widget("chips", self._chips(lang), elem_id="captions-examples")
             with gr.Column(scale=7, min_width=300):
                 self.results = widget("captions", self._results(lang, self.first), elem_id="captions-results")
-        self.asked = gr.State(self.first, time_to_live=3600)
+        self.asked = kept(self.first)
         self.inputs, self.outputs = [self.asked], [self.drop, self.chips, self.results]
         self.arrival = [self.asked, self.drop, self.results]
         listen(self.drop.files, self._take, [language, self.asked], self.arrival, work="search")
@@ -79,7 +80,7 @@ class CaptionsTab:
         for upload in uploads[:1]:
             try:
                 with spoken():
-                    image = open_image(take(upload, limit=1))
+                    image = open_image(take(upload, limit=1), near=PREVIEW_PIXELS)
                     photo = as_webp(image, PREVIEW_PIXELS)
                     asked = Asked(self.engine.embed_image(image), data_url(photo), upload.name, photo)
             except InputError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from alignment.engine import AlignmentEngine, Query, Term, parse_query, write_query
 from alignment.preprocess import InputError
+from alignment.ui.sessions import Unchanging
 from alignment.ui.strings import text
 from alignment.ui.widgets import spoken
 
@@ -43,7 +44,7 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Asked(Unchanging):
     """The query in question.
 
     Attributes:

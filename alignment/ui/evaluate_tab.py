@@ -30,6 +30,7 @@ from alignment.ui.explanation import Explanation
 from alignment.ui.parts import Tasks, parts_value, run_of
 from alignment.ui.report import report_json, report_value
 from alignment.ui.results import Value
+from alignment.ui.sessions import Unchanging, kept
 from alignment.ui.strings import LANGUAGES, error_text, text
 from alignment.ui.uploads import Upload, arrived, drop_value, forget, uploads_of
 from alignment.ui.widgets import data_url, listen, spoken, widget
@@ -40,7 +41,7 @@ FORMS = ("evaluate.form.table", "evaluate.form.lines", "evaluate.form.beside", "
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Unchanging):
     """What the tab shows.
 
     Attributes:
@@ -79,7 +80,7 @@ class EvaluateTab:
             with gr.Column(scale=8, min_width=300):
                 self.report = widget("evaluate", self._report(lang, first), elem_id="evaluate-results")
                 self.saving = widget("download", self._saving(lang, first), elem_id="evaluate-download")
-        self.measured = gr.State(first, time_to_live=3600)
+        self.measured = kept(first)
         self.inputs = [self.measured]
         self.outputs = [self.drop, self.help, self.sample, self.report, self.saving]
         self._wire(language)

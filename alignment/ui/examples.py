@@ -6,6 +6,7 @@ For the starter gallery they are chosen by hand; any other gallery gets them fro
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import islice
 from urllib.parse import quote
 
 from alignment.engine import AlignmentEngine, as_webp
@@ -27,10 +28,10 @@ class Examples:
 
     def __init__(self, engine: AlignmentEngine) -> None:
         self.engine = engine
-        by_id = {picture.id: picture for picture in engine.gallery.pictures if _shown(engine, picture.id)}
-        first = [by_id[id] for id in FAVOURITES if id in by_id]
-        self.pictures = (first + [picture for picture in by_id.values() if picture not in first])[:NUM_SAMPLE]
-        described = [by_id[id] for id in DESCRIBED if id in by_id]
+        by_id = {picture.id: picture for picture in engine.gallery.pictures}
+        shown = (by_id[id] for id in dict.fromkeys((*FAVOURITES, *by_id)) if id in by_id and engine.can_show(id))
+        self.pictures = list(islice(shown, NUM_SAMPLE))  # of a large gallery no more files are looked for
+        described = [by_id[id] for id in DESCRIBED if id in by_id and engine.can_show(id)]
         self.described = (described or self.pictures)[:NUM_CHIPS]
         self.preview = lru_cache(NUM_SAMPLE)(self._preview)
 
@@ -54,14 +55,6 @@ class Examples:
 
     def _preview(self, picture: Picture) -> str:
         try:
-            return data_url(as_webp(open_image(picture.path), PREVIEW_PIXELS))
+            return data_url(as_webp(open_image(picture.path, near=PREVIEW_PIXELS), PREVIEW_PIXELS))
         except (InputError, OSError):  # of the user's own pictures only the thumbnail need be here
             return self.image_of(picture)
-
-
-def _shown(engine: AlignmentEngine, id: str) -> bool:
-    try:
-        engine.thumbnail(id)
-    except (InputError, OSError):
-        return False
-    return True

@@ -17,6 +17,7 @@ from alignment.engine import AlignmentEngine, Explained, as_webp
 from alignment.heatmap import heat_colours, patch_overlay
 from alignment.preprocess import InputError
 from alignment.ui.results import Value, cosine
+from alignment.ui.sessions import Unchanging, kept
 from alignment.ui.strings import error_text, text
 from alignment.ui.widgets import data_url, listen, spoken, widget
 
@@ -46,7 +47,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Asked(Unchanging):
     """What the dialog is about, in no language yet; as it is while the answer is worked out.
 
     Attributes:
@@ -77,7 +78,7 @@ class Explanation:
     def build(self, lang: str) -> None:
         """Put the dialog on the page, closed."""
         self.dialog = widget("explain", self._value(lang, Asked()), elem_id="explanation")
-        self.asked = gr.State(Asked(), time_to_live=3600)
+        self.asked = kept(Asked())
 
     def translate(self, lang: str, asked: Asked) -> Value:
         """Say everything again in another language; open stays open. Gradio wants a single output bare."""

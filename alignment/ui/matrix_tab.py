@@ -22,6 +22,7 @@ from alignment.preprocess import InputError, open_image, parse_captions
 from alignment.ui.examples import NUM_COMPARED, Examples
 from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.results import Value
+from alignment.ui.sessions import Unchanging, kept
 from alignment.ui.strings import LANGUAGES, error_text, strings, text
 from alignment.ui.uploads import Shelf, fill, progress_value, shelf_drop_value, uploads_of
 from alignment.ui.widgets import data_url, listen, spoken, widget
@@ -39,7 +40,7 @@ _REACH = 3  # spreads of unrelated cosines that the strongest colours of the dif
 
 
 @dataclass(frozen=True)
-class Compared:
+class Compared(Unchanging):
     """What the table shows.
 
     Attributes:
@@ -87,7 +88,7 @@ class MatrixTab:
             with gr.Column(scale=8, min_width=300):
                 parts = ("matrix_maths", "matrix_files")
                 self.table = widget("matrix", self._table(lang, first), parts, elem_id="matrix-table")
-        self.compared = gr.State(first, time_to_live=3600)
+        self.compared = kept(first)
         self.inputs = [self.captions, self.compared]
         self.outputs = [self.drop, self.captions, self.button, self.clear, self.compared, self.table]
         self.arrival = [self.captions, self.drop, self.compared, self.table]

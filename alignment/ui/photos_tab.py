@@ -23,6 +23,7 @@ from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.parts import Tasks, parts_value, run_of
 from alignment.ui.pictures_tab import SEARCH_BOX, query_chips, translated_query
 from alignment.ui.results import Value, pictures_value, problem_value
+from alignment.ui.sessions import kept
 from alignment.ui.strings import count_text, error_text, text
 from alignment.ui.uploads import Shelf, gather, progress_value, shelf_drop_value, uploads_of
 from alignment.ui.widgets import data_url, listen, widget
@@ -63,8 +64,8 @@ class PhotosTab:
                 self.composer = widget("composer", self._composer(lang, first), elem_id="photos-composer")
                 self.chips = widget("chips", self._chips(lang, self.sample), elem_id="photos-examples")
                 self.results = widget("pictures", self._results(lang, first, self.sample), elem_id="photos-results")
-        self.asked = gr.State(first, time_to_live=3600)
-        self.shelf = gr.State(self.sample, time_to_live=3600)
+        self.asked = kept(first)
+        self.shelf = kept(self.sample)
         self.inputs = [self.query, self.asked, self.shelf]
         self.arrival = [self.query, self.asked, self.composer, self.results]
         self.outputs = [*self.arrival, self.drop, self.notes, self.album, self.clear, self.button, self.chips]

@@ -13,6 +13,7 @@ from alignment.ui.composer import Added, Asked, ask, changed, composer_value, he
 from alignment.ui.examples import Examples
 from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.results import Value, note_value, pictures_value, problem_value
+from alignment.ui.sessions import kept
 from alignment.ui.strings import LANGUAGES, error_text, text
 from alignment.ui.uploads import Upload, drop_value, forget, take, uploads_of
 from alignment.ui.widgets import data_url, listen, spoken, widget
@@ -44,7 +45,7 @@ class PicturesTab:
             self.help = widget("composer", help_value(lang), elem_id="pictures-help")
         self.chips = widget("chips", self._chips(lang), elem_id="pictures-examples")
         self.results = widget("pictures", self._results(lang, first), elem_id="pictures-results")
-        self.asked = gr.State(first, time_to_live=3600)
+        self.asked = kept(first)
         self.inputs = [self.query, self.asked]
         self.arrival = [self.query, self.asked, self.composer, self.results]
         self.outputs = [*self.arrival, self.button, self.drop, self.help, self.chips]
@@ -122,7 +123,7 @@ class PicturesTab:
 
     def _added(self, upload: Upload) -> Added:
         data = take(upload, limit=1)
-        image = open_image(data)
+        image = open_image(data, near=self.engine.near)
         term = Term(picture=hashlib.sha256(data).hexdigest(), embed=self.engine.embed_image(image))
         return Added(term, data_url(as_webp(image, TERM_PIXELS)), upload.name)
 

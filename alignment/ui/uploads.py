@@ -14,6 +14,7 @@ from gradio.utils import get_upload_folder
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
 from alignment.engine.albums import Added, add_archive
 from alignment.preprocess import InputError
+from alignment.ui.sessions import Unchanging
 from alignment.ui.strings import count_text, error_text, text
 from alignment.ui.widgets import spoken
 
@@ -42,7 +43,7 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class Shelf(Unchanging):
     """Pictures beside each other, kept in the visitor's session.
 
     Attributes:

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "ui"
 ICON = ASSETS / "favicon.svg"
 
-SEARCHES_AT_ONCE, UPLOADS_AT_ONCE = 4, 2
+SEARCHES_AT_ONCE, UPLOADS_AT_ONCE = 16, 2
+"""Handlers under way; searches that wait for the model are encoded together, see `alignment.engine.batching`."""
 
 
 class Tab(Protocol):

@@ -1,0 +1,39 @@
+"""Floor 1, the door: turn what a person gives (file, image, text) into model inputs.
+
+Place in the flow: `upload -> open_image / parse_captions -> Preprocessor (here) -> model`. Serving, building a gallery
+and training all come through this door, so a model sees the same pixels everywhere, and nowhere else is input doubted.
+
+| module     | what it does |
+|------------|--------------|
+| `refusal`  | the one error a person at the keyboard can mend |
+| `formats`  | judges a picture's file by its header, before any pixel is decoded |
+| `images`   | decodes a picture to RGB as a person sees it |
+| `captions` | cleans captions |
+| `pixels`   | resizes and normalises, bit for bit as transformers does |
+| `tokens`   | tokenizes, id for id as transformers does |
+| `inputs`   | a checkpoint's image processor and tokenizer |
+
+transformers is imported where a checkpoint needs what is not known here, and not before: it costs seconds.
+"""
+
+from alignment.preprocess.captions import MAX_CAPTION_CHARS, MAX_CAPTIONS, clean_caption, parse_captions
+from alignment.preprocess.formats import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS
+from alignment.preprocess.images import ImageSource, open_image
+from alignment.preprocess.inputs import Preprocessor
+from alignment.preprocess.refusal import InputError
+from alignment.preprocess.tokens import MIN_VOCABULARY, TextRules
+
+__all__ = [
+    "MAX_ASPECT_RATIO",
+    "MAX_CAPTIONS",
+    "MAX_CAPTION_CHARS",
+    "MAX_IMAGE_PIXELS",
+    "MIN_VOCABULARY",
+    "ImageSource",
+    "InputError",
+    "Preprocessor",
+    "TextRules",
+    "clean_caption",
+    "open_image",
+    "parse_captions",
+]

@@ -1,0 +1,131 @@
+"""Judge a picture's file by its header: what it is, and whether its size can be borne, before any pixel is decoded."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from alignment.preprocess.refusal import InputError
+
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_ASPECT_RATIO = 50  # CLIP's resize of the short side to 224 would blow a 1 x 50,000,000 strip up to terabytes
+
+# What may be opened at all; JPEG includes MPO. Formats that run a program (EPS, PDF) or rarely hold photos stay shut.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
+_READABLE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\x00|MM\x00\*|....ftypavi[fs]|P[1-7Ff]\s|\x00\x00\x01\x00",
+    re.DOTALL,
+)
+_FOREIGN = {
+    "HEIC": re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL),
+    "PDF": re.compile(rb"%PDF"),
+    "EPS": re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"),
+    "SVG": re.compile(rb"\s*<(svg|\?xml)"),
+    "JPEG 2000": re.compile(rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51"),
+    "JPEG XL": re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "),
+    "Photoshop": re.compile(rb"8BPS"),
+}
+
+
+def open_path(path: Path) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises:
+        InputError: when there is none, or it may not be read.
+    """
+    try:
+        if not path.is_file():  # a pipe or a device would never end
+            raise FileNotFoundError(path)
+        return path.open("rb")
+    except OSError as error:
+        message = "The file {path} cannot be opened; check its name and whether you may read it."
+        raise InputError(message, "image.missing", path=str(path)) from error
+
+
+@contextmanager
+def from_file(file: BinaryIO) -> Iterator[Image.Image]:
+    """Open a picture as far as its header; the file is closed afterwards.
+
+    Raises:
+        InputError: when it is empty, damaged, too large, or no picture that is read here.
+    """
+    with file:
+        head = file.read(64)
+        if not head:
+            raise empty()
+        if head.startswith(b"\0\0\1\0"):
+            _check_icon(file)
+        try:
+            image = Image.open(file, formats=_FORMATS)
+        except UnidentifiedImageError as error:
+            raise _unidentified(head) from error
+        with image:
+            yield image
+
+
+def _unidentified(head: bytes) -> InputError:
+    """Tell a broken picture, a format not read here and something else altogether apart by their first bytes."""
+    if _READABLE.match(head):
+        return damaged()
+    for name, magic in _FOREIGN.items():
+        if magic.match(head):
+            return unsupported(f"{name} files")
+    return InputError(
+        "This file is not a picture; choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.", "image.not_an_image"
+    )
+
+
+def empty() -> InputError:
+    """Say that there is nothing in it."""
+    return InputError("The file is empty; choose one with a picture in it.", "image.empty")
+
+
+def damaged() -> InputError:
+    """Say that it cannot be decoded."""
+    return InputError("The picture is damaged or cut off; copy or download it again.", "image.truncated")
+
+
+def unsupported(kind: str) -> InputError:
+    """Say that a kind of picture is not read here."""
+    return InputError("{kind} cannot be read here; save the picture as JPEG or PNG.", "image.unsupported", kind=kind)
+
+
+def too_large() -> InputError:
+    """Say that it has too many pixels."""
+    limit = f"{MAX_IMAGE_PIXELS / 1e6:g}"
+    return InputError("The picture has more than {limit} megapixels; make it smaller.", "image.too_large", limit=limit)
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse a picture by its size.
+
+    Raises:
+        InputError: when it has no pixels, too many, or one side is too long for the other.
+    """
+    if min(width, height) < 1:
+        raise empty()
+    if width * height > MAX_IMAGE_PIXELS:
+        raise too_large()
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        message = "One side of the picture is more than {limit} times the other; crop it."
+        raise InputError(message, "image.too_narrow", limit=MAX_ASPECT_RATIO)
+
+
+def _check_icon(file: BinaryIO) -> None:
+    """Check the pictures inside an icon: Pillow decodes one while it opens the file, before its size can be asked."""
+    file.seek(4)
+    directory = file.read(2 + 16 * int.from_bytes(file.read(2), "little"))
+    for entry in range(0, len(directory) - 15, 16):
+        file.seek(int.from_bytes(directory[entry + 12 : entry + 16], "little"))
+        header = file.read(24)
+        if header.startswith(b"\x89PNG"):
+            width, height = int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+        else:  # a bitmap, its height doubled by the mask
+            sides = (header[4:6], header[6:8]) if header[:1] == b"\x0c" else (header[4:8], header[8:12])
+            width, height = (abs(int.from_bytes(side, "little", signed=len(side) == 4)) for side in sides)
+            height //= 2
+        if width * height > MAX_IMAGE_PIXELS:
+            raise too_large()

@@ -1,0 +1,16 @@
+"""The one error for what the person at the keyboard can mend."""
+
+
+class InputError(ValueError):
+    """What the person at the keyboard can mend; `str(error)` is a sentence fit to be shown.
+
+    Args:
+        message: English template; `values` are filled in with `str.format`.
+        code: stable dotted key ("image.truncated"), so that a page can say it in another language.
+        **values: what the message names, for that other language.
+    """
+
+    def __init__(self, message: str, code: str = "input.invalid", **values: object) -> None:
+        super().__init__(message.format(**values) if values else message)
+        self.code = code
+        self.values = values

@@ -1,0 +1,101 @@
+import gc
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+import httpx
+import pytest
+import torch
+from gradio_client import Client
+from torch import Tensor
+
+from alignment.ui.api_input import Page
+from alignment.ui.sessions import Sessions, Unchanging, kept
+
+
+@dataclass(frozen=True)
+class Basket(Unchanging):
+    """Something heavy, with what a visitor put in."""
+
+    weight: Tensor
+    things: tuple[str, ...] = ()
+
+
+FIRST = Basket(torch.zeros(1000))
+
+
+def put(thing: str, basket: Basket) -> tuple[str, Basket]:
+    basket = replace(basket, things=(*basket.things, thing))
+    return " ".join(basket.things), basket
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch) -> Iterator[Page]:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    with Page(analytics_enabled=False) as page:
+        thing, said, basket = gr.Textbox(), gr.Textbox(), kept(FIRST)
+        thing.submit(put, [thing, basket], [said, basket], api_name="put")
+    page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
+    yield page
+    page.close()
+
+
+def call(page: Page, thing: str, **more: str) -> str:
+    with httpx.Client(base_url=page.local_url, trust_env=False, timeout=60) as http:
+        id = http.post("gradio_api/call/put", json={"data": [thing], **more}).json()["event_id"]
+        return http.get(f"gradio_api/call/put/{id}").text
+
+
+def visitor(page: Page) -> Client:
+    return Client(page.local_url, verbose=False, analytics_enabled=False)
+
+
+def test_each_visitor_has_what_is_theirs(page):
+    one, other = visitor(page), visitor(page)
+    assert one.predict("apple", api_name="/put") == "apple"
+    assert other.predict("pear", api_name="/put") == "pear"
+    assert one.predict("plum", api_name="/put") == "apple plum"
+    for client in (one, other):
+        client.close()
+    assert FIRST.things == ()
+
+
+def test_what_is_kept_is_not_copied(page):
+    assert deepcopy(FIRST) is FIRST
+    assert call(page, "apple", session_hash="anna").startswith("event: complete")
+    (session,) = page.app.state_holder.session_data.values()
+    (basket,) = session.state_data.values()
+    assert basket.things == ("apple",)
+    assert basket.weight.data_ptr() == FIRST.weight.data_ptr()
+    assert not [tensor for tensor in tensors() if tensor.shape == (1000,) and tensor is not FIRST.weight]
+
+
+def tensors() -> list[Tensor]:
+    return [found for found in gc.get_objects() if type(found) is Tensor]
+
+
+def test_a_session_does_not_hold_the_whole_page_again(page):
+    call(page, "apple", session_hash="anna")
+    (session,) = page.app.state_holder.session_data.values()
+    described = {described["type"] for described in session.components}
+    assert described <= {"textbox", "state"}  # what the event renewed, not the form around it
+    assert len(session.config_values) < len(page.blocks)
+
+
+def test_a_call_without_a_session_leaves_none(page):
+    for _ in range(3):
+        assert 'data: ["apple"' in call(page, "apple")
+    assert isinstance(page.app.state_holder, Sessions)
+    assert page.app.state_holder is page.state_holder
+    assert not page.app.state_holder.session_data
+    assert not page.app.state_holder.time_last_used
+
+
+def test_the_initial_value_is_not_told_to_the_browser(page):
+    config: dict[str, Any] = page.get_config_file()
+    (state,) = (part["props"] for part in config["components"] if part["type"] == "state")
+    assert "value" not in state
+    assert state["time_to_live"] == 3600
