@@ -6,7 +6,8 @@ Place in the flow: `run` claims the folder first of all, and reads the notes whe
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from alignment.train.prepare import Prepared
@@ -35,6 +36,12 @@ class Interrupted:
     command: str
     data_digest: str
     base_fingerprint: str
+
+    def write(self, folder: Path) -> None:
+        """Note it down; whoever is killed meanwhile leaves no half of it."""
+        fresh = folder / f"{SETTINGS}.new"
+        fresh.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        os.replace(fresh, folder / SETTINGS)
 
     def continued(self, config: TrainConfig) -> TrainConfig:
         """Return the settings to go on with: all as they were, but for the folder and the minutes."""
@@ -66,11 +73,11 @@ def claim(folder: Path, *, resume: bool) -> None:
         raise FileNotFoundError(f"There is no run in {folder} to go on with; leave --resume out to begin one.")
     if begun and not finished and not resume:
         raise FileExistsError(f"{folder} holds an unfinished run: go on with --resume, or choose another --output.")
-    # A run killed before its first step leaves kept images, which the next one takes over.
+    # A run killed before its first step leaves kept images, which the next one takes over, or half a note.
     if (
         not resume
         and folder.exists()
-        and (not folder.is_dir() or any(path.name != "kept" for path in folder.iterdir()))
+        and (not folder.is_dir() or any(path.name not in ("kept", f"{SETTINGS}.new") for path in folder.iterdir()))
     ):
         raise FileExistsError(
             f"{folder} is not an empty folder, and nothing in it is overwritten: choose another --output."

@@ -6,7 +6,6 @@ that was killed is called again with `resume` and ends with the weights it would
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import platform
@@ -280,10 +279,9 @@ class Run:
 
     def _note_settings(self) -> None:
         if PartialState().is_main_process:
-            told = Interrupted(
+            Interrupted(
                 self.config, self.recipe, self.since, self.command, self.prepared.digest, self.base_fingerprint
-            )
-            (self.folder / SETTINGS).write_text(json.dumps(asdict(told), indent=1) + "\n", encoding="utf-8")
+            ).write(self.folder)
         PartialState().wait_for_everyone()
 
     # ------------------------------------------------------------ after training
