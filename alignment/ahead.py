@@ -15,7 +15,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_MOST_WORKERS = 16  # each may hold a decoded picture, of 150 MB at worst
+_MOST_WORKERS = 16  # while it decodes, each may hold 400 MB: 50 megapixels, twice
 
 
 def num_workers() -> int:

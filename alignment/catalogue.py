@@ -5,7 +5,8 @@ picture is opened and nothing embedded here. A gallery folder holds
 
 - `gallery.json`: the stamp;
 - `pictures.jsonl` and `captions.jsonl`: one record a line;
-- `embeddings.safetensors`: `image_embeds` and `text_embeds`, float16, a row for each line, and the `background`;
+- `embeddings.safetensors`: `image_embeds` and `text_embeds`, float16, a row for each line, and the `background`; of a
+  gallery of many items one or both lie elsewhere, see `alignment.gallery.storage`;
 - `thumbnails/ID.webp` of the pictures that are the user's own (`gallery` makes them).
 """
 
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -154,6 +156,7 @@ class Catalogue:
         text_embeds: (num_captions, embed_dim).
         stamp: the model they belong to.
         background: embeddings that tell accidents from matches, see `calibration.Background`; may be empty.
+        elsewhere: which of `image_embeds` and `text_embeds` are not kept here, and empty.
     """
 
     pictures: Sequence[Picture]
@@ -162,6 +165,7 @@ class Catalogue:
     text_embeds: Tensor
     stamp: Stamp
     background: Mapping[str, Tensor] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
 
     def lines(self) -> dict[str, list[str]]:
         """Lay the records out as the lines of their files."""
@@ -313,14 +317,17 @@ def read_catalogue(folder: Path, model: str) -> Catalogue:
         stamp = Stamp(**{**header, "source": _from_folder(folder, header["source"])})
         lines = {name: _text_lines(folder / name) for name in (PICTURES, CAPTIONS)}
         with safe_open(folder / _EMBEDDINGS, "pt") as file:
-            if (file.metadata() or {}).get("build") != _digest(stamp, lines):
+            metadata = file.metadata() or {}
+            if metadata.get("build") != _digest(stamp, lines):
                 raise ValueError("its files are not of one build")
             embeds = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         pictures = [_read_picture(json.loads(line), stamp.source) for line in lines[PICTURES]]
         captions = [Caption(**json.loads(line)) for line in lines[CAPTIONS]]
+        elsewhere = tuple(metadata.get("elsewhere", "").split())
+        embeds |= {name: torch.empty(0, 0) for name in elsewhere}
         image_embeds, text_embeds = embeds.pop("image_embeds"), embeds.pop("text_embeds")
         background = {name.removeprefix(_BACKGROUND): part for name, part in embeds.items()}
-        return Catalogue(pictures, captions, image_embeds, text_embeds, stamp, background)
+        return Catalogue(pictures, captions, image_embeds, text_embeds, stamp, background, elsewhere)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ValueError(
             f"The gallery in {folder} is damaged ({error}). Rebuild it with: {rebuild_command(folder, model, stamp)}"
@@ -333,6 +340,7 @@ def write_catalogue(folder: Path, catalogue: Catalogue) -> None:
     lines = catalogue.lines()
     header = {**asdict(catalogue.stamp), "source": _to_folder(folder, catalogue.stamp.source)}
     embeds = {"image_embeds": catalogue.image_embeds, "text_embeds": catalogue.text_embeds}
+    embeds = {name: side for name, side in embeds.items() if name not in catalogue.elsewhere}
     embeds |= {_BACKGROUND + name: part for name, part in catalogue.background.items()}
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as name:
         aside = Path(name)
@@ -340,7 +348,9 @@ def write_catalogue(folder: Path, catalogue: Catalogue) -> None:
             # surrogateescape: the name of a file need not be UTF-8
             (aside / file).write_text("".join(f"{text}\n" for text in texts), "utf-8", "surrogateescape", newline="\n")
         halves = {key: tensor.half().contiguous() for key, tensor in embeds.items()}
-        save_file(halves, aside / _EMBEDDINGS, metadata={"build": _digest(catalogue.stamp, lines)})
+        metadata = {"build": _digest(catalogue.stamp, lines)}
+        metadata |= {"elsewhere": " ".join(catalogue.elsewhere)} if catalogue.elsewhere else {}
+        save_file(halves, aside / _EMBEDDINGS, metadata=metadata)
         shutil.copymode(aside / _STAMP, aside / _EMBEDDINGS)  # safetensors lets nobody else read it
         for file in (_EMBEDDINGS, PICTURES, CAPTIONS, _STAMP):
             os.replace(aside / file, folder / file)

@@ -6,9 +6,12 @@ images. Nothing here knows about devices, models or files.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+_FEW = 64  # items that are compared each with each at once sooner than one after the other
 
 
 def cosine_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
@@ -120,14 +123,18 @@ def fold_alike(embeds: Tensor, k: int, threshold: float) -> list[list[int]]:
     Returns:
         At most k groups of places, each and all best ranked first.
     """
-    free = torch.ones(len(embeds), dtype=torch.bool)
+    free = np.ones(len(embeds), bool)
+    all_pairs = (embeds @ embeds.T).numpy() if len(embeds) <= _FEW else None
     groups: list[list[int]] = []
-    while len(groups) < k and free.any():
-        first = int(free.int().argmax())
-        alike = (embeds @ embeds[first] >= threshold) & free
-        alike[first] = True
-        free &= ~alike
-        groups.append(alike.nonzero().flatten().tolist())
+    for first in range(len(embeds)):
+        if len(groups) == k:
+            break
+        if free[first]:
+            cosines = (embeds @ embeds[first]).numpy() if all_pairs is None else all_pairs[first]
+            alike = (cosines >= threshold) & free
+            alike[first] = True
+            free &= ~alike
+            groups.append(alike.nonzero()[0].tolist())
     return groups
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.nn import functional
 
 from alignment.catalogue import CAPTIONS, PICTURES, Caption, Picture, Stamp, read_hand_written
-from alignment.gallery import BuildReport, Gallery, build_gallery, building, main
+from alignment.gallery import BuildReport, Gallery, build_gallery, looking, main
 from alignment.gallery.judging import background_name
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
@@ -558,7 +558,7 @@ def test_a_file_is_read_once_and_decoded_once(
 ) -> None:
     read: Counter[str] = Counter()
     decoded: list[bytes] = []
-    open_path, open_picture = Path.open, building.open_image
+    open_path, open_picture = Path.open, looking.open_image
 
     def noted_path(path: Path, *rest: object, **more: object) -> object:
         read.update([path.name])
@@ -569,7 +569,7 @@ def test_a_file_is_read_once_and_decoded_once(
         return open_picture(data, near=near)
 
     monkeypatch.setattr(Path, "open", noted_path)
-    monkeypatch.setattr(building, "open_image", noted_picture)
+    monkeypatch.setattr(looking, "open_image", noted_picture)
     _, report = build(many, tmp_path / "out", encoder)
     assert counts(report) == (27, 1, 13)
     assert {read[path.name] for path in many.iterdir()} == {1}
@@ -626,7 +626,7 @@ def test_a_file_too_large_to_hold_gives_the_same_gallery(
     photos: Path, tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = build(photos, tmp_path / "out", encoder)
-    monkeypatch.setattr(building, "_READ_AT_ONCE", 0)
+    monkeypatch.setattr(looking, "_READ_AT_ONCE", 0)
     second, report = build(photos, tmp_path / "other", encoder)
     assert counts(report) == (3, 0, 0)
     assert second.pictures == first.pictures
@@ -642,14 +642,14 @@ def test_a_large_photo_is_decoded_in_reduced_size_and_looks_the_same(
     folder.mkdir()
     photo.save(folder / "a.jpg", quality=95)
     sizes: list[tuple[int, int]] = []
-    open_picture = building.open_image
+    open_picture = looking.open_image
 
     def noted(data: bytes, near: int) -> Image.Image:
         image = open_picture(data, near=near)
         sizes.append(image.size)
         return image
 
-    monkeypatch.setattr(building, "open_image", noted)
+    monkeypatch.setattr(looking, "open_image", noted)
     gallery, _ = build(folder, tmp_path / "out", encoder)
     assert sizes == [(640, 480)]  # a quarter: an eighth would be smaller than the thumbnail
     thumbnail = open_image(gallery.thumbnail(gallery.pictures[0]))
@@ -741,7 +741,7 @@ def test_ctrl_c_says_that_nothing_happened(
     def ctrl_c(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(building, "open_image", ctrl_c)
+    monkeypatch.setattr(looking, "open_image", ctrl_c)
     assert main(["build", str(photos), "--out", str(tmp_path / "out"), "--model", encoder.name]) == 130
     assert "is as it was" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

@@ -8,15 +8,17 @@ gallery knows which model made it and refuses to be searched with the embeddings
 | module       | what it does |
 |--------------|--------------|
 | `building`   | embeds what is new of a source into a gallery folder |
+| `looking`    | reads, hashes and decodes pictures in threads, ahead of the model |
 | `search`     | finds the pictures of a caption and the captions of a picture |
 | `judging`    | tells matches from accidents |
 | `command`    | the command |
 """
 
 from alignment.catalogue import Caption, Picture
-from alignment.gallery.building import THUMBNAIL_PIXELS, BuildReport, build_gallery
+from alignment.gallery.building import BuildReport, build_gallery
 from alignment.gallery.command import main
 from alignment.gallery.judging import Judge
+from alignment.gallery.looking import THUMBNAIL_PIXELS
 from alignment.gallery.search import Found, Gallery, Match
 
 __all__ = [

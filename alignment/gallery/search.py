@@ -9,21 +9,22 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from alignment.calibration import Direction, Judgement
-from alignment.catalogue import Caption, Catalogue, Picture, Stamp, read_catalogue, rebuild_command, write_catalogue
+from alignment.catalogue import Caption, Catalogue, Picture, Stamp, read_catalogue, rebuild_command
 from alignment.gallery.judging import Judge
-from alignment.index import Index
+from alignment.gallery.sides import Side
+from alignment.gallery.storage import open_sides, tags_of, write_gallery
 from alignment.model import DualEncoder
-from alignment.similarity import fold_alike, logits_per_image, match_probabilities, top_k
+from alignment.similarity import fold_alike, top_k
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,13 @@ JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighb
 `tests/benchmarks/composition.py`).
 """
 
-_FOLDED = 1000  # of the ranking are looked at
+_HEAD = 128
+"""Results that are fetched for every query, however few are asked for."""
+
+_FOLDED, _MOST_FOLDED = 4, 1000
+"""Results that are looked at for ones that are nearly the same: so many times k; more if they leave less than k that
+differ, and so many at the most.
+"""
 
 Judged: TypeAlias = Callable[[Tensor, Tensor], Judgement | None]
 """Judges results: their rows and those of all candidates, best first -> what to think of them."""
@@ -53,16 +60,24 @@ class Match(Generic[Item]):
         rank: from 1.
         item: what was found.
         similarity: cosine, in [-1, 1]; of a composed query its score, see `alignment.engine.queries`.
-        share: the model's softmax over all candidates of the search, or its sigmoid for this one alone; 0 for a
-            composed query.
         probability: that this is a match, calibrated, see `Judge`; None where nothing tells.
+        shares: works out what `share` tells, for all results; None for a composed query.
     """
 
     rank: int
     item: Item
     similarity: float
-    share: float
     probability: float | None = None
+    shares: Callable[[], Sequence[float]] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def share(self) -> float:
+        """The model's softmax over all candidates of the search, or its sigmoid for this one alone.
+
+        Worked out when first asked for. Among more than some thousand candidates the softmax is an estimate, see
+        `Side.shares`. 0 for a composed query.
+        """
+        return 0.0 if self.shares is None else self.shares()[self.rank - 1]
 
 
 @dataclass(frozen=True)
@@ -76,8 +91,8 @@ class Found(Generic[Item]):
         senseless: whether the query is nonsense or an empty picture.
         composed: whether the query was more than one caption.
         nonsense: which of its captions say nothing.
-        groups: the k best pictures that differ, each followed by those that are nearly the same, see `NEARLY_SAME`;
-            empty where nobody can tell.
+        groups: the k best pictures that differ, each followed by those of the best 4k that are nearly the same, see
+            `NEARLY_SAME`; empty where nobody can tell.
     """
 
     matches: tuple[Match[Item], ...]
@@ -93,10 +108,10 @@ class Gallery:
     """Pictures and captions with their embeddings: the candidates of every search.
 
     Attributes:
-        pictures: in the order of the rows of `image_embeds`.
-        captions: in the order of the rows of `text_embeds`.
-        image_embeds: (num_pictures, embed_dim) float32, unit norm.
-        text_embeds: (num_captions, embed_dim) float32, unit norm.
+        pictures: by their position.
+        captions: by their position.
+        images: the pictures' embeddings, by position.
+        texts: the captions'.
         stamp: the model they belong to.
         judge: tells matches from accidents; None in galleries built before there was one.
         folder: where the thumbnails lie, if there are any.
@@ -106,14 +121,14 @@ class Gallery:
         self,
         pictures: Sequence[Picture],
         captions: Sequence[Caption],
-        image_embeds: Tensor,
-        text_embeds: Tensor,
+        image_embeds: Tensor | Side,
+        text_embeds: Tensor | Side,
         stamp: Stamp,
         *,
         judge: Judge | None = None,
         folder: Path | None = None,
     ) -> None:
-        """Put the pieces together; embeddings may be half precision.
+        """Put the pieces together; embeddings may be half precision, or a side that was opened.
 
         Raises:
             ValueError: when there is not one embedding for each item.
@@ -124,12 +139,11 @@ class Gallery:
                 f"{len(text_embeds)}: each item needs one."
             )
         self.pictures, self.captions = tuple(pictures), tuple(captions)
-        self.image_embeds = functional.normalize(image_embeds.float(), dim=-1)
-        self.text_embeds = functional.normalize(text_embeds.float(), dim=-1)
         self.stamp = replace(stamp, num_pictures=len(pictures), num_captions=len(captions))
         self.judge = judge
         self.folder = folder
-        self._image_index, self._text_index = Index(self.image_embeds), Index(self.text_embeds)
+        self.images = _side(image_embeds, self.pictures)
+        self.texts = _side(text_embeds, self.captions)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder) -> Gallery:
@@ -151,7 +165,7 @@ class Gallery:
                 f"Rebuild it with: {rebuild_command(folder, encoder.name, stamp)}"
             )
         rows = _rows_at_hand(stored.pictures)
-        pictures = [stored.pictures[row] for row in rows]
+        images, texts = open_sides(folder, stored, rows)
         rebuild = rebuild_command(folder, encoder.name, stamp)
         try:
             judge = Judge.restored(stamp.calibration, stored.background)
@@ -161,31 +175,38 @@ class Gallery:
             logger.warning(
                 "The gallery in %s cannot tell when nothing fits. Bring it up to date with: %s", folder, rebuild
             )
-        return cls(
-            pictures,
-            stored.captions,
-            stored.image_embeds[rows],
-            stored.text_embeds,
-            stamp,
-            judge=judge,
-            folder=folder,
-        )
+        pictures = [stored.pictures[row] for row in rows]
+        return cls(pictures, stored.captions, images, texts, stamp, judge=judge, folder=folder)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the gallery with its thumbnails; what lay there before stays usable until the last moment."""
         folder = Path(folder)
         background = self.judge.background.tensors() if self.judge else {}
-        write_catalogue(
-            folder,
-            Catalogue(self.pictures, self.captions, self.image_embeds, self.text_embeds, self.stamp, background),
-        )
+        none = torch.empty(0, self.images.index.embed_dim)
+        catalogue = Catalogue(self.pictures, self.captions, none, none, self.stamp, background)
+        write_gallery(folder, catalogue, (self.images, self.texts))
         if self.folder and (self.folder / THUMBNAILS).is_dir() and self.folder.resolve() != folder.resolve():
             shutil.copytree(self.folder / THUMBNAILS, folder / THUMBNAILS, dirs_exist_ok=True)
 
     @property
+    def image_embeds(self) -> Tensor:
+        """(num_pictures, embed_dim) float32, unit norm; of many pictures, rather take a few out of `images`."""
+        return self.images.embeds
+
+    @property
+    def text_embeds(self) -> Tensor:
+        """(num_captions, embed_dim) float32, unit norm; of many captions, rather take a few out of `texts`."""
+        return self.texts.embeds
+
+    @cached_property
     def languages(self) -> tuple[str, ...]:
         """The known languages of the captions, in order of appearance."""
         return tuple(dict.fromkeys(caption.lang for caption in self.captions if caption.lang))
+
+    @property
+    def folders(self) -> Mapping[str, int]:
+        """How many pictures lie in each folder, however deep; what `search_images` takes for a tag."""
+        return self.images.tags
 
     def thumbnail(self, picture: Picture) -> Path:
         """Find what to show of a picture: its thumbnail, or the file itself if it is a package's."""
@@ -193,17 +214,18 @@ class Gallery:
             return picture.path
         return self.folder / THUMBNAILS / f"{picture.id}.webp"
 
-    def search_images(self, text_embed: Tensor, k: int) -> Found[Picture]:
+    def search_images(self, text_embed: Tensor, k: int, *, tag: str | None = None) -> Found[Picture]:
         """Find the k pictures that fit a caption best; fewer where the gallery holds fewer.
 
         Args:
             text_embed: (embed_dim,) or (1, embed_dim), unit norm.
             k: how many.
+            tag: let only the pictures of this folder compete, see `folders`; no match when there are none.
 
         Raises:
             ValueError: on an embedding of another shape, or a negative k.
         """
-        return self._search(self._image_index, self.pictures, text_embed, k, "text_to_image")
+        return self._search(self.images, self.pictures, text_embed, k, "text_to_image", tag)
 
     def rank_images(self, scores: Tensor, k: int, judged: Judged, *, without: Collection[str] = ()) -> Found[Picture]:
         """Find the k pictures with the best scores, of whatever making; the answer has them for cosines.
@@ -221,7 +243,7 @@ class Gallery:
         def judge(places: list[int]) -> Judgement | None:
             return judged(ids[places], ids)
 
-        return self._found(self.pictures, ids, best, torch.zeros(len(ids)), k, self._folded(ids, k), judge)
+        return self._found(self.pictures, ids, best, k, self._folded(ids, k), judge)
 
     def search_captions(self, image_embed: Tensor, k: int, *, lang: str | None = None) -> Found[Caption]:
         """Find the k captions that fit a picture best; as `search_images`.
@@ -231,54 +253,51 @@ class Gallery:
             k: how many.
             lang: let only captions of this language compete; no match when there are none.
         """
-        subset = None if lang is None else [row for row, caption in enumerate(self.captions) if caption.lang == lang]
-        return self._search(self._text_index, self.captions, image_embed, k, "image_to_text", subset)
+        return self._search(self.texts, self.captions, image_embed, k, "image_to_text", lang)
 
     def _search(
-        self,
-        index: Index,
-        items: Sequence[Item],
-        query: Tensor,
-        k: int,
-        direction: Direction,
-        subset: list[int] | None = None,
+        self, side: Side, items: Sequence[Item], query: Tensor, k: int, direction: Direction, tag: str | None
     ) -> Found[Item]:
         if k < 0 or query.dim() > 2 or (query.dim() == 2 and len(query) != 1):
             raise ValueError(f"A search takes one embedding and a k of at least 0, not {tuple(query.shape)} and {k}.")
-        rows = None if subset is None else torch.tensor(subset, dtype=torch.int64)
-        # All candidates are asked for, not only k: the softmax runs over all of them.
-        similarity, ids = index.search(query.reshape(1, -1), len(index), subset=rows)
-        bias = self.stamp.logit_bias
-        logits = logits_per_image(similarity, self.stamp.logit_scale, bias)
-        shares = match_probabilities(logits, dim=1, logit_bias=bias)[0]
-        groups = self._folded(ids[0], k) if direction == "text_to_image" else []
+        query, count = query.reshape(-1), side.count(tag)
+        head = max(k, _HEAD)
+        scores, rows = side.search(query, k, head, tag)
+        groups = self._folded(rows, k) if direction == "text_to_image" else []
+        while groups and len(groups) < k and len(rows) < min(count, _MOST_FOLDED):
+            head *= _FOLDED
+            scores, rows = side.search(query, k, head, tag)
+            groups = self._folded(rows, k)
+
+        @cache
+        def shares() -> list[float]:
+            return side.shares(query, scores, self.stamp.logit_scale, self.stamp.logit_bias, tag).tolist()
 
         def judge(places: list[int]) -> Judgement | None:
-            if self.judge is None:
-                return None
-            return self.judge.judge(similarity[0, places], query.reshape(-1), direction, similarity.shape[1])
+            return None if self.judge is None else self.judge.judge(scores[places], query, direction, count)
 
-        return self._found(items, ids[0], similarity[0], shares, k, groups, judge)
+        return self._found(items, rows, scores, k, groups, judge, shares)
 
     def _found(
         self,
         items: Sequence[Item],
-        ids: Tensor,
+        rows: Tensor,
         scores: Tensor,
-        shares: Tensor,
         k: int,
         groups: list[list[int]],
         judge: Callable[[list[int]], Judgement | None],
+        shares: Callable[[], Sequence[float]] | None = None,
     ) -> Found[Item]:
         """Put an answer together for a ranking; groups and what is judged are places in it."""
-        places = sorted(set(range(min(k, len(ids)))).union(*groups))
+        places = sorted(set(range(min(k, len(rows)))).union(*groups))
         if not places:
             return Found((), False)
         says = judge(places)
         chances: list[float | None] = says.probabilities.tolist() if says else [None] * len(places)
+        columns = places, rows[places].tolist(), scores[places].tolist(), chances
         matches = {
-            place: Match(place + 1, items[int(ids[place])], float(scores[place]), float(shares[place]), chance)
-            for place, chance in zip(places, chances, strict=True)
+            place: Match(place + 1, items[row], score, chance, shares)
+            for place, row, score, chance in zip(*columns, strict=True)
         }
         best = tuple(match for place, match in matches.items() if place < k)
         folded = tuple(tuple(matches[place] for place in group) for group in groups)
@@ -286,12 +305,19 @@ class Gallery:
             return Found(best, groups=folded)
         return Found(best, says.fits, says.something_fits, says.senseless, groups=folded)
 
-    def _folded(self, ids: Tensor, k: int) -> list[list[int]]:
-        """Fold pictures that are nearly the same; places in the ranking `ids`."""
+    def _folded(self, rows: Tensor, k: int) -> list[list[int]]:
+        """Fold pictures that are nearly the same; places in the ranking `rows`."""
         unrelated = self.judge.unrelated_pictures if self.judge else None
         if unrelated is None:
             return []
-        return fold_alike(self.image_embeds[ids[:_FOLDED]], k, 1 - NEARLY_SAME * (1 - unrelated))
+        threshold, looked_at, most = 1 - NEARLY_SAME * (1 - unrelated), _FOLDED * k, min(len(rows), _MOST_FOLDED)
+        while len(groups := fold_alike(self.images[rows[:looked_at]], k, threshold)) < k and looked_at < most:
+            looked_at = min(looked_at * _FOLDED, most)
+        return groups
+
+
+def _side(embeds: Tensor | Side, items: Sequence[Picture] | Sequence[Caption]) -> Side:
+    return embeds if isinstance(embeds, Side) else Side.in_memory(embeds, tags_of(items))
 
 
 def _rows_at_hand(pictures: Sequence[Picture]) -> list[int]:

@@ -1,0 +1,97 @@
+"""Look at a picture's file in a thread ahead of the model: has it changed, and what does it show.
+
+Place in the flow: `records -> looking (here, in threads) -> model -> gallery folder`. A file is read once, for its hash
+and its pixels, and decoded once, for its thumbnail and the model's inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from alignment.catalogue import FileState, Picture
+from alignment.gallery.search import THUMBNAILS
+from alignment.preprocess import InputError, Preprocessor, open_image
+
+THUMBNAIL_PIXELS = 320
+_READ_AT_ONCE = 64 * 2**20  # bytes of the largest file that is held in memory
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found at a picture's place: its file's state, and the model's inputs if it has to be embedded.
+
+    Attributes:
+        picture: with its state, or as it was if it cannot be read.
+        inputs: None if it is embedded already.
+        refusal: why it cannot be read.
+    """
+
+    picture: Picture
+    inputs: Mapping[str, Tensor] | None = None
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Looker:
+    """Finds out whether a picture's file has changed; if so, makes its thumbnail and inputs. For many threads at once.
+
+    Attributes:
+        out: the gallery as it is.
+        aside: where new thumbnails go.
+        files: what is known of a picture, by its source.
+        is_known: whether a file is embedded or about to be, by its hash.
+        preprocessor: of the model.
+    """
+
+    out: Path
+    aside: Path
+    files: Mapping[str, FileState]
+    is_known: Callable[[str], bool]
+    preprocessor: Preprocessor
+
+    def __call__(self, picture: Picture) -> Look:
+        """Look at one picture; one that cannot be read is reported, not raised."""
+        try:
+            return self._look(picture)
+        except (InputError, OSError) as error:
+            return Look(picture, refusal=str(error))
+
+    def _look(self, picture: Picture) -> Look:
+        path, before = picture.path, self.files.get(picture.source)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        stat = path.stat()
+        time = 0 if picture.package else stat.st_mtime_ns  # when a package was installed says nothing
+        shown = bool(picture.package) or (self.out / THUMBNAILS / f"{picture.id}.webp").is_file()
+        if before and shown and time and (before.size, before.mtime_ns) == (stat.st_size, time):
+            return Look(replace(picture, file=before))
+        content, sha256 = _read(path)
+        seen = replace(picture, file=FileState(stat.st_size, time, sha256))
+        shown = shown and (bool(picture.package) or (before is not None and before.sha256 == sha256))
+        return Look(seen, None if shown and self.is_known(sha256) else self._open(content, seen, sha256))
+
+    def _open(self, content: bytes | Path, picture: Picture, sha256: str) -> Mapping[str, Tensor] | None:
+        """Decode a picture for its thumbnail and for the inputs, whichever are needed."""
+        near = self.preprocessor.near and max(self.preprocessor.near, THUMBNAIL_PIXELS)
+        image = open_image(content, near=near)
+        inputs = None if self.is_known(sha256) else self.preprocessor.images([image])
+        if not picture.package:
+            image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+            # As sharp as by the default method, in 2 ms instead of 5, for a tenth more bytes.
+            image.save(self.aside / f"{picture.id}.webp", quality=80, method=1)
+        return inputs
+
+
+def _read(path: Path) -> tuple[bytes | Path, str]:
+    """Read a file once: its content, of a very large one its path again; and the hash of it."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > _READ_AT_ONCE:
+            return path, hashlib.file_digest(file, "sha256").hexdigest()
+        content = file.read()
+    return content, hashlib.sha256(content).hexdigest()

@@ -1,0 +1,170 @@
+"""Where a gallery's embeddings lie: those of few items in one file beside the catalogue, those of many in an index.
+
+Place in the flow: `gallery folder <-> catalogue and sides (here) <-> Gallery`. A side of many items is a folder such as
+`image_embeds-0123456789ab`, called by the model's fingerprint, see `alignment.index.files`. Its rows go by ids made of
+what they belong to, so that a row vouches for itself: a picture that changed has another id. When a gallery is
+brought up to date, the new rows are added first, then the catalogue is replaced, and then the old rows are taken out.
+Whoever is killed in between leaves rows that no item asks for, and these are overlooked. The large files are not
+written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alignment.catalogue import (
+    Caption,
+    Catalogue,
+    Picture,
+    read_catalogue,
+    rebuild_command,
+    write_catalogue,
+)
+from alignment.gallery.sides import Side, has_many
+from alignment.index import EmbeddedIndex
+
+SIDES = ("image_embeds", "text_embeds")
+_AT_ONCE = 16_384  # rows added at a time
+
+
+class Rows(Protocol):
+    """Embeddings by position: a tensor or a `Side`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, positions: Tensor) -> Tensor: ...
+
+
+def open_sides(folder: Path, catalogue: Catalogue, pictures: Sequence[int] | None = None) -> tuple[Side, Side]:
+    """Find the embeddings of a gallery's pictures and captions, wherever they lie.
+
+    Args:
+        folder: the gallery's.
+        catalogue: what was read from it.
+        pictures: only these of them; all if left out.
+
+    Raises:
+        ValueError: when they are damaged; says what to run.
+    """
+    try:
+        return _open_side(folder, catalogue, "image_embeds", pictures), _open_side(folder, catalogue, "text_embeds")
+    except (FileNotFoundError, ValueError) as error:
+        command = rebuild_command(folder, catalogue.stamp.model, catalogue.stamp)
+        raise ValueError(f"The gallery in {folder} is damaged. {error} Rebuild it with: {command}") from error
+
+
+def _open_side(folder: Path, catalogue: Catalogue, name: str, chosen: Sequence[int] | None = None) -> Side:
+    items = _items(catalogue, name)
+    rows = range(len(items)) if chosen is None else chosen
+    if name not in catalogue.elsewhere:
+        embeds: Tensor = getattr(catalogue, name)
+        tags = tags_of(items)
+        return Side.in_memory(embeds[list(rows)], [tags[row] for row in rows])
+    index = EmbeddedIndex.open(_place(folder, catalogue, name))
+    if index.about.get("fingerprint") != catalogue.stamp.fingerprint:
+        raise ValueError("Its embeddings were made by another model.")
+    return Side(index, item_ids(items)[list(rows)])
+
+
+def read_gallery(folder: Path, model: str) -> Catalogue:
+    """Read a gallery folder with all embeddings, to make another of it; as `read_catalogue`."""
+    catalogue = read_catalogue(folder, model)
+    if not catalogue.elsewhere:
+        return catalogue
+    sides = zip(SIDES, open_sides(folder, catalogue), strict=True)
+    whole = {name: _halves(side) for name, side in sides if name in catalogue.elsewhere}
+    return replace(catalogue, elsewhere=(), **whole)  # type: ignore[arg-type]
+
+
+def _halves(rows: Rows) -> Tensor:
+    parts = torch.arange(len(rows)).split(_AT_ONCE)
+    return torch.cat([rows[positions].half() for positions in parts])
+
+
+def write_gallery(folder: Path, catalogue: Catalogue, rows: tuple[Rows, Rows] | None = None) -> None:
+    """Write a gallery folder; what lay there before stays usable until the last moment.
+
+    Args:
+        folder: new or old.
+        catalogue: all of it; the embeddings may be left empty if `rows` are given.
+        rows: embeddings of pictures and captions.
+    """
+    both = dict(zip(SIDES, rows or (catalogue.image_embeds, catalogue.text_embeds), strict=True))
+    many = tuple(name for name, side in both.items() if has_many(len(side)))
+    stale = {name: _add(folder, catalogue, name, both[name]) for name in many}
+    few = {name: _halves(side) for name, side in both.items() if name not in many and len(side)}
+    write_catalogue(folder, replace(catalogue, elsewhere=many, **few))  # type: ignore[arg-type]
+    for index, ids in stale.values():
+        if index.delete(ids):
+            index.save()
+    for name in SIDES:
+        for old in folder.glob(f"{name}-*"):
+            if name not in many or old != _place(folder, catalogue, name):
+                shutil.rmtree(old)
+
+
+def _add(folder: Path, catalogue: Catalogue, name: str, rows: Rows) -> tuple[EmbeddedIndex, Tensor]:
+    """Add the rows of a side that its index lacks; returns it with the ids of those that it should lose."""
+    place, items = _place(folder, catalogue, name), _items(catalogue, name)
+    ids, tags = item_ids(items), tags_of(items)
+    try:
+        index = EmbeddedIndex.open(place)
+    except (FileNotFoundError, ValueError):  # new, or so damaged that it has to be written anew
+        index = EmbeddedIndex(rows[torch.empty(0, dtype=torch.int64)])
+    there = index.ids()
+    for positions in (~torch.isin(ids, there)).nonzero().flatten().split(_AT_ONCE):
+        index.upsert(ids[positions], rows[positions].half(), [tags[row] for row in positions.tolist()])
+    index.save(place, about={"fingerprint": catalogue.stamp.fingerprint})
+    return index, there[~torch.isin(there, ids)]
+
+
+def _place(folder: Path, catalogue: Catalogue, name: str) -> Path:
+    return folder / f"{name}-{catalogue.stamp.fingerprint[:12]}"
+
+
+def _items(catalogue: Catalogue, name: str) -> Sequence[Picture] | Sequence[Caption]:
+    return catalogue.pictures if name == "image_embeds" else catalogue.captions
+
+
+def item_ids(items: Sequence[Picture] | Sequence[Caption]) -> Tensor:
+    """Name rows by what they belong to: (n,) int64, not negative; two items never share one.
+
+    A collision among a million items has a chance of one in twenty million, and is refused by the index.
+    """
+    seen: Counter[str] = Counter()
+    ids = []
+    for item in items:
+        if isinstance(item, Picture):
+            text = f"{item.id}\0{item.source}\0{item.file.sha256 if item.file else ''}"
+        else:
+            text = f"{item.id}\0{item.lang}\0{item.text}"
+        seen[text] += 1
+        digest = hashlib.blake2b(f"{seen[text]}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        ids.append(int.from_bytes(digest, "big") >> 1)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def tags_of(items: Sequence[Picture] | Sequence[Caption]) -> list[Collection[str]]:
+    """Tag pictures with the folders they lie in, and captions with their language."""
+    return [folders_of(item.source) if isinstance(item, Picture) else {item.lang} - {""} for item in items]
+
+
+def folders_of(source: str) -> list[str]:
+    """List the folders around a picture: "holiday/2024/beach.jpg" lies in "holiday/2024" and in "holiday".
+
+    A picture of an installed package, or far away from the folder that the gallery was built from, lies in none.
+    """
+    if os.path.isabs(source) or source.startswith("package:"):
+        return []
+    names = source.split("/")[:-1]
+    return ["/".join(names[:end]) for end in range(len(names), 0, -1)]

@@ -1,0 +1,228 @@
+"""A first look at many rows: four bits for each of a few directions, which faiss scans at 64 bytes a row.
+
+Place in the flow: `query -> some hundred rows that look near (here) -> their true cosines (segment) -> the best k`.
+
+Embeddings vary along far fewer directions than they have dimensions. The rows are projected onto those that hold
+`ENERGY` of their variance, spun so that each is worth the same, and each coordinate is kept as one of 16 values. faiss
+looks these up in registers. What it finds is near the truth and not the truth: the caller scores it again, and asks for
+more where the error could still hide a better row.
+
+In large segments the codes lie in lists of neighbours, and a query visits only the nearest few. How many is measured
+when they are made (`_lists_to_visit`), with mixtures of three rows as queries: they lie between the lists, as captions
+do among pictures.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignment.index.exact import Floats, Positions, cosines, gather, lifted
+
+ENERGY = 0.95
+"""Share of the variance that the first look sees."""
+
+LISTED_ROWS = 50_000
+"""Rows from which the codes lie in lists; below, looking at all of them takes a quarter of a millisecond at most."""
+
+FOUND = 0.9995
+"""Share of what a look at every list finds that the visited lists must hold."""
+
+_STEP = 32  # directions are a multiple of this, as faiss reads them in such blocks
+_SAMPLE = 20_000  # rows from which directions and values are learnt
+_LEAST_LISTS = 1024
+_PER_LIST = 40  # rows from which a list's centre is learnt
+_ROUNDS = 8  # of k-means
+_PROXIES, _DEPTH = 256, 200  # queries of the measurement, and how deep they look
+_BLOCK = 16_384  # rows projected at a time
+_READ = 1 << 22  # bytes read at a time
+_SEED = 0
+
+
+class Codes:
+    """The codes of a segment's rows, by their position."""
+
+    def __init__(self, index: Any) -> None:
+        """Wrap a faiss `IndexPreTransform` of a projection and an `IndexIVFPQFastScan`."""
+        import faiss
+
+        self.index = index
+        self._lists = faiss.downcast_index(index.index)
+        projection = faiss.downcast_VectorTransform(index.chain.at(0))
+        shape = projection.d_out, projection.d_in
+        self._projection: NDArray[np.float32] = faiss.vector_to_array(projection.A).reshape(shape)
+
+    def __len__(self) -> int:
+        return int(self.index.ntotal)
+
+    @classmethod
+    def build(cls, rows: Floats) -> Codes:
+        """Learn the codes of these rows, (n, embed_dim), and write them down; the same rows give the same codes."""
+        import faiss
+
+        rng = np.random.default_rng(_SEED)
+        sample = _some(rows, _SAMPLE, rng)
+        projection = _projection(sample)
+        width = projection.shape[1]
+        num_lists = _num_lists(len(rows))
+        centres = faiss.IndexFlatIP(width)
+        lists = faiss.IndexIVFPQFastScan(centres, width, num_lists, width, 4, faiss.METRIC_INNER_PRODUCT)
+        lists.cp.niter, lists.cp.max_points_per_centroid, lists.cp.seed = _ROUNDS, _PER_LIST, _SEED
+        lists.train(_some(rows, max(_SAMPLE, _PER_LIST * num_lists), rng) @ projection)
+        for start in range(0, len(rows), _BLOCK):
+            lists.add(lifted(rows[start : start + _BLOCK]) @ projection)
+        linear = faiss.LinearTransform(*projection.shape, False)
+        faiss.copy_array_to_vector(np.ascontiguousarray(projection.T).ravel(), linear.A)
+        linear.is_trained = True
+        index = faiss.IndexPreTransform(linear, lists)
+        index.own_fields = lists.own_fields = True
+        for part in (linear, lists, centres):
+            part.this.disown()
+        codes = cls(index)
+        lists.nprobe = 1 if num_lists == 1 else codes._lists_to_visit(rows, sample, num_lists, rng)
+        return codes
+
+    @classmethod
+    def read(cls, data: NDArray[np.uint8]) -> Codes:
+        """Read what `write` wrote; everything is copied.
+
+        Raises:
+            ValueError: when it is something else.
+        """
+        import faiss
+
+        pieces = _Pieces(data)
+        reader = faiss.PyCallbackIOReader(pieces.read, _READ)  # any other would keep pointers into the data
+        try:
+            return cls(faiss.read_index(reader))
+        except (RuntimeError, AttributeError) as error:
+            raise ValueError(f"These are no codes of an index: {error}") from error
+
+    def write(self, path: Path) -> None:
+        """Write them to a file."""
+        import faiss
+
+        faiss.write_index(self.index, str(path))
+
+    def look(
+        self, queries: NDArray[np.float32], depth: int, chosen: NDArray[np.uint8] | None = None, count: int = 0
+    ) -> tuple[NDArray[np.float32], Positions]:
+        """Find rows that look near.
+
+        Args:
+            queries: (num_queries, embed_dim).
+            depth: how many rows.
+            chosen: a bit for each row, the lowest first, set if it competes; all do if left out.
+            count: of the rows that compete; the fewer do, the more lists are visited.
+
+        Returns:
+            What their cosines are taken for, and positions, both (num_queries, depth), best first; -1 for none.
+        """
+        import faiss
+
+        if chosen is None:
+            asked = faiss.SearchParametersIVF(nprobe=self._lists.nprobe)
+        else:
+            nprobe = min(self._lists.nlist, self._lists.nprobe * len(self) // max(count, 1))
+            asked = faiss.SearchParametersIVF(nprobe=nprobe, sel=faiss.IDSelectorBitmap(chosen))
+        found: tuple[NDArray[np.float32], Positions] = self._lists.search(
+            cosines(self._projection, queries), depth, params=asked
+        )
+        return found
+
+    def _lists_to_visit(
+        self, rows: Floats, sample: NDArray[np.float32], num_lists: int, rng: np.random.Generator
+    ) -> int:
+        """Measure how many lists hold `FOUND` of the best ten."""
+        three = sample[rng.integers(len(sample), size=(3, _PROXIES))]
+        queries = three.sum(0) - 2 * sample.mean(0)
+        queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+        truth = self._best_ten(rows, queries, num_lists)
+        visited = max(1, num_lists // 64)
+        while visited < num_lists:
+            found = self._best_ten(rows, queries, visited)
+            if sum(len(a & b) for a, b in zip(truth, found, strict=True)) >= FOUND * 10 * len(queries):
+                return visited
+            visited += max(1, visited // 4)
+        return num_lists
+
+    def _best_ten(self, rows: Floats, queries: NDArray[np.float32], visited: int) -> Sequence[set[int]]:
+        self._lists.nprobe = visited
+        _, places = self.look(queries, _DEPTH)
+        best = []
+        for query, near in zip(queries, places, strict=True):
+            near = near[near >= 0]
+            scores = gather(rows, near) @ query
+            best.append(set(near[np.argsort(-scores, kind="stable")[:10]].tolist()))
+        return best
+
+
+class _Pieces:
+    """Memory read like a file, one piece after the other."""
+
+    def __init__(self, data: NDArray[np.uint8]) -> None:
+        self._data, self._place = data, 0
+
+    def read(self, size: int) -> bytes:
+        """Copy the next bytes."""
+        piece = self._data[self._place : self._place + size].tobytes()
+        self._place += len(piece)
+        return piece
+
+
+class StoredCodes:
+    """Codes in a file that is mapped into memory; they are read when somebody first searches."""
+
+    def __init__(self, data: NDArray[np.uint8], num_rows: int, name: str) -> None:
+        self._data: NDArray[np.uint8] | None = data
+        self._num_rows, self._name = num_rows, name
+        self._codes: Codes | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def codes(self) -> Codes:
+        """The codes themselves.
+
+        Raises:
+            ValueError: when the file is damaged.
+        """
+        with self._lock:
+            if self._codes is None:
+                assert self._data is not None
+                try:
+                    codes = Codes.read(self._data)
+                except ValueError as error:
+                    raise ValueError(f"The index file {self._name} is damaged. {error}") from error
+                if len(codes) != self._num_rows:
+                    raise ValueError(f"The index file {self._name} has {len(codes)} rows and not {self._num_rows}.")
+                self._codes, self._data = codes, None
+            return self._codes
+
+
+def _num_lists(num_rows: int) -> int:
+    """Choose how many lists to make, a power of two near twice the square root of the rows."""
+    if num_rows < LISTED_ROWS:
+        return 1
+    return max(_LEAST_LISTS, 2 ** round(math.log2(2 * math.sqrt(num_rows))))
+
+
+def _some(rows: Floats, count: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Draw rows without repetition, in their order."""
+    drawn = np.sort(rng.choice(len(rows), min(count, len(rows)), replace=False))
+    return gather(rows, drawn).astype(np.float32, copy=False)
+
+
+def _projection(sample: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Find the directions that hold `ENERGY` of the variance, and spin them; (embed_dim, width)."""
+    spread = sample - sample.mean(0)
+    values, directions = np.linalg.eigh((spread.T @ spread).astype(np.float64))
+    held = np.cumsum(values[::-1]) / values.sum()
+    width = min(-(-(int(np.searchsorted(held, ENERGY)) + 1) // _STEP) * _STEP, sample.shape[1])
+    spin, _ = np.linalg.qr(np.random.default_rng(_SEED).standard_normal((width, width)))
+    return np.asarray(directions[:, ::-1][:, :width] @ spin, dtype=np.float32)
