@@ -24,7 +24,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help app test lint format gallery compact bench-train
+.PHONY: help app test lint format gallery compact bench bench-train
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ gallery: $(APP_STAMP)  ## rebuild the starter gallery after the model has change
 compact: $(COMPACT_STAMP)  ## retrain the compact model: make compact DATA=path/to/flickr8k
 	@test -n "$(DATA)" || { echo 'Say where the training data is: make compact DATA=path/to/flickr8k' >&2; exit 1; }
 	$(BIN)/python -m alignment.compact --data "$(DATA)" --out checkpoints/compact $(ARGS)
+
+bench: $(APP_STAMP) $(BENCH_STAMP)  ## compare encoding, indexing and search with the peers: make bench ARGS="--out table.md"
+	PYTHONPATH=. $(BENCH)/bin/python tests/benchmarks/bench.py $(ARGS)
 
 bench-train: $(BENCH_STAMP)  ## compare training speed with transformers' example and open_clip
 	PYTHONPATH=. $(BENCH)/bin/python tests/benchmarks/training_speed.py $(ARGS)
@@ -92,7 +95,10 @@ $(BENCH_STAMP): pyproject.toml requirements.txt | $(BIN)/python
 	grep -v '^torch' requirements.txt > $(BENCH)/requirements.txt
 	$(BENCH)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
 	$(BENCH)/bin/python -m pip install -r $(BENCH)/requirements.txt "open_clip_torch[training]==3.3.0" "datasets>=5.0,<6" \
-	  "accelerate>=1.15,<2" "matplotlib>=3.10,<4" "peft>=0.21,<0.22" "tensorboard>=2.20,<3"
+	  "accelerate>=1.15,<2" "matplotlib>=3.10,<4" "peft>=0.21,<0.22" "tensorboard>=2.20,<3" \
+	  "sentence-transformers>=6.2,<7" "onnxruntime>=1.32,<2" "onnx>=1.23,<2" "onnxscript>=0.7,<0.8" \
+	  "faiss-cpu>=1.15,<2" "usearch>=2.26,<3" "ftfy>=6.3,<7" "pi-heif>=1.1,<2"
+	$(BENCH)/bin/python -m pip install --no-deps --ignore-requires-python "rclip==3.3.0"  # it asks for an old numpy
 	@touch $@
 
 # The browser tests take `chromium` from the PATH, else Playwright's own; the Chinese page needs a font as well.
