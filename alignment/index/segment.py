@@ -28,8 +28,13 @@ DEPTH = 256
 """Rows that the codes name at first; twice as many among more than `DEEP_ROWS`."""
 
 DEEP_ROWS = 200_000
+"""Rows from which twice as many are named, and three times as many scored at first."""
+
 SCORED = 64
-"""Of these, rows that are scored at first; they tell how many more have to be."""
+"""Of those named, rows that are scored at first; they tell how many more have to be."""
+
+SLACK = 0.25
+"""Standard deviations further than `SURE` that these others reach, so that one look is enough."""
 
 EXACT_ROWS = 4096
 """Rows up to which a segment has no codes: all that compete are scored."""
@@ -190,20 +195,23 @@ class Segment:
         bound: float,
     ) -> tuple[NDArray[np.float32], Positions] | None:
         """Rank what looked near; None where something that was not looked at could be better than the k-th."""
-        needed, rows = max(SCORED, 2 * k, k + extra), np.empty((0, len(query)), np.float32)
-        rough = np.empty(0, np.float32)
+        needed = max(SCORED if len(near) <= DEPTH else 3 * SCORED, 2 * k, k + extra)
+        narrow, rough, kth = query[None].astype(np.float32), np.empty(0, np.float32), math.inf
         while len(rough) < needed:
             if needed > len(near) or near[needed - 1] < 0:
                 return None
-            more = gather(self.rows, near[len(rough) : needed])
-            rough = np.concatenate([rough, cosines(more, query[None].astype(np.float32))[0]])
-            rows = np.concatenate([rows, more]) if len(rows) else more
-            kth = np.partition(rough, -k)[-k] if k else np.inf
-            bar = kth - bound - _excess(rough - look[: len(rough)])
-            needed = max(len(rough), int(np.searchsorted(-look, -bar, side="right")))
+            more = cosines(gather(self.rows, near[len(rough) : needed]), narrow)[0]
+            rough = np.concatenate([rough, more]) if len(rough) else more
+            if k:
+                kth = float(np.partition(rough, -k)[-k])
+                mean, spread = _mean_and_spread(rough - look[: len(rough)])
+                bar = kth - bound - mean - SURE * spread
+                if look[min(needed, len(near) - 1)] >= bar:
+                    needed = int(np.searchsorted(-look, SLACK * spread - bar, side="right"))
+                    needed += needed == len(near)  # who knows how many more there are
         contenders = np.flatnonzero(rough >= kth - bound)
         contenders = contenders[near[contenders].argsort()]
-        scores, places = decide(rows[contenders], query, k, near[contenders])
+        scores, places = decide(gather(self.rows, near[contenders]), query, k, near[contenders])
         if extra:
             order = np.argsort(-rough)
             left = order[~np.isin(near[order], places)][:extra]
@@ -212,7 +220,6 @@ class Segment:
         return scores, places
 
 
-def _excess(errors: NDArray[np.float32]) -> float:
-    """Say how far above its look a row's cosine may lie, going by these errors."""
+def _mean_and_spread(errors: NDArray[np.float32]) -> tuple[float, float]:
     mean = float(errors.sum()) / len(errors)
-    return mean + SURE * math.sqrt(max(float(errors @ errors) / len(errors) - mean * mean, 0.0))
+    return mean, math.sqrt(max(float(errors @ errors) / len(errors) - mean * mean, 0.0))

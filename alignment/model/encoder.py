@@ -323,7 +323,7 @@ class DualEncoder:
     def _moved(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             tensor = tensor.pin_memory()  # then the copy runs beside the computation
-        if tensor.dim() == 4:  # convolutions read a pixel's channels together, on every device
+        if tensor.dim() == 4 and not torch.is_grad_enabled():  # training chooses for itself; convolutions like it best
             return tensor.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return tensor.to(self.device, non_blocking=True)
 
