@@ -66,6 +66,7 @@ environment, for a Space or a service; an option wins over its variable:
   GRADIO_SERVER_NAME   as --host
   GRADIO_SERVER_PORT   as --port
   GRADIO_TEMP_DIR      where uploads lie until they have been read
+  ALIGNMENT_CACHE      where the model's graphs are kept from one start to the next (~/.cache/alignment)
 
 Another model needs a gallery of its own:
   python -m alignment.gallery build PHOTOS --out my_gallery --model openai/clip-vit-base-patch32

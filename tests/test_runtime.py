@@ -151,7 +151,7 @@ def kept(first_kept: Path, checkpoint: Checkpoint, tmp_path: Path, cache: Path) 
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("clip"), folder)
     shutil.copytree(first_kept, cache)
-    (entry,) = cache.iterdir()
+    (entry,) = (cache / "graphs").iterdir()
     return folder, entry
 
 

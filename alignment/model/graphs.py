@@ -7,8 +7,8 @@ needs of a model, so that a known one answers without building it anew:
 - `image.xml`, `image.bin`, `text.xml`, `text.bin`: a graph each, made when first asked for;
 - `image.json`, `text.json`: how to run it and the hashes of its files, written last.
 
-Entries lie in `$ALIGNMENT_CACHE`, else in the user's cache folder. A file that is missing, cut off or altered is made
-again; where nothing may be written, a graph lives as long as the process.
+Entries lie in `graphs` below `$ALIGNMENT_CACHE`, else below `~/.cache/alignment`. A file that is missing, cut off or
+altered is made again; where nothing may be written, a graph lives as long as the process.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ class Graphs:
     @classmethod
     def of(cls, folder: Path) -> Graphs:
         """Find the entry of a checkpoint, new or old."""
-        home = os.environ.get("ALIGNMENT_CACHE") or Path(
-            os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "image-text-alignment"
-        )
-        return cls(Path(home) / f"{digest_of(folder)[:32]}-{FORMAT}")
+        try:
+            home = Path(os.environ.get("ALIGNMENT_CACHE") or Path.home() / ".cache" / "alignment")
+        except RuntimeError:  # a user without a home, as in some containers
+            return cls(None)
+        return cls(Path(os.path.abspath(home), "graphs", f"{digest_of(folder)[:32]}-{FORMAT}"))
 
     # ------------------------------------------------------------ facts
 
