@@ -30,13 +30,12 @@ from alignment.catalogue import (
     Stamp,
     is_hand_written,
     read_captioned,
-    read_catalogue,
     read_hand_written,
-    write_catalogue,
 )
 from alignment.gallery.judging import background_name, build_background, fit_calibration
 from alignment.gallery.looking import Look, Looker
 from alignment.gallery.search import THUMBNAILS, Gallery
+from alignment.gallery.storage import read_gallery, write_gallery
 from alignment.model import DualEncoder
 from alignment.pairs import read_pairs
 
@@ -147,7 +146,7 @@ class _Builder:
     def _reusable(self) -> Catalogue | None:
         """Read what this model made before; anything else is built anew."""
         try:
-            old = read_catalogue(self.out, self.encoder.name)
+            old = read_gallery(self.out, self.encoder.name)
         except (FileNotFoundError, ValueError) as error:
             logger.debug("Nothing to reuse: %s", error)
             return None
@@ -228,7 +227,7 @@ class _Builder:
             folder.mkdir(exist_ok=True)
             os.replace(thumbnail, folder / thumbnail.name)
         if self.old is None or not _same(self.old, new):
-            write_catalogue(self.out, new)
+            write_gallery(self.out, new)
         wanted = {f"{picture.id}.webp" for picture in pictures if not picture.package}
         for thumbnail in folder.glob("*.webp"):
             if thumbnail.name not in wanted:

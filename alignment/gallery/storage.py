@@ -155,8 +155,8 @@ def item_ids(items: Sequence[Picture] | Sequence[Caption]) -> Tensor:
 
 
 def tags_of(items: Sequence[Picture] | Sequence[Caption]) -> list[Collection[str]]:
-    """Tag pictures with the folders they lie in, and captions with their language."""
-    return [folders_of(item.source) if isinstance(item, Picture) else {item.lang} - {""} for item in items]
+    """Tag pictures with the folders they lie in, and captions with their language, "" if it is unknown."""
+    return [folders_of(item.source) if isinstance(item, Picture) else [item.lang] for item in items]
 
 
 def folders_of(source: str) -> list[str]:

@@ -222,7 +222,8 @@ def _projection(sample: NDArray[np.float32]) -> NDArray[np.float32]:
     """Find the directions that hold `ENERGY` of the variance, and spin them; (embed_dim, width)."""
     spread = sample - sample.mean(0)
     values, directions = np.linalg.eigh((spread.T @ spread).astype(np.float64))
-    held = np.cumsum(values[::-1]) / values.sum()
-    width = min(-(-(int(np.searchsorted(held, ENERGY)) + 1) // _STEP) * _STEP, sample.shape[1])
+    held = np.cumsum(values[::-1])
+    enough = int(np.searchsorted(held, ENERGY * held[-1])) + 1
+    width = min(-(-enough // _STEP) * _STEP, sample.shape[1])
     spin, _ = np.linalg.qr(np.random.default_rng(_SEED).standard_normal((width, width)))
     return np.asarray(directions[:, ::-1][:, :width] @ spin, dtype=np.float32)

@@ -112,9 +112,7 @@ class EmbeddedIndex(Index):
 
     def ids(self, tag: str | None = None) -> Tensor:
         """List the ids of all rows, or of those with a tag: (n,) int64, ascending."""
-        segments = [part.segment for part in self._parts]
-        found = [segment.ids[segment.choice(tag).positions] for segment in segments]
-        return torch.from_numpy(np.sort(np.concatenate([np.empty(0, np.int64), *found])))
+        return torch.from_numpy(_ids([part.segment for part in self._parts], tag))
 
     def tags(self) -> dict[str, int]:
         """Count the rows of each tag, in order of the tags."""
@@ -166,7 +164,7 @@ class EmbeddedIndex(Index):
         """Say for each segment which rows compete; None for all that are alive."""
         if subset is None:
             return [None if tag is None else segment.choice(tag) for segment in segments]
-        wanted = self._subset_ids(subset)
+        wanted = _subset_ids(subset, segments)
         located = [segment.locate(wanted) for segment in segments]
         _refuse_unknown(wanted[~reduce(np.logical_or, [here for here, _ in located], np.zeros(len(wanted), bool))])
         found = [(segment, positions) for segment, (_, positions) in zip(segments, located, strict=True)]
@@ -175,14 +173,6 @@ class EmbeddedIndex(Index):
                 (segment, np.intersect1d(positions, segment.choice(tag).positions)) for segment, positions in found
             ]
         return [Chosen(len(segment.ids), only=positions) for segment, positions in found]
-
-    def _subset_ids(self, subset: Tensor) -> Positions:
-        """Turn a subset into ascending ids without repetition."""
-        if subset.dtype != torch.bool or subset.dim() != 1:
-            return np.unique(_integers(subset))
-        if len(subset) != len(self):
-            raise ValueError(f"The mask is for {len(subset)} candidates, the index has {len(self)}.")
-        return self.ids().numpy()[subset.detach().cpu().numpy()]
 
     # ------------------------------------------------------------ changing
 
@@ -321,6 +311,21 @@ def _integers(ids: Tensor) -> Positions:
         )
     numbers: Positions = ids.detach().cpu().long().numpy()
     return numbers
+
+
+def _ids(segments: Sequence[Segment], tag: str | None = None) -> Positions:
+    found = [segment.ids[segment.choice(tag).positions] for segment in segments]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
+
+
+def _subset_ids(subset: Tensor, segments: Sequence[Segment]) -> Positions:
+    """Turn a subset into ascending ids without repetition."""
+    if subset.dtype != torch.bool or subset.dim() != 1:
+        return np.unique(_integers(subset))
+    ids = _ids(segments)
+    if len(subset) != len(ids):
+        raise ValueError(f"The mask is for {len(subset)} candidates, the index has {len(ids)}.")
+    return ids[subset.detach().cpu().numpy()]
 
 
 def _refuse_unknown(ids: Positions) -> None:

@@ -2,7 +2,8 @@
 
 What the tab "Caption to images" does with a caption, all of it (read, tokenize, embed, search 100,000 pictures, judge,
 lay the answer out and write it as JSON), against the text tower's forward pass alone, on the same tokens: as the app
-runs it, and as eager PyTorch does. One round after the other asks the same caption of each, every round another one.
+runs it, and as eager PyTorch does. Round after round asks the same caption of each, every round another one, and times
+the second time of two: by then the threads of the one before have gone to sleep.
 
 The pictures are made up: records without files. Their embeddings are mixtures of captions' and noise, so that some are
 closer to a query than most, as in any gallery; with `--scattered` they point anywhere, the worst case for an index.
@@ -19,7 +20,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import gradio  # noqa: F401 - the app's own process has it
+import app  # noqa: F401 - first: it sets up the process, as for visitors
+
+# isort: split
 import orjson
 import torch
 from torch.nn.functional import normalize
@@ -85,6 +88,7 @@ def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[Row
         for number in range(-10, arguments.rounds):  # the first ones warm up
             order = list(steps.items())
             for name, step in order[number % len(order) :] + order[: number % len(order)]:
+                step(captions[number % len(captions)])
                 started = time.perf_counter()
                 step(captions[number % len(captions)])
                 if number >= 0:
