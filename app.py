@@ -21,6 +21,8 @@ if __name__ == "__main__":
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: nothing leaves this machine
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# A thread that spins while it waits keeps others from their work, and a query takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Where matplotlib is installed Gradio asks for its backend at every event, and at the first imports all of it to tell.
 os.environ.setdefault("MPLBACKEND", "agg")
 # Gradio works out statistics of the last 10,000 events after each one, also where nobody may see them.
