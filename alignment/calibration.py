@@ -106,7 +106,8 @@ class Background:
         if nonsense is None:
             return torch.zeros(len(query_embeds), dtype=torch.bool)
         here = _nearness(query_embeds, nonsense)
-        return (here > _nearness(query_embeds, ordinary)) & (here > half_way)
+        beyond = here > half_way  # hardly any query is, and then nobody need look at what is ordinary
+        return beyond & (here > _nearness(query_embeds, ordinary)) if beyond.any() else beyond
 
     @cached_property
     def _apart(self) -> dict[Direction, tuple[Tensor | None, Tensor, float]]:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_FEW = 64  # items that are compared each with each at once sooner than one after the other
-
 
 def cosine_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """Score every image against every text.
@@ -124,14 +122,12 @@ def fold_alike(embeds: Tensor, k: int, threshold: float) -> list[list[int]]:
         At most k groups of places, each and all best ranked first.
     """
     free = np.ones(len(embeds), bool)
-    all_pairs = (embeds @ embeds.T).numpy() if len(embeds) <= _FEW else None
     groups: list[list[int]] = []
     for first in range(len(embeds)):
         if len(groups) == k:
             break
         if free[first]:
-            cosines = (embeds @ embeds[first]).numpy() if all_pairs is None else all_pairs[first]
-            alike = (cosines >= threshold) & free
+            alike = (torch.mv(embeds, embeds[first]).numpy() >= threshold) & free
             alike[first] = True
             free &= ~alike
             groups.append(alike.nonzero()[0].tolist())

@@ -2,14 +2,14 @@
 
 Place in the flow: `query -> some hundred rows that look near (here) -> their true cosines (segment) -> the best k`.
 
-Embeddings vary along far fewer directions than they have dimensions. The rows are projected onto those that hold
-`ENERGY` of their variance, spun so that each is worth the same, and each coordinate is kept as one of 16 values. faiss
-looks these up in registers. What it finds is near the truth and not the truth: the caller scores it again, and asks for
-more where the error could still hide a better row.
+What ranks rows are far fewer directions than they have dimensions. The rows are projected onto those along which they
+vary most, spun so that each is worth the same, and each coordinate is kept as one of 16 values. faiss looks these up in
+registers. What it finds is near the truth and not the truth: the caller scores it again, and asks for more where the
+error could still hide a better row.
 
-In large segments the codes lie in lists of neighbours, and a query visits only the nearest few. How many is measured
-when they are made (`_lists_to_visit`), with mixtures of three rows as queries: they lie between the lists, as captions
-do among pictures.
+In large segments the codes lie in lists of neighbours, and a query visits only the nearest few. How many lists, and how
+many directions, is measured when the codes are made, with mixtures of three rows as queries: they lie between the rows,
+as captions do among pictures.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from alignment.index.exact import Floats, Positions, cosines, gather, lifted
 
-ENERGY = 0.95
-"""Share of the variance that the first look sees."""
+SURE = 4.0
+"""Standard deviations of the codes' error by which a row may be better than it looks."""
 
 LISTED_ROWS = 50_000
 """Rows from which the codes lie in lists; below, looking at all of them takes a quarter of a millisecond at most."""
@@ -34,12 +34,17 @@ LISTED_ROWS = 50_000
 FOUND = 0.9995
 """Share of what a look at every list finds that the visited lists must hold."""
 
-_STEP = 32  # directions are a multiple of this, as faiss reads them in such blocks
+_WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # faiss reads directions in blocks of 32
+_WORTH = 1.5  # times the rows that all directions leave in question; more directions spare fewer rows than they cost
+_LOST = 0.01  # of a coordinate's variance, by 16 values: Max, Quantizing for Minimum Distortion, 1960
+_MEASURED = 8192  # rows among which that is measured
+_CROWDED = 200_000  # rows among which so many lie close that the next larger width is worth it
 _SAMPLE = 20_000  # rows from which directions and values are learnt
 _LEAST_LISTS = 1024
 _PER_LIST = 40  # rows from which a list's centre is learnt
 _ROUNDS = 8  # of k-means
-_PROXIES, _DEPTH = 256, 200  # queries of the measurement, and how deep they look
+_PROXIES = 256  # queries of the measurements
+_DEPTHS = (200, 1000)  # how deep they look: a thousandth of the rows, in these bounds
 _BLOCK = 16_384  # rows projected at a time
 _READ = 1 << 22  # bytes read at a time
 _SEED = 0
@@ -68,7 +73,7 @@ class Codes:
 
         rng = np.random.default_rng(_SEED)
         sample = _some(rows, _SAMPLE, rng)
-        projection = _projection(sample)
+        projection = _projection(sample, len(rows) > _CROWDED, rng)
         width = projection.shape[1]
         num_lists = _num_lists(len(rows))
         centres = faiss.IndexFlatIP(width)
@@ -140,9 +145,7 @@ class Codes:
         self, rows: Floats, sample: NDArray[np.float32], num_lists: int, rng: np.random.Generator
     ) -> int:
         """Measure how many lists hold `FOUND` of the best ten."""
-        three = sample[rng.integers(len(sample), size=(3, _PROXIES))]
-        queries = three.sum(0) - 2 * sample.mean(0)
-        queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+        queries = _mixtures(sample, _PROXIES, rng)
         truth = self._best_ten(rows, queries, num_lists)
         visited = max(1, num_lists // 64)
         while visited < num_lists:
@@ -154,7 +157,7 @@ class Codes:
 
     def _best_ten(self, rows: Floats, queries: NDArray[np.float32], visited: int) -> Sequence[set[int]]:
         self._lists.nprobe = visited
-        _, places = self.look(queries, _DEPTH)
+        _, places = self.look(queries, min(max(len(rows) // 1000, _DEPTHS[0]), _DEPTHS[1]))
         best = []
         for query, near in zip(queries, places, strict=True):
             near = near[near >= 0]
@@ -218,12 +221,46 @@ def _some(rows: Floats, count: int, rng: np.random.Generator) -> NDArray[np.floa
     return gather(rows, drawn).astype(np.float32, copy=False)
 
 
-def _projection(sample: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Find the directions that hold `ENERGY` of the variance, and spin them; (embed_dim, width)."""
+def _mixtures(rows: NDArray[np.float32], count: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Make queries that are near many rows and very near to none."""
+    queries = rows[rng.integers(len(rows), size=(3, count))].sum(0) - 2 * rows.mean(0)
+    lengths = np.linalg.norm(queries, axis=1, keepdims=True)
+    return np.asarray(queries / np.maximum(lengths, np.finfo(np.float32).tiny))
+
+
+def _projection(sample: NDArray[np.float32], crowded: bool, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Find the directions along which rows vary most, as many as it takes, and spin them; (embed_dim, width)."""
     spread = sample - sample.mean(0)
-    values, directions = np.linalg.eigh((spread.T @ spread).astype(np.float64))
-    held = np.cumsum(values[::-1])
-    enough = int(np.searchsorted(held, ENERGY * held[-1])) + 1
-    width = min(-(-enough // _STEP) * _STEP, sample.shape[1])
-    spin, _ = np.linalg.qr(np.random.default_rng(_SEED).standard_normal((width, width)))
-    return np.asarray(directions[:, ::-1][:, :width] @ spin, dtype=np.float32)
+    variances, directions = np.linalg.eigh((spread.T @ spread / len(spread)).astype(np.float64))
+    variances, directions = variances[::-1].astype(np.float32), directions[:, ::-1].astype(np.float32)
+    width = _width(spread[:_MEASURED] @ directions, variances, _mixtures(sample, _PROXIES, rng) @ directions)
+    if crowded:
+        width = next((wider for wider in _WIDTHS if width < wider < sample.shape[1]), sample.shape[1])
+    spin, _ = np.linalg.qr(rng.standard_normal((width, width)))
+    return np.asarray(directions[:, :width] @ spin.astype(np.float32))
+
+
+def _width(rows: NDArray[np.float32], variances: NDArray[np.float32], queries: NDArray[np.float32]) -> int:
+    """Choose the smallest width with which about as few rows stay in question as with all directions.
+
+    In question are those that may be among the best ten, going by what they look like and by `SURE` times the error.
+
+    Args:
+        rows: (n, embed_dim), along the directions.
+        variances: (embed_dim,) of the rows.
+        queries: (num_queries, embed_dim), along the directions.
+    """
+    embed_dim = rows.shape[1]
+    truth = queries @ rows.T
+    tenth = np.partition(truth, -10)[:, -10:].min(1) if len(rows) > 10 else truth.min(1)
+
+    def in_question(width: int) -> float:
+        looks = queries[:, :width] @ rows[:, :width].T
+        errors = truth - looks
+        lost = _LOST * np.square(queries[:, :width]) @ variances[:width]
+        bars = tenth - errors.mean(1) - SURE * np.sqrt(errors.var(1) + lost)
+        return float(np.quantile((looks >= bars[:, None]).sum(1), 0.75))
+
+    widths = [width for width in _WIDTHS if width < embed_dim]
+    enough = _WORTH * in_question(embed_dim)
+    return next((width for width in widths if in_question(width) <= enough), embed_dim)

@@ -17,12 +17,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.index.codes import Codes, StoredCodes
+from alignment.index.codes import SURE, Codes, StoredCodes
 from alignment.index.exact import Floats, Positions, cosines, decide, error_bound, gather, rank
 from alignment.index.tags import Tags
-
-SURE = 4.0
-"""Standard deviations of the codes' error between the k-th best and what the first row not looked at is taken for."""
 
 DEPTH = 256
 """Rows that the codes name at first; twice as many among more than `DEEP_ROWS`."""

@@ -170,7 +170,12 @@ def save_clip(folder: Path) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = CLIPConfig(text_config=text, vision_config={"patch_size": 32})
-    for part in (CLIPModel(config), CLIPImageProcessorPil(), tokenizer):
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.ndim > 1:  # at the usual scale of random weights all captions are embedded alike
+                weights.normal_(std=weights.shape[-1] ** -0.5)
+    for part in (model, CLIPImageProcessorPil(), tokenizer):
         part.save_pretrained(folder)
     return folder
 
