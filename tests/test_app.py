@@ -1,6 +1,11 @@
 import json
+import os
 import re
+import signal
+import socket
 import string
+import subprocess
+import sys
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
@@ -126,6 +131,53 @@ def test_a_gallery_of_another_model_ends_in_the_command_that_rebuilds_it(capsys,
     shown = capsys.readouterr().err
     assert "python -m alignment.gallery build" in shown
     assert "Traceback" not in shown
+
+
+# ---------------------------------------------------------------- start
+
+HEAVY = (
+    *("transformers", "accelerate", "peft", "datasets", "openvino", "faiss", "matplotlib", "scipy", "sklearn"),
+    *("skimage", "sympy", "sentencepiece", "tensorboard", "torch._dynamo", "torch.distributed.tensor"),
+)
+LOADED = f"print(*[name for name in {HEAVY} if name in sys.modules])"
+
+
+def run(code: str, **environment: str) -> str:
+    """Run Python in a process of its own; what it prints."""
+    command = [sys.executable, "-c", f"import sys\n{code}"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(command, cwd=app.ROOT, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def test_what_is_heavy_and_not_needed_to_serve_is_not_imported():
+    assert run(f"import app; {LOADED}").split() == []
+    assert run("import gc, app; print(gc.isenabled())").strip() == "True"
+
+
+def test_captions_are_answered_without_the_image_tower_and_what_builds_models(tmp_path):
+    serve = "engine = app.load_engine(app.parse([])); page = app.build_page(engine); engine.search_images('a dog')"
+    code = f"import app; {serve}; {LOADED}; print(*engine.encoder._towers)"
+    run(code, ALIGNMENT_CACHE=str(tmp_path))  # the first start of all makes the graphs
+    loaded, towers = run(code, ALIGNMENT_CACHE=str(tmp_path)).splitlines()
+    assert loaded.split() == ["openvino"]
+    assert towers.split() == ["text"]
+
+
+def test_the_command_serves_and_ends_when_it_is_interrupted():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "app.py", "--port", port]
+    with subprocess.Popen(command, cwd=app.ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == f"Open http://127.0.0.1:{port}/\n"
+            status, kind, _ = fetch(f"http://127.0.0.1:{port}/thumbnails/cat.webp")
+            assert (status, kind) == (200, "image/webp")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 # ---------------------------------------------------------------- words
@@ -359,6 +411,13 @@ def test_the_page_serves_thumbnails(served):
     assert max(open_image(data).size) == 320
     with pytest.raises(OSError, match="404"):
         fetch(f"{served}thumbnails/unknown.webp")
+
+
+def test_no_statistics_are_kept(engine):
+    queue = app.build_page(engine, "en")._queue
+    queue.events_recorded = 10**9
+    assert queue.ANALYTICS_MAX_EVENTS == 1
+    assert queue.compute_analytics_summary([{"function": "f", "status": "success"}]) == {"functions": {}}
 
 
 def test_statistics_are_not_public(served):

@@ -1,5 +1,7 @@
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import torch
 from PIL import Image
 
 from alignment.engine import MAX_PHOTOS, Alignment, AlignmentEngine, as_webp
-from alignment.gallery import Gallery, build_gallery
+from alignment.engine.photos import Thumbnails
+from alignment.gallery import Gallery, Picture, build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, open_image
 
@@ -204,6 +207,99 @@ def test_several_visitors_at_once_get_what_one_gets(engine, pictures):
     assert len(results) == 8
     for image, text in results:
         torch.testing.assert_close((image, text), expected)
+
+
+# ---------------------------------------------------------------- several visitors at once
+
+
+LONG = "a dog and two cats run on the beach while someone eats a plate of pasta"
+
+
+def test_captions_that_wait_are_encoded_together_and_embedded_as_if_alone(engine, monkeypatch):
+    captions = ["two cats", LONG, "pasta", "一只狗在海滩上奔跑", "two cats", "a"]
+    alone = [engine.encoder.encode_texts([caption])[0] for caption in captions]
+    begun, may_go_on, batches = threading.Event(), threading.Event(), []
+    encode = engine.encoder.encode_texts
+
+    def slowly(texts):
+        batches.append(list(texts))
+        begun.set()
+        assert may_go_on.wait(30)
+        return encode(texts)
+
+    monkeypatch.setattr(engine.encoder, "encode_texts", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(engine.embed_caption, "beach")
+        assert begun.wait(30)
+        rest = [pool.submit(engine.embed_caption, caption) for caption in captions]
+        empty = pool.submit(engine.embed_caption, " ")
+        with pytest.raises(InputError, match="caption is empty"):  # said at once, to nobody else
+            empty.result(30)
+        for _ in range(3000):
+            if len(engine._encode_texts._waiting) == len(captions):
+                break
+            time.sleep(0.01)
+        may_go_on.set()
+        found = [future.result(30) for future in rest]
+    torch.testing.assert_close(first.result(), encode(["beach"])[0], atol=1e-5, rtol=0)
+    assert [sorted(batch) for batch in batches] == [["beach"], sorted(captions)]
+    for embed, expected in zip(found, alone, strict=True):
+        torch.testing.assert_close(embed, expected, atol=1e-5, rtol=0)
+
+
+class Slow(BytesIO):
+    """An upload that takes its time."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def read(self, *sizes: int) -> bytes:
+        self.begun.set()
+        assert self.may_go_on.wait(30)
+        return super().read(*sizes)
+
+
+def test_nobody_waits_for_the_decoding_of_somebody_elses_picture(engine, pictures):
+    slow = Slow(photo(5))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.embed_image, slow)
+        assert slow.begun.wait(30)
+        assert engine.embed_image(pictures[0]).shape == engine.embed_caption("two cats").shape
+        assert not waiting.done()
+        slow.may_go_on.set()
+        torch.testing.assert_close(waiting.result(30), engine.embed_image(photo(5)))
+
+
+def test_many_pictures_are_embedded_in_order_and_as_if_alone(engine):
+    photos = [photo(seed) for seed in range(20)]
+    expected = torch.stack([engine.embed_image(data) for data in photos])
+    torch.testing.assert_close(engine.embed_images(photos), expected, atol=1e-5, rtol=0)
+    assert engine.embed_images([]).shape == (0, engine.encoder.embed_dim)
+    threads = threading.active_count()
+    with pytest.raises(InputError, match="not a picture"):
+        engine.embed_images([*photos[:10], b"hello", *photos[10:]])
+    assert threading.active_count() == threads
+
+
+def test_what_is_still_there_to_show_is_told_without_opening_it(engine, tmp_path):
+    pictures = [Picture("there", "there.png", root=str(tmp_path)), Picture("gone", "gone.png", root=str(tmp_path))]
+    pictures.append(Picture("package", "package:nowhere_at_all/x.png"))
+    (tmp_path / "there.png").write_bytes(b"of any kind")
+    embeds = engine.gallery.image_embeds[[0, 1, 2]]
+    none = torch.empty(0, engine.encoder.embed_dim)
+    other = AlignmentEngine(engine.encoder, Gallery(pictures, (), embeds, none, engine.gallery.stamp))
+    assert [other.can_show(picture.id) for picture in pictures] == [True, False, False]
+
+
+def test_thumbnails_of_the_gallerys_pictures_are_made_when_somebody_looks(engine):
+    made = []
+    thumbnails = Thumbnails(["one", "two"], lambda id: made.append(id) or engine.thumbnail(id))
+    assert (list(thumbnails), len(thumbnails), "three" in thumbnails, made) == (["one", "two"], 2, False, [])
+    assert thumbnails["two"] == engine.thumbnail("two")
+    assert made == ["two"]
+    with pytest.raises(KeyError):
+        thumbnails["three"]
 
 
 # ---------------------------------------------------------------- meaning

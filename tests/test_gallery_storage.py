@@ -181,10 +181,10 @@ def test_pictures_that_are_nearly_the_same_are_folded_even_if_they_are_very_many
     made.save(tmp_path)
     found = load(tmp_path).search_images(unit(1, DIM)[0], 12)
     assert len(found.groups) == 12  # though the best four hundred are one
-    assert [match.item.id for match in found.groups[0][:3]] == ["p0", "p1", "p2"]
-    assert all(
-        len({match.item.id for match in group} & {f"p{row}" for row in range(400)}) == 0 for group in found.groups[1:]
-    )
+    first, *rest = [{match.item.id for match in group} for group in found.groups]
+    everywhere = {f"p{row}" for row in range(400)}
+    assert first == everywhere
+    assert not any(group & everywhere for group in rest)
 
 
 @pytest.mark.parametrize("where", ["memory", "index"])

@@ -309,7 +309,7 @@ def test_who_looks_too_little_looks_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(segment, "SCORED", 12)
     _, ids = index.search(queries, 10, extra=0)
     assert recall(ids, embeds, queries) >= 0.998
-    monkeypatch.setattr(segment, "SURE", -99.0)
+    monkeypatch.setattr(segment, "sure", lambda count: -99.0)
     assert recall(index.search(queries, 10)[1], embeds, queries) < 0.98  # so it was worth it
     assert len(set(looks)) > 1
 

@@ -41,7 +41,7 @@ JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighb
 """
 
 _HEAD = 128
-"""Results that are fetched for every query, however few are asked for."""
+"""Results that are weighed one by one, where shares are an estimate."""
 
 _FOLDED, _MOST_FOLDED = 4, 1000
 """Results that are looked at for ones that are nearly the same: so many times k; more if they leave less than k that
@@ -261,7 +261,7 @@ class Gallery:
         if k < 0 or query.dim() > 2 or (query.dim() == 2 and len(query) != 1):
             raise ValueError(f"A search takes one embedding and a k of at least 0, not {tuple(query.shape)} and {k}.")
         query, count = query.reshape(-1), side.count(tag)
-        head = max(k, _HEAD)
+        head = _FOLDED * k
         scores, rows = side.search(query, k, head, tag)
         groups = self._folded(rows, k) if direction == "text_to_image" else []
         while groups and len(groups) < k and len(rows) < min(count, _MOST_FOLDED):
@@ -271,7 +271,8 @@ class Gallery:
 
         @cache
         def shares() -> list[float]:
-            return side.shares(query, scores, self.stamp.logit_scale, self.stamp.logit_bias, tag).tolist()
+            found = side.search(query, k, max(len(rows), _HEAD), tag)[0]
+            return side.shares(query, found, self.stamp.logit_scale, self.stamp.logit_bias, tag).tolist()
 
         def judge(places: list[int]) -> Judgement | None:
             return None if self.judge is None else self.judge.judge(scores[places], query, direction, count)

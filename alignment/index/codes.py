@@ -8,8 +8,9 @@ registers. What it finds is near the truth and not the truth: the caller scores 
 error could still hide a better row.
 
 In large segments the codes lie in lists of neighbours, and a query visits only the nearest few. How many lists, and how
-many directions, is measured when the codes are made, with mixtures of three rows as queries: they lie between the rows,
-as captions do among pictures.
+many directions, is measured when the codes are made. The queries of that are mixtures of rows: they lie between the
+rows, as captions do among pictures; and since captions also point where no picture does, half of those by which the
+directions are chosen do so as well.
 """
 
 from __future__ import annotations
@@ -24,9 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.index.exact import Floats, Positions, cosines, gather, lifted
-
-SURE = 4.0
-"""Standard deviations of the codes' error by which a row may be better than it looks."""
 
 LISTED_ROWS = 50_000
 """Rows from which the codes lie in lists; below, looking at all of them takes a quarter of a millisecond at most."""
@@ -43,7 +41,9 @@ _SAMPLE = 20_000  # rows from which directions and values are learnt
 _LEAST_LISTS = 1024
 _PER_LIST = 40  # rows from which a list's centre is learnt
 _ROUNDS = 8  # of k-means
-_PROXIES = 256  # queries of the measurements
+_FEW = 100  # rows that are in question, roughly
+_PROXIES = 512  # queries of the measurements
+_MIXED = 8  # rows that make one of them; of fewer, they are easier to answer than captions
 _DEPTHS = (200, 1000)  # how deep they look: a thousandth of the rows, in these bounds
 _BLOCK = 16_384  # rows projected at a time
 _READ = 1 << 22  # bytes read at a time
@@ -145,7 +145,7 @@ class Codes:
         self, rows: Floats, sample: NDArray[np.float32], num_lists: int, rng: np.random.Generator
     ) -> int:
         """Measure how many lists hold `FOUND` of the best ten."""
-        queries = _mixtures(sample, _PROXIES, rng)
+        queries = _mixtures(sample, rng)
         truth = self._best_ten(rows, queries, num_lists)
         visited = max(1, num_lists // 64)
         while visited < num_lists:
@@ -221,11 +221,23 @@ def _some(rows: Floats, count: int, rng: np.random.Generator) -> NDArray[np.floa
     return gather(rows, drawn).astype(np.float32, copy=False)
 
 
-def _mixtures(rows: NDArray[np.float32], count: int, rng: np.random.Generator) -> NDArray[np.float32]:
+def sure(num_rows: int) -> float:
+    """Say by how many standard deviations of the error any of so many rows may be better than it looks.
+
+    The largest of n normal errors is about sqrt(2 ln n) of them; one more, since errors are not quite normal.
+    """
+    return 1.0 + math.sqrt(2 * math.log(num_rows))
+
+
+def _mixtures(rows: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
     """Make queries that are near many rows and very near to none."""
-    queries = rows[rng.integers(len(rows), size=(3, count))].sum(0) - 2 * rows.mean(0)
-    lengths = np.linalg.norm(queries, axis=1, keepdims=True)
-    return np.asarray(queries / np.maximum(lengths, np.finfo(np.float32).tiny))
+    drawn = rows[rng.integers(len(rows), size=(_MIXED, _PROXIES))]
+    return _unit(drawn.mean(0) - rows.mean(0))
+
+
+def _unit(rows: Floats) -> NDArray[np.float32]:
+    lengths = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return np.asarray(rows / lengths, np.float32)
 
 
 def _projection(sample: NDArray[np.float32], crowded: bool, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -233,7 +245,9 @@ def _projection(sample: NDArray[np.float32], crowded: bool, rng: np.random.Gener
     spread = sample - sample.mean(0)
     variances, directions = np.linalg.eigh((spread.T @ spread / len(spread)).astype(np.float64))
     variances, directions = variances[::-1].astype(np.float32), directions[:, ::-1].astype(np.float32)
-    width = _width(spread[:_MEASURED] @ directions, variances, _mixtures(sample, _PROXIES, rng) @ directions)
+    queries = _mixtures(sample, rng)
+    queries[: _PROXIES // 2] += _unit(rng.standard_normal((_PROXIES // 2, sample.shape[1])))
+    width = _width(spread[:_MEASURED] @ directions, variances, _unit(queries) @ directions)
     if crowded:
         width = next((wider for wider in _WIDTHS if width < wider < sample.shape[1]), sample.shape[1])
     spin, _ = np.linalg.qr(rng.standard_normal((width, width)))
@@ -243,7 +257,7 @@ def _projection(sample: NDArray[np.float32], crowded: bool, rng: np.random.Gener
 def _width(rows: NDArray[np.float32], variances: NDArray[np.float32], queries: NDArray[np.float32]) -> int:
     """Choose the smallest width with which about as few rows stay in question as with all directions.
 
-    In question are those that may be among the best ten, going by what they look like and by `SURE` times the error.
+    In question are those that may be among the best ten, going by what they look like and by the error.
 
     Args:
         rows: (n, embed_dim), along the directions.
@@ -258,7 +272,7 @@ def _width(rows: NDArray[np.float32], variances: NDArray[np.float32], queries: N
         looks = queries[:, :width] @ rows[:, :width].T
         errors = truth - looks
         lost = _LOST * np.square(queries[:, :width]) @ variances[:width]
-        bars = tenth - errors.mean(1) - SURE * np.sqrt(errors.var(1) + lost)
+        bars = tenth - errors.mean(1) - sure(_FEW) * np.sqrt(errors.var(1) + lost)
         return float(np.quantile((looks >= bars[:, None]).sum(1), 0.75))
 
     widths = [width for width in _WIDTHS if width < embed_dim]

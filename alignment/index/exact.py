@@ -60,15 +60,27 @@ def _rank_block(
     bars = np.partition(rough, count - k, axis=1)[:, count - k] - 2 * error_bound(queries)
     found = [np.flatnonzero(line >= bar) for line, bar in zip(rough, bars, strict=True)]
     found = found if chosen is None else [chosen[near] for near in found]
-    best = [decide(np.take(rows, near, axis=0), query, k, near) for query, near in zip(queries, found, strict=True)]
-    return np.stack([scores for scores, _ in best]), np.stack([places for _, places in best])
+    scores, places = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    for number, (query, near) in enumerate(zip(queries, found, strict=True)):
+        scores[number], order = first(_scores(rows, query[None], near)[0], k, near)
+        places[number] = near[order]
+    return scores, places
 
 
-def decide(rows: Floats, query: NDArray[np.float64], k: int, near: Positions) -> tuple[NDArray[np.float32], Positions]:
-    """Rank a few rows for one query: (n, embed_dim), and where each of them stands, ascending."""
-    scores = cosines(rows.astype(np.float64, copy=False), query[None])[0].astype(np.float32)
-    order = np.argsort(-scores, kind="stable")[:k]
-    return scores[order], near[order]
+def first(scores: NDArray[np.float64], k: int, places: Positions) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Pick the k best of a few.
+
+    Args:
+        scores: (n,) of one query.
+        k: how many.
+        places: (n,) where each stands, in any order.
+
+    Returns:
+        Scores, best first, ties by lower place, and which these are, both (k,).
+    """
+    rounded = scores.astype(np.float32)
+    order = np.lexsort((places, -rounded))[:k]
+    return rounded[order], order
 
 
 def cosines(rows: Floats, queries: Floats) -> Floats:

@@ -3,7 +3,7 @@
 An index is a few of these. The rows lie in memory, or in a file that is mapped into it. Few rows are ranked exactly;
 many have `Codes`, which name some hundred that look near, and these are scored exactly. What is returned is a true
 cosine either way. How near is near enough is told by the codes' error for this very query: more rows are scored until
-the k-th best lies `SURE` of its standard deviations above what the next one looked like.
+the k-th best lies so many of its standard deviations above what the next one looks like that none can be better.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from alignment.index.codes import SURE, Codes, StoredCodes
-from alignment.index.exact import Floats, Positions, cosines, decide, error_bound, gather, rank
+from alignment.index.codes import Codes, StoredCodes, sure
+from alignment.index.exact import Floats, Positions, cosines, error_bound, first, gather, rank
 from alignment.index.tags import Tags
 
 DEPTH = 256
@@ -31,7 +32,7 @@ SCORED = 64
 """Of those named, rows that are scored at first; they tell how many more have to be."""
 
 SLACK = 0.25
-"""Standard deviations further than `SURE` that these others reach, so that one look is enough."""
+"""Standard deviations further than it takes that these others reach, so that one look is enough."""
 
 EXACT_ROWS = 4096
 """Rows up to which a segment has no codes: all that compete are scored."""
@@ -202,19 +203,20 @@ class Segment:
             if k:
                 kth = float(np.partition(rough, -k)[-k])
                 mean, spread = _mean_and_spread(rough - look[: len(rough)])
-                bar = kth - bound - mean - SURE * spread
+                bar = kth - bound - mean - sure(len(rough)) * spread
                 if look[min(needed, len(near) - 1)] >= bar:
                     needed = int(np.searchsorted(-look, SLACK * spread - bar, side="right"))
                     needed += needed == len(near)  # who knows how many more there are
         contenders = np.flatnonzero(rough >= kth - bound)
-        contenders = contenders[near[contenders].argsort()]
-        scores, places = decide(gather(self.rows, near[contenders]), query, k, near[contenders])
+        exact = cosines(gather(self.rows, near[contenders], torch.float64), query[None])[0]
+        scores, order = first(exact, k, near[contenders])
+        best = contenders[order]
         if extra:
-            order = np.argsort(-rough)
-            left = order[~np.isin(near[order], places)][:extra]
+            rough[best] = math.inf
+            left = np.argsort(-rough)[k : k + extra]
             scores = np.concatenate([scores, np.minimum(rough[left], scores[-1] if k else 1)])
-            places = np.concatenate([places, near[left]])
-        return scores, places
+            best = np.concatenate([best, left])
+        return scores, near[best]
 
 
 def _mean_and_spread(errors: NDArray[np.float32]) -> tuple[float, float]:

@@ -131,6 +131,7 @@ def make_gallery(encoder: DualEncoder, count: int, scattered: bool) -> Gallery:
     embeds = unit(count)
     if not scattered:
         captions = encoder.encode_texts(background_items()[1])
+        captions -= captions.mean(0)  # what all captions have in common, pictures do not
         shares = torch.distributions.Dirichlet(torch.ones(3)).sample((count,))
         mixed = (captions[torch.randint(0, len(captions), (count, 3))] * shares[:, :, None]).sum(1)
         embeds = normalize(normalize(mixed, dim=-1) + NOISE * embeds, dim=-1)

@@ -1,0 +1,357 @@
+"""Time the embedded index beside numpy, faiss and usearch: `python tests/benchmarks/search_speed.py [--json FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+K, QUERIES, CHANGED = 10, 100, 1000
+PEERS = ("usearch",)
+PEER_RECALL = 0.99
+ABOUT = f"""\
+Time the embedded index beside numpy, faiss and usearch, one query at a time, the best {K}.
+
+All contenders search the same rows with the same queries, in one process, with the same threads. They take turns,
+forwards and backwards; every time is the median of {QUERIES} queries, and every ratio the median over the rounds.
+
+  numpy         float32 in memory, one product with all rows
+  faiss flat    its fp16 scalar quantizer, memory-mapped: what faiss reads is as much as ours keeps
+  faiss alone   the first look's own codes, and as many rows scored again by faiss (`IndexRefine`) as ours looks at
+                on average: our own share is what ours takes beyond it
+  usearch       HNSW, float16, as it comes, but for `expansion_search`, which is doubled until recall reaches
+                {PEER_RECALL}; it takes minutes to build, so only up to --peer-rows
+  ours          `EmbeddedIndex`, saved and opened again; once more among the tenth of the rows that carry a tag
+
+recall is the share of the exact best {K} (float64 on float16 rows) that was found. "open" is opening alone, "first" the
+first answer after it, faiss imported. Memory is what a process of its own has more after {QUERIES} searches than before
+opening, its own and what it has mapped of the files, against the rows in float32. At the largest size rows are added,
+replaced and deleted, {CHANGED} each, and saved.
+"""
+DATA = """\
+The rows are made up, like embeddings of an encoder: clusters in clusters, along some directions more than along others,
+captions in another cone than pictures. Queries are captions. With --gallery, the rows are a gallery's pictures (or its
+captions, if there are more) with differences between neighbours added, the queries captions of it that were left out;
+with --scattered they have nothing to do with each other, the worst case for any index.
+
+examples:
+  python tests/benchmarks/search_speed.py                                 # a few minutes
+  python tests/benchmarks/search_speed.py --rows 100000 --rounds 9
+  python tests/benchmarks/search_speed.py --gallery assets/gallery --rows 100000
+"""
+
+Row = dict[str, Any]
+Search = Callable[[Any], Any]
+
+
+def main() -> None:
+    arguments = parsed_arguments()
+    if arguments.memory:
+        print(json.dumps(memory_of_this_process(*arguments.memory)))
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(arguments.threads))
+    missing = [name for name in PEERS if find_spec(name) is None and min(arguments.rows) <= arguments.peer_rows]
+    if missing:
+        raise SystemExit(f"{sys.executable} lacks {', '.join(missing)}. Run `make bench`, or say --peer-rows 0.")
+    print(f"{arguments.threads} threads, {arguments.dim} dimensions, {arguments.rounds} rounds", flush=True)
+    rows: list[Row] = []
+    with TemporaryDirectory() as folder:
+        opened = [measure(number, Path(folder, str(number)), arguments, rows) for number in arguments.rows]
+    if len(opened) > 1:
+        rows.append(row(f"opening {arguments.rows[-1]:,} rows, beside {arguments.rows[0]:,}", opened[-1], opened[0], 2))
+    if arguments.json:
+        title = f"Search of the best {K}, one query at a time, {arguments.threads} threads"
+        arguments.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1), encoding="utf-8")
+
+
+def parsed_arguments() -> argparse.Namespace:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser = argparse.ArgumentParser(
+        description=ABOUT, epilog=DATA, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="sizes, ascending")
+    parser.add_argument("--dim", type=int, default=512, help="dimensions (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=cores, help="of every contender (default: %(default)s)")
+    parser.add_argument("--peer-rows", type=int, default=100_000, help="rows up to which usearch takes part")
+    parser.add_argument("--gallery", type=Path, help="a gallery whose embeddings the rows are made of")
+    parser.add_argument("--scattered", action="store_true", help="rows and queries that point anywhere")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--memory", nargs=2, metavar=("INDEX", "QUERIES"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- rows and queries
+
+
+def make(count: int, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Make float16 rows, (count, dim), and float32 queries, (QUERIES, dim)."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    if arguments.scattered:
+        seeds, queries = unit(rng.standard_normal((2, count, arguments.dim), dtype=np.float32))
+        return seeds.astype(np.float16), queries[:QUERIES]
+    seeds, queries = gallery_seeds(arguments.gallery) if arguments.gallery else made_up_seeds(arguments.dim)
+    near = np.argsort(-(seeds @ seeds.T), axis=1)[:, 1:9]
+    blocks = []
+    for start in range(0, count, 50_000):
+        size = min(50_000, count - start)
+        one, other = rng.integers(len(seeds), size=(2, size))
+        beside, apart = (near[pick, rng.integers(near.shape[1], size=size)] for pick in (one, other))
+        share = rng.uniform(0, 0.6, (size, 1)).astype(np.float32)
+        mixed = seeds[one] * (1 - share) + seeds[beside] * share + 0.4 * (seeds[other] - seeds[apart])
+        blocks.append(unit(mixed).astype(np.float16))
+    return np.concatenate(blocks), queries
+
+
+def made_up_seeds(dim: int) -> tuple[Any, Any]:
+    """Make 4,000 pictures in 200 clusters of 20 topics, and captions between them, in a cone of their own."""
+    import numpy as np
+
+    rng = np.random.default_rng(1)
+    weights = np.arange(1, dim + 1, dtype=np.float32) ** -0.5
+    topics = rng.standard_normal((20, dim), dtype=np.float32)
+    clusters = topics[rng.integers(20, size=200)] + rng.standard_normal((200, dim), dtype=np.float32)
+    things = clusters[rng.integers(200, size=4000)] + 0.8 * rng.standard_normal((4000, dim), dtype=np.float32)
+    things = unit(things * weights)
+    about = things[rng.integers(4000, size=(QUERIES, 3))].mean(1)
+    cones = unit(rng.standard_normal((2, dim), dtype=np.float32))
+    return unit(0.65 * things + 0.75 * cones[0]), unit(0.65 * unit(about) + 0.75 * cones[1])
+
+
+def gallery_seeds(folder: Path) -> tuple[Any, Any]:
+    from alignment.gallery.storage import read_gallery
+
+    kept = read_gallery(folder, "")
+    texts = unit(kept.text_embeds.float().numpy())
+    pictures = unit(kept.image_embeds.float().numpy())
+    return (pictures if len(pictures) > len(texts) else texts[:-QUERIES]), texts[-QUERIES:]
+
+
+def unit(rows: Any) -> Any:
+    import numpy as np
+
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def exact(rows: Any, queries: Any) -> list[set[int]]:
+    """Find the true best by float64, some thousand rows at a time."""
+    import numpy as np
+
+    scores = np.concatenate(
+        [
+            queries.astype(np.float64) @ rows[start : start + 8192].astype(np.float64).T
+            for start in range(0, len(rows), 8192)
+        ],
+        axis=1,
+    )
+    return [set(line.tolist()) for line in np.argpartition(-scores, K, axis=1)[:, :K]]
+
+
+# ---------------------------------------------------------------- contenders
+
+
+def measure(count: int, folder: Path, arguments: argparse.Namespace, found: list[Row]) -> float:
+    """Let all contenders search so many rows, and write down the figures; returns how long opening took, in ms."""
+    import faiss
+    import torch
+
+    from alignment.index import EmbeddedIndex
+
+    torch.set_num_threads(arguments.threads)
+    faiss.omp_set_num_threads(arguments.threads)
+    rows, queries = make(count, arguments)
+    started = time.perf_counter()
+    index = EmbeddedIndex(
+        torch.from_numpy(rows), tags=[("tenth",) if number % 10 == 3 else () for number in range(count)]
+    )
+    index.save(folder)
+    built = time.perf_counter() - started
+    opening = median(timed(lambda: EmbeddedIndex.open(folder)) for _ in range(20))
+    index = EmbeddedIndex.open(folder)
+    first = timed(lambda: index.search(torch.from_numpy(queries[:1]), K))
+    contenders = dict(all_contenders(rows, index, queries, folder, arguments))
+    times = take_turns(contenders, queries, arguments.rounds)
+    truth = exact(rows, queries)
+    print(f"\n{count:,} rows: built and saved in {built:.1f} s, open {opening:.2f} ms, first {first:.1f} ms")
+    for name, search in contenders.items():
+        hits = [len(set(search(query[None])) & true) for query, true in zip(queries, truth, strict=True)]
+        recall = "" if "tag" in name else f"recall {sum(hits) / K / len(hits):.4f}"
+        print(
+            f"  {name:14} {median(times[name]):8.3f} ms   ({min(times[name]):.3f} to {max(times[name]):.3f})   {recall}"
+        )
+        if name not in ("ours", "ours, tag"):
+            target = 1.1 if name == "faiss alone" and count == max(arguments.rows) else None
+            entry = row(f"{count:,} rows", median(times["ours"]), median(times[name]), target, name, recall)
+            entry["ratio"] = median(mine / theirs for mine, theirs in zip(times["ours"], times[name], strict=True))
+            found.append(entry)
+            print(f"  {'':14} ours / {name}: {entry['ratio']:.3f}")
+    del contenders
+    found.append(memory(count, folder, queries, arguments))
+    if count == max(arguments.rows):
+        change(index, folder, rows)
+    return opening
+
+
+def all_contenders(
+    rows: Any, index: Any, queries: Any, folder: Path, arguments: argparse.Namespace
+) -> Iterator[tuple[str, Search]]:
+    """Yield each contender's name and its search: one query, (1, dim), to positions."""
+    import faiss
+    import numpy as np
+    import torch
+
+    wide = rows.astype(np.float32)
+
+    def by_numpy(query: Any) -> Any:
+        scores = wide @ query[0]
+        best = np.argpartition(-scores, K)[:K]
+        return best[np.argsort(-scores[best])]
+
+    yield "numpy", by_numpy
+    flat = faiss.IndexScalarQuantizer(rows.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    flat.add(wide)
+    faiss.write_index(flat, str(folder / "flat.faiss"))
+    flat = faiss.read_index(str(folder / "flat.faiss"), faiss.IO_FLAG_MMAP_IFC)
+    yield "faiss flat", lambda query: flat.search(query, K)[1][0]
+    (part,) = index._parts
+    if part.segment.codes is not None:
+        lists = part.segment.codes.codes._lists
+        print(f"\n{len(rows):,} rows: {lists.d} directions, {lists.nprobe} of {lists.nlist} lists visited", flush=True)
+        refined = faiss.IndexRefine(part.segment.codes.codes.index, flat)
+        refined.k_factor = rows_looked_at(index, queries) / K
+        yield "faiss alone", lambda query: refined.search(query, K)[1][0]
+    if len(rows) <= arguments.peer_rows:
+        from usearch.index import Index
+
+        graph = Index(ndim=rows.shape[1], metric="ip", dtype="f16")
+        graph.add(np.arange(len(rows)), wide, threads=arguments.threads)
+        truth = exact(rows, queries)
+        while graph.expansion_search < len(rows) / 8:
+            best = graph.search(queries, K).keys
+            if (
+                sum(len(set(line.tolist()) & true) for line, true in zip(best, truth, strict=True))
+                >= PEER_RECALL * K * QUERIES
+            ):
+                break
+            graph.expansion_search *= 2
+        yield f"usearch, {graph.expansion_search}", lambda query: graph.search(query[0], K, threads=1).keys
+    yield "ours", lambda query: index.search(torch.from_numpy(query), K)[1][0].tolist()
+    yield "ours, tag", lambda query: index.search(torch.from_numpy(query), K, tag="tenth")[1][0].tolist()
+
+
+def rows_looked_at(index: Any, queries: Any) -> float:
+    """Count the rows that ours scores for a query, on average."""
+    import torch
+
+    from alignment.index import segment
+
+    counts, gather = [], segment.gather
+    segment.gather = lambda rows, positions, *kind: counts.append(len(positions)) or gather(rows, positions, *kind)
+    try:
+        index.search(torch.from_numpy(queries), K)
+    finally:
+        segment.gather = gather
+    return max(float(K), sum(counts) / len(queries))
+
+
+def take_turns(contenders: dict[str, Search], queries: Any, rounds: int) -> dict[str, list[float]]:
+    """Time every contender once a round, milliseconds a query; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name in list(contenders)[:: 1 if number % 2 else -1]:
+            took = median(timed(lambda query=query, name=name: contenders[name](query[None])) for query in queries)
+            if number:
+                times[name].append(took)
+    return times
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Milliseconds of a call."""
+    started = time.perf_counter()
+    call()
+    return (time.perf_counter() - started) * 1000
+
+
+def row(what: str, ours: float, reference: float, target: float | None, peer: str = "", note: str = "") -> Row:
+    """Say it for `bench.py`."""
+    entry = {"what": what, "unit": "ms", "ours": ours, "reference": reference, "ratio": ours / reference, "note": note}
+    entry |= {"target": target} if target else {}
+    return entry | ({"peer": peer} if peer else {})
+
+
+# ---------------------------------------------------------------- memory and changes
+
+
+def memory(count: int, folder: Path, queries: Any, arguments: argparse.Namespace) -> Row:
+    """Measure a process that does nothing but search, against the rows as float32."""
+    import numpy as np
+
+    np.save(folder / "queries.npy", queries)
+    command = [sys.executable, __file__, "--memory", str(folder), str(folder / "queries.npy")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    own, mapped = json.loads(result.stdout.splitlines()[-1])
+    wide = count * queries.shape[1] * 4 / 2**20
+    print(f"  memory: {own:.0f} MiB of its own and {mapped:.0f} MiB of files; the rows as float32: {wide:.0f} MiB")
+    entry = row(f"{count:,} rows: memory, beside float32", own + mapped, wide, 0.5, "", f"{own:.0f} MiB are its own")
+    return {**entry, "unit": "MiB"}
+
+
+def memory_of_this_process(index: str, queries: str) -> tuple[float, float]:
+    """Open, search, and tell by how many MiB the memory of one's own and the mapped files have grown."""
+    import faiss  # noqa: F401 - its libraries are not what is measured
+    import numpy as np
+    import torch
+
+    from alignment.index import EmbeddedIndex
+
+    asked = torch.from_numpy(np.load(queries))
+    EmbeddedIndex(asked).search(asked[:1], K)
+    before = resident()
+    opened = EmbeddedIndex.open(Path(index))
+    for query in asked:
+        opened.search(query[None], K)
+    after = resident()
+    return after[0] - before[0], after[1] - before[1]
+
+
+def resident() -> tuple[float, float]:
+    """Memory of one's own and mapped files in MiB, as Linux tells it."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))  # type: ignore[return-value]
+
+
+def change(index: Any, folder: Path, rows: Any) -> None:
+    """Add, replace and delete rows, save each time, and tell how long it took and what was written."""
+    import numpy as np
+    import torch
+
+    some = torch.from_numpy(unit(np.random.default_rng(2).standard_normal((CHANGED, rows.shape[1]), dtype=np.float32)))
+    changes: dict[str, Callable[[], object]] = {
+        "add": lambda: index.upsert(torch.arange(CHANGED) + len(rows), some),
+        "replace": lambda: index.upsert(torch.arange(CHANGED) * 7, some),
+        "delete": lambda: index.delete(torch.arange(CHANGED) * 7 + 3),
+    }
+    for name, call in changes.items():
+        before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        took, saved = timed(call), timed(index.save)
+        written = [path for path in folder.iterdir() if before.get(path.name) != path.stat().st_mtime_ns]
+        size = sum(path.stat().st_size for path in written) / 2**20
+        print(f"  {name} {CHANGED} rows: {took:.1f} ms, save {saved:.1f} ms, {size:.2f} MiB written")
+
+
+if __name__ == "__main__":
+    main()
