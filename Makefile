@@ -24,7 +24,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help app test lint format gallery compact bench bench-train
+.PHONY: help app test test-long test-scale lint format gallery compact bench bench-train
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ app: $(APP_STAMP)  ## open the app on http://127.0.0.1:7860 (GRADIO_SERVER_PORT=
 
 test: $(TEST_STAMP) $(BROWSER_STAMP) lint  ## check style, floors and types, then run every test
 	$(BIN)/pytest $(ARGS)
+
+test-long: $(TEST_STAMP) $(BROWSER_STAMP)  ## kill builds and trainings, keep the app under load: some half an hour
+	$(BIN)/pytest tests/long $(ARGS)
+
+test-scale: $(TEST_STAMP)  ## run the index on a real Milvus server, started from pip in an environment of its own
+	$(BIN)/pytest tests/scale $(ARGS)
 
 lint: $(TEST_STAMP)  ## check style, floors and types
 	$(BIN)/ruff check
