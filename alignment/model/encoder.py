@@ -275,8 +275,8 @@ class DualEncoder:
             inputs = (self.preprocessor.image(source) for source in sources)
         else:  # one picture is decoded while another is embedded
             inputs = ahead(self.preprocessor.image, sources)
-        with closing(inputs):
-            return self._encode_batches("image", _batched(inputs, size), len(sources), progress)
+        with closing(inputs), closing(self._batched(inputs, size)) as batches:
+            return self._encode_batches("image", batches, len(sources), progress)
 
     def encode_texts(
         self, texts: Sequence[str], *, batch_size: int | None = None, progress: Progress | None = None
@@ -303,8 +303,8 @@ class DualEncoder:
         Yields:
             (embed_dim,) for each, in order; float32, CPU, unit norm.
         """
-        batches = _batched(inputs, batch_size or _IMAGES_AT_ONCE.get(self.device.type, 8))
-        with closing(self._run_all("image", batches)) as embedded:
+        size = batch_size or _IMAGES_AT_ONCE.get(self.device.type, 8)
+        with closing(self._batched(inputs, size)) as batches, closing(self._run_all("image", batches)) as embedded:
             for embeds in embedded:
                 yield from embeds
 
@@ -321,13 +321,21 @@ class DualEncoder:
         return functional.normalize(features.float(), dim=-1)
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()  # then the copy runs beside the computation
         if tensor.dim() == 4 and not torch.is_grad_enabled():  # training chooses for itself; convolutions like it best
             return tensor.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return tensor.to(self.device, non_blocking=True)
 
     # ------------------------------------------------------------ running the towers
+
+    def _batched(self, inputs: Iterable[Mapping[str, Tensor]], size: int) -> Generator[dict[str, Tensor]]:
+        """Join the inputs of single items to batches; for a GPU while it computes the one before."""
+        stream = iter(inputs)
+        groups = iter(lambda: list(islice(stream, size)), [])
+        if self.device.type != "cuda":
+            yield from map(_joined, groups)
+            return
+        with closing(ahead(_pinned, groups, workers=1, depth=2)) as batches:
+            yield from batches
 
     def _encode_batches(
         self, kind: Kind, batches: Iterable[Mapping[str, Tensor]], total: int, progress: Progress | None
@@ -437,11 +445,19 @@ def _listed(items: Sequence[Item]) -> Sequence[Item]:
     return items
 
 
-def _batched(inputs: Iterable[Mapping[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
-    """Join the inputs of single items to batches."""
-    stream = iter(inputs)
-    while some := list(islice(stream, size)):
-        yield {name: torch.cat([one[name] for one in some]) for name in some[0]}
+def _joined(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the inputs of single items to a batch."""
+    return {name: torch.cat([item[name] for item in items]) for name in items[0]}
+
+
+def _pinned(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join them in memory that a GPU reads by itself, beside its computation."""
+    batch = {}
+    for name, first in items[0].items():
+        shape = sum(len(item[name]) for item in items), *first.shape[1:]
+        place = torch.empty(shape, dtype=first.dtype, pin_memory=True)
+        batch[name] = torch.cat([item[name] for item in items], out=place)
+    return batch
 
 
 def _best_device() -> str:

@@ -28,7 +28,7 @@ from alignment.preprocess import open_image
 
 MODELS = {"CLIP ViT-B/32": save_clip, "SigLIP B/16-224": save_siglip}
 BATCHES = {"cuda": (64, 256, 1024), "mps": (16, 64, 256), "cpu": (8, 16)}
-PICTURES = {"cuda": 4096, "mps": 512, "cpu": 32}
+PICTURES = {"cuda": 2048, "mps": 512, "cpu": 32}
 FILES = 256  # different pictures; encoded as often as it takes
 MATMUL = {"cuda": 8192, "mps": 4096, "cpu": 2048}  # side of the matrices
 
