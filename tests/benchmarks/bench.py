@@ -52,6 +52,7 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("encoding_speed.py", beside_peers=True),
     Benchmark("gpu_speed.py", beside_peers=True),
+    Benchmark("search_speed.py", ("--rounds", "3"), beside_peers=True),
     Benchmark("building_speed.py"),
     Benchmark("query_time.py"),
     Benchmark("start_time.py", ("--runs", "3")),
