@@ -11,6 +11,8 @@ gallery knows which model made it and refuses to be searched with the embeddings
 | `looking`    | reads, hashes and decodes pictures in threads, ahead of the model |
 | `search`     | finds the pictures of a caption and the captions of a picture |
 | `judging`    | tells matches from accidents |
+| `remote`     | where embeddings lie on a Milvus server |
+| `pushing`    | moves them there and back |
 | `command`    | the command |
 """
 
@@ -19,6 +21,7 @@ from alignment.gallery.building import BuildReport, build_gallery
 from alignment.gallery.command import main
 from alignment.gallery.judging import Judge
 from alignment.gallery.looking import THUMBNAIL_PIXELS
+from alignment.gallery.remote import Remote, add_index_options
 from alignment.gallery.search import Found, Gallery, Match
 
 __all__ = [
@@ -30,6 +33,8 @@ __all__ = [
     "Judge",
     "Match",
     "Picture",
+    "Remote",
+    "add_index_options",
     "build_gallery",
     "main",
 ]

@@ -34,6 +34,7 @@ from alignment.catalogue import (
 )
 from alignment.gallery.judging import background_name, build_background, fit_calibration
 from alignment.gallery.looking import Look, Looker
+from alignment.gallery.remote import Remote
 from alignment.gallery.search import THUMBNAILS, Gallery
 from alignment.gallery.storage import read_gallery, write_gallery
 from alignment.model import DualEncoder
@@ -69,6 +70,7 @@ def build_gallery(
     calibrate: bool = True,
     progress: Callable[[int, int], None] | None = None,
     report: BuildReport | None = None,
+    remote: Remote | None = None,
 ) -> Gallery:
     """Embed pictures and captions into a gallery folder; what is in it already and has not changed is kept.
 
@@ -84,20 +86,25 @@ def build_gallery(
         calibrate: embed the background too, so that the gallery can tell when nothing fits.
         progress: called with (done, total) items.
         report: filled in as the build goes.
+        remote: the server that gets the embeddings, instead of the folder.
 
     Raises:
         FileNotFoundError: when there is no such source.
         ValueError: when it cannot be read, holds nothing that can, or is the gallery folder itself.
     """
     out = Path(out)
+    if remote is not None:
+        remote.check()
     pictures, captions, origin = _read_source(os.fspath(source), out, format, split)
     options = [word for name, value in (("--format", format), ("--split", split)) if value for word in (name, value)]
     stamp = Stamp(
         encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias, origin, shlex.join(options)
     )
-    builder = _Builder(out, encoder, stamp, progress or (lambda done, total: None), report or BuildReport(), calibrate)
+    builder = _Builder(
+        out, encoder, stamp, progress or (lambda done, total: None), report or BuildReport(), calibrate, remote
+    )
     builder.build(pictures, captions)
-    return Gallery.load(out, encoder)
+    return Gallery.load(out, encoder, remote)
 
 
 def _read_source(
@@ -126,9 +133,10 @@ class _Builder:
         progress: Callable[[int, int], None],
         report: BuildReport,
         calibrate: bool,
+        remote: Remote | None = None,
     ) -> None:
         self.out, self.encoder, self.stamp, self.progress, self.report = out, encoder, stamp, progress, report
-        self.calibrate = calibrate
+        self.calibrate, self.remote = calibrate, remote
         self.old = self._reusable()
         self.rows: dict[str, Tensor] = {}  # of a picture, by the hash of its file
         self.texts: dict[str, Tensor] = {}  # of a caption, by its text
@@ -146,7 +154,7 @@ class _Builder:
     def _reusable(self) -> Catalogue | None:
         """Read what this model made before; anything else is built anew."""
         try:
-            old = read_gallery(self.out, self.encoder.name)
+            old = read_gallery(self.out, self.encoder.name, self.remote)
         except (FileNotFoundError, ValueError) as error:
             logger.debug("Nothing to reuse: %s", error)
             return None
@@ -226,8 +234,8 @@ class _Builder:
         for thumbnail in aside.iterdir():
             folder.mkdir(exist_ok=True)
             os.replace(thumbnail, folder / thumbnail.name)
-        if self.old is None or not _same(self.old, new):
-            write_gallery(self.out, new)
+        if self.remote is not None or self.old is None or not _same(self.old, new):
+            write_gallery(self.out, new, remote=self.remote)
         wanted = {f"{picture.id}.webp" for picture in pictures if not picture.package}
         for thumbnail in folder.glob("*.webp"):
             if thumbnail.name not in wanted:

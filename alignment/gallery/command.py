@@ -11,6 +11,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from alignment.gallery.building import BuildReport, build_gallery
+from alignment.gallery.pushing import add_push
+from alignment.gallery.remote import Remote, add_index_options
 from alignment.model import DualEncoder
 
 DEFAULT_MODEL = "checkpoints/compact"
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return _build(args)
+        status: int = args.run(args)
+        return status
     except KeyboardInterrupt:
         print(f"\nInterrupted; what lay in {args.out} is as it was.", file=sys.stderr)
         return 130
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    build.set_defaults(run=_build)
     build.add_argument("source", metavar="SOURCE", help="what to embed, see above")
     build.add_argument(
         "--out", metavar="DIR", required=True, help="the gallery folder, new or to be brought up to date"
@@ -77,10 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out the background that tells when nothing fits; saves embedding some 1,100 texts and pictures",
     )
+    add_index_options(build)
+    add_push(commands)
     return parser
 
 
 def _build(args: argparse.Namespace) -> int:
+    remote = Remote.of(args.index, args.out, args.index_name)
     encoder = DualEncoder.load(args.model, revision=args.revision)
     report = BuildReport()
     with tqdm(desc="Embedding", unit=" items", dynamic_ncols=True) as bar, logging_redirect_tqdm():
@@ -98,6 +105,7 @@ def _build(args: argparse.Namespace) -> int:
             calibrate=not args.no_calibration,
             progress=show,
             report=report,
+            remote=remote,
         )
     print(f"{args.out}: {len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {encoder.name}.")
     for kind in ("pictures", "captions"):

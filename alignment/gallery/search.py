@@ -21,6 +21,7 @@ from torch import Tensor
 from alignment.calibration import Direction, Judgement
 from alignment.catalogue import Caption, Catalogue, Picture, Stamp, read_catalogue, rebuild_command
 from alignment.gallery.judging import Judge
+from alignment.gallery.remote import Remote
 from alignment.gallery.sides import Side
 from alignment.gallery.storage import open_sides, tags_of, write_gallery
 from alignment.model import DualEncoder
@@ -146,14 +147,20 @@ class Gallery:
         self.texts = _side(text_embeds, self.captions)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder) -> Gallery:
+    def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder, remote: Remote | None = None) -> Gallery:
         """Read a gallery that this encoder made.
 
         Pictures inside a package that is not installed here are left out, with a line in the log.
 
+        Args:
+            folder: the gallery's.
+            encoder: the model in use.
+            remote: the server where the embeddings lie, if not in the folder.
+
         Raises:
             FileNotFoundError: when there is none.
             ValueError: when another model made it, or it is damaged. Both errors say what to run.
+            OSError: when the server does not answer or refuses us.
         """
         folder = Path(folder)
         stored = read_catalogue(folder, encoder.name)
@@ -165,7 +172,7 @@ class Gallery:
                 f"Rebuild it with: {rebuild_command(folder, encoder.name, stamp)}"
             )
         rows = _rows_at_hand(stored.pictures)
-        images, texts = open_sides(folder, stored, rows)
+        images, texts = open_sides(folder, stored, rows, remote)
         rebuild = rebuild_command(folder, encoder.name, stamp)
         try:
             judge = Judge.restored(stamp.calibration, stored.background)
