@@ -187,7 +187,7 @@ class AlignmentEngine:
     def gallery_photos(self, ids: Sequence[str], *, both: bool = False) -> Photos:
         """Take some of the gallery's pictures as if a visitor had brought them."""
         pictures = [self._pictures[id] for id in ids]
-        embeds = self.gallery.image_embeds[[self._rows[id] for id in ids]]
+        embeds = self.gallery.images[torch.tensor([self._rows[id] for id in ids], dtype=torch.int64)]
         images = [self.picture_image(id) for id in ids] if both and self.second else []
         second = self._second_embeds(self.no_photos(both=both), images)
         return self._photos(pictures, embeds, Thumbnails(ids, self.thumbnail), second)
@@ -268,7 +268,7 @@ class AlignmentEngine:
 
     def picture_embed(self, id: str) -> Tensor:
         """Look up the embedding of one of the gallery's pictures."""
-        return self.gallery.image_embeds[self._rows[id]]
+        return self.gallery.images[torch.tensor([self._rows[id]])][0]
 
     def picture_image(self, id: str) -> Image.Image:
         """Open one of the gallery's pictures: its file, or what is left of it, its thumbnail.

@@ -234,18 +234,21 @@ class Gallery:
         """
         return self._search(self.images, self.pictures, text_embed, k, "text_to_image", tag)
 
-    def rank_images(self, scores: Tensor, k: int, judged: Judged, *, without: Collection[str] = ()) -> Found[Picture]:
+    def rank_images(
+        self, scores: Tensor, rows: Tensor, k: int, judged: Judged, *, without: Collection[str] = ()
+    ) -> Found[Picture]:
         """Find the k pictures with the best scores, of whatever making; the answer has them for cosines.
 
         Args:
-            scores: (num_pictures,).
+            scores: (n,).
+            rows: (n,) positions of the pictures that were scored, ascending.
             k: how many.
             judged: judges the results.
             without: ids of pictures that do not compete.
         """
-        rows = torch.tensor([row for row, picture in enumerate(self.pictures) if picture.id not in without]).long()
-        best, order = top_k(scores[rows], len(rows))
-        ids = rows[order]
+        kept = [place for place, row in enumerate(rows.tolist()) if self.pictures[row].id not in without]
+        best, order = top_k(scores[kept], len(kept))
+        ids = rows[kept][order]
 
         def judge(places: list[int]) -> Judgement | None:
             return judged(ids[places], ids)

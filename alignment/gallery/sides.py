@@ -102,6 +102,10 @@ class Side:
         parts = [self[positions] for positions in torch.arange(len(self)).split(_AT_ONCE)]
         return torch.cat([torch.empty(0, self.index.embed_dim), *parts])
 
+    def some(self) -> Tensor:
+        """Fetch items that stand for all of them, (at most `SAMPLED`, embed_dim): every one, or one every so often."""
+        return self[torch.linspace(0, len(self) - 1, min(len(self), SAMPLED)).long()]
+
     @cached_property
     def tags(self) -> dict[str, int]:
         """How many items carry each tag."""
@@ -179,7 +183,8 @@ class Side:
             ids = self.index.ids(tag)
         else:
             own = [row for row, tags in enumerate(self._tagged()) if tag is None or tag in tags]
-            ids = torch.tensor(own) if self._ids is None else self._ids[own]
+            ids = torch.tensor(own, dtype=torch.int64)
+            ids = ids if self._ids is None else self._ids[ids].sort().values
         drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:SAMPLED]
         return functional.normalize(self.index.embeds(ids[drawn]), dim=-1)
 

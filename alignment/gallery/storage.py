@@ -165,7 +165,7 @@ def fill(
     """
     items = items_of(catalogue, name)
     filled = remote.fill(name, catalogue.stamp.fingerprint, item_ids(items), rows)
-    for positions in filled.missing.split(_AT_ONCE):
+    for positions in filter(len, filled.missing.split(_AT_ONCE)):
         filled.add(positions, rows[positions], [_tags(items[row]) for row in positions.tolist()])
         if progress is not None:
             progress(len(positions))

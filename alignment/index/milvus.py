@@ -41,6 +41,7 @@ LOADING = 600.0
 _LEAST, _DEEPER = 64, 4  # rows asked for at least, and times as many where a tie reaches beyond them
 _IDS_AT_ONCE = 4096  # in a filter
 _TAG_BYTES, _TAGS = 65_535, 4096  # as long, and as many to a row, as Milvus allows
+_UNLISTED = 2**63 - 1  # by 2.3, where no filter is given
 _MARK = "_is_"
 _OURS = "image-text-alignment"
 _SAME = "Strong"  # a read sees every write before it, whoever wrote it
@@ -231,6 +232,8 @@ class MilvusIndex(Index):
     def upsert(self, ids: Tensor, embeds: Tensor, tags: Sequence[Collection[str]] | None = None) -> None:
         """Add rows; one whose id is there already takes the place of the old one; see `Index.upsert`."""
         numbers, rows, names = new_rows(ids, embeds, tags, self.embed_dim)
+        if len(numbers) and numbers[-1] == _UNLISTED:
+            raise ValueError(f"Milvus does not list a row with the id {_UNLISTED}; choose another.")
         written = [_written_tags(row) for row in names] if names is not None else [[] for _ in numbers]
         for places in _pieces(np.arange(len(numbers)), self._rows_at_once):
             wide = rows[places].astype(np.float32)

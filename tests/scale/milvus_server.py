@@ -105,7 +105,7 @@ class MilvusServer:
 
     def stop(self) -> None:
         """Ask it to end; after a while it is made to."""
-        self._signal(signal.SIGTERM, 30)
+        self._signal(signal.SIGTERM, 5)
         self.kill()
 
     def _signal(self, number: int, patience: float = 10) -> None:
