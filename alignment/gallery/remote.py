@@ -108,10 +108,8 @@ class Remote:
             index = MilvusIndex.create(self.server, name, width, {"fingerprint": fingerprint})
         there = index.ids()
         if len(there) and not torch.isin(ids, there).any():
-            raise ValueError(
-                f"The collection {name} at {self.server.uri} holds {len(there)} rows of another gallery. Choose another "
-                f"--index-name, or delete it first with: {self.push_command()} --drop"
-            )
+            held = f"The collection {name} at {self.server.uri} holds {len(there)} rows of another gallery"
+            raise ValueError(f"{held}. Choose another --index-name, or delete it with: {self.push_command()} --drop")
         return Filled(index, ids, there)
 
     def sides(self, fingerprint: str, names: Sequence[str]) -> list[MilvusIndex]:

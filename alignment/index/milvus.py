@@ -193,8 +193,7 @@ class MilvusIndex(Index):
             competing = self._count(condition)
             if width < min(k, competing):
                 return None
-        scores, ids = (np.stack([hits[part][:width] for hits in found]) for part in (0, 1))
-        return scores, ids
+        return np.stack([scores[:width] for scores, _ in found]), np.stack([ids[:width] for _, ids in found])
 
     def _hits(
         self, queries: NDArray[np.float64], limit: int, condition: str

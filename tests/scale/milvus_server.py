@@ -6,6 +6,7 @@ loopback interface; those that listen to everybody anyway are named by `open_por
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -72,7 +73,13 @@ class MilvusServer:
         with (self.data / "logs" / "output.log").open("ab") as log:
             command = [str(binaries / "milvus"), "run", "standalone"]
             self.process = subprocess.Popen(
-                command, cwd=self.data, env=env, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=self.data,
+                env=env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_the_tests,
             )
         while not self._answers():
             if self.process.poll() is not None:
@@ -152,6 +159,11 @@ class MilvusServer:
                 if fields[3] == "0A" and not local and f"socket:[{fields[9]}]" in inodes:
                     ports.add(int(port, 16))
         return sorted(ports)
+
+
+def _die_with_the_tests() -> None:
+    """Have Linux kill the server when these tests are killed themselves and cannot."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _free_ports(count: int) -> list[int]:
