@@ -44,7 +44,7 @@ _TAG_BYTES, _TAGS = 65_535, 4096  # as long, and as many to a row, as Milvus all
 _UNLISTED = 2**63 - 1  # by 2.3, where no filter is given
 _MARK = "_is_"
 _OURS = "image-text-alignment"
-_SAME = "Strong"  # a read sees every write before it, whoever wrote it
+_OWN, _ALL = "Session", "Strong"  # a read sees the writes made through this object, or everybody's, which takes longer
 
 
 class MilvusIndex(Index):
@@ -154,10 +154,11 @@ class MilvusIndex(Index):
         """
         distinct, places = np.unique(integers(ids), return_inverse=True)
         found, there = np.empty((len(distinct), self.embed_dim), np.float32), np.zeros(len(distinct), bool)
-        for part in _pieces(distinct, self._rows_at_once):
-            for row in self._query(_among(part), "id", "embed"):
-                place = np.searchsorted(distinct, row["id"])
-                found[place], there[place] = row["embed"], True
+        for level in (_OWN, _ALL):  # to wait for what others write only where something seems to be missing
+            for part in _pieces(distinct[~there], self._rows_at_once):
+                for row in self._query(_among(part), "id", "embed", level=level):
+                    place = np.searchsorted(distinct, row["id"])
+                    found[place], there[place] = row["embed"], True
         refuse_unknown(distinct[~there])
         return torch.from_numpy(found[places])
 
@@ -171,7 +172,7 @@ class MilvusIndex(Index):
             refuse_unknown(np.setdiff1d(chosen, self._there(chosen)))
             found = self._rank(rows, wanted, self._there(chosen, _carries(tag)))
         elif not len(rows) or not wanted:
-            width = min(wanted, self._count(_carries(tag))) if wanted else 0
+            width = min(wanted, self._count(_carries(tag), _OWN)) if wanted else 0
             found = np.empty((len(rows), width), np.float32), np.empty((len(rows), width), np.int64)
         else:
             found = self._nearest(rows, k, wanted, _carries(tag)) or self._rank(rows, wanted, self._ids(_carries(tag)))
@@ -189,10 +190,8 @@ class MilvusIndex(Index):
             limit = min(limit * _DEEPER, MOST)
             found = self._hits(queries, limit, condition)
         width = min(wanted, *(len(ids) for _, ids in found)) if found else wanted
-        if width < wanted:
-            competing = self._count(condition)
-            if width < min(k, competing):
-                return None
+        if width < wanted and width < min(k, self._count(condition, _OWN)):
+            return None
         return np.stack([scores[:width] for scores, _ in found]), np.stack([ids[:width] for _, ids in found])
 
     def _hits(
@@ -208,7 +207,7 @@ class MilvusIndex(Index):
                 limit=limit,
                 filter=condition,
                 search_params={"metric_type": "IP", "params": {}},
-                consistency_level="Session",
+                consistency_level=_OWN,
                 patience=SEARCHING,
             )
             for hits in answers:
@@ -280,15 +279,12 @@ class MilvusIndex(Index):
     def _rows_at_once(self) -> int:
         return max(1, min(_IDS_AT_ONCE, REQUEST // (4 * self.embed_dim)))
 
-    def _query(self, condition: str, *fields: str, **options: Any) -> list[dict[str, Any]]:
-        return list(
-            self._server.ask(
-                "query", self.name, filter=condition, output_fields=list(fields), consistency_level=_SAME, **options
-            )
-        )
+    def _query(self, condition: str, *fields: str, level: str = _ALL, **options: Any) -> list[dict[str, Any]]:
+        asked = {"filter": condition, "output_fields": list(fields), "consistency_level": level, **options}
+        return list(self._server.ask("query", self.name, **asked))
 
-    def _count(self, condition: str) -> int:
-        return int(self._query(condition, "count(*)")[0]["count(*)"])
+    def _count(self, condition: str, level: str = _ALL) -> int:
+        return int(self._query(condition, "count(*)", level=level)[0]["count(*)"])
 
     def _pages(self, condition: str, *fields: str) -> Iterator[list[dict[str, Any]]]:
         """Read rows in the order of their ids, some thousand at a time."""

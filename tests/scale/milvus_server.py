@@ -20,6 +20,7 @@ PYTHON = Path(
 
 _PREPARE = """
 import sys
+from pathlib import Path
 import milvus
 data, ports = sys.argv[1], iter(sys.argv[2:])
 config = milvus.MilvusServerConfig(data_dir=data)
@@ -28,6 +29,14 @@ for part in ("rootCoord", "proxy", "queryCoord", "queryNode", "indexNode", "inde
     config.set(f"{part}.ip", "127.0.0.1")
 config.resolve()
 milvus._initialize_data_files(config.base_data_dir)
+# Its etcd takes the usual ports unless it is told otherwise, and then there is only one server to a machine.
+clients, peers = (f"http://127.0.0.1:{next(ports)}" for _ in range(2))
+etcd, written = Path(data, "configs", "etcd.yaml"), Path(data, "configs", "milvus.yaml")
+etcd.write_text(
+    f"name: default\\nlisten-client-urls: {clients}\\nadvertise-client-urls: {clients}\\nlisten-peer-urls: {peers}\\n"
+    f"initial-advertise-peer-urls: {peers}\\ninitial-cluster: default={peers}\\n"
+)
+written.write_text(written.read_text().replace("\\netcd:\\n", f"\\netcd:\\n  config:\\n    path: {etcd}\\n", 1))
 print(config.get("proxy_port"))
 """
 
@@ -52,7 +61,7 @@ class MilvusServer:
         if not PYTHON.is_file():
             raise FileNotFoundError(f"There is no {PYTHON}; `make test-scale` makes it.")
         self.data, self.process = data, None
-        command = [str(PYTHON), "-c", _PREPARE, str(data), *map(str, _free_ports(10))]
+        command = [str(PYTHON), "-c", _PREPARE, str(data), *map(str, _free_ports(15))]
         prepared = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if prepared.returncode:
             raise RuntimeError(f"The Milvus server could not be laid out: {prepared.stderr[-2000:]}")
