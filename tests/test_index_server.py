@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -59,6 +60,12 @@ def test_a_secret_in_an_address_is_refused_and_not_repeated(uri: str) -> None:
     with pytest.raises(ValueError, match="ALIGNMENT_INDEX_TOKEN") as raised:
         Server.at(uri, {})
     assert "secret" not in str(raised.value)
+
+
+def test_pymilvus_is_not_imported_before_a_server_is_asked_for() -> None:
+    code = "import sys, alignment.gallery, alignment.index; print('pymilvus' in sys.modules, 'grpc' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["False", "False"]
 
 
 def test_without_pymilvus_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -95,7 +94,6 @@ class Connection:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         options: dict[str, Any] = {"server_pem_path": server.ca} if server.ca else {}
         self._fails = _failures()
-        self._connecting = threading.Lock()
         try:
             self._client = pymilvus.MilvusClient(
                 uri=server.uri, token=server.token, timeout=CONNECTING, dedicated=True, **options

@@ -22,11 +22,12 @@ _PREPARE = """
 import sys
 from pathlib import Path
 import milvus
-data, ports = sys.argv[1], iter(sys.argv[2:])
+data, login, ports = sys.argv[1], sys.argv[2] == "login", iter(sys.argv[3:])
 config = milvus.MilvusServerConfig(data_dir=data)
 config.update(**{key: next(ports) for key in config.configurable_items if key.endswith("_port")})
 for part in ("rootCoord", "proxy", "queryCoord", "queryNode", "indexNode", "indexCoord", "dataCoord", "dataNode"):
     config.set(f"{part}.ip", "127.0.0.1")
+config.set("authorization_enabled", login)
 config.resolve()
 milvus._initialize_data_files(config.base_data_dir)
 # Its etcd takes the usual ports unless it is told otherwise, and then there is only one server to a machine.
@@ -52,16 +53,20 @@ class MilvusServer:
 
     process: subprocess.Popen[bytes] | None
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, token: str = "") -> None:
         """Lay out configuration and binaries.
+
+        Args:
+            data: the folder.
+            token: "root:Milvus" for a server that asks who one is; nobody has to say so by default.
 
         Raises:
             FileNotFoundError: when there is no environment with the server in it.
         """
         if not PYTHON.is_file():
             raise FileNotFoundError(f"There is no {PYTHON}; `make test-scale` makes it.")
-        self.data, self.process = data, None
-        command = [str(PYTHON), "-c", _PREPARE, str(data), *map(str, _free_ports(15))]
+        self.data, self.process, self.token = data, None, token
+        command = [str(PYTHON), "-c", _PREPARE, str(data), "login" if token else "", *map(str, _free_ports(15))]
         prepared = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if prepared.returncode:
             raise RuntimeError(f"The Milvus server could not be laid out: {prepared.stderr[-2000:]}")
@@ -104,7 +109,7 @@ class MilvusServer:
         from pymilvus import MilvusClient, MilvusException
 
         try:
-            client = MilvusClient(uri=self.uri, timeout=2, dedicated=True)
+            client = MilvusClient(uri=self.uri, token=self.token, timeout=2, dedicated=True)
         except (MilvusException, grpc.RpcError):
             return False
         try:
