@@ -388,3 +388,26 @@ def test_a_large_gallery_is_built_and_brought_up_to_date(
     expected = encoder.encode_images([picture.path for picture in again.pictures])
     torch.testing.assert_close(again.image_embeds, expected, atol=1e-3, rtol=0)
     assert json.loads((out / "gallery.json").read_text())["num_pictures"] == 6
+
+
+# ---------------------------------------------------------------- rows of others
+
+
+def test_rows_that_belong_to_nobody_are_overlooked() -> None:
+    """As on a server, where another version of the gallery may have its rows beside these."""
+    embeds = unit(300, DIM)
+    index = EmbeddedIndex(embeds, ids=torch.arange(300) * 10, tags=[["all"]] * 300)
+    own = torch.arange(0, 300, 3).flip(0)
+    tagged = [["even"] if row % 2 == 0 else ["odd"] for row in range(100)]
+    side = sides.Side(index, own * 10, lambda: tagged)
+    assert len(side) == 100
+    assert side.tags == {"even": 50, "odd": 50}
+    torch.testing.assert_close(side.embeds, embeds[own])
+    for query in unit(10, DIM, seed=5):
+        scores, places = side.search(query, 7, 9)
+        expected = sorted(range(100), key=lambda place: -float(embeds[own[place]] @ query))
+        assert places[:7].tolist() == expected[:7]
+        assert len(scores) == len(places) <= 9
+        assert side.search(query, 100, 400)[1].tolist() == expected
+    assert sides.Side(index, own[:0]).search(unit(DIM), 3, 3)[1].tolist() == []
+    assert side._draw_sample("even").shape == (50, DIM)

@@ -46,12 +46,12 @@ def add_push(commands: Any) -> None:
     pull = commands.add_parser("pull", help="copy the embeddings back from a Milvus server into the gallery folder")
     pull.set_defaults(run=_pull)
     for parser in (push, pull):
-        parser.add_argument("gallery", metavar="GALLERY", help="the gallery folder")
+        parser.add_argument("out", metavar="GALLERY", help="the gallery folder")
         add_index_options(parser, required=True)
 
 
 def _opened(args: argparse.Namespace) -> tuple[Path, Catalogue, Remote]:
-    folder = Path(args.gallery)
+    folder = Path(args.out)
     remote = Remote.of(args.index, folder, args.index_name)
     assert remote is not None
     return folder, read_catalogue(folder, "MODEL"), remote

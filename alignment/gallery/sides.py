@@ -104,7 +104,7 @@ class Side:
 
     def some(self) -> Tensor:
         """Fetch items that stand for all of them, (at most `SAMPLED`, embed_dim): every one, or one every so often."""
-        return self[torch.linspace(0, len(self) - 1, min(len(self), SAMPLED)).long()]
+        return self[torch.linspace(0, len(self) - 1, min(len(self), SAMPLED), dtype=torch.double).long()]
 
     @cached_property
     def tags(self) -> dict[str, int]:
@@ -129,19 +129,19 @@ class Side:
         Returns:
             Cosines and positions, both (k,) up to (head,).
         """
-        foreign = 0
-        while len(self):
-            found, ids = self.index.search(query[None], k + foreign, extra=max(head - k, 0), tag=tag)
+        if not len(self):
+            return torch.empty(0), torch.empty(0, dtype=torch.int64)
+        more = 0  # rows of others that may be among the best
+        while True:
+            found, ids = self.index.search(query[None], k + more, extra=max(head - k, 0), tag=tag)
             if self._ids is None:
                 return found[0], ids[0]
             scores, places = self._own(found[0].numpy(), ids[0].numpy())
-            if len(ids[0]) - len(places) <= foreign or len(ids[0]) < k + foreign:
-                break
             foreign = len(ids[0]) - len(places)
-        else:
-            return torch.empty(0), torch.empty(0, dtype=torch.int64)
-        order = np.lexsort((places, -scores))
-        return torch.from_numpy(scores[order]), torch.from_numpy(places[order])
+            if foreign <= more or len(ids[0]) < k + more:
+                order = np.lexsort((places, -scores))[: max(head, k)]
+                return torch.from_numpy(scores[order]), torch.from_numpy(places[order])
+            more = foreign
 
     def _own(self, scores: NDArray[np.float32], ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray]:
         """Leave out the rows that belong to no item; of the others, positions instead of ids."""
