@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,19 +28,23 @@ from alignment.catalogue import (
     FileState,
     Picture,
     Stamp,
+    finish_writing,
     is_hand_written,
     read_captioned,
     read_hand_written,
 )
+from alignment.durable import sole_writer
 from alignment.gallery.judging import background_name, build_background, fit_calibration
 from alignment.gallery.looking import Look, Looker
-from alignment.gallery.search import THUMBNAILS, Gallery
-from alignment.gallery.storage import read_gallery, write_gallery
+from alignment.gallery.search import Gallery
+from alignment.gallery.storage import read_gallery, tidy, write_gallery
+from alignment.gallery.unfinished import THUMBNAILS, Unfinished
 from alignment.model import DualEncoder
 from alignment.pairs import read_pairs
 
 logger = logging.getLogger(__name__)
 
+_TEXTS_AT_ONCE = 4096  # after which some are written down
 _AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; only those under way are held decoded
 
 
@@ -73,7 +77,8 @@ def build_gallery(
     """Embed pictures and captions into a gallery folder; what is in it already and has not changed is kept.
 
     A file counts as unchanged by size and time, then by content. Nothing is kept of another model. A picture that
-    cannot be read is skipped, logged and reported. Until all is embedded, a gallery that lies there is not touched.
+    cannot be read is skipped, logged and reported. Until all is embedded, a gallery that lies there is not touched; a
+    build that was killed, or ran out of room, is gone on with by the next one.
 
     Args:
         source: a folder of pictures, whatever `read_pairs` reads, or a hand-written list (see `read_hand_written`).
@@ -88,6 +93,8 @@ def build_gallery(
     Raises:
         FileNotFoundError: when there is no such source.
         ValueError: when it cannot be read, holds nothing that can, or is the gallery folder itself.
+        BlockingIOError: when another process is building there.
+        OSError: when the gallery cannot be written.
     """
     out = Path(out)
     pictures, captions, origin = _read_source(os.fspath(source), out, format, split)
@@ -95,8 +102,10 @@ def build_gallery(
     stamp = Stamp(
         encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias, origin, shlex.join(options)
     )
-    builder = _Builder(out, encoder, stamp, progress or (lambda done, total: None), report or BuildReport(), calibrate)
-    builder.build(pictures, captions)
+    with sole_writer(out):
+        finish_writing(out)
+        arguments = progress or (lambda done, total: None), report or BuildReport(), calibrate
+        _Builder(out, encoder, stamp, *arguments).build(pictures, captions)
     return Gallery.load(out, encoder)
 
 
@@ -135,6 +144,7 @@ class _Builder:
         self.files: dict[str, FileState] = {}  # of a picture, by its source
         self.waiting: dict[str, int] = {}  # the number of a picture that is with the model, by the hash of its file
         self.looked = 0  # how many pictures have been looked at
+        self.unfinished = Unfinished(out, stamp.fingerprint)
         if self.old is not None:
             states = [picture.file or FileState(0, 0, "") for picture in self.old.pictures]
             self.rows = {state.sha256: row for state, row in zip(states, self.old.image_embeds, strict=True)}
@@ -142,37 +152,46 @@ class _Builder:
             self.texts = dict(zip(texts, self.old.text_embeds, strict=True))
             sources = (picture.source for picture in self.old.pictures)
             self.files = dict(zip(sources, states, strict=True)) if self.old.stamp.source == stamp.source else {}
+        self.rows |= self.unfinished.rows
+        self.texts |= self.unfinished.texts
 
     def _reusable(self) -> Catalogue | None:
         """Read what this model made before; anything else is built anew."""
         try:
             old = read_gallery(self.out, self.encoder.name)
-        except (FileNotFoundError, ValueError) as error:
-            logger.debug("Nothing to reuse: %s", error)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            logger.warning("It is built anew: %s", str(error).partition(" Rebuild it with")[0])
             return None
         return old if old.stamp.fingerprint == self.stamp.fingerprint else None
 
     def build(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> None:
         """Embed everything, then put it in place."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=self.out) as aside:
-            read = self._encode_pictures(pictures, Path(aside), len(captions))
+        try:
+            read = self._encode_pictures(pictures, len(captions))
             lost = {picture.id for picture in pictures} - {picture.id for picture in read}
             kept = [caption for caption in captions if caption.scene not in lost]
             self._encode_captions(kept, len(read))
-            if not read and not kept:
-                raise ValueError(f"Nothing in {self.stamp.source} could be read, so no gallery was made.")
-            self._put_in_place(read, kept, Path(aside))
+        except BaseException:
+            with suppress(OSError):  # what went wrong is worth more than what could be kept
+                self.unfinished.close()
+            raise
+        if not read and not kept:
+            self.unfinished.clear()
+            raise ValueError(f"Nothing in {self.stamp.source} could be read, so no gallery was made.")
+        self._put_in_place(read, kept)
 
-    def _encode_pictures(self, pictures: Sequence[Picture], aside: Path, num_captions: int) -> list[Picture]:
+    def _encode_pictures(self, pictures: Sequence[Picture], num_captions: int) -> list[Picture]:
         """Embed those that can be read and return them, each with the state of its file."""
         read: list[Picture] = []
         total = len(pictures) + num_captions
-        looker = Looker(self.out, aside, self.files, self._is_known, self.encoder.preprocessor)
+        looker = Looker(self.out, self.unfinished, self.files, self._is_known, self.encoder.preprocessor)
         with closing(ahead(looker, pictures, depth=_AHEAD)) as looks:
             for row in self.encoder.encode_prepared(self._unseen(looks, read, total)):
                 sha256 = next(iter(self.waiting))
                 self.rows[sha256] = row.half()
+                self.unfinished.add("rows", [sha256], [self.rows[sha256]])
                 del self.waiting[sha256]
                 self.report.encoded["pictures"] += 1
                 self.progress(next(iter(self.waiting.values()), self.looked), total)
@@ -202,13 +221,20 @@ class _Builder:
         texts = dict.fromkeys(caption.text for caption in captions)
         fresh = [text for text in texts if text not in self.texts]
         done, total = num_pictures + len(captions) - len(fresh), num_pictures + len(captions)
-        embeds = self.encoder.encode_texts(fresh, progress=lambda count, _: self.progress(done + count, total)).half()
-        self.texts.update(zip(fresh, embeds, strict=True))
+        for start in range(0, len(fresh), _TEXTS_AT_ONCE):
+            some = fresh[start : start + _TEXTS_AT_ONCE]
+
+            def show(count: int, _: int, done: int = done + start) -> None:
+                self.progress(done + count, total)
+
+            embeds = self.encoder.encode_texts(some, progress=show).half()
+            self.texts.update(zip(some, embeds, strict=True))
+            self.unfinished.add("texts", some, embeds)
         self.report.encoded["captions"] = len(fresh)
         self.report.reused["captions"] = len(captions) - len(fresh)
         self.progress(total, total)
 
-    def _put_in_place(self, pictures: Sequence[Picture], captions: Sequence[Caption], aside: Path) -> None:
+    def _put_in_place(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> None:
         image_embeds = [self.rows[picture.file.sha256] for picture in pictures if picture.file]
         text_embeds = [self.texts[caption.text] for caption in captions]
         none = torch.empty(0, self.encoder.embed_dim, dtype=torch.float16)
@@ -222,16 +248,19 @@ class _Builder:
         )
         if self.calibrate:
             new = self._calibrated(new)
-        folder = self.out / THUMBNAILS
-        for thumbnail in aside.iterdir():
-            folder.mkdir(exist_ok=True)
-            os.replace(thumbnail, folder / thumbnail.name)
+        more = self.unfinished.gathered(pictures)
         if self.old is None or not _same(self.old, new):
-            write_gallery(self.out, new)
+            write_gallery(self.out, new, more=more)
+        else:
+            for thumbnail in more.rglob("*.webp"):  # of the same pictures: they were lost
+                (self.out / THUMBNAILS).mkdir(exist_ok=True)
+                os.replace(thumbnail, self.out / THUMBNAILS / thumbnail.name)
+            tidy(self.out, new)
         wanted = {f"{picture.id}.webp" for picture in pictures if not picture.package}
-        for thumbnail in folder.glob("*.webp"):
+        for thumbnail in (self.out / THUMBNAILS).glob("*.webp"):
             if thumbnail.name not in wanted:
-                thumbnail.unlink()
+                thumbnail.unlink() if thumbnail.is_file() else shutil.rmtree(thumbnail)
+        self.unfinished.clear()
 
     def _calibrated(self, new: Catalogue) -> Catalogue:
         """Add what tells matches from accidents; the background of an earlier build is kept while it is the same."""

@@ -6,11 +6,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from alignment.durable import explain
 from alignment.gallery.building import BuildReport, build_gallery
+from alignment.gallery.storage import check_gallery
 from alignment.model import DualEncoder
 
 DEFAULT_MODEL = "checkpoints/compact"
@@ -35,8 +38,8 @@ examples:
 
 Run the same command again after pictures came, went or changed: only new ones are encoded. A gallery belongs to the
 model that made it; with another --model everything is encoded again. Pictures that cannot be read are named and
-skipped, and until the end of a build the old gallery stays as it is. Your pictures are not copied; DIR gets small
-thumbnails.
+skipped, and until the end of a build the old gallery stays as it is. A build that was killed, or ran out of room, is
+gone on with by the same command. Your pictures are not copied; DIR gets small thumbnails.
 """
 
 
@@ -45,12 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return _build(args)
+        return int(args.run(args))
     except KeyboardInterrupt:
-        print(f"\nInterrupted; what lay in {args.out} is as it was.", file=sys.stderr)
+        print(
+            "\nInterrupted; a gallery that was there is as it was. The same command goes on from here.", file=sys.stderr
+        )
         return 130
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
 
 
@@ -77,7 +82,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out the background that tells when nothing fits; saves embedding some 1,100 texts and pictures",
     )
+    build.set_defaults(run=_build)
+    text = "read every byte of a gallery but its thumbnails, and say whether it is as it was written"
+    check = commands.add_parser("check", help=text, description=text.capitalize() + ".")
+    check.add_argument("folder", metavar="DIR", help="the gallery folder")
+    check.set_defaults(run=_check)
     return parser
+
+
+def _check(args: argparse.Namespace) -> int:
+    catalogue = check_gallery(Path(args.folder))
+    print(f"{args.folder}: {len(catalogue.pictures)} pictures and {len(catalogue.captions)} captions, as written.")
+    return 0
 
 
 def _build(args: argparse.Namespace) -> int:

@@ -4,8 +4,8 @@ Place in the flow: `gallery folder <-> catalogue and sides (here) <-> Gallery`. 
 `image_embeds-0123456789ab`, called by the model's fingerprint, see `alignment.index.files`. Its rows go by ids made of
 what they belong to, so that a row vouches for itself: a picture that changed has another id. When a gallery is
 brought up to date, the new rows are added first, then the catalogue is replaced, and then the old rows are taken out.
-Whoever is killed in between leaves rows that no item asks for, and these are overlooked. The large files are not
-written again.
+Whoever is killed in between leaves rows that no item asks for, and these are overlooked, until `tidy` takes them out.
+The large files are not written again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from alignment.catalogue import (
     rebuild_command,
     write_catalogue,
 )
+from alignment.durable import sweep
 from alignment.gallery.sides import Side, has_many
 from alignment.index import EmbeddedIndex
 
@@ -58,9 +59,10 @@ def open_sides(folder: Path, catalogue: Catalogue, pictures: Sequence[int] | Non
     """
     try:
         return _open_side(folder, catalogue, "image_embeds", pictures), _open_side(folder, catalogue, "text_embeds")
-    except (FileNotFoundError, ValueError) as error:
-        command = rebuild_command(folder, catalogue.stamp.model, catalogue.stamp)
-        raise ValueError(f"The gallery in {folder} is damaged. {error} Rebuild it with: {command}") from error
+    except PermissionError:  # not for a rebuild to mend
+        raise
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, catalogue, error) from error
 
 
 def _open_side(folder: Path, catalogue: Catalogue, name: str, chosen: Sequence[int] | None = None) -> Side:
@@ -77,8 +79,8 @@ def _open_side(folder: Path, catalogue: Catalogue, name: str, chosen: Sequence[i
 
 
 def read_gallery(folder: Path, model: str) -> Catalogue:
-    """Read a gallery folder with all embeddings, to make another of it; as `read_catalogue`."""
-    catalogue = read_catalogue(folder, model)
+    """Read a gallery folder with all embeddings, and every byte of them, to make another of it; as `read_catalogue`."""
+    catalogue = check_gallery(folder, model)
     if not catalogue.elsewhere:
         return catalogue
     sides = zip(SIDES, open_sides(folder, catalogue), strict=True)
@@ -86,46 +88,86 @@ def read_gallery(folder: Path, model: str) -> Catalogue:
     return replace(catalogue, elsewhere=(), **whole)  # type: ignore[arg-type]
 
 
+def check_gallery(folder: Path, model: str = "MODEL") -> Catalogue:
+    """Read every byte of a gallery folder but its thumbnails; which model made it does not matter.
+
+    Raises:
+        FileNotFoundError: when there is no gallery.
+        ValueError: when it is damaged. Both say what to run.
+    """
+    catalogue = read_catalogue(folder, model)
+    sides = open_sides(folder, catalogue)
+    try:
+        for index in (side.index for side in sides):
+            if isinstance(index, EmbeddedIndex):
+                index.verify()
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, catalogue, error) from error
+    return catalogue
+
+
+def _damaged(folder: Path, catalogue: Catalogue, error: Exception) -> ValueError:
+    command = rebuild_command(folder, catalogue.stamp.model, catalogue.stamp)
+    return ValueError(f"The gallery in {folder} is damaged. {error} Rebuild it with: {command}")
+
+
 def _halves(rows: Rows) -> Tensor:
     parts = torch.arange(len(rows)).split(_AT_ONCE)
     return torch.cat([rows[positions].half() for positions in parts])
 
 
-def write_gallery(folder: Path, catalogue: Catalogue, rows: tuple[Rows, Rows] | None = None) -> None:
+def write_gallery(
+    folder: Path, catalogue: Catalogue, rows: tuple[Rows, Rows] | None = None, more: Path | None = None
+) -> None:
     """Write a gallery folder; what lay there before stays usable until the last moment.
 
     Args:
-        folder: new or old.
+        folder: new or old; nobody else writes to it, see `alignment.durable.sole_writer`.
         catalogue: all of it; the embeddings may be left empty if `rows` are given.
         rows: embeddings of pictures and captions.
+        more: a folder of files that go with it, see `write_catalogue`.
     """
     both = dict(zip(SIDES, rows or (catalogue.image_embeds, catalogue.text_embeds), strict=True))
     many = tuple(name for name, side in both.items() if has_many(len(side)))
-    stale = {name: _add(folder, catalogue, name, both[name]) for name in many}
+    for name in many:
+        _add(folder, catalogue, name, both[name])
     few = {name: _halves(side) for name, side in both.items() if name not in many and len(side)}
-    write_catalogue(folder, replace(catalogue, elsewhere=many, **few))  # type: ignore[arg-type]
-    for index, ids in stale.values():
-        if index.delete(ids):
-            index.save()
+    write_catalogue(folder, replace(catalogue, elsewhere=many, **few), more)  # type: ignore[arg-type]
+    tidy(folder, catalogue)
+
+
+def tidy(folder: Path, catalogue: Catalogue) -> None:
+    """Take away what no item of a gallery asks for: rows, other models' indexes, what was left half-written."""
     for name in SIDES:
+        place, items = _place(folder, catalogue, name), _items(catalogue, name)
         for old in folder.glob(f"{name}-*"):
-            if name not in many or old != _place(folder, catalogue, name):
-                shutil.rmtree(old)
+            if old != place or not has_many(len(items)):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if has_many(len(items)):
+            index = EmbeddedIndex.open(place)
+            there = index.ids()
+            if index.delete(there[~torch.isin(there, item_ids(items))]):
+                index.save()
+    sweep(folder, age=0)
 
 
-def _add(folder: Path, catalogue: Catalogue, name: str, rows: Rows) -> tuple[EmbeddedIndex, Tensor]:
-    """Add the rows of a side that its index lacks; returns it with the ids of those that it should lose."""
+def _add(folder: Path, catalogue: Catalogue, name: str, rows: Rows) -> None:
+    """Add the rows of a side that its index lacks."""
     place, items = _place(folder, catalogue, name), _items(catalogue, name)
     ids, tags = item_ids(items), tags_of(items)
     try:
         index = EmbeddedIndex.open(place)
-    except (FileNotFoundError, ValueError):  # new, or so damaged that it has to be written anew
+        index.verify()
+    except PermissionError:
+        raise
+    except (OSError, ValueError):  # new, or so damaged that it has to be written anew
+        if place.exists() and not place.is_dir():
+            place.unlink()
         index = EmbeddedIndex(rows[torch.empty(0, dtype=torch.int64)])
     there = index.ids()
     for positions in (~torch.isin(ids, there)).nonzero().flatten().split(_AT_ONCE):
         index.upsert(ids[positions], rows[positions].half(), [tags[row] for row in positions.tolist()])
     index.save(place, about={"fingerprint": catalogue.stamp.fingerprint})
-    return index, there[~torch.isin(there, ids)]
 
 
 def _place(folder: Path, catalogue: Catalogue, name: str) -> Path:
