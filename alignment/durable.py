@@ -7,6 +7,7 @@ it gets its own, and the folder is told to the disk as well. What stands behind 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -14,10 +15,11 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 ASIDE = ".writing-"
 """How the names of files begin that are being written; nobody reads these."""
@@ -25,6 +27,7 @@ ASIDE = ".writing-"
 LOCK = ".lock"
 """Name of the file that says who writes to a folder."""
 
+_SEAL = "sha256"
 _LEFT_BEHIND = 3600.0  # seconds after which a file that is being written counts as left behind
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
@@ -36,33 +39,70 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
-def put_in_place(path: Path) -> Iterator[Path]:
-    """Give a name to write to, whose file takes the place of `path` in the end; after an error nothing has changed."""
+def put_in_place(path: Path, *, lasting: bool = True) -> Iterator[Path]:
+    """Give a name to write to, whose file takes the place of `path` in the end; after an error nothing has changed.
+
+    Args:
+        path: what is to be written.
+        lasting: whether it has to survive a power cut too; that takes some milliseconds.
+    """
     fresh = path.with_name(ASIDE + secrets.token_hex(8))
     try:
         yield fresh
-        sync(fresh)
+        if lasting:
+            sync(fresh)
         os.replace(fresh, path)
     except BaseException:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if lasting:
+        sync(path.parent)
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file whole, with the folders around it; text as UTF-8."""
+def write_file(path: Path, content: bytes | str, *, lasting: bool = True) -> None:
+    """Write a file whole, with the folders around it; text as UTF-8. See `put_in_place`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with put_in_place(path) as fresh:
+    with put_in_place(path, lasting=lasting) as fresh:
         # surrogateescape: the name of a file need not be UTF-8
         fresh.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as JSON that vouches for itself."""
+    content = json.loads(json.dumps(content))  # as it will be read
+    write_file(path, json.dumps({**content, _SEAL: _digest(content)}, indent=1) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote.
+
+    Raises:
+        OSError: when there is no such file, or it cannot be read.
+        ValueError: when it is not as it was written.
+    """
+    content = json.loads(path.read_text("utf-8"))
+    if not isinstance(content, dict) or content.pop(_SEAL, "") != _digest(content):
+        raise ValueError("its content is not what was written")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync(path: Path) -> None:
     """Make sure that a file, or which names a folder holds, survives a power cut."""
-    if path.is_dir() and os.name != "posix":
+    folder = path.is_dir()
+    if folder and os.name != "posix":
         return  # Windows knows no such thing
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -102,6 +142,7 @@ def sole_writer(folder: Path, *, patience: float = 0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     lock = FileLock(path, timeout=patience)
@@ -120,6 +161,9 @@ def sole_writer(folder: Path, *, patience: float = 0) -> Iterator[None]:
         with suppress(OSError):  # before it is released: whoever waits for this file notices that it is gone
             path.unlink()
         lock.release()
+        if new:
+            with suppress(OSError):  # it stays unless it is empty
+                folder.rmdir()
 
 
 def _holder(path: Path) -> str:

@@ -76,13 +76,13 @@ class Looker:
             raise FileNotFoundError(f"There is no file {path}.")
         stat = path.stat()
         time = 0 if picture.package else stat.st_mtime_ns  # when a package was installed says nothing
-        shown = bool(picture.package) or _holds_something(self.out / THUMBNAILS / f"{picture.id}.webp")
+        shown = bool(picture.package) or is_whole(self.out / THUMBNAILS / f"{picture.id}.webp")
         if before and shown and time and (before.size, before.mtime_ns) == (stat.st_size, time):
             return Look(replace(picture, file=before)), None
         content, sha256 = _read(path)
         seen = replace(picture, file=FileState(stat.st_size, time, sha256))
         shown = shown and (bool(picture.package) or (before is not None and before.sha256 == sha256))
-        shown = shown or _holds_something(self.unfinished.thumbnail_of(seen))
+        shown = shown or is_whole(self.unfinished.thumbnail_of(seen))
         known = self.is_known(sha256)
         if shown and known:
             return Look(seen), None
@@ -95,12 +95,14 @@ class Looker:
         return Look(seen, inputs), image
 
 
-def _holds_something(path: Path) -> bool:
-    """Whether there is a file that is not empty, as a power cut may leave one."""
+def is_whole(thumbnail: Path) -> bool:
+    """Whether there is a thumbnail, and all of it, going by the size that stands at its beginning."""
     try:
-        return path.is_file() and path.stat().st_size > 0
+        with thumbnail.open("rb") as file:
+            head, size = file.read(12), os.fstat(file.fileno()).st_size
     except OSError:
         return False
+    return head[:4] == b"RIFF" and head[8:] == b"WEBP" and size >= 8 + int.from_bytes(head[4:8], "little")
 
 
 def _read(path: Path) -> tuple[bytes | Path, str]:

@@ -18,9 +18,10 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignment.durable import read_sealed, sha256_of, write_sealed
 from alignment.pairs.collection import Collection, Row
 from alignment.pairs.files import PICTURES, SPLITS, is_hidden, near, split_of
-from alignment.pairs.store import cache_folder, stored, write_whole
+from alignment.pairs.store import cache_folder, stored
 from alignment.pairs.tables import TEXT_PARTS, row_of
 
 MAX_PICTURE_BYTES = 128 * 2**20
@@ -29,7 +30,7 @@ MAX_SHARDS = 100_000
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _PROBED = 100  # members of a shard to look at before calling it none
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 
 _DAMAGED = (tarfile.TarError, EOFError, ValueError, OverflowError)  # what tarfile raises on bytes that are no tar
 
@@ -130,14 +131,23 @@ def _indexed(file: Path, store: Path) -> Shard:
     facts = [_INDEX_VERSION, os.path.abspath(file), state.st_size, state.st_mtime_ns]
     index = cache_folder() / "shards" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
     try:
-        shard = Shard(**json.loads(index.read_text(encoding="utf-8")))
-        if all((store / row[0]).is_file() for row in shard.rows):
-            return shard
-    except (OSError, ValueError, TypeError):
-        pass  # there is none, or it was written by another version
+        about = read_sealed(index)
+        if all(_is_as_written(store / name, size, index.stat()) for name, size in about["sizes"].items()):
+            return Shard(**about["shard"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # there is none, it was written by another version, or something is damaged
     shard = _unpack(file, store)
-    write_whole(index, json.dumps(shard._asdict()).encode())
+    sizes = {row[0]: (store / row[0]).stat().st_size for row in shard.rows}
+    write_sealed(index, {"shard": shard._asdict(), "sizes": sizes})
     return shard
+
+
+def _is_as_written(picture: Path, size: int, index: os.stat_result) -> bool:
+    """Whether a picture is what its name says; one that nobody wrote to after the index is not read again."""
+    state = picture.stat()
+    if not picture.is_file() or state.st_size != size:
+        return False
+    return state.st_mtime_ns <= index.st_mtime_ns or sha256_of(picture) == picture.stem
 
 
 def _unpack(file: Path, store: Path) -> Shard:
