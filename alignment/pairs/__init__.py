@@ -28,6 +28,7 @@ from alignment.pairs.audit import (
 from alignment.pairs.collection import Pair
 from alignment.pairs.reading import Reading, positives_of, read_data, read_pairs
 from alignment.pairs.report import DataReport, Overlap, check_data
+from alignment.pairs.sharing import Share
 from alignment.pairs.tables import CAPTION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Overlap",
     "Pair",
     "Reading",
+    "Share",
     "check_data",
     "fingerprint_images",
     "look_alikes",

@@ -14,6 +14,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from glob import glob, has_magic
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,9 @@ class Shard(NamedTuple):
 
 
 def find_shards(source: Path) -> list[Path]:
-    """Find the shards a path means: one file, those in a folder up to two deep, or those of a pattern in braces.
+    """Find the shards a path means: one file, those in a folder up to two deep, or those of a pattern.
+
+    A pattern has braces, as in `train-{000..009}.tar`, or wildcards, as in `train-*.tar`, or both.
 
     Raises:
         FileNotFoundError: when shards of the pattern are missing.
@@ -61,16 +64,18 @@ def find_shards(source: Path) -> list[Path]:
     if source.is_dir():
         shards = near(source, "*.tar")
         return shards if shards and any(map(_holds_samples, shards[:3])) else []
-    if "{" not in os.fspath(source) or source.suffix.lower() != ".tar":
+    pattern = os.fspath(source)
+    if source.suffix.lower() != ".tar" or not (has_magic(pattern) or "{" in pattern):
         return []
-    shards = [Path(name) for name in expand_braces(os.fspath(source))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    names = expand_braces(pattern)
+    found = {name: sorted(filter(os.path.isfile, glob(name) if has_magic(name) else [name])) for name in names}
+    missing = [name for name, shards in found.items() if not shards]
     if missing:
         raise FileNotFoundError(
-            f"Of the {len(shards)} shards {source}, {len(missing)} are not there (the first is {missing[0]}); "
-            "check the pattern, or copy them."
+            f"Of the {len(names)} shards {source}, {len(missing)} are not there (the first is "
+            f"{os.path.basename(missing[0])}); check the pattern, or copy them."
         )
-    return shards
+    return [Path(shard) for shards in found.values() for shard in shards]
 
 
 def expand_braces(pattern: str) -> list[str]:
