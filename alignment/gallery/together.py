@@ -108,7 +108,10 @@ class Together:
             logger.warning("The first process is gone (%s). %s", error, _GO_ON)
 
     def _read(self, key: str) -> str | None:
-        text: str | None = self._store.get(key).decode() if self._store.check([key]) else None
+        try:
+            text: str | None = self._store.get(key).decode() if self._store.check([key]) else None
+        except RuntimeError as error:
+            raise ChildProcessError(f"The other processes are out of reach ({error}). {_GO_ON}") from error
         return text
 
 
