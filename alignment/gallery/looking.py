@@ -76,8 +76,12 @@ class Looker:
             raise FileNotFoundError(f"There is no file {path}.")
         stat = path.stat()
         time = 0 if picture.package else stat.st_mtime_ns  # when a package was installed says nothing
+        if (again := self.unfinished.files.get(picture.source)) and _is_as(again, stat) and self.is_known(again.sha256):
+            done = replace(picture, file=again)
+            if is_whole(self.unfinished.thumbnail_of(done)):
+                return Look(done), None
         shown = bool(picture.package) or is_whole(self.out / THUMBNAILS / f"{picture.id}.webp")
-        if before and shown and time and (before.size, before.mtime_ns) == (stat.st_size, time):
+        if before and shown and time and _is_as(before, stat):
             return Look(replace(picture, file=before)), None
         content, sha256 = _read(path)
         seen = replace(picture, file=FileState(stat.st_size, time, sha256))
@@ -93,6 +97,11 @@ class Looker:
             return Look(seen, inputs), None
         image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
         return Look(seen, inputs), image
+
+
+def _is_as(state: FileState, stat: os.stat_result) -> bool:
+    """Whether a file has kept its size and time."""
+    return (state.size, state.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
 
 
 def is_whole(thumbnail: Path) -> bool:

@@ -80,12 +80,23 @@ def _open_side(folder: Path, catalogue: Catalogue, name: str, chosen: Sequence[i
 
 def read_gallery(folder: Path, model: str) -> Catalogue:
     """Read a gallery folder with all embeddings, and every byte of them, to make another of it; as `read_catalogue`."""
-    catalogue = check_gallery(folder, model)
-    if not catalogue.elsewhere:
-        return catalogue
-    sides = zip(SIDES, open_sides(folder, catalogue), strict=True)
-    whole = {name: _halves(side) for name, side in sides if name in catalogue.elsewhere}
+    catalogue, images, texts = open_gallery(folder, model)
+    rows = {"image_embeds": images, "text_embeds": texts}
+    whole = {name: _halves(rows[name]) for name in catalogue.elsewhere}
     return replace(catalogue, elsewhere=(), **whole)  # type: ignore[arg-type]
+
+
+def open_gallery(folder: Path, model: str) -> tuple[Catalogue, Rows, Rows]:
+    """Read a gallery folder to make another of it, with the embeddings of its pictures and captions.
+
+    Every byte of these is looked at, but those of many items stay on the disk. Errors as of `check_gallery`.
+    """
+    catalogue = check_gallery(folder, model)
+    rows: dict[str, Rows] = {name: getattr(catalogue, name) for name in SIDES}
+    if catalogue.elsewhere:
+        sides = dict(zip(SIDES, open_sides(folder, catalogue), strict=True))
+        rows |= {name: sides[name] for name in catalogue.elsewhere}
+    return catalogue, rows["image_embeds"], rows["text_embeds"]
 
 
 def check_gallery(folder: Path, model: str = "MODEL") -> Catalogue:

@@ -1,4 +1,4 @@
-"""The processes of one `torchrun`: each says that it is alive and when it is done, and the first one waits for the rest.
+"""The processes of one `torchrun`: each says that it lives and when it is done, and the first one waits for the rest.
 
 Place in the flow: `command -> together (here)`. They share no computation, so all they need is a board to write on: the
 key-value store that torchrun keeps anyway. A process that fails, or of which nothing is heard any more, ends the
@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 from alignment.pairs import Share
@@ -58,6 +60,27 @@ class Together:
         finally:
             over.set()
             beats.join()
+
+    def agree(self, fingerprint: str) -> None:
+        """Make sure that all processes have the first one's model, before any of them embeds.
+
+        Raises:
+            ValueError: when this one has another.
+            ChildProcessError: when the first one does not say which it has.
+        """
+        if self.is_first:
+            self._store.set("model", fingerprint)
+            return
+        until = time.monotonic() + START
+        while (wanted := self._read("model")) is None:
+            if time.monotonic() > until:
+                raise ChildProcessError(f"Process 0 did not say within {START:.0f} seconds which model it has.")
+            time.sleep(BEAT / 10)
+        if wanted != fingerprint:
+            raise ValueError(
+                f"Process {self._rank} has another model ({fingerprint[:12]}) than process 0 ({wanted[:12]}): "
+                "give all of them the same files."
+            )
 
     def done(self, **told: Any) -> None:
         """Say that this one's share is done, and whatever the first one should know."""
@@ -134,3 +157,29 @@ def of_torchrun() -> Together | None:
     except DistError as error:
         raise TimeoutError(f"The processes of this torchrun did not come together: {error}") from error
     return Together(store, rank, count)
+
+
+def own_device() -> str | None:
+    """Name the GPU of this process, one each; None where there is none, or all share whatever there is."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+@contextmanager
+def stopping_politely() -> Iterator[None]:
+    """Let a polite kill, such as torchrun's when another process has failed, end like Ctrl-C, and lose nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

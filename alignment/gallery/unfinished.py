@@ -2,7 +2,8 @@
 
 Place in the flow: `embeddings -> parts in a folder of the gallery (here) -> the next build`. A part holds some hundred
 rows, by the hash of a picture's file or by a caption's text. Parts of another model, or damaged ones, are taken away.
-Beside them lie the thumbnails, by what they show: they go into the gallery together with it.
+Beside them lie the thumbnails, by what they show: they go into the gallery together with it. Several processes may
+write parts at once; no two of them give a file the same name unless it holds the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -23,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from alignment.catalogue import Picture
+from alignment.catalogue import FileState, Picture, Stamp
 from alignment.durable import ASIDE, write_file
+from alignment.gallery.kept import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +45,28 @@ class Unfinished:
     Attributes:
         rows: of pictures, by the hash of their file.
         texts: of captions, by their text.
+        files: how the files looked that were embedded, by a picture's source.
     """
 
-    def __init__(self, gallery: Path, fingerprint: str) -> None:
-        """Take over what the last build of this model left, if it was killed."""
-        self.folder, self.fingerprint = gallery / FOLDER, fingerprint
+    def __init__(self, gallery: Path, stamp: Stamp, embed_dim: int, *, alone: bool = True) -> None:
+        """Take over what earlier builds of this model left, or have done so far.
+
+        Args:
+            gallery: its folder.
+            stamp: says the model and the source.
+            embed_dim: of the model.
+            alone: whether no other process may be writing parts; then what is of no use is taken away.
+        """
+        self.folder, self.alone = gallery / FOLDER, alone
+        self.about = {"fingerprint": stamp.fingerprint, "source": stamp.source}
         self.thumbnails = self.folder / THUMBNAILS
-        self.rows: dict[str, Tensor] = {}
-        self.texts: dict[str, Tensor] = {}
-        self._fresh: list[tuple[str, str, Tensor]] = []
+        self.rows, self.texts = Kept(embed_dim), Kept(embed_dim)
+        self.files: dict[str, FileState] = {}
+        self._noted: dict[str, FileState] = {}
         self._kept_at = time.monotonic()
-        for part in self.folder.glob("*.safetensors"):
+        for part in sorted(self.folder.glob("*.safetensors")):
             self._take(part)
         self.thumbnails.mkdir(parents=True, exist_ok=True)
-        if self.rows or self.texts:
-            logger.warning("%d embeddings of a build that was broken off are taken over.", len(self))
 
     def __len__(self) -> int:
         return len(self.rows) + len(self.texts)
@@ -65,38 +75,54 @@ class Unfinished:
         try:
             with safe_open(part, "pt") as file:
                 about, rows = file.metadata() or {}, file.get_tensor("rows")
-            if about["fingerprint"] == self.fingerprint and about["sha256"] == _digest(about["keys"], rows):
-                for (kind, key), row in zip(json.loads(about["keys"]), rows, strict=True):
-                    getattr(self, kind)[key] = row
+            if about["fingerprint"] == self.about["fingerprint"] and about["sha256"] == _digest(about["keys"], rows):
+                pictures, captions, files = json.loads(about["keys"])
+                self.rows.include(pictures, _Part(part, 0, len(pictures)))
+                self.texts.include(captions, _Part(part, len(pictures), len(captions)))
+                if about["source"] == self.about["source"]:
+                    self.files |= {source: FileState(*state) for source, state in files.items()}
                 return
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
             logger.debug("%s is not taken over: %s", part, error)
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
+        if self.alone:
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
 
     # ------------------------------------------------------------ rows
 
     def add(self, kind: str, keys: Iterable[str], rows: Iterable[Tensor]) -> None:
         """Keep rows of pictures ("rows") or captions ("texts"); on the disk some seconds later."""
-        self._fresh += [(kind, key, row) for key, row in zip(keys, rows, strict=True)]
-        if self._fresh and time.monotonic() - self._kept_at >= SECONDS:
+        getattr(self, kind).add(keys, rows)
+        if time.monotonic() - self._kept_at >= SECONDS:
             self.keep()
+
+    def note(self, picture: Picture) -> None:
+        """Keep how a picture's file looks, so that one that is embedded need not be read again."""
+        if picture.file and picture.file.mtime_ns and self.files.get(picture.source) != picture.file:
+            self._noted[picture.source] = picture.file
 
     def keep(self) -> None:
         """Write down what has come since the last time."""
-        if self._fresh:
-            rows = torch.stack([row for _, _, row in self._fresh])
-            keys = json.dumps([(kind, key) for kind, key, _ in self._fresh])
+        pictures, captions = self.rows.fresh, self.texts.fresh
+        if pictures or captions:
+            rows = torch.stack([row for _, row in (*pictures, *captions)])
+            files = {source: astuple(state) for source, state in self._noted.items()}
+            keys = json.dumps([[key for key, _ in pictures], [key for key, _ in captions], files])
             digest = _digest(keys, rows)
-            about = {"fingerprint": self.fingerprint, "keys": keys, "sha256": digest}
-            write_file(self.folder / f"{digest[:16]}.safetensors", save({"rows": rows}, about))
-        self._fresh, self._kept_at = [], time.monotonic()
+            part = self.folder / f"{digest[:16]}.safetensors"
+            write_file(part, save({"rows": rows}, {**self.about, "keys": keys, "sha256": digest}))
+            self.rows.settle(_Part(part, 0, len(pictures)))
+            self.texts.settle(_Part(part, len(pictures), len(captions)))
+            self.files |= self._noted
+            self._noted = {}
+        self._kept_at = time.monotonic()
 
     def close(self) -> None:
         """Leave to the next build what there is, if there is anything."""
         self.keep()
-        with suppress(OSError):  # a folder that is not empty stays
-            self.thumbnails.rmdir()
-            self.folder.rmdir()
+        if self.alone:
+            with suppress(OSError):  # a folder that is not empty stays
+                self.thumbnails.rmdir()
+                self.folder.rmdir()
 
     # ------------------------------------------------------------ thumbnails
 
@@ -128,6 +154,21 @@ class Unfinished:
     def clear(self) -> None:
         """Take everything away: the gallery is written."""
         shutil.rmtree(self.folder)
+
+
+class _Part:
+    """Some rows of a part, read when they are asked for."""
+
+    def __init__(self, path: Path, start: int, count: int) -> None:
+        self._path, self._start, self._count = path, start, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        with safe_open(self._path, "pt") as file:
+            rows: Tensor = file.get_tensor("rows")
+        return rows[self._start + positions]
 
 
 def _digest(keys: str, rows: Tensor) -> str:

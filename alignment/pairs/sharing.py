@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 Item = TypeVar("Item")
 
 BLOCK = 64
-"""Items that stay together: neighbours are likely to lie on the same disk, and make the same batches as in one process."""
+"""Items that stay together: neighbours lie on one disk, and make the same batches as in one process."""
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """One of several equal parts of a data set.
 
     Attributes:
