@@ -376,8 +376,14 @@ def build_seen(folder: Path) -> object:
         return None
 
 
+def place_of(folder: Path, name: str) -> Path:
+    """Say where a file of a gallery lies: with the build that is being put in place, else beside it."""
+    ready = folder / _READY / name
+    return ready if ready.exists() else folder / name
+
+
 def _opened(folder: Path, name: str, read: Callable[[Path], Result]) -> Result:
-    """Read a file of a gallery: of the build that is being put in place, else of the one that is there."""
+    """Read such a file, also if it is moved just now."""
     try:
         return read(folder / _READY / name)
     except (FileNotFoundError, NotADirectoryError):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from alignment.calibration import Direction, Judgement
-from alignment.catalogue import Caption, Catalogue, Picture, Stamp, read_catalogue, rebuild_command, settled
+from alignment.catalogue import Caption, Catalogue, Picture, Stamp, place_of, read_catalogue, rebuild_command, settled
 from alignment.durable import sole_writer
 from alignment.gallery.judging import Judge
 from alignment.gallery.sides import Side
@@ -217,7 +217,7 @@ class Gallery:
         """Find what to show of a picture: its thumbnail, or the file itself if it is a package's."""
         if picture.package or self.folder is None:
             return picture.path
-        return self.folder / THUMBNAILS / f"{picture.id}.webp"
+        return place_of(self.folder, f"{THUMBNAILS}/{picture.id}.webp")
 
     def search_images(self, text_embed: Tensor, k: int, *, tag: str | None = None) -> Found[Picture]:
         """Find the k pictures that fit a caption best; fewer where the gallery holds fewer.
