@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from torch.distributed import HashStore
 
-from alignment.catalogue import CAPTIONS, PICTURES
+from alignment.catalogue import CAPTIONS, PICTURES, FileState, Picture, Stamp
 from alignment.gallery import BuildReport, Gallery, build_gallery, main, together
 from alignment.gallery.building import embed_share
 from alignment.gallery.together import Together
+from alignment.gallery.unfinished import Unfinished
 from alignment.model import DualEncoder
 from alignment.pairs import Share
 
@@ -215,6 +216,23 @@ def test_a_picture_that_changed_after_its_share_was_done_is_embedded_again(
     thumbnail = np.asarray(Image.open(gallery.thumbnail(gallery.pictures[1])).convert("RGB"), dtype=float)
     with Image.open(io.BytesIO(photo(99))) as image:
         assert np.abs(thumbnail - np.asarray(image)).mean() < 20
+
+
+def test_two_processes_may_show_the_same_picture_at_once(tmp_path: Path) -> None:
+    """A picture that is in two shards: both make its thumbnail, under one name."""
+    picture = Picture("a", "a.png", file=FileState(1, 1, "0" * 64))
+    stamp = Stamp("f" * 64, "m", 1.0, None)
+    both = [Unfinished(tmp_path, stamp, 4, alone=False) for _ in range(2)]
+
+    class Slow:
+        """Let the other one finish while this one is being written."""
+
+        def save(self, path: Path, *_: object, **__: object) -> None:
+            path.write_bytes(b"mine")
+            both[1].keep_thumbnail(picture, Image.new("RGB", (4, 4)))
+
+    both[0].keep_thumbnail(picture, Slow())  # type: ignore[arg-type]
+    assert [path.name for path in both[0].thumbnails.iterdir()] == [both[0].thumbnail_of(picture).name]
 
 
 # ---------------------------------------------------------------- shares
