@@ -148,6 +148,7 @@ class ContrastiveTrainer(Trainer):
             write_sealed(folder / _COMPLETE, {path.name: sha256_of(path) for path in sorted(folder.iterdir())})
             # Only now: were an older one half deleted at a kill, this one would stand for it.
             rotate_checkpoints(self.args.output_dir, _KEPT_CHECKPOINTS, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()  # else another process looks for the best weights before they count
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
