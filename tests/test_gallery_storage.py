@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alignment.calibration import BORROWED, Background
 from alignment.catalogue import Caption, FileState, Picture, Stamp
-from alignment.gallery import BuildReport, Gallery, Judge, build_gallery, sides
+from alignment.gallery import BuildReport, Gallery, Judge, build_gallery, sides, storage
 from alignment.gallery.storage import folders_of, item_ids
 from alignment.index import EXACT_ROWS, EmbeddedIndex
 from alignment.model import DualEncoder
@@ -106,6 +106,20 @@ def test_writing_it_twice_gives_the_same_files(saved: Path, tmp_path: Path) -> N
     rows = [name for name in names if name.parent.name and name.suffix == ".safetensors"]
     assert len(rows) == 1
     assert (saved / rows[0]).read_bytes() == (tmp_path / rows[0]).read_bytes()
+
+
+def test_an_index_that_is_written_in_several_goes_holds_the_same(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_AT_ONCE", 500)
+    monkeypatch.setattr(storage, "_IN_MEMORY", 2000)
+    gallery(judged=True).save(tmp_path)
+    one, other = load(saved), load(tmp_path)
+    assert torch.equal(one.image_embeds, other.image_embeds)
+    assert one.folders == other.folders
+    query = unit(DIM, seed=5)
+    found = [side.search_images(query, 12, tag="trip 1").matches for side in (one, other)]
+    assert [match.item.id for match in found[0]] == [match.item.id for match in found[1]]
 
 
 def test_both_sides_may_be_many_or_few(tmp_path: Path) -> None:

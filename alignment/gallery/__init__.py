@@ -10,6 +10,8 @@ gallery knows which model made it and refuses to be searched with the embeddings
 |--------------|--------------|
 | `building`   | embeds what is new of a source into a gallery folder |
 | `unfinished` | keeps what a build has embedded so far, for the next one if it is killed |
+| `kept`       | embeddings by what they are of, wherever they lie |
+| `together`   | lets the processes of a `torchrun` know of each other |
 | `looking`    | reads, hashes and decodes pictures in threads, ahead of the model |
 | `search`     | finds the pictures of a caption and the captions of a picture |
 | `judging`    | tells matches from accidents |

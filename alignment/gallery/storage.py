@@ -36,10 +36,11 @@ from alignment.index import EmbeddedIndex
 
 SIDES = ("image_embeds", "text_embeds")
 _AT_ONCE = 16_384  # rows added at a time
+_IN_MEMORY = 262_144  # rows after which those added are written down; an index holds twice as many while it does so
 
 
 class Rows(Protocol):
-    """Embeddings by position: a tensor or a `Side`."""
+    """Embeddings by position: a tensor, a `Side`, or what `Kept` has lined up."""
 
     def __len__(self) -> int: ...
 
@@ -175,10 +176,14 @@ def _add(folder: Path, catalogue: Catalogue, name: str, rows: Rows) -> None:
         if place.exists() and not place.is_dir():
             place.unlink()
         index = EmbeddedIndex(rows[torch.empty(0, dtype=torch.int64)])
-    there = index.ids()
+    there, about, waiting = index.ids(), {"fingerprint": catalogue.stamp.fingerprint}, 0
     for positions in (~torch.isin(ids, there)).nonzero().flatten().split(_AT_ONCE):
         index.upsert(ids[positions], rows[positions].half(), [tags[row] for row in positions.tolist()])
-    index.save(place, about={"fingerprint": catalogue.stamp.fingerprint})
+        waiting += len(positions)
+        if waiting >= _IN_MEMORY:
+            index.save(place, about=about)
+            waiting = 0
+    index.save(place, about=about)
 
 
 def _place(folder: Path, catalogue: Catalogue, name: str) -> Path:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 _PROBE_IMAGES = 32
 _OUTLIVED = 10.0  # seconds
+_LONGEST = timedelta(hours=12)  # that processes wait for one which keeps the pictures of all; torchrun sees who dies
 _SHARE_OF_TIME = 0.85  # of the minutes given goes into steps; the rest into the choice of weights and the report
 
 Say = Callable[[str], None]
@@ -84,7 +85,7 @@ def train(
         FloatingPointError: when the loss is no longer a number, naming the step and the cure.
     """
     folder = Path(config.output)
-    state = PartialState(cpu=config.device == "cpu")
+    state = PartialState(cpu=config.device == "cpu", timeout=_LONGEST)
     with ExitStack() as held:
         if state.is_main_process:
             # Processes that read pictures outlive a killed run by some seconds, and hold its lock as long.
