@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,6 +20,7 @@ from PIL import Image
 from torch.distributed import HashStore
 
 from alignment.catalogue import CAPTIONS, PICTURES, FileState, Picture, Stamp
+from alignment.engine import AlignmentEngine
 from alignment.gallery import BuildReport, Gallery, build_gallery, main, together
 from alignment.gallery.building import embed_share
 from alignment.gallery.together import Together
@@ -336,3 +338,19 @@ def test_what_others_have_begun_is_left_to_them(tmp_path: Path, encoder: DualEnc
     assert (out / ".building" / "0123.safetensors").exists()
     build_gallery(source, out, encoder, calibrate=False)
     assert not (out / ".building").exists()
+
+
+def test_pictures_of_shards_are_shown_even_if_they_are_no_longer_unpacked(
+    shards: Path, cache: Path, tmp_path: Path, encoder: DualEncoder
+) -> None:
+    gallery = build_gallery(shards, tmp_path / "out", encoder, calibrate=False)
+    engine, picture = AlignmentEngine(encoder, gallery), gallery.pictures[0]
+    assert engine.picture_image(picture.id).size == (60, 48)
+    shutil.rmtree(cache / "pictures")
+    assert engine.can_show(picture.id)
+    assert engine.picture_image(picture.id).size == (60, 48)  # its thumbnail, which is never enlarged
+    assert engine.thumbnail(picture.id)[8:12] == b"WEBP"
+    report = BuildReport()
+    build_gallery(shards, tmp_path / "out", encoder, calibrate=False, report=report)  # unpacks them again
+    assert report.encoded["pictures"] == 0
+    assert picture.path.is_file()
