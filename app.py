@@ -34,6 +34,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from alignment.durable import explain
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, SecondModel
 from alignment.gallery import Gallery, Remote, add_index_options
 from alignment.model import DualEncoder
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page.block_thread()
         warming.cancel()
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -25,7 +25,7 @@ from alignment.engine.explaining import Explained, Scale, explain_match
 from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_webp
 from alignment.engine.queries import Query, Term, check_count, search
-from alignment.gallery import Caption, Found, Gallery, Picture
+from alignment.gallery import Caption, Found, Gallery, Picture, is_whole
 from alignment.model import DualEncoder
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
 
@@ -286,7 +286,7 @@ class AlignmentEngine:
         """Tell whether there is a file behind one of the gallery's pictures, without opening it."""
         picture = self._pictures[id]
         try:
-            return self.gallery.thumbnail(picture).is_file() or picture.path.is_file()
+            return is_whole(self.gallery.thumbnail(picture)) or picture.path.is_file()
         except FileNotFoundError:  # its package is not installed
             return False
 
@@ -302,6 +302,7 @@ class AlignmentEngine:
     def _make_thumbnail(self, id: str) -> bytes:
         picture = self._pictures[id]
         path = self.gallery.thumbnail(picture)
-        if not picture.package and path != picture.path and path.is_file():
-            return path.read_bytes()
+        if not picture.package and path != picture.path and is_whole(path):
+            with suppress(FileNotFoundError):  # a build may have taken it away just now
+                return path.read_bytes()
         return as_webp(open_image(picture.path))

@@ -9,7 +9,6 @@ A push that was interrupted goes on where it was, and one that is done finds not
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alignment.catalogue import Catalogue, read_catalogue
+from alignment.durable import sole_writer
 from alignment.gallery.remote import Remote, add_index_options
 from alignment.gallery.sides import Side
 from alignment.gallery.storage import SIDES, fill, item_ids, items_of, open_sides, write_gallery
@@ -46,12 +46,12 @@ def add_push(commands: Any) -> None:
     pull = commands.add_parser("pull", help="copy the embeddings back from a Milvus server into the gallery folder")
     pull.set_defaults(run=_pull)
     for parser in (push, pull):
-        parser.add_argument("out", metavar="GALLERY", help="the gallery folder")
+        parser.add_argument("gallery", metavar="GALLERY", help="the gallery folder")
         add_index_options(parser, required=True)
 
 
 def _opened(args: argparse.Namespace) -> tuple[Path, Catalogue, Remote]:
-    folder = Path(args.out)
+    folder = Path(args.gallery)
     remote = Remote.of(args.index, folder, args.index_name)
     assert remote is not None
     return folder, read_catalogue(folder, "MODEL"), remote
@@ -61,13 +61,9 @@ def _push(args: argparse.Namespace) -> int:
     folder, catalogue, remote = _opened(args)
     if args.drop:
         return _drop(catalogue, remote)
-    try:
-        for number, name in enumerate(SIDES):
-            if items := items_of(catalogue, name):
-                _push_side(name, catalogue, _Local(folder, catalogue, number, len(items)), remote, args.dry_run)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on where this one was.", file=sys.stderr)
-        return 130
+    for number, name in enumerate(SIDES):
+        if items := items_of(catalogue, name):
+            _push_side(name, catalogue, _Local(folder, catalogue, number, len(items)), remote, args.dry_run)
     return 0
 
 
@@ -96,7 +92,8 @@ def _drop(catalogue: Catalogue, remote: Remote) -> int:
 
 def _pull(args: argparse.Namespace) -> int:
     folder, catalogue, remote = _opened(args)
-    write_gallery(folder, replace(catalogue, elsewhere=()), open_sides(folder, catalogue, remote=remote))
+    with sole_writer(folder):
+        write_gallery(folder, replace(catalogue, elsewhere=()), open_sides(folder, catalogue, remote=remote))
     print(f"{folder}: {len(catalogue.pictures)} pictures and {len(catalogue.captions)} captions are here again")
     return 0
 

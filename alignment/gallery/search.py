@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from alignment.calibration import Direction, Judgement
-from alignment.catalogue import Caption, Catalogue, Picture, Stamp, read_catalogue, rebuild_command
+from alignment.catalogue import Caption, Catalogue, Picture, Stamp, place_of, read_catalogue, rebuild_command, settled
+from alignment.durable import sole_writer
 from alignment.gallery.judging import Judge
 from alignment.gallery.remote import Remote
 from alignment.gallery.sides import Side
 from alignment.gallery.storage import open_sides, tags_of, write_gallery
+from alignment.gallery.unfinished import THUMBNAILS
 from alignment.model import DualEncoder
 from alignment.similarity import fold_alike, top_k
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item", Picture, Caption)
-
-THUMBNAILS = "thumbnails"
 
 NEARLY_SAME = 0.15
 """Two pictures are nearly the same if they lie this close, as a share of how far unrelated pictures lie apart.
@@ -163,6 +163,10 @@ class Gallery:
             OSError: when the server does not answer or refuses us.
         """
         folder = Path(folder)
+        return settled(folder, lambda: cls._load(folder, encoder, remote))
+
+    @classmethod
+    def _load(cls, folder: Path, encoder: DualEncoder, remote: Remote | None) -> Gallery:
         stored = read_catalogue(folder, encoder.name)
         stamp = stored.stamp
         if stamp.fingerprint != encoder.fingerprint:
@@ -191,7 +195,8 @@ class Gallery:
         background = self.judge.background.tensors() if self.judge else {}
         none = torch.empty(0, self.images.index.embed_dim)
         catalogue = Catalogue(self.pictures, self.captions, none, none, self.stamp, background)
-        write_gallery(folder, catalogue, (self.images, self.texts))
+        with sole_writer(folder):
+            write_gallery(folder, catalogue, (self.images, self.texts))
         if self.folder and (self.folder / THUMBNAILS).is_dir() and self.folder.resolve() != folder.resolve():
             shutil.copytree(self.folder / THUMBNAILS, folder / THUMBNAILS, dirs_exist_ok=True)
 
@@ -219,7 +224,7 @@ class Gallery:
         """Find what to show of a picture: its thumbnail, or the file itself if it is a package's."""
         if picture.package or self.folder is None:
             return picture.path
-        return self.folder / THUMBNAILS / f"{picture.id}.webp"
+        return place_of(self.folder, f"{THUMBNAILS}/{picture.id}.webp")
 
     def search_images(self, text_embed: Tensor, k: int, *, tag: str | None = None) -> Found[Picture]:
         """Find the k pictures that fit a caption best; fewer where the gallery holds fewer.

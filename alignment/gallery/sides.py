@@ -34,7 +34,7 @@ Tagged: TypeAlias = Callable[[], Iterable[Collection[str]]]
 
 
 class Rows(Protocol):
-    """Embeddings by position: a tensor or a `Side`."""
+    """Embeddings by position: a tensor, a `Side`, or what `Kept` has lined up."""
 
     def __len__(self) -> int: ...
 

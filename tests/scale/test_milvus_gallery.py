@@ -122,7 +122,7 @@ def test_a_push_that_was_interrupted_goes_on(
 
     monkeypatch.setattr(MilvusIndex, "upsert", half)
     assert push(folder, remote) == 130
-    assert "goes on where this one was" in capsys.readouterr().err
+    assert "The same command goes on from here" in capsys.readouterr().err
     monkeypatch.undo()
     with pytest.raises(ValueError, match=rf"is not what .* says\. .*gallery push {folder} --index"):
         load(folder, remote)
