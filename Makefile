@@ -10,6 +10,8 @@ BROWSER_STAMP := $(VENV)/.browser
 COMPACT_STAMP := $(VENV)/.compact
 BENCH := .venv-bench
 BENCH_STAMP := $(BENCH)/.bench
+MILVUS := .venv-milvus
+MILVUS_STAMP := $(MILVUS)/.milvus
 
 # PYTHON: the interpreter behind .venv; the first of these that is new enough.
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.14 python
@@ -38,7 +40,7 @@ test: $(TEST_STAMP) $(BROWSER_STAMP) lint  ## check style, floors and types, the
 test-long: $(TEST_STAMP) $(BROWSER_STAMP)  ## kill builds and trainings, keep the app under load: some half an hour
 	$(BIN)/pytest tests/long $(ARGS)
 
-test-scale: $(TEST_STAMP)  ## run the index on a real Milvus server, started from pip in an environment of its own
+test-scale: $(TEST_STAMP) $(MILVUS_STAMP)  ## run the index on a real Milvus server, started from pip in an environment of its own
 	$(BIN)/pytest tests/scale $(ARGS)
 
 lint: $(TEST_STAMP)  ## check style, floors and types
@@ -105,6 +107,14 @@ $(BENCH_STAMP): pyproject.toml requirements.txt | $(BIN)/python
 	  "sentence-transformers>=6.2,<7" "onnxruntime>=1.32,<2" "onnx>=1.23,<2" "onnxscript>=0.7,<0.8" \
 	  "faiss-cpu>=1.15,<2" "usearch>=2.26,<3" "ftfy>=6.3,<7" "pi-heif>=1.1,<2"
 	$(BENCH)/bin/python -m pip install --no-deps --ignore-requires-python "rclip==3.3.0"  # it asks for an old numpy
+	@touch $@
+
+# A database server without a container or a root account. It is offered for few machines.
+$(MILVUS_STAMP): | $(BIN)/python
+	$(BIN)/python -m venv --clear $(MILVUS)
+	$(MILVUS)/bin/python -m pip install "milvus==2.3.5" || { \
+	  echo "milvus 2.3.5, the server that the tests start, is not offered for $$(uname -sm) with $$($(BIN)/python --version)." >&2; \
+	  echo "make test-scale runs on Linux x86-64 with any Python from 3.11 on." >&2; exit 1; }
 	@touch $@
 
 # The browser tests take `chromium` from the PATH, else Playwright's own; the Chinese page needs a font as well.

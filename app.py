@@ -34,8 +34,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from alignment.durable import explain
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, SecondModel
-from alignment.gallery import Gallery
+from alignment.gallery import Gallery, Remote, add_index_options
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 from alignment.ui.api import add_api, answer_tools_in_json
@@ -63,6 +64,8 @@ environment, for a Space or a service; an option wins over its variable:
   ALIGNMENT_REVISION   as --revision
   ALIGNMENT_GALLERY    as --gallery
   ALIGNMENT_COMPARE    as --compare
+  ALIGNMENT_INDEX      as --index; ALIGNMENT_INDEX_NAME as --index-name
+  ALIGNMENT_INDEX_TOKEN  "user:password" or an API key for it
   ALIGNMENT_LANG       as --lang
   ALIGNMENT_MCP        as --mcp, if it is 1
   GRADIO_SERVER_NAME   as --host
@@ -92,6 +95,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="PATH_OR_HUB_ID",
         help="a second model, such as a fine-tuned one, beside the first in the similarity matrix",
     )
+    add_index_options(parser)
     add("--host", default=env("GRADIO_SERVER_NAME") or "127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
     add("--port", type=int, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
     add(
@@ -115,10 +119,12 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     Raises:
         FileNotFoundError: when the model or the gallery is missing.
         ValueError: when one is damaged, or they do not belong together.
+        OSError: when the server of the index does not answer.
     """
+    remote = Remote.of(args.index, args.gallery, args.index_name)
     encoder = DualEncoder.load(args.model, revision=args.revision)
     second = SecondModel.load(args.compare) if args.compare else None
-    engine = AlignmentEngine(encoder, Gallery.load(args.gallery, encoder), second)
+    engine = AlignmentEngine(encoder, Gallery.load(args.gallery, encoder, remote), second)
     engine.warm_texts()
     return engine
 
@@ -226,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page.block_thread()
         warming.cancel()
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
 

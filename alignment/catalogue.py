@@ -8,10 +8,15 @@ picture is opened and nothing embedded here. A gallery folder holds
 - `embeddings.safetensors`: `image_embeds` and `text_embeds`, float16, a row for each line, and the `background`; of a
   gallery of many items one or both lie elsewhere, see `alignment.gallery.storage`;
 - `thumbnails/ID.webp` of the pictures that are the user's own (`gallery` makes them).
+
+The files of a new build are gathered in a folder, `.written`, which counts from the moment it is called so: what is in
+it goes before what lies beside it, until all has been moved there. So whoever is killed, at whatever moment, leaves the
+old gallery or the new one.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -20,21 +25,27 @@ import re
 import shlex
 import shutil
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from alignment.durable import ASIDE, sync, sync_tree
 from alignment.preprocess import InputError, clean_caption
+
+Result = TypeVar("Result")
 
 PICTURES, CAPTIONS = "pictures.jsonl", "captions.jsonl"
 _STAMP, _EMBEDDINGS = "gallery.json", "embeddings.safetensors"
+_READY = ".written"
+_TRIES, _PAUSE = 20, 0.05  # while another process puts a build in place
 _PACKAGE = "package:"
 _BACKGROUND = "background."
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # it names the thumbnail
@@ -307,20 +318,19 @@ def read_catalogue(folder: Path, model: str) -> Catalogue:
 
     Raises:
         FileNotFoundError: when there is no gallery.
+        PermissionError: when it may not be read.
         ValueError: when it is damaged, or its files are not of one build.
     """
-    if not (folder / _STAMP).is_file():
-        raise FileNotFoundError(f"There is no gallery in {folder}. Build one: {rebuild_command(folder, model)}")
     stamp = None
     try:
-        header = json.loads((folder / _STAMP).read_text("utf-8"))
+        header = json.loads(_opened(folder, _STAMP, lambda path: path.read_text("utf-8")))
         stamp = Stamp(**{**header, "source": _from_folder(folder, header["source"])})
-        lines = {name: _text_lines(folder / name) for name in (PICTURES, CAPTIONS)}
-        with safe_open(folder / _EMBEDDINGS, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("build") != _digest(stamp, lines):
-                raise ValueError("its files are not of one build")
-            embeds = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        lines = {name: _opened(folder, name, _text_lines) for name in (PICTURES, CAPTIONS)}
+        metadata, embeds = _opened(folder, _EMBEDDINGS, _tensors)
+        if metadata.get("build") != _digest(stamp, lines):
+            raise ValueError("its files are not of one build")
+        if metadata.get("seal", "") not in ("", _seal(header, embeds)):
+            raise ValueError("its content is not what was written")
         pictures = [_read_picture(json.loads(line), stamp.source) for line in lines[PICTURES]]
         captions = [Caption(**json.loads(line)) for line in lines[CAPTIONS]]
         elsewhere = tuple(metadata.get("elsewhere", "").split())
@@ -328,32 +338,115 @@ def read_catalogue(folder: Path, model: str) -> Catalogue:
         image_embeds, text_embeds = embeds.pop("image_embeds"), embeds.pop("text_embeds")
         background = {name.removeprefix(_BACKGROUND): part for name, part in embeds.items()}
         return Catalogue(pictures, captions, image_embeds, text_embeds, stamp, background, elsewhere)
+    except PermissionError:  # not for a rebuild to mend
+        raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and build_seen(folder) is None:
+            raise FileNotFoundError(
+                f"There is no gallery in {folder}. Build one: {rebuild_command(folder, model)}"
+            ) from None
         raise ValueError(
             f"The gallery in {folder} is damaged ({error}). Rebuild it with: {rebuild_command(folder, model, stamp)}"
         ) from error
 
 
-def write_catalogue(folder: Path, catalogue: Catalogue) -> None:
-    """Write the four files aside, then put them in place, the one that vouches for the others last."""
+def settled(folder: Path, read: Callable[[], Result]) -> Result:
+    """Read from a gallery folder; once more if another process put a new build in place meanwhile.
+
+    Raises:
+        ValueError: what `read` raises where that is not the reason.
+    """
+    for tries in reversed(range(_TRIES)):
+        before = build_seen(folder)
+        try:
+            return read()
+        except ValueError:
+            if not tries or build_seen(folder) == before:
+                raise
+            time.sleep(_PAUSE)
+    raise AssertionError
+
+
+def build_seen(folder: Path) -> object:
+    """Tell one build of a gallery from the next; None where there is none."""
+    try:
+        state = _opened(folder, _STAMP, Path.stat)
+        return state.st_ino, state.st_mtime_ns
+    except OSError:
+        return None
+
+
+def place_of(folder: Path, name: str) -> Path:
+    """Say where a file of a gallery lies: with the build that is being put in place, else beside it."""
+    ready = folder / _READY / name
+    return ready if ready.exists() else folder / name
+
+
+def _opened(folder: Path, name: str, read: Callable[[Path], Result]) -> Result:
+    """Read such a file, also if it is moved just now."""
+    try:
+        return read(folder / _READY / name)
+    except (FileNotFoundError, NotADirectoryError):
+        return read(folder / name)
+
+
+def _tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def write_catalogue(folder: Path, catalogue: Catalogue, more: Path | None = None) -> None:
+    """Write the four files aside, then let all of them count at one stroke.
+
+    Args:
+        folder: new or old; nobody else writes to it, see `alignment.durable.sole_writer`.
+        catalogue: what to write.
+        more: a folder in `folder`, of files that go with it and have the same places in there; it is moved.
+
+    Raises:
+        OSError: when there is no room, something is in the way, or nothing may be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    finish_writing(folder)
+    for name in (_EMBEDDINGS, PICTURES, CAPTIONS, _STAMP):
+        if (folder / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
     lines = catalogue.lines()
     header = {**asdict(catalogue.stamp), "source": _to_folder(folder, catalogue.stamp.source)}
     embeds = {"image_embeds": catalogue.image_embeds, "text_embeds": catalogue.text_embeds}
     embeds = {name: side for name, side in embeds.items() if name not in catalogue.elsewhere}
     embeds |= {_BACKGROUND + name: part for name, part in catalogue.background.items()}
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as name:
-        aside = Path(name)
+    halves = {key: tensor.half().contiguous() for key, tensor in embeds.items()}
+    metadata = {"build": _digest(catalogue.stamp, lines), "seal": _seal(header, halves)}
+    metadata |= {"elsewhere": " ".join(catalogue.elsewhere)} if catalogue.elsewhere else {}
+    with tempfile.TemporaryDirectory(prefix=ASIDE, dir=folder) as name:
+        aside = Path(name, "all")
+        if more is None:
+            aside.mkdir()
+        else:
+            os.rename(more, aside)
         for file, texts in {**lines, _STAMP: [json.dumps(header, ensure_ascii=False, indent=2)]}.items():
             # surrogateescape: the name of a file need not be UTF-8
             (aside / file).write_text("".join(f"{text}\n" for text in texts), "utf-8", "surrogateescape", newline="\n")
-        halves = {key: tensor.half().contiguous() for key, tensor in embeds.items()}
-        metadata = {"build": _digest(catalogue.stamp, lines)}
-        metadata |= {"elsewhere": " ".join(catalogue.elsewhere)} if catalogue.elsewhere else {}
-        save_file(halves, aside / _EMBEDDINGS, metadata=metadata)
-        shutil.copymode(aside / _STAMP, aside / _EMBEDDINGS)  # safetensors lets nobody else read it
-        for file in (_EMBEDDINGS, PICTURES, CAPTIONS, _STAMP):
-            os.replace(aside / file, folder / file)
+        (aside / _EMBEDDINGS).write_bytes(save(halves, metadata))
+        sync_tree(aside)
+        os.rename(aside, folder / _READY)
+    sync(folder)
+    finish_writing(folder)
+
+
+def finish_writing(folder: Path) -> None:
+    """Put the files of a build in their places, the stamp last; also those of somebody who was killed meanwhile."""
+    ready = folder / _READY
+    if not ready.is_dir():
+        return
+    for path in sorted(ready.rglob("*"), key=lambda path: path.name == _STAMP):
+        if path.is_file():
+            place = folder / path.relative_to(ready)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(path, place)
+    sync(folder)
+    shutil.rmtree(ready)
 
 
 def _text_lines(path: Path) -> list[str]:
@@ -364,6 +457,15 @@ def _digest(stamp: Stamp, lines: Mapping[str, Sequence[str]]) -> str:
     """Tie the embeddings to the model and to the lines that their rows belong to."""
     text = "\n\n".join([stamp.fingerprint, *("\n".join(lines[name]) for name in (PICTURES, CAPTIONS))])
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _seal(header: Mapping[str, Any], embeds: Mapping[str, Tensor]) -> str:
+    """Vouch for the stamp and for every bit of the embeddings."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode("utf-8", "surrogateescape"))
+    for name in sorted(embeds):
+        digest.update(f"{name} {embeds[name].dtype} {tuple(embeds[name].shape)}\n".encode())
+        digest.update(embeds[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _to_folder(folder: Path, source: str) -> str:

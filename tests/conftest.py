@@ -24,6 +24,8 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+pytest.register_assert_rewrite("index_contract")
+
 FAMILIES = ("clip", "siglip", "siglip2", "siglip2-naflex", "chinese-clip", "vit-bert", "clip-roberta", "composed")
 
 SIDE = 32  # pixels of a tiny model's input

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignment.pairs import read_data, read_pairs
+from alignment.pairs import Share, read_data, read_pairs
 from alignment.pairs.shards import MAX_SHARDS, MAX_TEXT_BYTES, expand_braces
 
 Parts = Mapping[str, bytes | str]
@@ -358,3 +358,29 @@ def test_a_web_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [(pair.captions, pair.split) for pair in pairs] == [(("a dog", "a hound"), "train"), (("a cat",), "train")]
     assert [pair.id for pair in pairs] == ["0", "1"]
     assert Path(pairs[0].image).read_bytes() == photo(0, "JPEG")
+
+
+# ---------------------------------------------------------------- patterns and shares
+
+
+def test_a_pattern_may_have_wildcards_and_braces(tmp_path: Path) -> None:
+    for name in ("a-00.tar", "a-01.tar", "b-00.tar", "c-00.tar"):
+        shard(
+            tmp_path / "shards" / name,
+            {f"{name[0]}{name[3]}.png": photo(sum(map(ord, name))), f"{name[0]}{name[3]}.txt": name},
+        )
+    assert sorted(captions(tmp_path / "shards" / "a-*.tar")) == ["a0", "a1"]
+    assert sorted(captions(tmp_path / "shards" / "{b,a}-0?.tar")) == ["a0", "a1", "b0"]
+    with pytest.raises(FileNotFoundError, match=r"Of the 2 shards .*, 1 are not there \(the first is x-\*\.tar\)"):
+        read_pairs(tmp_path / "shards" / "{a,x}-*.tar")
+
+
+def test_a_share_opens_only_its_own_shards(tmp_path: Path, cache: Path) -> None:
+    for number in range(5):
+        shard(tmp_path / "shards" / f"{number}.tar", {"0.png": photo(number), "0.txt": str(number)})
+    parts = [read_data(tmp_path / "shards", share=Share(number, 2)).pairs for number in (1, 2)]
+    assert [[pair.captions[0] for pair in part] for part in parts] == [["0", "2", "4"], ["1", "3"]]
+    assert len(list((cache / "shards").iterdir())) == 5
+    assert read_data(tmp_path / "shards", share=Share(7, 7)).pairs == []  # more shares than shards
+    one = [read_data(tmp_path / "shards" / "0.tar", share=Share(number, 2)).pairs for number in (1, 2)]
+    assert [len(part) for part in one] == [1, 0]

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from alignment.engine import MAX_TERMS, AlignmentEngine, Query, Term, parse_query, write_query
-from alignment.engine.queries import SPARED, scores
-from alignment.gallery import Gallery
+from alignment.engine.queries import SPARED, scores, search
+from alignment.gallery import Gallery, Picture, sides
+from alignment.gallery.sides import Side
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, open_image
 from alignment.similarity import fold_alike
@@ -148,6 +149,29 @@ def test_scores_are_the_weighted_sum_of_the_terms(engine):
     rows = {item.id: row for row, item in enumerate(engine.gallery.pictures)}
     assert [match.similarity for match in found.matches] == [float(expected[rows[id]]) for id in ids(found)]
     assert [match.similarity for match in found.matches] == sorted(expected[torch.arange(23) != rows["cat"]])[::-1][:12]
+
+
+@pytest.mark.parametrize("text", ["a lion + a rock", "2 x a lion - a rock", "a lion + a horse - 3 x running - a cat"])
+def test_of_many_pictures_the_best_are_found_without_scoring_all(engine, text, monkeypatch):
+    count = 6000
+    kinds = engine.gallery.image_embeds[torch.arange(count) % 23]
+    noise = torch.randn(count, kinds.shape[1], generator=torch.Generator().manual_seed(0))
+    embeds = torch.nn.functional.normalize(kinds + 0.08 * noise, dim=-1)
+    pictures = [Picture(f"p{row}", f"{row}.jpg") for row in range(count)]
+    many = Gallery(pictures, (), embeds, embeds[:0], engine.gallery.stamp, judge=engine.gallery.judge)
+    query = engine.compose_query(parse_query(text))
+    asked = []
+    look = Side.search
+    monkeypatch.setattr(Side, "search", lambda *args: asked.append(args[2]) or look(*args))
+    found = search(many, query, 12)
+    assert max(asked) < count
+    monkeypatch.setattr(sides, "EXACT_ROWS", 10**6)  # everything is scored
+    expected = search(many, query, 12)
+    assert [match.item.id for match in found.matches] == [match.item.id for match in expected.matches]
+    for what in ("similarity", "probability"):
+        said = [[getattr(match, what) for match in answer.matches] for answer in (found, expected)]
+        assert said[0] == pytest.approx(said[1], abs=1e-6)
+    assert found.fits == expected.fits
 
 
 def test_a_minus_term_lifts_nobody(engine):

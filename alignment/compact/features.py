@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 from alignment.compact.convert import MAX_TOKENS, teacher_folder
+from alignment.durable import put_in_place
 from alignment.pairs import Pair
 from alignment.preprocess import Preprocessor, open_image
 from alignment.towers import EfficientNetLiteModel, NgramTextModel
@@ -79,7 +80,8 @@ def image_features(
             if first % (50 * batch_size) == 0:
                 logger.info("features: %d of %d pictures, %.0f s", first, len(pairs), time.monotonic() - started)
         maps.flush()
-        save_file({"pooled": pooled}, pooled_path)
+        with put_in_place(pooled_path) as fresh:
+            save_file({"pooled": pooled}, fresh)
     return ImageFeatures(np.load(maps_path, mmap_mode="r"), load_file(pooled_path)["pooled"])
 
 
@@ -147,7 +149,8 @@ def teacher_embeddings(texts: Sequence[str], cache: Path, batch_size: int = 256)
             mask = inputs["attention_mask"].unsqueeze(-1)
             tokens = model(**inputs).last_hidden_state
             embeddings[rows] = functional.normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1)
-        save_file({"embeddings": embeddings}, path)
+        with put_in_place(path) as fresh:
+            save_file({"embeddings": embeddings}, fresh)
     return load_file(path)["embeddings"]
 
 

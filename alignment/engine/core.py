@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -25,7 +25,7 @@ from alignment.engine.explaining import Explained, Scale, explain_match
 from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_webp
 from alignment.engine.queries import Query, Term, check_count, search
-from alignment.gallery import Caption, Found, Gallery, Picture
+from alignment.gallery import Caption, Found, Gallery, Picture, is_whole
 from alignment.model import DualEncoder
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
 
@@ -187,7 +187,7 @@ class AlignmentEngine:
     def gallery_photos(self, ids: Sequence[str], *, both: bool = False) -> Photos:
         """Take some of the gallery's pictures as if a visitor had brought them."""
         pictures = [self._pictures[id] for id in ids]
-        embeds = self.gallery.image_embeds[[self._rows[id] for id in ids]]
+        embeds = self.gallery.images[torch.tensor([self._rows[id] for id in ids], dtype=torch.int64)]
         images = [self.picture_image(id) for id in ids] if both and self.second else []
         second = self._second_embeds(self.no_photos(both=both), images)
         return self._photos(pictures, embeds, Thumbnails(ids, self.thumbnail), second)
@@ -268,7 +268,7 @@ class AlignmentEngine:
 
     def picture_embed(self, id: str) -> Tensor:
         """Look up the embedding of one of the gallery's pictures."""
-        return self.gallery.image_embeds[self._rows[id]]
+        return self.gallery.images[torch.tensor([self._rows[id]])][0]
 
     def picture_image(self, id: str) -> Image.Image:
         """Open one of the gallery's pictures: its file, or what is left of it, its thumbnail.
@@ -286,7 +286,7 @@ class AlignmentEngine:
         """Tell whether there is a file behind one of the gallery's pictures, without opening it."""
         picture = self._pictures[id]
         try:
-            return self.gallery.thumbnail(picture).is_file() or picture.path.is_file()
+            return is_whole(self.gallery.thumbnail(picture)) or picture.path.is_file()
         except FileNotFoundError:  # its package is not installed
             return False
 
@@ -302,6 +302,7 @@ class AlignmentEngine:
     def _make_thumbnail(self, id: str) -> bytes:
         picture = self._pictures[id]
         path = self.gallery.thumbnail(picture)
-        if not picture.package and path != picture.path and path.is_file():
-            return path.read_bytes()
+        if not picture.package and path != picture.path and is_whole(path):
+            with suppress(FileNotFoundError):  # a build may have taken it away just now
+                return path.read_bytes()
         return as_webp(open_image(picture.path))

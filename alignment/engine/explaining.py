@@ -47,7 +47,7 @@ class Scale:
         """Take it from a gallery's background, or from its own items, hardly any two of which belong together."""
         if gallery.judge is not None:
             return cls(*gallery.judge.background.units["text_to_image"])
-        cosines = cosine_similarity(gallery.image_embeds, gallery.text_embeds).double()
+        cosines = cosine_similarity(gallery.images.some(), gallery.texts.some()).double()
         if min(cosines.shape) < 2:
             return cls(*_UNKNOWN)
         return cls(cosines.mean().item(), max(cosines.std().item(), 1e-4))

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from alignment.calibration import Judgement
 from alignment.gallery import Found, Gallery, Judge, Picture
+from alignment.gallery.sides import Side, has_many
 from alignment.preprocess import InputError
 from alignment.similarity import cosine_similarity
 
@@ -40,6 +41,7 @@ SPARED = 0.5
 _FEW = 3  # pictures of a background that say nothing about spreads
 _ITSELF = 0.99  # cosine
 _SMALLEST_SPREAD = 1e-4
+_LOOKED_AT, _DEEPER, _MOST_LOOKED_AT = 1000, 4, 16_000  # of many pictures, for one query
 
 
 @dataclass(frozen=True)
@@ -173,17 +175,43 @@ def search(gallery: Gallery, query: Query, k: int) -> Found[Picture]:
         return gallery.search_images(embed_of(query.terms[0]), k)
     own = {term.picture for term in query.terms if term.picture}
     judge, senseless = gallery.judge, _senseless(query, gallery.judge)
-    background = judge.background.image_embeds if judge else gallery.image_embeds
+    background = judge.background.image_embeds if judge else gallery.images.some()
+    scored, looked_at = _best(gallery.images, query, background, k + len(own))
+    others = len(gallery.pictures) - len(looked_at)
 
     def judged(rows: Tensor, candidates: Tensor) -> Judgement | None:
         if judge is None or not query.wanted_captions:
             return None
         if senseless:
             return Judgement(torch.zeros(len(rows)), 0.0, False, senseless=True)
-        return _judge(gallery.image_embeds, query, judge, rows, candidates)
+        return _judge(gallery.images, query, judge, rows, candidates, len(candidates) + others)
 
-    found = gallery.rank_images(scores(query, gallery.image_embeds, background), k, judged, without=own)
+    found = gallery.rank_images(scored, looked_at, k, judged, without=own)
     return replace(found, composed=True, nonsense=senseless)
+
+
+def _best(pictures: Side, query: Query, background: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Score all pictures, or of many those among which the k best are; and their positions, ascending.
+
+    What is wanted adds up to the cosine with one direction, and what is not wanted only takes away. So no picture
+    beyond the nearest to that direction can have a higher score than the last of these has for what is wanted.
+    """
+    count = len(pictures)
+    if not has_many(count):
+        rows = torch.arange(count)
+        return scores(query, pictures[rows], background), rows
+    wanted = Query(tuple(term for term in query.terms if term.wanted))
+    units = [(embed_of(term), term.weight / _units(embed_of(term), background)[1]) for term in wanted.terms]
+    direction = functional.normalize(torch.stack([embed * share for embed, share in units]).sum(0), dim=0)
+    looked_at = max(_LOOKED_AT, 2 * k)
+    while True:
+        looked_at = min(looked_at, count, _MOST_LOOKED_AT)
+        rows = pictures.search(direction, looked_at, looked_at)[1].sort().values
+        embeds = pictures[rows]
+        found, bound = scores(query, embeds, background), scores(wanted, embeds, background).min()
+        if looked_at in (count, _MOST_LOOKED_AT) or found.topk(min(k, len(found))).values[-1] >= bound:
+            return found, rows
+        looked_at *= _DEEPER
 
 
 def scores(query: Query, pictures: Tensor, background: Tensor) -> Tensor:
@@ -227,17 +255,17 @@ def _senseless(query: Query, judge: Judge | None) -> tuple[str, ...]:
     return tuple(term.text for term, is_nonsense in zip(query.captions, nonsense, strict=True) if is_nonsense)
 
 
-def _judge(pictures: Tensor, query: Query, judge: Judge, rows: Tensor, candidates: Tensor) -> Judgement:
+def _judge(pictures: Side, query: Query, judge: Judge, rows: Tensor, candidates: Tensor, competing: int) -> Judgement:
     """Judge what is wanted as one caption, and each unwanted caption by itself, taken as independent.
 
     Weights change the ranking only. Captions of one picture are anything but independent: multiplied, their
     probabilities say far too little of it.
     """
-    curves, line = judge.calibration, judge.calibration.lines["text_to_image"]
+    embeds, curves, line = pictures[candidates], judge.calibration, judge.calibration.lines["text_to_image"]
 
     def evidence(embed: Tensor) -> Tensor:
-        similarity = cosine_similarity(embed[None], pictures[candidates])
-        return judge.background.evidence(similarity, embed[None], len(candidates), "text_to_image")[0]
+        similarity = cosine_similarity(embed[None], embeds)
+        return judge.background.evidence(similarity, embed[None], competing, "text_to_image")[0]
 
     wanted = evidence(
         functional.normalize(torch.stack([embed_of(term) for term in query.wanted_captions]).sum(0), dim=0)

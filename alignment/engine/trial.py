@@ -210,7 +210,9 @@ def gallery_trial(gallery: Gallery, lang: str) -> Trial | None:
     texts = [row for name in names for row in own[name]]
     owners = torch.repeat_interleave(torch.tensor([len(own[name]) for name in names]))
     captions = [gallery.captions[row].text for row in texts]
-    embedded = Embedded(names, captions, owners, gallery.image_embeds[chosen], gallery.text_embeds[texts])
+    embedded = Embedded(
+        names, captions, owners, gallery.images[torch.tensor(chosen)], gallery.texts[torch.tensor(texts)]
+    )
     return measure(embedded, lambda name: b"")
 
 

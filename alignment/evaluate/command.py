@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from alignment.durable import explain, write_file
 from alignment.evaluate.arguments import Task, check, parse, read_task
 from alignment.evaluate.bootstrap import Difference, Estimate
 from alignment.evaluate.compare import Comparison, compare_retrieval, difference_table
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             _report(arguments, task)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"evaluate: {error}") from error
+        raise SystemExit(f"evaluate: {explain(error)}") from error
 
 
 # ---------------------------------------------------------------- one model, two models
@@ -193,9 +194,9 @@ def _facts(arguments: argparse.Namespace, task: Task) -> dict[str, str]:
 
 def _write_json(out: Path | None, content: Mapping[str, Any]) -> None:
     if out is not None:
-        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_file(out, json.dumps(content, indent=2) + "\n")
 
 
 def _write_page(out: Path, page: str) -> None:
-    out.write_text(page, encoding="utf-8")
+    write_file(out, page)
     print(f"Page: {out.absolute()}", file=sys.stderr)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,19 +28,24 @@ from alignment.catalogue import (
     FileState,
     Picture,
     Stamp,
+    finish_writing,
     is_hand_written,
     read_captioned,
     read_hand_written,
 )
+from alignment.durable import sole_writer
 from alignment.gallery.judging import background_name, build_background, fit_calibration
 from alignment.gallery.looking import Look, Looker
-from alignment.gallery.search import THUMBNAILS, Gallery
-from alignment.gallery.storage import read_gallery, write_gallery
+from alignment.gallery.remote import Remote
+from alignment.gallery.search import Gallery
+from alignment.gallery.storage import Rows, open_gallery, tidy, write_gallery
+from alignment.gallery.unfinished import THUMBNAILS, Unfinished
 from alignment.model import DualEncoder
-from alignment.pairs import read_pairs
+from alignment.pairs import Share, read_pairs
 
 logger = logging.getLogger(__name__)
 
+_TEXTS_AT_ONCE = 4096  # after which some are written down
 _AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; only those under way are held decoded
 
 
@@ -69,11 +74,13 @@ def build_gallery(
     calibrate: bool = True,
     progress: Callable[[int, int], None] | None = None,
     report: BuildReport | None = None,
+    remote: Remote | None = None,
 ) -> Gallery:
     """Embed pictures and captions into a gallery folder; what is in it already and has not changed is kept.
 
     A file counts as unchanged by size and time, then by content. Nothing is kept of another model. A picture that
-    cannot be read is skipped, logged and reported. Until all is embedded, a gallery that lies there is not touched.
+    cannot be read is skipped, logged and reported. Until all is embedded, a gallery that lies there is not touched; a
+    build that was killed, or ran out of room, is gone on with by the next one.
 
     Args:
         source: a folder of pictures, whatever `read_pairs` reads, or a hand-written list (see `read_hand_written`).
@@ -84,35 +91,68 @@ def build_gallery(
         calibrate: embed the background too, so that the gallery can tell when nothing fits.
         progress: called with (done, total) items.
         report: filled in as the build goes.
+        remote: the server that gets the embeddings, instead of the folder.
 
     Raises:
         FileNotFoundError: when there is no such source.
         ValueError: when it cannot be read, holds nothing that can, or is the gallery folder itself.
+        BlockingIOError: when another process is building there.
+        OSError: when the gallery cannot be written, or the server does not answer.
     """
     out = Path(out)
-    pictures, captions, origin = _read_source(os.fspath(source), out, format, split)
-    options = [word for name, value in (("--format", format), ("--split", split)) if value for word in (name, value)]
-    stamp = Stamp(
-        encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias, origin, shlex.join(options)
-    )
-    builder = _Builder(out, encoder, stamp, progress or (lambda done, total: None), report or BuildReport(), calibrate)
-    builder.build(pictures, captions)
-    return Gallery.load(out, encoder)
+    if remote is not None:
+        remote.check()
+    pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split)
+    with sole_writer(out):
+        finish_writing(out)
+        arguments = progress or (lambda done, total: None), report or BuildReport(), calibrate, remote
+        _Builder(out, encoder, stamp, *arguments).build(pictures, captions)
+    return Gallery.load(out, encoder, remote)
+
+
+def embed_share(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    encoder: DualEncoder,
+    share: Share,
+    *,
+    format: str | None = None,
+    split: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    report: BuildReport | None = None,
+    remote: Remote | None = None,
+) -> None:
+    """Embed a share of a source for a gallery that `build_gallery` finishes, which then finds all of it done.
+
+    Any number of processes may do so at once, on several machines as well if these see the same folders. A share that
+    was killed is gone on with by doing it again. Arguments and errors are those of `build_gallery`.
+    """
+    out = Path(out)
+    pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split, share)
+    arguments = progress or (lambda done, total: None), report or BuildReport(), False, remote
+    builder = _Builder(out, encoder, stamp, *arguments, alone=False)
+    builder.embed(pictures, captions)
+    builder.unfinished.keep()
 
 
 def _read_source(
-    source: str, out: Path, format: str | None, split: str | None
-) -> tuple[list[Picture], list[Caption], str]:
-    """List what is to be embedded; also where it comes from, as an absolute path or Hub id."""
+    source: str, out: Path, encoder: DualEncoder, format: str | None, split: str | None, share: Share | None = None
+) -> tuple[list[Picture], list[Caption], Stamp]:
+    """List what is to be embedded; the stamp says where it comes from, as an absolute path or Hub id."""
     folder, gallery = Path(source), os.path.join(os.path.abspath(out), "")
     origin = os.path.abspath(folder) if folder.exists() else source
     if os.path.join(origin, "") == gallery:
         raise ValueError(f"{source} cannot be the source and the gallery at once: choose another folder for --out.")
+    options = [word for name, value in (("--format", format), ("--split", split)) if value for word in (name, value)]
+    stamp = Stamp(
+        encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias, origin, shlex.join(options)
+    )
     if folder.is_dir() and format is None and split is None and is_hand_written(folder):
-        return *read_hand_written(folder), origin
-    pairs = read_pairs(source, format=format, split=split)
+        pictures, captions = read_hand_written(folder)
+        return (share.of(pictures), share.of(captions), stamp) if share else (pictures, captions, stamp)
+    pairs = read_pairs(source, format=format, split=split, share=share)
     images = [(pair.image, pair.captions) for pair in pairs if not pair.image.startswith(gallery)]
-    return *read_captioned(images, origin if folder.is_dir() else ""), origin
+    return *read_captioned(images, origin if folder.is_dir() else ""), stamp
 
 
 class _Builder:
@@ -126,53 +166,71 @@ class _Builder:
         progress: Callable[[int, int], None],
         report: BuildReport,
         calibrate: bool,
+        remote: Remote | None = None,
+        *,
+        alone: bool = True,
     ) -> None:
         self.out, self.encoder, self.stamp, self.progress, self.report = out, encoder, stamp, progress, report
-        self.calibrate = calibrate
-        self.old = self._reusable()
-        self.rows: dict[str, Tensor] = {}  # of a picture, by the hash of its file
-        self.texts: dict[str, Tensor] = {}  # of a caption, by its text
+        self.calibrate, self.remote = calibrate, remote
         self.files: dict[str, FileState] = {}  # of a picture, by its source
         self.waiting: dict[str, int] = {}  # the number of a picture that is with the model, by the hash of its file
         self.looked = 0  # how many pictures have been looked at
-        if self.old is not None:
-            states = [picture.file or FileState(0, 0, "") for picture in self.old.pictures]
-            self.rows = {state.sha256: row for state, row in zip(states, self.old.image_embeds, strict=True)}
-            texts = (caption.text for caption in self.old.captions)
-            self.texts = dict(zip(texts, self.old.text_embeds, strict=True))
-            sources = (picture.source for picture in self.old.pictures)
-            self.files = dict(zip(sources, states, strict=True)) if self.old.stamp.source == stamp.source else {}
+        self.unfinished = Unfinished(out, stamp, encoder.embed_dim, alone=alone)
+        self.rows, self.texts = self.unfinished.rows, self.unfinished.texts
+        if alone and len(self.unfinished):
+            logger.warning("%d embeddings that were made before are taken over.", len(self.unfinished))
+        self.old = self._reusable()
 
     def _reusable(self) -> Catalogue | None:
-        """Read what this model made before; anything else is built anew."""
+        """Take over what this model made before; anything else is built anew."""
         try:
-            old = read_gallery(self.out, self.encoder.name)
-        except (FileNotFoundError, ValueError) as error:
-            logger.debug("Nothing to reuse: %s", error)
+            old, images, texts = open_gallery(self.out, self.encoder.name, self.remote)
+        except FileNotFoundError:
             return None
-        return old if old.stamp.fingerprint == self.stamp.fingerprint else None
+        except ValueError as error:
+            logger.warning("It is built anew: %s", str(error).partition(" Rebuild it with")[0])
+            return None
+        if old.stamp.fingerprint != self.stamp.fingerprint:
+            return None
+        states = [picture.file or FileState(0, 0, "") for picture in old.pictures]
+        self.rows.include([state.sha256 for state in states], images)
+        self.texts.include([caption.text for caption in old.captions], texts)
+        if old.stamp.source == self.stamp.source:
+            self.files = {picture.source: state for picture, state in zip(old.pictures, states, strict=True)}
+        return old
 
     def build(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> None:
         """Embed everything, then put it in place."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=self.out) as aside:
-            read = self._encode_pictures(pictures, Path(aside), len(captions))
+        read, kept = self.embed(pictures, captions)
+        if not read and not kept:
+            self.unfinished.clear()
+            raise ValueError(f"Nothing in {self.stamp.source} could be read, so no gallery was made.")
+        self._put_in_place(read, kept)
+
+    def embed(
+        self, pictures: Sequence[Picture], captions: Sequence[Caption]
+    ) -> tuple[Sequence[Picture], Sequence[Caption]]:
+        """Embed everything; returns what could be read, and the captions that do not belong to what could not."""
+        try:
+            read = self._encode_pictures(pictures, len(captions))
             lost = {picture.id for picture in pictures} - {picture.id for picture in read}
             kept = [caption for caption in captions if caption.scene not in lost]
             self._encode_captions(kept, len(read))
-            if not read and not kept:
-                raise ValueError(f"Nothing in {self.stamp.source} could be read, so no gallery was made.")
-            self._put_in_place(read, kept, Path(aside))
+            return read, kept
+        except BaseException:
+            with suppress(OSError):  # what went wrong is worth more than what could be kept
+                self.unfinished.close()
+            raise
 
-    def _encode_pictures(self, pictures: Sequence[Picture], aside: Path, num_captions: int) -> list[Picture]:
+    def _encode_pictures(self, pictures: Sequence[Picture], num_captions: int) -> list[Picture]:
         """Embed those that can be read and return them, each with the state of its file."""
         read: list[Picture] = []
         total = len(pictures) + num_captions
-        looker = Looker(self.out, aside, self.files, self._is_known, self.encoder.preprocessor)
+        looker = Looker(self.out, self.unfinished, self.files, self._is_known, self.encoder.preprocessor)
         with closing(ahead(looker, pictures, depth=_AHEAD)) as looks:
             for row in self.encoder.encode_prepared(self._unseen(looks, read, total)):
                 sha256 = next(iter(self.waiting))
-                self.rows[sha256] = row.half()
+                self.unfinished.add("rows", [sha256], [row.half()])
                 del self.waiting[sha256]
                 self.report.encoded["pictures"] += 1
                 self.progress(next(iter(self.waiting.values()), self.looked), total)
@@ -188,6 +246,8 @@ class _Builder:
                 logger.warning("Skipped %s: %s", look.picture.source, look.refusal)
             else:
                 read.append(look.picture)
+                if look.picture.file is not self.files.get(look.picture.source):
+                    self.unfinished.note(look.picture)
             # Of two files with the same content, both may have been opened before the first came here.
             if look.inputs is not None and look.picture.file and not self._is_known(look.picture.file.sha256):
                 self.waiting[look.picture.file.sha256] = number
@@ -202,45 +262,48 @@ class _Builder:
         texts = dict.fromkeys(caption.text for caption in captions)
         fresh = [text for text in texts if text not in self.texts]
         done, total = num_pictures + len(captions) - len(fresh), num_pictures + len(captions)
-        embeds = self.encoder.encode_texts(fresh, progress=lambda count, _: self.progress(done + count, total)).half()
-        self.texts.update(zip(fresh, embeds, strict=True))
+        for start in range(0, len(fresh), _TEXTS_AT_ONCE):
+            some = fresh[start : start + _TEXTS_AT_ONCE]
+
+            def show(count: int, _: int, done: int = done + start) -> None:
+                self.progress(done + count, total)
+
+            self.unfinished.add("texts", some, self.encoder.encode_texts(some, progress=show).half())
         self.report.encoded["captions"] = len(fresh)
         self.report.reused["captions"] = len(captions) - len(fresh)
         self.progress(total, total)
 
-    def _put_in_place(self, pictures: Sequence[Picture], captions: Sequence[Caption], aside: Path) -> None:
-        image_embeds = [self.rows[picture.file.sha256] for picture in pictures if picture.file]
-        text_embeds = [self.texts[caption.text] for caption in captions]
+    def _put_in_place(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> None:
+        images = self.rows.of(picture.file.sha256 for picture in pictures if picture.file)
+        texts = self.texts.of(caption.text for caption in captions)
         none = torch.empty(0, self.encoder.embed_dim, dtype=torch.float16)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        new = Catalogue(
-            pictures,
-            captions,
-            torch.stack(image_embeds) if image_embeds else none,
-            torch.stack(text_embeds) if text_embeds else none,
-            replace(self.stamp, num_pictures=len(pictures), num_captions=len(captions), built=now),
-        )
+        stamp = replace(self.stamp, num_pictures=len(pictures), num_captions=len(captions), built=now)
+        new = Catalogue(pictures, captions, none, none, stamp)
         if self.calibrate:
-            new = self._calibrated(new)
-        folder = self.out / THUMBNAILS
-        for thumbnail in aside.iterdir():
-            folder.mkdir(exist_ok=True)
-            os.replace(thumbnail, folder / thumbnail.name)
-        if self.old is None or not _same(self.old, new):
-            write_gallery(self.out, new)
+            new = self._calibrated(new, images, texts)
+        more = self.unfinished.gathered(pictures)
+        if self.remote is not None or self.old is None or not _same(self.old, new):
+            write_gallery(self.out, new, (images, texts), more, self.remote)
+        else:
+            for thumbnail in more.rglob("*.webp"):  # of the same pictures: they were lost
+                (self.out / THUMBNAILS).mkdir(exist_ok=True)
+                os.replace(thumbnail, self.out / THUMBNAILS / thumbnail.name)
+            tidy(self.out, new)
         wanted = {f"{picture.id}.webp" for picture in pictures if not picture.package}
-        for thumbnail in folder.glob("*.webp"):
+        for thumbnail in (self.out / THUMBNAILS).glob("*.webp"):
             if thumbnail.name not in wanted:
-                thumbnail.unlink()
+                thumbnail.unlink() if thumbnail.is_file() else shutil.rmtree(thumbnail)
+        self.unfinished.clear()
 
-    def _calibrated(self, new: Catalogue) -> Catalogue:
+    def _calibrated(self, new: Catalogue, images: Rows, texts: Rows) -> Catalogue:
         """Add what tells matches from accidents; the background of an earlier build is kept while it is the same."""
         name = background_name()
         if self.old is not None and self.old.background and self.old.stamp.judged_by.endswith(name):
             background = Background(**{key: embeds.float() for key, embeds in self.old.background.items()})
         else:
             background = build_background(self.encoder)
-        calibration, how = fit_calibration(new.pictures, new.captions, new.image_embeds, new.text_embeds, background)
+        calibration, how = fit_calibration(new.pictures, new.captions, images, texts, background)
         stamp = replace(new.stamp, calibration=calibration.to_dict(), judged_by=f"{how}; background {name}")
         return replace(new, stamp=stamp, background=background.tensors())
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from alignment.gallery.building import BuildReport, build_gallery
+from alignment.durable import explain
+from alignment.gallery.building import BuildReport, build_gallery, embed_share
+from alignment.gallery.pushing import add_push
+from alignment.gallery.remote import Remote, add_index_options
+from alignment.gallery.search import Gallery
+from alignment.gallery.storage import check_gallery
+from alignment.gallery.together import Together, of_torchrun, own_device, stopping_politely
 from alignment.model import DualEncoder
+from alignment.pairs import Share
+
+Show: TypeAlias = Callable[[int, int], None]
 
 DEFAULT_MODEL = "checkpoints/compact"
 
@@ -22,6 +34,7 @@ SOURCE may be
   a folder of pictures    such as ~/Photos; everything below it counts, but hidden files and folders do not
   a captioned data set    a CSV, TSV or JSON-lines file with the columns `image` and `caption`, or the folder or the
                           annotation file of Flickr8k, Flickr30k or COCO; its captions can then be found as well
+  WebDataset shards       a folder of tar files or a pattern in quotes, "shards/{00000..00099}.tar", "shards/*.tar"
   OWNER/NAME[@REVISION]   a data set on the Hugging Face Hub (pip install '.[hub]')
   a hand-written list     a folder with pictures.jsonl and captions.jsonl, such as assets/gallery/sources
 """
@@ -35,8 +48,18 @@ examples:
 
 Run the same command again after pictures came, went or changed: only new ones are encoded. A gallery belongs to the
 model that made it; with another --model everything is encoded again. Pictures that cannot be read are named and
-skipped, and until the end of a build the old gallery stays as it is. Your pictures are not copied; DIR gets small
-thumbnails.
+skipped, and until the end of a build the old gallery stays as it is. A build that was killed, or ran out of room, is
+gone on with by the same command. Your pictures are not copied; DIR gets small thumbnails. Those in shards are unpacked
+once, below $ALIGNMENT_CACHE.
+
+several GPUs, and several machines that see the same SOURCE, DIR and $ALIGNMENT_CACHE:
+  torchrun --nproc-per-node 2 -m alignment.gallery build shards --out my_gallery
+  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+      -m alignment.gallery build shards --out my_gallery
+or without torchrun, each wherever and whenever you like, and the last one when the others are done:
+  python -m alignment.gallery build shards --out my_gallery --share 1/2
+  python -m alignment.gallery build shards --out my_gallery --share 2/2
+  python -m alignment.gallery build shards --out my_gallery
 """
 
 
@@ -45,12 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return _build(args)
+        return int(args.run(args))
     except KeyboardInterrupt:
-        print(f"\nInterrupted; what lay in {args.out} is as it was.", file=sys.stderr)
+        print(
+            "\nInterrupted; a gallery that was there is as it was. The same command goes on from here.", file=sys.stderr
+        )
         return 130
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
 
 
@@ -73,35 +98,112 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--split", help="only this part of a data set, such as train, dev or test")
     build.add_argument("--format", help="of the data set, where the found one is wrong: csv, jsonl, coco, folder, ...")
     build.add_argument(
+        "--share", type=_share, metavar="K/N", help="only embed the K-th of N shares; finish without this, see below"
+    )
+    build.add_argument(
         "--no-calibration",
         action="store_true",
         help="leave out the background that tells when nothing fits; saves embedding some 1,100 texts and pictures",
     )
+    add_index_options(build)
+    build.set_defaults(run=_build)
+    text = "read every byte of a gallery but its thumbnails, and say whether it is as it was written"
+    check = commands.add_parser("check", help=text, description=text.capitalize() + ".")
+    check.add_argument("folder", metavar="DIR", help="the gallery folder")
+    add_index_options(check)
+    check.set_defaults(run=_check)
+    add_push(commands)
     return parser
 
 
+def _check(args: argparse.Namespace) -> int:
+    remote = Remote.of(args.index, args.folder, args.index_name)
+    catalogue = check_gallery(Path(args.folder), remote=remote)
+    print(f"{args.folder}: {len(catalogue.pictures)} pictures and {len(catalogue.captions)} captions, as written.")
+    return 0
+
+
+def _share(text: str) -> Share:
+    try:
+        return Share.read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _build(args: argparse.Namespace) -> int:
-    encoder = DualEncoder.load(args.model, revision=args.revision)
+    with stopping_politely():
+        if (together := of_torchrun()) is not None:
+            return _build_together(args, together)
+        encoder = DualEncoder.load(args.model, revision=args.revision)
+        report = BuildReport()
+        if args.share:
+            with _shown(args.share) as show:
+                embed_share(args.source, args.out, encoder, args.share, progress=show, report=report, **_data(args))
+            print(f"Share {args.share}: {_counts(report)}. Once all are done, finish with the command without --share.")
+            return 0
+        with _shown() as show:
+            gallery = _finish(args, encoder, show, report)
+    _sum_up(args, gallery, report)
+    return 0
+
+
+def _build_together(args: argparse.Namespace, together: Together) -> int:
+    """Do this process's share; the first process then waits for the others and finishes the gallery."""
     report = BuildReport()
-    with tqdm(desc="Embedding", unit=" items", dynamic_ncols=True) as bar, logging_redirect_tqdm():
+    with together.alive():
+        encoder = DualEncoder.load(args.model, revision=args.revision, device=own_device())
+        together.agree(encoder.fingerprint)
+        with _shown(together.share, quiet=not together.is_first) as show:
+            embed_share(args.source, args.out, encoder, together.share, progress=show, report=report, **_data(args))
+        print(f"Share {together.share}: {_counts(report)}.", flush=True)
+        together.done(encoded=report.encoded, reused=report.reused)
+        if not together.is_first:
+            return 0
+        for _, told in together.others():
+            report.encoded.update(told["encoded"])
+            report.reused.update(told["reused"])
+        last = BuildReport()
+        with _shown() as show:
+            gallery = _finish(args, encoder, show, last)
+    report.encoded.update(last.encoded)
+    report.skipped = last.skipped
+    _sum_up(args, gallery, report)
+    return 0
+
+
+def _data(args: argparse.Namespace) -> dict[str, Any]:
+    remote = Remote.of(args.index, args.out, args.index_name)
+    return {"format": args.format, "split": args.split, "remote": remote}
+
+
+def _finish(args: argparse.Namespace, encoder: DualEncoder, show: Show, report: BuildReport) -> Gallery:
+    calibrate = not args.no_calibration
+    return build_gallery(
+        args.source, args.out, encoder, calibrate=calibrate, progress=show, report=report, **_data(args)
+    )
+
+
+@contextmanager
+def _shown(share: Share | None = None, *, quiet: bool = False) -> Iterator[Show]:
+    """Show how far a build is."""
+    what = f"Embedding {share}" if share else "Embedding"
+    with tqdm(desc=what, unit=" items", dynamic_ncols=True, disable=quiet) as bar, logging_redirect_tqdm():
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        gallery = build_gallery(
-            args.source,
-            args.out,
-            encoder,
-            format=args.format,
-            split=args.split,
-            calibrate=not args.no_calibration,
-            progress=show,
-            report=report,
-        )
-    print(f"{args.out}: {len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {encoder.name}.")
+        yield show
+
+
+def _counts(report: BuildReport) -> str:
+    return f"{report.encoded['pictures']} pictures and {report.encoded['captions']} captions encoded"
+
+
+def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport) -> None:
+    stamp = gallery.stamp
+    print(f"{args.out}: {len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {stamp.model}.")
     for kind in ("pictures", "captions"):
         print(f"  {kind}: {report.encoded[kind]} encoded, {report.reused[kind]} reused")
     print(f"  match probabilities: {gallery.stamp.judged_by or 'not calibrated'}")
     print(f"  skipped: {len(report.skipped)}{', named above' if report.skipped else ''}")
-    return 0

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from alignment.calibration import BORROWED, Background, Calibration, Direction, Judgement
 from alignment.catalogue import Caption, Picture, read_hand_written
+from alignment.gallery.storage import Rows
 from alignment.model import DualEncoder
 from alignment.nonsense import empty_pictures, nonsense_texts
 from alignment.similarity import cosines_within
@@ -123,8 +124,8 @@ def build_background(encoder: DualEncoder) -> Background:
 def fit_calibration(
     pictures: Sequence[Picture],
     captions: Sequence[Caption],
-    image_embeds: Tensor,
-    text_embeds: Tensor,
+    image_embeds: Rows,
+    text_embeds: Rows,
     background: Background,
 ) -> tuple[Calibration, str]:
     """Fit the curves on a gallery's own captioned pictures, or borrow the compact model's where these are few.
@@ -152,6 +153,6 @@ def fit_calibration(
     texts = [(place, row) for place, image in enumerate(chosen) for row in own[pictures[image].id]]
     owners, rows = torch.tensor(texts).T
     fitted = Calibration.fit(
-        image_embeds[chosen].float(), text_embeds[rows].float(), owners, background, prior=BORROWED
+        image_embeds[torch.tensor(chosen)].float(), text_embeds[rows].float(), owners, background, prior=BORROWED
     )
     return fitted, f"fitted on {len(chosen)} pictures with {len(rows)} captions of this gallery"

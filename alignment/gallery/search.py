@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 
 from alignment.calibration import Direction, Judgement
-from alignment.catalogue import Caption, Catalogue, Picture, Stamp, read_catalogue, rebuild_command
+from alignment.catalogue import Caption, Catalogue, Picture, Stamp, place_of, read_catalogue, rebuild_command, settled
+from alignment.durable import sole_writer
 from alignment.gallery.judging import Judge
+from alignment.gallery.remote import Remote
 from alignment.gallery.sides import Side
 from alignment.gallery.storage import open_sides, tags_of, write_gallery
+from alignment.gallery.unfinished import THUMBNAILS
 from alignment.model import DualEncoder
 from alignment.similarity import fold_alike, top_k
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item", Picture, Caption)
-
-THUMBNAILS = "thumbnails"
 
 NEARLY_SAME = 0.15
 """Two pictures are nearly the same if they lie this close, as a share of how far unrelated pictures lie apart.
@@ -146,16 +147,26 @@ class Gallery:
         self.texts = _side(text_embeds, self.captions)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder) -> Gallery:
+    def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder, remote: Remote | None = None) -> Gallery:
         """Read a gallery that this encoder made.
 
         Pictures inside a package that is not installed here are left out, with a line in the log.
 
+        Args:
+            folder: the gallery's.
+            encoder: the model in use.
+            remote: the server where the embeddings lie, if not in the folder.
+
         Raises:
             FileNotFoundError: when there is none.
             ValueError: when another model made it, or it is damaged. Both errors say what to run.
+            OSError: when the server does not answer or refuses us.
         """
         folder = Path(folder)
+        return settled(folder, lambda: cls._load(folder, encoder, remote))
+
+    @classmethod
+    def _load(cls, folder: Path, encoder: DualEncoder, remote: Remote | None) -> Gallery:
         stored = read_catalogue(folder, encoder.name)
         stamp = stored.stamp
         if stamp.fingerprint != encoder.fingerprint:
@@ -165,7 +176,7 @@ class Gallery:
                 f"Rebuild it with: {rebuild_command(folder, encoder.name, stamp)}"
             )
         rows = _rows_at_hand(stored.pictures)
-        images, texts = open_sides(folder, stored, rows)
+        images, texts = open_sides(folder, stored, rows, remote)
         rebuild = rebuild_command(folder, encoder.name, stamp)
         try:
             judge = Judge.restored(stamp.calibration, stored.background)
@@ -184,7 +195,8 @@ class Gallery:
         background = self.judge.background.tensors() if self.judge else {}
         none = torch.empty(0, self.images.index.embed_dim)
         catalogue = Catalogue(self.pictures, self.captions, none, none, self.stamp, background)
-        write_gallery(folder, catalogue, (self.images, self.texts))
+        with sole_writer(folder):
+            write_gallery(folder, catalogue, (self.images, self.texts))
         if self.folder and (self.folder / THUMBNAILS).is_dir() and self.folder.resolve() != folder.resolve():
             shutil.copytree(self.folder / THUMBNAILS, folder / THUMBNAILS, dirs_exist_ok=True)
 
@@ -212,7 +224,7 @@ class Gallery:
         """Find what to show of a picture: its thumbnail, or the file itself if it is a package's."""
         if picture.package or self.folder is None:
             return picture.path
-        return self.folder / THUMBNAILS / f"{picture.id}.webp"
+        return place_of(self.folder, f"{THUMBNAILS}/{picture.id}.webp")
 
     def search_images(self, text_embed: Tensor, k: int, *, tag: str | None = None) -> Found[Picture]:
         """Find the k pictures that fit a caption best; fewer where the gallery holds fewer.
@@ -227,18 +239,21 @@ class Gallery:
         """
         return self._search(self.images, self.pictures, text_embed, k, "text_to_image", tag)
 
-    def rank_images(self, scores: Tensor, k: int, judged: Judged, *, without: Collection[str] = ()) -> Found[Picture]:
+    def rank_images(
+        self, scores: Tensor, rows: Tensor, k: int, judged: Judged, *, without: Collection[str] = ()
+    ) -> Found[Picture]:
         """Find the k pictures with the best scores, of whatever making; the answer has them for cosines.
 
         Args:
-            scores: (num_pictures,).
+            scores: (n,).
+            rows: (n,) positions of the pictures that were scored, ascending.
             k: how many.
             judged: judges the results.
             without: ids of pictures that do not compete.
         """
-        rows = torch.tensor([row for row, picture in enumerate(self.pictures) if picture.id not in without]).long()
-        best, order = top_k(scores[rows], len(rows))
-        ids = rows[order]
+        kept = [place for place, row in enumerate(rows.tolist()) if self.pictures[row].id not in without]
+        best, order = top_k(scores[kept], len(kept))
+        ids = rows[kept][order]
 
         def judge(places: list[int]) -> Judgement | None:
             return judged(ids[places], ids)

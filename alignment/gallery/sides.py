@@ -7,11 +7,14 @@ memory, those of many in an index folder that is mapped into it; no search here 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property, lru_cache
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,6 +29,17 @@ SAMPLED = 1024
 _AT_ONCE = 16_384  # rows fetched at a time
 _KEPT_SAMPLES = 16  # of tags that were asked for lately
 
+Tagged: TypeAlias = Callable[[], Iterable[Collection[str]]]
+"""Tells the tags of one item after the other."""
+
+
+class Rows(Protocol):
+    """Embeddings by position: a tensor, a `Side`, or what `Kept` has lined up."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, positions: Tensor) -> Tensor: ...
+
 
 class Side:
     """The embeddings of a gallery's items, by their position.
@@ -34,26 +48,33 @@ class Side:
         index: where they lie.
     """
 
-    def __init__(self, index: Index, ids: Tensor | None = None) -> None:
+    def __init__(self, index: Index, ids: Tensor | None = None, tagged: Tagged | None = None) -> None:
         """Say which rows of an index are the items.
 
         Args:
-            index: may hold other rows; these are taken out of it, in memory.
-            ids: (n,) of each item; the positions themselves if left out.
+            index: may hold other rows; they are overlooked.
+            ids: (n,) of each item, all of them there; the positions themselves if left out.
+            tagged: tells the tags of one item after the other, where the index cannot tell them at once.
+        """
+        self.index, self._ids, self._tagged = index, ids, tagged
+        if ids is not None:
+            self._order = np.argsort(ids.numpy())
+            self._sorted = ids.numpy()[self._order]
+        self._sample = lru_cache(_KEPT_SAMPLES)(self._draw_sample)
+
+    @classmethod
+    def of_own(cls, index: Index, ids: Tensor) -> Side:
+        """Take an index that nobody else uses; rows that belong to no item are taken out of it, in memory.
 
         Raises:
             ValueError: when an item has no row.
         """
-        self.index, self._ids = index, ids
-        if ids is not None:
-            self._order = np.argsort(ids.numpy())
-            self._sorted = ids.numpy()[self._order]
-            there = index.ids()
-            foreign = there[~torch.isin(there, ids)]
-            if len(there) - len(foreign) != len(ids):
-                raise ValueError(f"Its {len(ids)} items have {len(there) - len(foreign)} embeddings.")
-            index.delete(foreign)
-        self._sample = lru_cache(_KEPT_SAMPLES)(self._draw_sample)
+        there = index.ids()
+        foreign = there[~torch.isin(there, ids)]
+        if len(there) - len(foreign) != len(ids):
+            raise ValueError(f"Its {len(ids)} items have {len(there) - len(foreign)} embeddings.")
+        index.delete(foreign)
+        return cls(index, ids)
 
     @classmethod
     def in_memory(cls, embeds: Tensor, tags: Sequence[Collection[str]] | None = None) -> Side:
@@ -64,7 +85,7 @@ class Side:
         return side
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.index if self._ids is None else self._ids)
 
     def __getitem__(self, positions: Tensor) -> Tensor:
         """Fetch some items' embeddings, (n, embed_dim) float32, unit norm."""
@@ -81,10 +102,16 @@ class Side:
         parts = [self[positions] for positions in torch.arange(len(self)).split(_AT_ONCE)]
         return torch.cat([torch.empty(0, self.index.embed_dim), *parts])
 
+    def some(self) -> Tensor:
+        """Fetch items that stand for all of them, (at most `SAMPLED`, embed_dim): every one, or one every so often."""
+        return self[torch.linspace(0, len(self) - 1, min(len(self), SAMPLED), dtype=torch.double).long()]
+
     @cached_property
     def tags(self) -> dict[str, int]:
         """How many items carry each tag."""
-        return self.index.tags()
+        if self._tagged is None:
+            return self.index.tags()
+        return dict(sorted(Counter(tag for tags in self._tagged() for tag in tags).items()))
 
     def count(self, tag: str | None = None) -> int:
         """Count the items, or those that carry a tag."""
@@ -102,12 +129,25 @@ class Side:
         Returns:
             Cosines and positions, both (k,) up to (head,).
         """
-        scores, ids = self.index.search(query[None], k, extra=max(head - k, 0), tag=tag)
-        if self._ids is None:
-            return scores[0], ids[0]
-        places = self._order[np.searchsorted(self._sorted, ids[0].numpy())]
-        order = np.lexsort((places, -scores[0].numpy()))
-        return scores[0, order], torch.from_numpy(places[order])
+        if not len(self):
+            return torch.empty(0), torch.empty(0, dtype=torch.int64)
+        more = 0  # rows of others that may be among the best
+        while True:
+            found, ids = self.index.search(query[None], k + more, extra=max(head - k, 0), tag=tag)
+            if self._ids is None:
+                return found[0], ids[0]
+            scores, places = self._own(found[0].numpy(), ids[0].numpy())
+            foreign = len(ids[0]) - len(places)
+            if foreign <= more or len(ids[0]) < k + more:
+                order = np.lexsort((places, -scores))[: max(head, k)]
+                return torch.from_numpy(scores[order]), torch.from_numpy(places[order])
+            more = foreign
+
+    def _own(self, scores: NDArray[np.float32], ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray]:
+        """Leave out the rows that belong to no item; of the others, positions instead of ids."""
+        places = np.minimum(np.searchsorted(self._sorted, ids), len(self._sorted) - 1)
+        own = self._sorted[places] == ids
+        return scores[own], self._order[places[own]]
 
     def shares(self, query: Tensor, found: Tensor, scale: float, bias: float | None, tag: str | None = None) -> Tensor:
         """Say what a model thinks of the best candidates: its softmax over all of them, or a sigmoid of each.
@@ -139,7 +179,12 @@ class Side:
 
     def _draw_sample(self, tag: str | None) -> Tensor:
         """Draw the same items every time, (at most `SAMPLED`, embed_dim)."""
-        ids = self.index.ids(tag)
+        if self._tagged is None:
+            ids = self.index.ids(tag)
+        else:
+            own = [row for row, tags in enumerate(self._tagged()) if tag is None or tag in tags]
+            ids = torch.tensor(own, dtype=torch.int64)
+            ids = ids if self._ids is None else self._ids[ids].sort().values
         drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:SAMPLED]
         return functional.normalize(self.index.embeds(ids[drawn]), dim=-1)
 

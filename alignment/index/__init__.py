@@ -12,10 +12,15 @@ Place in the flow: `encode (model) -> nearest candidates (here) -> matches (gall
 | `tags`      | which rows carry which tag |
 | `melting`   | makes one segment of several |
 | `files`     | the folder |
+| `milvus`    | the index on a Milvus server: `MilvusIndex` |
+| `server`    | the way to that server: `Server` |
+| `incoming`  | looks at what comes in, for both |
 """
 
 from alignment.index.embedded import EmbeddedIndex
 from alignment.index.face import Index
+from alignment.index.milvus import MilvusIndex
 from alignment.index.segment import EXACT_ROWS
+from alignment.index.server import Server
 
-__all__ = ["EXACT_ROWS", "EmbeddedIndex", "Index"]
+__all__ = ["EXACT_ROWS", "EmbeddedIndex", "Index", "MilvusIndex", "Server"]

@@ -10,13 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from alignment.index import files, melting
 from alignment.index.codes import Codes
-from alignment.index.exact import Positions, gather
+from alignment.index.exact import Floats, Positions, gather
 from alignment.index.face import Index
+from alignment.index.incoming import (
+    RowTags,
+    by_id,
+    floats,
+    integers,
+    new_rows,
+    query_rows,
+    refuse_unknown,
+    subset_ids,
+)
 from alignment.index.segment import EXACT_ROWS, Chosen, Segment
 from alignment.index.tags import Tags
 
@@ -57,7 +66,7 @@ class EmbeddedIndex(Index):
         Raises:
             ValueError: on another shape or type, or ids or tags that do not fit.
         """
-        rows = _floats(embeds)
+        rows = floats(embeds)
         self._embed_dim = rows.shape[1]
         self._parts: tuple[_Part, ...] = ()
         self._folder: Path | None = None
@@ -65,7 +74,7 @@ class EmbeddedIndex(Index):
         self._lock = threading.Lock()
         if len(rows):
             wanted = torch.arange(len(rows)) if ids is None else ids
-            self._parts = (_Part(_segment(_integers(wanted), rows, tags)),)
+            self._parts = (_Part(_segment(*by_id(integers(wanted), rows, tags))),)
 
     @classmethod
     def open(cls, folder: Path) -> EmbeddedIndex:
@@ -128,26 +137,21 @@ class EmbeddedIndex(Index):
         Raises:
             ValueError: on an id that is not there.
         """
-        wanted = _integers(ids)
+        wanted = integers(ids)
         found, missing = np.empty((len(wanted), self.embed_dim), np.float32), np.ones(len(wanted), bool)
         for segment in (part.segment for part in self._parts):
             here, positions = segment.locate(wanted)
             found[here] = gather(segment.rows, positions)
             missing &= ~here
-        _refuse_unknown(wanted[missing])
+        refuse_unknown(wanted[missing])
         return torch.from_numpy(found)
 
     def search(
         self, queries: Tensor, k: int, *, tag: str | None = None, subset: Tensor | None = None, extra: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Find the k rows closest to each query, best first, ties by lower id; see `Index.search`."""
-        if queries.dim() != 2 or queries.shape[1] != self.embed_dim:
-            wanted = f"(num_queries, {self.embed_dim})"
-            raise ValueError(f"Queries must be {wanted} like the candidates, not {tuple(queries.shape)}.")
-        if k < 0 or extra < 0:
-            raise ValueError(f"k and extra must not be negative, they are {k} and {extra}.")
+        exact = query_rows(queries, self.embed_dim, k, extra)
         segments = [part.segment for part in self._parts]
-        exact = queries.detach().cpu().double().numpy()
         choices = self._choices(segments, tag, subset)
         pairs = zip(segments, choices, strict=True)
         found = [segment.search(exact, k, chosen, extra) for segment, chosen in pairs if chosen is None or chosen.count]
@@ -164,9 +168,9 @@ class EmbeddedIndex(Index):
         """Say for each segment which rows compete; None for all that are alive."""
         if subset is None:
             return [None if tag is None else segment.choice(tag) for segment in segments]
-        wanted = _subset_ids(subset, segments)
+        wanted = subset_ids(subset, lambda: _ids(segments))
         located = [segment.locate(wanted) for segment in segments]
-        _refuse_unknown(wanted[~reduce(np.logical_or, [here for here, _ in located], np.zeros(len(wanted), bool))])
+        refuse_unknown(wanted[~reduce(np.logical_or, [here for here, _ in located], np.zeros(len(wanted), bool))])
         found = [(segment, positions) for segment, (_, positions) in zip(segments, located, strict=True)]
         if tag is not None:
             found = [
@@ -178,10 +182,7 @@ class EmbeddedIndex(Index):
 
     def upsert(self, ids: Tensor, embeds: Tensor, tags: Sequence[Collection[str]] | None = None) -> None:
         """Add rows; one whose id is there already takes the place of the old one; see `Index.upsert`."""
-        rows = _floats(embeds)
-        if rows.shape[1] != self.embed_dim or not np.isfinite(rows).all():
-            raise ValueError(f"Embeddings must be finite and {self.embed_dim} wide, unlike {tuple(embeds.shape)}.")
-        new = _segment(_integers(ids), rows, tags)
+        new = _segment(*new_rows(ids, embeds, tags, self.embed_dim))
         if not len(new):
             return
         with self._lock:
@@ -197,7 +198,7 @@ class EmbeddedIndex(Index):
         """Take rows out; ids that are not there do no harm. Returns how many went."""
         with self._lock:
             before = len(self)
-            self._parts = self._without(np.unique(_integers(ids)))
+            self._parts = self._without(np.unique(integers(ids)))
             return before - len(self)
 
     def _without(self, ids: Positions) -> tuple[_Part, ...]:
@@ -278,56 +279,10 @@ def _write_segment(folder: Path, melted: melting.Melted, embed_dim: int) -> tupl
     return files.map_segment(folder, entry, embed_dim), entry
 
 
-# ---------------------------------------------------------------- what comes in
-
-
-def _segment(ids: Positions, rows: NDArray[np.floating], tags: Sequence[Collection[str]] | None) -> Segment:
-    if len(ids) != len(rows) or (tags is not None and len(tags) != len(rows)):
-        raise ValueError(f"{len(rows)} embeddings need as many ids and tags, not {len(ids)} and {len(tags or ids)}.")
-    order = np.argsort(ids, kind="stable")
-    if (order[1:] < order[:-1]).any():
-        ids, rows, tags = ids[order], rows[order], None if tags is None else [tags[row] for row in order]
-    if (ids[1:] == ids[:-1]).any():
-        raise ValueError(f"Every id may be there once, {int(ids[:-1][ids[1:] == ids[:-1]][0])} is there twice.")
+def _segment(ids: Positions, rows: Floats, tags: RowTags | None) -> Segment:
     return Segment(ids, rows, Tags.of(() if tags is None else tags))
-
-
-def _floats(embeds: Tensor) -> NDArray[np.floating]:
-    if embeds.dim() != 2 or not embeds.is_floating_point():
-        raise ValueError(
-            "An index needs floating point embeddings of shape (num_candidates, embed_dim), "
-            f"not {embeds.dtype} of shape {tuple(embeds.shape)}."
-        )
-    embeds = embeds.detach().cpu()
-    rows: NDArray[np.floating] = (embeds.float() if embeds.dtype == torch.bfloat16 else embeds).numpy()
-    return rows
-
-
-def _integers(ids: Tensor) -> Positions:
-    if ids.dim() != 1 or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise ValueError(
-            f"Ids are one-dimensional integers and a subset is ids or a bool mask, "
-            f"not {ids.dtype} of shape {tuple(ids.shape)}."
-        )
-    numbers: Positions = ids.detach().cpu().long().numpy()
-    return numbers
 
 
 def _ids(segments: Sequence[Segment], tag: str | None = None) -> Positions:
     found = [segment.ids[segment.choice(tag).positions] for segment in segments]
     return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
-
-
-def _subset_ids(subset: Tensor, segments: Sequence[Segment]) -> Positions:
-    """Turn a subset into ascending ids without repetition."""
-    if subset.dtype != torch.bool or subset.dim() != 1:
-        return np.unique(_integers(subset))
-    ids = _ids(segments)
-    if len(subset) != len(ids):
-        raise ValueError(f"The mask is for {len(subset)} candidates, the index has {len(ids)}.")
-    return ids[subset.detach().cpu().numpy()]
-
-
-def _refuse_unknown(ids: Positions) -> None:
-    if len(ids):
-        raise ValueError(f"The index has no row with the id {int(ids[0])}.")

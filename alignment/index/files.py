@@ -23,15 +23,15 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alignment.durable import ASIDE, foreign_errors, sync, write_file
 from alignment.index.codes import Codes, StoredCodes
 from alignment.index.exact import Positions
 from alignment.index.segment import Segment
@@ -41,7 +41,6 @@ LIST = "index.json"
 _FORMAT = 1
 _HEAD = 4096
 _CHUNK = 1 << 20
-_ASIDE = ".writing-"
 _OURS = re.compile(r"[0-9a-f]{16}\.(safetensors|codes|dead)")
 _KINDS = {"I64": np.int64, "I32": np.int32, "F16": np.float16, "U8": np.uint8}
 
@@ -136,11 +135,7 @@ def write_listing(folder: Path, listing: Listing) -> None:
     content = {"format": _FORMAT, **asdict(listing)}
     content = json.loads(json.dumps(content))  # tuples become lists, as they will be read
     text = json.dumps({**content, "sha256": _seal(content)}, ensure_ascii=False, indent=1)
-    with _aside(folder) as (file, path):
-        file.write(text.encode("utf-8", "surrogatepass"))
-        _to_disk(file)
-        os.replace(path, folder / LIST)
-    _folder_to_disk(folder)
+    write_file(folder / LIST, text.encode("utf-8", "surrogatepass"))
 
 
 def _seal(content: Mapping[str, Any]) -> str:
@@ -151,7 +146,7 @@ def sweep(folder: Path, listing: Listing) -> None:
     """Delete files of ours that the list does not name; one that cannot be deleted yet stays until the next time."""
     named = {file.name for entry in listing.entries for file in entry.files}
     for path in folder.iterdir():
-        if (_OURS.fullmatch(path.name) and path.name not in named) or path.name.startswith(_ASIDE):
+        if (_OURS.fullmatch(path.name) and path.name not in named) or path.name.startswith(ASIDE):
             try:
                 path.unlink()
             except OSError:  # Windows: somebody has it mapped
@@ -177,50 +172,38 @@ def write_segment(folder: Path, ids: Positions, blocks: Iterable[NDArray[np.floa
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64 + 56)  # the data begin at a multiple of 64
 
-    def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, kind, _, arrays in parts:
-            for array in arrays:
-                file.write(np.ascontiguousarray(array, _KINDS[kind]).data)
+    def write(path: Path) -> None:
+        with path.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, kind, _, arrays in parts:
+                for array in arrays:
+                    file.write(np.ascontiguousarray(array, _KINDS[kind]).data)
 
-    return Entry(len(ids), _write(folder, ".safetensors", write))
+    return Entry(len(ids), _written(folder, ".safetensors", write))
 
 
 def write_codes(folder: Path, codes: Codes) -> File:
     """Write a segment's codes."""
-    with _aside(folder) as (file, path):
-        codes.write(path)
-        _to_disk(file)
-        return _named_by_content(path, ".codes")
+    return _written(folder, ".codes", codes.write)
 
 
 def write_dead(folder: Path, dead: Positions) -> File:
     """Write which rows of a segment are dead."""
-    return _write(folder, ".dead", lambda file: file.write(dead.astype(np.int32).data))
+    return _written(folder, ".dead", lambda path: path.write_bytes(dead.astype(np.int32).data))
 
 
-def _write(folder: Path, suffix: str, write: Callable[[BinaryIO], object]) -> File:
-    with _aside(folder) as (file, path):
-        write(file)
-        _to_disk(file)
-        return _named_by_content(path, suffix)
-
-
-@contextmanager
-def _aside(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """Open a file under a name that nobody reads; left where it is, it is deleted."""
+def _written(folder: Path, suffix: str, write: Callable[[Path], object]) -> File:
+    """Have a file written under a name that nobody reads, and call it by its content."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (_ASIDE + secrets.token_hex(8))
+    fresh = folder / (ASIDE + secrets.token_hex(8))
     try:
-        with path.open("xb") as file:
-            yield file, path
+        with foreign_errors(fresh):  # faiss has its own
+            write(fresh)
+        sync(fresh)
+        file = _describe(fresh, suffix)
+        os.replace(fresh, folder / file.name)
     finally:
-        path.unlink(missing_ok=True)
-
-
-def _named_by_content(path: Path, suffix: str) -> File:
-    file = _describe(path, suffix)
-    os.replace(path, path.parent / file.name)
+        fresh.unlink(missing_ok=True)
     return file
 
 
@@ -233,21 +216,6 @@ def _describe(path: Path, suffix: str) -> File:
     return File(
         whole.hexdigest()[:16] + suffix, path.stat().st_size, whole.hexdigest(), hashlib.sha256(head).hexdigest()
     )
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _folder_to_disk(folder: Path) -> None:
-    """Make sure that a new name survives a power cut; Windows has no such thing."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 # ---------------------------------------------------------------- reading

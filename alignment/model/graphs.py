@@ -14,17 +14,18 @@ altered is made again; where nothing may be written, a graph lives as long as th
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.durable import put_in_place, read_sealed, sha256_of, sweep, write_sealed
 from alignment.model.runtime import Kind, Tower, native_precision, openvino
 
 logger = logging.getLogger(__name__)
@@ -52,13 +53,8 @@ def digest_of(folder: Path) -> str:
     paths = sorted({path for pattern in _OF_A_MODEL for path in folder.glob(pattern)})
     for path in paths:
         if path.name not in _NOT_OF_A_MODEL:
-            digest.update(f"{path.name} {_sha256(path)}\n".encode())
+            digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Graphs:
@@ -82,7 +78,7 @@ class Graphs:
     def facts(self) -> Facts | None:
         """Read what is known of the model."""
         try:
-            return Facts(**self._read("facts.json")) if self.entry else None
+            return Facts(**read_sealed(self.entry / "facts.json")) if self.entry else None
         except (OSError, ValueError, TypeError):
             return None
 
@@ -97,8 +93,8 @@ class Graphs:
         if self.entry is None or not (self.entry / f"{kind}.json").is_file() or openvino() is None:
             return None
         try:
-            about = self._read(f"{kind}.json")
-            files = {name: _sha256(self.entry / name) for name in about["files"]}
+            about = read_sealed(self.entry / f"{kind}.json")
+            files = {name: sha256_of(self.entry / name) for name in about["files"]}
             if files != about["files"] or about["made_by"] != _made_by():
                 return None
             return Tower(self.entry / f"{kind}.xml", about["precision"])
@@ -132,54 +128,37 @@ class Graphs:
         if self.entry is None:
             return False
         parts = (path, path.with_suffix(".bin"))
-        about = {"precision": precision, "made_by": _made_by(), "files": {part.name: _sha256(part) for part in parts}}
+        about = {"precision": precision, "made_by": _made_by(), "files": {part.name: sha256_of(part) for part in parts}}
         try:
             self.entry.mkdir(parents=True, exist_ok=True)
+            sweep(self.entry)
             for part in parts:
-                _put(part, self.entry / part.name)
+                with put_in_place(self.entry / part.name) as fresh:  # another process may be reading what is there
+                    shutil.copyfile(part, fresh)
         except OSError as error:
-            logger.info("The %s graph is not kept for the next start: %s", kind, error)
+            logger.warning("The %s graph is not kept for the next start, which takes longer: %s", kind, error)
             return False
         self._write(f"{kind}.json", about)
         _forget_the_oldest(self.entry.parent)
         return True
 
-    def _read(self, name: str) -> dict[str, Any]:
-        assert self.entry is not None
-        found = json.loads((self.entry / name).read_text("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"{name} holds no object")
-        return found
-
     def _write(self, name: str, content: dict[str, Any]) -> None:
         if self.entry is None:
             return
         try:
-            self.entry.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.entry, suffix=".new", delete=False) as file:
-                json.dump(content, file)  # ASCII
-            os.replace(file.name, self.entry / name)
+            write_sealed(self.entry / name, content)
         except OSError as error:
-            logger.info("%s is not kept for the next start: %s", name, error)
+            logger.warning("%s is not kept for the next start, which takes longer: %s", name, error)
 
 
 def _made_by() -> str:
     return f"{openvino().__version__} {native_precision()}"
 
 
-def _put(source: Path, target: Path) -> None:
-    """Copy aside, then put in place: another process may be reading what is there."""
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".new", delete=False) as file:
-        try:
-            with source.open("rb") as content:
-                shutil.copyfileobj(content, file, 1 << 20)
-        except OSError:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, target)
-
-
 def _forget_the_oldest(home: Path) -> None:
-    entries = sorted((path for path in home.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    for entry in entries[:-KEPT_ENTRIES]:
+    ages = []
+    for path in home.iterdir():
+        with suppress(OSError):  # another process forgets them, too
+            ages.append((path.stat().st_mtime, path))
+    for _, entry in sorted(ages)[:-KEPT_ENTRIES]:
         shutil.rmtree(entry, ignore_errors=True)

@@ -11,7 +11,7 @@ path:
 | `coco`       | `captions_{train,val}{2014,2017}.json` |
 | `jsonl`      | JSON lines (or one JSON list) with a column for the image and one or more for its captions |
 | `csv`        | the same as CSV or TSV with a header; Kaggle's `captions.txt` too |
-| `webdataset` | a `.tar` shard, a folder of them, or a pattern such as `shards/train-{000..009}.tar` |
+| `webdataset` | a `.tar` shard, a folder of them, or a pattern: `shards/train-{000..009}.tar`, `shards/*.tar` |
 | `folder`     | pictures, captioned by a `metadata.csv` or `metadata.jsonl` if there is one (the Hub's imagefolder) |
 | `hub`        | OWNER/NAME or OWNER/NAME@REVISION of a data set on the Hugging Face Hub (the extra `hub`) |
 
@@ -28,6 +28,7 @@ from alignment.pairs.audit import (
 from alignment.pairs.collection import Pair
 from alignment.pairs.reading import Reading, positives_of, read_data, read_pairs
 from alignment.pairs.report import DataReport, Overlap, check_data
+from alignment.pairs.sharing import Share
 from alignment.pairs.tables import CAPTION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Overlap",
     "Pair",
     "Reading",
+    "Share",
     "check_data",
     "fingerprint_images",
     "look_alikes",

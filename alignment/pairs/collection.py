@@ -75,14 +75,14 @@ class Collection:
             if path := self._found[key]:
                 self.rows.setdefault(path, []).append(row)
 
-    def pairs(self, title: str) -> list[Pair]:
+    def pairs(self, title: str, *, may_be_empty: bool = False) -> list[Pair]:
         """Merge the rows of each picture and log what happened."""
         pairs = [self._merge(path, rows) for path, rows in self.rows.items()]
         left_out = "; ".join(
             f"{len(what)} {reason} ({', '.join(what[:3])}{', ...' if len(what) > 3 else ''})"
             for reason, what in self.skipped.items()
         )
-        if not pairs:
+        if not pairs and not may_be_empty:
             asked = f" of split {self.wanted!r}; its splits are {sorted(self.splits)}" if self.wanted else ""
             reason = f"; left out: {left_out}" if left_out else ""
             raise ValueError(f"{title} has no pictures{asked}{reason}. Check the path, the format and the split.")

@@ -15,6 +15,7 @@ from torch import Tensor
 from alignment.pairs.collection import Collection, Pair
 from alignment.pairs.files import canonical, root_of
 from alignment.pairs.formats import FORMATS, detect
+from alignment.pairs.sharing import Share
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,12 @@ class Reading:
 
 
 def read_data(
-    source: str | os.PathLike[str], *, format: str | None = None, split: str | None = None, trusted: bool = True
+    source: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    split: str | None = None,
+    trusted: bool = True,
+    share: Share | None = None,
 ) -> Reading:
     """Read the pictures of a data set, each once, with all captions that belong to it.
 
@@ -46,12 +52,17 @@ def read_data(
         format: a name from the package's table, where the found one is wrong.
         split: keep only this one; "val" and "dev" mean the same.
         trusted: whether absolute paths may count; in annotations that a stranger wrote they must not.
+        share: read only this part of it, which may be empty. Of a data set in several shards, each is opened for one
+            share only.
 
     Raises:
         FileNotFoundError: when there is no such folder, file or Hub data set.
         ValueError: when the format is unknown, the annotations cannot be read, or no picture is left.
     """
     name, files = detect(Path(source), format)
+    by_file = share is not None and FORMATS[name].in_parts and len(files) > 1
+    if share is not None and by_file:
+        files = share.of(files, block=1)
     absolute = trusted and name in ("csv", "jsonl")
     collection = Collection(root_of(Path(source)), canonical(split or ""), absolute=absolute)
     for file in files:
@@ -63,13 +74,17 @@ def read_data(
                 f"{file} cannot be read as {name} ({type(error).__name__}: {error}); "
                 "check that it is complete and saved as UTF-8, or name another format."
             ) from error
-    pairs = collection.pairs(f"{source} ({name})")
+    pairs = collection.pairs(f"{source} ({name})", may_be_empty=share is not None)
+    if share is not None and not by_file:
+        pairs = share.of(pairs)
     return Reading(pairs, name, {reason: tuple(what) for reason, what in collection.skipped.items()})
 
 
-def read_pairs(source: str | os.PathLike[str], *, format: str | None = None, split: str | None = None) -> list[Pair]:
+def read_pairs(
+    source: str | os.PathLike[str], *, format: str | None = None, split: str | None = None, share: Share | None = None
+) -> list[Pair]:
     """Read the pictures of a data set with their captions; `read_data` without what was left out."""
-    return read_data(source, format=format, split=split).pairs
+    return read_data(source, format=format, split=split, share=share).pairs
 
 
 def positives_of(pairs: Sequence[Pair]) -> tuple[Tensor, list[str]]:

@@ -14,13 +14,15 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from glob import glob, has_magic
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignment.durable import read_sealed, sha256_of, write_sealed
 from alignment.pairs.collection import Collection, Row
 from alignment.pairs.files import PICTURES, SPLITS, is_hidden, near, split_of
-from alignment.pairs.store import cache_folder, stored, write_whole
+from alignment.pairs.store import cache_folder, stored
 from alignment.pairs.tables import TEXT_PARTS, row_of
 
 MAX_PICTURE_BYTES = 128 * 2**20
@@ -29,7 +31,7 @@ MAX_SHARDS = 100_000
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _PROBED = 100  # members of a shard to look at before calling it none
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 
 _DAMAGED = (tarfile.TarError, EOFError, ValueError, OverflowError)  # what tarfile raises on bytes that are no tar
 
@@ -50,7 +52,9 @@ class Shard(NamedTuple):
 
 
 def find_shards(source: Path) -> list[Path]:
-    """Find the shards a path means: one file, those in a folder up to two deep, or those of a pattern in braces.
+    """Find the shards a path means: one file, those in a folder up to two deep, or those of a pattern.
+
+    A pattern has braces, as in `train-{000..009}.tar`, or wildcards, as in `train-*.tar`, or both.
 
     Raises:
         FileNotFoundError: when shards of the pattern are missing.
@@ -60,16 +64,18 @@ def find_shards(source: Path) -> list[Path]:
     if source.is_dir():
         shards = near(source, "*.tar")
         return shards if shards and any(map(_holds_samples, shards[:3])) else []
-    if "{" not in os.fspath(source) or source.suffix.lower() != ".tar":
+    pattern = os.fspath(source)
+    if source.suffix.lower() != ".tar" or not (has_magic(pattern) or "{" in pattern):
         return []
-    shards = [Path(name) for name in expand_braces(os.fspath(source))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    names = expand_braces(pattern)
+    found = {name: sorted(filter(os.path.isfile, glob(name) if has_magic(name) else [name])) for name in names}
+    missing = [name for name, shards in found.items() if not shards]
     if missing:
         raise FileNotFoundError(
-            f"Of the {len(shards)} shards {source}, {len(missing)} are not there (the first is {missing[0]}); "
-            "check the pattern, or copy them."
+            f"Of the {len(names)} shards {source}, {len(missing)} are not there (the first is "
+            f"{os.path.basename(missing[0])}); check the pattern, or copy them."
         )
-    return shards
+    return [Path(shard) for shards in found.values() for shard in shards]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -130,14 +136,23 @@ def _indexed(file: Path, store: Path) -> Shard:
     facts = [_INDEX_VERSION, os.path.abspath(file), state.st_size, state.st_mtime_ns]
     index = cache_folder() / "shards" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
     try:
-        shard = Shard(**json.loads(index.read_text(encoding="utf-8")))
-        if all((store / row[0]).is_file() for row in shard.rows):
-            return shard
-    except (OSError, ValueError, TypeError):
-        pass  # there is none, or it was written by another version
+        about = read_sealed(index)
+        if all(_is_as_written(store / name, size, index.stat()) for name, size in about["sizes"].items()):
+            return Shard(**about["shard"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # there is none, it was written by another version, or something is damaged
     shard = _unpack(file, store)
-    write_whole(index, json.dumps(shard._asdict()).encode())
+    sizes = {row[0]: (store / row[0]).stat().st_size for row in shard.rows}
+    write_sealed(index, {"shard": shard._asdict(), "sizes": sizes})
     return shard
+
+
+def _is_as_written(picture: Path, size: int, index: os.stat_result) -> bool:
+    """Whether a picture is what its name says; one that nobody wrote to after the index is not read again."""
+    state = picture.stat()
+    if not picture.is_file() or state.st_size != size:
+        return False
+    return state.st_mtime_ns <= index.st_mtime_ns or sha256_of(picture) == picture.stem
 
 
 def _unpack(file: Path, store: Path) -> Shard:

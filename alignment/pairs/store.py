@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from alignment.durable import write_file
+
 
 def cache_folder() -> Path:
     """Find where to keep what is read from shards: $ALIGNMENT_CACHE, else `~/.cache/alignment`."""
@@ -13,16 +15,15 @@ def cache_folder() -> Path:
 
 
 def stored(data: bytes, ending: str, store: Path) -> Path:
-    """Write a picture out, unless it is there, so that one repeated for each caption is one picture."""
+    """Write a picture out, unless it is there whole, so that one repeated for each caption is one picture."""
     file = store / f"{hashlib.sha256(data).hexdigest()}{ending.lower() or '.jpg'}"
-    if not file.exists():
-        write_whole(file, data)
+    if not _holds(file, data):
+        write_file(file, data, lasting=False)  # who reads it looks whether it is whole
     return file
 
 
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file so that nobody ever finds half of it under its name."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(file)
+def _holds(file: Path, data: bytes) -> bool:
+    try:
+        return file.stat().st_size == len(data) and file.read_bytes() == data
+    except OSError:
+        return False

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from alignment.durable import explain
+
 DESCRIPTION = """\
 Fine-tune a dual encoder (CLIP, SigLIP, Chinese-CLIP, the compact model, or any vision and text tower) on captioned
 images, and report what it brought. The result folder is a model: the app, the gallery builder and alignment.evaluate
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"train: {error.name} is missing; install what training needs with: pip install '.[train]'"
         ) from error
     except (OSError, ValueError, FloatingPointError) as error:
-        raise SystemExit(f"train: {error}") from error
+        raise SystemExit(f"train: {explain(error)}") from error
     except KeyboardInterrupt as error:
         raise SystemExit("train: interrupted; if it was training already, go on with --resume") from error
 

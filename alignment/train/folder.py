@@ -5,11 +5,11 @@ Place in the flow: `run` claims the folder first of all, and reads the notes whe
 
 from __future__ import annotations
 
-import json
-import os
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from alignment.durable import ASIDE, LOCK, read_sealed, write_sealed
 from alignment.train.prepare import Prepared
 from alignment.train.settings import Recipe, TrainConfig
 
@@ -39,9 +39,7 @@ class Interrupted:
 
     def write(self, folder: Path) -> None:
         """Note it down; whoever is killed meanwhile leaves no half of it."""
-        fresh = folder / f"{SETTINGS}.new"
-        fresh.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, folder / SETTINGS)
+        write_sealed(folder / SETTINGS, asdict(self))
 
     def continued(self, config: TrainConfig) -> TrainConfig:
         """Return the settings to go on with: all as they were, but for the folder and the minutes."""
@@ -67,6 +65,8 @@ def claim(folder: Path, *, resume: bool) -> None:
         FileNotFoundError: when there is no run to go on with.
     """
     begun, finished = (folder / SETTINGS).exists(), (folder / RECORD).exists()
+    if begun and finished:  # killed while it cleared away
+        clear_away(folder)
     if resume and finished:
         raise FileExistsError(f"The run in {folder} is finished; fine-tune further with --model {folder}.")
     if resume and not begun:
@@ -74,15 +74,22 @@ def claim(folder: Path, *, resume: bool) -> None:
     if begun and not finished and not resume:
         raise FileExistsError(f"{folder} holds an unfinished run: go on with --resume, or choose another --output.")
     # A run killed before its first step leaves kept images, which the next one takes over, or half a note.
-    if (
-        not resume
-        and folder.exists()
-        and (not folder.is_dir() or any(path.name not in ("kept", f"{SETTINGS}.new") for path in folder.iterdir()))
-    ):
+    if not resume and folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
         raise FileExistsError(
             f"{folder} is not an empty folder, and nothing in it is overwritten: choose another --output."
         )
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _is_foreign(path: Path) -> bool:
+    return path.name not in ("kept", LOCK) and not path.name.startswith(ASIDE)
+
+
+def clear_away(folder: Path) -> None:
+    """Delete what only training needed, the note of how to go on last."""
+    for leftover in ("checkpoints", "kept"):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+    (folder / SETTINGS).unlink(missing_ok=True)
 
 
 def read_settings(folder: Path) -> Interrupted:
@@ -92,7 +99,7 @@ def read_settings(folder: Path) -> Interrupted:
         ValueError: when the file is damaged.
     """
     try:
-        values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        values = read_sealed(folder / SETTINGS)
         config, recipe = TrainConfig.from_dict(values["config"]), Recipe(**values["recipe"])
         return Interrupted(**values | {"config": config, "recipe": recipe})
     except (KeyError, TypeError, ValueError) as error:

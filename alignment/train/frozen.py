@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from PIL import ImageOps
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alignment.durable import read_sealed, sha256_of, sole_writer, sync, sync_tree, write_sealed
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
 
@@ -31,6 +33,7 @@ Inputs = Mapping[str, Tensor]
 
 _TEXT_SIDE = ("text_model.", "text_projection.", "logit_")
 _TRUNK = ("vision_model.stem.", "vision_model.trunk.", "vision_model.concept.")  # of our own compact model
+_HASHES = "kept.json"
 _SMALLEST_WINDOW = 0.75  # of the side of a kept map
 
 
@@ -109,27 +112,45 @@ class KeptImages:
         self._kept: dict[str, np.ndarray] = {}
 
     def fill(self, *, batch_size: int = 16, progress: Callable[[int, int], None] | None = None) -> None:
-        """Make the files, unless they are there; what a killed run has begun is made anew."""
-        if not self.folder.exists():
+        """Make the files, unless they are there and whole; what a killed run has begun is made anew."""
+        if not self._is_whole():
             partial = self.folder.with_suffix(".partial")
-            partial.mkdir(parents=True, exist_ok=True)
-            files = {
-                name: np.lib.format.open_memmap(
-                    partial / f"{name}.npy", "w+", np.float16, (len(self.images), *view.shape[1:])
-                )
-                for name, view in self._compute([0]).items()
-            }
+            with sole_writer(partial, patience=-1):  # another run may be making the same
+                if not self._is_whole():
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                    self._write(partial / "all", batch_size, progress)
+                    (partial / "all").replace(self.folder)
+            sync(self.folder.parent)
+        self._kept = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
+
+    def _write(self, folder: Path, batch_size: int, progress: Callable[[int, int], None] | None) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with ExitStack() as opened:
+            files = {}
+            for name, view in self._compute([0]).items():
+                files[name] = opened.enter_context((folder / f"{name}.npy").open("wb"))
+                shape = (len(self.images), *view.shape[1:])
+                about = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False}
+                np.lib.format.write_array_header_1_0(files[name], about | {"shape": shape})
             for start in range(0, len(self.images), batch_size):
                 rows = range(start, min(start + batch_size, len(self.images)))
                 for name, views in self._compute(rows).items():
-                    files[name][rows.start : rows.stop] = views.half().cpu().numpy()
+                    files[name].write(views.half().cpu().contiguous().numpy().data)
                 if progress is not None:
                     progress(rows.stop, len(self.images))
-            for file in files.values():
-                file.flush()
-            if not self.folder.exists():  # else another run was as far at the same time, with the same bytes
-                partial.replace(self.folder)
-        self._kept = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
+        write_sealed(folder / _HASHES, {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))})
+        sync_tree(folder)
+
+    def _is_whole(self) -> bool:
+        """Whether the files are there, every byte as it was written."""
+        try:
+            files = read_sealed(self.folder / _HASHES)
+            return all(sha256_of(self.folder / name) == sha256 for name, sha256 in files.items())
+        except (OSError, ValueError) as error:
+            if self.folder.exists():
+                logger.warning("%s is damaged and is made again: %s", self.folder, error)
+            return False
 
     def __call__(self, row: int, rng: np.random.Generator, *, mirror: bool = True) -> Inputs:
         """Return one view of an image as a batch of one; the image as it is unless it may be mirrored."""

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.durable import write_file
+
 REPOSITORY = "USER/NAME"
 """What a new model card loads; `push_to_hub` puts the repository's id in its place."""
 
@@ -111,10 +113,7 @@ class RunRecord:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the record; a crash leaves the file that was there before."""
-        path = Path(path)
-        fresh = path.with_name(f"{path.name}.new")
-        fresh.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-        os.replace(fresh, path)
+        write_file(Path(path), json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> RunRecord:

@@ -10,12 +10,12 @@ import logging
 import math
 import platform
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import set_seed
 
+from alignment.durable import foreign_errors, sole_writer, sync
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import DualEncoder
 from alignment.train.examples import Captions, Examples
-from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, read_settings
+from alignment.train.folder import RECORD, Interrupted, claim, clear_away, read_settings
 from alignment.train.frozen import Cut, KeptImages
 from alignment.train.measure import Measure
 from alignment.train.objective import Objective, gather
@@ -55,6 +56,8 @@ from alignment.train.trainer import (
 logger = logging.getLogger(__name__)
 
 _PROBE_IMAGES = 32
+_OUTLIVED = 10.0  # seconds
+_LONGEST = timedelta(hours=12)  # that processes wait for one which keeps the pictures of all; torchrun sees who dies
 _SHARE_OF_TIME = 0.85  # of the minutes given goes into steps; the rest into the choice of weights and the report
 
 Say = Callable[[str], None]
@@ -75,17 +78,32 @@ def train(
         The record of the run; model, report and logs are in `config.output`.
 
     Raises:
+        BlockingIOError: when another run is writing to the output folder.
         FileExistsError: when the output folder holds something and `resume` is off.
         FileNotFoundError: when data or model are missing.
         ValueError: on data or settings that do not work.
         FloatingPointError: when the loss is no longer a number, naming the step and the cure.
     """
-    started = time.monotonic()
     folder = Path(config.output)
-    state = PartialState(cpu=config.device == "cpu")
-    if state.is_main_process:
-        claim(folder, resume=resume)
-    state.wait_for_everyone()
+    state = PartialState(cpu=config.device == "cpu", timeout=_LONGEST)
+    with ExitStack() as held:
+        if state.is_main_process:
+            # Processes that read pictures outlive a killed run by some seconds, and hold its lock as long.
+            held.enter_context(sole_writer(folder, patience=_OUTLIVED if resume else 0))
+            claim(folder, resume=resume)
+        state.wait_for_everyone()
+        return _train(config, state, folder, resume, say, command)
+
+
+def _train(
+    config: TrainConfig,
+    state: PartialState,
+    folder: Path,
+    resume: bool,
+    say: Say,
+    command: Sequence[str] | None,
+) -> RunRecord:
+    started = time.monotonic()
     saved = read_settings(folder) if resume else None
     config = saved.continued(config) if saved else config
     say = say if state.is_main_process else _nothing
@@ -357,13 +375,15 @@ class Run:
 
     def write(self, record: RunRecord) -> None:
         """Write model, report and model card, and clear away what only training needed."""
-        self.encoder.save(self.folder)
+        with foreign_errors(self.folder):
+            self.encoder.save(self.folder)
         write_report(record, self.folder)
         (self.folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        for path in self.folder.iterdir():
+            if path.is_file():
+                sync(path)
         record.to_json(self.folder / RECORD)  # from now on the run counts as finished
-        for leftover in ("checkpoints", "kept"):
-            shutil.rmtree(self.folder / leftover, ignore_errors=True)
-        (self.folder / SETTINGS).unlink(missing_ok=True)
+        clear_away(self.folder)
 
 
 def _start(config: TrainConfig, prepared: Prepared) -> DualEncoder:

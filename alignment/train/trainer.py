@@ -28,6 +28,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from alignment.durable import foreign_errors, read_sealed, sha256_of, sync_tree, write_sealed
 from alignment.train.examples import Examples
 from alignment.train.objective import Batch, Objective, gather
 from alignment.train.presets import Towers, trained_names
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 MAX_LOGIT_SCALE = 100.0
 METRIC = "recall_sum"
 _WEIGHTS = "model.safetensors"
-_COMPLETE = "complete"  # a checkpoint without this file was being written when the run died
+_COMPLETE = "complete"  # hashes of a checkpoint's files; one without was being written when the run died
 _KEPT_CHECKPOINTS = 2  # the last one, and the best or the one before
 
 
@@ -138,13 +139,16 @@ class ContrastiveTrainer(Trainer):
     # ------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        with foreign_errors(folder):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            (folder / _COMPLETE).touch()
+            sync_tree(folder)
+            write_sealed(folder / _COMPLETE, {path.name: sha256_of(path) for path in sorted(folder.iterdir())})
             # Only now: were an older one half deleted at a kill, this one would stand for it.
             rotate_checkpoints(self.args.output_dir, _KEPT_CHECKPOINTS, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()  # else another process looks for the best weights before they count
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -158,7 +162,12 @@ class ContrastiveTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         # By its step: the folder may have been moved since its path was noted down.
-        load_trained(self.model.module, Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}"))
+        best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        if _is_whole(best):
+            load_trained(self.model.module, best)
+        else:
+            logger.warning("%s is gone or damaged, so the last weights are taken for the best.", best)
+            self.state.best_global_step = self.state.global_step
 
 
 def load_trained(module: nn.Module, checkpoint: Path) -> None:
@@ -174,14 +183,23 @@ def load_trained(module: nn.Module, checkpoint: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Find the newest whole checkpoint of a run, and clear away what a kill left half-written."""
+    """Find the newest whole checkpoint of a run, and clear away what a kill left half-written or has been damaged."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in checkpoints if _is_whole(path)]
     for path in checkpoints:
-        if not (path / _COMPLETE).exists():
-            logger.warning("%s was not finished and is removed.", path)
-            shutil.rmtree(path)
-    whole = [path for path in checkpoints if path.exists()]
+        if path not in whole:
+            logger.warning("%s was not finished or is damaged, and is removed.", path)
+            shutil.rmtree(path, ignore_errors=True)  # another process of the same run may be as far
     return whole[-1] if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether everything in it is as it was written."""
+    try:
+        files = read_sealed(checkpoint / _COMPLETE)
+        return all(sha256_of(checkpoint / name) == sha256 for name, sha256 in files.items())
+    except (OSError, ValueError):
+        return False
 
 
 # ---------------------------------------------------------------- rules

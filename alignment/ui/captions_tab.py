@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
+import torch
 from torch import Tensor
 
 from alignment.engine import AlignmentEngine, as_webp
@@ -103,7 +104,8 @@ class CaptionsTab:
             return None
         gallery = self.engine.gallery
         image = open_image(asked.photo) if asked.photo else self.engine.picture_image(asked.name)
-        shown = float(asked.embed @ gallery.text_embeds[row])  # as the list says, not as the smaller copy would have it
+        embed = gallery.texts[torch.tensor([row])][0]
+        shown = float(asked.embed @ embed)  # as the list says, not as the smaller copy would have it
         return Pair(image, self._name(lang, asked), gallery.captions[row].text, shown)
 
     def _of_gallery(self, picture: Picture) -> Asked:

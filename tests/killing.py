@@ -1,0 +1,166 @@
+"""Commands in processes of their own that die at a chosen moment: before a chosen change to a folder, or within a file.
+
+A process is forked from a server that has everything imported. What it does to the folder is seen by an audit hook,
+so every change that Python makes can be named, counted and made the last one.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from alignment.gallery import main as gallery_main
+from alignment.gallery import sides, unfinished
+from alignment.train.command import main as train_main
+
+transformers.CLIPModel, transformers.CLIPImageProcessorPil, transformers.AutoModel  # noqa: B018 - imported when asked for
+
+FEW = 3  # pictures that are few here: more lie in an index
+_CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """When to die; never if all is left out.
+
+    Attributes:
+        at: before the change of this number.
+        before: before the first change of this kind (an audit event) to a path that ends so.
+        after: not before this many changes of that kind to such a path.
+        size: when a file grows beyond so many bytes; within the file.
+        full: let the file not grow instead, as on a full disk.
+    """
+
+    at: int | None = None
+    before: tuple[str, str] | None = None
+    after: int = 0
+    size: int | None = None
+    full: bool = False
+
+
+@dataclass
+class Watch:
+    """Counts what is changed below a folder, and ends the process at the fault."""
+
+    folder: str
+    fault: Fault
+    seen: int = 0
+    alike: int = 0
+    changes: list[str] = field(default_factory=list)
+
+    def __call__(self, event: str, args: tuple) -> None:
+        """See an audit event."""
+        if event not in _CHANGES or not self._concerns(event, args):
+            return
+        target = os.fsdecode(args[1] if event == "os.rename" else args[0])
+        wanted = self.fault.before
+        if wanted and event == wanted[0] and target.endswith(wanted[1]):
+            self.alike += 1
+        if self.seen == self.fault.at or (wanted and self.alike > self.fault.after):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.seen += 1
+        self.changes.append(f"{event} {target.removeprefix(self.folder)}")
+
+    def _concerns(self, event: str, args: tuple) -> bool:
+        path = args[0]
+        if not isinstance(path, str | bytes | os.PathLike):
+            return False  # a descriptor
+        if event == "open" and not (args[2] or 0) & (os.O_CREAT | os.O_TRUNC):
+            return False
+        if event in ("os.remove", "os.rmdir") and args[-1] != -1:
+            return True  # by rmtree, relative to an open folder
+        return os.fspath(os.fsdecode(path)).startswith(self.folder)
+
+
+def run(command: str, arguments: list[str], folder: str, fault: Fault, log: Path) -> None:
+    """Run one of the commands in this process, which watches itself."""
+    said = io.StringIO()  # no file: the limit is for all files
+    sys.stdout = sys.stderr = said
+    torch.set_num_threads(1)
+    sides.EXACT_ROWS, unfinished.SECONDS = FEW, 0.0
+    watch = Watch(folder, fault)
+    sys.addaudithook(watch)
+    if fault.size is not None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.size, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN if fault.full else signal.SIG_DFL)
+    try:
+        status = gallery_main(arguments) if command == "gallery" else train_main(arguments) or 0
+    except SystemExit as error:
+        status = 1
+        said.write(f"{error.code}\n")
+    except BaseException:
+        status = 99
+        said.write(traceback.format_exc())
+    watch.folder = "\0"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    log.write_text(said.getvalue())
+    Path(f"{log}.changes").write_text("\n".join(watch.changes))
+    sys.exit(status)
+
+
+class Runner:
+    """Starts commands; ends all of them at last."""
+
+    def __init__(self, logs: Path) -> None:
+        """Take a folder for what the commands say."""
+        self.logs = logs
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["killing", "alignment.train.run"])
+        self.started: list[BaseProcess] = []
+
+    def start(self, command: str, *arguments: object, folder: Path, fault: Fault = Fault()) -> BaseProcess:
+        """Start a command that writes to a folder."""
+        log = self.logs / f"{len(self.started)}.log"
+        words = [str(argument) for argument in arguments]
+        process = self.context.Process(target=run, args=(command, words, str(folder), fault, log))
+        process.start()
+        self.started.append(process)
+        return process
+
+    def end(self, process: BaseProcess) -> int:
+        """Wait for a command; returns its exit status, -9 if it was killed."""
+        process.join(120)
+        assert process.exitcode is not None
+        return process.exitcode
+
+    def __call__(self, command: str, *arguments: object, folder: Path, fault: Fault = Fault()) -> int:
+        """Run a command to its end."""
+        return self.end(self.start(command, *arguments, folder=folder, fault=fault))
+
+    @property
+    def said(self) -> str:
+        """What the last command wrote to the terminal."""
+        return (self.logs / f"{len(self.started) - 1}.log").read_text()
+
+    @property
+    def changes(self) -> list[str]:
+        """What the last command did to its folder, if it came to its end."""
+        return (self.logs / f"{len(self.started) - 1}.log.changes").read_text().split("\n")
+
+
+@contextmanager
+def runner(logs: Path) -> Iterator[Runner]:
+    """Run commands, one thread each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        made = Runner(logs)
+        yield made
+        for process in made.started:
+            process.kill()
+            process.join()
+            process.close()

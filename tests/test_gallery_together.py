@@ -1,0 +1,356 @@
+"""Several processes build one gallery: the same as one process makes, whoever is killed, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.distributed import HashStore
+
+from alignment.catalogue import CAPTIONS, PICTURES, FileState, Picture, Stamp
+from alignment.engine import AlignmentEngine
+from alignment.gallery import BuildReport, Gallery, build_gallery, main, together
+from alignment.gallery.building import embed_share
+from alignment.gallery.together import Together
+from alignment.gallery.unfinished import Unfinished
+from alignment.model import DualEncoder
+from alignment.pairs import Share
+
+ROOT = Path(__file__).parents[1]
+PER_SHARD = 50
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint: Callable[[str], Path]) -> DualEncoder:
+    return DualEncoder.load(checkpoint("clip"), device="cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def photo(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((60, 48)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pack(path: Path, parts: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in parts:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Three shards of captioned pictures: one is in two of them, one is damaged, and the last shard is cut off."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(3):
+        parts = []
+        for row in range(PER_SHARD):
+            number = shard * PER_SHARD + row
+            data = photo(7 if number == 70 else number)
+            parts.append((f"{number:04}.png", data[:100] if number == 60 else data))
+            captions = {"captions": [f"picture number {number}", f"第{number}张照片"]}
+            parts.append((f"{number:04}.json", json.dumps(captions).encode()))
+        pack(folder / f"{shard:05}.tar", parts)
+    last = folder / "00002.tar"
+    last.write_bytes(last.read_bytes()[:-40_000])
+    return folder
+
+
+def torchrun(*arguments: str | Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*start, "-m", "alignment.gallery", "build", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=240)
+
+
+def same(one: Path, other: Path, encoder: DualEncoder) -> None:
+    """Compare two galleries to the last bit; only the minute in which they were made may differ."""
+    first, second = Gallery.load(one, encoder), Gallery.load(other, encoder)
+    for name in (PICTURES, CAPTIONS):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    stamps = [json.loads((folder / "gallery.json").read_text()) for folder in (one, other)]
+    for stamp in stamps:
+        for changing in ("built", "seal"):
+            stamp.pop(changing, None)
+    assert stamps[0] == stamps[1]
+    assert torch.equal(first.image_embeds, second.image_embeds)
+    assert torch.equal(first.text_embeds, second.text_embeds)
+    assert first.judge is not None
+    assert second.judge is not None
+    backgrounds = [gallery.judge.background.tensors() for gallery in (first, second) if gallery.judge]
+    assert all(torch.equal(backgrounds[0][name], backgrounds[1][name]) for name in backgrounds[0])
+    thumbnails = [{path.name: path.read_bytes() for path in (f / "thumbnails").iterdir()} for f in (one, other)]
+    assert thumbnails[0] == thumbnails[1]
+    names = [{path.name for path in folder.iterdir()} for folder in (one, other)]
+    assert names[0] == names[1]
+
+
+# ---------------------------------------------------------------- the whole of it
+
+
+def test_two_processes_make_the_gallery_of_one(shards: Path, cache: Path, tmp_path: Path, encoder: DualEncoder) -> None:
+    done = torchrun(shards, "--out", tmp_path / "two", "--model", encoder.name)
+    assert done.returncode == 0, done.stderr
+    report = BuildReport()
+    gallery = build_gallery(shards, tmp_path / "one", encoder, report=report)
+    same(tmp_path / "one", tmp_path / "two", encoder)
+    assert 100 < len(gallery.pictures) < 148
+    assert gallery.stamp.judged_by.startswith("fitted on")
+    twice = next(picture for picture in gallery.pictures if "picture number 7" in picture.captions.values())
+    texts = [caption.text for caption in gallery.captions if caption.scene == twice.id]
+    assert texts == ["picture number 7", "第7张照片", "picture number 70", "第70张照片"]
+    # Each did a share, the first one summed up, and both told of what cannot be read.
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in sorted(lines) if line.startswith("Share")] == ["Share 1/2", "Share 2/2"]
+    assert lines[-5].endswith(
+        f"{len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {encoder.name}."
+    )
+    assert lines[-4] == f"  pictures: {report.encoded['pictures'] + 1} encoded, 0 reused"  # the one in two shards
+    assert lines[-1] == "  skipped: 1, named above"
+    assert "shards damaged or cut off, read up to there (00002.tar)" in done.stderr
+    assert report.encoded["pictures"] == len(gallery.pictures)
+
+
+def test_each_shard_is_unpacked_by_one_process_alone(
+    shards: Path, tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a cache each, one can see who unpacked what."""
+    counts = []
+    for number in (1, 2):
+        monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / f"cache {number}"))
+        embed_share(shards, tmp_path / "out", encoder, Share(number, 2))
+        counts.append(len(list((tmp_path / f"cache {number}" / "shards").iterdir())))
+    assert counts == [2, 1]
+    report = BuildReport()
+    gallery = build_gallery(shards, tmp_path / "out", encoder, report=report)  # finds what the other machine has done
+    assert (report.encoded["pictures"], report.encoded["captions"]) == (0, 0)
+    assert len(gallery.pictures) > 100
+
+
+def test_shares_and_a_command_without_one_make_the_gallery_too(
+    shards: Path, cache: Path, tmp_path: Path, encoder: DualEncoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["build", str(shards), "--out", str(tmp_path / "out"), "--model", encoder.name]
+    for number in range(1, 5):  # a fourth share of three shards is empty
+        assert main([*common, "--share", f"{number}/4"]) == 0
+    shared = capsys.readouterr().out.splitlines()
+    assert shared[3].startswith("Share 4/4: 0 pictures and 0 captions encoded.")
+    assert not (tmp_path / "out" / "gallery.json").exists()
+    assert main(common) == 0
+    assert "  pictures: 0 encoded" in capsys.readouterr().out
+    assert build_gallery(shards, tmp_path / "one", encoder).pictures
+    same(tmp_path / "one", tmp_path / "out", encoder)
+    assert not (tmp_path / "out" / ".building").exists()
+
+
+def test_a_share_that_was_broken_off_goes_on_without_reading_again(
+    tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "photos", tmp_path / "out"
+    source.mkdir()
+    for number in range(40):
+        (source / f"{number:02}.png").write_bytes(photo(number))
+
+    def ctrl_c(done: int, total: int) -> None:
+        if done >= 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_share(source, out, encoder, Share(1, 1), progress=ctrl_c)
+    opened: list[Path] = []
+    read = Path.open
+
+    def noted(path: Path, *rest: object, **more: object) -> object:
+        opened.append(path)
+        return read(path, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "open", noted)
+    report = BuildReport()
+    embed_share(source, out, encoder, Share(1, 1), report=report)
+    kept = report.reused["pictures"]
+    assert kept >= 8
+    assert report.encoded["pictures"] == 40 - kept
+    assert len([path for path in opened if path.parent == source]) == 40 - kept
+    opened.clear()
+    gallery = build_gallery(source, out, encoder, report=report)
+    assert [path for path in opened if path.parent == source] == []
+    torch.testing.assert_close(
+        gallery.image_embeds, encoder.encode_images([p.path for p in gallery.pictures]), atol=1e-3, rtol=0
+    )
+
+
+def test_a_picture_that_changed_after_its_share_was_done_is_embedded_again(
+    tmp_path: Path, encoder: DualEncoder
+) -> None:
+    source, out = tmp_path / "photos", tmp_path / "out"
+    source.mkdir()
+    for number in range(3):
+        (source / f"{number}.png").write_bytes(photo(number))
+    embed_share(source, out, encoder, Share(1, 1))
+    (source / "1.png").write_bytes(photo(99))
+    os.utime(source / "1.png", ns=(0, 10**18))
+    (source / "2.png").unlink()
+    report = BuildReport()
+    gallery = build_gallery(source, out, encoder, report=report)
+    assert (report.encoded["pictures"], len(gallery.pictures)) == (1, 2)
+    expected = encoder.encode_images([photo(0), photo(99)])
+    torch.testing.assert_close(gallery.image_embeds, expected, atol=1e-3, rtol=0)
+    thumbnail = np.asarray(Image.open(gallery.thumbnail(gallery.pictures[1])).convert("RGB"), dtype=float)
+    with Image.open(io.BytesIO(photo(99))) as image:
+        assert np.abs(thumbnail - np.asarray(image)).mean() < 20
+
+
+def test_two_processes_may_show_the_same_picture_at_once(tmp_path: Path) -> None:
+    """A picture that is in two shards: both make its thumbnail, under one name."""
+    picture = Picture("a", "a.png", file=FileState(1, 1, "0" * 64))
+    stamp = Stamp("f" * 64, "m", 1.0, None)
+    both = [Unfinished(tmp_path, stamp, 4, alone=False) for _ in range(2)]
+
+    class Slow:
+        """Let the other one finish while this one is being written."""
+
+        def save(self, path: Path, *_: object, **__: object) -> None:
+            path.write_bytes(b"mine")
+            both[1].keep_thumbnail(picture, Image.new("RGB", (4, 4)))
+
+    both[0].keep_thumbnail(picture, Slow())  # type: ignore[arg-type]
+    assert [path.name for path in both[0].thumbnails.iterdir()] == [both[0].thumbnail_of(picture).name]
+
+
+# ---------------------------------------------------------------- shares
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_hold_everything_once(count: int) -> None:
+    items = list(range(1000))
+    parts = [Share(number, count).of(items) for number in range(1, count + 1)]
+    assert sorted(item for part in parts for item in part) == items
+    assert max(map(len, parts)) - min(map(len, parts)) <= 64
+
+
+@pytest.mark.parametrize("text", ["", "0/2", "3/2", "1", "1/0", "a/b", "1/2/3", "-1/2"])
+def test_what_is_no_share_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["build", "photos", "--out", "out", f"--share={text}"])
+    assert "the second of four is 2/4" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- who fails, and who waits
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> HashStore:
+    monkeypatch.setattr(together, "BEAT", 0.05)
+    monkeypatch.setattr(together, "SILENCE", 0.5)
+    monkeypatch.setattr(together, "START", 0.5)
+    return HashStore()
+
+
+def test_the_first_process_hears_what_the_others_have_done(board: HashStore) -> None:
+    first, second = (Together(board, rank, 2) for rank in (0, 1))
+    assert [(one.share, one.is_first) for one in (first, second)] == [(Share(1, 2), True), (Share(2, 2), False)]
+
+    def work() -> None:
+        with second.alive():
+            second.agree("f" * 64)
+            threading.Event().wait(1.2)  # longer than the silence that counts as death
+            second.done(encoded={"pictures": 3})
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    first.agree("f" * 64)
+    assert list(first.others()) == [(1, {"encoded": {"pictures": 3}})]
+    worker.join()
+
+
+def test_a_process_that_fails_ends_the_waiting(board: HashStore) -> None:
+    first, second = (Together(board, rank, 2) for rank in (0, 1))
+    with pytest.raises(OSError, match="disk is full"), second.alive():
+        raise OSError("The disk is full.")
+    with pytest.raises(ChildProcessError, match=r"Process 1 failed: The disk is full\. What was embedded .* is kept"):
+        list(first.others())
+
+
+def test_a_process_that_falls_silent_ends_the_waiting(board: HashStore) -> None:
+    first, second = (Together(board, rank, 2) for rank in (0, 1))
+    with second.alive():
+        pass
+    with pytest.raises(ChildProcessError, match=r"Nothing was heard of process 1 .*run the same command again"):
+        list(first.others())
+    assert not [thread for thread in threading.enumerate() if thread.name == "together"]
+
+
+def test_nobody_waits_for_ever_for_the_first_process(board: HashStore) -> None:
+    with pytest.raises(ChildProcessError, match="Process 0 did not say"):
+        Together(board, 1, 2).agree("a" * 64)
+
+
+def test_another_model_is_refused_before_anything_is_embedded(board: HashStore) -> None:
+    Together(board, 0, 2).agree("a" * 64)
+    with pytest.raises(
+        ValueError, match=r"Process 1 has another model \(bbbbbbbbbbbb\) than process 0 \(aaaaaaaaaaaa\)"
+    ):
+        Together(board, 1, 2).agree("b" * 64)
+
+
+def test_one_process_that_cannot_go_on_ends_all_with_its_reason(tmp_path: Path, encoder: DualEncoder) -> None:
+    done = torchrun(tmp_path / "nothing here", "--out", tmp_path / "out", "--model", encoder.name)
+    assert done.returncode != 0
+    assert "nothing here" in done.stderr
+    assert not (tmp_path / "out" / "gallery.json").exists()
+
+
+def test_a_process_alone_is_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert together.of_torchrun() is None
+    monkeypatch.delenv("WORLD_SIZE")
+    assert together.of_torchrun() is None
+
+
+def test_what_others_have_begun_is_left_to_them(tmp_path: Path, encoder: DualEncoder) -> None:
+    """A share may begin while another model's is under way: it takes nothing away."""
+    source, out = tmp_path / "photos", tmp_path / "out"
+    source.mkdir()
+    (source / "a.png").write_bytes(photo(0))
+    (out / ".building").mkdir(parents=True)
+    (out / ".building" / "0123.safetensors").write_bytes(b"of somebody else")
+    embed_share(source, out, encoder, Share(1, 2))
+    assert (out / ".building" / "0123.safetensors").exists()
+    build_gallery(source, out, encoder, calibrate=False)
+    assert not (out / ".building").exists()
+
+
+def test_pictures_of_shards_are_shown_even_if_they_are_no_longer_unpacked(
+    shards: Path, cache: Path, tmp_path: Path, encoder: DualEncoder
+) -> None:
+    gallery = build_gallery(shards, tmp_path / "out", encoder, calibrate=False)
+    engine, picture = AlignmentEngine(encoder, gallery), gallery.pictures[0]
+    assert engine.picture_image(picture.id).size == (60, 48)
+    shutil.rmtree(cache / "pictures")
+    assert engine.can_show(picture.id)
+    assert engine.picture_image(picture.id).size == (60, 48)  # its thumbnail, which is never enlarged
+    assert engine.thumbnail(picture.id)[8:12] == b"WEBP"
+    report = BuildReport()
+    build_gallery(shards, tmp_path / "out", encoder, calibrate=False, report=report)  # unpacks them again
+    assert report.encoded["pictures"] == 0
+    assert picture.path.is_file()

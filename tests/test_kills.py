@@ -1,0 +1,237 @@
+"""Builds and trainings killed where it hurts most: what was there stays whole, and the next run ends as if undisturbed.
+
+`tests/long/test_random_kills.py` does so at every change to the folder, and at random moments.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from killing import FEW, Fault, Runner, runner
+from PIL import Image
+from test_train_run import paint as paint_flags
+from test_train_run import record_of, same
+from torch import Tensor
+
+from alignment.catalogue import Caption, Picture
+from alignment.gallery import Gallery, sides
+from alignment.model import DualEncoder
+from alignment.train.folder import SETTINGS
+
+KILLED = (-signal.SIGKILL, -signal.SIGXFSZ)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    with runner(tmp_path_factory.mktemp("logs")) as made:
+        yield made
+
+
+# ---------------------------------------------------------------- galleries
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a gallery folder holds, but for when it was built."""
+
+    pictures: tuple[Picture, ...]
+    captions: tuple[Caption, ...]
+    files: list[object]
+    stamp: dict[str, object]
+    images: Tensor
+    texts: Tensor
+    thumbnails: dict[str, bytes]
+
+    @classmethod
+    def of(cls, folder: Path, encoder: DualEncoder) -> Contents:
+        gallery = Gallery.load(folder, encoder)
+        thumbnails = {picture.id: gallery.thumbnail(picture).read_bytes() for picture in gallery.pictures}
+        stamp = asdict(gallery.stamp) | {"built": ""}
+        return cls(
+            gallery.pictures, gallery.captions, [picture.file for picture in gallery.pictures], stamp,
+            gallery.image_embeds, gallery.text_embeds, thumbnails,
+        )  # fmt: skip
+
+    def __eq__(self, other: object) -> bool:
+        """Compare everything; embeddings as far as half precision goes, for batches differ after a kill."""
+        if not isinstance(other, Contents) or len(self.pictures) != len(other.pictures):
+            return False
+        same = all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("pictures", "captions", "files", "stamp", "thumbnails")
+        )
+        sides = (self.images, other.images), (self.texts, other.texts)
+        return same and all(torch.allclose(one, two, atol=1e-3, rtol=0) for one, two in sides)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Galleries:
+    """A gallery before and after its source has changed, and what an undisturbed build makes of it."""
+
+    def __init__(self, root: Path, model: Path, run: Runner) -> None:
+        self.root, self.model, self.run = root, model, run
+        self.source = root / "source"
+        (self.source / "trip").mkdir(parents=True)
+        for row in range(7):
+            paint(self.source / "trip" / f"{row}.png", row)
+        self.describe(range(7))
+        self.old = root / "old"
+        assert self.build(self.old) == 0, run.said
+        self.first = run.changes
+        (self.source / "trip" / "0.png").unlink()
+        paint(self.source / "trip" / "1.png", 11)
+        for row in (7, 8):
+            paint(self.source / "trip" / f"{row}.png", row)
+        self.describe(range(1, 9))
+        self.new = self.copy("new")
+        assert self.build(self.new) == 0, run.said
+        self.update = run.changes
+
+    def describe(self, rows: range) -> None:
+        lines = [f"trip/{row}.png,picture {row}" for row in rows]
+        (self.source / "captions.csv").write_text("image,caption\n" + "\n".join(lines) + "\n")
+
+    def copy(self, name: str, *, of: Path | None = None) -> Path:
+        return Path(shutil.copytree(of or self.old, self.root / name))
+
+    def build(self, out: Path, fault: Fault = Fault()) -> int:  # noqa: B008
+        words = ["build", self.source / "captions.csv", "--out", out, "--model", self.model, "--no-calibration"]
+        return self.run("gallery", *words, folder=out, fault=fault)
+
+    @cached_property
+    def encoder(self) -> DualEncoder:
+        return DualEncoder.load(self.model, device="cpu")
+
+    def contents(self, folder: Path) -> Contents:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sides, "EXACT_ROWS", FEW)
+            return Contents.of(folder, self.encoder)
+
+    @cached_property
+    def before(self) -> Contents:
+        return self.contents(self.old)
+
+    @cached_property
+    def after(self) -> Contents:
+        return self.contents(self.new)
+
+    def assert_old_or_new(self, folder: Path) -> bool:
+        """Return whether it is the new one."""
+        found = self.contents(folder)
+        if len(found.pictures) == len(self.before.pictures):
+            assert found == self.before
+            return False
+        assert found == self.after
+        return True
+
+    def assert_finishes(self, folder: Path) -> str:
+        """Build again: all is as if nothing had happened, and nothing is left behind. Returns what the build said."""
+        assert self.build(folder) == 0, self.run.said
+        assert self.contents(folder) == self.after
+        assert layout(folder) == layout(self.new)
+        return self.run.said
+
+
+def paint(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((60, 40)).save(path)
+
+
+def layout(folder: Path) -> list[str]:
+    """Names of all files; those of an index tell what is in them."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def galleries(checkpoint: Callable[[str], Path], run: Runner, tmp_path_factory: pytest.TempPathFactory) -> Galleries:
+    return Galleries(tmp_path_factory.mktemp("galleries"), checkpoint("clip"), run)
+
+
+LIST, COMMIT = ("os.rename", "/index.json"), ("os.rename", "/.written")
+MOMENTS = {
+    "within a file": (Fault(size=300), False, "3 encoded"),
+    "two embeddings are kept": (Fault(before=("os.rename", ".safetensors"), after=2), False, "1 encoded"),
+    "one index has the new rows": (Fault(before=LIST, after=1), False, "0 encoded"),
+    "all is written, nothing in place": (Fault(before=COMMIT), False, "0 encoded"),
+    "some is in place": (Fault(before=("os.rename", "/pictures.jsonl")), True, "0 encoded"),
+    "old rows are still there": (Fault(before=LIST, after=2), True, "0 encoded"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_it_is_brought_up_to_date_a_gallery_is_the_old_one_or_the_new(
+    moment: str, galleries: Galleries
+) -> None:
+    fault, new, encoded = MOMENTS[moment]
+    folder = galleries.copy(moment)
+    assert galleries.build(folder, fault) in KILLED
+    assert galleries.assert_old_or_new(folder) is new
+    assert f"pictures: {encoded}" in galleries.assert_finishes(folder)  # what was embedded is not embedded again
+
+
+# ---------------------------------------------------------------- training
+
+OPTIONS = "--preset full --learning-rate 1e-3 --batch-size 8 --epochs 4 --measure-every 3 --no-interpolate --device cpu"
+
+
+class Trainings:
+    """A training that nothing disturbed, and others to compare with it."""
+
+    def __init__(self, root: Path, model: Path, run: Runner) -> None:
+        self.root, self.run = root, run
+        self.words = ["--model", model, "--data", paint_flags(root / "flags", 44), *OPTIONS.split()]
+        self.whole = root / "whole"
+        assert self.begin(self.whole) == 0, run.said
+        self.changes = run.changes
+
+    def begin(self, folder: Path, fault: Fault = Fault()) -> int:  # noqa: B008
+        return self.run("train", *self.words, "--output", folder, folder=folder, fault=fault)
+
+    def go_on(self, folder: Path, fault: Fault = Fault()) -> int:  # noqa: B008
+        """Do what a person does: go on if there is something to go on with, else begin."""
+        if not (folder / SETTINGS).exists():
+            return self.begin(folder, fault)
+        words = ["--output", folder, "--resume", "--device", "cpu"]
+        return self.run("train", *words, folder=folder, fault=fault)
+
+    def assert_undisturbed(self, folder: Path) -> None:
+        """Weights to the last bit, every metric, the last loss, and nothing left behind."""
+        assert same(folder, self.whole)
+        one, other = record_of(folder), record_of(self.whole)
+        assert (one.fingerprint, one.best_step, one.stopped) == (other.fingerprint, other.best_step, other.stopped)
+        assert (one.before, one.after, one.difference) == (other.before, other.after, other.difference)
+        losses = [[entry["loss"] for entry in run.history if "loss" in entry][-1] for run in (one, other)]
+        assert losses[0] == losses[1]
+        here, there = ({path.name for path in where.iterdir()} for where in (folder, self.whole))
+        assert here == there
+
+
+@pytest.fixture(scope="module")
+def trainings(checkpoint: Callable[[str], Path], run: Runner, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(tmp_path_factory.mktemp("trainings"), checkpoint("clip"), run)
+
+
+def test_killed_while_a_checkpoint_is_written_a_run_goes_on_from_the_one_before(trainings: Trainings) -> None:
+    folder = trainings.root / "half"
+    fault = Fault(before=("os.rename", "/complete"), after=1)
+    assert trainings.begin(folder, fault) in KILLED
+    assert trainings.go_on(folder) == 0, trainings.run.said
+    trainings.assert_undisturbed(folder)
+
+
+def test_killed_at_its_very_end_a_run_is_finished_and_clears_away(trainings: Trainings) -> None:
+    folder = trainings.root / "end"
+    fault = Fault(before=("os.remove", "/settings.json"))
+    assert trainings.begin(folder, fault) in KILLED
+    assert trainings.go_on(folder) == 1
+    assert "is finished; fine-tune further with --model" in trainings.run.said
+    trainings.assert_undisturbed(folder)
