@@ -7,13 +7,12 @@ description is read only for a link to all of a page's state, and this page make
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, Self
 
 import gradio as gr
 from gradio.state_holder import SessionState, StateHolder
-
-_HOUR = 3600
 
 
 class Unchanging:
@@ -24,8 +23,8 @@ class Unchanging:
 
 
 def kept(value: Unchanging) -> gr.State:
-    """Keep something for each visitor, an hour after it changed last; `value` at first."""
-    state = gr.State(time_to_live=_HOUR)
+    """Keep something for each visitor for as long as their session is remembered; `value` at first."""
+    state = gr.State()
     state.value = lambda: value  # a dataclass itself would be taken apart and copied at every event that renews it
     return state
 
@@ -40,6 +39,15 @@ class Sessions(StateHolder):
         vars(sessions).update(vars(holder))
         holder.blocks.state_holder = sessions
         return sessions
+
+    def forget(self, seconds: float) -> None:
+        """Forget sessions that nobody has used for so long, with all that was shown in them."""
+        long_ago = datetime.now() - timedelta(seconds=seconds)
+        with self.lock:
+            for session, used in list(self.time_last_used.items()):
+                if used < long_ago:
+                    self.session_data.pop(session, None)
+                    del self.time_last_used[session]
 
     def __getitem__(self, session_id: str) -> SessionState:
         """Find or open a session."""
