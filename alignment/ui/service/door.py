@@ -20,7 +20,7 @@ from alignment.ui.service import refusals
 from alignment.ui.service.answers import OWNERS, REQUEST_ID
 from alignment.ui.service.limits import Open, Rates, address_of
 from alignment.ui.service.logs import note
-from alignment.ui.service.owners import Owners, cookie_of, new_cookie, session_of
+from alignment.ui.service.owners import HEARTBEAT, Owners, cookie_of, new_cookie, session_of
 from alignment.ui.service.refusals import PAGE_LANGUAGE, Refusal
 from alignment.ui.service.room import CLIENT, ROOM, Room
 from alignment.ui.service.running import Running, waiting
@@ -121,8 +121,11 @@ class Door:
             raise refusals.queue_full()
         if passage.way == "answer":
             session = session_of(passage.scope, page._queue)
-            if session and not self._owners.admits(session, cookie_of(passage.scope)):
-                raise refusals.closed()
+            if session is None:
+                return
+            known = HEARTBEAT in passage.scope["path"] or session in page._queue.pending_messages_per_session
+            if not known or not self._owners.admits(session, cookie_of(passage.scope)):
+                raise refusals.closed()  # of a session that is not there Gradio breaks off half-way
 
     def _check_size(self, passage: _Passage) -> None:
         announced = Headers(scope=passage.scope).get("content-length", "")

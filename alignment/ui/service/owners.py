@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from http.cookies import SimpleCookie
 from typing import Any
 
 from starlette.datastructures import QueryParams
@@ -16,6 +15,7 @@ from starlette.requests import cookie_parser
 from starlette.types import Scope
 
 COOKIE = "alignment_visitor"
+HEARTBEAT = "/gradio_api/heartbeat/"
 
 _REMEMBERED = 20_000  # sessions; Gradio itself keeps fewer
 
@@ -44,26 +44,25 @@ def cookie_of(scope: Scope) -> str:
 
 def new_cookie(scope: Scope) -> str:
     """Write the header that gives a browser its cookie, also where the page is framed by another one."""
-    cookie = SimpleCookie({COOKIE: secrets.token_urlsafe(24)})
-    cookie[COOKIE].update({"path": "/", "httponly": True})
-    headers = {name: value for name, value in scope["headers"] if name == b"x-forwarded-proto"}
-    if scope["scheme"] == "https" or headers.get(b"x-forwarded-proto") == b"https":
-        return f"{cookie[COOKIE].OutputString()}; Secure; SameSite=None; Partitioned"
-    return f"{cookie[COOKIE].OutputString()}; SameSite=Lax"
+    cookie = f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; HttpOnly"
+    secure = scope["scheme"] == "https" or (b"x-forwarded-proto", b"https") in scope["headers"]
+    return f"{cookie}; {'Secure; SameSite=None; Partitioned' if secure else 'SameSite=Lax'}"
 
 
 def session_of(scope: Scope, queue: Any) -> str | None:
-    """Find out which session a request wants to listen to.
+    """Find out which session a request wants to listen to; None where it listens to none.
 
     Args:
         scope: of the request.
         queue: Gradio's.
     """
-    parts = scope["path"].rstrip("/").split("/")
-    if parts[-1] == "data":
-        return QueryParams(scope["query_string"]).get("session_hash")
-    if parts[-2:-1] == ["heartbeat"]:
-        return parts[-1]
-    event = queue.event_ids_to_events.get(parts[-1])
-    owners = (session for session, ids in queue.pending_event_ids_session.items() if parts[-1] in ids)
-    return event.session_hash if event else next(owners, None)
+    path, name = scope["path"].rstrip("/"), scope["path"].rstrip("/").rpartition("/")[2]
+    if path == "/gradio_api/queue/data":
+        return QueryParams(scope["query_string"]).get("session_hash", "")
+    if path.startswith(HEARTBEAT):
+        return name
+    if not path.startswith("/gradio_api/call/"):
+        return None  # agents' tools have sessions of their own
+    event = queue.event_ids_to_events.get(name)
+    owners = (session for session, ids in queue.pending_event_ids_session.items() if name in ids)
+    return event.session_hash if event else next(owners, "")

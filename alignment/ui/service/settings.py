@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass, fields
+from typing import Any
 
 LOGS = ("human", "json")
 
@@ -38,6 +39,11 @@ class Settings:
     proxies: int = 0
     stop_seconds: float = 10
     log: str = "human"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on a log that there is not; the command line itself does not look at its defaults."""
+        if self.log not in LOGS:
+            raise ValueError(f"{variable('log')} is {self.log!r}; it may be {' or '.join(LOGS)}.")
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Settings:
@@ -73,14 +79,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("service", "limits, for a page that others can reach; each has its variable")
     for field in fields(Settings):
-        kind = {"float": _amount, "int": _count}.get(str(field.type))
+        kinds: dict[str, dict[str, Any]] = {
+            "float": {"type": _amount, "metavar": "N"},
+            "int": {"type": _count, "metavar": "N"},
+            "str": {"choices": LOGS},
+        }
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=kind,
-            choices=LOGS if kind is None else None,
             default=os.environ.get(variable(field.name)) or _default(field.name),
-            metavar=None if kind is None else "N",
             help=f"{_HELP[field.name]} ({variable(field.name)}; default: %(default)s)",
+            **kinds[str(field.type)],
         )
 
 
