@@ -98,4 +98,15 @@ def test_the_initial_value_is_not_told_to_the_browser(page):
     config: dict[str, Any] = page.get_config_file()
     (state,) = (part["props"] for part in config["components"] if part["type"] == "state")
     assert "value" not in state
-    assert state["time_to_live"] == 3600
+
+
+def test_a_session_is_forgotten_with_all_that_was_shown_in_it(page):
+    call(page, "apple", session_hash="anna")
+    sessions = page.app.state_holder
+    assert isinstance(sessions, Sessions)
+    sessions.forget(60)
+    assert list(sessions.session_data) == list(sessions.time_last_used) == ["anna"]
+    sessions.forget(0)
+    assert not sessions.session_data
+    assert not sessions.time_last_used
+    assert 'data: ["pear"' in call(page, "pear", session_hash="anna")  # as if it were new
