@@ -230,7 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
         engine = load_engine(args)
         with Folder() as folder:
-            serve(engine, args, Service(Settings.of(args), folder.path))
+            service = Service(Settings.of(args), folder.path)
+            with service.running.until_told():  # from here on a signal ends nothing half-way
+                serve(engine, args, service)
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -264,4 +266,7 @@ def serve(engine: AlignmentEngine, args: argparse.Namespace, service: Service) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)  # what a thread is still preparing for pictures to come, nobody will ask for

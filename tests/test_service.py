@@ -259,15 +259,11 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_read(serve):
     said = refused(ask(client, "x" * 200_000), 413, "size")
     assert said == "The request has more than 0.1 MB; send less at once, or upload the pictures first."
 
-    def endless() -> Iterator[bytes]:
+    def unannounced() -> Iterator[bytes]:
         yield b'{"data": ["'
-        for _ in range(1000):
-            yield b"x" * 10_000
+        yield from [b"x" * 10_000] * 15
 
-    try:  # one that does not say how large it will be
-        said = refused(client.post("/gradio_api/call/search_images", content=endless()), 413, "size")
-    except httpx.WriteError:
-        pass  # the server has hung up on the rest, and the answer got lost on the way
+    refused(client.post("/gradio_api/call/search_images", content=unannounced()), 413, "size")
     assert "event: complete" in answer(client, ask(client))
 
 

@@ -274,13 +274,33 @@ def test_health_is_said(app):
     assert {"version", "uptime_s", "queue", "working", "captions", "fingerprint"} <= said.keys()
 
 
+def test_what_a_killed_process_left_behind_the_next_one_deletes_and_nothing_else(app, driven, uploads, anna):
+    (uploads / "another.txt").write_text("not ours")
+    living = Path(anna.upload("living.png", photo(8)))
+    with running(GRADIO_TEMP_DIR=str(uploads)) as killed, Visitor(killed.address) as visitor:
+        secret = Path(visitor.upload("secret.png", photo(7)))
+        killed.process.kill()
+        killed.process.wait()
+        assert secret.is_file()
+        with running(GRADIO_TEMP_DIR=str(uploads)) as next_one:
+            assert not secret.exists()
+            assert living.is_file()
+            assert next_one.end(signal.SIGINT) == 0
+    own = living.parents[2]
+    left = {file.name for file in uploads.iterdir()}
+    assert left == {"another.txt", own.name, f"{own.name}.lock"}
+    (uploads / "another.txt").unlink()
+
+
 def test_a_stop_answers_what_is_under_way_refuses_what_comes_and_leaves_nothing(app, driven, uploads, anna, bob):
     """The last test of the app: it ends it."""
     visitor, other = anna, bob
     visitor.upload("left.png", photo(6))
     files = [{"name": f"{n}.png", "path": visitor.upload(f"{n}.png", photo(n, 700))} for n in range(24)]
     shown: dict[str, object] = {}
-    asking = threading.Thread(target=lambda: shown.update(visitor.do("matrix-drop", "files", {"files": files})))
+    asking = threading.Thread(
+        target=lambda: shown.update(visitor.do("matrix-drop", "files", {"files": files}, matrix_captions="a cat"))
+    )
     asking.start()
     until(lambda: other.http.get("/healthz").json()["working"])
     app.process.send_signal(signal.SIGTERM)
@@ -298,20 +318,3 @@ def until(true, seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < end, "It never came true."
         time.sleep(0.02)
-
-
-def test_what_a_killed_process_left_behind_the_next_one_deletes_and_nothing_else(tmp_path):
-    (tmp_path / "another.txt").write_text("not ours")
-    with running(GRADIO_TEMP_DIR=str(tmp_path)) as first:
-        with Visitor(first.address) as visitor:
-            path = Path(visitor.upload("secret.png", photo()))
-        with running(GRADIO_TEMP_DIR=str(tmp_path)) as second:
-            assert path.is_file()  # of a process that lives
-            first.process.kill()
-            first.process.wait()
-            assert path.is_file()
-            with running(GRADIO_TEMP_DIR=str(tmp_path)) as third:
-                assert not path.exists()
-                assert third.end(signal.SIGINT) == 0
-            assert second.end(signal.SIGTERM) == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["another.txt"]

@@ -88,6 +88,9 @@ class Door:
             except Refusal as refusal:
                 passage.refusal = refusal
                 await self._refuse(passage, receive, send)
+            except KeyError:  # Gradio's way to say that it knows no such function; ours fail in `Answers`
+                passage.refusal = refusals.closed()
+                await self._refuse(passage, receive, send)
             except Exception:
                 logger.exception("A request failed")
                 passage.refusal = refusals.failed()

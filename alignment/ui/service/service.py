@@ -64,8 +64,7 @@ class Service:
 
     def serve(self, page: gr.Blocks) -> None:
         """Run a launched page until the process is told to stop."""
-        with self.running.until_told():
-            self.running.serve(page, self.settings.stop_seconds)
+        self.running.serve(page, self.settings.stop_seconds)
 
     @asynccontextmanager
     async def _tidying(self, app: Any) -> AsyncIterator[None]:
