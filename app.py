@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: nothing leaves this machine
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it writes to the log in a way of its own
 os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # whom to believe about a visitor's address is said by --proxies
 # A thread that spins while it waits keeps others from their work, and a query takes ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -25,6 +25,7 @@ from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
 from alignment.ui.service import Folder, Service, Settings, add_options
 from alignment.ui.service import limits as limits_module
+from alignment.ui.service import service as service_module
 from alignment.ui.service.folder import sweep
 from alignment.ui.service.limits import Open, Rates, address_of
 from alignment.ui.service.logs import Human, Json
@@ -391,7 +392,8 @@ OPEN = {
 
 def test_of_all_that_gradio_serves_only_what_is_needed_is_open(serve):
     client = serve()
-    routes = [route for route in client.page.app.routes if getattr(route, "methods", None)]
+    nested = [getattr(route, "original_router", None) or route for route in client.page.app.routes]
+    routes = [route for each in nested for route in getattr(each, "routes", [each]) if getattr(route, "methods", None)]
     assert len(routes) > 70
     found = {route.path for route in routes for method in route.methods if way_of(method, route.path)}
     assert found == OPEN
@@ -548,6 +550,19 @@ def test_of_requests_that_are_over_gradios_queue_keeps_nothing(serve):
     queue = client.page._queue
     until(lambda: not queue.pending_event_ids_session and not queue.pending_messages_per_session)
     assert not queue.event_ids_to_events
+
+
+def test_uploads_and_sessions_vanish_after_their_time(serve, monkeypatch):
+    monkeypatch.setattr(service_module, "_SELDOM", 0.05)
+    client = serve(keep_minutes=0.02)
+    (path,) = send(client, 100).json()
+    answer(client, ask(client))
+    body = {"data": ["a cat", 1], "session_hash": "anna"}
+    asked = client.post("/gradio_api/call/search_images", json=body)
+    answer(client, asked)
+    sessions = client.page.app.state_holder.session_data
+    until(lambda: not Path(path).exists() and not sessions)
+    assert send(client, 100).status_code == 200
 
 
 def test_there_is_room_on_this_disk(tmp_path):

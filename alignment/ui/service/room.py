@@ -33,6 +33,7 @@ ROOM, CLIENT = "alignment.room", "alignment.client"
 
 _MB = 2**20
 _SPARE_MB = 200  # of the disk that is not ours to fill
+_LOTS = 10_000  # requests whose files lie here, however small; they are counted at each upload
 
 
 @dataclass
@@ -100,7 +101,8 @@ class Room:
         if files[client] >= limits.client_files or sizes[client] + more > limits.client_mb * _MB:
             raise too_many_files(limits.client_files, limits.client_mb)
         free = shutil.disk_usage(get_upload_folder()).free
-        if sizes.total() + more > limits.disk_mb * _MB or more > free - _SPARE_MB * _MB:
+        full = sizes.total() + more > limits.disk_mb * _MB or len(self._lots) > _LOTS
+        if full or more > free - _SPARE_MB * _MB:
             raise no_space()
 
 

@@ -12,8 +12,9 @@ Way = Literal["asset", "look", "ask", "upload", "answer", "health"]
 """What a request is: a file of the page, a description, something to work on, a picture, the wait for an answer."""
 
 _ASSETS = ("/assets/", "/static/", "/svelte/", "/thumbnails/")
-_FILES = ("/theme.css", "/gradio_api/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon")
-_LOOKS = ("/", "/config", "/gradio_api/info", "/gradio_api/openapi.json", "/gradio_api/startup-events")
+_START = "/gradio_api/startup-events"  # Gradio asks itself for this once it serves
+_FILES = (_START, "/theme.css", "/gradio_api/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon")
+_LOOKS = ("/", "/config", "/gradio_api/info", "/gradio_api/openapi.json")
 _STREAMS = ("/gradio_api/call/", "/gradio_api/heartbeat/")
 _ASKS = ("/gradio_api/call/", "/gradio_api/run/")
 _TOOLS = "/gradio_api/mcp"
@@ -26,14 +27,14 @@ def way_of(method: str, path: str) -> Way | None:
         return "health" if method in ("GET", "HEAD") else None
     if path == _TOOLS or path.startswith(f"{_TOOLS}/"):
         return "ask" if method == "POST" else "answer"
-    return _read(path) if method in ("GET", "HEAD") else _sent(path) if method == "POST" else None
+    return _read(method, path) if method in ("GET", "HEAD") else _sent(path) if method == "POST" else None
 
 
-def _read(path: str) -> Way | None:
+def _read(method: str, path: str) -> Way | None:
     if path.startswith(_ASSETS) or path in _FILES or path == "/gradio_api/queue/status":
         return "asset"
     if path in _LOOKS:
-        return "look"
+        return "look" if method == "GET" else "asset"
     return "answer" if path.startswith(_STREAMS) or path == "/gradio_api/queue/data" else None
 
 
