@@ -257,6 +257,7 @@ def serve(engine: AlignmentEngine, args: argparse.Namespace, service: Service) -
     _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
     log_the_servers_too()
     answer_tools_in_json(page)
+    service.let_tools_in(page)
     gc.freeze()
     gc.enable()
     print(f"Open {url}", flush=True)

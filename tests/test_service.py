@@ -12,6 +12,7 @@ import tomllib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,6 +27,7 @@ from alignment.model import DualEncoder
 from alignment.ui.service import Folder, Service, Settings, add_options
 from alignment.ui.service import limits as limits_module
 from alignment.ui.service import service as service_module
+from alignment.ui.service.door import PASSWORD
 from alignment.ui.service.folder import sweep
 from alignment.ui.service.limits import Open, Rates, address_of
 from alignment.ui.service.logs import Human, Json
@@ -244,6 +246,16 @@ def test_behind_a_proxy_everybody_has_their_own_rate(serve):
     assert ask(client, **{"X-Forwarded-For": "8.8.8.8"}).status_code == 200
     assert ask(client, **{"X-Forwarded-For": "8.8.8.8"}).status_code == 429
     assert ask(client, **{"X-Forwarded-For": "8.8.4.4"}).status_code == 200
+
+
+def test_what_the_process_asks_itself_for_its_agents_has_been_counted_before(serve):
+    client = serve(rate=2)
+    assert ask(client).status_code == 200
+    assert ask(client, **{PASSWORD: "guessed"}).status_code == 429
+    assert ask(client, **{PASSWORD: client.service._password}).status_code == 200
+    tools = SimpleNamespace(_get_or_create_client=lambda: SimpleNamespace(headers={}))
+    client.service.let_tools_in(SimpleNamespace(mcp_server_obj=tools))
+    assert tools._get_or_create_client().headers == {PASSWORD: client.service._password}
 
 
 def test_a_normal_visitor_never_meets_a_limit(serve):

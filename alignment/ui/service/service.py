@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -15,7 +16,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from alignment.engine import AlignmentEngine
-from alignment.ui.service.door import Door
+from alignment.ui.service.door import PASSWORD, Door
 from alignment.ui.service.folder import sweep
 from alignment.ui.service.health import HEALTH_ROUTE, health
 from alignment.ui.service.room import UPLOAD_ROUTE, Room, upload
@@ -42,6 +43,7 @@ class Service:
         self.settings, self.folder = settings or Settings(), folder
         self.running = Running()
         self._room = Room(self.settings)
+        self._password = secrets.token_urlsafe(24)
 
     def launch_options(self, engine: AlignmentEngine, *routes: Route) -> dict[str, Any]:
         """Say to Gradio's `launch` what it needs.
@@ -55,12 +57,26 @@ class Service:
             Route(UPLOAD_ROUTE, upload, methods=["POST"]),
             Route(f"{UPLOAD_ROUTE}/", upload, methods=["POST"]),
         ]
-        door = Middleware(Door, settings=self.settings, running=self.running, room=self._room)
+        door = Middleware(Door, settings=self.settings, running=self.running, room=self._room, password=self._password)
         return {
             "app_kwargs": {"routes": [*ours, *routes], "middleware": [door], "lifespan": self._tidying},
             "head": f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
             "state_session_capacity": _MOST_SESSIONS,
         }
+
+    def let_tools_in(self, page: gr.Blocks) -> None:
+        """Let a launched page's MCP tools ask without limits: each agent's request has been counted before it asks."""
+        tools: Any = page.mcp_server_obj
+        if tools is None:
+            return
+        make = tools._get_or_create_client
+
+        def known() -> Any:
+            client = make()
+            client.headers[PASSWORD] = self._password
+            return client
+
+        tools._get_or_create_client = known
 
     def serve(self, page: gr.Blocks) -> None:
         """Run a launched page until the process is told to stop."""
