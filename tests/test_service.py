@@ -475,7 +475,9 @@ def test_the_readmes_say_every_default(serve):
 
 
 def record(level: int = logging.INFO, message: str = "request", args: tuple = (), **more: Any) -> logging.LogRecord:
-    made = logging.LogRecord(more.pop("name", "alignment.ui"), level, "", 0, message, args, more.pop("exc_info", None))
+    made = logging.LogRecord(
+        more.pop("name", "alignment.ui.service.door"), level, "", 0, message, args, more.pop("exc_info", None)
+    )
     made.__dict__.update(more)
     return made
 
@@ -493,8 +495,11 @@ def test_a_failure_is_logged_by_the_lines_of_code_without_what_it_says():
 
 
 def test_others_messages_are_cut_where_they_would_quote():
-    line = Json().format(record(logging.WARNING, "Cannot read %s", ("ingrid.jpg",), name="PIL"))
-    assert json.loads(line)["event"] == "PIL: Cannot read …"
+    for name in ("PIL", "alignment.pairs.collection"):
+        line = Json().format(record(logging.WARNING, "Cannot read %s", ("ingrid.jpg",), name=name))
+        assert json.loads(line)["event"] == f"{name}: Cannot read …"
+    line = Json().format(record(logging.WARNING, "No %s", ("OpenVINO",), name="alignment.model.runtime"))
+    assert json.loads(line)["event"] == "No OpenVINO"
 
 
 def test_people_read_one_line(serve):

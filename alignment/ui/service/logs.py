@@ -16,6 +16,8 @@ from pathlib import Path
 _FIELDS = "service"
 _FOREIGN = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 _OURS = "alignment"
+_QUOTABLE = tuple(f"{_OURS}.{part}" for part in ("gallery", "index", "model", "ui.service"))
+"""They speak of what the operator chose; the others see what visitors send."""
 
 
 def note(logger: logging.Logger, what: str, **fields: object) -> None:
@@ -80,8 +82,8 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _said(record: logging.LogRecord) -> str:
-    """Take the template of a message, and what fills it only if it is ours and cannot quote a visitor."""
-    if record.name.startswith(_OURS) and record.levelno < logging.ERROR:
+    """Take the template of a message, and what fills it only if it cannot quote a visitor."""
+    if record.name.startswith(_QUOTABLE) and not record.exc_info:
         return record.getMessage()
     return f"{record.name}: {record.msg}" if not record.args else f"{record.name}: {str(record.msg).split('%')[0]}…"
 
