@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -41,9 +42,7 @@ class Folder:
         chosen = base or os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
         self.base = Path(chosen).resolve()
         self.base.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self.base))  # readable by nobody else
-        self._lock = (self.path.with_name(self.path.name + _LOCK)).open("wb")
-        _try_lock(self._lock)
+        self.path, self._lock = self._claimed()
         self._before = os.environ.get("GRADIO_TEMP_DIR"), tempfile.tempdir
 
     def __enter__(self) -> Self:
@@ -62,6 +61,16 @@ class Folder:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
         Path(self._lock.name).unlink(missing_ok=True)
+
+    def _claimed(self) -> tuple[Path, IO[bytes]]:
+        """Lock a name, then make its folder, readable by nobody else; who tidies up just then may be quicker."""
+        while True:
+            path = self.base / f"{_PREFIX}{secrets.token_hex(8)}"
+            lock = path.with_name(path.name + _LOCK).open("xb")
+            if _try_lock(lock) and os.path.exists(lock.name):
+                path.mkdir(mode=0o700)
+                return path, lock
+            lock.close()
 
     def _tidy(self) -> None:
         """Delete the folders of processes that ended without doing so."""
