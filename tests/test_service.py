@@ -468,7 +468,7 @@ def test_the_readmes_say_every_default(serve):
         rows = dict(re.findall(r"^\| `--([\w-]+)`[^|]*\| ([\d, 、]+) \|", text, re.MULTILINE))
         for setting, said in rows.items():
             assert str(getattr(Settings, setting.replace("-", "_"))) in re.split(r"[, 、]+", said), (name, setting)
-        assert len(rows) == 8
+        assert len(rows) == 9
 
 
 # ---------------------------------------------------------------- the log

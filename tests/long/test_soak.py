@@ -135,7 +135,9 @@ def photos() -> list[bytes]:
 
 @pytest.fixture
 def app(tmp_path) -> Iterator[AppProcess]:
-    with running("--rate", "0", "--log", "json", GRADIO_TEMP_DIR=str(tmp_path)) as app:
+    with running(
+        "--rate", "0", "--keep-minutes", str(SECONDS / 600), "--log", "json", GRADIO_TEMP_DIR=str(tmp_path)
+    ) as app:
         yield app
 
 

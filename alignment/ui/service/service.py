@@ -104,6 +104,7 @@ class Service:
     async def _forget(self, app: Any) -> None:
         seconds = 60 * self.settings.keep_minutes
         if isinstance(app.state_holder, Sessions):
+            app.state_holder.most_bytes = int(self.settings.sessions_mb * 2**20)
             app.state_holder.forget(seconds)
         if self.folder:
             await run_sync(partial(sweep, self.folder, seconds))

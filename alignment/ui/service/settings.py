@@ -23,6 +23,7 @@ class Settings:
         client_files: uploads of one address that may lie here at the same time.
         client_mb: the same by their size.
         disk_mb: the same of everybody together.
+        sessions_mb: what the page remembers of everybody's pictures and results; the longest unused goes first.
         proxies: servers in front that tell the visitor's address in X-Forwarded-For; 0: nobody is believed.
         stop_seconds: how long a stop waits for what is under way.
         log: "human" or "json".
@@ -36,6 +37,7 @@ class Settings:
     client_files: int = 500
     client_mb: float = 2000
     disk_mb: float = 8000
+    sessions_mb: float = 1000
     proxies: int = 0
     stop_seconds: float = 10
     log: str = "human"
@@ -60,6 +62,7 @@ _HELP = {
     "client_files": "uploads of an address that may lie here at the same time",
     "client_mb": "their megabytes",
     "disk_mb": "megabytes of everybody's uploads together",
+    "sessions_mb": "megabytes that the page remembers of everybody's pictures and results",
     "proxies": "servers in front whose X-Forwarded-For is believed (on a Space: 1)",
     "stop_seconds": "seconds that a stop waits for requests under way",
     "log": "how to log: for people, or a JSON object a line",
