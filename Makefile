@@ -26,7 +26,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help app test test-long test-scale lint format gallery compact bench bench-train
+.PHONY: help app test test-long test-scale lint audit format gallery compact bench bench-train
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ help:  ## list the commands
 app: $(APP_STAMP)  ## open the app on http://127.0.0.1:7860 (GRADIO_SERVER_PORT=8000 make app: another port)
 	$(BIN)/python app.py $(ARGS)
 
-test: $(TEST_STAMP) $(BROWSER_STAMP) lint  ## check style, floors and types, then run every test
+test: $(TEST_STAMP) $(BROWSER_STAMP) lint audit  ## check style, floors, types and known vulnerabilities, then run every test
 	$(BIN)/pytest $(ARGS)
 
 test-long: $(TEST_STAMP) $(BROWSER_STAMP)  ## kill builds and trainings, keep the app under load: some half an hour
@@ -48,6 +48,9 @@ lint: $(TEST_STAMP)  ## check style, floors and types
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+audit: $(TEST_STAMP)  ## look the packages up among the known vulnerabilities; without a network it says that it could not
+	@$(BIN)/python tests/audit.py
 
 format: $(TEST_STAMP)  ## mend what ruff can mend
 	$(BIN)/ruff check --fix-only

@@ -21,6 +21,8 @@ if __name__ == "__main__":
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: nothing leaves this machine
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it writes to the log in a way of its own
+os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # whom to believe about a visitor's address is said by --proxies
 # A thread that spins while it waits keeps others from their work, and a query takes ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Where matplotlib is installed Gradio asks for its backend at every event, and at the first imports all of it to tell.
@@ -49,6 +51,7 @@ from alignment.ui.links import arrivals, arrive, link_value
 from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
+from alignment.ui.service import Folder, Service, Settings, add_options, log_plainly, log_the_servers_too
 from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, pick_language, strings, text
 from alignment.ui.theme import theme
 from alignment.ui.widgets import ICON, Tab, listen, styles, widget
@@ -70,7 +73,7 @@ environment, for a Space or a service; an option wins over its variable:
   ALIGNMENT_MCP        as --mcp, if it is 1
   GRADIO_SERVER_NAME   as --host
   GRADIO_SERVER_PORT   as --port
-  GRADIO_TEMP_DIR      where uploads lie until they have been read
+  GRADIO_TEMP_DIR      where the folder for uploads is made, which is deleted at the end
   ALIGNMENT_CACHE      where the model's graphs are kept from one start to the next (~/.cache/alignment)
 
 Another model needs a gallery of its own:
@@ -105,6 +108,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="for browsers that ask for neither language (default: %(default)s)",
     )
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
+    add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -129,12 +133,18 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     return engine
 
 
-def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE) -> gr.Blocks:
-    """Lay the page out in the language `lang`; a browser that prefers another changes it when it loads."""
+def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE, queue: int = Settings.queue) -> gr.Blocks:
+    """Lay the page out in the language `lang`; a browser that prefers another changes it when it loads.
+
+    Args:
+        engine: answers.
+        lang: at first.
+        queue: requests that may wait.
+    """
     examples, explanation = Examples(engine), Explanation(engine)
     kinds = (CaptionsTab, PicturesTab, MatrixTab, PhotosTab, EvaluateTab)
     tabs: list[Tab] = [kind(engine, examples, explanation) for kind in kinds]
-    with Page(title=text(lang, "title"), analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with Page(title=text(lang, "title"), analytics_enabled=False) as page:
         with gr.Row(elem_classes=["al-header"]):
             header = widget("plain", _header(lang), elem_id="header")
             choices = [(name, code) for code, name in LANGUAGES.items()]
@@ -167,12 +177,18 @@ def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE) -> gr.Bloc
 
         listen(page.load, greet, [], [language, row, *arrivals(tabs)], work="search")
         add_api(engine)
-    page.queue(max_size=64, default_concurrency_limit=4, api_open=False)
+    # The service says that the queue is full, in the visitor's language; requests that arrive just then fit in.
+    page.queue(max_size=2 * queue, default_concurrency_limit=4, api_open=False)
     return page
 
 
-def launch_options(engine: AlignmentEngine) -> dict[str, Any]:
-    """How to serve the page: no telemetry, no public statistics, thumbnails at an address without server paths."""
+def launch_options(engine: AlignmentEngine, service: Service | None = None) -> dict[str, Any]:
+    """How to serve the page: no telemetry, no public statistics, thumbnails at an address without server paths.
+
+    Args:
+        engine: answers.
+        service: its limits; by default those of `Settings`.
+    """
 
     def thumbnail(request: Request) -> Response:
         try:
@@ -192,7 +208,7 @@ def launch_options(engine: AlignmentEngine) -> dict[str, Any]:
         "show_error": False,
         "quiet": True,
         "max_file_size": f"{MAX_ZIP_MB}mb",
-        "app_kwargs": {"routes": [Route(f"/{THUMBNAIL_ROUTE}", thumbnail)]},
+        **(service or Service()).launch_options(engine, Route(f"/{THUMBNAIL_ROUTE}", thumbnail)),
     }
 
 
@@ -220,22 +236,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.mcp and find_spec("mcp") is None:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
         engine = load_engine(args)
-        page = build_page(engine, args.lang)
-        options = {**launch_options(engine), "server_name": args.host, "server_port": args.port}
-        _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
-        answer_tools_in_json(page)
-        gc.freeze()
-        gc.enable()
-        print(f"Open {url}", flush=True)
-        warming = Timer(PAGE_FIRST, engine.warm_images)
-        warming.start()
-        page.block_thread()
-        warming.cancel()
+        with Folder() as folder:
+            service = Service(Settings.of(args), folder.path)
+            with service.running.until_told():  # from here on a signal ends nothing half-way
+                serve(engine, args, service)
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
 
 
+def serve(engine: AlignmentEngine, args: argparse.Namespace, service: Service) -> None:
+    """Serve the page until the process is told to stop.
+
+    Args:
+        engine: answers.
+        args: see `parse`.
+        service: stands around the page.
+
+    Raises:
+        OSError: when the port is taken.
+    """
+    log_plainly(args.log)
+    page = build_page(engine, args.lang, args.queue)
+    options = {**launch_options(engine, service), "server_name": args.host, "server_port": args.port}
+    _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
+    log_the_servers_too()
+    answer_tools_in_json(page)
+    service.let_tools_in(page)
+    gc.freeze()
+    gc.enable()
+    print(f"Open {url}", flush=True)
+    warming = Timer(PAGE_FIRST, engine.warm_images)
+    warming.start()
+    service.serve(page)
+    warming.cancel()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)  # what a thread is still preparing for pictures to come, nobody will ask for

@@ -2,12 +2,17 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from alignment.catalogue import Stamp
+from alignment.engine import AlignmentEngine
 from alignment.engine.batching import Batcher
+from alignment.gallery import Gallery
+from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 
 SLOW = 30  # seconds; the machine may be busy
@@ -189,3 +194,67 @@ def test_of_many_at_once_none_is_lost_and_no_thread_stays(encoder):
     assert all(answer == squares([key // 100, key % 100]) for key, answer in answers.items())
     assert max(map(len, encoder.batches)) <= 8
     assert sum(map(len, encoder.batches)) == 32 * 50 * 2
+
+
+# ---------------------------------------------------------------- in the engine
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint) -> AlignmentEngine:
+    encoder = DualEncoder.load(checkpoint("clip"), device="cpu")
+    none, stamp = torch.empty(0, encoder.embed_dim), Stamp(encoder.fingerprint, "tiny", encoder.logit_scale, None)
+    return AlignmentEngine(encoder, Gallery((), (), none, none, stamp))
+
+
+def together(pool: ThreadPoolExecutor, batcher: Batcher[Any], ask: Callable[[Any], Tensor], queries: Sequence[Any]):
+    """Ask everything while the encoder is busy, so that all of it waits together; the futures."""
+    begun, may_go_on, encode = threading.Event(), threading.Event(), batcher._encode
+
+    def hold(items: Sequence[Any]) -> Tensor:
+        begun.set()
+        assert may_go_on.wait(SLOW)
+        return encode(items)
+
+    batcher._encode = hold
+    futures = [pool.submit(ask, queries[0])]
+    assert begun.wait(SLOW)
+    futures += [pool.submit(ask, query) for query in queries[1:]]
+    wrong = sum(isinstance(query, str | bytes) and query in ("", b"no picture") for query in queries)
+    until(lambda: len(batcher._waiting) == len(queries) - 1 - wrong)
+    may_go_on.set()
+    return futures
+
+
+def test_a_poisoned_caption_among_those_that_wait_fails_alone(engine, pool, monkeypatch):
+    captions = ["a dog", "two cats", "", "poison", "x" * 2000, "a plate of pasta"]
+    alone = {caption: engine.embed_caption(caption) for caption in ("a dog", "two cats", "a plate of pasta")}
+    encode = engine.encoder.encode_texts
+
+    def choke(texts: Sequence[str]) -> Tensor:
+        if "poison" in texts:
+            raise RuntimeError("the tokenizer choked")
+        return encode(texts)
+
+    monkeypatch.setattr(engine.encoder, "encode_texts", choke)
+    batcher = engine._encode_texts
+    futures = together(pool, batcher, engine.embed_caption, [caption for caption in captions if len(caption) < 2000])
+    answers = dict(zip(["a dog", "two cats", "", "poison", "a plate of pasta"], futures, strict=True))
+    for caption, embed in alone.items():
+        torch.testing.assert_close(answers[caption].result(SLOW), embed, atol=1e-5, rtol=0)
+    assert isinstance(answers[""].exception(SLOW), InputError)
+    assert str(answers["poison"].exception(SLOW)) == "the tokenizer choked"
+    with pytest.raises(InputError, match="2000 characters"):
+        engine.embed_caption(captions[4])
+
+
+def test_a_broken_picture_among_those_that_wait_fails_alone(engine, pool, pictures, encoded, monkeypatch):
+    good = [encoded(picture, "PNG") for picture in pictures]
+    alone = [engine.embed_image(data) for data in good]
+    cut = encoded(pictures[0].resize((400, 400)), "JPEG")[:900]
+    monkeypatch.setattr(engine._encode_images, "_most", 32)  # as on a GPU; a CPU takes pictures one by one
+    futures = together(pool, engine._encode_images, engine.embed_image, [good[0], b"no picture", good[1], good[2]])
+    for place, embed in zip((0, 2, 3), alone, strict=True):
+        torch.testing.assert_close(futures[place].result(SLOW), embed, atol=1e-5, rtol=0)
+    assert isinstance(futures[1].exception(SLOW), InputError)
+    with pytest.raises(InputError):
+        engine.embed_image(cut)

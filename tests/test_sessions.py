@@ -12,7 +12,7 @@ from gradio_client import Client
 from torch import Tensor
 
 from alignment.ui.api_input import Page
-from alignment.ui.sessions import Sessions, Unchanging, kept
+from alignment.ui.sessions import Sessions, Unchanging, kept, weight
 
 
 @dataclass(frozen=True)
@@ -98,4 +98,48 @@ def test_the_initial_value_is_not_told_to_the_browser(page):
     config: dict[str, Any] = page.get_config_file()
     (state,) = (part["props"] for part in config["components"] if part["type"] == "state")
     assert "value" not in state
-    assert state["time_to_live"] == 3600
+
+
+def test_sessions_together_weigh_no_more_than_they_may(page):
+    sessions = page.app.state_holder
+    sessions.most_bytes = 100
+    for name in ("anna", "bob", "carl"):
+        call(page, "x" * 20, session_hash=name)
+        call(page, "y", session_hash=name)  # it is weighed when it is used
+    assert list(sessions.session_data) == ["carl"]
+    assert list(sessions._weights) == list(sessions.time_last_used) == ["carl"]
+    assert 'data: ["x' in call(page, "z", session_hash="carl")
+
+
+@dataclass(frozen=True)
+class Nothing:
+    lazily: Any = None
+
+
+@pytest.mark.parametrize(
+    ("value", "bytes"),
+    [
+        ("abc", 3),
+        (b"ab", 2),
+        ((b"a", ["bc"]), 3),
+        ({"x": b"abc"}, 3),
+        (torch.zeros(3), 12),
+        (object(), 0),
+        (Nothing(), 0),
+    ],
+)
+def test_what_a_visitor_brought_is_weighed(value, bytes):
+    assert weight(value) == bytes
+    assert weight(Nothing(value)) == bytes
+
+
+def test_a_session_is_forgotten_with_all_that_was_shown_in_it(page):
+    call(page, "apple", session_hash="anna")
+    sessions = page.app.state_holder
+    assert isinstance(sessions, Sessions)
+    sessions.forget(60)
+    assert list(sessions.session_data) == list(sessions.time_last_used) == ["anna"]
+    sessions.forget(0)
+    assert not sessions.session_data
+    assert not sessions.time_last_used
+    assert 'data: ["pear"' in call(page, "pear", session_hash="anna")  # as if it were new

@@ -14,6 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from alignment.preprocess import InputError, clean_caption, open_image
+from alignment.ui.service.answers import Answers
 from alignment.ui.sessions import Sessions
 from alignment.ui.uploads import MAX_FILE_MB, Upload, forget, take
 
@@ -34,7 +35,7 @@ SentPicture = str | UploadedFile
 """A picture in a request: a data URL, or what uploading it gave (a path, its address here, or a client's file)."""
 
 
-class Page(gr.Blocks):
+class Page(Answers):
     """Gradio's page, but it fetches nothing from the network for a visitor, and its sessions are lighter.
 
     Gradio downloads a file that is sent as an address, of any size and for any endpoint, before a function of ours is

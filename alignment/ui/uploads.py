@@ -14,6 +14,7 @@ from gradio.utils import get_upload_folder
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
 from alignment.engine.albums import Added, add_archive
 from alignment.preprocess import InputError
+from alignment.ui.service import refusals
 from alignment.ui.sessions import Unchanging
 from alignment.ui.strings import count_text, error_text, text
 from alignment.ui.widgets import spoken
@@ -95,6 +96,8 @@ def arrived(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path
     """
     if upload.problem == "limit":
         raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
+    if upload.problem.startswith("refused."):
+        raise _refused(upload.problem.removeprefix("refused."))
     if upload.problem == "empty":
         raise InputError("The file is empty; choose one with a picture in it.", "image.empty")
     try:
@@ -104,6 +107,16 @@ def arrived(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path
     if size > limit_mb * 2**20:
         raise InputError("The file has more than {limit} MB; make it smaller.", "upload.size", limit=limit_mb)
     return _path(upload)
+
+
+def _refused(code: str) -> InputError:
+    """Say again what the service said of an upload it did not take; of the page only the code comes back."""
+    later = {
+        "rate": InputError("Too many requests from your address; try again in a minute.", "upload.rate"),
+        "waiting": InputError("There are too many files from your address waiting; try again soon.", "upload.waiting"),
+    }
+    said = (refusals.too_many_open(), refusals.no_space(), refusals.stopping(), refusals.too_slow())
+    return {**later, **{refusal.reason: refusal.error for refusal in said}}.get(code, _lost())
 
 
 def _lost() -> InputError:

@@ -133,6 +133,16 @@ const problemOf = (file, place, value) => {
   return place >= value.maxFiles ? "limit" : "";
 };
 
+// What the service said of an upload it did not take.
+const refusalOf = (error) => {
+  const said = /^HTTP \d+: (\{.*\})/s.exec(String(error?.message));
+  try {
+    return `refused.${JSON.parse(said[1]).code}`;
+  } catch {
+    return "lost";
+  }
+};
+
 const sendPart = async () => {
   const value = props.value || {};
   const files = nextFiles(value);
@@ -156,8 +166,8 @@ const sendPart = async () => {
       if (!entry.problem) {
         try {
           entry.path = (await upload(file)).path;
-        } catch {
-          entry.problem = "lost";
+        } catch (error) {
+          entry.problem = refusalOf(error);
         }
       }
       done++;
@@ -208,6 +218,10 @@ watch("value", () => {
   else finish();
 });
 
+// The event "files" itself was refused: nobody will answer it.
+window.addEventListener("al-refused", () => {
+  if (element.isConnected && job?.run) finish();
+});
 element.addEventListener("click", (event) => {
   if (!job || !event.target.closest("button[data-act=stop]")) return;
   job.stopped = true;

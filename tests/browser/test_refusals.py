@@ -1,0 +1,63 @@
+"""What a visitor sees at a limit: a sentence in their language, and a page that goes on."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from playwright.sync_api import Page, expect
+
+import app
+from alignment.ui.service import Service, Settings
+from alignment.ui.strings import text
+
+SLOW = 30_000
+
+
+@pytest.fixture
+def strict(engine, browser, uploads, address) -> Iterator[Callable[..., Page]]:
+    """Open the page of a service with limits of its own: `strict(rate=10, locale="zh-CN")`."""
+    open_now = []
+
+    def start(locale: str = "en-US", **settings) -> Page:
+        page = app.build_page(engine, "en")
+        options = app.launch_options(engine, Service(Settings(**settings)))
+        _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", **options)
+        context = browser.new_context(locale=locale)
+        context.set_default_timeout(SLOW)
+        open_now.extend((context, page))
+        tab = context.new_page()
+        tab.goto(url)
+        expect(tab.locator("#link button")).to_be_visible()
+        return tab
+
+    yield start
+    for part in open_now:
+        part.close()
+
+
+@pytest.mark.parametrize(("locale", "said"), [("en-US", "Too many requests from your address"), ("zh-CN", "请求太多")])
+def test_who_searches_too_often_reads_why_in_their_language(strict, locale, said):
+    page = strict(locale, rate=12)
+    expect(page.locator("html")).to_have_attribute("lang", locale if locale == "zh-CN" else "en")
+    page.locator("[role=tab]").nth(1).click()
+    for number in range(8):
+        page.locator("#pictures-query textarea, #pictures-query input").fill(f"a cat number {number}")
+        page.locator("#pictures-search").click()
+        page.wait_for_timeout(100)
+    expect(page.locator(".toast-body").first).to_contain_text(said)
+
+
+def test_a_picture_that_is_refused_says_so_and_the_place_for_files_goes_on(strict, picture):
+    page = strict(client_mb=0.001)
+    drop = page.locator("#captions-drop")
+    drop.locator("input[type=file]").set_input_files(picture("coffee"))
+    expect(drop).to_contain_text("There are too many files from your address waiting; try again soon.")
+    expect(drop).not_to_contain_text(text("en", "drop.busy"))
+
+
+def test_an_event_that_is_refused_does_not_leave_the_place_for_files_waiting(strict, picture):
+    page = strict(rate=12)
+    drop = page.locator("#captions-drop")
+    page.evaluate("() => Promise.all([...Array(12)].map(() => fetch('config')))")  # the rate is used up
+    drop.locator("input[type=file]").set_input_files(picture("coffee"))
+    expect(page.locator(".toast-body").first).to_contain_text("Too many requests from your address")
+    expect(drop).not_to_contain_text(text("en", "drop.busy"))
