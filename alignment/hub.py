@@ -30,9 +30,7 @@ def check_login(api: HfApi, again: str = "push again") -> None:
 
 
 @contextmanager
-def plain_errors(
-    repo_id: str, again: str = "push again", refusals: Mapping[int, str] | None = None
-) -> Iterator[None]:
+def plain_errors(repo_id: str, again: str = "push again", refusals: Mapping[int, str] | None = None) -> Iterator[None]:
     """Turn the Hub's answers into sentences.
 
     Args:

@@ -12,8 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from alignment.gallery.building import BuildReport, build_gallery
 from alignment.model import DualEncoder
-
-DEFAULT_MODEL = "checkpoints/compact"
+from alignment.shipped import MODEL, shipped
 
 _HELP = """\
 Embed pictures and captions once, so that the app can search them at once.
@@ -68,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--out", metavar="DIR", required=True, help="the gallery folder, new or to be brought up to date"
     )
-    build.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id (default: %(default)s)")
+    build.add_argument("--model", default=shipped(MODEL), help="folder or Hub id (default: %(default)s)")
     build.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     build.add_argument("--split", help="only this part of a data set, such as train, dev or test")
     build.add_argument("--format", help="of the data set, where the found one is wrong: csv, jsonl, coco, folder, ...")
