@@ -9,12 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from huggingface_hub import HfApi
+
+from alignment.hub import check_login
 from alignment.shipped import GALLERY, MODEL, ROOT, shipped
 from alignment.space.card import TITLE
 from alignment.space.checks import LARGE, check_folder, check_variables, private_paths
 from alignment.space.choice import choose_model
 from alignment.space.folder import Space, contents, lay_out
-from alignment.space.sending import check_name, publish
+from alignment.space.sending import AGAIN, check_name, publish
 
 _HELP = """\
 Put the app on a Hugging Face Space, with a gallery and a model, or bring a Space up to date.
@@ -92,11 +95,14 @@ def _publish(args: argparse.Namespace) -> None:
         _variables(args.variable),
     )
     check_variables(space.variables)
+    look_only = args.dry_run or args.export
+    if not look_only:
+        check_login(HfApi(), AGAIN)
     with ExitStack() as stack:
         folder = Path(args.export or stack.enter_context(TemporaryDirectory(prefix="alignment-space-")))
         notes = lay_out(space, folder)
         check_folder(folder, private_paths(Path.home(), Path.cwd(), ROOT, gallery, folder))
-        if args.dry_run or args.export:
+        if look_only:
             _show(space, folder, notes, args.export)
             return
         for note in notes:

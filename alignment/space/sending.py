@@ -16,7 +16,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from alignment.hub import check_login, check_repo_id, plain_errors
 from alignment.space.folder import Space, contents
 
-_AGAIN = "publish again"
+AGAIN = "publish again"
 _OURS = ("ALIGNMENT_MODEL", "ALIGNMENT_REVISION", "ALIGNMENT_GALLERY")
 """Variables that mean another Space if they are left over from before."""
 
@@ -58,12 +58,12 @@ def publish(
         ConnectionError: when it cannot be reached or breaks off.
     """
     api = api or HfApi()
-    check_login(api, _AGAIN)
-    with plain_errors(space.repo_id, _AGAIN, _refusals(space)):
+    check_login(api, AGAIN)
+    with plain_errors(space.repo_id, AGAIN, _refusals(space)):
         there = _existing(api, space.repo_id)
     if there is not None and not replace:
         _check_ours(there)
-    with plain_errors(space.repo_id, _AGAIN, _refusals(space)):
+    with plain_errors(space.repo_id, AGAIN, _refusals(space)):
         _settle(api, space, there, private)
         variables = _set_variables(api, space, there)
         api.upload_folder(
