@@ -35,6 +35,7 @@ def card(repo_id: str, title: str, model: Choice, hardware: str | None) -> str:
         model: what it runs; one of the Hub is fetched while the Space is built, not when it starts.
         hardware: what is suggested to whoever duplicates it.
     """
+    title = " ".join(title.split())  # a line of its own could end the front matter
     data = SpaceCardData(
         title=title,
         emoji="🔎",
@@ -53,7 +54,7 @@ def card(repo_id: str, title: str, model: Choice, hardware: str | None) -> str:
         suggested_hardware=hardware or "cpu-basic",
     )
     link = f"[{model.name}](https://huggingface.co/{model.name})" if model.revision else f"`{model.name}`"
-    text = f"---\n{data.to_yaml()}\n---\n\n{_BODY.format(title=' '.join(title.split()), model=link)}"
+    text = f"---\n{data.to_yaml()}\n---\n\n{_BODY.format(title=title, model=link)}"
     check_card(text)
     return text
 
