@@ -76,10 +76,8 @@ def ignored(path: str) -> bool:
     verdict = False
     for line in (ROOT / ".containerignore").read_text("utf-8").splitlines():
         pattern = line.removeprefix("!")
-        loose = pattern.removeprefix("**/")
-        fits = (
-            any(fnmatch(part, loose) for part in parts) if pattern != loose else any(name == pattern for name in around)
-        )
+        anywhere = pattern.removeprefix("**/")
+        fits = pattern in around if anywhere == pattern else any(fnmatch(part, anywhere) for part in parts)
         if line and not line.startswith("#") and (pattern == "*" or fits):
             verdict = not line.startswith("!")
     return verdict
@@ -87,15 +85,7 @@ def ignored(path: str) -> bool:
 
 @pytest.mark.parametrize(
     "path",
-    [
-        ".env",
-        ".git/config",
-        "my_photos/a.jpg",
-        "tests/conftest.py",
-        "alignment/__pycache__/a.pyc",
-        "assets/.env",
-        "runs/x",
-    ],
+    [".env", ".git/config", "my_photos/a.jpg", "tests/conftest.py", "alignment/__pycache__/a.pyc", "assets/.env"],
 )
 def test_what_lies_beside_the_app_stays_out(path: str) -> None:
     assert ignored(path)
@@ -107,7 +97,7 @@ def test_the_app_goes_in() -> None:
         "requirements.txt",
         "alignment/ui/api.py",
         "assets/ui/page.css",
-        "checkpoints/compact/config.json",
+        "checkpoints/compact/x.json",
     ):
         assert not ignored(path)
     assert (ROOT / ".dockerignore").read_bytes() == (ROOT / ".containerignore").read_bytes()

@@ -57,7 +57,7 @@ def test_an_environment_without_the_repository_starts_the_app_from_it(
     python = home / "bin" / "python"
     install = ("install", "--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check", "--quiet")
     run(sys.executable, "-m", "pip", "--python", str(python), *install, str(wheel), cwd=elsewhere)
-    (packages,) = home.glob("lib*/**/site-packages")
+    (packages,) = home.glob("lib/*/site-packages")
     # What the app depends on is here already. A file that puts the repository on the path is not read from there.
     dependencies = "\n".join(path for path in sys.path if path.endswith("-packages"))
     (packages / "dependencies.pth").write_text(dependencies, "utf-8")
