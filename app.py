@@ -31,6 +31,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**12))
 
+if os.environ.get("SPACES_ZERO_GPU"):  # on Hugging Face's ZeroGPU; it wants to come before torch
+    import spaces  # noqa: F401
+
 import gradio as gr
 from starlette.requests import Request
 from starlette.responses import Response
@@ -41,6 +44,7 @@ from alignment.engine import MAX_ZIP_MB, AlignmentEngine, SecondModel
 from alignment.gallery import Gallery, Remote, add_index_options
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
+from alignment.shipped import GALLERY, MODEL, shipped
 from alignment.ui.api import add_api, answer_tools_in_json
 from alignment.ui.api_input import Page
 from alignment.ui.captions_tab import CaptionsTab
@@ -89,9 +93,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default=env("ALIGNMENT_MODEL") or _ours("checkpoints/compact"), metavar="PATH_OR_HUB_ID")
+    add("--model", default=env("ALIGNMENT_MODEL") or shipped(MODEL), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
-    add("--gallery", default=env("ALIGNMENT_GALLERY") or _ours("assets/gallery"), metavar="DIR")
+    add("--gallery", default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR")
     add(
         "--compare",
         default=env("ALIGNMENT_COMPARE") or None,
@@ -110,11 +114,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
     add_options(parser)
     return parser.parse_args(argv)
-
-
-def _ours(folder: str) -> str:
-    """Find a folder of this repository, from wherever the command is run."""
-    return folder if Path.cwd() == ROOT else str(ROOT / folder)
 
 
 def load_engine(args: argparse.Namespace) -> AlignmentEngine:

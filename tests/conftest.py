@@ -5,12 +5,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import json
+import socket
+import subprocess
 from collections.abc import Callable
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -80,6 +84,32 @@ def encoded() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return encode
+
+
+@pytest.fixture
+def first_answer(tmp_path: Path) -> Callable[..., dict]:
+    """Start an app in a process of its own, and ask it for pictures of a caption over HTTP: `first_answer(command)`."""
+
+    def ask(command: list[str], cwd: Path, caption: str = "a cat", **environment: str) -> dict:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        ours = ("ALIGNMENT_", "GRADIO_", "PYTHON")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        env |= {"ALIGNMENT_CACHE": os.environ["ALIGNMENT_CACHE"], "GRADIO_ANALYTICS_ENABLED": "False"}
+        env |= {"GRADIO_SERVER_PORT": port, "GRADIO_TEMP_DIR": str(tmp_path / "uploads"), "no_proxy": "127.0.0.1"}
+        with subprocess.Popen(command, cwd=cwd, env=env | environment, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout
+                assert process.stdout.readline() == f"Open http://127.0.0.1:{port}/\n"
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}/gradio_api/call", trust_env=False) as client:
+                    asked = client.post("/v2/search_images", json={"caption": caption, "k": 3}).json()
+                    told = client.get(f"/search_images/{asked['event_id']}", timeout=60).text
+                return json.loads(told.partition("event: complete\ndata: ")[2])[0]
+            finally:
+                process.kill()
+
+    return ask
 
 
 def _lively(model: torch.nn.Module) -> torch.nn.Module:

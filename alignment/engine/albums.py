@@ -25,7 +25,7 @@ from torch import Tensor
 from alignment.engine.archives import Archive, open_archive
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
 from alignment.gallery import THUMBNAIL_PIXELS, Gallery, Picture
-from alignment.model import DualEncoder
+from alignment.model import DualEncoder, together
 from alignment.preprocess import InputError, open_image
 
 ALBUM = "my_photos"
@@ -130,16 +130,17 @@ def _add_pictures(engine: Embedder, photos: Photos, archive: Archive, limit: int
     names = archive.pictures()
     if not names:
         raise InputError("There is no picture in the zip file.", "zip.no_pictures")
-    for start in range(0, len(names), AT_ONCE):
+    step = together(AT_ONCE)
+    for start in range(0, len(names), step):
         files: list[tuple[str, bytes]] = []
         skipped: list[Skipped] = []
-        for name in names[start : start + AT_ONCE]:
+        for name in names[start : start + step]:
             try:
                 files.append((_plain(name), archive.read(name, MAX_PICTURE_MB)))
             except InputError as error:
                 skipped.append(Skipped(name, error))
         photos, bad = engine.add_photos(photos, files, limit=limit)
-        yield Added(photos, skipped + bad, min(start + AT_ONCE, len(names)), len(names))
+        yield Added(photos, skipped + bad, min(start + step, len(names)), len(names))
 
 
 def _add_album(engine: Embedder, photos: Photos, archive: Archive, folder: str, limit: int) -> Iterator[Added]:

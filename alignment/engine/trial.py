@@ -34,6 +34,7 @@ from alignment.evaluate import (
 )
 from alignment.evaluate.examples import Example
 from alignment.gallery import Gallery
+from alignment.model import together
 from alignment.pairs import ImagePrint, Pair, Reading, merge_duplicates, read_data
 from alignment.preprocess import ImageSource, InputError, open_image
 
@@ -359,10 +360,11 @@ def _measure_pairs(
     work = len(pairs) + _CAPTION_COST * num_captions
     read: list[Pair] = []
     image_embeds, text_embeds = [], []
-    for start in range(0, len(pairs), _PICTURES_AT_ONCE):
+    step = together(_PICTURES_AT_ONCE)
+    for start in range(0, len(pairs), step):
         yield Doing("pictures", start, len(pairs), start / work)
         opened: list[Image.Image] = []
-        for pair in pairs[start : start + _PICTURES_AT_ONCE]:
+        for pair in pairs[start : start + step]:
             try:
                 opened.append(open_image(pair.image))
                 read.append(pair)

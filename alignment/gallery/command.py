@@ -22,10 +22,9 @@ from alignment.gallery.storage import check_gallery
 from alignment.gallery.together import Together, of_torchrun, own_device, stopping_politely
 from alignment.model import DualEncoder
 from alignment.pairs import Share
+from alignment.shipped import MODEL, shipped
 
 Show: TypeAlias = Callable[[int, int], None]
-
-DEFAULT_MODEL = "checkpoints/compact"
 
 _HELP = """\
 Embed pictures and captions once, so that the app can search them at once.
@@ -93,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--out", metavar="DIR", required=True, help="the gallery folder, new or to be brought up to date"
     )
-    build.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id (default: %(default)s)")
+    build.add_argument("--model", default=shipped(MODEL), help="folder or Hub id (default: %(default)s)")
     build.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     build.add_argument("--split", help="only this part of a data set, such as train, dev or test")
     build.add_argument("--format", help="of the data set, where the found one is wrong: csv, jsonl, coco, folder, ...")

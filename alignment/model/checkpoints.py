@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +17,21 @@ import torch
 from safetensors import SafetensorError
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]  # configuration and vocabularies: no code, no pickle
+_NOT_OF_A_MODEL = ("recipe.json", "run.json", "trainer_state.json", "training_args.json")  # what a training leaves
 _INDEX = "model.safetensors.index.json"
 
 
-def checkpoint_folder(name: str, revision: str | None) -> Path:
-    """Find a checkpoint on disk; a Hub id is fetched first: configuration, vocabulary, safetensors, nothing else."""
+def checkpoint_folder(name: str, revision: str | None, *, fetch: bool = True) -> Path:
+    """Find a checkpoint on disk; a Hub id is fetched first: configuration, vocabulary, safetensors, nothing else.
+
+    Args:
+        name: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        fetch: if not, only what was fetched before is found.
+    """
     folder = Path(name)
     if not folder.is_dir():
-        folder = _fetched(name, revision)
+        folder = _fetched(name, revision, fetch)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name} is not a checkpoint: it has no config.json; check the path.")
     if not any((folder / file).is_file() for file in ("model.safetensors", _INDEX)):
@@ -34,16 +42,26 @@ def checkpoint_folder(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _fetched(name: str, revision: str | None) -> Path:
+def checkpoint_files(folder: Path) -> list[str]:
+    """Name the files of a checkpoint that `checkpoint_folder` would fetch, and nothing that lies beside them."""
+    small = {path.name for pattern in _SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted({*small.difference(_NOT_OF_A_MODEL), *_weights(folder)})
+
+
+def _weights(folder: Path) -> set[str]:
+    index = folder / _INDEX
+    if not index.is_file():
+        return {"model.safetensors"}
+    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+
+
+def _fetched(name: str, revision: str | None, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    get = partial(snapshot_download, name, revision=revision, local_files_only=not fetch)
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL_FILES))
-        index = folder / _INDEX
-        weights = {"model.safetensors"}
-        if index.is_file():
-            weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_SMALL_FILES, *sorted(weights)]))
+        folder = Path(get(allow_patterns=_SMALL_FILES))
+        return Path(get(allow_patterns=[*_SMALL_FILES, *sorted(_weights(folder))]))
     except (OSError, ValueError) as error:
         wanted = f"{name} at revision {revision}" if revision else name
         raise FileNotFoundError(

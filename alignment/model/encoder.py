@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -26,6 +27,7 @@ from torch.nn import functional
 from alignment.ahead import ahead
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
 from alignment.model.graphs import Facts, Graphs
+from alignment.model.lent import LentTower, apart, is_lent
 from alignment.model.runtime import (
     PROBE_CAPTIONS,
     Kind,
@@ -89,6 +91,7 @@ class DualEncoder:
         self._graphs = Graphs(None)
         self._facts: Facts | None = None
         self._towers: dict[Kind, Tower | None] = {}
+        self._lent: LentTower | None = None
         self._lock = threading.RLock()
         self._load: Callable[[], Any] | None = None
         self._module: Any = None
@@ -133,7 +136,8 @@ class DualEncoder:
         Args:
             name_or_path: folder, or Hub id.
             revision: branch, tag or commit on the Hub.
-            device: "cuda", "mps", "cpu"; the best one there is when None.
+            device: "cuda", "mps", "cpu"; the best one there is when None, and on ZeroGPU the CPU, which borrows a GPU
+                for many pictures, see `alignment.model.lent`.
             runtime: see the class.
 
         Raises:
@@ -142,13 +146,17 @@ class DualEncoder:
         """
         name = os.fspath(name_or_path)
         folder = checkpoint_folder(name, revision)
-        device = torch.device(device or _best_device())
+        borrow = device is None and is_lent()
+        device = torch.device("cpu" if borrow else device or _best_device())
         graphs = Graphs(None) if device.type != "cpu" or runtime == "torch" or openvino() is None else Graphs.of(folder)
         facts = graphs.facts()
         # An unknown model shows its faults now, a known one is only built if anybody needs more than its graphs.
         module = load_dual_encoder(folder, name) if facts is None else lambda: load_dual_encoder(folder, name)
         encoder = cls(module, Preprocessor.load(folder), name=name, device=device, runtime=runtime)
         encoder._graphs, encoder._facts, encoder._handed_out = graphs, facts, False
+        if borrow:
+            there = cls(load_dual_encoder(folder, name), encoder.preprocessor, name=name, device="cuda")
+            encoder._lent = LentTower(partial(there._run, "image"), partial(encoder._run_here, "image"))
         return encoder
 
     @classmethod
@@ -365,8 +373,14 @@ class DualEncoder:
             yield from embedded
 
     def _run(self, kind: Kind, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Embed one batch by whatever is fastest here; float32, CPU."""
-        tower = self._tower(kind)
+        """Embed one batch by whatever is fastest; float32, CPU."""
+        return self._run_by(self._tower(kind), kind, inputs)
+
+    def _run_here(self, kind: Kind, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Embed one batch on this encoder's own device."""
+        return self._run_by(self._own_tower(kind), kind, inputs)
+
+    def _run_by(self, tower: Tower | LentTower | None, kind: Kind, inputs: Mapping[str, Tensor]) -> Tensor:
         if tower is not None:
             return tower(inputs)
         embed = self.embed_images if kind == "image" else self.embed_texts
@@ -374,9 +388,18 @@ class DualEncoder:
             embeds = embed(inputs) if self.device.type == "cpu" else _in_half(embed, inputs, self.device.type)
             return embeds.cpu()
 
-    def _tower(self, kind: Kind) -> Tower | None:
+    def _tower(self, kind: Kind) -> Tower | LentTower | None:
+        """Choose what runs a tower: a lent GPU, its graph, or None for PyTorch."""
+        if kind == "image" and self._lent is not None:
+            return None if self._is_changed() else self._lent
+        return self._own_tower(kind)
+
+    def _is_changed(self) -> bool:
+        return self._handed_out and self._state_seen() != self._as_loaded
+
+    def _own_tower(self, kind: Kind) -> Tower | None:
         """Look up the graph of a tower, made when first asked for; None where PyTorch has to run it."""
-        if self._handed_out and self._state_seen() != self._as_loaded:
+        if self._is_changed():
             return None
         if kind not in self._towers:
             with self._lock:
@@ -395,7 +418,8 @@ class DualEncoder:
         if self.runtime == "auto" and sum(weight.numel() for weight in module.parameters()) < WORTH_A_GRAPH:
             return None
         try:
-            tower = self._graphs.make(kind, lambda path: self._export(kind, path))
+            make = partial(self._graphs.make, kind, partial(self._export, kind))
+            tower = make() if self._lent is None else apart(make)
             self._remember()
             return tower
         except Exception as error:  # a family that cannot be traced raises anything; PyTorch runs it as well

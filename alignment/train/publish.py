@@ -10,13 +10,11 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import HfApi
 
+from alignment.hub import check_login, check_repo_id, plain_errors
 from alignment.model import DualEncoder
 from alignment.train.record import REPOSITORY, RunRecord, is_local
 
@@ -69,11 +67,10 @@ def push_to_hub(
         ConnectionError: when the Hub cannot be reached or breaks off.
     """
     folder, api = Path(folder), api or HfApi()
-    _check_id(repo_id)
+    check_repo_id(repo_id)
     files = _checked_files(folder)
-    if api.token is False or not (api.token or get_token()):
-        raise ValueError("Not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN, and push again.")
-    with _plain_errors(repo_id):
+    check_login(api)
+    with plain_errors(repo_id):
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         _name_in_card(folder / "README.md", repository.repo_id)
         api.upload_folder(
@@ -88,15 +85,6 @@ def push_to_hub(
 
 
 # ---------------------------------------------------------------- before sending
-
-
-def _check_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{repo_id!r} is no name for a repository on the Hub: write USER/NAME in letters, digits, '-', '_' and '.'."
-        ) from error
 
 
 def _checked_files(folder: Path) -> list[str]:
@@ -155,39 +143,3 @@ def _name_in_card(card: Path, repo_id: str) -> None:
 def _literal(name: str) -> str:
     """Make a pattern that matches this path and no other; `*.json` would reach into every folder."""
     return "".join(f"[{mark}]" if mark in "*?[" else mark for mark in name)
-
-
-# ---------------------------------------------------------------- the Hub's answers
-
-
-@contextmanager
-def _plain_errors(repo_id: str) -> Iterator[None]:
-    """Turn the Hub's answers into sentences that say what to do."""
-    try:
-        yield
-    except OfflineModeIsEnabled as error:
-        raise ConnectionError(
-            "The Hugging Face Hub is switched off (HF_HUB_OFFLINE): unset the variable, and push again."
-        ) from error
-    except HfHubHTTPError as error:
-        raise _refusal(error, repo_id) from error
-    except (HTTPError, ConnectionError, PermissionError, TimeoutError, RuntimeError) as error:
-        raise ConnectionError(
-            f"The Hugging Face Hub cannot be reached, or broke off ({type(error).__name__}): check the network and "
-            "push again; what has arrived is not sent twice."
-        ) from error
-
-
-def _refusal(error: HfHubHTTPError, repo_id: str) -> Exception:
-    status = error.response.status_code
-    if status == 401:
-        return ValueError("The Hub does not accept the token: run `hf auth login` with a valid one, and push again.")
-    if status in (402, 403, 404):
-        return ValueError(
-            f"This account may not write to {repo_id}: take a name of your own, or a token with the right to write."
-        )
-    if status == 409:
-        return ValueError(f"The name {repo_id} is taken on the Hub: choose another.")
-    if status == 400:
-        return ValueError(f"The Hub refuses what was sent to {repo_id}: {error.server_message or error}.")
-    return ConnectionError(f"The Hub answered with an error ({status}): push again later.")

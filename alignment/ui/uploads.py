@@ -13,6 +13,7 @@ from gradio.utils import get_upload_folder
 
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
 from alignment.engine.albums import Added, add_archive
+from alignment.model import together
 from alignment.preprocess import InputError
 from alignment.ui.service import refusals
 from alignment.ui.sessions import Unchanging
@@ -195,8 +196,9 @@ def _steps(
     engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], limit: int, zips: bool
 ) -> Iterator[Added]:
     plain = [upload for upload in uploads if not (zips and upload.is_zip)]
-    for start in range(0, len(plain), CHUNK):
-        chunk = plain[start : start + CHUNK]
+    at_once = together(CHUNK)
+    for start in range(0, len(plain), at_once):
+        chunk = plain[start : start + at_once]
         photos, skipped = _add(engine, photos, chunk, limit)
         yield Added(photos, skipped, start + len(chunk), len(uploads))
     for upload in uploads:

@@ -1,0 +1,74 @@
+"""Floor 1, the Hugging Face Hub: names, logins and refusals, as sentences that say what to do.
+
+Place in the flow: whoever sends something there (`train`, `space`) does it inside `plain_errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse a malformed name; raises ValueError."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{repo_id!r} is no name for a repository on the Hub: write USER/NAME in letters, digits, '-', '_' and '.'."
+        ) from error
+
+
+def check_login(api: HfApi, again: str = "push again") -> None:
+    """Refuse to go on without a token, be it the client's or that of the login; raises ValueError."""
+    if api.token is False or not (api.token or get_token()):
+        raise ValueError(f"Not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN, and {again}.")
+
+
+@contextmanager
+def plain_errors(repo_id: str, again: str = "push again", refusals: Mapping[int, str] | None = None) -> Iterator[None]:
+    """Turn the Hub's answers into sentences.
+
+    Args:
+        repo_id: what is written to.
+        again: what to do once the cause is gone.
+        refusals: by HTTP status, sentences that know more than the general one.
+
+    Raises:
+        ValueError: when the Hub refuses.
+        ConnectionError: when it cannot be reached, breaks off or is out of order.
+    """
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise ConnectionError(
+            f"The Hugging Face Hub is switched off (HF_HUB_OFFLINE): unset the variable, and {again}."
+        ) from error
+    except HfHubHTTPError as error:
+        raise _refusal(error, repo_id, again, refusals or {}) from error
+    except (HTTPError, ConnectionError, PermissionError, TimeoutError, RuntimeError) as error:
+        raise ConnectionError(
+            f"The Hugging Face Hub cannot be reached, or broke off ({type(error).__name__}): check the network and "
+            f"{again}; what has arrived is not sent twice."
+        ) from error
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str, again: str, refusals: Mapping[int, str]) -> Exception:
+    status = error.response.status_code
+    if status in refusals:
+        return ValueError(refusals[status])
+    if status == 401:
+        return ValueError(f"The Hub does not accept the token: run `hf auth login` with a valid one, and {again}.")
+    if status in (402, 403, 404):
+        return ValueError(
+            f"This account may not write to {repo_id}: take a name of your own, or a token with the right to write."
+        )
+    if status == 409:
+        return ValueError(f"The name {repo_id} is taken on the Hub: choose another.")
+    if status == 400:
+        return ValueError(f"The Hub refuses what was sent to {repo_id}: {error.server_message or error}.")
+    return ConnectionError(f"The Hub answered with an error ({status}): {again} later.")

@@ -1,0 +1,81 @@
+"""What must not leave this machine, and what the Hub would not take.
+
+Place in the flow: `the Space's folder -> checks (here) -> the Hub`. A secret that was public for a minute is spent, so
+whatever looks like one stops the publication, and a person decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+MOST_IN_A_FOLDER = 10_000
+"""Files that the Hub takes in one folder."""
+
+LARGE = 10_000_000
+"""Bytes from which a file goes to the Hub's store for large files, which the upload does by itself."""
+
+_READ = 16 * 2**20  # bytes of the largest text; anything larger is weights
+_SECRET_NAME = re.compile(r"\.env.*|id_(rsa|dsa|ecdsa|ed25519)(\..*)?|.*\.(pem|key|p12|pfx|kdbx)|\.?netrc|\.pypirc")
+_SECRET_TEXT = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b"
+    r"|\bgh[opsu]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bsk-[A-Za-z0-9_-]{30,}|\bxox[abpr]-[\w-]{20,}"
+)
+
+
+def check_folder(folder: Path, private: Sequence[str] = ()) -> None:
+    """Refuse a folder that holds secrets, names places of this machine or is more than the Hub takes.
+
+    Args:
+        folder: what is to be sent.
+        private: paths of this machine that nobody needs to know.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if _SECRET_NAME.fullmatch(path.name):
+            raise ValueError(f"{name} has the name of a file that holds a secret: take it away, and publish again.")
+        if path.stat().st_size <= _READ:
+            _check_text(name, path.read_bytes().decode("utf-8", "replace"), private)
+    crowded = Counter(str(path.parent.relative_to(folder)) for path in paths).most_common(1)
+    for parent, count in crowded:
+        if count > MOST_IN_A_FOLDER:
+            raise ValueError(
+                f"{PurePosixPath(parent)} holds {count:,} files, and the Hub takes {MOST_IN_A_FOLDER:,} in a folder: "
+                "publish a smaller gallery."
+            )
+
+
+def _check_text(name: str, text: str, private: Sequence[str]) -> None:
+    if found := _SECRET_TEXT.search(text):
+        raise ValueError(
+            f"{name} holds what looks like a secret ({found.group()[:6]}...): take it out, and publish again."
+        )
+    for path in private:
+        spellings = "|".join(re.escape(spelling) for spelling in (path, path.replace("\\", "\\\\")))  # JSON's
+        if re.search(rf"({spellings})(?![\w-])", text):
+            raise ValueError(f"{name} names a folder of this machine ({path}): take it out, and publish again.")
+
+
+def check_variables(variables: Mapping[str, str]) -> None:
+    """Refuse a variable that looks like a secret, since everybody may read it; raises ValueError."""
+    for name, value in variables.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{name!r} is no name for a variable: use letters, digits and '_'.")
+        if _SECRET_TEXT.search(value) or re.search(r"TOKEN|SECRET|PASSWORD|_KEY", name, re.IGNORECASE):
+            raise ValueError(
+                f"{name} looks like a secret, and everybody may read a Space's variables: set it under Secrets in the "
+                "settings of the Space instead."
+            )
+
+
+def private_paths(*folders: Path) -> list[str]:
+    """List spellings of this machine's folders that must not be published; those too short to tell are left out."""
+    found = {str(folder.expanduser().absolute()) for folder in folders}
+    found |= {str(folder.expanduser().resolve()) for folder in folders}
+    return sorted(path for path in found if len(Path(path).parts) > 2)

@@ -1,0 +1,143 @@
+"""The command `python -m alignment.space`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi
+
+from alignment.hub import check_login
+from alignment.shipped import GALLERY, MODEL, ROOT, shipped
+from alignment.space.card import TITLE
+from alignment.space.checks import LARGE, check_folder, check_variables, private_paths
+from alignment.space.choice import choose_model
+from alignment.space.folder import Space, contents, lay_out
+from alignment.space.sending import AGAIN, check_name, publish
+
+_HELP = """\
+Put the app on a Hugging Face Space, with a gallery and a model, or bring a Space up to date.
+
+Sent are the app, a public copy of the gallery (thumbnails, captions and embeddings; never your originals) and a model
+that lies in a folder. A model of the Hub is fetched by the Space itself, at the commit that lies on this machine.
+Files that the Space no longer needs are deleted there; your own variables and secrets stay.
+"""
+_EXAMPLES = """\
+examples:
+  python -m alignment.space publish USER/NAME --dry-run        say what would be sent, and send nothing
+  python -m alignment.space publish USER/NAME --export look    write it to the folder `look`, and send nothing
+  hf auth login
+  python -m alignment.space publish USER/NAME
+
+  python -m alignment.gallery build PHOTOS --out my_gallery --model google/siglip2-base-patch16-224
+  python -m alignment.space publish USER/NAME --model google/siglip2-base-patch16-224 --gallery my_gallery
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        _publish(args)
+    except KeyboardInterrupt:
+        print("\nInterrupted; publish again to finish.", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:  # what the person who typed the command can mend
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m alignment.space", description="Put the app on a Space.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "publish",
+        help="create or update a Space (publish --help says more)",
+        description=_HELP,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("name", metavar="USER/NAME", help="the Space, new or to be brought up to date")
+    add("--model", default=shipped(MODEL), metavar="PATH_OR_HUB_ID", help="what it runs (default: %(default)s)")
+    add("--revision", help="branch, tag or commit of a model on the Hub (default: what was fetched last)")
+    add("--gallery", default=shipped(GALLERY), metavar="DIR", help="what it searches (default: %(default)s)")
+    add("--hardware", help="ask for it, such as cpu-basic, zero-a10g (ZeroGPU) or t4-small; some of it is paid for")
+    add("--title", default=TITLE, help="shown on the Space's card (default: %(default)s)")
+    add("--private", action="store_true", help="create it for your own eyes; one that exists stays as it is")
+    add(
+        "--variable",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set one more variable, such as ALIGNMENT_LANG=zh; may be repeated; everybody may read it",
+    )
+    add("--replace", action="store_true", help="overwrite another app that runs under this name")
+    add("--dry-run", action="store_true", help="say what would be sent; needs neither a token nor the network")
+    add("--export", metavar="DIR", help="write what would be sent to a new folder, to look at it and to try it")
+    return parser
+
+
+def _publish(args: argparse.Namespace) -> None:
+    check_name(args.name)
+    gallery = Path(args.gallery)
+    space = Space(
+        args.name,
+        choose_model(args.model, args.revision),
+        None if gallery.resolve() == (ROOT / GALLERY).resolve() else gallery,
+        args.title,
+        args.hardware,
+        _variables(args.variable),
+    )
+    check_variables(space.variables)
+    look_only = args.dry_run or args.export
+    if not look_only:
+        check_login(HfApi(), AGAIN)
+    with ExitStack() as stack:
+        folder = Path(args.export or stack.enter_context(TemporaryDirectory(prefix="alignment-space-")))
+        notes = lay_out(space, folder)
+        check_folder(folder, private_paths(Path.home(), Path.cwd(), ROOT, gallery, folder))
+        if look_only:
+            _show(space, folder, notes, args.export)
+            return
+        for note in notes:
+            print(note)
+        sent = publish(space, folder, private=args.private, replace=args.replace)
+    print(f"{'Created' if sent.created else 'Updated'} {sent.url}")
+    for title, names in (("Variables set", sent.variables), ("Files deleted", sent.deleted)):
+        if names:
+            print(f"  {title}: {', '.join(names)}")
+
+
+def _variables(words: Sequence[str]) -> dict[str, str]:
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"{word!r} is no variable: write NAME=VALUE.")
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def _show(space: Space, folder: Path, notes: Sequence[str], export: str | None) -> None:
+    """Print all that would be sent."""
+    files = contents(folder)
+    for name, size in files.items():
+        large = "  (to the store for large files)" if size > LARGE else ""
+        print(f"{size:>12,}  {name}{large}")
+    print(f"{sum(files.values()):>12,}  bytes in {len(files):,} files\n")
+    print((folder / "README.md").read_text("utf-8").split("\n---\n")[0] + "\n---\n")
+    print("Variables:")
+    for name, value in space.variables.items():
+        print(f"  {name}={value}")
+    print(f"Hardware: {space.hardware or 'as the Hub gives it'}")
+    for note in notes:
+        print(note)
+    print("Nothing was sent." if export is None else f"Nothing was sent. Try it: {_trial(space.variables, export)}")
+
+
+def _trial(variables: Mapping[str, str], export: str) -> str:
+    settings = " ".join(f"{name}={value}" for name, value in variables.items() if name.startswith("ALIGNMENT_"))
+    return f"cd {export} && {settings} python app.py"

@@ -1,0 +1,362 @@
+"""What a Space consists of: the files that it needs, and nothing that was not meant for everybody."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import yaml
+from PIL import Image
+
+from alignment.gallery import Gallery, build_gallery
+from alignment.model import DualEncoder
+from alignment.shipped import ROOT
+from alignment.space import Choice, Space, choose_model, lay_out, main
+from alignment.space.card import LONGEST_DESCRIPTION, card
+from alignment.space.checks import check_folder, check_variables, private_paths
+from alignment.space.folder import contents, requirements
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs in folders whose names are nobody's business, with a remark in their metadata."""
+    folder = tmp_path_factory.mktemp("private") / "photos"
+    for row, name in enumerate(("Ännchen/one.jpg", "Ännchen/Schulfest 2024/two.jpg", "three.png")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture, exif = Image.new("RGB", (600, 400), (80 * row, 120, 200 - 60 * row)), Image.Exif()
+        exif[0x010E] = "taken at home"
+        picture.save(folder / name, exif=exif)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Callable[[str], Path], photos: Path) -> Path:
+    """A folder with a tiny model, what training leaves in it, and a gallery of its own."""
+    home = photos.parent
+    encoder = DualEncoder.load(checkpoint("clip"), device="cpu")
+    encoder.save(home / "my model")
+    for name in ("README.md", "run.json", "report.md", "optimizer.pt", ".env", "logs/events"):
+        (home / "my model" / name).parent.mkdir(exist_ok=True)
+        (home / "my model" / name).write_text("private" if name != "README.md" else "A model card", "utf-8")
+    build_gallery(photos, home / "my gallery", encoder)
+    (home / "my gallery" / "notes.txt").write_text("private", "utf-8")
+    return home
+
+
+@pytest.fixture
+def tiny(built: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of the model and the gallery, to do with as one likes."""
+    model, gallery = (Path(shutil.copytree(built / name, tmp_path / name)) for name in ("my model", "my gallery"))
+    return model, gallery
+
+
+def of(model: Path, gallery: Path | None) -> Space:
+    return Space("me/app", choose_model(str(model)), gallery)
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+# ---------------------------------------------------------------- the Space of the repository
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("space") / "look"
+    assert main(["publish", "me/app", "--export", str(folder)]) == 0
+    return folder
+
+
+def test_it_holds_what_the_app_needs_and_nothing_else(exported: Path) -> None:
+    names = set(contents(exported))
+    assert {"app.py", "LICENSE", "README.md", "requirements.txt", "checkpoints/compact/config.json"} < names
+    assert {"assets/gallery/embeddings.safetensors", "assets/ui/words/page.json"} < names
+    assert {name.split("/")[0] for name in names if "/" in name} == {"alignment", "assets", "checkpoints"}
+    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "alignment").rglob("*.py")}
+    left_out = code - names
+    assert {name.split("/")[1] for name in left_out} == {"train", "compact", "space"}
+    assert not [name for name in names if re.search(r"(^|/)\.|__pycache__", name)]
+
+
+def test_the_exported_folder_answers(exported: Path, first_answer: Callable[..., dict]) -> None:
+    found = first_answer([sys.executable, "app.py"], exported)
+    assert found["matches"][0]["id"] == "cat"
+    assert found["fits"]
+
+
+def test_its_requirements_are_what_is_installed_here() -> None:
+    on_cpu, on_gpu = requirements(None), requirements("zero-a10g")
+    torch = version("torch").partition("+")[0]
+    assert f"\ntorch=={torch}+cpu\n" in on_cpu
+    assert "--extra-index-url https://download.pytorch.org/whl/cpu\n" in on_cpu
+    assert f"\ntorch=={torch}\n" in on_gpu
+    assert "download.pytorch.org" not in on_gpu
+    assert requirements("cpu-upgrade") == on_cpu
+    names = set(re.findall(r"^([\w-]+)", (ROOT / "requirements.txt").read_text("utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^([\w-]+)==", on_gpu, re.MULTILINE)) == names - {"gradio", "huggingface-hub"}
+
+
+def test_the_card_is_what_the_hub_expects_and_the_readme_says_the_same(exported: Path) -> None:
+    front = front_matter((exported / "README.md").read_text("utf-8"))
+    assert (front["sdk"], front["sdk_version"]) == ("gradio", version("gradio"))
+    assert (front["python_version"], front["app_file"], front["suggested_hardware"]) == ("3.12", "app.py", "cpu-basic")
+    assert len(front["short_description"]) <= LONGEST_DESCRIPTION
+    assert front["thumbnail"].endswith("/spaces/me/app/resolve/main/assets/screenshots/search_en.png")
+    assert (exported / front["thumbnail"].partition("/main/")[2]).is_file()
+    ours = front_matter((ROOT / "README.md").read_text("utf-8"))
+    assert {key: front[key] for key in ours} == ours
+
+
+def test_a_dry_run_lists_every_file_and_needs_no_network(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, exported: Path
+) -> None:
+    def connect(*_: object) -> None:
+        raise AssertionError("a dry run has nothing to ask")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert main(["publish", "me/app", "--dry-run", "--variable", "ALIGNMENT_LANG=zh", "--title", "Photos: mine"]) == 0
+    shown = capsys.readouterr().out
+    lines = re.findall(r"^ *([\d,]+)  (\S+)(?:  \(.*)?$", shown, re.MULTILINE)
+    listed = {name: int(size.replace(",", "")) for size, name in lines}
+    files = contents(exported)
+    assert listed.keys() == files.keys()
+    assert {name for name in files if listed[name] != files[name]} == {"README.md"}  # the title
+    assert re.findall(r"(\S+)  \(to the store", shown) == [
+        "checkpoints/compact/frozen.safetensors",
+        "checkpoints/compact/trained.safetensors",
+    ]
+    assert front_matter(shown)["title"] == "Photos: mine"
+    assert "  ALIGNMENT_MODEL=checkpoints/compact\n  ALIGNMENT_GALLERY=assets/gallery\n" in shown
+    assert "  ALIGNMENT_LANG=zh\n" in shown
+    assert shown.endswith("Nothing was sent.\n")
+
+
+# ---------------------------------------------------------------- a gallery and a model of one's own
+
+
+def everything(folder: Path) -> bytes:
+    return b"\0".join(path.name.encode() + path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_of_ones_own_photos_only_thumbnails_captions_and_names_become_public(
+    tiny: tuple[Path, Path], photos: Path, tmp_path: Path
+) -> None:
+    space, folder = of(*tiny), tmp_path / "space"
+    (note,) = lay_out(space, folder)
+    assert note.startswith("Whoever may open the Space sees 3 of your pictures as thumbnails")
+    names = contents(folder)
+    assert space.variables["ALIGNMENT_GALLERY"] == "galleries/my-gallery"
+    thumbnails = [name for name in names if name.startswith("galleries/my-gallery/thumbnails/")]
+    assert len(thumbnails) == 3
+    assert {name.rpartition("/")[2] for name in names if name.startswith("galleries") and name not in thumbnails} == {
+        "gallery.json", "pictures.jsonl", "captions.jsonl", "embeddings.safetensors",
+    }  # fmt: skip
+    sent = everything(folder)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.rglob("*") if path.is_file()]
+    for word in (str(photos.parent), str(tmp_path), "Ännchen", "Schulfest", "taken at home", *hashes):
+        assert word.encode() not in sent, word
+    assert b'"source": "two.jpg"' in sent
+    assert b"mtime_ns" not in everything(folder / space.place)
+    check_folder(folder, private_paths(tmp_path, photos.parent))
+    assert not [name for name in names if name.startswith("assets/gallery/") and "sources" not in name]
+
+
+def test_the_copy_of_a_gallery_finds_what_the_gallery_finds(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    model, gallery = tiny
+    space = of(model, gallery)
+    lay_out(space, tmp_path / "space")
+    encoder = DualEncoder.load(tmp_path / "space" / space.model.name, device="cpu")
+    query = encoder.encode_texts(["a dog"])
+    found = [
+        [(match.item.id, match.similarity, match.probability) for match in one.search_images(query, 3).matches]
+        for one in (Gallery.load(gallery, encoder), Gallery.load(tmp_path / "space" / space.place, encoder))
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_gallery_in_an_index_is_copied_too(
+    tiny: tuple[Path, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = tiny
+    encoder = DualEncoder.load(model, device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("alignment.gallery.storage.has_many", lambda count: count > 2)
+        build_gallery(photos, tmp_path / "large", encoder, calibrate=False)
+        space = of(model, tmp_path / "large")
+        lay_out(space, tmp_path / "space")
+        large = Gallery.load(tmp_path / "large", encoder)
+        copy = Gallery.load(tmp_path / "space" / space.place, encoder)
+    assert copy.folder
+    assert list(copy.folder.glob("image_embeds-*"))
+    assert "Ännchen".encode() not in everything(copy.folder)
+    assert (copy.image_embeds == large.image_embeds).all()
+
+
+def test_of_a_model_its_own_files_are_sent_and_not_what_lies_beside_them(
+    tiny: tuple[Path, Path], tmp_path: Path
+) -> None:
+    space = of(*tiny)
+    lay_out(space, tmp_path / "space")
+    sent = {name for name in contents(tmp_path / "space") if name.startswith("checkpoints/")}
+    assert {name.removeprefix("checkpoints/my-model/") for name in sent} == {
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    assert space.variables["ALIGNMENT_MODEL"] == "checkpoints/my-model"
+
+
+def test_a_gallery_of_another_model_is_refused(
+    tiny: tuple[Path, Path], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"was not made by .*python -m alignment.gallery build"):
+        lay_out(of(checkpoint("chinese-clip"), tiny[1]), tmp_path / "space")
+    with pytest.raises(ValueError, match=r"another one needs its own.*--model checkpoints/my-model"):
+        lay_out(of(tiny[0], None), tmp_path / "other")
+
+
+def test_a_gallery_without_its_thumbnails_is_refused(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    next((tiny[1] / "thumbnails").iterdir()).unlink()
+    with pytest.raises(ValueError, match="lacks the thumbnails of 1 pictures"):
+        lay_out(of(*tiny), tmp_path / "space")
+
+
+def test_a_folder_with_something_in_it_is_not_written_to(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
+    assert main(["publish", "me/app", "--export", str(photos)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- a model of the Hub
+
+
+@pytest.fixture
+def fetched(tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same model as if it had been fetched from the Hub: the id under which it lies in the cache."""
+    cache = tmp_path / "hub"
+    place = cache / "models--someone--clip"
+    snapshot = place / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (place / "blobs").mkdir()
+    for path in tiny[0].iterdir():
+        if path.suffix in (".json", ".safetensors", ".md"):
+            (place / "blobs" / path.name).write_bytes(path.read_bytes())
+            (snapshot / path.name).symlink_to(place / "blobs" / path.name)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(COMMIT, "utf-8")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(cache))
+    return "someone/clip"
+
+
+def test_a_model_of_the_hub_is_fetched_by_the_space_at_the_commit_that_lies_here(
+    fetched: str, tiny: tuple[Path, Path], tmp_path: Path
+) -> None:
+    space = Space("me/app", choose_model(fetched), tiny[1], hardware="zero-a10g")
+    lay_out(space, tmp_path / "space")
+    assert space.variables == {
+        "ALIGNMENT_MODEL": fetched,
+        "ALIGNMENT_REVISION": COMMIT,
+        "ALIGNMENT_GALLERY": "galleries/my-gallery",
+        "GRADIO_SSR_MODE": "False",
+    }
+    assert not [name for name in contents(tmp_path / "space") if name.startswith("checkpoints")]
+    front = front_matter((tmp_path / "space" / "README.md").read_text("utf-8"))
+    (preload,) = front["preload_from_hub"]
+    name, files, commit = preload.split(" ")
+    assert (name, commit, front["models"]) == (fetched, COMMIT, [fetched])
+    assert set(files.split(",")) == {
+        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert front["suggested_hardware"] == "zero-a10g"
+    stamp = json.loads((tmp_path / "space" / space.place / "gallery.json").read_text("utf-8"))
+    assert (stamp["model"], stamp["source"], stamp["options"]) == (fetched, "", "")
+
+
+def test_a_model_that_was_never_fetched_is_named(capsys: pytest.CaptureFixture[str], fetched: str) -> None:
+    assert main(["publish", "me/app", "--dry-run", "--model", "google/siglip2-base-patch16-224"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: The model google/siglip2-base-patch16-224 is not on this machine")
+    assert "hf download google/siglip2-base-patch16-224`" in said
+
+
+# ---------------------------------------------------------------- secrets
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".env", "A=1"),
+        ("assets/id_rsa", "x"),
+        ("certificate.pem", "x"),
+        ("app.py", 'token = "hf_' + "aB3" * 11 + '"'),
+        ("words.json", "-----BEGIN OPENSSH PRIVATE KEY-----"),
+        ("deep/down.txt", "AKIA" + "ABCDEFGH12345678"),
+        ("notes.md", "ghp_" + "a1B2" * 9),
+    ],
+)
+def test_what_looks_like_a_secret_stops_the_publication(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content, "utf-8")
+    with pytest.raises(ValueError, match="secret") as raised:
+        check_folder(tmp_path)
+    assert name in str(raised.value)
+    assert content not in str(raised.value)
+
+
+def test_what_names_a_folder_of_this_machine_stops_it_too(tmp_path: Path) -> None:
+    private = private_paths(Path("/home/someone"), Path("/root"))
+    assert private == ["/home/someone"]  # "/root" means something elsewhere too
+    (tmp_path / "config.json").write_text('{"path": "/home/someone-else/x"}', "utf-8")
+    check_folder(tmp_path, private)
+    (tmp_path / "config.json").write_text('{"path": "/home/someone/x"}', "utf-8")
+    with pytest.raises(ValueError, match="names a folder of this machine"):
+        check_folder(tmp_path, private)
+
+
+def test_too_many_files_in_a_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignment.space.checks.MOST_IN_A_FOLDER", 2)
+    for name in "abc":
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="publish a smaller gallery"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "variable", ["HF_TOKEN=x", "MY_PASSWORD=x", "OPENAI_API_KEY=x", f"X=hf_{'a' * 30}", "1X=y", "X"]
+)
+def test_variables_are_public_and_so_are_no_place_for_secrets(
+    variable: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["publish", "me/app", "--dry-run", "--variable", variable]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.match("error: .*(secret|no name for|is no variable)", said.err)
+
+
+def test_ordinary_variables_are_welcome() -> None:
+    check_variables({"ALIGNMENT_LANG": "zh", "GRADIO_SSR_MODE": "False"})
+
+
+@pytest.mark.parametrize("name", ["app", "a/b/c", "me/../you", ""])
+def test_a_space_has_an_owner_and_a_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["publish", name, "--dry-run"]) == 2
+    assert "write USER/NAME" in capsys.readouterr().err
+
+
+def test_a_title_cannot_break_the_card_open() -> None:
+    title = "A: 'b' \"c\"\n---\nsdk: docker"
+    front = front_matter(card("me/app", title, Choice("checkpoints/compact", ROOT, ()), None))
+    assert (front["title"], front["sdk"]) == ("A: 'b' \"c\" --- sdk: docker", "gradio")
+    with pytest.raises(ValueError, match="needs a title"):
+        card("me/app", " ", Choice("checkpoints/compact", ROOT, ()), None)
