@@ -28,9 +28,9 @@ TEXTS = {
     "address": "https://example.org/x.png",
     "long": "x" * 100_000,
     "words": "ab " * 33_000,
-    "parts": "a + b - " * 5000,
+    "parts": "a + b - " * 1000,
     "braces": "{" * 200 + "[" * 200,
-    "many lines": "x\n" * 100_000,
+    "many lines": "x\n" * 20_000,
     "blank": " \u3000\u200b\t",
 }
 _visitors = count()

@@ -120,7 +120,7 @@ def _overlapping() -> bytes:
 
 
 ZIP_BOMBS: dict[str, Callable[[], bytes]] = {
-    "ratio": lambda: zipped({"a.png": bytes(300 * MB)}),
+    "ratio": lambda: zipped({"a.png": bytes(50 * MB)}),
     "members": lambda: zipped({f"{row}.png": b"" for row in range(5000)}),
     "overlapping": _overlapping,
     "pictures that are bombs": lambda: zipped(
