@@ -36,7 +36,7 @@ from alignment.evaluate.examples import Example
 from alignment.gallery import Gallery
 from alignment.model import together
 from alignment.pairs import ImagePrint, Pair, Reading, merge_duplicates, read_data
-from alignment.preprocess import ImageSource, InputError, open_image
+from alignment.preprocess import ImageSource, InputError, legible, open_image
 
 MAX_TRIAL_PICTURES, MAX_TRIAL_CAPTIONS = 500, 5000
 MAX_PICTURE_MB, MAX_TABLE_MB = 30, 10
@@ -44,6 +44,9 @@ MAX_LINES = 60_000
 """Lines of the annotations; all of Flickr8k's are 40,460."""
 
 MAX_FOLDERS = 50
+MAX_NAME = 150
+"""Characters shown of a name in somebody's annotations."""
+
 SHOWN = 5
 """Worst queries of each direction, and suspected labels."""
 
@@ -384,7 +387,7 @@ def _measure_pairs(
         torch.cat(image_embeds),
         torch.cat(text_embeds),
     )
-    shown = {reason: names for reason, names in left_out.items() if names}
+    shown = {reason: [legible(name, MAX_NAME) for name in names] for reason, names in left_out.items() if names}
     yield measure(embedded, lambda name: as_webp(open_image(root / name), THUMBNAIL_PIXELS), shown)
 
 

@@ -16,7 +16,14 @@ and training all come through this door, so a model sees the same pixels everywh
 transformers is imported where a checkpoint needs what is not known here, and not before: it costs seconds.
 """
 
-from alignment.preprocess.captions import MAX_CAPTION_CHARS, MAX_CAPTIONS, clean_caption, parse_captions
+from alignment.preprocess.captions import (
+    MAX_CAPTION_CHARS,
+    MAX_CAPTIONS,
+    clean_caption,
+    count_captions,
+    legible,
+    parse_captions,
+)
 from alignment.preprocess.formats import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS
 from alignment.preprocess.images import ImageSource, open_image
 from alignment.preprocess.inputs import Preprocessor
@@ -34,6 +41,8 @@ __all__ = [
     "Preprocessor",
     "TextRules",
     "clean_caption",
+    "count_captions",
+    "legible",
     "open_image",
     "parse_captions",
 ]

@@ -3,12 +3,15 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from alignment.preprocess.refusal import InputError
+from alignment.preprocess.directories import tile_pixels
+from alignment.preprocess.metadata import slim
+from alignment.preprocess.refusal import InputError, damaged
 
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_ASPECT_RATIO = 50  # CLIP's resize of the short side to 224 would blow a 1 x 50,000,000 strip up to terabytes
@@ -19,6 +22,9 @@ _READABLE = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\x00|MM\x00\*|....ftypavi[fs]|P[1-7Ff]\s|\x00\x00\x01\x00",
     re.DOTALL,
 )
+_SLIMMED = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|....ftyp", re.DOTALL)
+_SLOW, _MAX_SLOW_PIXELS = ("ppm", "ppm_plain"), 2_000_000
+_MAX_ICON = 4 * 2**20  # bytes; what lies in it goes past `slim`
 _FOREIGN = {
     "HEIC": re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL),
     "PDF": re.compile(rb"%PDF"),
@@ -58,12 +64,23 @@ def from_file(file: BinaryIO) -> Iterator[Image.Image]:
             raise empty()
         if head.startswith(b"\0\0\1\0"):
             _check_icon(file)
+        if head.startswith((b"II", b"MM")) and tile_pixels(file) > MAX_IMAGE_PIXELS:
+            raise too_large()
+        source = BytesIO(slim(head + file.read())) if _SLIMMED.match(head) else file
         try:
-            image = Image.open(file, formats=_FORMATS)
+            image = Image.open(source, formats=_FORMATS)
         except UnidentifiedImageError as error:
             raise _unidentified(head) from error
         with image:
+            _check_speed(image)
             yield image
+
+
+def _check_speed(image: Image.Image) -> None:
+    """Refuse a large picture of the kinds that Pillow decodes number by number: numbers as text, or of odd depth."""
+    slow = any(tile[0] in _SLOW for tile in getattr(image, "tile", ()))
+    if slow and image.width * image.height > _MAX_SLOW_PIXELS:
+        raise unsupported("PPM files")
 
 
 def _unidentified(head: bytes) -> InputError:
@@ -81,11 +98,6 @@ def _unidentified(head: bytes) -> InputError:
 def empty() -> InputError:
     """Say that there is nothing in it."""
     return InputError("The file is empty; choose one with a picture in it.", "image.empty")
-
-
-def damaged() -> InputError:
-    """Say that it cannot be decoded."""
-    return InputError("The picture is damaged or cut off; copy or download it again.", "image.truncated")
 
 
 def unsupported(kind: str) -> InputError:
@@ -116,6 +128,8 @@ def check_size(width: int, height: int) -> None:
 
 def _check_icon(file: BinaryIO) -> None:
     """Check the pictures inside an icon: Pillow decodes one while it opens the file, before its size can be asked."""
+    if file.seek(0, 2) > _MAX_ICON:
+        raise unsupported("ICO files")
     file.seek(4)
     directory = file.read(2 + 16 * int.from_bytes(file.read(2), "little"))
     for entry in range(0, len(directory) - 15, 16):

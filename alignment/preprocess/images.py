@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alignment.preprocess.formats import check_size, damaged, from_file, open_path, too_large, unsupported
-from alignment.preprocess.refusal import InputError
+from alignment.preprocess.formats import check_size, from_file, open_path, too_large, unsupported
+from alignment.preprocess.metadata import orientation
+from alignment.preprocess.refusal import InputError, damaged
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def open_image(source: ImageSource, *, near: int | None = None) -> Image.Image:
             drafted = image.draft(None, (near, near)) if near is not None and image is not source else None
             image.load()
             rgb = _to_rgb(image) if drafted is None else _trimmed(_to_rgb(image), drafted[1])
-            return _upright(rgb, _orientation(image))
+            return _upright(rgb, _lies(image) if image is source else orientation(image))
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -141,8 +142,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return rgb
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; a picture is not refused for broken metadata."""
+def _lies(image: Image.Image) -> int:
+    """EXIF orientation of the caller's own picture, 1 to 8; a picture is not refused for broken metadata."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The one error for what the person at the keyboard can mend."""
+"""The one error for what the person at the keyboard can mend, and the one that every part of the door may raise."""
 
 
 class InputError(ValueError):
@@ -14,3 +14,8 @@ class InputError(ValueError):
         super().__init__(message.format(**values) if values else message)
         self.code = code
         self.values = values
+
+
+def damaged() -> InputError:
+    """Say that a picture cannot be decoded."""
+    return InputError("The picture is damaged or cut off; copy or download it again.", "image.truncated")

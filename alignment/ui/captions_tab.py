@@ -18,7 +18,7 @@ from alignment.ui.results import Value, captions_value, note_value, problem_valu
 from alignment.ui.sessions import Unchanging, kept
 from alignment.ui.strings import error_text, text
 from alignment.ui.uploads import drop_value, forget, take, uploads_of
-from alignment.ui.widgets import data_url, listen, spoken, widget
+from alignment.ui.widgets import data_url, listen, picked, spoken, widget
 
 NUM_RESULTS = 10
 
@@ -96,10 +96,10 @@ class CaptionsTab:
         return [now, self._drop(lang, now), self._results(lang, now)]
 
     def _pick(self, lang: str, event: gr.EventData) -> list[Any]:
-        return self.arrive(lang, str(event._data.get("id")))
+        return self.arrive(lang, picked(event))
 
     def _why(self, lang: str, asked: Asked, event: gr.EventData) -> Pair | None:
-        row = self.rows.get(str(event._data.get("id")))
+        row = self.rows.get(picked(event))
         if row is None or asked.embed is None:
             return None
         gallery = self.engine.gallery

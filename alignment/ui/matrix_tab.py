@@ -18,14 +18,14 @@ from alignment.engine import Alignment, AlignmentEngine
 from alignment.engine.explaining import Scale
 from alignment.engine.matrix import colour_limits, named_captions
 from alignment.heatmap import heat_colours
-from alignment.preprocess import InputError, open_image, parse_captions
+from alignment.preprocess import InputError, count_captions, open_image, parse_captions
 from alignment.ui.examples import NUM_COMPARED, Examples
 from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.results import Value
 from alignment.ui.sessions import Unchanging, kept
 from alignment.ui.strings import LANGUAGES, error_text, strings, text
 from alignment.ui.uploads import Shelf, fill, progress_value, shelf_drop_value, uploads_of
-from alignment.ui.widgets import data_url, listen, spoken, widget
+from alignment.ui.widgets import data_url, listen, picked, spoken, widget
 
 MAX_PICTURES = MAX_CAPTIONS = 64
 VIEWS = ("cosine", "captions", "pictures", "sigmoid")
@@ -144,7 +144,7 @@ class MatrixTab:
         return self._shown(lang, self._compare(Shelf(self.engine.no_photos(both=True), False), typed))
 
     def _remove(self, lang: str, typed: str, compared: Compared, event: gr.EventData) -> list[Any]:
-        photos = self.engine.without(compared.shelf.photos, str(event._data.get("id")))
+        photos = self.engine.without(compared.shelf.photos, picked(event))
         return self._shown(lang, self._compare(Shelf(photos, compared.shelf.sample), typed))
 
     def _why(self, lang: str, compared: Compared, event: gr.EventData) -> Pair | None:
@@ -164,6 +164,7 @@ class MatrixTab:
 
     def _compare(self, shelf: Shelf, typed: str) -> Compared:
         try:
+            count_captions(typed, limit=MAX_CAPTIONS)
             names = [PurePath(picture.source).name for picture in shelf.photos.gallery.pictures]
             read = named_captions(typed, names)
             captions = tuple(parse_captions("\n".join(caption for _, caption in read), limit=MAX_CAPTIONS))

@@ -72,4 +72,4 @@ def run_of(data: object) -> tuple[int, bool]:
     """Read which part of its files a page has sent, and whether it is the first."""
     sent = data if isinstance(data, dict) else {}
     run = sent.get("run")
-    return run if isinstance(run, int) else 0, sent.get("first") is not False
+    return run if type(run) is int and 0 <= run < 2**31 else 0, sent.get("first") is not False

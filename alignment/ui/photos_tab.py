@@ -26,7 +26,7 @@ from alignment.ui.results import Value, pictures_value, problem_value
 from alignment.ui.sessions import kept
 from alignment.ui.strings import count_text, error_text, text
 from alignment.ui.uploads import Shelf, gather, progress_value, shelf_drop_value, uploads_of
-from alignment.ui.widgets import data_url, listen, widget
+from alignment.ui.widgets import data_url, listen, picked, widget
 
 NUM_RESULTS = 24
 BATCH = 12  # photos that are sent together
@@ -136,7 +136,7 @@ class PhotosTab:
         return shown
 
     def _remove(self, lang: str, asked: Asked, shelf: Shelf, event: gr.EventData, request: gr.Request) -> list[Any]:
-        id = str(event._data.get("id"))
+        id = picked(event)
         self.tasks.of(request.session_hash).removed.add(id)  # more photos may be on their way
         left = self._without(shelf, {id})
         shown = self._shown(lang, asked, left if len(left.photos) else self.sample)
@@ -160,7 +160,7 @@ class PhotosTab:
         return self._asked(lang, ask(self.engine, typed, asked.pictures), shelf)[1:]
 
     def _pick(self, lang: str, shelf: Shelf, event: gr.EventData) -> list[Any]:
-        return self._asked(lang, ask(self.engine, str(event._data.get("id", ""))), shelf)
+        return self._asked(lang, ask(self.engine, picked(event)), shelf)
 
     def _edit(self, lang: str, typed: str, asked: Asked, shelf: Shelf, event: gr.EventData) -> list[Any]:
         caption, pictures = changed(Asked(typed, pictures=asked.pictures), event._data)
@@ -258,6 +258,6 @@ class PhotosTab:
 
 def _row(shelf: Shelf, event: gr.EventData) -> int | None:
     """Find the photo that an event is about; a page could send anything."""
-    id = str(event._data.get("id"))
+    id = picked(event)
     pictures = shelf.photos.gallery.pictures
     return next((row for row, picture in enumerate(pictures) if picture.id == id), None)

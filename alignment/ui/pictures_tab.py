@@ -16,7 +16,7 @@ from alignment.ui.results import Value, note_value, pictures_value, problem_valu
 from alignment.ui.sessions import kept
 from alignment.ui.strings import LANGUAGES, error_text, text
 from alignment.ui.uploads import Upload, drop_value, forget, take, uploads_of
-from alignment.ui.widgets import data_url, listen, spoken, widget
+from alignment.ui.widgets import data_url, listen, picked, spoken, widget
 
 NUM_RESULTS = 12
 TERM_PIXELS = 96
@@ -91,7 +91,7 @@ class PicturesTab:
         return self._shown(lang, ask(self.engine, typed, asked.pictures))[1:]
 
     def _pick(self, lang: str, event: gr.EventData) -> list[Any]:
-        return self.arrive(lang, str(event._data.get("id", "")))
+        return self.arrive(lang, picked(event))
 
     def _edit(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
         caption, pictures = changed(Asked(typed, pictures=asked.pictures), event._data)
@@ -104,7 +104,7 @@ class PicturesTab:
         return self._like(lang, typed, asked, event, -1.0)
 
     def _like(self, lang: str, typed: str, asked: Asked, event: gr.EventData, weight: float) -> list[Any]:
-        pictures, picture = asked.pictures, self.by_id.get(str(event._data.get("id")))
+        pictures, picture = asked.pictures, self.by_id.get(picked(event))
         if picture:
             term = Term(weight=weight, picture=picture.id, embed=self.engine.picture_embed(picture.id))
             pictures = liked(pictures, Added(term, self.examples.image_of(picture)))
@@ -129,7 +129,7 @@ class PicturesTab:
 
     def _why(self, lang: str, asked: Asked, event: gr.EventData) -> Pair | None:
         """Explain the first caption that was asked for: it is the part that has words."""
-        picture = self.by_id.get(str(event._data.get("id")))
+        picture = self.by_id.get(picked(event))
         if picture is None or asked.query is None or not asked.query.wanted_captions:
             return None
         term = asked.query.wanted_captions[0]

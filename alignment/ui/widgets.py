@@ -102,6 +102,12 @@ def listen(
     )
 
 
+def picked(event: gr.EventData) -> str:
+    """Tell the id that an event of our scripts is about; "" where there is none, for a page could send anything."""
+    data = event._data
+    return str(data.get("id", "")) if isinstance(data, dict) else ""
+
+
 @contextmanager
 def spoken() -> Iterator[None]:
     """Turn a failure of ours into an `InputError`, so that the page can say so and goes on; the log has the rest."""

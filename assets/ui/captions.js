@@ -5,7 +5,7 @@ const row = (item, labels) =>
     "li",
     { class: "al-caption" },
     make("span", { class: "al-rank" }, hidden(item.rankText), make("span", { "aria-hidden": "true" }, String(item.rank))),
-    make("div", { class: "al-words" }, make("p", { lang: item.lang }, item.text), bar(item.bar)),
+    make("div", { class: "al-words" }, make("p", { lang: item.lang, dir: "auto" }, item.text), bar(item.bar)),
     make("div", { class: "al-judged" }, scores(item, labels), actions(item, labels, ["why"])),
   );
 

@@ -16,7 +16,7 @@ const chip = (term, index) =>
     make(
       "span",
       { class: "al-part-name", "aria-hidden": "true" },
-      term.image ? make("img", { src: term.image, alt: "", title: term.name }) : make("span", { title: term.name }, term.name),
+      term.image ? make("img", { src: term.image, alt: "", title: term.name }) : make("span", { title: term.name, dir: "auto" }, term.name),
     ),
     make(
       "span",

@@ -32,7 +32,7 @@ const skipped = (value) =>
     "div",
     { class: "al-problem" },
     make("p", {}, value.skippedTitle),
-    make("ul", {}, ...value.skipped.map(([name, reason]) => make("li", {}, make("strong", {}, name), ` ${reason}`))),
+    make("ul", {}, ...value.skipped.map(([name, reason]) => make("li", {}, make("strong", {}, make("bdi", {}, name)), ` ${reason}`))),
   );
 
 // How far all files are, of which a part is being read.

@@ -34,6 +34,9 @@ const table = (value) =>
     ),
   );
 
+// Names beside each other, none of which turns the next one round.
+const apart = (names) => names.flatMap((name, place) => [place ? " · " : null, make("bdi", {}, name)]);
+
 const leftOut = (value) =>
   make(
     "details",
@@ -43,7 +46,7 @@ const leftOut = (value) =>
       "ul",
       {},
       ...value.items.map((item) =>
-        make("li", {}, item.reason, make("span", {}, [...item.names, item.more].filter(Boolean).join(" · "))),
+        make("li", {}, item.reason, make("span", {}, ...apart([...item.names, item.more].filter(Boolean)))),
       ),
     ),
   );
@@ -53,7 +56,7 @@ const picture = (item) =>
     "figure",
     {},
     make("img", { src: item.image, alt: item.alt, loading: "lazy", decoding: "async" }),
-    make("figcaption", {}, make("span", {}, item.label), item.name ? make("span", { title: item.name }, item.name.split("/").pop()) : null),
+    make("figcaption", {}, make("span", {}, item.label), item.name ? make("bdi", { title: item.name }, item.name.split("/").pop()) : null),
   );
 
 const example = (item) =>
@@ -64,7 +67,7 @@ const example = (item) =>
     make(
       "div",
       { class: "al-example-words" },
-      make("dl", {}, ...item.lines.map((line) => make("div", {}, make("dt", {}, line.label), make("dd", {}, line.text)))),
+      make("dl", {}, ...item.lines.map((line) => make("div", {}, make("dt", {}, line.label), make("dd", { dir: "auto" }, line.text)))),
       item.rank ? make("p", { class: "al-example-rank" }, item.rank) : null,
     ),
   );

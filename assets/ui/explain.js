@@ -95,7 +95,7 @@ const term = (item) =>
 const words = (value) =>
   section(
     value.words.heading,
-    make("p", { class: "al-explain-terms", lang: value.lang }, ...value.terms.map(term)),
+    make("p", { class: "al-explain-terms", lang: value.lang, dir: "auto" }, ...value.terms.map(term)),
     legend("al-weighed-key", value.words),
     make("p", { class: "al-note" }, value.words.note),
   );
@@ -105,7 +105,7 @@ const waiting = (value) =>
   make(
     "div",
     {},
-    make("p", { class: "al-explain-caption", lang: value.lang }, value.caption),
+    make("p", { class: "al-explain-caption", lang: value.lang, dir: "auto" }, value.caption),
     make("progress", { "aria-hidden": "true" }),
     make("p", { class: "al-note", "aria-hidden": "true" }, value.busy),
   );

@@ -144,7 +144,7 @@ const table = () => {
   drawn.places = new Map(); // of the cells
   drawn.cells.forEach((lines, panel) => lines.forEach((line, row) => line.forEach((cell, column) => drawn.places.set(cell, { panel, row, column }))));
   const body = rows.map((row, i) => {
-    const name = make("th", { scope: "row", title: value.rows[row] }, make("div", {}, value.rows[row]));
+    const name = make("th", { scope: "row", title: value.rows[row] }, make("div", { dir: "auto" }, value.rows[row]));
     return make("tr", {}, name, ...apart(drawn.cells.map((lines) => lines[i])));
   });
   const count = drawn.panels.length * columns.length;
@@ -261,7 +261,7 @@ const detail = (row, column) => {
     make(
       "div",
       {},
-      make("p", { class: "al-detail-caption" }, value.rows[row]),
+      make("p", { class: "al-detail-caption", dir: "auto" }, value.rows[row]),
       make("dl", {}, ...value.views.map((view) => item(view.name, figure(view.key)))),
       make("div", { class: "al-places" }, place(labels.rankCaption, captions, value.rows.length), place(labels.rankPicture, pictures, value.columns.length)),
     ),

@@ -47,7 +47,7 @@ const card = (item, value) =>
       { class: "al-under" },
       bar(item.bar),
       scores(item, value.labels),
-      item.text ? make("p", { class: "al-text", lang: item.lang }, item.text) : null,
+      item.text ? make("p", { class: "al-text", lang: item.lang, dir: "auto" }, item.text) : null,
       item.credit ? make("p", { class: "al-credit", title: item.credit, lang: "en" }, item.credit) : null,
       item.alike?.length ? alike(item, value.labels) : null,
       make("div", { class: "al-acts" }, ...value.actions.map((name) => act(name, item, value.labels))),
