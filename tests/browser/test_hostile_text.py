@@ -85,9 +85,7 @@ def test_a_query_is_text(watched):
     for summary in page.locator("#pictures-results .al-verdict summary").all():
         summary.click()
     page.locator("#pictures-results [data-act=why]").first.click()
-    shown = page.get_by_role("dialog")
-    expect(shown.locator(".al-explain-overlay")).to_be_visible(timeout=2 * SLOW)
-    expect(shown.locator(".al-explain-terms")).to_contain_text("ontoggle")
+    expect(page.get_by_role("dialog").locator(".al-explain-body")).to_contain_text("ontoggle")
 
 
 def test_captions_of_the_matrix_are_text(watched):
@@ -103,7 +101,7 @@ def test_captions_of_the_matrix_are_text(watched):
     assert re.fullmatch(r"[\w-]+\.png", waiting.value.suggested_filename)
     page.locator("#matrix-table .al-cell").first.click()
     shown = page.get_by_role("dialog")
-    expect(shown.locator(".al-explain-overlay")).to_be_visible(timeout=2 * SLOW)
+    expect(shown.locator(".al-explain-overlay")).to_be_visible(timeout=4 * SLOW)
     expect(shown.locator(".al-explain-terms")).to_contain_text("onerror")
 
 
