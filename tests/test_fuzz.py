@@ -28,7 +28,7 @@ from alignment.ui.strings import error_text
 from alignment.ui.uploads import MAX_NAME
 
 SEED = 1
-IN_A_PROCESS, HERE, ZIPS, OVER_HTTP = 8000, 2000, 200, 24
+IN_A_PROCESS, HERE, ZIPS, OVER_HTTP = 3000, 2000, 120, 12
 
 FULL_SIZE_MB = 700
 """The most that opening one picture takes: 50 megapixels of 4 bytes, thrice where transparency comes out on white."""
@@ -267,9 +267,9 @@ EVENTS = (
 @pytest.mark.parametrize("kind", TEXTS)
 def test_any_text_is_answered_wherever_it_is_put(visitor, kind):
     place = list(TEXTS).index(kind)
-    someone, hostile = visitor(("en", "zh")[place // 2 % 2]), TEXTS[kind]
+    someone, hostile = visitor(("en", "zh")[place // 3 % 2]), TEXTS[kind]
     data = {"id": hostile, "text": hostile, "picture": hostile, "caption": hostile, "act": "flip", "index": 0}
-    for element, event in EVENTS[place % 2 :: 2]:
+    for element, event in EVENTS[place % 3 :: 3]:
         shown = someone.trigger(element, event, data, {1: hostile} if "examples" not in element else {})
         json.dumps(shown, ensure_ascii=False).encode()  # no half of a letter
     assert someone.ask("search_images", caption=hostile)[0] in ("complete", "error")

@@ -3,15 +3,17 @@
 Place in the flow: `upload -> open_image / parse_captions -> Preprocessor (here) -> model`. Serving, building a gallery
 and training all come through this door, so a model sees the same pixels everywhere, and nowhere else is input doubted.
 
-| module     | what it does |
-|------------|--------------|
-| `refusal`  | the one error a person at the keyboard can mend |
-| `formats`  | judges a picture's file by its header, before any pixel is decoded |
-| `images`   | decodes a picture to RGB as a person sees it |
-| `captions` | cleans captions |
-| `pixels`   | resizes and normalises, bit for bit as transformers does |
-| `tokens`   | tokenizes, id for id as transformers does |
-| `inputs`   | a checkpoint's image processor and tokenizer |
+| module        | what it does |
+|---------------|--------------|
+| `refusal`     | the one error a person at the keyboard can mend |
+| `formats`     | judges a picture's file by its header, before any pixel is decoded |
+| `metadata`    | leaves out of a file what is beside its picture |
+| `directories` | looks through what a TIFF file names |
+| `images`      | decodes a picture to RGB as a person sees it |
+| `captions`    | cleans captions, and makes names fit to be shown |
+| `pixels`      | resizes and normalises, bit for bit as transformers does |
+| `tokens`      | tokenizes, id for id as transformers does |
+| `inputs`      | a checkpoint's image processor and tokenizer |
 
 transformers is imported where a checkpoint needs what is not known here, and not before: it costs seconds.
 """

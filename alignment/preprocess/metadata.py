@@ -184,7 +184,8 @@ def _slim_gif(data: bytes) -> bytes:
 
 def _slim_avif(data: bytes) -> bytes:
     """Call EXIF something else wherever it could be announced, which is anywhere but among the pixels."""
-    parts, place = [], 0
+    parts: list[bytes] = []
+    place = 0
     for _ in range(MAX_PARTS):
         if place >= len(data):
             return b"".join(parts)
