@@ -143,15 +143,18 @@ def sole_writer(folder: Path, *, patience: float = 0) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     lock = FileLock(path, timeout=patience)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
-        ) from None
+    while not lock.is_locked:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BlockingIOError(
+                f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
+            ) from None
+        except FileNotFoundError:  # somebody took the empty folder away just now
+            continue
     try:
         with suppress(OSError):  # a full disk
             since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")

@@ -52,6 +52,9 @@ class Fault:
     full: bool = False
 
 
+NEVER = Fault()
+
+
 @dataclass
 class Watch:
     """Counts what is changed below a folder, and ends the process at the fault."""
@@ -79,6 +82,8 @@ class Watch:
         path = args[0]
         if not isinstance(path, str | bytes | os.PathLike):
             return False  # a descriptor
+        if event == "os.mkdir" and os.path.isdir(path):
+            return False  # it only looks whether it is there
         if event == "open" and not (args[2] or 0) & (os.O_CREAT | os.O_TRUNC):
             return False
         if event in ("os.remove", "os.rmdir") and args[-1] != -1:
@@ -123,7 +128,7 @@ class Runner:
         self.context.set_forkserver_preload(["killing", "alignment.train.run"])
         self.started: list[BaseProcess] = []
 
-    def start(self, command: str, *arguments: object, folder: Path, fault: Fault = Fault()) -> BaseProcess:
+    def start(self, command: str, *arguments: object, folder: Path, fault: Fault = NEVER) -> BaseProcess:
         """Start a command that writes to a folder."""
         log = self.logs / f"{len(self.started)}.log"
         words = [str(argument) for argument in arguments]
@@ -138,7 +143,7 @@ class Runner:
         assert process.exitcode is not None
         return process.exitcode
 
-    def __call__(self, command: str, *arguments: object, folder: Path, fault: Fault = Fault()) -> int:
+    def __call__(self, command: str, *arguments: object, folder: Path, fault: Fault = NEVER) -> int:
         """Run a command to its end."""
         return self.end(self.start(command, *arguments, folder=folder, fault=fault))
 
