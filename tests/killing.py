@@ -43,6 +43,7 @@ class Fault:
         after: not before this many changes of that kind to such a path.
         size: when a file grows beyond so many bytes; within the file.
         full: let the file not grow instead, as on a full disk.
+        nobody: run as a user who may do little, if this one may do everything.
     """
 
     at: int | None = None
@@ -50,6 +51,7 @@ class Fault:
     after: int = 0
     size: int | None = None
     full: bool = False
+    nobody: bool = False
 
 
 NEVER = Fault()
@@ -93,6 +95,9 @@ class Watch:
 
 def run(command: str, arguments: list[str], folder: str, fault: Fault, log: Path) -> None:
     """Run one of the commands in this process, which watches itself."""
+    told, noted = (os.open(path, os.O_CREAT | os.O_WRONLY) for path in (log, f"{log}.changes"))
+    if fault.nobody and os.geteuid() == 0:
+        os.setuid(65534)
     said = io.StringIO()  # no file: the limit is for all files
     sys.stdout = sys.stderr = said
     torch.set_num_threads(1)
@@ -113,8 +118,8 @@ def run(command: str, arguments: list[str], folder: str, fault: Fault, log: Path
         said.write(traceback.format_exc())
     watch.folder = "\0"
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    log.write_text(said.getvalue())
-    Path(f"{log}.changes").write_text("\n".join(watch.changes))
+    os.write(told, said.getvalue().encode())
+    os.write(noted, "\n".join(watch.changes).encode())
     sys.exit(status)
 
 
