@@ -83,7 +83,7 @@ def ignored(path: str) -> bool:
     return verdict
 
 
-OUTSIDE = (
+OUTSIDE = (".env", ".git/config", "my_photos/a.jpg", "tests/x.py", "alignment/__pycache__/a.pyc", "assets/.env")
     ".env",
     ".git/config",
     "my_photos/a.jpg",
