@@ -84,14 +84,6 @@ def ignored(path: str) -> bool:
 
 
 OUTSIDE = (".env", ".git/config", "my_photos/a.jpg", "tests/x.py", "alignment/__pycache__/a.pyc", "assets/.env")
-    ".env",
-    ".git/config",
-    "my_photos/a.jpg",
-    "tests/x.py",
-    "runs/x",
-    "alignment/__pycache__/a.pyc",
-    "assets/.env",
-)
 INSIDE = ("app.py", "requirements.txt", "alignment/ui/api.py", "assets/ui/page.css", "checkpoints/compact/config.json")
 
 
