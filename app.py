@@ -31,7 +31,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**12))
 
-if os.environ.get("SPACES_ZERO_GPU"):  # on Hugging Face's ZeroGPU; it wants to come before torch
+if os.environ.get("SPACES_ZERO_GPU") == "true":  # on Hugging Face's ZeroGPU; it wants to come before torch
     import spaces  # noqa: F401
 
 import gradio as gr

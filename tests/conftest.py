@@ -96,7 +96,7 @@ def first_answer(tmp_path: Path) -> Callable[..., dict]:
             port = str(free.getsockname()[1])
         ours = ("ALIGNMENT_", "GRADIO_", "PYTHON")
         env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        env |= {"ALIGNMENT_CACHE": os.environ["ALIGNMENT_CACHE"], "GRADIO_ANALYTICS_ENABLED": "False"}
+        env |= {"ALIGNMENT_CACHE": os.environ["ALIGNMENT_CACHE"], "PYTHONDONTWRITEBYTECODE": "1"}
         env |= {"GRADIO_SERVER_PORT": port, "GRADIO_TEMP_DIR": str(tmp_path / "uploads"), "no_proxy": "127.0.0.1"}
         with subprocess.Popen(command, cwd=cwd, env=env | environment, stdout=subprocess.PIPE, text=True) as process:
             try:

@@ -83,15 +83,7 @@ def ignored(path: str) -> bool:
     return verdict
 
 
-OUTSIDE = (
-    ".env",
-    ".git/config",
-    "my_photos/a.jpg",
-    "tests/x.py",
-    "runs/x",
-    "alignment/__pycache__/a.pyc",
-    "assets/.env",
-)
+OUTSIDE = (".env", ".git/config", "my_photos/a.jpg", "tests/x.py", "alignment/__pycache__/a.pyc", "assets/.env")
 INSIDE = ("app.py", "requirements.txt", "alignment/ui/api.py", "assets/ui/page.css", "checkpoints/compact/config.json")
 
 

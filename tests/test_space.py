@@ -226,6 +226,12 @@ def test_a_gallery_of_another_model_is_refused(
         lay_out(of(tiny[0], None), tmp_path / "other")
 
 
+def test_a_model_that_is_called_like_ours_is_not_taken_for_it(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    model = tiny[0].rename(tmp_path / "compact")
+    assert choose_model(str(model)).name == "checkpoints/compact-2"
+    assert choose_model(str(ROOT / "checkpoints/compact")).name == "checkpoints/compact"
+
+
 def test_a_gallery_without_its_thumbnails_is_refused(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     next((tiny[1] / "thumbnails").iterdir()).unlink()
     with pytest.raises(ValueError, match="lacks the thumbnails of 1 pictures"):

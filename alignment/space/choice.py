@@ -56,8 +56,15 @@ def choose_model(name: str, revision: str | None = None) -> Choice:
     if not sent:
         return Choice(name, folder, tuple(files), folder.name)
     card = ["README.md"] if (folder / "README.md").is_file() else []
-    own = folder.resolve() == (ROOT / MODEL).resolve()
-    return Choice(MODEL if own else f"checkpoints/{safe_name(folder, 'model')}", folder, (*card, *files))
+    return Choice(_place(folder), folder, (*card, *files))
+
+
+def _place(folder: Path) -> str:
+    """Say where a model lies in the Space; only the one that comes along may go by its name."""
+    if folder.resolve() == (ROOT / MODEL).resolve():
+        return MODEL
+    place = f"checkpoints/{safe_name(folder, 'model')}"
+    return f"{place}-2" if place == MODEL else place
 
 
 def safe_name(folder: Path, otherwise: str) -> str:
