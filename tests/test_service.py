@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import uvicorn
 from PIL import Image
@@ -31,6 +32,7 @@ from alignment.ui.service.door import PASSWORD
 from alignment.ui.service.folder import sweep
 from alignment.ui.service.limits import Open, Rates, address_of
 from alignment.ui.service.logs import Human, Json
+from alignment.ui.service.memory import give_back, share_heaps
 from alignment.ui.service.owners import Owners, new_cookie
 from alignment.ui.service.settings import variable
 from alignment.ui.service.ways import endpoint_of, way_of
@@ -581,3 +583,16 @@ def test_uploads_and_sessions_vanish_after_their_time(serve, monkeypatch):
 
 def test_there_is_room_on_this_disk(tmp_path):
     assert shutil.disk_usage(tmp_path).free > 300 * 2**20  # else the tests of uploads fail for no fault of theirs
+
+
+def test_free_memory_is_given_back(monkeypatch):
+    share_heaps()
+    kept = [bytes(50_000) for _ in range(2000)]  # small enough for the heap
+    before = psutil.Process().memory_info().rss
+    kept = kept[:1] + kept[-1:]  # what lies between the two cannot go by itself
+    give_back()
+    assert psutil.Process().memory_info().rss < before - 50_000 * 1000
+    assert len(kept) == 2
+    monkeypatch.setattr(sys, "platform", "darwin")
+    share_heaps()
+    give_back()
