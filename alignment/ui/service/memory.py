@@ -1,7 +1,7 @@
 """Top floor, memory that is free given back to the machine.
 
-glibc gives each of forty threads a heap of its own, and each keeps what its largest request once needed: a gigabyte that
-nobody uses. Elsewhere than on Linux nothing is done.
+glibc gives each of forty threads a heap of its own, and each keeps what its largest request once needed: a gigabyte
+that nobody uses. Elsewhere than on Linux nothing is done.
 """
 
 from __future__ import annotations
