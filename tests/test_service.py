@@ -587,7 +587,7 @@ def test_there_is_room_on_this_disk(tmp_path):
 
 def test_free_memory_is_given_back(monkeypatch):
     share_heaps()
-    kept = [bytes(50_000) for _ in range(2000)]  # small enough for the heap
+    kept = [bytes([number % 256]) * 50_000 for number in range(2000)]  # small enough for the heap
     before = psutil.Process().memory_info().rss
     kept = kept[:1] + kept[-1:]  # what lies between the two cannot go by itself
     give_back()
