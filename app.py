@@ -55,7 +55,7 @@ from alignment.ui.links import arrivals, arrive, link_value
 from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
-from alignment.ui.service import Folder, Service, Settings, add_options, log_plainly, log_the_servers_too
+from alignment.ui.service import Folder, Service, Settings, add_options, log_plainly, log_the_servers_too, share_heaps
 from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, pick_language, strings, text
 from alignment.ui.theme import theme
 from alignment.ui.widgets import ICON, Tab, listen, styles, widget
@@ -273,6 +273,7 @@ def serve(engine: AlignmentEngine, args: argparse.Namespace, service: Service) -
 
 
 if __name__ == "__main__":
+    share_heaps()
     status = main()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

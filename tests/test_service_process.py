@@ -105,7 +105,7 @@ def drive(visitor: Visitor) -> None:
     assert shown["captions-results"]["rows"]
     sent = {"files": [{"name": f"{NAME}{n}.png", "path": visitor.upload(f"{NAME}{n}.png", photo(n))} for n in (1, 2)]}
     table = visitor.do("matrix-drop", "files", sent, matrix_captions=f"{QUERY}\n{WORDS}")["matrix-table"]
-    assert len(table["rows"]) == 2
+    assert (len(table["rows"]), len(table["columns"])) == (2, 2)
     sent = {"files": [{"name": f"{NAME}.png", "path": visitor.upload(f"{NAME}.png", photo(9))}], "run": 1}
     visitor.do("photos-drop", "files", sent)
     visitor.do("photos-search", "click", photos_query=QUERY)
@@ -308,7 +308,7 @@ def test_a_stop_answers_what_is_under_way_refuses_what_comes_and_leaves_nothing(
     refused = other.http.post("/gradio_api/call/search_images", json={"data": ["a cat", 3]})
     assert (refused.status_code, refused.json()["code"], refused.headers["retry-after"]) == (503, "stopping", "60")
     asking.join(60)
-    assert len(shown["matrix-table"]["rows"]) == 24
+    assert len(shown["matrix-table"]["columns"]) == 24
     assert app.process.wait(60) == 0
     assert list(uploads.iterdir()) == []
 

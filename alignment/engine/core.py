@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -47,7 +47,8 @@ class AlignmentEngine:
         at_once = IMAGES_AT_ONCE.get(encoder.device.type, MORE_IMAGES)
         self._encode_images = Batcher[Inputs](self._encode_prepared, at_once)
         self._encode_texts = Batcher[str](lambda texts: self.encoder.encode_texts(texts), TEXTS_AT_ONCE)
-        self._explaining = threading.Lock()  # two explanations at once only get in each other's way
+        # Two explanations at once only get in each other's way, and every thread that ever explained keeps some 25 MB.
+        self._explaining = ThreadPoolExecutor(1, "explaining")
         self._pictures = {picture.id: picture for picture in gallery.pictures}
         self._rows = {picture.id: row for row, picture in enumerate(gallery.pictures)}
         self._kept_thumbnail = lru_cache(_KEPT_THUMBNAILS)(self._make_thumbnail)
@@ -169,8 +170,7 @@ class AlignmentEngine:
 
     def explain(self, image: Image.Image, caption: str) -> Explained:
         """Find what each word and each place adds. Raises InputError when the caption is empty or too long."""
-        with self._explaining:
-            return explain_match(self.encoder, self.scale, image, caption)
+        return self._explaining.submit(lambda: explain_match(self.encoder, self.scale, image, caption)).result()
 
     @cached_property
     def scale(self) -> Scale:

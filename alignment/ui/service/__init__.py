@@ -6,7 +6,8 @@ and `Room` for what is uploaded, and `Running` for how it ends. `Service` puts t
 
 from alignment.ui.service.folder import Folder
 from alignment.ui.service.logs import log_plainly, log_the_servers_too
+from alignment.ui.service.memory import share_heaps
 from alignment.ui.service.service import Service
 from alignment.ui.service.settings import Settings, add_options
 
-__all__ = ["Folder", "Service", "Settings", "add_options", "log_plainly", "log_the_servers_too"]
+__all__ = ["Folder", "Service", "Settings", "add_options", "log_plainly", "log_the_servers_too", "share_heaps"]

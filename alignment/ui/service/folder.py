@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import IO, Self
 
+from gradio import routes
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -43,17 +45,17 @@ class Folder:
         self.base = Path(chosen).resolve()
         self.base.mkdir(parents=True, exist_ok=True)
         self.path, self._lock = self._claimed()
-        self._before = os.environ.get("GRADIO_TEMP_DIR"), tempfile.tempdir
+        self._before = os.environ.get("GRADIO_TEMP_DIR"), tempfile.tempdir, routes.DEFAULT_TEMP_DIR
 
     def __enter__(self) -> Self:
         """Let Gradio, and whoever asks for a temporary file in this process, use it; tidy up after the dead."""
-        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(self.path)
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = routes.DEFAULT_TEMP_DIR = str(self.path)
         self._tidy()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Delete it."""
-        gradio, tempfile.tempdir = self._before
+        gradio, tempfile.tempdir, routes.DEFAULT_TEMP_DIR = self._before
         if gradio is None:
             os.environ.pop("GRADIO_TEMP_DIR", None)
         else:

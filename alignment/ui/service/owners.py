@@ -27,12 +27,14 @@ class Owners:
         self._cookies: OrderedDict[str, str] = OrderedDict()
 
     def admits(self, session: str, cookie: str) -> bool:
-        """Tell whether a browser may use a session; whoever is first may."""
-        owner = self._cookies.setdefault(session, cookie)
-        self._cookies.move_to_end(session)
+        """Tell whether a browser may use a session; the first with a cookie owns it. Programs have none."""
+        owner = self._cookies.get(session, cookie)
+        if owner:
+            self._cookies[session] = owner
+            self._cookies.move_to_end(session)
         if len(self._cookies) > _REMEMBERED:
             self._cookies.popitem(last=False)
-        return not owner or secrets.compare_digest(owner, cookie)
+        return secrets.compare_digest(owner, cookie)
 
 
 def cookie_of(scope: Scope) -> str:

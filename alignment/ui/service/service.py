@@ -19,6 +19,7 @@ from alignment.engine import AlignmentEngine
 from alignment.ui.service.door import PASSWORD, Door
 from alignment.ui.service.folder import sweep
 from alignment.ui.service.health import HEALTH_ROUTE, health
+from alignment.ui.service.memory import give_back
 from alignment.ui.service.room import UPLOAD_ROUTE, Room, upload
 from alignment.ui.service.running import Leftovers, Running, every
 from alignment.ui.service.settings import Settings
@@ -109,3 +110,4 @@ class Service:
         if self.folder:
             await run_sync(partial(sweep, self.folder, seconds))
         self._room.tidy()
+        await run_sync(give_back)
