@@ -125,6 +125,15 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(error: Exception, p
     assert _passes(error) is passes
 
 
+def test_why_a_connection_failed_is_told_though_pymilvus_hides_it() -> None:
+    hidden = MilvusException(2, "Fail connecting to server on localhost:1, illegal connection params")
+    hidden.__cause__ = Refused(grpc.StatusCode.UNAUTHENTICATED)
+    assert _said(hidden) == ("UNAUTHENTICATED", "first line")
+    assert not _passes(hidden)
+    hidden.__cause__ = hidden
+    assert _passes(hidden)
+
+
 def test_only_the_first_line_of_an_error_is_repeated() -> None:
     assert _said(Refused(grpc.StatusCode.INTERNAL)) == ("INTERNAL", "first line")
     assert _said(MilvusException(100, "not found\ntrace")) == (100, "not found")

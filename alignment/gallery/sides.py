@@ -103,8 +103,9 @@ class Side:
         return torch.cat([torch.empty(0, self.index.embed_dim), *parts])
 
     def some(self) -> Tensor:
-        """Fetch items that stand for all of them, (at most `SAMPLED`, embed_dim): every one, or one every so often."""
-        return self[torch.linspace(0, len(self) - 1, min(len(self), SAMPLED), dtype=torch.double).long()]
+        """Fetch items that stand for all of them, (n, embed_dim): of many `SAMPLED`, one every so often."""
+        count = SAMPLED if has_many(len(self)) else len(self)
+        return self[torch.linspace(0, len(self) - 1, count, dtype=torch.double).long()]
 
     @cached_property
     def tags(self) -> dict[str, int]:

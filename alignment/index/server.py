@@ -136,7 +136,7 @@ class Connection:
         """Say what went wrong; neither the server's words nor ours hold the token."""
         code, words = _said(error)
         where = f"the Milvus server at {self.server.uri}"
-        if any(word in words.lower() for word in _REFUSING):
+        if any(word in f"{code} {words}".lower() for word in _REFUSING):
             return PermissionError(
                 f"{where[0].upper()}{where[1:]} refuses us. Is {TOKEN} set and right? It says: {words}"
             )
@@ -158,6 +158,8 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _said(error: Exception) -> tuple[object, str]:
     """Tell the code of an error, Milvus' number or gRPC's name, and its first line."""
+    if callable(getattr(error.__cause__, "details", None)) and error.__cause__ is not error:
+        return _said(error.__cause__)  # type: ignore[arg-type]  # pymilvus hides why it could not connect
     code = getattr(error, "code", None)
     code = code() if callable(code) else code
     words = getattr(error, "message", "") or getattr(error, "details", "") or str(error)

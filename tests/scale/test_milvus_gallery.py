@@ -87,7 +87,8 @@ def test_results_are_those_of_the_folder(folder: Path, remote: Remote) -> None:
             assert [match.item.id for match in other.matches] == [match.item.id for match in one.matches]
             for what in ("similarity", "share", "probability"):
                 said = [[getattr(match, what) for match in found.matches] for found in (one, other)]
-                assert said[1] == pytest.approx(said[0], rel=0.06, abs=2e-3)  # shares are estimates
+                near = 0.25 if what == "share" else 0.01  # shares are estimates, see `Side.shares`
+                assert said[1] == pytest.approx(said[0], rel=near, abs=2e-3)
             assert (other.fits, len(other.groups)) == (one.fits, len(one.groups))
         one, other = here.search_captions(query, 5, lang="zh"), there.search_captions(query, 5, lang="zh")
         assert [match.item.id for match in other.matches] == [match.item.id for match in one.matches]
