@@ -32,6 +32,8 @@ _LEFT_BEHIND = 3600.0  # seconds after which a file that is being written counts
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_ROOM = 16 * 2**20  # bytes: PyTorch does not say why it could not write
+_WRITING = re.compile(r"writ|inline_container|iostream")  # in what PyTorch and faiss say of a file they could not write
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
@@ -143,15 +145,18 @@ def sole_writer(folder: Path, *, patience: float = 0) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     lock = FileLock(path, timeout=patience)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
-        ) from None
+    while not lock.is_locked:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BlockingIOError(
+                f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
+            ) from None
+        except FileNotFoundError:  # somebody took the empty folder away just now
+            continue
     try:
         with suppress(OSError):  # a full disk
             since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -186,7 +191,7 @@ def foreign_errors(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, RuntimeError) as error:
         text = str(error)
-        if isinstance(error, RuntimeError) and "writ" not in text:  # PyTorch's and faiss' say so
+        if isinstance(error, RuntimeError) and not _WRITING.search(text):
             raise
         code = _code_in(text, path)
         raise OSError(code, os.strerror(code), str(path)) from error
@@ -195,11 +200,12 @@ def foreign_errors(path: Path) -> Iterator[None]:
 def _code_in(text: str, path: Path) -> int:
     if found := _RUST_ERRNO.search(text):
         return int(found[1])
+    full = shutil.disk_usage(path.parent).free < _NO_ROOM
     told = (code for code in (*_FULL, *_FORBIDDEN) if os.strerror(code) in text)
-    return next(told, errno.EIO)
+    return next(told, errno.ENOSPC if full else errno.EIO)
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, again: str = "run the same command again") -> str:
     """Say what went wrong and, if it was with a file, what mends it, for the person who typed the command."""
     if not isinstance(error, OSError):
         return str(error)
@@ -207,13 +213,11 @@ def explain(error: Exception) -> str:
     if error.errno in _FULL:
         where = f" where {place} lies" if place else ""
         return (
-            f"There is no room left{where}: free some, or choose another folder, and run the same command again. "
-            "What was there before is as it was."
+            f"There is no room left{where}: free some, or choose another folder, and {again}. What was "
+            "there before is as it was."
         )
     if error.errno in _FORBIDDEN and place:
         return f"{place} may not be read or written ({error.strerror}): change its permissions, or choose another one."
     if error.errno in _IN_THE_WAY and place:
-        return (
-            f"{place} is in the way ({error.strerror}): move it, or choose another folder, and run the command again."
-        )
+        return f"{place} is in the way ({error.strerror}): move it, or choose another folder, and {again}."
     return str(error)

@@ -43,6 +43,7 @@ class Fault:
         after: not before this many changes of that kind to such a path.
         size: when a file grows beyond so many bytes; within the file.
         full: let the file not grow instead, as on a full disk.
+        nobody: run as a user who may do little, if this one may do everything.
     """
 
     at: int | None = None
@@ -50,6 +51,10 @@ class Fault:
     after: int = 0
     size: int | None = None
     full: bool = False
+    nobody: bool = False
+
+
+NEVER = Fault()
 
 
 @dataclass
@@ -79,6 +84,8 @@ class Watch:
         path = args[0]
         if not isinstance(path, str | bytes | os.PathLike):
             return False  # a descriptor
+        if event == "os.mkdir" and os.path.isdir(path):
+            return False  # it only looks whether it is there
         if event == "open" and not (args[2] or 0) & (os.O_CREAT | os.O_TRUNC):
             return False
         if event in ("os.remove", "os.rmdir") and args[-1] != -1:
@@ -88,6 +95,9 @@ class Watch:
 
 def run(command: str, arguments: list[str], folder: str, fault: Fault, log: Path) -> None:
     """Run one of the commands in this process, which watches itself."""
+    told, noted = (os.open(path, os.O_CREAT | os.O_WRONLY) for path in (log, f"{log}.changes"))
+    if fault.nobody and os.geteuid() == 0:
+        os.setuid(65534)
     said = io.StringIO()  # no file: the limit is for all files
     sys.stdout = sys.stderr = said
     torch.set_num_threads(1)
@@ -108,8 +118,8 @@ def run(command: str, arguments: list[str], folder: str, fault: Fault, log: Path
         said.write(traceback.format_exc())
     watch.folder = "\0"
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    log.write_text(said.getvalue())
-    Path(f"{log}.changes").write_text("\n".join(watch.changes))
+    os.write(told, said.getvalue().encode())
+    os.write(noted, "\n".join(watch.changes).encode())
     sys.exit(status)
 
 
@@ -123,7 +133,7 @@ class Runner:
         self.context.set_forkserver_preload(["killing", "alignment.train.run"])
         self.started: list[BaseProcess] = []
 
-    def start(self, command: str, *arguments: object, folder: Path, fault: Fault = Fault()) -> BaseProcess:
+    def start(self, command: str, *arguments: object, folder: Path, fault: Fault = NEVER) -> BaseProcess:
         """Start a command that writes to a folder."""
         log = self.logs / f"{len(self.started)}.log"
         words = [str(argument) for argument in arguments]
@@ -138,7 +148,7 @@ class Runner:
         assert process.exitcode is not None
         return process.exitcode
 
-    def __call__(self, command: str, *arguments: object, folder: Path, fault: Fault = Fault()) -> int:
+    def __call__(self, command: str, *arguments: object, folder: Path, fault: Fault = NEVER) -> int:
         """Run a command to its end."""
         return self.end(self.start(command, *arguments, folder=folder, fault=fault))
 

@@ -10,12 +10,13 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from killing import FEW, Fault, Runner, runner
+from killing import FEW, NEVER, Fault, Runner, runner
 from PIL import Image
 from test_train_run import paint as paint_flags
 from test_train_run import record_of, same
@@ -24,7 +25,7 @@ from torch import Tensor
 from alignment.catalogue import Caption, Picture
 from alignment.gallery import Gallery, sides
 from alignment.model import DualEncoder
-from alignment.train.folder import SETTINGS
+from alignment.train.folder import RECORD, SETTINGS
 
 KILLED = (-signal.SIGKILL, -signal.SIGXFSZ)
 
@@ -95,6 +96,8 @@ class Galleries:
         self.new = self.copy("new")
         assert self.build(self.new) == 0, run.said
         self.update = run.changes
+        self.fresh = root / "fresh"  # made of the changed source at once
+        assert self.build(self.fresh) == 0, run.said
 
     def describe(self, rows: range) -> None:
         lines = [f"trip/{row}.png,picture {row}" for row in rows]
@@ -103,9 +106,12 @@ class Galleries:
     def copy(self, name: str, *, of: Path | None = None) -> Path:
         return Path(shutil.copytree(of or self.old, self.root / name))
 
-    def build(self, out: Path, fault: Fault = Fault()) -> int:  # noqa: B008
+    def build(self, out: Path, fault: Fault = NEVER) -> int:
+        return self.run.end(self.start(out, fault))
+
+    def start(self, out: Path, fault: Fault = NEVER) -> BaseProcess:
         words = ["build", self.source / "captions.csv", "--out", out, "--model", self.model, "--no-calibration"]
-        return self.run("gallery", *words, folder=out, fault=fault)
+        return self.run.start("gallery", *words, folder=out, fault=fault)
 
     @cached_property
     def encoder(self) -> DualEncoder:
@@ -133,11 +139,11 @@ class Galleries:
         assert found == self.after
         return True
 
-    def assert_finishes(self, folder: Path) -> str:
+    def assert_finishes(self, folder: Path, like: Path | None = None) -> str:
         """Build again: all is as if nothing had happened, and nothing is left behind. Returns what the build said."""
         assert self.build(folder) == 0, self.run.said
         assert self.contents(folder) == self.after
-        assert layout(folder) == layout(self.new)
+        assert layout(folder) == layout(like or self.new)
         return self.run.said
 
 
@@ -193,15 +199,18 @@ class Trainings:
         assert self.begin(self.whole) == 0, run.said
         self.changes = run.changes
 
-    def begin(self, folder: Path, fault: Fault = Fault()) -> int:  # noqa: B008
+    def begin(self, folder: Path, fault: Fault = NEVER) -> int:
         return self.run("train", *self.words, "--output", folder, folder=folder, fault=fault)
 
-    def go_on(self, folder: Path, fault: Fault = Fault()) -> int:  # noqa: B008
+    def go_on(self, folder: Path) -> int:
+        return self.run.end(self.start(folder))
+
+    def start(self, folder: Path) -> BaseProcess:
         """Do what a person does: go on if there is something to go on with, else begin."""
-        if not (folder / SETTINGS).exists():
-            return self.begin(folder, fault)
         words = ["--output", folder, "--resume", "--device", "cpu"]
-        return self.run("train", *words, folder=folder, fault=fault)
+        if not (folder / SETTINGS).exists() and not (folder / RECORD).exists():
+            words = [*self.words, "--output", folder]
+        return self.run.start("train", *words, folder=folder)
 
     def assert_undisturbed(self, folder: Path) -> None:
         """Weights to the last bit, every metric, the last loss, and nothing left behind."""

@@ -44,6 +44,8 @@ my_photos is a folder of pictures with metadata.csv or metadata.jsonl (columns f
 file, Flickr8k, Flickr30k, COCO, WebDataset shards, or OWNER/NAME on the Hub.
 """
 
+_AGAIN = "go on with --resume, or, if it had not begun to train, with the same command"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a fine-tuning from the command line."""
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"train: {error.name} is missing; install what training needs with: pip install '.[train]'"
         ) from error
     except (OSError, ValueError, FloatingPointError) as error:
-        raise SystemExit(f"train: {explain(error)}") from error
+        raise SystemExit(f"train: {explain(error, _AGAIN)}") from error
     except KeyboardInterrupt as error:
         raise SystemExit("train: interrupted; if it was training already, go on with --resume") from error
 

@@ -114,12 +114,12 @@ class KeptImages:
     def fill(self, *, batch_size: int = 16, progress: Callable[[int, int], None] | None = None) -> None:
         """Make the files, unless they are there and whole; what a killed run has begun is made anew."""
         if not self._is_whole():
-            partial = self.folder.with_suffix(".partial")
-            with sole_writer(partial, patience=-1):  # another run may be making the same
+            with sole_writer(self.folder.parent, patience=-1):  # another run may be making the same
                 if not self._is_whole():
                     shutil.rmtree(self.folder, ignore_errors=True)
-                    self._write(partial / "all", batch_size, progress)
-                    (partial / "all").replace(self.folder)
+                    partial = self.folder.with_suffix(".partial")
+                    self._write(partial, batch_size, progress)
+                    partial.replace(self.folder)
             sync(self.folder.parent)
         self._kept = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
 

@@ -11,9 +11,10 @@ import math
 import platform
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
@@ -238,11 +239,11 @@ class Run:
 
     def learn(self, resume: bool) -> None:
         """Train to the end, to the best or to the deadline, and come back with the best weights."""
+        if self.saved is None:
+            self._note_settings()  # before anything else is written: from here on there is a run to go on with
         trainer = self._trainer()
         checkpoint = last_checkpoint(Path(trainer.args.output_dir)) if resume else None
-        if self.saved is None:
-            self._note_settings()
-        with stopping_on_signals(self.stop):
+        with stopping_on_signals(self.stop), _threads_log_errors():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.history = trainer.state.log_history
         self.best_step = trainer.state.best_global_step or trainer.state.global_step
@@ -423,6 +424,17 @@ def _progress(say: Say, what: str) -> Callable[[int, int], None]:
             say(f"{what}: {done} of {total}, {duration((now - began) / done * (total - done))} left")
 
     return progress
+
+
+@contextmanager
+def _threads_log_errors() -> Iterator[None]:
+    """Keep threads from printing tracebacks; the one that writes TensorBoard's log fails beside us on a full disk."""
+    before = threading.excepthook
+    threading.excepthook = lambda told: logger.warning("In the background: %s", told.exc_value)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _nothing(_: str) -> None:

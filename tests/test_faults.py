@@ -1,0 +1,410 @@
+"""Damaged, missing and unwritable files: what is wrong and what mends it is said, and nothing wrong is ever used."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from killing import FEW, NEVER, Fault, Runner
+from PIL import Image
+from test_kills import KILLED, Contents, Galleries, Trainings, galleries, paint, run, trainings
+
+from alignment.durable import LOCK, sole_writer
+from alignment.engine import AlignmentEngine
+from alignment.gallery import Gallery, build_gallery, is_whole, main, sides
+from alignment.gallery.unfinished import Unfinished
+from alignment.model import DualEncoder
+from alignment.model.graphs import Facts, Graphs
+from alignment.pairs import read_pairs
+from alignment.train.folder import SETTINGS
+from alignment.train.trainer import last_checkpoint
+
+__all__ = ["galleries", "run", "trainings"]
+
+Checkpoint = Callable[[str], Path]
+HARMS: dict[str, Callable[[Path], object]] = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a bit flipped": lambda path: flip(path, path.stat().st_size * 4 + 1),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "missing": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.unlink()  # it may be mapped
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a few pictures lie in an index."""
+    monkeypatch.setattr(sides, "EXACT_ROWS", FEW)
+
+
+# ---------------------------------------------------------------- damaged galleries
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint: Checkpoint) -> DualEncoder:
+    return DualEncoder.load(checkpoint("clip"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(encoder: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gallery whose pictures lie in an index, and whose captions do not."""
+    root = tmp_path_factory.mktemp("whole")
+    for row in range(5):
+        paint(root / f"{row}.png", row)
+    (root / "captions.csv").write_text("image,caption\n0.png,a picture\n1.png,another one\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sides, "EXACT_ROWS", 1)
+        lines = "".join(f"{row}.png,picture {row}\n" for row in range(5))
+        (root / "captions.csv").write_text("image,caption\n" + lines)
+        patch.setattr(sides, "EXACT_ROWS", FEW)
+        build_gallery(root / "captions.csv", root / "gallery", encoder)
+    return root / "gallery"
+
+
+def files_of(folder: Path) -> list[str]:
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [name for name in names if not name.startswith("thumbnails")]
+
+
+def rebuild(folder: Path, encoder: DualEncoder) -> Gallery:
+    return build_gallery(folder.parent / "captions.csv", folder, encoder)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("harm", HARMS)
+def test_every_file_of_a_gallery_that_is_damaged_is_found_and_mended_by_the_command_named(
+    harm: str, whole: Path, encoder: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = Contents.of(whole, encoder)
+    for name in files_of(whole):
+        folder = tmp_path / name.replace("/", " ") / "gallery"
+        shutil.copytree(whole, folder)
+        for picture in whole.parent.glob("*.*"):
+            shutil.copy2(picture, folder.parent)
+        HARMS[harm](folder / name)
+        assert main(["check", str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert f"error: The gallery in {folder} is damaged" in said or f"There is no gallery in {folder}" in said, said
+        assert "python -m alignment.gallery build" in said
+        try:
+            found = Contents.of(folder, encoder)
+        except (ValueError, FileNotFoundError) as error:
+            assert "python -m alignment.gallery build" in str(error)  # noqa: PT017
+        else:
+            assert name.endswith(".safetensors")  # far into an index's rows: loading does not read them all
+            assert found.pictures == expected.pictures
+        if harm == "a folder":
+            assert (
+                main(["build", str(folder.parent / "captions.csv"), "--out", str(folder), "--model", encoder.name]) == 2
+            )
+            assert f"{folder / name} is in the way (Is a directory): move it" in capsys.readouterr().err
+            (folder / name).rmdir()
+        rebuild(folder, encoder)
+        mended = Contents.of(folder, encoder)
+        assert (mended.pictures, mended.captions) == (expected.pictures, expected.captions)
+        assert torch.equal(mended.images, expected.images)
+        assert torch.equal(mended.texts, expected.texts)
+        assert main(["check", str(folder)]) == 0
+        assert files_of(folder) == files_of(whole)
+        capsys.readouterr()
+
+
+@pytest.mark.usefixtures("few")
+def test_no_flipped_bit_of_a_gallery_goes_unseen(whole: Path, encoder: DualEncoder, tmp_path: Path) -> None:
+    """Either the check finds it, or it makes no difference at all."""
+    rng, found = random.Random(0), 0
+    expected = Contents.of(whole, encoder)
+    for name in files_of(whole):
+        for _ in range(25):
+            folder = tmp_path / "gallery"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(whole, folder)
+            flip(folder / name, rng.randrange(8 * (folder / name).stat().st_size))
+            if main(["check", str(folder)]) == 2:
+                found += 1
+            else:
+                now = Contents.of(folder, encoder)
+                assert torch.equal(now.images, expected.images)
+                assert now.stamp["logit_scale"] == expected.stamp["logit_scale"]
+                assert (now.pictures, now.captions, now.files) == (expected.pictures, expected.captions, expected.files)
+    assert found > 25 * len(files_of(whole)) * 0.8
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_thumbnail_is_made_again_and_meanwhile_the_picture_itself_is_shown(
+    harm: str, whole: Path, encoder: DualEncoder, tmp_path: Path
+) -> None:
+    shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
+    gallery = rebuild(tmp_path / "gallery", encoder)
+    thumbnail = gallery.thumbnail(gallery.pictures[2])
+    expected = thumbnail.read_bytes()
+    engine = AlignmentEngine(encoder, gallery)
+    HARMS[harm](thumbnail)
+    if harm == "a bit flipped":  # of a picture only its length is known
+        return
+    assert engine.can_show(gallery.pictures[2].id)
+    shown = engine.thumbnail(gallery.pictures[2].id)
+    assert shown[8:12] == b"WEBP"
+    assert len(shown) > 100
+    if harm == "a folder":
+        thumbnail.rmdir()
+    rebuild(tmp_path / "gallery", encoder)
+    assert thumbnail.read_bytes() == expected
+
+
+def test_what_a_build_had_kept_is_used_whole_or_not_at_all(tmp_path: Path) -> None:
+    rows = [torch.full((4,), float(row)).half() for row in range(3)]
+    kept = Unfinished(tmp_path / "whole", "f00d")
+    kept.add("rows", ["a", "b", "c"], rows)
+    kept.add("texts", ["a dog", "雪"], rows[:2])
+    kept.close()
+    again = Unfinished(tmp_path / "whole", "f00d")
+    assert again.rows.keys() == {"a", "b", "c"}
+    assert torch.equal(again.texts["雪"], rows[1])
+    (part,) = again.folder.glob("*.safetensors")
+    for harm in HARMS.values():
+        folder = tmp_path / "harmed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", folder)
+        harm(folder / part.relative_to(tmp_path / "whole"))
+        assert len(Unfinished(folder, "f00d")) == 0
+        assert not list(folder.rglob("*.safetensors"))
+    assert len(Unfinished(tmp_path / "whole", "beef")) == 0  # another model
+
+
+# ---------------------------------------------------------------- galleries that cannot be written
+
+
+@pytest.mark.parametrize("size", [0, 150, 700])
+def test_a_full_disk_is_told_and_the_old_gallery_stays(size: int, galleries: Galleries) -> None:
+    folder = galleries.copy(f"full {size}")
+    assert galleries.build(folder, Fault(size=size, full=True)) == 2
+    assert "error: There is no room left" in galleries.run.said
+    assert "Traceback" not in galleries.run.said
+    assert "skipped" not in galleries.run.said.lower()  # no picture is left out for lack of room
+    assert galleries.assert_old_or_new(folder) is False
+    galleries.assert_finishes(folder)
+
+
+def test_a_folder_that_may_not_be_written_is_told(run: Runner, checkpoint: Checkpoint) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        shutil.copytree(checkpoint("clip"), root / "model")
+        (root / "photos").mkdir()
+        paint(root / "photos" / "a.png", 1)
+        (root / "out").mkdir(mode=0o555)
+        os.chmod(root, 0o755)
+        words = ["build", root / "photos", "--out", root / "out", "--model", root / "model", "--no-calibration"]
+        assert run("gallery", *words, folder=root / "out", fault=Fault(nobody=True)) == 2
+        assert "out" in run.said
+        assert "may not be read or written (Permission denied): change its permissions" in run.said
+        (root / "file").touch()
+        words[3] = root / "file" / "out"
+        assert run("gallery", *words, folder=root / "file") == 2
+        assert "is in the way (Not a directory): move it" in run.said
+        os.chmod(root / "out", 0o755)
+
+
+def test_two_builds_of_one_gallery_do_not_mix(galleries: Galleries, tmp_path: Path) -> None:
+    folder = galleries.copy("shared")
+    with sole_writer(folder):
+        assert galleries.build(folder) == 2
+        assert f"error: Another process ({os.getpid()} on " in galleries.run.said
+        assert f"is writing to {folder} now: wait until it is done" in galleries.run.said
+        assert galleries.assert_old_or_new(folder) is False
+    started = [galleries.start(folder) for _ in range(3)]
+    ended = [galleries.run.end(process) for process in started]
+    assert 0 in ended
+    assert set(ended) <= {0, 2}
+    galleries.assert_finishes(folder)
+    assert not (folder / LOCK).exists()
+
+
+def test_who_loads_while_another_builds_gets_the_old_gallery_or_the_new(galleries: Galleries) -> None:
+    folder = galleries.copy("loaded")
+    stop, wrong, seen = threading.Event(), list[object](), set[bool]()
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                gallery = Gallery.load(folder, galleries.encoder)
+                seen.add(len(gallery.pictures) == len(galleries.after.pictures))
+            except Exception as error:
+                wrong.append(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sides, "EXACT_ROWS", FEW)
+        thread = threading.Thread(target=load)
+        thread.start()
+        assert galleries.build(folder) == 0
+        stop.set()
+        thread.join()
+    assert not wrong
+    assert seen
+
+
+@pytest.mark.usefixtures("few")
+def test_the_app_goes_on_with_its_gallery_while_another_process_builds_it_anew(galleries: Galleries) -> None:
+    folder = galleries.copy("served")
+    gallery = Gallery.load(folder, galleries.encoder)
+    engine = AlignmentEngine(galleries.encoder, gallery)
+    found = engine.search_images("a dog", 5).matches
+    embeds = gallery.image_embeds.clone()
+    assert galleries.build(folder) == 0
+    assert engine.search_images("a dog", 5).matches == found
+    rows = torch.arange(len(gallery.pictures))
+    assert torch.equal(gallery.images[rows], embeds)
+    for match in found:  # one picture is gone, and its thumbnail with it
+        if engine.can_show(match.item.id):
+            assert engine.thumbnail(match.item.id)
+    shutil.rmtree(folder)
+    assert engine.search_images("a dog", 5).matches == found
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_of_damaged_checkpoints_the_one_before_is_gone_on_with(
+    trainings: Trainings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    assert trainings.begin(folder, Fault(before=("os.rename", "/complete"), after=2)) in KILLED
+    whole = sorted((folder / "checkpoints").glob("*/complete"))
+    assert [path.parent.name for path in whole] == ["checkpoint-3", "checkpoint-6"]
+    names = {path.name for path in whole[1].parent.iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"} <= names
+    for name in names:
+        for harm in HARMS.values():
+            copy = tmp_path / "copy"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(folder / "checkpoints", copy)
+            harm(copy / "checkpoint-6" / name)
+            assert last_checkpoint(copy) == copy / "checkpoint-3"
+            assert not (copy / "checkpoint-6").exists()
+    assert "is damaged, and is removed" in caplog.text
+    flip(folder / "checkpoints" / "checkpoint-6" / "optimizer.pt", 999)
+    assert trainings.go_on(folder) == 0, trainings.run.said
+    assert "checkpoint-6 was not finished or is damaged" in trainings.run.said
+    trainings.assert_undisturbed(folder)
+
+
+@pytest.mark.parametrize("harm", [name for name in HARMS if name != "missing"])
+def test_a_damaged_note_of_a_run_is_told(harm: str, trainings: Trainings, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert trainings.begin(folder, Fault(before=("os.rename", "/complete"))) in KILLED
+    HARMS[harm](folder / SETTINGS)
+    assert trainings.go_on(folder) == 1
+    said = trainings.run.said
+    assert f"{folder / SETTINGS} is " in said
+    assert "start a new run with another --output" in said or "is in the way (Is a directory)" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("size", [1000, 60_000])
+def test_a_training_on_a_full_disk_says_so_and_can_be_gone_on_with(
+    size: int, trainings: Trainings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert trainings.begin(folder, Fault(size=size, full=True)) == 1
+    assert "train: There is no room left" in trainings.run.said
+    assert "Traceback" not in trainings.run.said
+    assert trainings.go_on(folder) == 0, trainings.run.said
+    trainings.assert_undisturbed(folder)
+
+
+def test_a_second_training_does_not_write_into_the_folder_of_the_first(trainings: Trainings, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with sole_writer(folder):
+        assert trainings.begin(folder) == 1
+        assert f"train: Another process ({os.getpid()} on " in trainings.run.said
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+
+
+# ---------------------------------------------------------------- caches
+
+
+FACTS = Facts("f00d" * 16, 12.5, None, 24)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_damaged_facts_of_a_model_are_not_believed(harm: str, tmp_path: Path) -> None:
+    Graphs(tmp_path / "entry").remember(FACTS)
+    assert Graphs(tmp_path / "entry").facts() == FACTS
+    HARMS[harm](tmp_path / "entry" / "facts.json")
+    assert Graphs(tmp_path / "entry").facts() is None
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_done_without(
+    checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING):
+        Graphs(tmp_path / "file" / "entry").remember(FACTS)
+    assert "facts.json is not kept for the next start, which takes longer: [Errno 20] Not a directory" in caplog.text
+    assert Graphs(tmp_path / "file" / "entry").facts() is None
+
+
+@pytest.fixture
+def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A WebDataset shard of three pictures, with a cache of its own."""
+    import tarfile
+
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "00000.tar"
+    with tarfile.open(source, "w") as tar:
+        for row in range(3):
+            paint(tmp_path / f"{row}.png", row)
+            (tmp_path / f"{row}.txt").write_text(f"picture {row}")
+            for ending in ("png", "txt"):
+                tar.add(tmp_path / f"{row}.{ending}", f"{row}.{ending}")
+    return source
+
+
+@pytest.mark.parametrize("harm", [name for name in HARMS if name != "a folder"])
+def test_damaged_pictures_and_lists_of_a_converted_data_set_are_made_again(
+    harm: str, shard: Path, tmp_path: Path
+) -> None:
+    expected = read_pairs(shard)
+    contents = [Path(pair.image).read_bytes() for pair in expected]
+    for path in sorted((tmp_path / "cache").rglob("*.*")):
+        HARMS[harm](path)
+        later = path.parent.stat().st_mtime_ns + 10**9  # after the list was written
+        if path.exists():
+            os.utime(path, ns=(later, later))
+        assert read_pairs(shard) == expected
+        assert [Path(pair.image).read_bytes() for pair in expected] == contents
+
+
+def test_something_in_the_place_of_a_converted_picture_is_told(shard: Path) -> None:
+    path = Path(read_pairs(shard)[0].image)
+    HARMS["a folder"](path)
+    with pytest.raises(IsADirectoryError):
+        read_pairs(shard)
+    path.rmdir()
+    assert Image.open(read_pairs(shard)[0].image).size == (60, 40)
+
+
+def test_thumbnails_are_told_whole_from_half(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "teal").save(tmp_path / "a.webp")
+    assert is_whole(tmp_path / "a.webp")
+    assert not is_whole(tmp_path / "b.webp")
+    assert not is_whole(tmp_path)
+    (tmp_path / "a.webp").write_bytes((tmp_path / "a.webp").read_bytes()[:-3])
+    assert not is_whole(tmp_path / "a.webp")
+    assert Fault() == NEVER
