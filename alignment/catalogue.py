@@ -306,7 +306,10 @@ def rebuild_command(folder: Path, model: str, stamp: Stamp | None = None) -> str
     if os.path.isabs(source) and Path(source).is_relative_to(Path.cwd()):
         source = os.path.relpath(source)
     words = ["python", "-m", "alignment.gallery", "build", source, "--out", str(folder), "--model", model]
-    return shlex.join(words + shlex.split(stamp.options if stamp else ""))
+    try:
+        return shlex.join(words + shlex.split(stamp.options if stamp else ""))
+    except ValueError:  # of a damaged stamp
+        return shlex.join(words)
 
 
 def read_catalogue(folder: Path, model: str) -> Catalogue:

@@ -198,6 +198,7 @@ class _Builder:
         if not read and not kept:
             self.unfinished.clear()
             raise ValueError(f"Nothing in {self.stamp.source} could be read, so no gallery was made.")
+        self.unfinished.keep()  # what comes may take long, and may fail for lack of room
         self._put_in_place(read, kept)
 
     def embed(

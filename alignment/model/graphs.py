@@ -5,7 +5,7 @@ needs of a model, so that a known one answers without building it anew:
 
 - `facts.json`: fingerprint, logit scale and bias, width;
 - `image.xml`, `image.bin`, `text.xml`, `text.bin`: a graph each, made when first asked for;
-- `image.json`, `text.json`: how to run it and the hashes of its files, written last.
+- `image.json`, `text.json`: how to run it and the hashes of its files, written last. JSON vouches for itself.
 
 Entries lie in `graphs` below `$ALIGNMENT_CACHE`, else below `~/.cache/alignment`. A file that is missing, cut off or
 altered is made again; where nothing may be written, a graph lives as long as the process.
@@ -30,7 +30,7 @@ from alignment.model.runtime import Kind, Tower, native_precision, openvino
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of an entry; also what a change of the export raises
+FORMAT = 2  # of an entry; also what a change of the export raises
 KEPT_ENTRIES = 16
 
 _OF_A_MODEL = ("*.json", "*.safetensors", "*.txt", "*.model")

@@ -77,7 +77,7 @@ def test_trainings_killed_at_random_until_they_are_done(trainings: Trainings, tm
     while kills < TRAININGS:
         folder, rounds = tmp_path / f"trained {rounds}", rounds + 1
         for _ in range(rng.randint(1, 3)):
-            if killed_at(rng.uniform(0.1, length), trainings.start(folder), trainings.run):
+            if killed_at(rng.uniform(0.1, 0.8 * length), trainings.start(folder), trainings.run):
                 kills += 1
             else:
                 ended += 1
