@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from killing import FEW, Fault, Runner
 from PIL import Image
 from test_kills import KILLED, Contents, Galleries, Trainings, galleries, paint, run, trainings
 
+from alignment.catalogue import Stamp
 from alignment.durable import LOCK, explain, sole_writer
 from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, build_gallery, is_whole, main, sides
@@ -165,22 +167,23 @@ def test_a_damaged_thumbnail_is_made_again_and_meanwhile_the_picture_itself_is_s
 
 def test_what_a_build_had_kept_is_used_whole_or_not_at_all(tmp_path: Path) -> None:
     rows = [torch.full((4,), float(row)).half() for row in range(3)]
-    kept = Unfinished(tmp_path / "whole", "f00d")
+    stamp = Stamp("f00d", "m", 1.0, None)
+    kept = Unfinished(tmp_path / "whole", stamp, 4)
     kept.add("rows", ["a", "b", "c"], rows)
     kept.add("texts", ["a dog", "雪"], rows[:2])
     kept.close()
-    again = Unfinished(tmp_path / "whole", "f00d")
-    assert again.rows.keys() == {"a", "b", "c"}
-    assert torch.equal(again.texts["雪"], rows[1])
+    again = Unfinished(tmp_path / "whole", stamp, 4)
+    assert torch.equal(again.rows.of("abc")[torch.arange(3)], torch.stack(rows))
+    assert torch.equal(again.texts.of(["雪"])[torch.arange(1)][0], rows[1])
     (part,) = again.folder.glob("*.safetensors")
     for harm in HARMS.values():
         folder = tmp_path / "harmed"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "whole", folder)
         harm(folder / part.relative_to(tmp_path / "whole"))
-        assert len(Unfinished(folder, "f00d")) == 0
+        assert len(Unfinished(folder, stamp, 4)) == 0
         assert not list(folder.rglob("*.safetensors"))
-    assert len(Unfinished(tmp_path / "whole", "beef")) == 0  # another model
+    assert len(Unfinished(tmp_path / "whole", replace(stamp, fingerprint="beef"), 4)) == 0  # another model
 
 
 # ---------------------------------------------------------------- galleries that cannot be written

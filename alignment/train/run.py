@@ -31,7 +31,7 @@ from alignment.durable import foreign_errors, sole_writer, sync
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import DualEncoder
 from alignment.train.examples import Captions, Examples
-from alignment.train.folder import RECORD, Interrupted, claim, clear_away, read_settings
+from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, clear_away, read_settings
 from alignment.train.frozen import Cut, KeptImages
 from alignment.train.measure import Measure
 from alignment.train.objective import Objective, gather
@@ -86,7 +86,7 @@ def train(
         FloatingPointError: when the loss is no longer a number, naming the step and the cure.
     """
     folder = Path(config.output)
-    state = PartialState(cpu=config.device == "cpu", timeout=_LONGEST)
+    state = PartialState(cpu=_on_cpu(config, folder, resume), timeout=_LONGEST)
     with ExitStack() as held:
         if state.is_main_process:
             # Processes that read pictures outlive a killed run by some seconds, and hold its lock as long.
@@ -94,6 +94,14 @@ def train(
             claim(folder, resume=resume)
         state.wait_for_everyone()
         return _train(config, state, folder, resume, say, command)
+
+
+def _on_cpu(config: TrainConfig, folder: Path, resume: bool) -> bool:
+    """Whether a run does without an accelerator: it is told so, was when it began, or there is none."""
+    device = config.device
+    if device is None and resume and (folder / SETTINGS).exists():
+        device = read_settings(folder).config.device
+    return device == "cpu" or not (device or torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def _train(
@@ -107,6 +115,8 @@ def _train(
     started = time.monotonic()
     saved = read_settings(folder) if resume else None
     config = saved.continued(config) if saved else config
+    if state.num_processes > 1 and state.device.type == "cpu":
+        config = replace(config, device="cpu")  # else Trainer looks for GPUs, finds none and lets each train alone
     say = say if state.is_main_process else _nothing
     prepared = prepare(config, progress=_progress(say, "checking pictures"))
     say(prepared.report.summary())

@@ -151,7 +151,7 @@ def served(name: str, folder: Path, change: str, options: Sequence[str]) -> Iter
     """Start an app on a free port, wait until it answers, and end it afterwards."""
     port = free_port()
     command = [sys.executable, "-c", START.format(change=change), "--port", str(port), *options]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "ALIGNMENT_RATE": "0"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline() if process.stdout else ""
