@@ -32,6 +32,7 @@ from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 from alignment.ui.api import Api, add_api, answer_tools_in_json
 from alignment.ui.api_input import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS
+from alignment.ui.service import Service, Settings
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
 
 ENDPOINTS = {"search_images", "search_captions", "similarity_matrix", "embed_images", "embed_captions", "describe"}
@@ -58,7 +59,7 @@ def uploads(tmp_path_factory) -> Iterator[Path]:
 def address(engine, uploads) -> Iterator[str]:
     """Serve the page with its tools, once for all tests."""
     page = app.build_page(engine, "en")
-    options = app.launch_options(engine)
+    options = app.launch_options(engine, Service(Settings(rate=0)))
     _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", mcp_server=True, **options)
     answer_tools_in_json(page)
     yield url.rstrip("/")

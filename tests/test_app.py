@@ -21,6 +21,7 @@ from alignment.preprocess import InputError, clean_caption, open_image, parse_ca
 from alignment.ui.api import Api
 from alignment.ui.examples import Examples
 from alignment.ui.results import cosine, percent
+from alignment.ui.service import Service, Settings
 from alignment.ui.strings import count_text, error_text, pick_language, strings, text
 from alignment.ui.uploads import Shelf, Upload, fill, forget, shelf_drop_value, take, uploads_of
 from alignment.ui.widgets import spoken
@@ -397,7 +398,7 @@ def test_a_gallery_with_nothing_in_it_still_makes_a_page(engine):
 @pytest.fixture
 def served(engine):
     page = app.build_page(engine, "en")
-    _, url, _ = page.launch(prevent_thread_lock=True, **app.launch_options(engine))
+    _, url, _ = page.launch(prevent_thread_lock=True, **app.launch_options(engine, Service(Settings(rate=0))))
     yield url
     page.close()
 

@@ -24,6 +24,7 @@ from alignment.engine.albums import pack_album
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, legible, open_image
+from alignment.ui.service import Service, Settings
 from alignment.ui.strings import error_text
 from alignment.ui.uploads import MAX_NAME
 
@@ -180,7 +181,9 @@ def address(engine, uploads) -> Iterator[str]:
         for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
             patch.delenv(name, raising=False)
         page = app.build_page(engine, "en")
-        _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", **app.launch_options(engine))
+        _, url, _ = page.launch(
+            prevent_thread_lock=True, server_name="127.0.0.1", **app.launch_options(engine, Service(Settings(rate=0)))
+        )
         yield url
         page.close()
 

@@ -9,6 +9,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import app
 from alignment.gallery import Gallery, Picture
+from alignment.ui.service import Service, Settings
 
 SLOW = 30_000  # milliseconds; the machine may be busy
 expect.set_options(timeout=SLOW)
@@ -39,7 +40,9 @@ def address(engine, uploads) -> Iterator[str]:
         for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
             patch.delenv(name, raising=False)
         page = app.build_page(engine, "en")
-        _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", **app.launch_options(engine))
+        _, url, _ = page.launch(
+            prevent_thread_lock=True, server_name="127.0.0.1", **app.launch_options(engine, Service(Settings(rate=0)))
+        )
         yield url
         page.close()
 

@@ -17,6 +17,7 @@ from alignment.evaluate import recall_at_k
 from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.model import DualEncoder
 from alignment.ui.examples import FAVOURITES, NUM_COMPARED
+from alignment.ui.service import Service, Settings
 from alignment.ui.strings import text
 from alignment.ui.widgets import ASSETS
 
@@ -416,7 +417,9 @@ def comparing(both, browser: Browser, uploads) -> Page:
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
         patch.setenv("no_proxy", "127.0.0.1,localhost")
         blocks = app.build_page(both, "en")
-        _, url, _ = blocks.launch(prevent_thread_lock=True, server_name="127.0.0.1", **app.launch_options(both))
+        _, url, _ = blocks.launch(
+            prevent_thread_lock=True, server_name="127.0.0.1", **app.launch_options(both, Service(Settings(rate=0)))
+        )
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(30_000)
         page.goto(url)
