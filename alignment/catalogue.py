@@ -330,13 +330,14 @@ def read_catalogue(folder: Path, model: str) -> Catalogue:
         stamp = Stamp(**{**header, "source": _from_folder(folder, header["source"])})
         lines = {name: _opened(folder, name, _text_lines) for name in (PICTURES, CAPTIONS)}
         metadata, embeds = _opened(folder, _EMBEDDINGS, _tensors)
-        if metadata.get("build") != _digest(stamp, lines):
+        build, *sealed = metadata.get("build", "").split() or [""]
+        if build != _digest(stamp, lines):
             raise ValueError("its files are not of one build")
-        if metadata.get("seal", "") not in ("", _seal(header, embeds)):
+        if sealed and sealed[0] != _seal(header, embeds):
             raise ValueError("its content is not what was written")
         pictures = [_read_picture(json.loads(line), stamp.source) for line in lines[PICTURES]]
         captions = [Caption(**json.loads(line)) for line in lines[CAPTIONS]]
-        elsewhere = tuple(metadata.get("elsewhere", "").split())
+        elsewhere = tuple(sealed[1:])
         embeds |= {name: torch.empty(0, 0) for name in elsewhere}
         image_embeds, text_embeds = embeds.pop("image_embeds"), embeds.pop("text_embeds")
         background = {name.removeprefix(_BACKGROUND): part for name, part in embeds.items()}
@@ -420,8 +421,8 @@ def write_catalogue(folder: Path, catalogue: Catalogue, more: Path | None = None
     embeds = {name: side for name, side in embeds.items() if name not in catalogue.elsewhere}
     embeds |= {_BACKGROUND + name: part for name, part in catalogue.background.items()}
     halves = {key: tensor.half().contiguous() for key, tensor in embeds.items()}
-    metadata = {"build": _digest(catalogue.stamp, lines), "seal": _seal(header, halves)}
-    metadata |= {"elsewhere": " ".join(catalogue.elsewhere)} if catalogue.elsewhere else {}
+    # In one entry: several are written in any order, and the same gallery would be other bytes.
+    metadata = {"build": " ".join((_digest(catalogue.stamp, lines), _seal(header, halves), *catalogue.elsewhere))}
     with tempfile.TemporaryDirectory(prefix=ASIDE, dir=folder) as name:
         aside = Path(name, "all")
         if more is None:
