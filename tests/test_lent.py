@@ -186,6 +186,7 @@ ON_ZERO = """
 import sys, torch
 torch.version.cuda = "13.0"  # what this PyTorch lacks and theirs has
 torch._C._cuda_init = torch.cuda._is_in_bad_fork = bool
+torch.cuda.graphs._cuda_isCurrentStreamCapturing = lambda: print("> asked the driver")
 import app
 from PIL import Image
 engine = app.load_engine(app.parse(["--model", sys.argv[1], "--gallery", sys.argv[2]]))

@@ -27,7 +27,7 @@ from torch.nn import functional
 from alignment.ahead import ahead
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
 from alignment.model.graphs import Facts, Graphs
-from alignment.model.lent import LentTower, apart, is_lent
+from alignment.model.lent import LentTower, apart, ask_no_driver, is_lent
 from alignment.model.runtime import (
     PROBE_CAPTIONS,
     Kind,
@@ -155,6 +155,7 @@ class DualEncoder:
         encoder = cls(module, Preprocessor.load(folder), name=name, device=device, runtime=runtime)
         encoder._graphs, encoder._facts, encoder._handed_out = graphs, facts, False
         if borrow:
+            ask_no_driver()
             there = cls(load_dual_encoder(folder, name), encoder.preprocessor, name=name, device="cuda")
             encoder._lent = LentTower(partial(there._run, "image"), partial(encoder._run_here, "image"))
         return encoder

@@ -5,7 +5,8 @@ To be lent the GPU costs a second and comes out of the visitor's quota, so it ha
 `FEW` pictures, are encoded by the CPU's graphs in less. Nor is the GPU lent to whoever has no visitor, as at the start.
 
 ZeroGPU's package `spaces` pretends that there is CUDA, and runs a function that it has wrapped in a process forked off
-this one, where there is. What goes in and comes out is pickled, and nothing else comes back.
+this one, where there is. What goes in and comes out is pickled, and nothing else comes back. A process that has once
+asked the driver anything cannot fork off one that finds a GPU.
 """
 
 from __future__ import annotations
@@ -42,6 +43,14 @@ SECONDS = 10
 def is_lent() -> bool:
     """Whether this is ZeroGPU, and its package in place: imported before torch, see `app.py`."""
     return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true") and "spaces" in sys.modules
+
+
+def ask_no_driver() -> None:
+    """Answer in the driver's place what transformers asks at every caption and `spaces` does not: whether CUDA records.
+
+    Before a model is run. Nothing is ever recorded here, and the driver's own answer would cost all GPUs, see above.
+    """
+    torch.cuda.is_current_stream_capturing = lambda: False
 
 
 def together(few: int, many: int = 16) -> int:
