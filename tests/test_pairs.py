@@ -83,6 +83,16 @@ def test_missing_pictures_are_logged_once_each(flickr8k: Path, caplog: pytest.Lo
     assert "left out 1 missing pictures (gone.jpg.1)" in caplog.text
 
 
+def test_a_name_cannot_do_anything_to_the_terminal_that_shows_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"file_name": "a.jpg", "caption": "a"}, {"file_name": "\x1b[2J\u202egpj.\ud800\nb.png", "caption": "b"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    picture(tmp_path / "a.jpg")
+    read_pairs(tmp_path)
+    assert "left out 1 missing pictures ([2Jgpj. b.png)" in caplog.text
+
+
 def test_what_is_missing_in_another_split_is_not_reported(flickr8k: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         read_pairs(flickr8k, split="dev")

@@ -42,6 +42,7 @@ from alignment.gallery.storage import Rows, open_gallery, tidy, write_gallery
 from alignment.gallery.unfinished import THUMBNAILS, Unfinished
 from alignment.model import DualEncoder
 from alignment.pairs import Share, read_pairs
+from alignment.preprocess import legible
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +245,7 @@ class _Builder:
             self.looked = number + 1
             if look.refusal:
                 self.report.skipped.append((look.picture.source, look.refusal))
-                logger.warning("Skipped %s: %s", look.picture.source, look.refusal)
+                logger.warning("Skipped %s: %s", legible(look.picture.source), look.refusal)
             else:
                 read.append(look.picture)
                 if look.picture.file is not self.files.get(look.picture.source):

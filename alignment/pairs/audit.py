@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alignment.pairs.collection import Pair
-from alignment.preprocess import InputError, open_image
+from alignment.preprocess import InputError, legible, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _print_of(path: str) -> ImagePrint | str:
         with Path(path).open("rb") as file:
             return ImagePrint(hashlib.file_digest(file, "sha256").hexdigest(), look)
     except (InputError, OSError) as error:
-        return f"{os.path.basename(path)} ({error})"
+        return f"{legible(os.path.basename(path))} ({error})"
 
 
 def _look_of(image: Image.Image) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alignment.pairs.files import canonical, near
-from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption
+from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, legible
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Collection:
         """Merge the rows of each picture and log what happened."""
         pairs = [self._merge(path, rows) for path, rows in self.rows.items()]
         left_out = "; ".join(
-            f"{len(what)} {reason} ({', '.join(what[:3])}{', ...' if len(what) > 3 else ''})"
+            f"{len(what)} {reason} ({', '.join(map(legible, what[:3]))}{', ...' if len(what) > 3 else ''})"
             for reason, what in self.skipped.items()
         )
         if not pairs and not may_be_empty:
