@@ -238,6 +238,60 @@ def test_a_gallery_without_its_thumbnails_is_refused(tiny: tuple[Path, Path], tm
         lay_out(of(*tiny), tmp_path / "space")
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_a_damaged_gallery_is_not_copied(
+    many: bool, tiny: tuple[Path, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, gallery = tiny
+    monkeypatch.setattr("alignment.gallery.storage.has_many", lambda count: many and count > 2)
+    build_gallery(photos, gallery, DualEncoder.load(model, device="cpu"), calibrate=False)
+    rows = max(gallery.rglob("*.safetensors"), key=lambda path: (path.parent != gallery, path.stat().st_size))
+    assert (rows.parent != gallery) is many
+    content = bytearray(rows.read_bytes())
+    content[-50] ^= 1
+    rows.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged"):
+        lay_out(of(model, gallery), tmp_path / "space")
+
+
+def test_a_gallery_whose_embeddings_are_elsewhere_says_how_to_fetch_them(
+    tiny: tuple[Path, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, gallery = tiny
+    monkeypatch.setattr("alignment.gallery.storage.has_many", lambda count: count > 2)
+    build_gallery(photos, gallery, DualEncoder.load(model, device="cpu"), calibrate=False)
+    shutil.rmtree(next(gallery.glob("image_embeds-*")))
+    with pytest.raises(ValueError, match=f"alignment.gallery pull {re.escape(str(gallery))} --index URI"):
+        lay_out(of(model, gallery), tmp_path / "space")
+
+
+def test_a_caption_that_says_where_the_gallery_came_from_stops_it(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    model, gallery = tiny
+    source = tmp_path / "holiday" / "photos"
+    source.mkdir(parents=True)
+    Image.new("RGB", (60, 40)).save(source / "one.png")
+    (source / "metadata.jsonl").write_text(json.dumps({"file_name": "one.png", "text": f"kept in {source}"}), "utf-8")
+    build_gallery(source, gallery, DualEncoder.load(model, device="cpu"), calibrate=False)
+    with pytest.raises(ValueError, match="names a folder of this machine"):
+        lay_out(of(model, gallery), tmp_path / "space")
+
+
+def test_an_export_that_was_refused_is_not_left_and_can_be_tried_again(
+    tiny: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, gallery = tiny
+    look = tmp_path / "new" / "look"
+    command = ["publish", "me/app", "--model", str(model), "--gallery", str(gallery), "--export", str(look)]
+    (model / "README.md").write_text("hf_" + "aB3" * 11, "utf-8")
+    assert main(command) == 2
+    assert "secret" in capsys.readouterr().err
+    assert list(look.parent.iterdir()) == []
+    (model / "README.md").write_text("A model card", "utf-8")
+    assert main(command) == 0
+    assert [path.name for path in look.parent.iterdir()] == ["look"]
+    assert (look / "app.py").is_file()
+
+
 def test_a_folder_with_something_in_it_is_not_written_to(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     assert main(["publish", "me/app", "--export", str(photos)]) == 2
     assert "is not empty" in capsys.readouterr().err
@@ -309,6 +363,11 @@ def test_a_model_that_was_never_fetched_is_named(capsys: pytest.CaptureFixture[s
         ("words.json", "-----BEGIN OPENSSH PRIVATE KEY-----"),
         ("deep/down.txt", "AKIA" + "ABCDEFGH12345678"),
         ("notes.md", "ghp_" + "a1B2" * 9),
+        ("captions.jsonl", "AIza" + "Sy0_-" * 7),
+        ("captions.jsonl", "https://bob:s3cr3t@db.example.com"),
+        ("captions.jsonl", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.SflKxwRJSMeKKF2QT4"),
+        ("captions.jsonl", "My password: hunter2"),
+        ("captions.jsonl", "密码是 hunter2"),
     ],
 )
 def test_what_looks_like_a_secret_stops_the_publication(tmp_path: Path, name: str, content: str) -> None:
@@ -318,6 +377,26 @@ def test_what_looks_like_a_secret_stops_the_publication(tmp_path: Path, name: st
         check_folder(tmp_path)
     assert name in str(raised.value)
     assert content not in str(raised.value)
+
+
+def test_a_secret_is_found_at_the_end_of_many_captions(tmp_path: Path) -> None:
+    with (tmp_path / "captions.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(f'{{"id": "{row}", "text": "{"a caption " * 100}"}}\n' for row in range(20_000))
+    assert (tmp_path / "captions.jsonl").stat().st_size > 2**24
+    check_folder(tmp_path)
+    with (tmp_path / "captions.jsonl").open("a", encoding="utf-8") as file:
+        file.write("hf_" + "aB3" * 11)
+    with pytest.raises(ValueError, match="secret"):
+        check_folder(tmp_path)
+
+
+def test_captions_that_only_speak_of_secrets_and_weights_are_welcome(tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text(
+        "a note with a password on it\nthe time is 12:30@home, see http://a.b:80/", "utf-8"
+    )
+    (tmp_path / "app.py").write_text("password: str = read()", "utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 9 + b"hf_" + b"aB3" * 11)
+    check_folder(tmp_path)
 
 
 def test_what_names_a_folder_of_this_machine_stops_it_too(tmp_path: Path) -> None:
@@ -339,7 +418,7 @@ def test_too_many_files_in_a_folder_are_refused(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "variable", ["HF_TOKEN=x", "MY_PASSWORD=x", "OPENAI_API_KEY=x", f"X=hf_{'a' * 30}", "1X=y", "X"]
+    "variable", ["HF_TOKEN=x", "MY_PASSWORD=x", "OPENAI_PASS=x", "OPENAI_API_KEY=x", f"X=hf_{'a' * 30}", "1X=y", "X"]
 )
 def test_variables_are_public_and_so_are_no_place_for_secrets(
     variable: str, capsys: pytest.CaptureFixture[str]

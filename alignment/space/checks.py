@@ -17,12 +17,17 @@ MOST_IN_A_FOLDER = 10_000
 LARGE = 10_000_000
 """Bytes from which a file goes to the Hub's store for large files, which the upload does by itself."""
 
-_READ = 16 * 2**20  # bytes of the largest text; anything larger is weights
+_LOOK = 1 << 13  # bytes from a file's beginning that tell text from weights and pictures
 _SECRET_NAME = re.compile(r"\.env.*|id_(rsa|dsa|ecdsa|ed25519)(\..*)?|.*\.(pem|key|p12|pfx|kdbx)|\.?netrc|\.pypirc")
 _SECRET_TEXT = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b"
+    r"\bhf_[A-Za-z0-9]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}"
     r"|\bgh[opsu]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bsk-[A-Za-z0-9_-]{30,}|\bxox[abpr]-[\w-]{20,}"
+    r"|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}|\b[a-z]{2,12}://[^\s/:@\"'`<>]+:[^\s/:@\"'`<>]+@"
 )
+_PASSWORD = re.compile(
+    r"\b(password|passwd|passphrase|api[ _-]?key)( is|\s*[:=])\s*\S{4,}|(密码|口令)\s*[:：=是]\s*\S{4,}", re.IGNORECASE
+)
+_SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASS|_KEY|CREDENTIAL|^KEY", re.IGNORECASE)
 
 
 def check_folder(folder: Path, private: Sequence[str] = ()) -> None:
@@ -40,8 +45,10 @@ def check_folder(folder: Path, private: Sequence[str] = ()) -> None:
         name = path.relative_to(folder).as_posix()
         if _SECRET_NAME.fullmatch(path.name):
             raise ValueError(f"{name} has the name of a file that holds a secret: take it away, and publish again.")
-        if path.stat().st_size <= _READ:
-            _check_text(name, path.read_bytes().decode("utf-8", "replace"), private)
+        if _is_text(path):
+            with path.open(encoding="utf-8", errors="replace") as lines:  # the captions of a large gallery are many
+                for line in lines:
+                    _check_text(name, line, private)
     crowded = Counter(str(path.parent.relative_to(folder)) for path in paths).most_common(1)
     for parent, count in crowded:
         if count > MOST_IN_A_FOLDER:
@@ -51,8 +58,16 @@ def check_folder(folder: Path, private: Sequence[str] = ()) -> None:
             )
 
 
+def _is_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" not in file.read(_LOOK)
+
+
 def _check_text(name: str, text: str, private: Sequence[str]) -> None:
-    if found := _SECRET_TEXT.search(text):
+    found = _SECRET_TEXT.search(text)
+    if not found and not name.endswith(".py"):  # where a password is a variable
+        found = _PASSWORD.search(text)
+    if found:
         raise ValueError(
             f"{name} holds what looks like a secret ({found.group()[:6]}...): take it out, and publish again."
         )
@@ -67,7 +82,7 @@ def check_variables(variables: Mapping[str, str]) -> None:
     for name, value in variables.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"{name!r} is no name for a variable: use letters, digits and '_'.")
-        if _SECRET_TEXT.search(value) or re.search(r"TOKEN|SECRET|PASSWORD|_KEY", name, re.IGNORECASE):
+        if _SECRET_TEXT.search(value) or _SECRET_VARIABLE.search(name):
             raise ValueError(
                 f"{name} looks like a secret, and everybody may read a Space's variables: set it under Secrets in the "
                 "settings of the Space instead."

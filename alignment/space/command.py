@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -98,10 +97,15 @@ def _publish(args: argparse.Namespace) -> None:
     look_only = args.dry_run or args.export
     if not look_only:
         check_login(HfApi(), AGAIN)
-    with ExitStack() as stack:
-        folder = Path(args.export or stack.enter_context(TemporaryDirectory(prefix="alignment-space-")))
+    export = _new_folder(args.export) if args.export else None
+    # An export is laid out beside its place: it is there when it has been found fit to be sent, and not before.
+    with TemporaryDirectory(prefix=".alignment-space-", dir=export and export.parent) as scratch:
+        folder = Path(scratch, "space")
         notes = lay_out(space, folder)
-        check_folder(folder, private_paths(Path.home(), Path.cwd(), ROOT, gallery, folder))
+        own = [] if space.model.revision else [space.model.folder]
+        check_folder(folder, private_paths(Path.home(), Path.cwd(), ROOT, gallery, folder, *own))
+        if export:
+            folder = folder.replace(export)
         if look_only:
             _show(space, folder, notes, args.export)
             return
@@ -112,6 +116,16 @@ def _publish(args: argparse.Namespace) -> None:
     for title, names in (("Variables set", sent.variables), ("Files deleted", sent.deleted)):
         if names:
             print(f"  {title}: {', '.join(names)}")
+
+
+def _new_folder(name: str) -> Path:
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    if folder.exists():
+        raise ValueError(f"{folder} is not empty: name a new folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _variables(words: Sequence[str]) -> dict[str, str]:

@@ -61,17 +61,16 @@ class Space:
 
 
 def lay_out(space: Space, folder: Path) -> list[str]:
-    """Write the Space into a folder, new or empty.
+    """Write the Space into a new folder.
 
     Returns:
         Sentences on what becomes public.
 
     Raises:
         FileNotFoundError: when something is missing.
-        ValueError: when gallery and model do not belong together, or the folder holds something.
+        ValueError: when gallery and model do not belong together.
+        FileExistsError: when there is such a folder.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: name a new folder.")
     if space.gallery is None and space.model.name != MODEL:
         raise ValueError(
             "The gallery that comes along belongs to the compact model; another one needs its own. Build it, and name "
@@ -79,7 +78,7 @@ def lay_out(space: Space, folder: Path) -> list[str]:
         )
     if not (ROOT / "requirements.txt").is_file():
         raise FileNotFoundError("A Space is published from a clone of the repository; an installed wheel lacks a part.")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     for path in _chosen(*_FILES, *(_BACKGROUND if space.gallery else _STARTER)):
         _copy(ROOT / path, folder / path)
     if not space.model.revision:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from alignment.catalogue import Picture, read_catalogue, rebuild_command
 from alignment.gallery.search import THUMBNAILS
-from alignment.gallery.storage import open_sides, write_gallery
+from alignment.gallery.storage import open_gallery, write_gallery
 from alignment.model import DualEncoder
+from alignment.space.checks import check_folder, private_paths
 from alignment.space.choice import Choice
 
 
@@ -32,10 +33,16 @@ def copy_gallery(source: Path, target: Path, model: Choice) -> list[str]:
 
     Raises:
         FileNotFoundError: when there is no gallery.
-        ValueError: when another model made it, it is damaged, or thumbnails are missing.
+        ValueError: when another model made it, it is damaged or lies on a server, thumbnails are missing, or a caption
+            says where it was built from.
     """
     catalogue = read_catalogue(source, model.name)
     _check_model(source, catalogue.stamp.fingerprint, model)
+    if any(not any(source.glob(f"{name}-*")) for name in catalogue.elsewhere):
+        raise ValueError(
+            f"The embeddings of the gallery in {source} are not in its folder. If they lie on a Milvus server, fetch "
+            f"them, and publish again: python -m alignment.gallery pull {source} --index URI"
+        )
     own = [picture for picture in catalogue.pictures if not picture.package]
     missing = [picture.id for picture in own if not _thumbnail(source, picture).is_file()]
     if missing:
@@ -43,10 +50,11 @@ def copy_gallery(source: Path, target: Path, model: Choice) -> list[str]:
             f"The gallery in {source} lacks the thumbnails of {len(missing)} pictures. Rebuild it with: "
             f"{rebuild_command(source, catalogue.stamp.model, catalogue.stamp)}"
         )
-    sides = open_sides(source, catalogue)
+    _, *sides = open_gallery(source, model.name)
     stamp = replace(catalogue.stamp, model=model.name, source="", options="")
     pictures = [_public(picture) for picture in catalogue.pictures]
-    write_gallery(target, replace(catalogue, pictures=pictures, stamp=stamp), sides)
+    write_gallery(target, replace(catalogue, pictures=pictures, stamp=stamp), (sides[0], sides[1]))
+    check_folder(target, private_paths(Path(catalogue.stamp.source)))
     for picture in own:
         (target / THUMBNAILS).mkdir(exist_ok=True)
         shutil.copyfile(_thumbnail(source, picture), _thumbnail(target, picture))

@@ -65,7 +65,6 @@ def publish(
         _check_ours(there)
     with plain_errors(space.repo_id, AGAIN, _refusals(space)):
         _settle(api, space, there, private)
-        variables = _set_variables(api, space, there)
         api.upload_folder(
             repo_id=space.repo_id,
             repo_type="space",
@@ -73,6 +72,7 @@ def publish(
             delete_patterns="*",
             commit_message="Publish the app, its gallery and its model",
         )
+        variables = _set_variables(api, space, there)  # last: until then, what runs there finds what it needs
     gone = _files(there) - contents(folder).keys() - {".gitattributes"} if there else set()
     url = f"{api.endpoint}/spaces/{space.repo_id}"
     return Sent(url, there is None, tuple(sorted(gone)), variables)
