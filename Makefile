@@ -35,7 +35,7 @@ app: $(APP_STAMP)  ## open the app on http://127.0.0.1:7860 (GRADIO_SERVER_PORT=
 	$(BIN)/python app.py $(ARGS)
 
 test: $(TEST_STAMP) $(BROWSER_STAMP) lint audit  ## check style, floors, types and known vulnerabilities, then run every test
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(TEST_STAMP) $(BROWSER_STAMP)  ## kill builds and trainings, keep the app under load: some half an hour
 	$(BIN)/pytest tests/long $(ARGS)
