@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -10,6 +11,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 import app
 from alignment.gallery import Gallery, Picture
 from alignment.ui.service import Service, Settings
+from alignment.ui.strings import pick_language, text
 
 SLOW = 30_000  # milliseconds; the machine may be busy
 expect.set_options(timeout=SLOW)
@@ -78,6 +80,9 @@ def visit(browser, address) -> Iterator[Callable[..., Page]]:
         page.goto(address + query)
         expect(page.locator("#captions-results h2")).to_be_attached()  # an address may lead to another tab
         expect(page.locator("#link button")).to_be_visible()
+        # The tabs change their language one after the other; what is dropped meanwhile may be drawn over.
+        lang = pick_language(dict(parse_qsl(query.lstrip("?"))), locale)
+        expect(page.locator("#captions-drop .al-drop-how")).to_have_text(text(lang, "drop.how"))
         return page
 
     yield open_page
