@@ -330,6 +330,16 @@ def test_what_a_page_sends_is_doubted():
     assert len(uploads_of({"files": [{"name": "x" * 999}]})[0].name) == 120
 
 
+def test_a_path_longer_than_any_of_ours_is_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(self: Path) -> Path:
+        raise AssertionError("to take it apart would take minutes")
+
+    monkeypatch.setattr(Path, "resolve", look)
+    with pytest.raises(InputError):
+        take(Upload("a", "a/" * 20_000), 1)
+    forget([Upload("a", "a/" * 20_000)])
+
+
 @pytest.mark.parametrize(
     ("problem", "code"), [("size", "upload.size"), ("limit", "photo.limit"), ("empty", "image.empty")]
 )

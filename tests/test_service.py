@@ -4,12 +4,15 @@ import logging
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
 import tomllib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +21,7 @@ import httpx
 import psutil
 import pytest
 import uvicorn
+from gradio.utils import LRUCache
 from PIL import Image
 
 import alignment
@@ -25,8 +29,9 @@ import app
 from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
-from alignment.ui.service import Folder, Service, Settings, add_options
+from alignment.ui.service import Folder, Service, Settings, add_options, connections
 from alignment.ui.service import limits as limits_module
+from alignment.ui.service import running as running_module
 from alignment.ui.service import service as service_module
 from alignment.ui.service.door import PASSWORD
 from alignment.ui.service.folder import sweep
@@ -566,6 +571,72 @@ def test_of_requests_that_are_over_gradios_queue_keeps_nothing(serve):
     queue = client.page._queue
     until(lambda: not queue.pending_event_ids_session and not queue.pending_messages_per_session)
     assert not queue.event_ids_to_events
+
+
+def test_answers_that_nobody_comes_for_do_not_stop_the_queue(serve, engine, monkeypatch):
+    monkeypatch.setattr("gradio.queueing.LRUCache", lambda size: LRUCache(4))
+    monkeypatch.setattr(running_module, "_MOST_LEFT", 5)
+    monkeypatch.setattr(service_module, "_OFTEN", 0.05)
+    client = serve(rate=0)
+    engine.may_go_on.clear()
+    waiting = [ask(client) for _ in range(30)]  # more than run at once
+    assert {asked.status_code for asked in waiting} == {200}
+    engine.may_go_on.set()
+    assert "event: complete" in answer(client, waiting[-1])
+    until(lambda: len(client.page._queue.pending_messages_per_session) <= 5)
+    assert "event: complete" in answer(client, ask(client))
+    assert client.get("/healthz").json()["status"] == "ok"
+
+
+def test_a_queue_that_broke_down_is_told_and_ends_the_app(serve):
+    client = serve()
+    client.page._queue.close()
+    told = client.get("/healthz")
+    assert (told.status_code, told.json()["status"]) == (503, "broken")
+    with pytest.raises(OSError, match="Start the app again"):
+        client.service.serve(client.page)
+
+
+def half_asked(client: httpx.Client) -> socket.socket:
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=30)
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+    return connection
+
+
+def ended(connection: socket.socket) -> bool:
+    with connection, suppress(ConnectionResetError):
+        return connection.recv(1) == b""
+    return True
+
+
+def test_who_connects_and_never_asks_is_hung_up_on_and_who_waits_for_an_answer_is_not(serve, engine, monkeypatch):
+    monkeypatch.setattr(connections, "PATIENCE", 0.3)
+    client = serve()
+    engine.may_go_on.clear()
+    asked = ask(client)
+    with ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(answer, client, asked)
+        for _ in range(2):
+            assert ended(half_asked(client))  # after more than the answer has taken so far
+        engine.may_go_on.set()
+        assert "event: complete" in answered.result()
+
+
+def test_an_address_has_so_many_connections(serve):
+    client = serve(at_once=2)
+    idle = [half_asked(client) for _ in range(8)]
+    assert sum(ended(connection) for connection in idle[4:]) == 4
+    for connection in idle[:4]:
+        connection.close()
+    until(lambda: client.get("/healthz").status_code == 200)
+    unlimited = serve(at_once=2, proxies=1)
+    idle = [half_asked(unlimited) for _ in range(8)]
+    assert unlimited.get("/healthz").status_code == 200
+    for connection in idle:
+        connection.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.close()
 
 
 def test_uploads_and_sessions_vanish_after_their_time(serve, monkeypatch):

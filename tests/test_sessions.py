@@ -111,6 +111,18 @@ def test_sessions_together_weigh_no_more_than_they_may(page):
     assert 'data: ["x' in call(page, "z", session_hash="carl")
 
 
+def test_sessions_that_hold_nothing_make_way_for_those_that_do(page):
+    sessions = page.app.state_holder
+    sessions.capacity = 3
+    for name, thing in (("anna", "apple"), ("bob", "bread")):
+        call(page, thing, session_hash=name)
+        call(page, thing, session_hash=name)
+    for number in range(10):
+        call(page, "", session_hash=f"nobody {number}")
+    assert {"anna", "bob"} < set(sessions.session_data)
+    assert len(sessions.session_data) == 3
+
+
 @dataclass(frozen=True)
 class Nothing:
     lazily: Any = None

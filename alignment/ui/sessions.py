@@ -71,10 +71,16 @@ class Sessions(StateHolder):
                 # What the elements show of it is as much again, twice: as it is, and as it was described.
                 self._weights[session_id] = 3 * weight(list(self.session_data[session_id].state_data.values()))
             while len(self.session_data) > 1 and self._too_much():
-                self._drop(next(iter(self.session_data)))
+                oldest = next(iter(self.session_data))
+                empty = (name for name in self.session_data if not self._weights.get(name) and name != session_id)
+                # Whoever opens many for nothing shall not take what others have brought.
+                self._drop(oldest if self._too_heavy() else next(empty, oldest))
 
     def _too_much(self) -> bool:
-        return len(self.session_data) > self.capacity or sum(self._weights.values()) > self.most_bytes
+        return len(self.session_data) > self.capacity or self._too_heavy()
+
+    def _too_heavy(self) -> bool:
+        return sum(self._weights.values()) > self.most_bytes
 
     def _drop(self, session_id: str) -> None:
         for kept in (self.session_data, self._weights, self.time_last_used):

@@ -27,6 +27,8 @@ MAX_NAME = 120
 CHUNK = 4  # pictures between two signs of progress
 SHOWN_PROBLEMS = 10
 
+_LONGEST_PATH = 4096  # characters; of ours none comes near
+
 _serial = count()  # the page redraws on a new value only, also when the same file is wrong twice
 
 
@@ -135,9 +137,10 @@ def forget(uploads: Sequence[Upload]) -> None:
 
 def _path(upload: Upload) -> Path:
     """Find the file of an upload; nothing but the upload folder is ever touched, whatever a page may send."""
-    folder = Path(get_upload_folder()).resolve()
-    path = Path(upload.path).resolve()
-    if not upload.path or folder not in path.parents:
+    if not 0 < len(upload.path) <= _LONGEST_PATH:  # to take a very long one apart takes minutes
+        raise ValueError("not an upload")
+    folder, path = Path(get_upload_folder()).resolve(), Path(upload.path).resolve()
+    if path == folder or not path.is_relative_to(folder):
         raise ValueError("not an upload")
     return path
 

@@ -11,18 +11,19 @@ from starlette.responses import JSONResponse
 
 from alignment import __version__
 from alignment.engine import AlignmentEngine
-from alignment.ui.service.running import Running, waiting, working
+from alignment.ui.service.running import Running, broken, waiting, working
 
 HEALTH_ROUTE = "/healthz"
 
 
 def health(engine: AlignmentEngine, running: Running) -> Callable[[Request], JSONResponse]:
-    """Make the endpoint: 200 while requests are taken, 503 once the service is stopping."""
+    """Make the endpoint: 200 while requests are taken, 503 once the service is stopping or has broken down."""
 
     def answer(request: Request) -> JSONResponse:
         page = request.app.get_blocks()
+        status = "stopping" if running.stopping else "broken" if broken(page) else "ok"
         said = {
-            "status": "stopping" if running.stopping else "ok",
+            "status": status,
             "version": __version__,
             "model": Path(engine.encoder.name).name,
             "fingerprint": engine.encoder.fingerprint,
@@ -32,6 +33,6 @@ def health(engine: AlignmentEngine, running: Running) -> Callable[[Request], JSO
             "queue": waiting(page),
             "working": working(page) - waiting(page),
         }
-        return JSONResponse(said, 503 if running.stopping else 200, {"Cache-Control": "no-store"})
+        return JSONResponse(said, 200 if status == "ok" else 503, {"Cache-Control": "no-store"})
 
     return answer

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK = 0.1  # seconds between two looks
 _LEFT = 2.0  # seconds an answer waits for a client that may never come for it
+_MOST_LEFT = 2000  # answers that wait for whoever asked
 
 
 class Running:
@@ -63,9 +64,14 @@ class Running:
         Args:
             page: launched.
             seconds: to wait at most.
+
+        Raises:
+            OSError: when requests are answered no more, though nobody told it to stop.
         """
         while not self._stop.wait(_LOOK):
-            pass
+            if broken(page):
+                page.close(verbose=False)
+                raise OSError("The queue of requests has broken down. Start the app again.")
         note(logger, "stopping")
         begun = time.monotonic()
         idle_since = begun
@@ -94,11 +100,21 @@ def undelivered(page: gr.Blocks) -> bool:
     return any(list(page._queue.pending_event_ids_session.values()))
 
 
+def broken(page: gr.Blocks) -> bool:
+    """Tell whether Gradio's queue has ended by itself, after a failure of its own."""
+    return bool(page._queue.stopped)
+
+
 class Leftovers:
-    """What Gradio's queue keeps of requests that are over: an entry of each, for ever, which this clears away."""
+    """What Gradio's queue keeps of requests that are over: an entry of each, for ever, which this clears away.
+
+    Gradio keeps the answers of so many sessions and, where there are more, drops the one that came first, even one that
+    still waits for its turn, at which its queue breaks down. Here only answers go that nobody comes for.
+    """
 
     def __init__(self, page: gr.Blocks) -> None:
         self._queue: Any = page._queue
+        self._queue.pending_messages_per_session = dict(self._queue.pending_messages_per_session)  # type: ignore[assignment]
         self._idle: dict[str, float] = {}  # session -> since when its answers wait for it
 
     def clear(self, seconds: float) -> None:
@@ -109,8 +125,9 @@ class Leftovers:
             for session, ids in events.items()
             if not any(id in self._queue.event_ids_to_events for id in ids)
         }
-        for session, since in list(idle.items()):
-            if not events[session] or now - since > seconds:
+        too_many = len(idle) - _MOST_LEFT
+        for number, (session, since) in enumerate(sorted(idle.items(), key=lambda entry: entry[1])):
+            if not events[session] or now - since > seconds or number < too_many:
                 del events[session], idle[session]
                 self._queue.pending_messages_per_session.pop(session, None)
         self._idle = idle

@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from alignment.engine import AlignmentEngine
+from alignment.ui.service.connections import connect_carefully
 from alignment.ui.service.door import PASSWORD, Door
 from alignment.ui.service.folder import sweep
 from alignment.ui.service.health import HEALTH_ROUTE, health
@@ -28,7 +29,7 @@ from alignment.ui.widgets import ASSETS
 
 _OFTEN, _SELDOM = 5.0, 30.0  # seconds between two looks at the queue, and at files and sessions
 _ANSWERS_KEPT = 300.0  # seconds that an answer waits for a program to come for it
-_MOST_SESSIONS = 2000
+_MOST_SESSIONS = 10_000
 
 
 class Service:
@@ -58,6 +59,7 @@ class Service:
             Route(UPLOAD_ROUTE, upload, methods=["POST"]),
             Route(f"{UPLOAD_ROUTE}/", upload, methods=["POST"]),
         ]
+        connect_carefully(self.settings)
         door = Middleware(Door, settings=self.settings, running=self.running, room=self._room, password=self._password)
         return {
             "app_kwargs": {"routes": [*ours, *routes], "middleware": [door], "lifespan": self._tidying},
