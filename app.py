@@ -45,7 +45,7 @@ from alignment.gallery import Gallery, Remote, add_index_options
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 from alignment.shipped import GALLERY, MODEL, shipped
-from alignment.ui.api import add_api, answer_tools_in_json
+from alignment.ui.api import add_api, tame_tools
 from alignment.ui.api_input import Page
 from alignment.ui.captions_tab import CaptionsTab
 from alignment.ui.evaluate_tab import EvaluateTab
@@ -261,7 +261,7 @@ def serve(engine: AlignmentEngine, args: argparse.Namespace, service: Service) -
     options = {**launch_options(engine, service), "server_name": args.host, "server_port": args.port}
     _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
     log_the_servers_too()
-    answer_tools_in_json(page)
+    tame_tools(page)
     service.let_tools_in(page)
     gc.freeze()
     gc.enable()

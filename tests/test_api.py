@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import json
+import logging
 import os
 import re
 import subprocess
@@ -30,7 +31,7 @@ from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
-from alignment.ui.api import Api, add_api, answer_tools_in_json
+from alignment.ui.api import Api, add_api, tame_tools
 from alignment.ui.api_input import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS
 from alignment.ui.service import Service, Settings
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
@@ -61,7 +62,7 @@ def address(engine, uploads) -> Iterator[str]:
     page = app.build_page(engine, "en")
     options = app.launch_options(engine, Service(Settings(rate=0)))
     _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", mcp_server=True, **options)
-    answer_tools_in_json(page)
+    tame_tools(page)
     yield url.rstrip("/")
     page.close()
 
@@ -423,6 +424,14 @@ def test_every_endpoint_is_a_tool_with_a_text_that_says_what_it_does(address):
             assert re.match(r"[A-Z0-9].*\.$", parameter["description"])
 
 
+def test_what_an_agent_asks_is_logged_like_what_others_ask(address, caplog):
+    with caplog.at_level(logging.INFO):
+        with_tools(address, lambda session: session.call_tool("search_images", {"caption": "a tabby cat", "k": 1}))
+    asked = [record.service for record in caplog.records if record.getMessage() == "request"]
+    assert {(line["endpoint"], line["outcome"]) for line in asked} >= {("mcp", "ok")}
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_an_agent_searches_and_reads_json(address):
     answer = with_tools(address, lambda session: session.call_tool("search_images", {"caption": "a tabby cat", "k": 1}))
     assert not answer.isError
@@ -437,6 +446,27 @@ def test_an_agent_sends_a_picture_by_the_address_its_upload_got(address, photo, 
     values = {"image": f"{address}/gradio_api/file={upload}", "k": 3, "lang": "en"}
     answer = with_tools(address, lambda session: session.call_tool("search_captions", values))
     assert "coffee" in answer.content[0].text
+    assert files(uploads) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_agent_reads_no_file_of_the_server(address, photo, tmp_path, uploads, there):
+    secret = tmp_path / "secret.png"
+    if there:
+        secret.write_bytes(photo("coffee").read_bytes())
+    for tool, values in (
+        ("search_captions", {"image": sent(str(secret))}),
+        (
+            "search_captions",
+            {"image": {"path": str(secret), "url": secret.as_uri(), "meta": {"_type": "gradio.FileData"}}},
+        ),
+        ("embed_images", {"images": [sent(str(secret))]}),
+        ("similarity_matrix", {"images": [sent(str(secret))], "captions": ["a cat"]}),
+    ):
+        answer = with_tools(address, lambda session, tool=tool, values=values: session.call_tool(tool, values))
+        assert answer.isError, tool
+        assert re.search("did not arrive|has to be text", answer.content[0].text), answer.content[0].text
+        assert str(tmp_path) not in answer.content[0].text
     assert files(uploads) == []
 
 

@@ -417,6 +417,7 @@ def test_of_all_that_gradio_serves_only_what_is_needed_is_open(serve):
     for path in ("/gradio_api/component_server", "/gradio_api/vibe-edit", "/gradio_api/process_recording", "/login"):
         assert client.post(path, json={}).status_code == 404
     assert client.put("/").status_code == 404
+    assert way_of("HEAD", "/") == way_of("GET", "/") == "look"  # which is counted
 
 
 def test_an_answer_that_is_not_there_is_said_to_be_not_there(serve):

@@ -13,6 +13,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
+import gradio as gr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -58,6 +59,7 @@ class _Passage:
 
     scope: Scope
     way: Way | None
+    page: gr.Blocks  # as the scope is passed on, parts of Gradio put themselves into the page's place
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     begun: float = field(default_factory=time.monotonic)
     received: int = 0
@@ -82,7 +84,7 @@ class Door:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return  # a websocket: nothing here speaks it
-        passage = _Passage(scope, way_of(scope["method"], scope["path"]))
+        passage = _Passage(scope, way_of(scope["method"], scope["path"]), scope["app"].get_blocks())
         address = address_of(scope, self._settings.proxies)
         scope.update({ROOM: self._room, CLIENT: address, REQUEST_ID: passage.id, OWNERS: self._owners})
         with self._open.one(address) as room:
@@ -127,7 +129,7 @@ class Door:
         return secrets.compare_digest(headers.get(PASSWORD, "").encode(), self._password.encode())
 
     def _check_turn(self, passage: _Passage) -> None:
-        page = passage.scope["app"].get_blocks()
+        page = passage.page
         if passage.way == "ask" and waiting(page) >= self._settings.queue:
             raise refusals.queue_full()
         if passage.way == "answer":
@@ -208,7 +210,7 @@ class Door:
     def _log(self, passage: _Passage) -> None:
         if passage.refusal is None and passage.way not in ("ask", "upload") and passage.status < 500:
             return
-        known = {str(fn.api_name) for fn in passage.scope["app"].get_blocks().fns.values()}
+        known = {str(fn.api_name) for fn in passage.page.fns.values()}
         note(
             logger,
             "request",

@@ -27,14 +27,14 @@ def way_of(method: str, path: str) -> Way | None:
         return "health" if method in ("GET", "HEAD") else None
     if path == _TOOLS or path.startswith(f"{_TOOLS}/"):
         return "ask" if method == "POST" else "answer"
-    return _read(method, path) if method in ("GET", "HEAD") else _sent(path) if method == "POST" else None
+    return _read(path) if method in ("GET", "HEAD") else _sent(path) if method == "POST" else None
 
 
-def _read(method: str, path: str) -> Way | None:
+def _read(path: str) -> Way | None:
     if path.startswith(_ASSETS) or path in _FILES or path == "/gradio_api/queue/status":
         return "asset"
     if path in _LOOKS:
-        return "look" if method == "GET" else "asset"
+        return "look"
     return "answer" if path.startswith(_STREAMS) or path == "/gradio_api/queue/data" else None
 
 
