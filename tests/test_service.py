@@ -229,7 +229,7 @@ def test_uvicorn_believes_nobody_by_itself():
 
 
 def test_who_asks_too_often_is_told_when_to_come_back(serve):
-    client = serve(rate=8)  # four at once
+    client = serve(rate=10)  # five at once, of which Gradio had one, to see whether it runs
     for _ in range(4):
         assert ask(client).status_code == 200
     late = ask(client)
@@ -252,7 +252,7 @@ def test_behind_a_proxy_everybody_has_their_own_rate(serve):
 
 
 def test_what_the_process_asks_itself_for_its_agents_has_been_counted_before(serve):
-    client = serve(rate=2)
+    client = serve(rate=4)  # two at once, of which Gradio had one
     assert ask(client).status_code == 200
     assert ask(client, **{PASSWORD: "guessed"}).status_code == 429
     assert ask(client, **{PASSWORD: client.service._password}).status_code == 200
@@ -336,6 +336,45 @@ def test_uploads_are_limited_in_number_and_size_until_they_are_read(serve):
         Path(path).unlink()  # as whoever reads it does
     assert send(client, 100, 100).status_code == 200
     assert refused(send(client, 1, 1, 1, 1), 413, "waiting")
+
+
+def form(*parts: tuple[str, bytes]) -> dict[str, Any]:
+    """A request with these parts; a name ends in "/" where the part is a field and no file."""
+    body = b""
+    for name, content in parts:
+        file = "" if name.endswith("/") else '; filename="a.png"'
+        body += (
+            f'--b\r\nContent-Disposition: form-data; name="{name.rstrip("/")}"{file}\r\n\r\n'.encode()
+            + content
+            + b"\r\n"
+        )
+    return {"content": body + b"--b--\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=b"}}
+
+
+@pytest.mark.parametrize(
+    "request_", [form(("other", b"x" * 999)), form(*[("o", b"x")] * 50), form(("x/", b"y" * 10_000)), form()]
+)
+def test_what_is_no_file_of_ours_is_refused_and_does_not_stay(serve, tmp_path, request_):
+    client = serve()
+    refused(client.post("/gradio_api/upload", **request_), 400, "lost")
+    assert list((tmp_path / "uploads").rglob("*")) == []
+
+
+def test_beside_a_file_nothing_else_stays(serve, tmp_path):
+    client = serve()
+    sent = client.post("/gradio_api/upload", **form(("other", b"x" * 999), ("files", b"abc"), ("o", b"y")))
+    (path,) = sent.json()
+    assert [file for file in (tmp_path / "uploads").rglob("*") if file.is_file()] == [Path(path)]
+    assert Path(path).read_bytes() == b"abc"
+
+
+def test_who_announces_much_and_sends_nothing_takes_no_room(serve):
+    client = serve(disk_mb=2, client_mb=2)
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as idle:
+        head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        idle.sendall(f"{head}Content-Length: {2 * 2**20 - 9}\r\n\r\n--b\r\n".encode())
+        until(lambda: len(client.service._room._lots) == 1)
+        assert send(client, 900_000).status_code == 200
 
 
 def test_the_disk_is_everybodys(serve):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from anyio.to_thread import run_sync
-from gradio.route_utils import MultiPartException, upload_fn
+from gradio import route_utils
+from gradio.route_utils import GradioMultiPartParser, MultiPartException, upload_fn
 from gradio.utils import get_upload_folder
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -32,17 +33,19 @@ ROOM, CLIENT = "alignment.room", "alignment.client"
 """Under which names the door puts them into the scope of a request."""
 
 _MB = 2**20
+_PIECE = _MB  # of an upload, for which place is made as it arrives: who announces much has nothing of it yet
 _SPARE_MB = 200  # of the disk that is not ours to fill
 _LOTS = 10_000  # requests whose files lie here, however small; they are counted at each upload
 
 
 @dataclass
 class _Lot:
-    """What came in one request; `size` is what was announced until it is there."""
+    """What came in one request, or is about to; `size` is what is there, and a piece more."""
 
     client: str
     folder: Path
-    size: int
+    announced: int
+    size: int = 0
     files: int = 1
     complete: bool = False
 
@@ -52,10 +55,21 @@ class _Lot:
         return self.complete and not any(path.is_file() for path in self.folder.rglob("*"))
 
 
+class _OnlyFiles(GradioMultiPartParser):
+    """Gradio's reader of uploads, but for fields that are no files: it would keep them in memory, however long."""
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        """Take a piece of a file."""
+        if self._current_part.file is None:
+            raise MultiPartException("There is a field that is no file.")
+        super().on_part_data(data, start, end)
+
+
 class Room:
     """Who has how much lying here. Looked over only where it seems to be too much: who reads an upload deletes it."""
 
     def __init__(self, settings: Settings) -> None:
+        route_utils.GradioMultiPartParser = _OnlyFiles  # type: ignore[misc]  # `upload_fn` asks for no other
         self._settings = settings
         self._lots: list[_Lot] = []
 
@@ -72,10 +86,10 @@ class Room:
             Refusal: where there is none.
         """
         try:
-            self._check(client, announced)
+            self._check(client, announced, is_new=True)
         except Refusal:
             self.tidy()
-            self._check(client, announced)
+            self._check(client, announced, is_new=True)
         lot = _Lot(client, Path(get_upload_folder()) / secrets.token_urlsafe(16), announced)
         lot.folder.mkdir(parents=True, mode=0o700)
         self._lots.append(lot)
@@ -83,22 +97,24 @@ class Room:
 
     def grow(self, lot: _Lot, arrived: int) -> None:
         """Let an upload become as large as it is; Refusal where that is too much."""
-        if arrived > lot.size:  # it announced nothing, or too little
-            self._check(lot.client, arrived - lot.size)
-            lot.size = arrived
+        if arrived > lot.size:
+            more = max(arrived - lot.size, min(_PIECE, lot.announced - lot.size))
+            self._check(lot.client, more)
+            lot.size += more
 
     def leave(self, lot: _Lot) -> None:
         """Forget an upload that came to nothing."""
         shutil.rmtree(lot.folder, ignore_errors=True)
         self._lots.remove(lot)
 
-    def _check(self, client: str, more: int) -> None:
+    def _check(self, client: str, more: int, *, is_new: bool = False) -> None:
         limits = self._settings
         files, sizes = Counter[str](), Counter[str]()
         for lot in self._lots:
             files[lot.client] += lot.files
             sizes[lot.client] += lot.size
-        if files[client] >= limits.client_files or sizes[client] + more > limits.client_mb * _MB:
+        many = is_new and files[client] >= limits.client_files
+        if many or sizes[client] + more > limits.client_mb * _MB:
             raise too_many_files(limits.client_files, limits.client_mb)
         free = shutil.disk_usage(get_upload_folder()).free
         full = sizes.total() + more > limits.disk_mb * _MB or len(self._lots) > _LOTS
@@ -118,11 +134,21 @@ async def upload(request: Request) -> JSONResponse:
         paths, staying, places = await upload_fn(counted, str(lot.folder), MAX_ZIP_MB * _MB, None, force_move=False)
         for source, target in zip(staying, places, strict=True):
             await run_sync(shutil.move, source, target)
+        _delete_all_but(paths, lot.folder)
+        if not paths:
+            raise bad_upload()
         lot.files, lot.size = len(paths), sum(Path(path).stat().st_size for path in paths)
-        room.grow(lot, lot.size)
         if lot.files > room._settings.client_files:
             raise too_many_files(room._settings.client_files, room._settings.client_mb)
     return JSONResponse(paths)
+
+
+def _delete_all_but(paths: Sequence[str], folder: Path) -> None:
+    """Delete what Gradio took for files and gives to nobody."""
+    given = {Path(path) for path in paths}
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in given:
+            path.unlink()
 
 
 @asynccontextmanager
