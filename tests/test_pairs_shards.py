@@ -113,6 +113,35 @@ def test_samples_without_a_picture_or_with_two_are_counted(tmp_path: Path) -> No
     assert reading.left_out == {"further pictures of a sample": ("0.png",), "samples without a picture": ("1",)}
 
 
+def test_a_key_that_comes_again_never_brings_a_picture_another_ones_caption(tmp_path: Path) -> None:
+    members = [member for n in range(3) for member in (header("0.png", photo(n)), header("0.txt", f"n{n}".encode()))]
+    reading = read_data(shard(tmp_path / "a.tar", members))
+    (pair,) = reading.pairs
+    assert (Path(pair.image).read_bytes(), pair.captions) == (photo(0), ("n0",))
+    assert reading.left_out == {
+        "further pictures of a sample": ("0.png", "0.png"),
+        "further captions of a sample": ("0.txt", "0.txt"),
+    }
+
+
+def test_pictures_that_belong_to_no_key_are_counted(tmp_path: Path) -> None:
+    parts: dict[str, bytes | str] = {"0.png": photo(9), "0.txt": "t"}
+    for name in ("trip.2024-05", "../2", ".c/3"):
+        parts |= {f"{name}.png": photo(0), f"{name}.txt": "t"}
+    reading = read_data(shard(tmp_path / "a.tar", parts))
+    assert [pair.id for pair in reading.pairs] == ["0"]
+    reason = "pictures that are hidden, or whose name is not KEY.jpg"
+    assert reading.left_out == {reason: ("trip.2024-05.png", "../2.png", ".c/3.png")}
+
+
+def test_shards_that_hold_nothing_do_not_hide_the_others(tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{name}.tar").touch()
+    shard(tmp_path / "set" / "z.tar", {"0.png": photo(0), "0.txt": "one"})
+    assert captions(tmp_path / "set") == {"0": ("one",)}
+
+
 def test_unreadable_captions_leave_the_picture_without_any(tmp_path: Path) -> None:
     parts: Parts = {"0.jpg": photo(0), "0.json": "{broken", "1.jpg": photo(1), "1.txt": "一只狗".encode("gb18030")}
     reading = read_data(shard(tmp_path / "a.tar", parts))

@@ -31,7 +31,7 @@ MAX_SHARDS = 100_000
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _PROBED = 100  # members of a shard to look at before calling it none
-_INDEX_VERSION = 2
+_INDEX_VERSION = 3
 
 _DAMAGED = (tarfile.TarError, EOFError, ValueError, OverflowError)  # what tarfile raises on bytes that are no tar
 
@@ -63,7 +63,7 @@ def find_shards(source: Path) -> list[Path]:
         return [source] if source.suffix.lower() == ".tar" else []
     if source.is_dir():
         shards = near(source, "*.tar")
-        return shards if shards and any(map(_holds_samples, shards[:3])) else []
+        return shards if shards and any(map(_holds_samples, shards)) else []
     pattern = os.fspath(source)
     if source.suffix.lower() != ".tar" or not (has_magic(pattern) or "{" in pattern):
         return []
@@ -156,7 +156,10 @@ def _is_as_written(picture: Path, size: int, index: os.stat_result) -> bool:
 
 
 def _unpack(file: Path, store: Path) -> Shard:
-    """Gather the members of a shard by their key, in whatever order they come."""
+    """Gather the members of a shard by their key, in whatever order they come.
+
+    Where a key comes again, the first of each part counts: which of the others belong together, nobody can tell.
+    """
     shard = Shard([], [])
     samples: dict[str, dict[str, Any]] = {}
     for name, data in _members(file, shard):
@@ -166,6 +169,8 @@ def _unpack(file: Path, store: Path) -> Shard:
             shard.skipped.append(("further pictures of a sample", name))
         elif f".{part}" in PICTURES:
             sample["image"] = stored(data, f".{part}", store).name
+        elif part in sample:
+            shard.skipped.append(("further captions of a sample", name))
         else:
             sample[part] = _decoded(data, name, shard)
     for key, sample in samples.items():
@@ -184,6 +189,8 @@ def _members(file: Path, shard: Shard) -> Iterator[tuple[str, bytes]]:
             name = member.name.encode(errors="replace").decode()  # names may be any bytes
             _, part = _key_and_part(name)
             if f".{part}" not in PICTURES and part not in ("json", *TEXT_PARTS):
+                if Path(name).suffix.lower() in PICTURES:
+                    shard.skipped.append(("pictures that are hidden, or whose name is not KEY.jpg", name))
                 continue
             if not member.isreg() or member.issparse():
                 shard.skipped.append(("links and other members that are no files", name))
