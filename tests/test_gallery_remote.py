@@ -94,8 +94,9 @@ def test_the_app_says_that_no_server_answers(nobody: str, capsys: pytest.Capture
     assert "Traceback" not in shown
 
 
-def test_the_app_takes_no_secret_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["--index", "http://me:secret@localhost:19530"]) == 2
+@pytest.mark.parametrize("address", ["http://me:secret@localhost:19530", "http://localhost:19530/?token=secret"])
+def test_the_app_takes_no_secret_by_its_address(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["--index", address]) == 2
     shown = capsys.readouterr().err
     assert "ALIGNMENT_INDEX_TOKEN" in shown
     assert "secret" not in shown
@@ -113,8 +114,9 @@ def test_a_build_asks_for_the_server_before_it_embeds(
     nobody: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "photos").mkdir()
-    assert main(["build", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--index", nobody]) == 2
-    assert "does not answer" in capsys.readouterr().err
+    for share in ([], ["--share", "1/2"]):
+        assert main(["build", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--index", nobody, *share]) == 2
+        assert "does not answer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

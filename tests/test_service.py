@@ -43,6 +43,7 @@ from alignment.ui.service.settings import variable
 from alignment.ui.service.ways import endpoint_of, way_of
 
 KEYS = {"error", "detail", "code"}
+MULTIPART = "multipart/form-data"
 
 
 @pytest.fixture(scope="module")
@@ -351,21 +352,33 @@ def form(*parts: tuple[str, bytes]) -> dict[str, Any]:
     return {"content": body + b"--b--\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=b"}}
 
 
+WHOLE = ("files", b"abc")
+
+
 @pytest.mark.parametrize(
-    "request_", [form(("other", b"x" * 999)), form(*[("o", b"x")] * 50), form(("x/", b"y" * 10_000)), form()]
+    "parts",
+    [
+        (("other", b"x" * 999),),
+        (("o", b"x"),) * 50,
+        (("x/", b"y" * 10_000),),
+        (),
+        (WHOLE, ("other", b"x")),
+        (WHOLE, ("files/", b"")),
+    ],
 )
-def test_what_is_no_file_of_ours_is_refused_and_does_not_stay(serve, tmp_path, request_):
+def test_what_is_no_file_of_ours_is_refused_and_does_not_stay(serve, tmp_path, parts):
     client = serve()
-    refused(client.post("/gradio_api/upload", **request_), 400, "lost")
+    refused(client.post("/gradio_api/upload", **form(*parts)), 400, "lost")
     assert list((tmp_path / "uploads").rglob("*")) == []
 
 
-def test_beside_a_file_nothing_else_stays(serve, tmp_path):
-    client = serve()
-    sent = client.post("/gradio_api/upload", **form(("other", b"x" * 999), ("files", b"abc"), ("o", b"y")))
-    (path,) = sent.json()
-    assert [file for file in (tmp_path / "uploads").rglob("*") if file.is_file()] == [Path(path)]
-    assert Path(path).read_bytes() == b"abc"
+def test_a_file_that_is_cut_off_is_refused_and_does_not_stay(serve, tmp_path):
+    client, whole = serve(), form(WHOLE, WHOLE)
+    assert len(client.post("/gradio_api/upload", **whole).json()) == 2
+    before = set((tmp_path / "uploads").rglob("*"))
+    cut = whole | {"content": whole["content"][:-9]}
+    refused(client.post("/gradio_api/upload", **cut), 400, "lost")
+    assert set((tmp_path / "uploads").rglob("*")) == before
 
 
 def test_who_announces_much_and_sends_nothing_takes_no_room(serve):
@@ -375,6 +388,33 @@ def test_who_announces_much_and_sends_nothing_takes_no_room(serve):
         idle.sendall(f"{head}Content-Length: {2 * 2**20 - 9}\r\n\r\n--b\r\n".encode())
         until(lambda: len(client.service._room._lots) == 1)
         assert send(client, 900_000).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "request_", "status", "code"),
+    [
+        ("call/v2/search_images", {"json": {}}, 400, "request"),
+        ("call/v2/search_images", {"json": {"caption": "a", "zz": 1}}, 400, "request"),
+        ("call/search_images", {"json": [1]}, 422, "request"),
+        ("call/unknown", {"json": {"data": []}}, 404, "closed"),
+        ("run/predict", {"json": {"data": []}}, 404, "closed"),
+        ("queue/join", {"json": {"data": []}}, 400, "request"),
+        ("queue/join", {"content": b'{"data":[],"fn_index":1e400}'}, 422, "request"),
+        ("queue/join", {"content": b"{"}, 422, "request"),
+        ("reset", {"content": b"x" * 70_000}, 413, "request"),
+        ("upload", {"content": b"x", "headers": {"Content-Type": f"{MULTIPART}; boundary={'b' * 400}"}}, 400, "lost"),
+    ],
+)
+def test_a_clients_mistake_is_no_fault_of_ours(serve, caplog, path, request_, status, code):
+    client = serve()
+    said = client.post(f"/gradio_api/{path}", **({"headers": {"Content-Type": "application/json"}} | request_))
+    refused(said, status, code)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_name_that_no_file_can_have_is_not_there(serve, caplog):
+    refused(serve().get("/assets/" + "a" * 5000), 404, "closed")
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_the_disk_is_everybodys(serve):

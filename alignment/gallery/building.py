@@ -129,6 +129,8 @@ def embed_share(
     was killed is gone on with by doing it again. Arguments and errors are those of `build_gallery`.
     """
     out = Path(out)
+    if remote is not None:
+        remote.check()
     pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split, share)
     arguments = progress or (lambda done, total: None), report or BuildReport(), False, remote
     builder = _Builder(out, encoder, stamp, *arguments, alone=False)

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from alignment.catalogue import Catalogue, read_catalogue
 from alignment.durable import sole_writer
 from alignment.gallery.remote import Remote, add_index_options
-from alignment.gallery.sides import Side
-from alignment.gallery.storage import SIDES, fill, item_ids, items_of, open_sides, write_gallery
+from alignment.gallery.sides import Rows
+from alignment.gallery.storage import SIDES, fill, item_ids, items_of, open_gallery, open_sides, write_gallery
 
 _PUSH = """\
 Copy a gallery's embeddings and tags to a Milvus server. The gallery folder stays as it is and is still needed: it holds
@@ -70,8 +70,9 @@ def _push(args: argparse.Namespace) -> int:
 def _push_side(name: str, catalogue: Catalogue, rows: _Local, remote: Remote, dry_run: bool) -> None:
     collection = remote.collection(name, catalogue.stamp.fingerprint)
     if dry_run:
-        there = [index.ids() for index in remote.sides(catalogue.stamp.fingerprint, [name])]
-        held, ids = torch.cat([torch.empty(0, dtype=torch.int64), *there]), item_ids(items_of(catalogue, name))
+        ids = item_ids(items_of(catalogue, name))
+        there = [remote.held(index, ids) for index in remote.sides(catalogue.stamp.fingerprint, [name])]
+        held = torch.cat([torch.empty(0, dtype=torch.int64), *there])
         sent, gone = int((~torch.isin(ids, held)).sum()), int((~torch.isin(held, ids)).sum())
         print(f"{collection}: {len(rows)} rows, {sent} to be sent, {gone} to be taken out; nothing was changed")
         return
@@ -111,5 +112,6 @@ class _Local:
         return self._side[positions]
 
     @cached_property
-    def _side(self) -> Side:
-        return open_sides(self._folder, self._catalogue)[self._number]
+    def _side(self) -> Rows:
+        _, *sides = open_gallery(self._folder, "MODEL")  # with a look at every byte: damaged rows are not sent on
+        return sides[self._number]

@@ -10,6 +10,9 @@ of `storage`, made of what they belong to: a rerun finds those that are there an
 collection is marked with a digest of their ids, so that the app need not list millions of them to know that the folder
 and the server mean the same; only then are rows taken out that no item asks for. Whoever is killed in between leaves
 rows too many, which a search overlooks, and the old mark, the new one or both.
+
+Names come from folders, and two people may have a folder of the same name. So a collection says whose it is, by random
+letters that lie in the gallery's folder as well, and in every copy of it; nobody else's rows are touched.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import argparse
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +29,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from alignment.durable import read_sealed, write_sealed
 from alignment.gallery.sides import Rows
 from alignment.index import MilvusIndex, Server
 
 INDEX, INDEX_NAME = "ALIGNMENT_INDEX", "ALIGNMENT_INDEX_NAME"
 
+_OWNER = "milvus.json"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 
 
@@ -90,7 +96,10 @@ class Remote:
             raise ValueError(f"{where}. Put the gallery there with: {self.push_command()}") from None
         if digest(ids) not in index.marks or len(index) < len(ids):
             held = f"The collection {name} at {self.server.uri} is not what {self.folder} says"
-            raise ValueError(f"{held}. Bring it up to date with: {self.push_command()}")
+            raise ValueError(
+                f"{held}. If this folder is an older copy, copy it anew; else bring the server up to date with: "
+                f"{self.push_command()}"
+            )
         return index
 
     def fill(self, side: str, fingerprint: str, ids: Tensor, rows: Rows) -> Filled:
@@ -105,12 +114,35 @@ class Remote:
             index = self._opened(name, fingerprint)
         except FileNotFoundError:
             width = rows[torch.empty(0, dtype=torch.int64)].shape[1]
-            index = MilvusIndex.create(self.server, name, width, {"fingerprint": fingerprint})
-        there = index.ids()
-        if len(there) and not torch.isin(ids, there).any():
-            held = f"The collection {name} at {self.server.uri} holds {len(there)} rows of another gallery"
-            raise ValueError(f"{held}. Choose another --index-name, or delete it with: {self.push_command()} --drop")
-        return Filled(index, ids, there)
+            about = {"fingerprint": fingerprint, "owner": self._owner() or self._new_owner()}
+            index = MilvusIndex.create(self.server, name, width, about)
+        return Filled(index, ids, self.held(index, ids))
+
+    def held(self, index: MilvusIndex, ids: Tensor) -> Tensor:
+        """List what a collection holds; ValueError when it is another gallery's."""
+        there, owner = index.ids(), index.about.get("owner", "")
+        foreign = owner != self._owner() if owner else not torch.isin(ids, there).any()  # of before there were owners
+        if len(there) and foreign:
+            raise ValueError(
+                f"The collection {index.name} at {self.server.uri} holds {len(there)} rows of another gallery. Choose "
+                f"another --index-name, or delete it with: {self.push_command()} --drop"
+            )
+        return there
+
+    def _owner(self) -> str:
+        try:
+            return str(read_sealed(self.folder / _OWNER)["owner"])
+        except FileNotFoundError:
+            return ""
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{self.folder / _OWNER} is damaged ({error}): copy it from a copy of the gallery."
+            ) from error
+
+    def _new_owner(self) -> str:
+        owner = secrets.token_hex(8)
+        write_sealed(self.folder / _OWNER, {"owner": owner})
+        return owner
 
     def sides(self, fingerprint: str, names: Sequence[str]) -> list[MilvusIndex]:
         """Open the collections that there are."""

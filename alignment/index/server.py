@@ -63,8 +63,10 @@ class Server:
             ValueError: when it is none, or holds a secret.
         """
         parts = urlsplit(uri)
-        if parts.username or parts.password:
-            raise ValueError(f"An address ends up in logs; leave user and password out of it and set {TOKEN} instead.")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                f"An address ends up in logs; leave user, password and token out of it and set {TOKEN} instead."
+            )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"The address of a Milvus server looks like http://host:19530, not {uri}")
         user, password = env.get(USER, ""), env.get(PASSWORD, "")

@@ -171,6 +171,31 @@ def test_another_gallery_of_the_same_name_is_not_written_over(
         load(other, Remote(remote.server, remote.name, other))
 
 
+def test_another_gallery_of_the_same_name_is_not_touched_though_a_picture_is_in_both(
+    folder: Path, remote: Remote, tmp_path: Path, capsys
+) -> None:
+    assert push(folder, remote) == 0
+    here, other, copy = load(folder, remote), tmp_path / "elsewhere" / folder.name, tmp_path / "copy" / folder.name
+    made(50).save(other)
+    for options in ((), ("--dry-run",)):
+        assert push(other, remote, *options) == 2
+        assert f"holds {MANY} rows of another gallery" in capsys.readouterr().err
+    shutil.copytree(folder, copy)
+    assert push(copy, remote) == 0
+    assert "0 sent" in capsys.readouterr().out
+    assert len(here.images) == MANY
+    load(folder, remote)
+
+
+def test_damaged_rows_are_not_sent(folder: Path, remote: Remote, capsys) -> None:
+    rows = max(next(folder.glob("image_embeds-*")).rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(rows.read_bytes())
+    content[len(content) // 2] ^= 1
+    rows.write_bytes(content)
+    assert push(folder, remote) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_a_gallery_that_was_never_pushed_says_how(folder: Path, remote: Remote) -> None:
     with pytest.raises(ValueError, match=rf"has no collection .*gallery push {folder} --index {remote.server.uri}"):
         load(folder, remote)

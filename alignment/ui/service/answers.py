@@ -7,7 +7,13 @@ import time
 from typing import Any
 
 import gradio as gr
+from fastapi.exception_handlers import http_exception_handler
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
+from alignment.ui.service import refusals
 from alignment.ui.service.logs import note
 from alignment.ui.service.owners import Owners, cookie_of
 
@@ -18,6 +24,18 @@ REQUEST_ID, OWNERS = "alignment.request", "alignment.owners"
 
 _FAILED = "That did not work, and it is not your fault; try again."
 _ANOTHERS = "This session belongs to another browser; open the page again."
+
+
+async def _say_what_is_wrong(request: Request, error: Exception) -> Response:
+    """Answer a request that the framework refuses in our form, and quote nothing of it."""
+    status = error.status_code if isinstance(error, HTTPException) else 422
+    if isinstance(error, HTTPException) and status >= 500:
+        return await http_exception_handler(request, error)
+    return (refusals.closed() if status == 404 else refusals.unusable(status)).response(request.headers)
+
+
+REFUSED_BY_THE_FRAMEWORK: dict[Any, Any] = dict.fromkeys((RequestValidationError, HTTPException), _say_what_is_wrong)
+"""Its exception handlers."""
 
 
 class Answers(gr.Blocks):

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 
 import gradio as gr
+from gradio.route_utils import FnIndexInferError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,6 +52,23 @@ _HEADERS = {
         f"frame-ancestors 'self' {_HUB}"
     ),
 }
+
+
+def _mistake(error: Exception, way: Way | None) -> Refusal | None:
+    """Tell what the client did wrong, where Gradio breaks off instead of saying so; None for a failure of ours.
+
+    Our own functions fail in `Answers`.
+    """
+    if isinstance(error, KeyError | FnIndexInferError):  # no such function
+        return refusals.closed()
+    if isinstance(error, OSError) and way == "asset":  # a name that no file can have
+        return refusals.closed()
+    last = error.__traceback__
+    while last and last.tb_next:
+        last = last.tb_next
+    if isinstance(error, TypeError) and last and last.tb_frame.f_code.co_name == "construct_args":
+        return refusals.unusable()  # an argument too many or too few
+    return None
 
 
 @dataclass
@@ -94,12 +112,11 @@ class Door:
             except Refusal as refusal:
                 passage.refusal = refusal
                 await self._refuse(passage, receive, send)
-            except KeyError:  # Gradio's way to say that it knows no such function; ours fail in `Answers`
-                passage.refusal = refusals.closed()
-                await self._refuse(passage, receive, send)
-            except Exception:
-                logger.exception("A request failed")
-                passage.refusal = refusals.failed()
+            except Exception as error:
+                passage.refusal = _mistake(error, passage.way)
+                if passage.refusal is None:
+                    logger.exception("A request failed")
+                    passage.refusal = refusals.failed()
                 await self._refuse(passage, receive, send)
             finally:
                 self._arriving -= passage.received if passage.way == "ask" else 0
@@ -177,8 +194,10 @@ class Door:
             self._arriving += size
             if self._arriving > _BODIES * limit:
                 raise refusals.queue_full()
-        if passage.received > (limit if passage.way == "ask" else _SMALL):
-            raise refusals.too_large(self._settings.request_mb)
+            if passage.received > limit:
+                raise refusals.too_large(self._settings.request_mb)
+        elif passage.received > _SMALL:
+            raise refusals.unusable(413)
 
     # ------------------------------------------------------------ what goes out
 

@@ -98,6 +98,12 @@ def stopping() -> Refusal:
     return Refusal(503, InputError("The service is being restarted; try again in a minute.", "service.stopping"), 60)
 
 
+def unusable(status: int = 400) -> Refusal:
+    """Refuse a request that does not say what it should."""
+    message = "The request cannot be understood; compare it with the description of the API."
+    return Refusal(status, InputError(message, "service.request"))
+
+
 def closed() -> Refusal:
     """Refuse an address at which there is nothing for anybody."""
     return Refusal(404, InputError("There is nothing here.", "service.closed"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,10 @@ from anyio.to_thread import run_sync
 from gradio import route_utils
 from gradio.route_utils import GradioMultiPartParser, MultiPartException, upload_fn
 from gradio.utils import get_upload_folder
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive
 
@@ -56,13 +58,28 @@ class _Lot:
 
 
 class _OnlyFiles(GradioMultiPartParser):
-    """Gradio's reader of uploads, but for fields that are no files: it would keep them in memory, however long."""
+    """Gradio's reader of uploads, but it takes whole files called "files", or refuses.
 
-    def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        """Take a piece of a file."""
-        if self._current_part.file is None:
-            raise MultiPartException("There is a field that is no file.")
-        super().on_part_data(data, start, end)
+    Gradio keeps a field that is no file in memory, however long, and other files on the disk, which nobody asks for.
+    """
+
+    def on_headers_finished(self) -> None:
+        """Begin a part."""
+        super().on_headers_finished()
+        if self._current_part.file is None or self._current_part.field_name != "files":
+            raise MultiPartException("There is something beside the files.")
+
+    async def parse(self) -> FormData:
+        """Read all parts; whatever goes wrong, no file stays open."""
+        try:
+            form = await super().parse()
+            if len(self._files_to_close_on_error) != len(form.getlist("files")) or not form:
+                raise MultiPartException("A file is cut off, or there is none.")
+            return form
+        except BaseException:
+            for file in self._files_to_close_on_error:
+                file.close()
+            raise
 
 
 class Room:
@@ -134,21 +151,10 @@ async def upload(request: Request) -> JSONResponse:
         paths, staying, places = await upload_fn(counted, str(lot.folder), MAX_ZIP_MB * _MB, None, force_move=False)
         for source, target in zip(staying, places, strict=True):
             await run_sync(shutil.move, source, target)
-        _delete_all_but(paths, lot.folder)
-        if not paths:
-            raise bad_upload()
         lot.files, lot.size = len(paths), sum(Path(path).stat().st_size for path in paths)
         if lot.files > room._settings.client_files:
             raise too_many_files(room._settings.client_files, room._settings.client_mb)
     return JSONResponse(paths)
-
-
-def _delete_all_but(paths: Sequence[str], folder: Path) -> None:
-    """Delete what Gradio took for files and gives to nobody."""
-    given = {Path(path) for path in paths}
-    for path in folder.rglob("*"):
-        if path.is_file() and path not in given:
-            path.unlink()
 
 
 @asynccontextmanager
@@ -160,7 +166,7 @@ async def _kept_if_whole(room: Room, lot: _Lot) -> AsyncIterator[None]:
         room.leave(lot)
         if isinstance(error, MultiPartException):
             raise (file_too_large(MAX_ZIP_MB) if "size" in error.message else bad_upload()) from error
-        if isinstance(error, HTTPException | KeyError):
+        if isinstance(error, HTTPException | KeyError | FormParserError | ClientDisconnect):
             raise bad_upload() from error
         raise
     lot.complete = True

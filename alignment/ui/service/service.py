@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from alignment.engine import AlignmentEngine
+from alignment.ui.service.answers import REFUSED_BY_THE_FRAMEWORK
 from alignment.ui.service.connections import connect_carefully
 from alignment.ui.service.door import PASSWORD, Door
 from alignment.ui.service.folder import sweep
@@ -62,7 +63,12 @@ class Service:
         connect_carefully(self.settings)
         door = Middleware(Door, settings=self.settings, running=self.running, room=self._room, password=self._password)
         return {
-            "app_kwargs": {"routes": [*ours, *routes], "middleware": [door], "lifespan": self._tidying},
+            "app_kwargs": {
+                "routes": [*ours, *routes],
+                "middleware": [door],
+                "lifespan": self._tidying,
+                "exception_handlers": REFUSED_BY_THE_FRAMEWORK,
+            },
             "head": f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
             "state_session_capacity": _MOST_SESSIONS,
         }
