@@ -677,6 +677,29 @@ def test_a_queue_that_broke_down_is_told_and_ends_the_app(serve):
         client.service.serve(client.page)
 
 
+def test_a_stop_waits_for_an_upload_under_way(serve):
+    client, whole = serve(stop_seconds=30), form(WHOLE)
+    stopping, told = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[bytes]:
+        yield whole["content"][:-9]
+        until(lambda: bool(client.service._room._lots))
+        client.service.running.stop()
+        stopping.set()
+        assert told.wait(60)
+        yield whole["content"][-9:]
+
+    with ThreadPoolExecutor(2) as pool:
+        sent = pool.submit(client.post, "/gradio_api/upload", content=slowly(), headers=whole["headers"])
+        assert stopping.wait(60)
+        ended = pool.submit(client.service.serve, client.page)
+        with pytest.raises(TimeoutError):
+            ended.result(0.5)
+        told.set()
+        assert sent.result(60).status_code == 200
+        ended.result(60)
+
+
 def half_asked(client: httpx.Client) -> socket.socket:
     connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=30)
     connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")

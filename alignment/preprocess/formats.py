@@ -78,7 +78,10 @@ def from_file(file: BinaryIO) -> Iterator[Image.Image]:
 
 def _check_speed(image: Image.Image) -> None:
     """Refuse a large picture of the kinds that Pillow decodes number by number: numbers as text, or of odd depth."""
-    slow = any(tile[0] in _SLOW for tile in getattr(image, "tile", ()))
+    codecs = {tile[0] for tile in getattr(image, "tile", ())}
+    if "bmp_rle" in codecs:  # as slow, and as long as its author likes, whatever its size in pixels
+        raise unsupported("Run-length BMP files")
+    slow = bool(codecs & set(_SLOW))
     if slow and image.width * image.height > _MAX_SLOW_PIXELS:
         raise unsupported("PPM files")
 

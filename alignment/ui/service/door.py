@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import gradio as gr
@@ -108,7 +109,8 @@ class Door:
         with self._open.one(address) as room:
             try:
                 self._check(passage, address, room)
-                await self._app(scope, self._reading(passage, receive), self._writing(passage, send))
+                with self._running.one_more() if passage.way in ("ask", "upload") else nullcontext():
+                    await self._app(scope, self._reading(passage, receive), self._writing(passage, send))
             except Refusal as refusal:
                 passage.refusal = refusal
                 await self._refuse(passage, receive, send)

@@ -29,6 +29,7 @@ class Running:
     def __init__(self) -> None:
         self.since = time.monotonic()
         self._stop = threading.Event()
+        self._arriving = 0
 
     @property
     def stopping(self) -> bool:
@@ -38,6 +39,15 @@ class Running:
     def stop(self) -> None:
         """Begin to stop."""
         self._stop.set()
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Count a request that brings something as under way, from the server's own thread."""
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
 
     @contextmanager
     def until_told(self) -> Iterator[None]:
@@ -76,7 +86,7 @@ class Running:
         begun = time.monotonic()
         idle_since = begun
         while time.monotonic() - begun < seconds:
-            if working(page):
+            if working(page) or self._arriving:
                 idle_since = time.monotonic()
             elif not undelivered(page) or time.monotonic() - idle_since > _LEFT:
                 break
