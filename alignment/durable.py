@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def put_in_place(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     fresh = path.with_name(ASIDE + secrets.token_hex(8))
     try:
         yield fresh
+        open_up(fresh)
         if lasting:
             sync(fresh)
         os.replace(fresh, path)
@@ -60,6 +62,18 @@ def put_in_place(path: Path, *, lasting: bool = True) -> Iterator[Path]:
         raise
     if lasting:
         sync(path.parent)
+
+
+def open_up(path: Path) -> None:
+    """Let those read a new file whom the user's umask lets; safetensors writes for its owner alone."""
+    path.chmod(_mode())
+
+
+@cache
+def _mode() -> int:
+    mask = os.umask(0o077)  # there is no other way to ask for it
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def write_file(path: Path, content: bytes | str, *, lasting: bool = True) -> None:

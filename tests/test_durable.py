@@ -56,6 +56,14 @@ def test_a_file_takes_the_place_of_another_only_when_it_is_whole(tmp_path: Path)
     assert (tmp_path / "new" / "a").read_bytes() == b"new"
 
 
+def test_whoever_the_umask_lets_may_read_it(tmp_path: Path) -> None:
+    (tmp_path / "as usual").touch()
+    with put_in_place(tmp_path / "a.safetensors") as fresh:
+        save_file({"a": torch.zeros(3)}, fresh)
+    write_file(tmp_path / "b", "b")
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 @pytest.mark.parametrize("lasting", [True, False])
 def test_it_is_on_the_disk_before_it_gets_its_name(
     lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -113,6 +113,7 @@ def test_a_saved_encoder_comes_back_the_same(
     assert first.fingerprint == second.fingerprint
     assert str(checkpoint(family).parent) not in (tmp_path / "config.json").read_text()  # nobody's paths are published
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # weights may be read by whoever may read
 
 
 # ---------------------------------------------------------------- encoding

@@ -2,7 +2,10 @@
 
 import sys
 
-from alignment.gallery.command import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from alignment.gallery.command import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # while all was being imported; later ones are told what is kept
+        sys.exit(130)

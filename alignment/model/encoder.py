@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alignment.ahead import ahead
+from alignment.durable import open_up
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
 from alignment.model.graphs import Facts, Graphs
 from alignment.model.lent import LentTower, apart, ask_no_driver, is_lent
@@ -212,6 +213,8 @@ class DualEncoder:
         """Write weights (float32 safetensors), configuration, image processor and tokenizer; `load` reads them back."""
         with without_progress_bar():
             self.module.save_pretrained(folder)
+        for weights in Path(folder).glob("*.safetensors"):
+            open_up(weights)
         self.preprocessor.save(folder)
 
     @property
