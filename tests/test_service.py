@@ -30,6 +30,7 @@ from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
 from alignment.ui.service import Folder, Service, Settings, add_options, connections
+from alignment.ui.service import door as door_module
 from alignment.ui.service import limits as limits_module
 from alignment.ui.service import running as running_module
 from alignment.ui.service import service as service_module
@@ -379,6 +380,21 @@ def test_a_file_that_is_cut_off_is_refused_and_does_not_stay(serve, tmp_path):
     cut = whole | {"content": whole["content"][:-9]}
     refused(client.post("/gradio_api/upload", **cut), 400, "lost")
     assert set((tmp_path / "uploads").rglob("*")) == before
+
+
+def test_who_sends_too_slowly_is_told_so(serve, monkeypatch, tmp_path):
+    monkeypatch.setattr(door_module, "_PATIENCE", 1.0)
+    client = serve()
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=0.1) as slow:
+        head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        slow.sendall(f"{head}Content-Length: {2**20}\r\n\r\n--b\r\n".encode())
+        told, end = b"", time.monotonic() + 60
+        while not told and time.monotonic() < end:
+            slow.sendall(b"x")  # never silent
+            with suppress(TimeoutError):
+                told = slow.recv(4096)
+    assert told.startswith(b"HTTP/1.1 408")
+    until(lambda: not list((tmp_path / "uploads").rglob("*")))
 
 
 def test_who_announces_much_and_sends_nothing_takes_no_room(serve):

@@ -36,7 +36,7 @@ PASSWORD = "x-alignment-inside"
 """What this process itself asks, for its agents, comes with this header."""
 
 _MB = 2**20
-_PATIENCE = 60.0  # seconds for the next piece of what is being sent
+_PATIENCE = 60.0  # seconds that are waited for each megabyte of what is being sent
 _BODIES = 4  # requests of the largest size that may be arriving at once
 _UPLOADS = 4  # times as often as anything else: a visitor's photos come one by one
 _SMALL = 2**16  # bytes; what nobody would send more of than this
@@ -167,15 +167,18 @@ class Door:
     # ------------------------------------------------------------ what comes in
 
     def _reading(self, passage: _Passage, receive: Receive) -> Receive:
-        whole = False
+        whole, patience = False, _PATIENCE
 
         async def read() -> Message:
-            nonlocal whole
+            nonlocal whole, patience
             if whole:
                 return await receive()  # waits for the client to hang up
             try:
-                message = await asyncio.wait_for(receive(), _PATIENCE)
+                begun, before = time.monotonic(), passage.received // _MB
+                message = await asyncio.wait_for(receive(), patience)
+                waited = time.monotonic() - begun  # what is done with it meanwhile is not the sender's time
                 self._count(passage, len(message.get("body", b"")))
+                patience = _PATIENCE if passage.received // _MB > before else patience - waited
             except TimeoutError:
                 passage.refusal = refusals.too_slow()
                 raise passage.refusal from None

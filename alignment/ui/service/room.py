@@ -166,7 +166,7 @@ async def _kept_if_whole(room: Room, lot: _Lot) -> AsyncIterator[None]:
         room.leave(lot)
         if isinstance(error, MultiPartException):
             raise (file_too_large(MAX_ZIP_MB) if "size" in error.message else bad_upload()) from error
-        if isinstance(error, HTTPException | KeyError | FormParserError | ClientDisconnect):
+        if isinstance(error, HTTPException | KeyError | FormParserError | UnicodeError | ClientDisconnect):
             raise bad_upload() from error
         raise
     lot.complete = True
