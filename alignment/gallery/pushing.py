@@ -64,6 +64,9 @@ def _push(args: argparse.Namespace) -> int:
     for number, name in enumerate(SIDES):
         if items := items_of(catalogue, name):
             _push_side(name, catalogue, _Local(folder, catalogue, number, len(items)), remote, args.dry_run)
+    if old := remote.left_behind(catalogue.stamp.fingerprint, SIDES):
+        names = ", ".join(f"{index.name} ({len(index)} rows)" for index in old)
+        print(f"Of earlier models there is still {names}: push --drop deletes all, and the next push sends anew.")
     return 0
 
 
@@ -84,7 +87,8 @@ def _push_side(name: str, catalogue: Catalogue, rows: _Local, remote: Remote, dr
 
 
 def _drop(catalogue: Catalogue, remote: Remote) -> int:
-    for index in remote.sides(catalogue.stamp.fingerprint, SIDES):
+    fingerprint = catalogue.stamp.fingerprint
+    for index in [*remote.sides(fingerprint, SIDES), *remote.left_behind(fingerprint, SIDES)]:
         count = len(index)
         index.drop()
         print(f"{index.name}: deleted, {count} rows")

@@ -154,6 +154,19 @@ class Remote:
                 continue
         return found
 
+    def left_behind(self, fingerprint: str, names: Sequence[str]) -> list[MilvusIndex]:
+        """Open this gallery's collections of other models; of those that do not say whose they are, none."""
+        connection = self.server.connect()
+        try:
+            there = connection.ask("list_collections")
+        finally:
+            connection.close()
+        now = [self.collection(side, fingerprint) for side in names]
+        ours = re.compile(rf"{re.escape(self.name)}_({'|'.join(names)})_[0-9a-f]{{12}}")
+        old = (MilvusIndex(self.server, name) for name in sorted(there) if ours.fullmatch(name) and name not in now)
+        owner = self._owner()
+        return [index for index in old if owner and index.about.get("owner") == owner]
+
     def _opened(self, name: str, fingerprint: str) -> MilvusIndex:
         index = MilvusIndex(self.server, name)
         if index.about.get("fingerprint") != fingerprint:

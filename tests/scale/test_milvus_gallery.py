@@ -187,6 +187,26 @@ def test_another_gallery_of_the_same_name_is_not_touched_though_a_picture_is_in_
     load(folder, remote)
 
 
+def test_what_an_earlier_model_left_is_told_and_deleted(folder: Path, remote: Remote, capsys) -> None:
+    assert push(folder, remote) == 0
+    old = remote.collection("image_embeds", Encoder.fingerprint)
+    gallery = made(30)
+    other = replace(gallery.stamp, fingerprint="beef" * 16)
+    foreign = MilvusIndex.create(remote.server, f"{remote.name}_image_embeds_0123456789ab", DIM, {"owner": "else"})
+    Gallery(gallery.pictures, (), gallery.images, torch.empty(0, DIM), other).save(folder)
+    capsys.readouterr()
+    try:
+        assert push(folder, remote) == 0
+        assert f"there is still {old} ({MANY} rows)" in capsys.readouterr().out
+        assert push(folder, remote, "--drop") == 0
+        assert not MilvusIndex.exists(remote.server, old)
+        assert not MilvusIndex.exists(remote.server, remote.collection("image_embeds", "beef" * 16))
+        assert MilvusIndex.exists(remote.server, foreign.name)
+    finally:
+        foreign.drop()
+        foreign.close()
+
+
 def test_damaged_rows_are_not_sent(folder: Path, remote: Remote, capsys) -> None:
     rows = max(next(folder.glob("image_embeds-*")).rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(rows.read_bytes())
