@@ -143,7 +143,7 @@ def test_what_changed_in_the_gallery_is_pushed_and_the_old_app_goes_on(folder: P
     embeds = torch.cat([gallery.image_embeds[3:], unit(4, DIM, seed=7)])
     embeds[10] = unit(DIM, seed=8)
     Gallery(pictures, gallery.captions, embeds, gallery.texts, gallery.stamp, judge=gallery.judge).save(folder)
-    with pytest.raises(ValueError, match="Bring it up to date"):
+    with pytest.raises(ValueError, match="bring the server up to date"):
         load(folder, remote)
     assert push(folder, remote) == 0
     new = load(folder, remote)
@@ -243,7 +243,7 @@ def test_rows_that_somebody_took_out_are_missed(folder: Path, remote: Remote) ->
     assert push(folder, remote) == 0
     index = MilvusIndex(remote.server, remote.collection("image_embeds", Encoder.fingerprint))
     index.delete(index.ids()[:1])
-    with pytest.raises(ValueError, match="Bring it up to date"):
+    with pytest.raises(ValueError, match="bring the server up to date"):
         load(folder, remote)
     assert push(folder, remote) == 0
     assert len(load(folder, remote).images) == MANY
