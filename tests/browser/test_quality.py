@@ -123,6 +123,7 @@ def test_the_chinese_page_says_nothing_in_english(visit, bad_file, tmp_path):
         provoke(page, panel, [bad_file, tmp_path / "窄.png"], look)
     page.reload()
     expect(page.locator("#captions-results li").first).to_be_attached()
+    expect(page.locator("#captions-drop .al-drop-how")).to_have_text(text("zh", "drop.how"))
     explain(page)
     look()
     assert found == set()
