@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -158,21 +159,24 @@ def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE, queue: int
                 places.append(place)
         footer = widget("plain", _footer(engine, lang), elem_id="footer")
 
-        def frame(lang: str) -> list[Any]:
+        def translate(lang: str, asked: Any, *inputs: Any) -> list[Any]:
+            """Change all at once: Gradio asks several listeners in turn, and draws over what is typed meanwhile."""
             labels = [gr.update(label=text(lang, f"{tab.key}.tab")) for tab in tabs]
             words = gr.update(**_language_words(lang))
-            return [_header(lang), link_value(tabs, lang), words, *labels, _footer(engine, lang)]
+            frame = [_header(lang), link_value(tabs, lang), words, *labels, _footer(engine, lang)]
+            rest = iter(inputs)
+            shown = [change for tab in tabs for change in tab.translate(lang, *islice(rest, len(tab.inputs)))]
+            return [*frame, explanation.translate(lang, asked), *shown]
 
-        listen(language.change, frame, [language], [header, link, language, *places, footer])
-        for tab in tabs:
-            listen(language.change, tab.translate, [language, *tab.inputs], tab.outputs)
-        listen(language.change, explanation.translate, [language, explanation.asked], [explanation.dialog])
+        asked = [language, explanation.asked, *(part for tab in tabs for part in tab.inputs)]
+        spoken = [header, link, language, *places, footer, explanation.dialog]
+        listen(language.change, translate, asked, [*spoken, *(part for tab in tabs for part in tab.outputs)])
 
         def greet(request: gr.Request) -> list[Any]:
             query = request.query_params
             wanted = pick_language(query, request.headers.get("accept-language", ""), lang)
-            spoken = gr.skip() if wanted == lang else wanted  # else the page is right as it is
-            return [spoken, *arrive(tabs, wanted, query)]
+            chosen = gr.skip() if wanted == lang else wanted  # else the page is right as it is
+            return [chosen, *arrive(tabs, wanted, query)]
 
         listen(page.load, greet, [], [language, row, *arrivals(tabs)], work="search")
         add_api(engine)

@@ -81,7 +81,7 @@ class Explanation:
         self.asked = kept(Asked())
 
     def translate(self, lang: str, asked: Asked) -> Value:
-        """Say everything again in another language; open stays open. Gradio wants a single output bare."""
+        """Say everything again in another language; open stays open."""
         return self._value(lang, asked)
 
     def listen(self, event: Callable[..., Any], pick: Callable[..., Pair | None], inputs: Sequence[Any]) -> None:

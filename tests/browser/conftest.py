@@ -80,7 +80,7 @@ def visit(browser, address) -> Iterator[Callable[..., Page]]:
         page.goto(address + query)
         expect(page.locator("#captions-results h2")).to_be_attached()  # an address may lead to another tab
         expect(page.locator("#link button")).to_be_visible()
-        # The tabs change their language one after the other; what is dropped meanwhile may be drawn over.
+        # All of the page changes its language at once; what is typed or dropped before is drawn over.
         lang = pick_language(dict(parse_qsl(query.lstrip("?"))), locale)
         expect(page.locator("#captions-drop .al-drop-how")).to_have_text(text(lang, "drop.how"))
         return page
