@@ -246,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before it served, or for the second time
+        return 130
     return 0
 
 

@@ -7,6 +7,8 @@ import string
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_module
+from typing import NoReturn
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
@@ -128,6 +130,23 @@ def test_a_missing_checkpoint_ends_in_a_sentence(capsys, tmp_path):
     assert shown.startswith("error: ")
     assert "config.json" in shown
     assert "Traceback" not in shown
+
+
+def interrupted(*args: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_it_loads_shows_no_traceback(monkeypatch):
+    monkeypatch.setattr(app, "load_engine", interrupted)
+    assert app.main([]) == 130
+
+
+@pytest.mark.parametrize("name", ["evaluate", "gallery", "space", "train"])
+def test_ctrl_c_shows_no_traceback_of_a_command(name, monkeypatch):
+    monkeypatch.setattr(f"alignment.{name}.command.main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run_module(f"alignment.{name}", run_name="__main__", alter_sys=True)
+    assert ended.value.code == 130
 
 
 def test_a_gallery_of_another_model_ends_in_the_command_that_rebuilds_it(capsys, folders, checkpoint):

@@ -1,6 +1,11 @@
 """Run the command: `python -m alignment.evaluate --help`."""
 
-from alignment.evaluate.command import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from alignment.evaluate.command import main
+
+        main()
+    except KeyboardInterrupt:  # while all was being imported
+        sys.exit(130)

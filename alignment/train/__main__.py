@@ -1,6 +1,11 @@
 """Run `python -m alignment.train`."""
 
-from alignment.train.command import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from alignment.train.command import main
+
+        main()
+    except KeyboardInterrupt:  # while all was being imported
+        sys.exit(130)
