@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import json
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from io import BytesIO
@@ -36,6 +37,13 @@ SIDE = 32  # pixels of a tiny model's input
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**WIDTHS, "image_size": SIDE, "patch_size": 8}
 TEXTS = ("a dog runs on the beach", "A PLATE of pasta", "two cats", "一只狗在海滩上奔跑")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ports() -> None:
+    """Let each worker look for free ports of its own: between the look and the use another could take one."""
+    if server := sys.modules.get("gradio.http_server"):
+        server.INITIAL_PORT_VALUE += server.TRY_NUM_PORTS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

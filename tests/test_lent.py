@@ -216,7 +216,8 @@ def test_the_app_runs_under_the_package_of_zerogpu(
     zero = {"SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": f"http://127.0.0.1:{scheduler.server_address[1]}"}
     zero |= {"ZEROGPU_OFFLOAD_DIR": str(tmp_path / "offload"), "HOME": str(tmp_path), "no_proxy": "127.0.0.1"}
     command = [sys.executable, "-c", ON_ZERO, str(checkpoint("clip")), str(tmp_path / "gallery")]
-    env = {**os.environ, **zero, "GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
+    ours = {"GRADIO_TEMP_DIR": str(tmp_path / "uploads"), "GRADIO_SERVER_PORT": "9860"}  # where no other test looks
+    env = {**os.environ, **zero, **ours}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     scheduler.shutdown()
     scheduler.server_close()

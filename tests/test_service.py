@@ -302,7 +302,7 @@ def test_the_queue_has_an_end_and_says_so(serve, engine):
 
 
 def test_requests_open_at_the_same_time_are_counted(serve, engine):
-    client = serve(at_once=1)
+    client = serve(at_once=1, rate=0)
     engine.may_go_on.clear()
     asked = ask(client)
     waiting = threading.Thread(target=answer, args=(client, asked))

@@ -83,6 +83,7 @@ def visit(browser, address) -> Iterator[Callable[..., Page]]:
         # All of the page changes its language at once; what is typed or dropped before is drawn over.
         lang = pick_language(dict(parse_qsl(query.lstrip("?"))), locale)
         expect(page.locator("#captions-drop .al-drop-how")).to_have_text(text(lang, "drop.how"))
+        expect(page.get_by_role("tab", name=text(lang, "evaluate.tab"), exact=True)).to_be_attached()
         return page
 
     yield open_page

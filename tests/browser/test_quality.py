@@ -249,4 +249,5 @@ def test_results_are_found_again_after_the_language_has_changed(visit):
     page = visit()
     page.locator("#language").get_by_text("中文").click()
     expect(page.locator("#captions-results h2")).to_have_text(text("zh", "captions.results"))
+    expect(page.get_by_role("tab", name=text("zh", "evaluate.tab"), exact=True)).to_be_attached()
     assert not_chinese(page) == set()
