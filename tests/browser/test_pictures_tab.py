@@ -116,6 +116,7 @@ def test_a_picture_of_ones_own_joins_the_query_by_button_and_by_drop(composer, p
 def test_the_query_and_its_parts_survive_a_change_of_language(composer):
     page = composer()
     search(page, "a cheetah - running")
+    expect(page.locator(PARTS)).to_have_count(2)
     page.locator("#pictures-results button[data-act=more][data-id=lion]").click()
     expect(page.locator(PARTS)).to_have_count(3)
     page.locator("#language").get_by_text("中文").click()
