@@ -234,8 +234,8 @@ def test_the_single_line_of_an_older_gallery_is_where_results_may_fit() -> None:
     "change",
     [
         {"lines": {}},
-        {"lines": dict.fromkeys(DIRECTIONS, {"fits": 0.2, "may_fit": 0.3})},
-        {"lines": dict.fromkeys(DIRECTIONS, {"fits": 0.2})},
+        {"lines": {way: {"fits": 0.2, "may_fit": 0.3} for way in DIRECTIONS}},
+        {"lines": {way: {"fits": 0.2} for way in DIRECTIONS}},
         {"lines": dict.fromkeys(DIRECTIONS, 1.2)},
         {"match": None},
         {"more": 1},
@@ -243,7 +243,7 @@ def test_the_single_line_of_an_older_gallery_is_where_results_may_fit() -> None:
     ],
 )
 def test_what_is_no_calibration_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="calibration|Lines"):
+    with pytest.raises(ValueError, match=r"calibration|Lines"):
         Calibration.from_dict({**BORROWED.to_dict(), **change})
 
 

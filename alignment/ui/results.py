@@ -100,7 +100,7 @@ def _frame(key: str, found: Found[Any], total: int, lang: str, count: int) -> Va
     }
     if found.matches and found.verdict:
         frame["verdict"] = _answer(key, found, lang)
-    return frame
+    return frame | {"count": ""} if found.senseless else frame
 
 
 def _answer(key: str, found: Found[Any], lang: str) -> Value:
@@ -128,7 +128,7 @@ def _meaning(key: str, found: Found[Any], lang: str) -> str:
         return text(lang, "result.meaning.composed")
     count = round(100 * chance)
     share = text(lang, f"{key}.meaning.some" if count else f"{key}.meaning.none", count=count)
-    return f"{text(lang, f'{key}.meaning', chance=percent(chance), share=share)} {text(lang, 'result.meaning.bars')}"
+    return text(lang, f"{key}.meaning", chance=percent(chance), share=share)
 
 
 def _laid_out(found: Found[Item], lang: str, known: Callable[[Match[Item]], Value], alike_key: str) -> list[Value]:
