@@ -157,6 +157,8 @@ def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE, queue: int
                 with gr.Tab(text(lang, f"{tab.key}.tab"), id=tab.key) as place:
                     tab.build(language, lang)
                 places.append(place)
+                if isinstance(tab, PicturesTab):
+                    listen(tab.sample.pick, lambda: gr.Tabs(selected=PhotosTab.key), [], [row])
         footer = widget("plain", _footer(engine, lang), elem_id="footer")
 
         def translate(lang: str, asked: Any, *inputs: Any) -> list[Any]:

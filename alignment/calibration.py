@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignment.similarity import cosine_similarity, top_k
+from alignment.verdicts import Lines, Verdict, best
 
 Direction = Literal["image_to_text", "text_to_image"]
 """Which way a search goes; the query comes first."""
@@ -222,14 +223,28 @@ class Judgement:
     Attributes:
         probabilities: (num_results,) float32, that this very result is a match; in the order of the scores.
         something_fits: probability that any candidate is a match.
-        fits: whether that reaches the line. If not, say that nothing fits.
-        senseless: whether the query is nonsense or an empty picture; then all probabilities are 0.
+        verdicts: of each result, in the order of the scores.
     """
 
     probabilities: Tensor
     something_fits: float
-    fits: bool
-    senseless: bool = False
+    verdicts: tuple[Verdict, ...]
+
+    @classmethod
+    def of(cls, probabilities: Tensor, something_fits: float, lines: Lines) -> Judgement:
+        """Judge by the lines of a direction."""
+        return cls(probabilities, something_fits, lines.verdicts(probabilities, something_fits))
+
+    @classmethod
+    def meaningless(cls, num_results: int) -> Judgement:
+        """Judge the results of a query that is nonsense or an empty picture."""
+        verdict: Verdict = "no_meaning"
+        return cls(torch.zeros(num_results), 0.0, (verdict,) * num_results)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What to think of the whole answer."""
+        return best(self.verdicts)
 
 
 @dataclass(frozen=True)
@@ -239,18 +254,16 @@ class Calibration:
     Attributes:
         match: direction -> probability that a result is a match.
         fits: direction -> probability, by the best result, that any candidate is a match.
-        lines: direction -> where "nothing fits" begins, on `fits`.
+        lines: direction -> where the verdicts begin.
     """
 
     match: Mapping[Direction, Curve]
     fits: Mapping[Direction, Curve]
-    lines: Mapping[Direction, float]
+    lines: Mapping[Direction, Lines]
 
     def __post_init__(self) -> None:
         if any(set(part) != set(DIRECTIONS) for part in (self.match, self.fits, self.lines)):
-            raise ValueError(f"A calibration has curves and a line for {' and '.join(DIRECTIONS)}.")
-        if not all(0 <= line <= 1 for line in self.lines.values()):
-            raise ValueError(f"Lines are probabilities, unlike {dict(self.lines)}.")
+            raise ValueError(f"A calibration has curves and lines for {' and '.join(DIRECTIONS)}.")
 
     def probability(
         self,
@@ -296,13 +309,13 @@ class Calibration:
             background: as in `probability`.
         """
         if not len(similarity):
-            return Judgement(torch.empty(0), 0.0, False)
+            return Judgement(torch.empty(0), 0.0, ())
         if background.is_senseless(query_embed[None], direction):
-            return Judgement(torch.zeros(len(similarity)), 0.0, False, senseless=True)
+            return Judgement.meaningless(len(similarity))
         evidence = background.evidence(similarity[None], query_embed[None], num_candidates, direction)[0]
         found = float(self.fits[direction].probability(evidence[similarity.argmax()]))
         probabilities = self.match[direction].probability(evidence).float()
-        return Judgement(probabilities, found, found >= self.lines[direction])
+        return Judgement.of(probabilities, found, self.lines[direction])
 
     @classmethod
     def fit(
@@ -352,21 +365,23 @@ class Calibration:
             right, kept = torch.cat([s.right for s in searches]), torch.cat([s.kept for s in searches])
             old = (prior.match[direction], prior.fits[direction]) if prior else (None, None)
             seen = torch.cat([s.similarity for s in searches]) > _MISSING
-            every, best = torch.cat(evidence), torch.cat(evidence)[:, 0]
+            every, first = torch.cat(evidence), torch.cat(evidence)[:, 0]
             match[direction] = Curve.fit(every[seen], right[seen], prior=old[0], strength=strength)
-            fits[direction] = Curve.fit(best, kept, prior=old[1], strength=strength)
-            lines[direction] = round(float(fits[direction].probability(best[kept]).quantile(REFUSED)), 3)
+            fits[direction] = Curve.fit(first, kept, prior=old[1], strength=strength)
+            lines[direction] = Lines.of(round(float(fits[direction].probability(first[kept]).quantile(REFUSED)), 3))
         return cls(match, fits, lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Lay it out for JSON."""
-        curves = {"match": self.match, "fits": self.fits}
-        found: dict[str, Any] = {name: {way: asdict(part[way]) for way in DIRECTIONS} for name, part in curves.items()}
-        return {**found, "lines": dict(self.lines)}
+        return {
+            "match": {way: asdict(self.match[way]) for way in DIRECTIONS},
+            "fits": {way: asdict(self.fits[way]) for way in DIRECTIONS},
+            "lines": {way: asdict(self.lines[way]) for way in DIRECTIONS},
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
-        """Undo `to_dict`.
+        """Undo `to_dict`; a single line, as older galleries have it, is that of `may_fit`.
 
         Raises:
             ValueError: on anything else.
@@ -375,9 +390,13 @@ class Calibration:
             match, fits = ({way: Curve(**data[part][way]) for way in DIRECTIONS} for part in ("match", "fits"))
             if set(data) != {"match", "fits", "lines"}:
                 raise ValueError(f"This is no calibration: its parts are match, fits and lines, not {sorted(data)}.")
-            return cls(match, fits, {way: float(data["lines"][way]) for way in DIRECTIONS})
+            return cls(match, fits, {way: _read_lines(data["lines"][way]) for way in DIRECTIONS})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"This is no calibration: {error!r}.") from error
+
+
+def _read_lines(written: Mapping[str, float] | float) -> Lines:
+    return Lines(**written) if isinstance(written, Mapping) else Lines.of(float(written))
 
 
 BORROWED = Calibration(
@@ -389,7 +408,7 @@ BORROWED = Calibration(
         "image_to_text": Curve(1.705, -1.106, 0.929, -0.422, -0.643),
         "text_to_image": Curve(1.079, 0.069, -0.127, -0.473, -2.552),
     },
-    lines={"image_to_text": 0.315, "text_to_image": 0.297},
+    lines={"image_to_text": Lines.of(0.315), "text_to_image": Lines.of(0.297)},
 )
 """The compact model's curves, fitted on Flickr8k dev with the starter gallery's pictures and 1,024 everyday captions as
 background. Another model may borrow them, in units of a background of the same items. A weaker one must not keep them:

@@ -146,7 +146,8 @@ def test_a_caption_finds_pictures(ask, caption, id):
     assert set(best["captions"]) == {"en", "zh"}
     assert best["credit"]
     assert best["thumbnail"] == f"thumbnails/{id}.webp"
-    assert found["fits"] is True
+    assert (found["fits"], found["verdict"]) == (True, best["verdict"])
+    assert {match["verdict"] for match in found["matches"]} <= {"fits", "may_fit", "nothing_close"}
     for match in (*found["matches"], {**best, "probability": found["something_fits"]}):
         assert -1 <= match["similarity"] <= 1
         assert 0 <= match["share"] <= 1
@@ -161,7 +162,7 @@ def test_the_thumbnail_of_a_result_can_be_opened(ask, address):
 
 def test_nonsense_fits_nothing(ask):
     found = ask("search_images", caption="xqzv wkjh ppfft")
-    assert found["fits"] is False
+    assert (found["fits"], found["verdict"]) == (False, "no_meaning")
     assert len(found["matches"]) == 12
 
 

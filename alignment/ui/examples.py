@@ -35,6 +35,12 @@ class Examples:
         self.described = (described or self.pictures)[:NUM_CHIPS]
         self.preview = lru_cache(NUM_SAMPLE)(self._preview)
 
+    @property
+    def are_samples(self) -> bool:
+        """Whether the gallery is the starter gallery: nothing but pictures that installed packages bring along."""
+        pictures = self.engine.gallery.pictures
+        return bool(pictures) and all(picture.package for picture in pictures)
+
     def query(self, picture: Picture, lang: str) -> str:
         """Describe an example picture in the words of somebody who searches for it; "" if nobody knows how."""
         return strings()[lang].get(f"example.query.{picture.id}") or picture.caption(lang)

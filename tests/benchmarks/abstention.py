@@ -271,7 +271,7 @@ def measure(data: Mapping[str, Tensor], direction: Direction, background: Backgr
         again = torch.cat([background.evidence(s.similarity[:, :1], fitting.queries, s.sizes, direction) for s in seen])
         line = best_line(ours.fits[direction].probability(again)[:, 0], kept)
         flat_line = best_line(on_cosine(flat, best), kept)
-        lenient, flat_lenient = ours.lines[direction], on_cosine(flat, best)[kept].quantile(REFUSED)
+        lenient, flat_lenient = ours.lines[direction].may_fit, on_cosine(flat, best)[kept].quantile(REFUSED)
         print(f"  half {part}: {ours.fits[direction]}, line {lenient:.2f}, for F1 {line:.2f}")
         generator = torch.Generator().manual_seed(100 + part)
         for size in (*SIZES[direction], WHOLE):
