@@ -198,7 +198,7 @@ class Curve:
 
         Args:
             evidence: (n, 4).
-            labels: (n,) bool: whether it was a match.
+            labels: (n,) bool or in [0, 1]: whether it was a match, or how likely.
             prior: what few examples stay close to; without one, no dependence on anything.
             strength: how firmly; many examples outweigh it.
 
@@ -322,7 +322,7 @@ class Calibration:
         cls,
         image_embeds: Tensor,
         text_embeds: Tensor,
-        owners: Tensor,
+        relevance: Tensor,
         background: Background,
         *,
         prior: Calibration | None = None,
@@ -332,13 +332,14 @@ class Calibration:
     ) -> Calibration:
         """Learn from captioned pictures that the model was not trained on.
 
-        Every query searches galleries drawn from these items, of several sizes. In half of them, its true items are
-        missing.
+        Every query searches galleries drawn from these items, of several sizes. In half of them the items made for
+        it (relevance 1) are missing.
 
         Args:
             image_embeds: (num_images, embed_dim); some may have no caption.
             text_embeds: (num_texts, embed_dim).
-            owners: (num_texts,) index of the image that each text describes; -1 where it describes none.
+            relevance: (num_images, num_texts) in [0, 1]: how likely the text describes the image; 1 for an image's own
+                texts.
             background: none of these items.
             prior: curves to fall back on where there are few pairs, such as `BORROWED`.
             strength: how firmly, see `Curve.fit`.
@@ -348,27 +349,28 @@ class Calibration:
         Raises:
             ValueError: when no text describes an image.
         """
-        positives = owners[None, :] == torch.arange(len(image_embeds))[:, None]
         similarity = cosine_similarity(image_embeds, text_embeds)
         ways: dict[Direction, tuple[Tensor, Tensor, Tensor]] = {
-            "image_to_text": (similarity, positives, image_embeds),
-            "text_to_image": (similarity.T, positives.T, text_embeds),
+            "image_to_text": (similarity, relevance, image_embeds),
+            "text_to_image": (similarity.T, relevance.T, text_embeds),
         }
         match, fits, lines = {}, {}, {}
         generator = torch.Generator().manual_seed(seed)
         for direction, (scores, truth, queries) in ways.items():
-            asked = truth.any(1)
+            asked = truth.amax(1) > 0
             if not asked.any():
                 raise ValueError("There is no pair to calibrate on: no text describes an image.")
             searches = list(_searches(scores[asked], truth[asked], sizes[direction], generator))
             evidence = [background.evidence(s.similarity, queries[asked], s.sizes, direction) for s in searches]
-            right, kept = torch.cat([s.right for s in searches]), torch.cat([s.kept for s in searches])
+            right = torch.cat([s.right for s in searches])
             old = (prior.match[direction], prior.fits[direction]) if prior else (None, None)
             seen = torch.cat([s.similarity for s in searches]) > _MISSING
             every, first = torch.cat(evidence), torch.cat(evidence)[:, 0]
             match[direction] = Curve.fit(every[seen], right[seen], prior=old[0], strength=strength)
-            fits[direction] = Curve.fit(first, kept, prior=old[1], strength=strength)
-            lines[direction] = Lines.of(round(float(fits[direction].probability(first[kept]).quantile(REFUSED)), 3))
+            found = torch.cat([s.found for s in searches])
+            fits[direction] = Curve.fit(first, found, prior=old[1], strength=strength)
+            there = fits[direction].probability(first[found >= 0.5])
+            lines[direction] = Lines.of(round(float(there.quantile(REFUSED)), 3) if len(there) else 0.5)
         return cls(match, fits, lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -425,31 +427,32 @@ class _Search:
 
     Attributes:
         similarity: (num_queries, num_results), best first; `_MISSING` where a gallery is smaller than that.
-        right: the same shape, whether a result is a true one.
-        kept: (num_queries,) whether the true items were among the candidates.
+        right: the same shape, how likely a result is a true one.
+        found: (num_queries,) how likely the best candidate of all is one.
         sizes: (num_queries,) candidates.
     """
 
     similarity: Tensor
     right: Tensor
-    kept: Tensor
+    found: Tensor
     sizes: Tensor
 
 
 def _searches(
-    similarity: Tensor, positives: Tensor, sizes: Sequence[int], generator: torch.Generator
+    similarity: Tensor, relevance: Tensor, sizes: Sequence[int], generator: torch.Generator
 ) -> Iterator[_Search]:
-    """Search galleries of each size, with the true items for a random half of the queries."""
-    count, own = len(similarity), positives.sum(1)
+    """Search galleries of each size, with the items made for a query (relevance 1) for a random half of the queries."""
+    count, own = len(similarity), relevance >= 1
     for size in sizes:
         kept = torch.empty(count, dtype=torch.bool)
         kept[torch.randperm(count, generator=generator)] = torch.arange(count) % 2 == 0
-        lots = torch.rand(positives.shape, generator=generator).masked_fill(positives, torch.inf)
-        foreign = (size - own * kept).clamp_min(1).minimum(positives.shape[1] - own)
-        drawn = torch.arange(positives.shape[1]) < foreign[:, None]  # those with the smallest lots
-        chosen = torch.zeros_like(positives).scatter(1, lots.argsort(1), drawn) | (positives & kept[:, None])
+        lots = torch.rand(relevance.shape, generator=generator).masked_fill(own, torch.inf)
+        foreign = (size - own.sum(1) * kept).clamp_min(1).minimum(relevance.shape[1] - own.sum(1))
+        drawn = torch.arange(relevance.shape[1]) < foreign[:, None]  # those with the smallest lots
+        chosen = torch.zeros_like(own).scatter(1, lots.argsort(1), drawn) | (own & kept[:, None])
         values, ids = top_k(similarity.masked_fill(~chosen, _MISSING), RESULTS)
-        yield _Search(values, positives.gather(1, ids) & kept[:, None], kept, chosen.sum(1))
+        right = relevance.gather(1, ids) * (values > _MISSING)
+        yield _Search(values, right, (relevance * chosen).amax(1), chosen.sum(1))
 
 
 def _logistic_regression(evidence: Tensor, labels: Tensor, start: Tensor, strength: float) -> Tensor:

@@ -28,10 +28,11 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 def paired(count: int, noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures with two captions each, as near to them as the noise lets them be."""
+    """Pictures with two captions each, as near to them as the noise lets them be, and what describes what."""
     images = unit(count, 32, seed=seed)
     owners = torch.arange(count).repeat_interleave(2)
-    return images, functional.normalize(images[owners] + noise * unit(2 * count, 32, seed=seed + 1), dim=-1), owners
+    texts = functional.normalize(images[owners] + noise * unit(2 * count, 32, seed=seed + 1), dim=-1)
+    return images, texts, (owners[None] == torch.arange(count)[:, None]).float()
 
 
 def evidence(count: int, seed: int = 0) -> Tensor:
@@ -146,8 +147,8 @@ def test_background_goes_through_its_tensors(background: Background) -> None:
 
 def test_probabilities_hold_for_pairs_not_seen(background: Background) -> None:
     calibration = Calibration.fit(*paired(300, 1.6, seed=1), background)
-    images, texts, owners = paired(300, 1.6, seed=7)
-    right = owners[None] == torch.arange(300)[:, None]
+    images, texts, relevance = paired(300, 1.6, seed=7)
+    right = relevance.bool()
     lost = right & (torch.arange(300) % 2 == 0)[:, None]  # nothing is there for every other picture
     scores, right = (images @ texts.T).masked_fill(lost, -1), right & ~lost
     values, ids = scores.topk(10, dim=1)
@@ -198,19 +199,28 @@ def test_search_without_results_fits_nothing(background: Background) -> None:
 def test_collapsed_model_is_calibrated_to_the_odds() -> None:
     same = torch.ones(40, 4)
     background = Background(same[:5], same[:5])
-    calibration = Calibration.fit(same, same, torch.arange(40), background)
+    calibration = Calibration.fit(same, same, torch.eye(40), background)
     judged = calibration.judge(torch.ones(10), same[0], "text_to_image", num_candidates=40, background=background)
     assert judged.something_fits == pytest.approx(0.5, abs=0.05)
     assert float(judged.probabilities.std()) < 1e-6
 
 
 def test_few_pairs_with_items_that_belong_to_none(background: Background) -> None:
-    images, texts, owners = paired(6, 1.0, seed=1)
-    owners[6:] = -1
-    fitted = Calibration.fit(images, texts, owners, background, prior=BORROWED, strength=20)
+    images, texts, relevance = paired(6, 1.0, seed=1)
+    relevance[:, 6:] = 0
+    fitted = Calibration.fit(images, texts, relevance, background, prior=BORROWED, strength=20)
     assert fitted.match["text_to_image"].score > 0
     with pytest.raises(ValueError, match="no pair"):
-        Calibration.fit(images, texts, torch.full_like(owners, -1), background)
+        Calibration.fit(images, texts, torch.zeros_like(relevance), background)
+
+
+def test_captions_that_may_describe_a_picture_count_for_what_they_are_worth(background: Background) -> None:
+    images, texts, relevance = paired(200, 1.6, seed=1)
+    fitted = Calibration.fit(images, texts, 0.6 * relevance, background)
+    values, ids = (images @ texts.T).topk(10, dim=1)
+    said = fitted.probability(values, images, "image_to_text", num_candidates=400, background=background)
+    truth = 0.6 * relevance.gather(1, ids)
+    assert float(said.mean()) == pytest.approx(float(truth.mean()), abs=0.03)
 
 
 def test_same_seed_gives_the_same_calibration(background: Background) -> None:
