@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from alignment.pairs.files import canonical, near
+from alignment.pairs.files import UNLISTED, canonical, near
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, legible
 
 logger = logging.getLogger(__name__)
@@ -53,12 +53,19 @@ class Collection:
         self.rows: dict[str, list[Row]] = {}
         self.splits: set[str] = set()
         self.skipped: defaultdict[str, list[str]] = defaultdict(list)
+        self.unlisted: list[str] = []
         self._found: dict[tuple[str | Path, Path | None], str | None] = {}
         self._folders: list[Path] | None = None
 
     def skip(self, reason: str, what: object) -> None:
         """Note what was left out, and why."""
         self.skipped[reason].append(str(what))
+
+    def leave_out(self, reason: str, folder: Path) -> None:
+        """Note a folder that is not gone into, and why."""
+        self.skip(reason, os.path.relpath(folder, self.root))
+        if reason == UNLISTED:
+            self.unlisted.append(os.path.abspath(folder))
 
     def wants(self, split: str) -> bool:
         """Note that there is such a split, and say whether it is asked for."""

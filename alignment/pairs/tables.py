@@ -32,7 +32,7 @@ def read_table(file: Path, into: Collection) -> Iterator[Row]:
 def read_folder(folder: Path, into: Collection) -> Iterator[Row]:
     """Read the metadata files anywhere below, then list the pictures; a folder named like a split is one."""
     pictures = []
-    for file in walk(folder):
+    for file in walk(folder, into.leave_out):
         split = next((part for part in file.relative_to(folder).parts[:-1] if part.lower() in SPLITS), "")
         if file.name in ("metadata.csv", "metadata.jsonl"):
             for row in table_rows(file, into):
