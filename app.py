@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import islice
+from os.path import expanduser
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -94,11 +95,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default=env("ALIGNMENT_MODEL") or shipped(MODEL), metavar="PATH_OR_HUB_ID")
+    add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or shipped(MODEL), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
-    add("--gallery", default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR")
+    add("--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR")
     add(
         "--compare",
+        type=expanduser,
         default=env("ALIGNMENT_COMPARE") or None,
         metavar="PATH_OR_HUB_ID",
         help="a second model, such as a fine-tuned one, beside the first in the similarity matrix",

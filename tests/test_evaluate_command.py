@@ -170,6 +170,7 @@ def test_progress_takes_a_line_at_every_tenth(
         (["--model", "M", "--data", ".", "--templates", "T"], "--templates goes with --zero-shot"),
         (["--model", "M", "--data", ".", "--class-names", "T"], "--class-names goes with --zero-shot"),
         (["--compare", "A", "B", "--data", ".", "--revision", "main"], "--revision goes with --model"),
+        (["--model", "MODEL", "--data", "DATA", "--device", "gpu"], "no device 'gpu'"),
         (["--model", "M", "--data", ".", "--batch-size", "0"], "--batch-size is at least 1"),
         (["--model", "M", "--data", ".", "--resamples", "-1"], "--resamples at least 0"),
         (["--model", "M", "--data", ".", "--json", "no/such/folder/out.json"], "cannot be written"),

@@ -710,6 +710,16 @@ def test_the_command_builds_and_sums_up(
     assert "0 encoded, 3 reused" in capsys.readouterr().out
 
 
+def test_the_home_is_found_behind_an_equals_sign(
+    photos: Path, tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").symlink_to(encoder.name)
+    assert main(["build", "~/photos", "--out=~/g", "--model=~/m", "--no-calibration"]) == 0
+    assert main(["check", "~/g"]) == 0
+    assert (tmp_path / "g" / "gallery.json").is_file()
+
+
 def test_the_command_in_a_process_of_its_own(photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:
     (photos / "bad.png").touch()
     command = [sys.executable, "-m", "alignment.gallery", "build", str(photos), "--out", str(tmp_path / "out")]

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, BertModel, ViTConfig, ViTModel
 
-from alignment.model import DualEncoder, composition
+from alignment.model import DualEncoder, best_device, composition, find_device
 from alignment.model import encoder as encoder_module
 from alignment.preprocess import InputError
 from alignment.similarity import cosine_similarity, logits_per_image
@@ -551,3 +551,17 @@ def test_gradients_reach_every_weight_that_is_used(pooling: str, projection: str
     idle = [name for name, weight in encoder.module.named_parameters() if weight.grad is None]
     assert all("pooler" in name for name in idle)
     assert bool(idle) == (pooling == "mean")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "xpu", "", "cpu:x"])
+def test_a_device_that_is_not_here_is_refused_in_one_sentence(name: str, checkpoint: Callable[[str], Path]) -> None:
+    if not name:
+        assert find_device(name).type == find_device().type == best_device()
+        return
+    with pytest.raises(ValueError, match=f"no device '{name}'"):
+        DualEncoder.load(checkpoint("clip"), device=name)
+
+
+def test_a_folder_has_no_revisions(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="leave --revision v1 out"):
+        DualEncoder.load(checkpoint("clip"), revision="v1", device="cpu")

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -89,11 +90,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    build.add_argument("source", metavar="SOURCE", help="what to embed, see above")
+    build.add_argument("source", type=expanduser, metavar="SOURCE", help="what to embed, see above")
     build.add_argument(
-        "--out", metavar="DIR", required=True, help="the gallery folder, new or to be brought up to date"
+        "--out",
+        type=expanduser,
+        metavar="DIR",
+        required=True,
+        help="the gallery folder, new or to be brought up to date",
     )
-    build.add_argument("--model", default=shipped(MODEL), help="folder or Hub id (default: %(default)s)")
+    build.add_argument(
+        "--model", type=expanduser, default=shipped(MODEL), help="folder or Hub id (default: %(default)s)"
+    )
     build.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     build.add_argument("--split", help="only this part of a data set, such as train, dev or test")
     build.add_argument("--format", help="of the data set, where the found one is wrong: csv, jsonl, coco, folder, ...")
@@ -109,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(run=_build)
     text = "read every byte of a gallery but its thumbnails, and say whether it is as it was written"
     check = commands.add_parser("check", help=text, description=text.capitalize() + ".")
-    check.add_argument("folder", metavar="DIR", help="the gallery folder")
+    check.add_argument("folder", type=expanduser, metavar="DIR", help="the gallery folder")
     add_index_options(check)
     check.set_defaults(run=_check)
     add_push(commands)

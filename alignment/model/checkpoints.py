@@ -28,8 +28,14 @@ def checkpoint_folder(name: str, revision: str | None, *, fetch: bool = True) ->
         name: folder or Hub id.
         revision: branch, tag or commit on the Hub.
         fetch: if not, only what was fetched before is found.
+
+    Raises:
+        FileNotFoundError: when there is none, or its weights are pickled.
+        ValueError: when a folder is asked for a revision.
     """
     folder = Path(name)
+    if revision and folder.is_dir():
+        raise ValueError(f"{name} is a folder here, and has no revisions: leave --revision {revision} out.")
     if not folder.is_dir():
         folder = _fetched(name, revision, fetch)
     if not (folder / "config.json").is_file():
