@@ -69,6 +69,7 @@ class Service:
                 "lifespan": self._tidying,
                 "exception_handlers": REFUSED_BY_THE_FRAMEWORK,
             },
+            "root_path": self.settings.root_path,
             "head": f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
             "state_session_capacity": _MOST_SESSIONS,
         }
