@@ -208,7 +208,7 @@ def test_a_foreign_gallery_is_refused_and_the_command_named_mends_it(
     with pytest.raises(ValueError, match="cannot be compared") as error:
         Gallery.load(tmp_path / "my gallery", other)
     message = str(error.value)
-    assert encoder.name in message
+    assert f"--model {encoder.name}, or" in message
     python, dash_m, module, *arguments = shlex.split(message.partition("Rebuild it with: ")[2])
     assert (python, dash_m, module) == ("python", "-m", "alignment.gallery")
     assert main(arguments) == 0

@@ -149,6 +149,12 @@ def test_mistakes_are_one_sentence_and_exit_code_one(
         f"train: {tmp_path} is not a checkpoint"
     )
     assert said(*start, "--output", str(tmp_path / "a"), "--loss", "sigmoid").endswith("choose --loss softmax.")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    Image.new("RGB", (9, 9)).save(bare / "a.png")
+    without = said(*start, "--output", str(tmp_path / "f"), "--eval-data", str(bare))
+    assert without.startswith(f"train: --eval-data {bare} leaves ")
+    assert "it has no splits" in said(*start, "--output", str(tmp_path / "g"), "--split", "x")
     assert "choose 2 or more" in said(*start, "--output", str(tmp_path / "d"), "--batch-size", "1")
     assert "needs an NVIDIA GPU" in said(*start, "--output", str(tmp_path / "e"), "--precision", "fp16")
     assert said(*start, "--output", str(tmp_path / "b"), "--split", "x").startswith(f"train: {data} has no split 'x'")

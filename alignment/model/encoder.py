@@ -319,7 +319,7 @@ class DualEncoder:
         """
         size = batch_size or _IMAGES_AT_ONCE.get(self.device.type, 8)
         with closing(self._batched(inputs, size)) as batches, closing(self._run_all("image", batches)) as embedded:
-            for embeds in embedded:
+            for embeds in map(self._checked, embedded):
                 yield from embeds
 
     def embed_images(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -356,12 +356,21 @@ class DualEncoder:
     ) -> Tensor:
         embeds, done = [torch.empty(0, self.embed_dim)], 0
         with closing(self._run_all(kind, batches)) as embedded:
-            for rows in embedded:
+            for rows in map(self._checked, embedded):
                 embeds.append(rows)
                 done += len(rows)
                 if progress is not None:
                     progress(done, total)
         return torch.cat(embeds)
+
+    def _checked(self, embeds: Tensor) -> Tensor:
+        """Refuse embeddings that are no numbers."""
+        if not bool(embeds.isfinite().all()):
+            raise ValueError(
+                f"{self.name} makes embeddings that are no numbers (NaN or infinite): its weights are damaged, or its "
+                "training failed. Download or train it again, or choose another --model."
+            )
+        return embeds
 
     def _run_all(self, kind: Kind, batches: Iterable[Mapping[str, Tensor]]) -> Generator[Tensor]:
         """Embed batch after batch; several at a time where graphs run them and there are many."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alignment.pairs.files import UNLISTED, canonical, near
-from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, legible
+from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, few, legible
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,9 @@ class Collection:
             for reason, what in self.skipped.items()
         )
         if not pairs and not may_be_empty:
-            asked = f" of split {self.wanted!r}; its splits are {sorted(self.splits)}" if self.wanted else ""
+            named = sorted(filter(None, self.splits))
+            there = f"its splits are {few(named)}" if named else "it has no splits, so ask for none"
+            asked = f" of split {self.wanted!r}; {there}" if self.wanted else ""
             reason = f"; left out: {left_out}" if left_out else ""
             raise ValueError(f"{title} has no pictures{asked}{reason}. Check the path, the format and the split.")
         logger.info("%s: %d pictures, %d captions.", title, len(pairs), sum(len(pair.captions) for pair in pairs))
