@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import islice
+from os.path import expanduser
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -35,6 +36,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**12))
 if os.environ.get("SPACES_ZERO_GPU") == "true":  # on Hugging Face's ZeroGPU; it wants to come before torch
     import spaces  # noqa: F401
 
+if __name__ == "__main__" and not (os.environ.get("GRADIO_SERVER_PORT") or "7860").isdecimal():
+    sys.exit("error: GRADIO_SERVER_PORT is no port: choose a number from 1 to 65535.")  # Gradio breaks off at it
+
 import gradio as gr
 from starlette.requests import Request
 from starlette.responses import Response
@@ -56,7 +60,18 @@ from alignment.ui.links import arrivals, arrive, link_value
 from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
-from alignment.ui.service import Folder, Service, Settings, add_options, log_plainly, log_the_servers_too, share_heaps
+from alignment.ui.service import (
+    Folder,
+    Service,
+    Settings,
+    add_options,
+    check_address,
+    host_in_url,
+    log_plainly,
+    log_the_servers_too,
+    read_port,
+    share_heaps,
+)
 from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, pick_language, strings, text
 from alignment.ui.theme import theme
 from alignment.ui.widgets import ICON, Tab, listen, styles, widget
@@ -94,18 +109,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default=env("ALIGNMENT_MODEL") or shipped(MODEL), metavar="PATH_OR_HUB_ID")
+    add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or shipped(MODEL), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
-    add("--gallery", default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR")
+    add("--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR")
     add(
         "--compare",
+        type=expanduser,
         default=env("ALIGNMENT_COMPARE") or None,
         metavar="PATH_OR_HUB_ID",
         help="a second model, such as a fine-tuned one, beside the first in the similarity matrix",
     )
     add_index_options(parser)
     add("--host", default=env("GRADIO_SERVER_NAME") or "127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
-    add("--port", type=int, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
+    add("--port", type=read_port, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
     add(
         "--lang",
         choices=tuple(LANGUAGES),
@@ -240,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.mcp and find_spec("mcp") is None:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
+        check_address(args.host, args.port)
         engine = load_engine(args)
         with Folder() as folder:
             service = Service(Settings.of(args), folder.path)
@@ -266,7 +283,7 @@ def serve(engine: AlignmentEngine, args: argparse.Namespace, service: Service) -
     """
     log_plainly(args.log)
     page = build_page(engine, args.lang, args.queue)
-    options = {**launch_options(engine, service), "server_name": args.host, "server_port": args.port}
+    options = {**launch_options(engine, service), "server_name": host_in_url(args.host), "server_port": args.port}
     _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
     log_the_servers_too()
     tame_tools(page)

@@ -391,6 +391,17 @@ def test_uploads_are_deleted_whatever_the_answer_was(ask, photo, uploads, tmp_pa
     assert files(uploads) == []
 
 
+def test_base64_may_be_in_lines_but_not_bare(engine, photo):
+    whole = data_url(photo("cat"))
+    head, _, body = whole.partition(",")
+    lines = "\r\n".join(body[start : start + 76] for start in range(0, len(body), 76))
+    one, two = (Api(engine).embed_images([image])["embeddings"] for image in (whole, f"{head},{lines}\n"))
+    assert one == two
+    for bare in (body, lines):
+        with pytest.raises(InputError, match='"data:image/jpeg;base64," in front'):
+            Api(engine).embed_images([bare])
+
+
 def test_data_urls_leave_no_file(ask, photo, uploads):
     assert ask("search_captions", image=data_url(photo("cat")), k=1)["matches"]
     assert files(uploads) == []

@@ -23,7 +23,7 @@ from alignment.preprocess import InputError, clean_caption, open_image, parse_ca
 from alignment.ui.api import Api
 from alignment.ui.examples import Examples
 from alignment.ui.results import captions_value, cosine, percent
-from alignment.ui.service import Service, Settings
+from alignment.ui.service import Service, Settings, host_in_url
 from alignment.ui.strings import count_text, error_text, pick_language, strings, text
 from alignment.ui.uploads import Shelf, Upload, fill, forget, shelf_drop_value, take, uploads_of
 from alignment.ui.widgets import spoken
@@ -123,6 +123,35 @@ def test_help_names_every_variable(capsys):
     for name in ("MODEL", "REVISION", "GALLERY", "COMPARE", "LANG", "MCP"):
         assert f"ALIGNMENT_{name}" in shown
     assert "GRADIO_SERVER_PORT" in shown
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "70000", "abc", "7860.5", ""])
+def test_a_port_that_is_none_is_refused(port, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        app.parse([f"--port={port}"])
+    assert ended.value.code == 2
+    if port:
+        monkeypatch.setenv("GRADIO_SERVER_PORT", port)
+        with pytest.raises(SystemExit):
+            app.parse([])
+    assert f"{port!r} is no port" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_and_a_host_that_is_elsewhere_are_said_before_anything_is_loaded(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert app.main(["--port", str(port), "--model", "nowhere"]) == 2
+    assert f"Port {port} is taken" in capsys.readouterr().err
+    for host in ("203.0.113.7", "no.such.host.invalid", "2001:db8::1"):
+        assert app.main(["--host", host, "--model", "nowhere"]) == 2
+        assert f"{host} is no address of this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("[::]", "[::]"), ("127.0.0.1", "127.0.0.1")])
+def test_an_address_of_ipv6_is_written_in_brackets(host, shown):
+    assert host_in_url(host) == shown
 
 
 def test_a_missing_checkpoint_ends_in_a_sentence(capsys, tmp_path):

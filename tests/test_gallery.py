@@ -221,7 +221,7 @@ def test_a_foreign_gallery_is_refused_and_the_command_named_mends_it(
     with pytest.raises(ValueError, match="cannot be compared") as error:
         Gallery.load(tmp_path / "my gallery", other)
     message = str(error.value)
-    assert encoder.name in message
+    assert f"--model {encoder.name}, or" in message
     python, dash_m, module, *arguments = shlex.split(message.partition("Rebuild it with: ")[2])
     assert (python, dash_m, module) == ("python", "-m", "alignment.gallery")
     assert main(arguments) == 0
@@ -721,6 +721,16 @@ def test_the_command_builds_and_sums_up(
     ]
     assert main(arguments) == 0
     assert "0 encoded, 3 reused" in capsys.readouterr().out
+
+
+def test_the_home_is_found_behind_an_equals_sign(
+    photos: Path, tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").symlink_to(encoder.name)
+    assert main(["build", "~/photos", "--out=~/g", "--model=~/m", "--no-calibration"]) == 0
+    assert main(["check", "~/g"]) == 0
+    assert (tmp_path / "g" / "gallery.json").is_file()
 
 
 def test_the_command_in_a_process_of_its_own(photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:

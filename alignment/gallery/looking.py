@@ -31,11 +31,13 @@ class Look:
         picture: with its state, or as it was if it cannot be read.
         inputs: None if it is embedded already.
         refusal: why it cannot be read.
+        is_shut: whether the file is there, but may not be read now.
     """
 
     picture: Picture
     inputs: Mapping[str, Tensor] | None = None
     refusal: str = ""
+    is_shut: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class Looker:
         """
         try:
             look, thumbnail = self._look(picture)
-        except (InputError, OSError) as error:
+        except InputError as error:
             return Look(picture, refusal=str(error))
+        except OSError as error:
+            return Look(picture, refusal=error.strerror or str(error), is_shut=not isinstance(error, FileNotFoundError))
         if thumbnail is not None:
             self.unfinished.keep_thumbnail(look.picture, thumbnail)
         return look

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -187,6 +188,7 @@ class Gallery:
             raise ValueError(
                 f"The gallery in {folder} was made by the model {stamp.model} ({stamp.fingerprint[:12]}), but the one "
                 f"in use is {encoder.name} ({encoder.fingerprint[:12]}), and their embeddings cannot be compared. "
+                f"Open it with its own, --model {shlex.quote(stamp.model)}, or make it anew for this one. "
                 f"Rebuild it with: {rebuild_command(folder, encoder.name, stamp)}"
             )
         rows = _rows_at_hand(stored.pictures)
