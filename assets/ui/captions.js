@@ -8,8 +8,9 @@ const row = (item, labels) =>
     "li",
     { class: "al-caption" },
     make("span", { class: "al-rank" }, hidden(item.rankText), make("span", { "aria-hidden": "true" }, String(item.rank))),
-    make("div", { class: "al-words" }, words(item), judged(item), alike(item, (same) => [words(same), scores(same, labels)])),
+    make("div", { class: "al-words" }, words(item), judged(item)),
     make("div", { class: "al-numbers" }, scores(item, labels), actions(item, labels, ["why"])),
+    alike(item, (same) => [words(same), scores(same, labels)]),
   );
 
 keep((value) => {
