@@ -30,12 +30,12 @@ class Look:
     Attributes:
         picture: with its state, or as it was if it cannot be read.
         inputs: None if it is embedded already.
-        refusal: why it cannot be read.
+        refusal: why it cannot be read, if it cannot.
     """
 
     picture: Picture
     inputs: Mapping[str, Tensor] | None = None
-    refusal: str = ""
+    refusal: InputError | OSError | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Looker:
         try:
             look, thumbnail = self._look(picture)
         except (InputError, OSError) as error:
-            return Look(picture, refusal=str(error))
+            return Look(picture, refusal=error)
         if thumbnail is not None:
             self.unfinished.keep_thumbnail(look.picture, thumbnail)
         return look
