@@ -182,7 +182,7 @@ def build_page(
             language = gr.Radio(choices, value=lang, **_language_words(lang), elem_id="language", min_width=0, scale=0)
         explanation.build(lang)
         scan = widget("scan", scan_value(photos, lang), elem_id="scan", visible=photos is not None)
-        with gr.Tabs() as row:
+        with gr.Tabs(selected=PicturesTab.key if photos else None) as row:
             places = []
             for tab in tabs:
                 with gr.Tab(text(lang, f"{tab.key}.tab"), id=tab.key) as place:

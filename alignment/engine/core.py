@@ -27,7 +27,7 @@ from alignment.engine.explaining import Explained, Scale, explain_match
 from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_webp
 from alignment.engine.queries import Query, Term, check_count, search
-from alignment.gallery import Caption, Found, Gallery, Picture, is_whole
+from alignment.gallery import THUMBNAIL_PIXELS, Caption, Found, Gallery, Picture, is_whole
 from alignment.model import DualEncoder, together
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
 
@@ -341,4 +341,4 @@ def _make_thumbnail(picture: Picture, state: FileState | None, path: Path) -> by
     if not picture.package and path != picture.path and is_whole(path):
         with suppress(FileNotFoundError):  # a build may have taken it away just now
             return path.read_bytes()
-    return as_webp(open_image(picture.path))
+    return as_webp(open_image(picture.path, near=THUMBNAIL_PIXELS))

@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 State = Literal["none", "running", "waiting", "done", "empty", "failed"]
 
-_RETRY = 3.0  # seconds between two looks whether another process is done with the gallery
 _STOP = 5.0  # seconds that a stop waits for the batch under way
 
 
@@ -75,6 +74,9 @@ class PhotoFolder:
         scan: how far the scan is; replaced as it goes.
         version: how many galleries have been shown.
     """
+
+    retry = 3.0
+    """Seconds between two looks whether another process is done with the gallery."""
 
     def __init__(self, engine: AlignmentEngine, source: str | os.PathLike[str], bar: Bar) -> None:
         """Take over a folder; show the gallery that an earlier start has made of it, if there is one.
@@ -167,7 +169,7 @@ class PhotoFolder:
                     )
             except BlockingIOError:
                 self.scan = replace(self.scan, state="waiting")
-                if self._stopping.wait(_RETRY):
+                if self._stopping.wait(self.retry):
                     raise _Stopped from None
 
     def _go_on(self, show: Show, done: int, total: int) -> None:
@@ -189,7 +191,7 @@ def photo_folder(source: str | os.PathLike[str]) -> str:
         FileNotFoundError: when there is none.
         NotADirectoryError: when it is a file.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}.")
     if not folder.is_dir():
