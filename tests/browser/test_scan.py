@@ -1,11 +1,12 @@
 """`app.py --photos`: the page says how far the scan is, shows the photos as they come, and starts the next scan."""
 
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 import app
@@ -15,11 +16,11 @@ from alignment.ui.strings import text
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path, picture) -> Path:
     folder = tmp_path / "Pictures"
     folder.mkdir()
-    for row, name in enumerate(("cat", "sky", "sea")):
-        Image.new("RGB", (320, 240), (90 * row, 120, 200 - 60 * row)).save(folder / f"{name}.png")
+    for id in ("cat", "coffee", "lion"):
+        shutil.copy(picture(id), folder / f"my {id}.jpg")
     (folder / "broken.jpg").write_text("no picture")
     return folder
 
@@ -65,7 +66,7 @@ def test_photos_take_the_starter_gallerys_place_and_a_rescan_takes_in_what_chang
 
     other.locator("#scan button").click()  # whoever presses it, all see what comes of it
     expect(other.locator("#scan")).to_contain_text(text("zh", "scan.ready", count="3", folder="Pictures"))
-    expect(other.locator("#pictures-results .al-card").first).to_contain_text(".png")
+    expect(other.locator("#pictures-results .al-card").first).to_contain_text("my cat.jpg")
     expect(other.locator("#scan summary")).to_be_visible()  # broken.jpg
     assert other.evaluate("document.documentElement.scrollWidth <= innerWidth")
     expect(other.locator("#footer")).to_contain_text("3 张图片")
@@ -73,17 +74,19 @@ def test_photos_take_the_starter_gallerys_place_and_a_rescan_takes_in_what_chang
     page.locator("#scan button").click()
     expect(page.locator("#scan")).to_contain_text(text("en", "scan.ready", count="3", folder="Pictures"))
     expect(page.locator("#footer")).to_contain_text("3 pictures")
-    expect(page.locator("#pictures-results .al-card").first).to_contain_text(".png")
+    expect(page.locator("#pictures-results .al-card").first).to_contain_text("my cat.jpg")
     expect(box).to_have_value("half a que")
 
-    (folder / "sea.png").unlink()
+    (folder / "my lion.jpg").unlink()
     (folder / "broken.jpg").unlink()
     page.locator("#scan button").click()
     expect(page.locator("#scan")).to_contain_text(text("en", "scan.changes", added=0, changed=0, removed=1))
     expect(page.locator("#footer")).to_contain_text("2 pictures")
     expect(page.locator("#scan summary")).to_have_count(0)
 
-    page.get_by_role("tab", name=text("en", "captions.tab")).click()
-    expect(page.locator("#captions-results li").first).to_be_visible()  # the starter gallery's captions
-    page.locator("#captions-results").get_by_text(text("en", "result.why")).first.click()
+    page.locator("#pictures-results [data-act=why]").first.click()
     expect(page.locator("#explanation img").first).to_be_visible()
+    page.keyboard.press("Escape")
+    page.get_by_role("tab", name=text("en", "captions.tab")).click()
+    expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile("my cat.jpg"))
+    expect(page.locator("#captions-results li").first).to_be_attached()  # a caption of the starter gallery
