@@ -109,7 +109,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     searched.add_argument(
         "--photos",
         metavar="FOLDER",
-        help="search the pictures in this folder; they are only read, and their gallery is kept in the cache folder",
+        help="search the pictures in this folder, which are only read; their gallery is kept in the cache folder, and "
+        "whoever opens the page sees the names of the files",
     )
     add(
         "--compare",
@@ -190,21 +191,21 @@ def build_page(
                 places.append(place)
         footer = widget("plain", _footer(engine, lang), elem_id="footer")
 
-        def standing(lang: str) -> list[Any]:
+        def status(lang: str) -> list[Any]:
             return [scan_value(photos, lang, ready=True), _footer(engine, lang)]
 
         def translate(lang: str, asked: Any, *inputs: Any) -> list[Any]:
             """Change all at once: Gradio asks several listeners in turn, and draws over what is typed meanwhile."""
             labels = [gr.update(label=text(lang, f"{tab.key}.tab")) for tab in tabs]
             words = gr.update(**_language_words(lang))
-            frame = [_header(lang), link_value(tabs, lang), words, *labels, *standing(lang)]
+            frame = [_header(lang), link_value(tabs, lang), words, *labels, *status(lang)]
             return [*frame, explanation.translate(lang, asked), *_redrawn(tabs, lang, iter(inputs))]
 
         asked = [language, explanation.asked, *(part for tab in tabs for part in tab.inputs)]
         spoken = [header, link, language, *places, scan, footer, explanation.dialog]
         listen(language.change, translate, asked, [*spoken, *(part for tab in tabs for part in tab.outputs)])
 
-        _follow(photos, scan, language, [scan, footer], standing, searching)
+        _wire_scan(photos, scan, language, [scan, footer], status, searching)
 
         def greet(request: gr.Request) -> list[Any]:
             query = request.query_params
@@ -224,19 +225,19 @@ def _redrawn(tabs: Sequence[Tab], lang: str, inputs: Iterator[Any]) -> list[Any]
     return [change for tab in tabs for change in tab.translate(lang, *islice(inputs, len(tab.inputs)))]
 
 
-def _follow(
+def _wire_scan(
     photos: PhotoFolder | None,
     scan: Any,
     language: Any,
     frame: list[Any],
-    framed: Callable[[str], list[Any]],
+    status: Callable[[str], list[Any]],
     tabs: Sequence[Tab],
 ) -> None:
     """Let the page start scans, and show the gallery that has taken the old one's place; what is asked there stays."""
 
     def renew(event: gr.EventData, lang: str, *inputs: Any) -> list[Any]:
         lang = pick_language(event._data if isinstance(event._data, dict) else {}, "", lang)
-        first = framed(lang)  # before the tabs: a gallery that comes meanwhile is asked for again
+        first = status(lang)  # before the tabs: a gallery that comes meanwhile is asked for again
         return [*first, *_redrawn(tabs, lang, iter(inputs))]
 
     def rescan(lang: str) -> dict[str, Any]:
