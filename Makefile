@@ -59,9 +59,16 @@ format: $(TEST_STAMP)  ## mend what ruff can mend
 gallery: $(APP_STAMP)  ## rebuild the starter gallery after the model has changed
 	$(BIN)/python -m alignment.gallery build assets/gallery/sources --out assets/gallery $(ARGS)
 
-compact: $(COMPACT_STAMP)  ## retrain the compact model: make compact DATA=path/to/flickr8k
-	@test -n "$(DATA)" || { echo 'Say where the training data is: make compact DATA=path/to/flickr8k' >&2; exit 1; }
-	$(BIN)/python -m alignment.compact --data "$(DATA)" --out checkpoints/compact $(ARGS)
+# DATA: a folder that holds these; FLICKR8K=... and so on where they lie elsewhere.
+FLICKR8K ?= $(DATA)/flickr8k
+FLICKR8K_CN ?= $(DATA)/flickr8k-cn/flickr8kzhc.caption.txt
+COCO ?= $(DATA)/coco
+ADE20K ?= $(DATA)/ade20k
+
+compact: $(COMPACT_STAMP)  ## retrain the compact model: make compact DATA=folder/with/flickr8k/and/the/others
+	@test -d "$(FLICKR8K)" || { echo 'Say where the training data is: make compact DATA=path' >&2; exit 1; }
+	$(BIN)/python -m alignment.compact --data "$(FLICKR8K)" "$(COCO)" "$(ADE20K)" --chinese "$(FLICKR8K_CN)" \
+	  --out checkpoints/compact $(ARGS)
 
 bench: $(APP_STAMP) $(BENCH_STAMP)  ## compare encoding, indexing and search with the peers: make bench ARGS="--out table.md"
 	PYTHONPATH=. $(BENCH)/bin/python tests/benchmarks/bench.py $(ARGS)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
+from os.path import expanduser
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -35,6 +36,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**12))
 
 if os.environ.get("SPACES_ZERO_GPU") == "true":  # on Hugging Face's ZeroGPU; it wants to come before torch
     import spaces  # noqa: F401
+
+if __name__ == "__main__" and not (os.environ.get("GRADIO_SERVER_PORT") or "7860").isdecimal():
+    sys.exit("error: GRADIO_SERVER_PORT is no port: choose a number from 1 to 65535.")  # Gradio breaks off at it
 
 import gradio as gr
 from starlette.requests import Request
@@ -59,7 +63,18 @@ from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
 from alignment.ui.scan import scan_route, scan_value
-from alignment.ui.service import Folder, Service, Settings, add_options, log_plainly, log_the_servers_too, share_heaps
+from alignment.ui.service import (
+    Folder,
+    Service,
+    Settings,
+    add_options,
+    check_address,
+    host_in_url,
+    log_plainly,
+    log_the_servers_too,
+    read_port,
+    share_heaps,
+)
 from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, pick_language, strings, text
 from alignment.ui.theme import theme
 from alignment.ui.widgets import ICON, Tab, listen, styles, widget
@@ -102,25 +117,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default=env("ALIGNMENT_MODEL") or shipped(MODEL), metavar="PATH_OR_HUB_ID")
+    add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or shipped(MODEL), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
     searched = parser.add_mutually_exclusive_group()
-    searched.add_argument("--gallery", default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR")
+    searched.add_argument(
+        "--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR"
+    )
     searched.add_argument(
         "--photos",
+        type=expanduser,
         metavar="FOLDER",
         help="search the pictures in this folder, which are only read; their gallery is kept in the cache folder, and "
         "whoever opens the page sees the names of the files",
     )
     add(
         "--compare",
+        type=expanduser,
         default=env("ALIGNMENT_COMPARE") or None,
         metavar="PATH_OR_HUB_ID",
         help="a second model, such as a fine-tuned one, beside the first in the similarity matrix",
     )
     add_index_options(parser)
     add("--host", default=env("GRADIO_SERVER_NAME") or "127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
-    add("--port", type=int, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
+    add("--port", type=read_port, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
     add(
         "--lang",
         choices=tuple(LANGUAGES),
@@ -129,7 +148,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
     add_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.photos and args.index:
+        parser.error("--photos keeps its gallery in the cache folder; --index goes with --gallery.")
+    return args
 
 
 def load_engine(args: argparse.Namespace) -> AlignmentEngine:
@@ -142,8 +164,6 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
         ValueError: when one is damaged, or they do not belong together.
         OSError: when the server of the index does not answer.
     """
-    if args.photos and args.index:
-        raise ValueError("--photos keeps its gallery in the cache folder; --index goes with --gallery.")
     remote = Remote.of(args.index, args.gallery, args.index_name)
     encoder = DualEncoder.load(args.model, revision=args.revision)
     second = SecondModel.load(args.compare) if args.compare else None
@@ -189,6 +209,8 @@ def build_page(
                 with gr.Tab(text(lang, f"{tab.key}.tab"), id=tab.key) as place:
                     tab.build(language, lang)
                 places.append(place)
+                if isinstance(tab, PicturesTab):
+                    listen(tab.sample.pick, lambda: gr.Tabs(selected=PhotosTab.key), [], [row])
         footer = widget("plain", _footer(engine, lang), elem_id="footer")
 
         def status(lang: str) -> list[Any]:
@@ -308,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.mcp and find_spec("mcp") is None:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
         args.photos = photo_folder(args.photos) if args.photos else None
+        check_address(args.host, args.port)
         engine = load_engine(args)
         bar = partial(progress_bar, f"Reading {args.photos}", quiet=args.log == "json")
         photos = PhotoFolder(engine, args.photos, bar) if args.photos else None
@@ -339,7 +362,11 @@ def serve(
     """
     log_plainly(args.log)
     page = build_page(engine, args.lang, args.queue, photos)
-    options = {**launch_options(engine, service, photos), "server_name": args.host, "server_port": args.port}
+    options = {
+        **launch_options(engine, service, photos),
+        "server_name": host_in_url(args.host),
+        "server_port": args.port,
+    }
     _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
     log_the_servers_too()
     tame_tools(page)

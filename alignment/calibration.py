@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignment.similarity import cosine_similarity, top_k
+from alignment.verdicts import Lines, Verdict, best
 
 Direction = Literal["image_to_text", "text_to_image"]
 """Which way a search goes; the query comes first."""
@@ -197,7 +198,7 @@ class Curve:
 
         Args:
             evidence: (n, 4).
-            labels: (n,) bool: whether it was a match.
+            labels: (n,) bool or in [0, 1]: whether it was a match, or how likely.
             prior: what few examples stay close to; without one, no dependence on anything.
             strength: how firmly; many examples outweigh it.
 
@@ -222,14 +223,28 @@ class Judgement:
     Attributes:
         probabilities: (num_results,) float32, that this very result is a match; in the order of the scores.
         something_fits: probability that any candidate is a match.
-        fits: whether that reaches the line. If not, say that nothing fits.
-        senseless: whether the query is nonsense or an empty picture; then all probabilities are 0.
+        verdicts: of each result, in the order of the scores.
     """
 
     probabilities: Tensor
     something_fits: float
-    fits: bool
-    senseless: bool = False
+    verdicts: tuple[Verdict, ...]
+
+    @classmethod
+    def of(cls, probabilities: Tensor, something_fits: float, lines: Lines) -> Judgement:
+        """Judge by the lines of a direction."""
+        return cls(probabilities, something_fits, lines.verdicts(probabilities, something_fits))
+
+    @classmethod
+    def meaningless(cls, num_results: int) -> Judgement:
+        """Judge the results of a query that is nonsense or an empty picture."""
+        verdict: Verdict = "no_meaning"
+        return cls(torch.zeros(num_results), 0.0, (verdict,) * num_results)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What to think of the whole answer."""
+        return best(self.verdicts)
 
 
 @dataclass(frozen=True)
@@ -239,18 +254,16 @@ class Calibration:
     Attributes:
         match: direction -> probability that a result is a match.
         fits: direction -> probability, by the best result, that any candidate is a match.
-        lines: direction -> where "nothing fits" begins, on `fits`.
+        lines: direction -> where the verdicts begin.
     """
 
     match: Mapping[Direction, Curve]
     fits: Mapping[Direction, Curve]
-    lines: Mapping[Direction, float]
+    lines: Mapping[Direction, Lines]
 
     def __post_init__(self) -> None:
         if any(set(part) != set(DIRECTIONS) for part in (self.match, self.fits, self.lines)):
-            raise ValueError(f"A calibration has curves and a line for {' and '.join(DIRECTIONS)}.")
-        if not all(0 <= line <= 1 for line in self.lines.values()):
-            raise ValueError(f"Lines are probabilities, unlike {dict(self.lines)}.")
+            raise ValueError(f"A calibration has curves and lines for {' and '.join(DIRECTIONS)}.")
 
     def probability(
         self,
@@ -296,20 +309,20 @@ class Calibration:
             background: as in `probability`.
         """
         if not len(similarity):
-            return Judgement(torch.empty(0), 0.0, False)
+            return Judgement(torch.empty(0), 0.0, ())
         if background.is_senseless(query_embed[None], direction):
-            return Judgement(torch.zeros(len(similarity)), 0.0, False, senseless=True)
+            return Judgement.meaningless(len(similarity))
         evidence = background.evidence(similarity[None], query_embed[None], num_candidates, direction)[0]
         found = float(self.fits[direction].probability(evidence[similarity.argmax()]))
         probabilities = self.match[direction].probability(evidence).float()
-        return Judgement(probabilities, found, found >= self.lines[direction])
+        return Judgement.of(probabilities, found, self.lines[direction])
 
     @classmethod
     def fit(
         cls,
         image_embeds: Tensor,
         text_embeds: Tensor,
-        owners: Tensor,
+        relevance: Tensor,
         background: Background,
         *,
         prior: Calibration | None = None,
@@ -319,13 +332,14 @@ class Calibration:
     ) -> Calibration:
         """Learn from captioned pictures that the model was not trained on.
 
-        Every query searches galleries drawn from these items, of several sizes. In half of them, its true items are
-        missing.
+        Every query searches galleries drawn from these items, of several sizes. In half of them the items made for
+        it (relevance 1) are missing.
 
         Args:
             image_embeds: (num_images, embed_dim); some may have no caption.
             text_embeds: (num_texts, embed_dim).
-            owners: (num_texts,) index of the image that each text describes; -1 where it describes none.
+            relevance: (num_images, num_texts) in [0, 1]: how likely the text describes the image; 1 for an image's own
+                texts.
             background: none of these items.
             prior: curves to fall back on where there are few pairs, such as `BORROWED`.
             strength: how firmly, see `Curve.fit`.
@@ -335,38 +349,41 @@ class Calibration:
         Raises:
             ValueError: when no text describes an image.
         """
-        positives = owners[None, :] == torch.arange(len(image_embeds))[:, None]
         similarity = cosine_similarity(image_embeds, text_embeds)
         ways: dict[Direction, tuple[Tensor, Tensor, Tensor]] = {
-            "image_to_text": (similarity, positives, image_embeds),
-            "text_to_image": (similarity.T, positives.T, text_embeds),
+            "image_to_text": (similarity, relevance, image_embeds),
+            "text_to_image": (similarity.T, relevance.T, text_embeds),
         }
         match, fits, lines = {}, {}, {}
         generator = torch.Generator().manual_seed(seed)
         for direction, (scores, truth, queries) in ways.items():
-            asked = truth.any(1)
+            asked = truth.amax(1) > 0
             if not asked.any():
                 raise ValueError("There is no pair to calibrate on: no text describes an image.")
             searches = list(_searches(scores[asked], truth[asked], sizes[direction], generator))
             evidence = [background.evidence(s.similarity, queries[asked], s.sizes, direction) for s in searches]
-            right, kept = torch.cat([s.right for s in searches]), torch.cat([s.kept for s in searches])
+            right = torch.cat([s.right for s in searches])
             old = (prior.match[direction], prior.fits[direction]) if prior else (None, None)
             seen = torch.cat([s.similarity for s in searches]) > _MISSING
-            every, best = torch.cat(evidence), torch.cat(evidence)[:, 0]
+            every, first = torch.cat(evidence), torch.cat(evidence)[:, 0]
             match[direction] = Curve.fit(every[seen], right[seen], prior=old[0], strength=strength)
-            fits[direction] = Curve.fit(best, kept, prior=old[1], strength=strength)
-            lines[direction] = round(float(fits[direction].probability(best[kept]).quantile(REFUSED)), 3)
+            found = torch.cat([s.found for s in searches])
+            fits[direction] = Curve.fit(first, found, prior=old[1], strength=strength)
+            there = fits[direction].probability(first[found >= 0.5])
+            lines[direction] = Lines.of(round(float(there.quantile(REFUSED)), 3) if len(there) else 0.5)
         return cls(match, fits, lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Lay it out for JSON."""
-        curves = {"match": self.match, "fits": self.fits}
-        found: dict[str, Any] = {name: {way: asdict(part[way]) for way in DIRECTIONS} for name, part in curves.items()}
-        return {**found, "lines": dict(self.lines)}
+        return {
+            "match": {way: asdict(self.match[way]) for way in DIRECTIONS},
+            "fits": {way: asdict(self.fits[way]) for way in DIRECTIONS},
+            "lines": {way: asdict(self.lines[way]) for way in DIRECTIONS},
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
-        """Undo `to_dict`.
+        """Undo `to_dict`; a single line, as older galleries have it, is that of `may_fit`.
 
         Raises:
             ValueError: on anything else.
@@ -375,9 +392,13 @@ class Calibration:
             match, fits = ({way: Curve(**data[part][way]) for way in DIRECTIONS} for part in ("match", "fits"))
             if set(data) != {"match", "fits", "lines"}:
                 raise ValueError(f"This is no calibration: its parts are match, fits and lines, not {sorted(data)}.")
-            return cls(match, fits, {way: float(data["lines"][way]) for way in DIRECTIONS})
+            return cls(match, fits, {way: _read_lines(data["lines"][way]) for way in DIRECTIONS})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"This is no calibration: {error!r}.") from error
+
+
+def _read_lines(written: Mapping[str, float] | float) -> Lines:
+    return Lines(**written) if isinstance(written, Mapping) else Lines.of(float(written))
 
 
 BORROWED = Calibration(
@@ -389,7 +410,7 @@ BORROWED = Calibration(
         "image_to_text": Curve(1.705, -1.106, 0.929, -0.422, -0.643),
         "text_to_image": Curve(1.079, 0.069, -0.127, -0.473, -2.552),
     },
-    lines={"image_to_text": 0.315, "text_to_image": 0.297},
+    lines={"image_to_text": Lines.of(0.315), "text_to_image": Lines.of(0.297)},
 )
 """The compact model's curves, fitted on Flickr8k dev with the starter gallery's pictures and 1,024 everyday captions as
 background. Another model may borrow them, in units of a background of the same items. A weaker one must not keep them:
@@ -406,31 +427,32 @@ class _Search:
 
     Attributes:
         similarity: (num_queries, num_results), best first; `_MISSING` where a gallery is smaller than that.
-        right: the same shape, whether a result is a true one.
-        kept: (num_queries,) whether the true items were among the candidates.
+        right: the same shape, how likely a result is a true one.
+        found: (num_queries,) how likely the best candidate of all is one.
         sizes: (num_queries,) candidates.
     """
 
     similarity: Tensor
     right: Tensor
-    kept: Tensor
+    found: Tensor
     sizes: Tensor
 
 
 def _searches(
-    similarity: Tensor, positives: Tensor, sizes: Sequence[int], generator: torch.Generator
+    similarity: Tensor, relevance: Tensor, sizes: Sequence[int], generator: torch.Generator
 ) -> Iterator[_Search]:
-    """Search galleries of each size, with the true items for a random half of the queries."""
-    count, own = len(similarity), positives.sum(1)
+    """Search galleries of each size, with the items made for a query (relevance 1) for a random half of the queries."""
+    count, own = len(similarity), relevance >= 1
     for size in sizes:
         kept = torch.empty(count, dtype=torch.bool)
         kept[torch.randperm(count, generator=generator)] = torch.arange(count) % 2 == 0
-        lots = torch.rand(positives.shape, generator=generator).masked_fill(positives, torch.inf)
-        foreign = (size - own * kept).clamp_min(1).minimum(positives.shape[1] - own)
-        drawn = torch.arange(positives.shape[1]) < foreign[:, None]  # those with the smallest lots
-        chosen = torch.zeros_like(positives).scatter(1, lots.argsort(1), drawn) | (positives & kept[:, None])
+        lots = torch.rand(relevance.shape, generator=generator).masked_fill(own, torch.inf)
+        foreign = (size - own.sum(1) * kept).clamp_min(1).minimum(relevance.shape[1] - own.sum(1))
+        drawn = torch.arange(relevance.shape[1]) < foreign[:, None]  # those with the smallest lots
+        chosen = torch.zeros_like(own).scatter(1, lots.argsort(1), drawn) | (own & kept[:, None])
         values, ids = top_k(similarity.masked_fill(~chosen, _MISSING), RESULTS)
-        yield _Search(values, positives.gather(1, ids) & kept[:, None], kept, chosen.sum(1))
+        right = relevance.gather(1, ids) * (values > _MISSING)
+        yield _Search(values, right, (relevance * chosen).amax(1), chosen.sum(1))
 
 
 def _logistic_regression(evidence: Tensor, labels: Tensor, start: Tensor, strength: float) -> Tensor:

@@ -217,7 +217,7 @@ def language_of(text: str) -> str:
 def is_hand_written(folder: Path) -> bool:
     """Whether `read_hand_written` reads this folder; `captions.jsonl` may also be the table of a captioned data set."""
     for name, field_of_ours in ((PICTURES, "source"), (CAPTIONS, "topic")):
-        if (folder / name).is_file() and field_of_ours in next(_lines(folder / name), ("", {}))[1]:
+        if os.path.isfile(folder / name) and field_of_ours in next(_lines(folder / name), ("", {}))[1]:
             return True
     return False
 

@@ -94,13 +94,14 @@ class Watch:
         return os.fspath(os.fsdecode(path)).startswith(self.folder)
 
 
-def obey_permissions() -> None:
-    """Give up what lets root pass over permissions (Linux); its own files it may still read."""
+def obey_permissions(obey: bool = True) -> None:
+    """Give up what lets root pass over permissions (Linux), or take it back; its own files it may still read."""
     libc, words = ctypes.CDLL(None, use_errno=True), ctypes.c_uint32 * 6
     header, rights = (ctypes.c_uint32 * 2)(0x20080522, 0), words()  # version 3 of the call; this process
     if libc.capget(header, rights):
         raise OSError(ctypes.get_errno(), "capget")
-    rights[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of those in effect
+    both = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: of those in effect, and of those permitted
+    rights[0] = rights[0] & ~both if obey else rights[0] | (rights[1] & both)
     if libc.capset(header, rights):
         raise OSError(ctypes.get_errno(), "capset")
 

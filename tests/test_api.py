@@ -146,7 +146,8 @@ def test_a_caption_finds_pictures(ask, caption, id):
     assert set(best["captions"]) == {"en", "zh"}
     assert best["credit"]
     assert best["thumbnail"] == f"thumbnails/{id}.webp"
-    assert found["fits"] is True
+    assert (found["fits"], found["verdict"]) == (True, best["verdict"])
+    assert {match["verdict"] for match in found["matches"]} <= {"fits", "may_fit", "nothing_close"}
     for match in (*found["matches"], {**best, "probability": found["something_fits"]}):
         assert -1 <= match["similarity"] <= 1
         assert 0 <= match["share"] <= 1
@@ -161,7 +162,7 @@ def test_the_thumbnail_of_a_result_can_be_opened(ask, address):
 
 def test_nonsense_fits_nothing(ask):
     found = ask("search_images", caption="xqzv wkjh ppfft")
-    assert found["fits"] is False
+    assert (found["fits"], found["verdict"]) == (False, "no_meaning")
     assert len(found["matches"]) == 12
 
 
@@ -388,6 +389,17 @@ def test_uploads_are_deleted_whatever_the_answer_was(ask, photo, uploads, tmp_pa
         with pytest.raises(AppError):
             ask(name, **values)
     assert files(uploads) == []
+
+
+def test_base64_may_be_in_lines_but_not_bare(engine, photo):
+    whole = data_url(photo("cat"))
+    head, _, body = whole.partition(",")
+    lines = "\r\n".join(body[start : start + 76] for start in range(0, len(body), 76))
+    one, two = (Api(engine).embed_images([image])["embeddings"] for image in (whole, f"{head},{lines}\n"))
+    assert one == two
+    for bare in (body, lines):
+        with pytest.raises(InputError, match='"data:image/jpeg;base64," in front'):
+            Api(engine).embed_images([bare])
 
 
 def test_data_urls_leave_no_file(ask, photo, uploads):

@@ -17,16 +17,17 @@ from PIL import Image
 import app
 from alignment import preprocess
 from alignment.engine import AlignmentEngine, Skipped
-from alignment.gallery import Gallery, build_gallery
+from alignment.gallery import Caption, Found, Gallery, Match, build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, clean_caption, open_image, parse_captions
 from alignment.ui.api import Api
 from alignment.ui.examples import Examples
-from alignment.ui.results import cosine, percent
-from alignment.ui.service import Service, Settings
+from alignment.ui.results import captions_value, cosine, percent
+from alignment.ui.service import Service, Settings, host_in_url
 from alignment.ui.strings import count_text, error_text, pick_language, strings, text
 from alignment.ui.uploads import Shelf, Upload, fill, forget, shelf_drop_value, take, uploads_of
 from alignment.ui.widgets import spoken
+from alignment.verdicts import VERDICTS
 
 UI = Path(app.__file__).parent / "alignment" / "ui"
 
@@ -122,6 +123,35 @@ def test_help_names_every_variable(capsys):
     for name in ("MODEL", "REVISION", "GALLERY", "COMPARE", "LANG", "MCP"):
         assert f"ALIGNMENT_{name}" in shown
     assert "GRADIO_SERVER_PORT" in shown
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "70000", "abc", "7860.5", ""])
+def test_a_port_that_is_none_is_refused(port, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        app.parse([f"--port={port}"])
+    assert ended.value.code == 2
+    if port:
+        monkeypatch.setenv("GRADIO_SERVER_PORT", port)
+        with pytest.raises(SystemExit):
+            app.parse([])
+    assert f"{port!r} is no port" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_and_a_host_that_is_elsewhere_are_said_before_anything_is_loaded(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert app.main(["--port", str(port), "--model", "nowhere"]) == 2
+    assert f"Port {port} is taken" in capsys.readouterr().err
+    for host in ("203.0.113.7", "no.such.host.invalid", "2001:db8::1"):
+        assert app.main(["--host", host, "--model", "nowhere"]) == 2
+        assert f"{host} is no address of this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("[::]", "[::]"), ("127.0.0.1", "127.0.0.1")])
+def test_an_address_of_ipv6_is_written_in_brackets(host, shown):
+    assert host_in_url(host) == shown
 
 
 def test_a_missing_checkpoint_ends_in_a_sentence(capsys, tmp_path):
@@ -231,7 +261,8 @@ def test_every_key_used_is_there_and_every_one_there_is_used():
     built = ("error.", "example.", "matrix.view.", "matrix.meaning.", "matrix.label.", "drawing.")
     for key in strings()["en"]:
         last = key.removesuffix(".one").partition(".")[2] or key
-        assert key.startswith(built) or f'"{key.removesuffix(".one")}"' in sources or f".{last}" in sources, key
+        told = key.startswith(built) or last in VERDICTS
+        assert told or f'"{key.removesuffix(".one")}"' in sources or f".{last}" in sources, key
 
 
 def test_every_error_of_the_door_is_translated():
@@ -312,6 +343,50 @@ def test_probabilities_do_not_pass_for_certainty(share, written):
 
 def test_cosines_have_three_places_and_no_minus_before_nothing():
     assert [cosine(value) for value in (0.31249, -0.0001, -0.5)] == ["0.312", "0.000", "-0.500"]
+
+
+def answer(*chances: float, verdicts: str) -> Found[Caption]:
+    """An answer of captions, the last of which says the same as the first."""
+    matches = [
+        Match(rank, Caption(f"c{rank}", f"number {rank}", "en"), chance, chance, verdict)
+        for rank, (chance, verdict) in enumerate(zip(chances, verdicts.split(), strict=True), start=1)
+    ]
+    first, *others, last = matches
+    groups = ((first, last), *((match,) for match in others))
+    return Found(tuple(matches), first.verdict, first.probability, groups=groups)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_results_carry_their_verdict_and_fold_what_says_the_same(lang):
+    value = captions_value(answer(0.38, 0.2, 0.04, verdicts="fits may_fit nothing_close"), lang, total=9)
+    assert [(row["rank"], row["step"], row["word"]) for row in value["rows"]] == [
+        (1, "fits", text(lang, "result.fits")),
+        (2, "may_fit", text(lang, "result.may_fit")),
+    ]
+    assert [[row["id"] for row in row["alike"]] for row in value["rows"]] == [["c3"], []]
+    assert value["verdict"] == {"step": "fits", "word": text(lang, "result.fits"), "text": text(lang, "captions.fits")}
+    assert "38.0 %" in value["note"]
+    assert " 38 " in value["note"]
+
+
+def test_results_are_listed_where_nothing_is_close_and_folded_where_nothing_was_asked():
+    far = captions_value(answer(0.04, 0.004, 0.001, verdicts="nothing_close " * 3), "en", total=9)
+    assert (far["verdict"]["step"], far["verdict"]["word"]) == ("nothing_close", text("en", "result.nothing"))
+    assert "4.0 %" in far["verdict"]["text"]
+    assert "anyway" not in far["verdict"]
+    none = captions_value(answer(0, 0, 0, verdicts="no_meaning " * 3), "en", total=9)
+    assert (none["verdict"]["step"], none["verdict"]["text"]) == ("no_meaning", text("en", "result.senseless"))
+    assert none["verdict"]["anyway"]
+    assert {row["step"] for row in none["rows"]} == {None}
+    assert (none["note"], none["count"]) == ("", "")
+
+
+def test_without_a_calibration_there_is_no_verdict():
+    found = Found((Match(1, Caption("c", "a", "en"), 0.5),))
+    value = captions_value(found, "en", total=1)
+    assert "verdict" not in value
+    assert (value["rows"][0]["step"], value["rows"][0]["word"]) == (None, "")
+    assert value["note"] == text("en", "result.meaning.uncalibrated")
 
 
 # ---------------------------------------------------------------- uploads
@@ -413,6 +488,7 @@ def test_any_gallery_gives_worked_examples(engine):
     assert [picture.id for picture in examples.pictures] == ["one", "two", "three"]
     assert examples.queries("zh") == ["狗one", "狗two"]
     assert examples.image_of(examples.pictures[0]).startswith("thumbnails/one.webp?")
+    assert not examples.are_samples
 
 
 def test_a_gallery_with_nothing_in_it_still_makes_a_page(engine):

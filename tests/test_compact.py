@@ -41,8 +41,8 @@ from alignment.compact.recipe import (
     train_text,
 )
 from alignment.compact.release import assemble, compact_preprocessor, save_compact
+from alignment.compact.scenes import read_flickr8k_cn, read_photos
 from alignment.losses import softmax_loss
-from alignment.pairs import Pair
 from alignment.preprocess import Preprocessor, open_image
 from alignment.towers import (
     AlignmentHead,
@@ -169,25 +169,66 @@ def test_text_features_are_what_the_tower_makes_of_a_batch(preprocessor: Preproc
 
 
 @torch.no_grad()
-def test_image_features_hold_both_views_and_are_computed_once(preprocessor: Preprocessor, tmp_path: Path) -> None:
-    tower, pairs = small_image_tower(), painted(tmp_path, 3)
-    features = image_features(tower, pairs, preprocessor, tmp_path, batch_size=2)
-    pixels = preprocessor.images([open_image(pair.image) for pair in pairs])["pixel_values"]
+def test_image_features_hold_every_view_and_are_computed_once(preprocessor: Preprocessor, tmp_path: Path) -> None:
+    tower, paths = small_image_tower(), painted(tmp_path, 3)
+    features = image_features(tower, paths, preprocessor, tmp_path, batch_size=2)
+    pixels = preprocessor.images([open_image(path) for path in paths])["pixel_values"]
     for view, seen in enumerate((pixels, pixels.flip(-1))):
         expected = tower(seen).pooler_output
-        torch.testing.assert_close(features.pooled[:, view], expected, atol=1e-4, rtol=1e-4)
+        scale = expected.abs().max()
+        torch.testing.assert_close(features.pooled[:, view] / scale, expected / scale, atol=5e-2, rtol=0)  # bfloat16
         maps = torch.from_numpy(np.array(features.maps[:, view])).float()
-        torch.testing.assert_close(maps, tower.trunk_maps(seen), atol=2e-2, rtol=2e-3)
-    assert (features.pooled[:, 0] - features.pooled[:, 1]).abs().max() > 1e-3
+        expected_maps = tower.trunk_maps(seen)
+        assert functional.cosine_similarity(maps.flatten(1), expected_maps.flatten(1)).min() > 0.99
+    for view in range(1, VIEWS):
+        assert (features.pooled[:, 0] - features.pooled[:, view]).abs().max() > 1e-3
     for parameter in tower.parameters():
         parameter.fill_(float("nan"))  # a second run has to take what the first one left
-    again = image_features(tower, pairs, preprocessor, tmp_path, batch_size=2)
+    again = image_features(tower, paths, preprocessor, tmp_path, batch_size=2)
     assert torch.equal(again.pooled, features.pooled)
+
+
+def test_a_stopped_pass_over_the_pictures_goes_on(preprocessor: Preprocessor, tmp_path: Path) -> None:
+    tower, paths = small_image_tower(), painted(tmp_path, 3)
+    whole = image_features(tower, paths, preprocessor, tmp_path, batch_size=2)
+    (progress,) = tmp_path.glob("maps-*.json")
+    progress.write_text("2")
+    pooled = whole.pooled.clone()
+    (kept,) = tmp_path.glob("pooled-*.npy")
+    array = np.load(kept, mmap_mode="r+")
+    array[:] = -1
+    array.flush()
+    again = image_features(tower, paths, preprocessor, tmp_path, batch_size=2)
+    assert (again.pooled[:2] == -1).all(), "what was done is not done again"
+    torch.testing.assert_close(again.pooled[2], pooled[2], atol=1e-2, rtol=1e-2)
+
+
+def test_photographs_are_read_with_both_languages(tmp_path: Path) -> None:
+    for folder, name in (("own", "7.png"), ("flickr", "1_a.png")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / name)
+    row = '{{"file_name": "7.png", "split": "dev", "captions": ["{}"]}}\n'
+    (tmp_path / "own" / "captions.en.jsonl").write_text(row.format("a dog"), "utf-8")
+    (tmp_path / "own" / "captions.zh.jsonl").write_text(row.format("一只狗"), "utf-8")
+    (tmp_path / "flickr" / "captions.csv").write_text("image,caption,split\n1_a.png,a cat,train\n", "utf-8")
+    chinese = tmp_path / "zh.txt"
+    chinese.write_text("1_a.jpg#zhc#0 一只猫。\n1_a.jpg#zhc#1 猫\n", "utf-8")
+    flickr, own = read_photos([tmp_path / "own", tmp_path / "flickr"], chinese)
+    assert (own.source, own.split, dict(own.captions)) == ("own", "dev", {"en": ("a dog",), "zh": ("一只狗",)})
+    assert (flickr.source, flickr.split) == ("flickr", "train")
+    assert dict(flickr.captions) == {"en": ("a cat",), "zh": ("一只猫。", "猫")}
+    chinese.write_text("1_a.jpg#zhc#0 一只猫。\nnot a caption\n", "utf-8")
+    with pytest.raises(ValueError, match="line 2"):
+        read_flickr8k_cn(chinese)
+    chinese.write_text("other.jpg#zhc#0 一只猫。\n", "utf-8")
+    with pytest.raises(ValueError, match="names none"):
+        read_photos([tmp_path / "flickr"], chinese)
 
 
 def small_aligner(tower: EfficientNetLiteModel) -> Aligner:
     head = AlignmentHead(1280, 1280, EMBED_DIM, 4, 32, 0.1)
-    return Aligner(copy.deepcopy(tower.tail), head, Teacher(WIDTH, EMBED_DIM, 0.1))
+    teachers = {language: Teacher(WIDTH, EMBED_DIM, 0.1) for language in ("en", "zh")}
+    return Aligner(copy.deepcopy(tower.tail), head, teachers)
 
 
 def test_the_aligners_loss_in_closed_form() -> None:
@@ -246,16 +287,16 @@ def test_class_names_and_scenes_are_complete() -> None:
 # ---------------------------------------------------------------- all stages in miniature
 
 
-def painted(folder: Path, count: int) -> list[Pair]:
+def painted(folder: Path, count: int) -> list[str]:
     """Paint pictures that differ: a bright bar at a place and an angle of its own on a colour of its own."""
-    rng, pairs = np.random.default_rng(0), []
+    rng, paths = np.random.default_rng(0), []
     for number in range(count):
         canvas = np.ones((48, 60, 3), np.uint8) * rng.integers(0, 256, 3, dtype=np.uint8)
         canvas[:, number % 12 * 5 : number % 12 * 5 + 9] = rng.integers(0, 256, 3, dtype=np.uint8)
         path = folder / f"{number:02}.png"
         Image.fromarray(canvas).save(path)
-        pairs.append(Pair(str(path), tuple(f"picture {number}, {word}" for word in ["one", "two", "three"])))
-    return pairs
+        paths.append(str(path))
+    return paths
 
 
 @dataclass
@@ -271,7 +312,8 @@ class Miniature:
         aligner = copy.deepcopy(module or self.aligner).eval()
         train = self.data.train
         maps = self.features.windows(train, torch.zeros_like(train), self.features.maps.shape[-1])
-        captions = aligner.teacher(self.data.captions.features[self.data.captions.first[train]])
+        english = self.data.captions["en"]
+        captions = aligner.teachers["en"](english.features[english.first[train]])
         return aligner.loss(aligner.images(maps)[0], captions.unsqueeze(1)).item()
 
 
@@ -297,13 +339,16 @@ def miniature(preprocessor: Preprocessor, tmp_path: Path) -> Miniature:
         heads_rate=5e-3,
         text_rate=1e-2,
     )
-    tower, pairs = small_image_tower(), painted(tmp_path, 26)
-    features = image_features(tower, pairs, preprocessor, tmp_path)
+    tower, paths = small_image_tower(), painted(tmp_path, 26)
+    features = image_features(tower, paths, preprocessor, tmp_path)
     count = torch.full((26,), 3)
     meaning = torch.randn(26, WIDTH).repeat_interleave(3, 0)
-    captions = Captions(meaning + 0.1 * torch.randn(78, WIDTH), count.cumsum(0) - count, count)
+    captions = {
+        language: Captions(meaning + 0.1 * torch.randn(78, WIDTH), count.cumsum(0) - count, count)
+        for language in ("en", "zh")
+    }
     train = torch.arange(1, 25)  # rows and places in the list differ, as they do where dev pictures lie between
-    names = [torch.randn(1 + number % 3, WIDTH) for number in range(7)]
+    names = {language: [torch.randn(1 + number % 3, WIDTH) for number in range(7)] for language in ("en", "zh")}
     prototypes = Prototypes(tower.classifier, features.pooled[train])
     aligner = small_aligner(tower)
     for norm in (aligner.head.summary_norm, aligner.head.token_norm):
@@ -337,18 +382,40 @@ def test_the_tail_learns_in_cycles(miniature: Miniature) -> None:
     assert any(not torch.equal(kept[name], tail[name]) for name in tail)
 
 
+def test_a_stopped_tail_stage_goes_on_from_its_last_epoch(miniature: Miniature, tmp_path: Path) -> None:
+    state, start = tmp_path / "state.safetensors", copy.deepcopy(miniature.aligner)
+    seen: list[int] = []
+
+    def stop(epoch: int, average: Aligner) -> None:
+        seen.append(epoch)
+        if seen == [1, 2, 3]:
+            raise KeyboardInterrupt
+
+    arguments = miniature.features, miniature.data, miniature.recipe, 0
+    train_tail(miniature.aligner, *arguments, lambda epoch, average: None)
+    with pytest.raises(KeyboardInterrupt):
+        train_tail(copy.deepcopy(start), *arguments, stop, state)
+    resumed = copy.deepcopy(start)
+    train_tail(resumed, *arguments, stop, state)
+    assert seen == [1, 2, 3, 3, 4, 5, 6, 7, 8], "the epoch that was broken off is done again, the others are not"
+    whole = miniature.aligner.state_dict()
+    for name, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, whole[name], atol=1e-5, rtol=1e-4)
+
+
 def test_the_text_head_learns(miniature: Miniature, preprocessor: Preprocessor) -> None:
     data, recipe, aligner = miniature.data, miniature.recipe, miniature.aligner.eval()
     captions = [f"picture {number}, {word}" for number in range(26) for word in ["one", "two", "three"]]
     texts = [*captions, "a red bus", "一辆红色的公交车", *(f"name {number}" for number in range(7))]
     features = text_features(small_text_tower(), preprocessor, texts)
     with torch.no_grad():
-        teacher = aligner.teacher(data.captions.features)
-        pictures = teacher[data.captions.first].unsqueeze(1) + 0.05 * torch.randn(26, VIEWS, EMBED_DIM)
+        english = data.captions["en"]
+        teacher = aligner.teachers["en"](english.features)
+        pictures = teacher[english.first].unsqueeze(1) + 0.05 * torch.randn(26, VIEWS, EMBED_DIM)
         targets = TextTargets(
             features=features,
-            captions=data.captions,
-            teacher=teacher,
+            captions={"en": Captions(teacher, english.first, english.count)},
+            rows={"en": torch.arange(78)},
             scenes=torch.tensor([78, 79]),
             scene_teacher=functional.normalize(torch.randn(1, EMBED_DIM), dim=-1).repeat(2, 1),
             names=[torch.tensor([80 + number]) for number in range(7)],
@@ -368,11 +435,12 @@ def test_the_text_head_learns(miniature: Miniature, preprocessor: Preprocessor) 
 def text_losses(head: AlignmentHead, targets: TextTargets, features: TextFeatures, train: Tensor) -> Tensor:
     """Contrast with the pictures, distance from the teacher's captions, distance from the teacher's scenes."""
     head.eval()
-    rows = torch.cat([targets.captions.first[train], targets.scenes])
+    english = targets.captions["en"]
+    rows = torch.cat([english.first[train], targets.scenes])
     tokens, sentences, mask = features.batch(rows)
     captions, scenes = head(sentences, tokens, mask).split([len(train), len(targets.scenes)])
     contrast = softmax_loss(targets.images[train, 0] @ captions.T / 0.07)
-    held = (1 - (captions * targets.teacher[rows[: len(train)]]).sum(-1)).mean()
+    held = (1 - (captions * english.features[rows[: len(train)]]).sum(-1)).mean()
     return torch.stack([contrast, held, (1 - (scenes * targets.scene_teacher).sum(-1)).mean()])
 
 
@@ -383,7 +451,8 @@ def test_the_checkpoint_holds_its_limits_and_rewrites_only_what_was_trained(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     image, text = convert_image_tower(), convert_text_tower()
-    aligner = Aligner(copy.deepcopy(image.tail), AlignmentHead(1280, 1280, 512, 8, 1024, 0.3), Teacher(896, 512, 0.3))
+    teachers = {"en": Teacher(1664, 512, 0.3), "zh": Teacher(896, 512, 0.3)}
+    aligner = Aligner(copy.deepcopy(image.tail), AlignmentHead(1280, 1280, 512, 8, 1024, 0.3), teachers)
     head = AlignmentHead(512, 1280, 512, 8, 512, 0.3)
     class_embeds = functional.normalize(torch.randn(1000, 512), dim=-1)
     preprocessor, folder = compact_preprocessor(tokenizer, 260), tmp_path / "compact"

@@ -158,6 +158,19 @@ def test_progress_takes_a_line_at_every_tenth(
     assert len(told) <= 11
 
 
+def test_captions_of_several_pictures_are_said(
+    data: Path, models: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = (data / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    same = [
+        json.dumps(json.loads(line) | {"caption": "a picture", "image": str(data / json.loads(line)["image"])})
+        for line in lines
+    ]
+    (tmp_path / "same.jsonl").write_text("\n".join(same), encoding="utf-8")
+    main(["--model", models[0], "--data", str(tmp_path / "same.jsonl"), "--device", "cpu", "--resamples", "2"])
+    assert "1 of 1 captions belong to several pictures (a picture)" in caplog.text
+
+
 # ---------------------------------------------------------------- the operator's mistakes
 
 
@@ -170,6 +183,7 @@ def test_progress_takes_a_line_at_every_tenth(
         (["--model", "M", "--data", ".", "--templates", "T"], "--templates goes with --zero-shot"),
         (["--model", "M", "--data", ".", "--class-names", "T"], "--class-names goes with --zero-shot"),
         (["--compare", "A", "B", "--data", ".", "--revision", "main"], "--revision goes with --model"),
+        (["--model", "MODEL", "--data", "DATA", "--device", "gpu"], "no device 'gpu'"),
         (["--model", "M", "--data", ".", "--batch-size", "0"], "--batch-size is at least 1"),
         (["--model", "M", "--data", ".", "--resamples", "-1"], "--resamples at least 0"),
         (["--model", "M", "--data", ".", "--json", "no/such/folder/out.json"], "cannot be written"),

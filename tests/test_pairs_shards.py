@@ -171,7 +171,7 @@ def shards(tmp_path: Path) -> Path:
 def test_the_split_comes_from_the_shards_name_or_folder(shards: Path) -> None:
     assert {pair.id: pair.split for pair in read_pairs(shards)} == {"0": "train", "1": "train", "2": "test"}
     assert captions(shards, split="test") == {"2": ("c",)}
-    with pytest.raises(ValueError, match=r"no pictures of split 'dev'; its splits are \['test', 'train'\]"):
+    with pytest.raises(ValueError, match=r"no pictures of split 'dev'; its splits are test, train"):
         read_pairs(shards, split="val")
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from threading import Thread
@@ -10,7 +11,7 @@ import app
 from alignment.durable import sole_writer
 from alignment.engine import AlignmentEngine, PhotoFolder, Scan, Skipped
 from alignment.engine.photo_folder import photo_folder
-from alignment.gallery import Gallery, build_gallery
+from alignment.gallery import Gallery, build_gallery, cached
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 from alignment.ui.scan import scan_value
@@ -226,18 +227,26 @@ def test_the_page_says_how_far_it_is_in_both_languages_and_no_path(engine, folde
 # ---------------------------------------------------------------- the command
 
 
-def test_any_model_makes_its_starter_gallery_once(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path))
+def test_any_model_makes_its_starter_gallery_once(checkpoint, starter, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    encoder, small = starter  # as if this came along, with its sources
+    come_along = tmp_path / "come along"
+    shutil.copytree(small.stamp.source, come_along / "sources")
+    build_gallery(come_along / "sources", come_along, encoder, calibrate=False)
+    for module in (app, cached):
+        monkeypatch.setattr(module, "shipped", lambda name: str(come_along))
     args = app.parse(["--model", str(checkpoint("siglip"))])
     engine = app.load_engine(args)
-    assert engine.gallery.stamp.fingerprint == engine.encoder.fingerprint
-    assert "Embedding the starter gallery" in capsys.readouterr().err
-    shipped = Gallery.load(app.ROOT / "assets/gallery", DualEncoder.load(app.ROOT / "checkpoints/compact"))
-    assert [picture.id for picture in engine.gallery.pictures] == [picture.id for picture in shipped.pictures]
-    assert len(engine.gallery.captions) == len(shipped.captions)
+    assert engine.gallery.stamp.fingerprint == engine.encoder.fingerprint != encoder.fingerprint
+    assert [picture.id for picture in engine.gallery.pictures] == ["lion"]
+    assert [caption.text for caption in engine.gallery.captions] == [caption.text for caption in small.captions]
     assert engine.gallery.judge is not None
+    assert "Embedding the starter gallery" in capsys.readouterr().err
     app.load_engine(args)
     assert "Embedding" not in capsys.readouterr().err
+    with (come_along / "sources" / "captions.jsonl").open("a") as file:  # a later version of the code brings more
+        file.write('\n{"id": "more", "topic": "", "en": "three dogs"}')
+    assert len(app.load_engine(args).gallery.captions) == len(small.captions) + 1
 
 
 @pytest.mark.parametrize(
@@ -260,9 +269,7 @@ def test_home_and_links_are_followed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("other", ["--gallery", "--index"])
 def test_photos_go_with_no_other_gallery(tmp_path, capsys, other):
-    try:
-        status = app.main(["--photos", str(tmp_path), other, "http://127.0.0.1:1"])
-    except SystemExit as ended:  # the command line itself
-        status = ended.code
-    assert status == 2
+    with pytest.raises(SystemExit) as ended:
+        app.main(["--photos", str(tmp_path), other, "http://127.0.0.1:1"])
+    assert ended.value.code == 2
     assert other in capsys.readouterr().err

@@ -82,6 +82,13 @@ def test_what_is_not_given_is_left_to_be_chosen() -> None:
     assert not any(told[name] for name in ("check", "resume", "private"))
 
 
+def test_a_home_is_found_behind_an_equals_sign_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("model", "vision", "text", "data", "eval-data", "second-data", "kept-folder", "output")
+    told = vars(_parser().parse_args([f"--{name}=~/x" for name in names]))
+    assert {told[name.replace("-", "_")] for name in names} == {str(tmp_path / "x")}
+
+
 # ---------------------------------------------------------------- what it refuses
 
 NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
@@ -102,6 +109,11 @@ NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
         ([*NEEDED, "--minutes", "nan"], "argument --minutes: nan is not above 0"),
         ([*NEEDED, "--learning-rate", "fast"], "argument --learning-rate: invalid number value: 'fast'"),
         ([*NEEDED, "--preset", "most"], "argument --preset: invalid choice: 'most'"),
+        ([*NEEDED, "--device", "gpu"], "argument --device: invalid choice: 'gpu'"),
+        ([*NEEDED, "--warmup", "3"], "argument --warmup: 3 is not between 0 and 1"),
+        ([*NEEDED, "--workers", "-1"], "argument --workers: -1 is not between 0 and 1024"),
+        ([*NEEDED, "--private"], "--private goes with --push-to-hub"),
+        ([*NEEDED, "--second-split", "dev"], "--second-split goes with --second-data"),
         ([*NEEDED, "--banana", "1"], "unrecognized arguments: --banana 1"),
     ],
 )
@@ -137,6 +149,14 @@ def test_mistakes_are_one_sentence_and_exit_code_one(
         f"train: {tmp_path} is not a checkpoint"
     )
     assert said(*start, "--output", str(tmp_path / "a"), "--loss", "sigmoid").endswith("choose --loss softmax.")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    Image.new("RGB", (9, 9)).save(bare / "a.png")
+    without = said(*start, "--output", str(tmp_path / "f"), "--eval-data", str(bare))
+    assert without.startswith(f"train: --eval-data {bare} leaves ")
+    assert "it has no splits" in said(*start, "--output", str(tmp_path / "g"), "--split", "x")
+    assert "choose 2 or more" in said(*start, "--output", str(tmp_path / "d"), "--batch-size", "1")
+    assert "needs an NVIDIA GPU" in said(*start, "--output", str(tmp_path / "e"), "--precision", "fp16")
     assert said(*start, "--output", str(tmp_path / "b"), "--split", "x").startswith(f"train: {data} has no split 'x'")
     assert said("--resume", "--output", str(tmp_path / "c")).startswith("train: There is no run in ")
 

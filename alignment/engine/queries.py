@@ -183,7 +183,7 @@ def search(gallery: Gallery, query: Query, k: int) -> Found[Picture]:
         if judge is None or not query.wanted_captions:
             return None
         if senseless:
-            return Judgement(torch.zeros(len(rows)), 0.0, False, senseless=True)
+            return Judgement.meaningless(len(rows))
         return _judge(gallery.images, query, judge, rows, candidates, len(candidates) + others)
 
     found = gallery.rank_images(scored, looked_at, k, judged, without=own)
@@ -261,7 +261,7 @@ def _judge(pictures: Side, query: Query, judge: Judge, rows: Tensor, candidates:
     Weights change the ranking only. Captions of one picture are anything but independent: multiplied, their
     probabilities say far too little of it.
     """
-    embeds, curves, line = pictures[candidates], judge.calibration, judge.calibration.lines["text_to_image"]
+    embeds, curves = pictures[candidates], judge.calibration
 
     def evidence(embed: Tensor) -> Tensor:
         similarity = cosine_similarity(embed[None], embeds)
@@ -276,7 +276,6 @@ def _judge(pictures: Side, query: Query, judge: Judge, rows: Tensor, candidates:
         if not term.wanted:
             spared = 1 - curves.match["text_to_image"].probability(evidence(embed_of(term)))
             matches, fits = matches * spared, fits * spared
-    something = float(fits.max())
     by_row = dict(zip(candidates.tolist(), matches.tolist(), strict=True))
     probabilities = torch.tensor([by_row[row] for row in rows.tolist()])
-    return Judgement(probabilities, something, something >= line)
+    return Judgement.of(probabilities, float(fits.max()), curves.lines["text_to_image"])

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
 from alignment.evaluate.class_folders import LabelledImages, read_class_folders, read_templates
 from alignment.evaluate.eccv import EccvData, read_eccv
+from alignment.model import find_device
 from alignment.pairs import Pair, read_pairs
 
 _EXAMPLES_OF_USE = """\
@@ -58,6 +60,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m alignment.evaluate",
@@ -67,24 +73,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     who = parser.add_argument_group("who is measured")
     model = who.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", metavar="MODEL", help="checkpoint folder or Hub id")
-    model.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two of them: what B gains over A")
+    model.add_argument("--model", type=expanduser, metavar="MODEL", help="checkpoint folder or Hub id")
+    model.add_argument(
+        "--compare", type=expanduser, nargs=2, metavar=("A", "B"), help="two of them: what B gains over A"
+    )
     who.add_argument("--revision", help="branch, tag or commit of a --model on the Hub")
 
     what = parser.add_argument_group("on what")
-    what.add_argument("--data", help="captioned images: folder, annotation file, or Hub id")
+    what.add_argument("--data", type=expanduser, help="captioned images: folder, annotation file, or Hub id")
     what.add_argument("--format", help="of the data set, if the one found is wrong: csv, jsonl, coco, karpathy, ...")
     what.add_argument("--split", help="train, dev or test; everything if left out")
     what.add_argument("--eccv", action="store_true", help="--data is COCO: also ECCV Caption's mAP@R and CxC's recall")
-    what.add_argument("--zero-shot", type=Path, metavar="FOLDER", help="pictures in a folder for each class")
+    what.add_argument("--zero-shot", type=_path, metavar="FOLDER", help="pictures in a folder for each class")
     what.add_argument(
         "--class-names",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="better names than the folders': lines of folder, tab, name(s), or JSON {folder: name or [names]}",
     )
     what.add_argument(
-        "--templates", type=Path, metavar="FILE", help="sentences around a class name, one a line, {} where it goes"
+        "--templates", type=_path, metavar="FILE", help="sentences around a class name, one a line, {} where it goes"
     )
 
     how = parser.add_argument_group("how")
@@ -96,11 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (%(default)s)")
 
     output = parser.add_argument_group("output, besides the figures on the terminal")
-    output.add_argument("--json", type=Path, metavar="OUT", help="the figures")
+    output.add_argument("--json", type=_path, metavar="OUT", help="the figures")
     output.add_argument(
         "--html",
         nargs="?",
-        type=Path,
+        type=_path,
         const=True,
         metavar="OUT",
         help="a page with the worst queries, or with --compare those that changed most, and labels that may be missing "
@@ -125,6 +133,7 @@ def check(arguments: argparse.Namespace) -> None:
     for option, other in needs.items():
         if given[option] and not given[other]:
             raise ValueError(f"{option} goes with {other}, which is missing.")
+    find_device(arguments.device)
     if arguments.batch_size < 1 or arguments.resamples < 0:
         raise ValueError("--batch-size is at least 1 and --resamples at least 0.")
     for out in filter(None, (arguments.json, arguments.html)):

@@ -5,12 +5,13 @@ Place in the flow: `folder of class folders -> read_class_folders (here) -> zero
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
+from alignment.pairs.files import PICTURES, UNLISTED, walk
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,11 @@ def read_class_folders(folder: Path, class_names: Path | None = None) -> Labelle
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} to classify.")
-    found = {entry.name: _pictures_in(entry) for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")}
-    found = {name: pictures for name, pictures in found.items() if pictures}
+    found: dict[str, list[str]] = {}
+    for path in walk(folder, _refuse_unlisted):
+        name, *below = path.relative_to(folder).parts
+        if below and path.suffix.lower() in PICTURES:
+            found.setdefault(name, []).append(str(path))
     if not found:
         raise ValueError(f"{folder} has no folder with pictures in it; zero-shot classification needs one per class.")
     names = read_class_names(class_names) if class_names else {name: [name.replace("_", " ")] for name in found}
@@ -55,10 +59,9 @@ def read_class_folders(folder: Path, class_names: Path | None = None) -> Labelle
     return LabelledImages([image for image, _ in images], [label for _, label in images], list(names.values()))
 
 
-def _pictures_in(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in _PICTURES and path.is_file())
+def _refuse_unlisted(reason: str, folder: Path) -> None:
+    if reason == UNLISTED:  # accuracy without some of a class would be that of another data set
+        raise PermissionError(errno.EACCES, "its pictures cannot be listed", str(folder))
 
 
 def read_class_names(file: Path) -> dict[str, list[str]]:

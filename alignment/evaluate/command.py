@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ from alignment.evaluate.page import comparison_page, report_page
 from alignment.evaluate.retrieval import evaluate_embedded, report_table
 from alignment.evaluate.zero_shot import class_ranks, compare_zero_shot, zero_shot_line, zero_shot_report
 from alignment.model import DualEncoder
+from alignment.pairs import Pair
+from alignment.preprocess import few
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = 12  # of each kind and direction on the page
 
@@ -62,12 +67,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check(arguments)
         task = read_task(arguments)
+        _warn_of_repeated(task.pairs or ())
         if arguments.compare:
             _compare(arguments, task)
         else:
             _report(arguments, task)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"evaluate: {explain(error)}") from error
+
+
+def _warn_of_repeated(pairs: Sequence[Pair]) -> None:
+    """Say that several pictures have the same caption: it finds one at most, and ties count against the model."""
+    owners = Counter(caption for pair in pairs for caption in set(pair.captions))
+    if repeated := [caption for caption, times in owners.items() if times > 1]:
+        logger.warning(
+            "%d of %d captions belong to several pictures (%s): ties count against the model, so recall@1 can be low, "
+            "or 0, whatever the model.", len(repeated), len(owners), few(repeated),
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- one model, two models

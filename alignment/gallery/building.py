@@ -41,7 +41,7 @@ from alignment.gallery.search import Gallery
 from alignment.gallery.storage import Rows, open_gallery, tidy, write_gallery
 from alignment.gallery.unfinished import THUMBNAILS, Unfinished
 from alignment.model import DualEncoder
-from alignment.pairs import Share, read_pairs
+from alignment.pairs import Share, read_data
 from alignment.preprocess import InputError, legible
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,24 @@ class BuildReport:
         encoded: how many "pictures" and "captions" went through the model.
         reused: how many kept the embedding they had.
         skipped: name and reason of each picture that could not be read.
-        errors: what was raised for it, by its name.
+        errors: what was raised for those whose file is to blame, by their name.
+        left_out: reason -> what reading the source left out for it.
+        unlisted: folders of the source that could not be listed.
+        held: pictures, in those folders or not readable now, that the gallery keeps as they were.
     """
 
     encoded: Counter[str] = field(default_factory=Counter)
     reused: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    errors: dict[str, InputError | OSError] = field(default_factory=dict)
+    errors: dict[str, InputError] = field(default_factory=dict)
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unlisted: Sequence[str] = ()
+    held: list[str] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the source could be looked at to its end."""
+        return not (self.unlisted or self.held)
 
 
 def build_gallery(
@@ -86,7 +97,8 @@ def build_gallery(
     """Embed pictures and captions into a gallery folder; what is in it already and has not changed is kept.
 
     A file counts as unchanged by size and time, then by content. Nothing is kept of another model. A picture that
-    cannot be read is skipped, logged and reported. Until all is embedded, a gallery that lies there is not touched; a
+    cannot be read is skipped, logged and reported; one that may not be read now, or lies in a folder that cannot be
+    listed, stays as it was in the gallery. Until all is embedded, a gallery that lies there is not touched; a
     build that was killed, or ran out of room, is gone on with by the next one.
 
     Args:
@@ -112,10 +124,11 @@ def build_gallery(
     out = Path(out)
     if remote is not None:
         remote.check()
-    pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split)
+    report = report or BuildReport()
+    pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split, report)
     with sole_writer(out, patience=patience):
         finish_writing(out)
-        arguments = progress or (lambda done, total: None), report or BuildReport(), calibrate, remote
+        arguments = progress or (lambda done, total: None), report, calibrate, remote
         _Builder(out, encoder, stamp, *arguments, growing=growing, like=like).build(pictures, captions)
     return Gallery.load(out, encoder, remote)
 
@@ -140,17 +153,24 @@ def embed_share(
     out = Path(out)
     if remote is not None:
         remote.check()
-    pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split, share)
-    arguments = progress or (lambda done, total: None), report or BuildReport(), False, remote
+    report = report or BuildReport()
+    pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split, report, share)
+    arguments = progress or (lambda done, total: None), report, False, remote
     builder = _Builder(out, encoder, stamp, *arguments, alone=False)
     builder.embed(pictures, captions)
     builder.unfinished.keep()
 
 
 def _read_source(
-    source: str, out: Path, encoder: DualEncoder, format: str | None, split: str | None, share: Share | None = None
+    source: str,
+    out: Path,
+    encoder: DualEncoder,
+    format: str | None,
+    split: str | None,
+    report: BuildReport,
+    share: Share | None = None,
 ) -> tuple[list[Picture], list[Caption], Stamp]:
-    """List what is to be embedded; the stamp says where it comes from, as an absolute path or Hub id."""
+    """List what is to be embedded, and report what is not; the stamp says where it comes from, a path or Hub id."""
     folder, gallery = Path(source), os.path.join(os.path.abspath(out), "")
     origin = os.path.abspath(folder) if folder.exists() else source
     if os.path.join(origin, "") == gallery:
@@ -162,8 +182,9 @@ def _read_source(
     if folder.is_dir() and format is None and split is None and is_hand_written(folder):
         pictures, captions = read_hand_written(folder)
         return (share.of(pictures), share.of(captions), stamp) if share else (pictures, captions, stamp)
-    pairs = read_pairs(source, format=format, split=split, share=share)
-    images = [(pair.image, pair.captions) for pair in pairs if not pair.image.startswith(gallery)]
+    reading = read_data(source, format=format, split=split, share=share)
+    report.left_out, report.unlisted = reading.left_out, reading.unlisted
+    images = [(pair.image, pair.captions) for pair in reading.pairs if not pair.image.startswith(gallery)]
     return *read_captioned(images, origin if folder.is_dir() else ""), stamp
 
 
@@ -216,12 +237,27 @@ class _Builder:
 
     def build(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> None:
         """Embed everything, then put it in place."""
-        read, kept = self.embed(pictures, captions)
+        read, kept = self.embed(*self._with_unlisted(pictures, captions))
         if not read and not kept:
             self.unfinished.clear()
             raise ValueError(f"Nothing in {self.stamp.source} could be read, so no gallery was made.")
         self.unfinished.keep()  # what comes may take long, and may fail for lack of room
         self._put_in_place(read, kept)
+
+    def _with_unlisted(
+        self, pictures: Sequence[Picture], captions: Sequence[Caption]
+    ) -> tuple[Sequence[Picture], Sequence[Caption]]:
+        """Add what the gallery holds of folders that cannot be listed now."""
+        if self.old is None or not self.files or self.old.stamp.options != self.stamp.options:
+            return pictures, captions
+        listed = {picture.source for picture in pictures}
+        away = [picture for picture in self.old.pictures if self._is_away(picture) and picture.source not in listed]
+        scenes = {picture.id for picture in away}
+        return [*pictures, *away], [*captions, *(each for each in self.old.captions if each.scene in scenes)]
+
+    def _is_away(self, picture: Picture) -> bool:
+        """Whether a picture lies in a folder that could not be listed."""
+        return not picture.package and any(picture.path.is_relative_to(folder) for folder in self.report.unlisted)
 
     def embed(
         self, pictures: Sequence[Picture], captions: Sequence[Caption]
@@ -251,7 +287,7 @@ class _Builder:
                 self.report.encoded["pictures"] += 1
                 self.progress(next(iter(self.waiting.values()), self.looked), total)
                 self._show_growth(read)
-        self.report.reused["pictures"] = len(read) - self.report.encoded["pictures"]
+        self.report.reused["pictures"] = len(read) - self.report.encoded["pictures"] - len(self.report.held)
         return read
 
     def _show_growth(self, read: Sequence[Picture]) -> None:
@@ -270,13 +306,18 @@ class _Builder:
         """Pass on the inputs of pictures that no embedding is known of; list in `read` those that can be read."""
         for number, look in enumerate(looks):
             self.looked = number + 1
-            if look.refusal:
-                self.report.skipped.append((look.picture.source, str(look.refusal)))
-                self.report.errors[look.picture.source] = look.refusal
+            before = self.files.get(look.picture.source)
+            if before and (look.is_shut or (look.refusal and self._is_away(look.picture))):
+                self.report.held.append(look.picture.source)
+                read.append(replace(look.picture, file=before))
+            elif look.refusal:
+                self.report.skipped.append((look.picture.source, look.refusal))
+                if look.error:
+                    self.report.errors[look.picture.source] = look.error
                 logger.warning("Skipped %s: %s", legible(look.picture.source), look.refusal)
             else:
                 read.append(look.picture)
-                if look.picture.file is not self.files.get(look.picture.source):
+                if look.picture.file is not before:
                     self.unfinished.note(look.picture)
             # Of two files with the same content, both may have been opened before the first came here.
             if look.inputs is not None and look.picture.file and not self._is_known(look.picture.file.sha256):

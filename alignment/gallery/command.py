@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +23,7 @@ from alignment.gallery.storage import check_gallery
 from alignment.gallery.together import Together, of_torchrun, own_device, stopping_politely
 from alignment.model import DualEncoder
 from alignment.pairs import Share
+from alignment.preprocess import few
 from alignment.shipped import MODEL, shipped
 
 Show: TypeAlias = Callable[[int, int], None]
@@ -88,11 +90,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    build.add_argument("source", metavar="SOURCE", help="what to embed, see above")
+    build.add_argument("source", type=expanduser, metavar="SOURCE", help="what to embed, see above")
     build.add_argument(
-        "--out", metavar="DIR", required=True, help="the gallery folder, new or to be brought up to date"
+        "--out",
+        type=expanduser,
+        metavar="DIR",
+        required=True,
+        help="the gallery folder, new or to be brought up to date",
     )
-    build.add_argument("--model", default=shipped(MODEL), help="folder or Hub id (default: %(default)s)")
+    build.add_argument(
+        "--model", type=expanduser, default=shipped(MODEL), help="folder or Hub id (default: %(default)s)"
+    )
     build.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     build.add_argument("--split", help="only this part of a data set, such as train, dev or test")
     build.add_argument("--format", help="of the data set, where the found one is wrong: csv, jsonl, coco, folder, ...")
@@ -108,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(run=_build)
     text = "read every byte of a gallery but its thumbnails, and say whether it is as it was written"
     check = commands.add_parser("check", help=text, description=text.capitalize() + ".")
-    check.add_argument("folder", metavar="DIR", help="the gallery folder")
+    check.add_argument("folder", type=expanduser, metavar="DIR", help="the gallery folder")
     add_index_options(check)
     check.set_defaults(run=_check)
     add_push(commands)
@@ -142,8 +150,7 @@ def _build(args: argparse.Namespace) -> int:
             return 0
         with progress_bar() as show:
             gallery = _finish(args, encoder, show, report)
-    _sum_up(args, gallery, report)
-    return 0
+    return _sum_up(args, gallery, report)
 
 
 def _build_together(args: argparse.Namespace, together: Together) -> int:
@@ -165,9 +172,9 @@ def _build_together(args: argparse.Namespace, together: Together) -> int:
         with progress_bar() as show:
             gallery = _finish(args, encoder, show, last)
     report.encoded.update(last.encoded)
-    report.skipped = last.skipped
-    _sum_up(args, gallery, report)
-    return 0
+    report.skipped, report.left_out, report.unlisted = last.skipped, last.left_out, last.unlisted
+    report.held = last.held
+    return _sum_up(args, gallery, report)
 
 
 def _data(args: argparse.Namespace) -> dict[str, Any]:
@@ -198,10 +205,19 @@ def _counts(report: BuildReport) -> str:
     return f"{report.encoded['pictures']} pictures and {report.encoded['captions']} captions encoded"
 
 
-def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport) -> None:
+def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport) -> int:
+    """Say what was read and what was not; returns the exit status."""
     stamp = gallery.stamp
     print(f"{args.out}: {len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {stamp.model}.")
     for kind in ("pictures", "captions"):
         print(f"  {kind}: {report.encoded[kind]} encoded, {report.reused[kind]} reused")
     print(f"  match probabilities: {gallery.stamp.judged_by or 'not calibrated'}")
+    for reason, names in report.left_out.items():
+        print(f"  left out, {reason}: {len(names):,} ({few(names)})")
+    if report.held:
+        print(f"  not readable now, kept as they were: {len(report.held):,} ({few(report.held)})")
     print(f"  skipped: {len(report.skipped)}{', named above' if report.skipped else ''}")
+    if report.is_complete:
+        return 0
+    print(f"{args.out} is not complete: run the same command again once all can be read.", file=sys.stderr)
+    return 1

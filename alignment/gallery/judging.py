@@ -152,7 +152,8 @@ def fit_calibration(
     chosen = sorted(random.Random(0).sample(captioned, min(len(captioned), MAX_FITTED)))
     texts = [(place, row) for place, image in enumerate(chosen) for row in own[pictures[image].id]]
     owners, rows = torch.tensor(texts).T
+    relevance = (owners[None] == torch.arange(len(chosen))[:, None]).float()
     fitted = Calibration.fit(
-        image_embeds[torch.tensor(chosen)].float(), text_embeds[rows].float(), owners, background, prior=BORROWED
+        image_embeds[torch.tensor(chosen)].float(), text_embeds[rows].float(), relevance, background, prior=BORROWED
     )
     return fitted, f"fitted on {len(chosen)} pictures with {len(rows)} captions of this gallery"

@@ -30,12 +30,16 @@ class Look:
     Attributes:
         picture: with its state, or as it was if it cannot be read.
         inputs: None if it is embedded already.
-        refusal: why it cannot be read, if it cannot.
+        refusal: why it cannot be read.
+        error: the same, as it was raised, if it is the file's fault.
+        is_shut: whether the file is there, but may not be read now.
     """
 
     picture: Picture
     inputs: Mapping[str, Tensor] | None = None
-    refusal: InputError | OSError | None = None
+    refusal: str = ""
+    error: InputError | None = None
+    is_shut: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,10 @@ class Looker:
         """
         try:
             look, thumbnail = self._look(picture)
-        except (InputError, OSError) as error:
-            return Look(picture, refusal=error)
+        except InputError as error:
+            return Look(picture, refusal=str(error), error=error)
+        except OSError as error:
+            return Look(picture, refusal=error.strerror or str(error), is_shut=not isinstance(error, FileNotFoundError))
         if thumbnail is not None:
             self.unfinished.keep_thumbnail(look.picture, thumbnail)
         return look

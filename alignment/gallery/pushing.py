@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from functools import cached_property
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def add_push(commands: Any) -> None:
     pull = commands.add_parser("pull", help="copy the embeddings back from a Milvus server into the gallery folder")
     pull.set_defaults(run=_pull)
     for parser in (push, pull):
-        parser.add_argument("gallery", metavar="GALLERY", help="the gallery folder")
+        parser.add_argument("gallery", type=expanduser, metavar="GALLERY", help="the gallery folder")
         add_index_options(parser, required=True)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,6 +29,7 @@ from alignment.gallery.storage import open_sides, tags_of, write_gallery
 from alignment.gallery.unfinished import THUMBNAILS
 from alignment.model import DualEncoder
 from alignment.similarity import fold_alike, top_k
+from alignment.verdicts import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,9 @@ For the compact model that is a cosine of 0.873. Of 250 pictures of Flickr8k dev
 JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighbour that near (measured by
 `tests/benchmarks/composition.py`).
 """
+
+SAME_CAPTION = 0.9
+"""Cosine of two captions' embeddings from which they say the same."""
 
 _HEAD = 128
 """Results that are weighed one by one, where shares are an estimate."""
@@ -62,6 +67,7 @@ class Match(Generic[Item]):
         item: what was found.
         similarity: cosine, in [-1, 1]; of a composed query its score, see `alignment.engine.queries`.
         probability: that this is a match, calibrated, see `Judge`; None where nothing tells.
+        verdict: what to think of that; None where nothing tells.
         shares: works out what `share` tells, for all results; None for a composed query.
     """
 
@@ -69,6 +75,7 @@ class Match(Generic[Item]):
     item: Item
     similarity: float
     probability: float | None = None
+    verdict: Verdict | None = None
     shares: Callable[[], Sequence[float]] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -87,22 +94,30 @@ class Found(Generic[Item]):
 
     Attributes:
         matches: best first.
-        fits: whether anything fits; if not, the matches are the least bad ones.
+        verdict: what to think of the answer, the best of its results' verdicts; None where nothing tells.
         something_fits: calibrated probability that any candidate is a match; None where nothing tells.
-        senseless: whether the query is nonsense or an empty picture.
         composed: whether the query was more than one caption.
         nonsense: which of its captions say nothing.
-        groups: the k best pictures that differ, each followed by those of the best 4k that are nearly the same, see
-            `NEARLY_SAME`; empty where nobody can tell.
+        groups: the k best items that differ, each followed by those of the best 4k that are nearly the same, see
+            `NEARLY_SAME` and `SAME_CAPTION`; empty where nothing tells.
     """
 
     matches: tuple[Match[Item], ...]
-    fits: bool = True
+    verdict: Verdict | None = None
     something_fits: float | None = None
-    senseless: bool = False
     composed: bool = False
     nonsense: tuple[str, ...] = ()
     groups: tuple[tuple[Match[Item], ...], ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether anything fits or may; if not, the matches are the least bad ones."""
+        return self.verdict not in ("nothing_close", "no_meaning")
+
+    @property
+    def senseless(self) -> bool:
+        """Whether the query is nonsense or an empty picture."""
+        return self.verdict == "no_meaning"
 
 
 class Gallery:
@@ -173,6 +188,7 @@ class Gallery:
             raise ValueError(
                 f"The gallery in {folder} was made by the model {stamp.model} ({stamp.fingerprint[:12]}), but the one "
                 f"in use is {encoder.name} ({encoder.fingerprint[:12]}), and their embeddings cannot be compared. "
+                f"Open it with its own, --model {shlex.quote(stamp.model)}, or make it anew for this one. "
                 f"Rebuild it with: {rebuild_command(folder, encoder.name, stamp)}"
             )
         rows = _rows_at_hand(stored.pictures)
@@ -278,7 +294,7 @@ class Gallery:
         def judge(places: list[int]) -> Judgement | None:
             return judged(ids[places], ids)
 
-        return self._found(self.pictures, ids, best, k, self._folded(ids, k), judge)
+        return self._found(self.pictures, ids, best, k, self._folded(self.images, ids, k), judge)
 
     def search_captions(self, image_embed: Tensor, k: int, *, lang: str | None = None) -> Found[Caption]:
         """Find the k captions that fit a picture best; as `search_images`.
@@ -298,11 +314,11 @@ class Gallery:
         query, count = query.reshape(-1), side.count(tag)
         head = _FOLDED * k
         scores, rows = side.search(query, k, head, tag)
-        groups = self._folded(rows, k) if direction == "text_to_image" else []
+        groups = self._folded(side, rows, k)
         while groups and len(groups) < k and len(rows) < min(count, _MOST_FOLDED):
             head *= _FOLDED
             scores, rows = side.search(query, k, head, tag)
-            groups = self._folded(rows, k)
+            groups = self._folded(side, rows, k)
 
         @cache
         def shares() -> list[float]:
@@ -327,29 +343,36 @@ class Gallery:
         """Put an answer together for a ranking; groups and what is judged are places in it."""
         places = sorted(set(range(min(k, len(rows)))).union(*groups))
         if not places:
-            return Found((), False)
+            return Found((), "nothing_close")
         says = judge(places)
         chances: list[float | None] = says.probabilities.tolist() if says else [None] * len(places)
-        columns = places, rows[places].tolist(), scores[places].tolist(), chances
+        verdicts: Sequence[Verdict | None] = says.verdicts if says else [None] * len(places)
+        columns = places, rows[places].tolist(), scores[places].tolist(), chances, verdicts
         matches = {
-            place: Match(place + 1, items[row], score, chance, shares)
-            for place, row, score, chance in zip(*columns, strict=True)
+            place: Match(place + 1, items[row], score, chance, verdict, shares)
+            for place, row, score, chance, verdict in zip(*columns, strict=True)
         }
         best = tuple(match for place, match in matches.items() if place < k)
         folded = tuple(tuple(matches[place] for place in group) for group in groups)
         if says is None:
             return Found(best, groups=folded)
-        return Found(best, says.fits, says.something_fits, says.senseless, groups=folded)
+        return Found(best, says.verdict, says.something_fits, groups=folded)
 
-    def _folded(self, rows: Tensor, k: int) -> list[list[int]]:
-        """Fold pictures that are nearly the same; places in the ranking `rows`."""
-        unrelated = self.judge.unrelated_pictures if self.judge else None
-        if unrelated is None:
+    def _folded(self, side: Side, rows: Tensor, k: int) -> list[list[int]]:
+        """Fold items that are nearly the same; places in the ranking `rows`."""
+        threshold, looked_at, most = self._same(side), _FOLDED * k, min(len(rows), _MOST_FOLDED)
+        if threshold is None:
             return []
-        threshold, looked_at, most = 1 - NEARLY_SAME * (1 - unrelated), _FOLDED * k, min(len(rows), _MOST_FOLDED)
-        while len(groups := fold_alike(self.images[rows[:looked_at]], k, threshold)) < k and looked_at < most:
+        while len(groups := fold_alike(side[rows[:looked_at]], k, threshold)) < k and looked_at < most:
             looked_at = min(looked_at * _FOLDED, most)
         return groups
+
+    def _same(self, side: Side) -> float | None:
+        """Cosine from which two items of a side are nearly the same; None where nothing tells."""
+        if side is self.texts:
+            return SAME_CAPTION
+        unrelated = self.judge.unrelated_pictures if self.judge else None
+        return None if unrelated is None else 1 - NEARLY_SAME * (1 - unrelated)
 
 
 def _side(embeds: Tensor | Side, items: Sequence[Picture] | Sequence[Caption]) -> Side:

@@ -28,10 +28,20 @@ def checkpoint_folder(name: str, revision: str | None, *, fetch: bool = True) ->
         name: folder or Hub id.
         revision: branch, tag or commit on the Hub.
         fetch: if not, only what was fetched before is found.
+
+    Raises:
+        FileNotFoundError: when there is none, or its weights are pickled.
+        ValueError: when a folder is asked for a revision.
     """
     folder = Path(name)
+    if folder.is_file():
+        raise FileNotFoundError(f"{name} is a file: name the folder that holds config.json and model.safetensors.")
+    if revision and folder.is_dir():
+        raise ValueError(f"{name} is a folder here, and has no revisions: leave --revision {revision} out.")
     if not folder.is_dir():
         folder = _fetched(name, revision, fetch)
+    if foreign := _foreign(folder, name):
+        raise FileNotFoundError(foreign)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name} is not a checkpoint: it has no config.json; check the path.")
     if not any((folder / file).is_file() for file in ("model.safetensors", _INDEX)):
@@ -40,6 +50,36 @@ def checkpoint_folder(name: str, revision: str | None, *, fetch: bool = True) ->
             "`save_pretrained`, or choose a checkpoint or revision in safetensors."
         )
     return folder
+
+
+def _foreign(folder: Path, name: str) -> str:
+    """Say what a folder is that another library wrote, and what to do with it; "" for any other."""
+    is_dual = _is_dual(folder)
+    if (folder / "modules.json").is_file() and not is_dual:
+        inner = next((path.parent for path in sorted(folder.glob("*/config.json")) if _is_dual(path.parent)), None)
+        rest = f"its dual encoder lies in it: say {inner}" if inner else "it embeds text alone: choose a dual encoder"
+        return f"{name} is a sentence-transformers model; {rest}."
+    has_weights = any((folder / file).is_file() for file in ("model.safetensors", _INDEX))
+    is_open_clip = any(folder.glob("open_clip_*")) and not (is_dual and has_weights)
+    for is_there, what in (
+        (is_open_clip, "open_clip checkpoint: take the model's version for transformers, such as those of the Hub whose"
+         " files are config.json and model.safetensors, or convert it with transformers' convert script for CLIP"),
+        ((folder / "adapter_config.json").is_file() and not has_weights, "adapter (PEFT) without its model: merge it"
+         " with PEFT's `merge_and_unload`, and save that with `save_pretrained`"),
+        ((folder / "model_index.json").is_file(), "diffusers pipeline, which makes pictures: choose a dual encoder"),
+    ):  # fmt: skip
+        if is_there:
+            return f"{name} is an {what}." if what[0] in "ao" else f"{name} is a {what}."
+    return ""
+
+
+def _is_dual(folder: Path) -> bool:
+    """Whether a configuration has both sides, or is one of ours."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"text_config", "vision_config"} <= config.keys()
 
 
 def checkpoint_files(folder: Path) -> list[str]:

@@ -27,6 +27,7 @@ from torch.nn import functional
 from alignment.ahead import ahead
 from alignment.durable import open_up
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
+from alignment.model.devices import best_device, find_device
 from alignment.model.graphs import Facts, Graphs
 from alignment.model.lent import LentTower, apart, ask_no_driver, is_lent
 from alignment.model.runtime import (
@@ -85,7 +86,7 @@ class DualEncoder:
             device: "cuda", "mps", "cpu"; the best one there is when None.
             runtime: see the class.
         """
-        self.device = torch.device(device or _best_device())
+        self.device = torch.device(device or best_device())
         self.preprocessor = preprocessor
         self.name = name
         self.runtime = runtime
@@ -143,12 +144,12 @@ class DualEncoder:
 
         Raises:
             FileNotFoundError: when the checkpoint, its safetensors, tokenizer or image processor is missing.
-            ValueError: when it is no dual encoder, is damaged, or would need code of its own.
+            ValueError: when it is no dual encoder, is damaged or needs code of its own, or there is no such device.
         """
         name = os.fspath(name_or_path)
-        folder = checkpoint_folder(name, revision)
         borrow = device is None and is_lent()
-        device = torch.device("cpu" if borrow else device or _best_device())
+        device = find_device("cpu" if borrow else device)
+        folder = checkpoint_folder(name, revision)
         graphs = Graphs(None) if device.type != "cpu" or runtime == "torch" or openvino() is None else Graphs.of(folder)
         facts = graphs.facts()
         # An unknown model shows its faults now, a known one is only built if anybody needs more than its graphs.
@@ -190,6 +191,7 @@ class DualEncoder:
         """
         from alignment.model.composition import ComposedConfig, ComposedModel, pooled_width
 
+        device = find_device(device)
         folders = checkpoint_folder(os.fspath(vision), None), checkpoint_folder(os.fspath(text), None)
         vision_pooling, text_pooling = (pooling, pooling) if isinstance(pooling, str) else pooling
         preprocessor = Preprocessor.load(*folders)
@@ -317,7 +319,7 @@ class DualEncoder:
         """
         size = batch_size or _IMAGES_AT_ONCE.get(self.device.type, 8)
         with closing(self._batched(inputs, size)) as batches, closing(self._run_all("image", batches)) as embedded:
-            for embeds in embedded:
+            for embeds in map(self._checked, embedded):
                 yield from embeds
 
     def embed_images(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -354,12 +356,21 @@ class DualEncoder:
     ) -> Tensor:
         embeds, done = [torch.empty(0, self.embed_dim)], 0
         with closing(self._run_all(kind, batches)) as embedded:
-            for rows in embedded:
+            for rows in map(self._checked, embedded):
                 embeds.append(rows)
                 done += len(rows)
                 if progress is not None:
                     progress(done, total)
         return torch.cat(embeds)
+
+    def _checked(self, embeds: Tensor) -> Tensor:
+        """Refuse embeddings that are no numbers."""
+        if not bool(embeds.isfinite().all()):
+            raise ValueError(
+                f"{self.name} makes embeddings that are no numbers (NaN or infinite): its weights are damaged, or its "
+                "training failed. Download or train it again, or choose another --model."
+            )
+        return embeds
 
     def _run_all(self, kind: Kind, batches: Iterable[Mapping[str, Tensor]]) -> Generator[Tensor]:
         """Embed batch after batch; several at a time where graphs run them and there are many."""
@@ -486,12 +497,6 @@ def _pinned(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         place = torch.empty(shape, dtype=first.dtype, pin_memory=True)
         batch[name] = torch.cat([item[name] for item in items], out=place)
     return batch
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _in_half(embed: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], device_type: str) -> Tensor:

@@ -68,7 +68,7 @@ class Graphs:
     def of(cls, folder: Path) -> Graphs:
         """Find the entry of a checkpoint, new or old."""
         try:
-            home = Path(os.environ.get("ALIGNMENT_CACHE") or Path.home() / ".cache" / "alignment")
+            home = Path(os.environ.get("ALIGNMENT_CACHE") or "~/.cache/alignment").expanduser()
         except RuntimeError:  # a user without a home, as in some containers
             return cls(None)
         return cls(Path(os.path.abspath(home), "graphs", f"{digest_of(folder)[:32]}-{FORMAT}"))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from alignment.pairs.files import canonical, near
-from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, legible
+from alignment.pairs.files import UNLISTED, canonical, near
+from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, few, legible
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,19 @@ class Collection:
         self.rows: dict[str, list[Row]] = {}
         self.splits: set[str] = set()
         self.skipped: defaultdict[str, list[str]] = defaultdict(list)
+        self.unlisted: list[str] = []
         self._found: dict[tuple[str | Path, Path | None], str | None] = {}
         self._folders: list[Path] | None = None
 
     def skip(self, reason: str, what: object) -> None:
         """Note what was left out, and why."""
         self.skipped[reason].append(str(what))
+
+    def leave_out(self, reason: str, folder: Path) -> None:
+        """Note a folder that is not gone into, and why."""
+        self.skip(reason, os.path.relpath(folder, self.root))
+        if reason == UNLISTED:
+            self.unlisted.append(os.path.abspath(folder))
 
     def wants(self, split: str) -> bool:
         """Note that there is such a split, and say whether it is asked for."""
@@ -83,7 +90,9 @@ class Collection:
             for reason, what in self.skipped.items()
         )
         if not pairs and not may_be_empty:
-            asked = f" of split {self.wanted!r}; its splits are {sorted(self.splits)}" if self.wanted else ""
+            named = sorted(filter(None, self.splits))
+            there = f"its splits are {few(named)}" if named else "it has no splits, so ask for none"
+            asked = f" of split {self.wanted!r}; {there}" if self.wanted else ""
             reason = f"; left out: {left_out}" if left_out else ""
             raise ValueError(f"{title} has no pictures{asked}{reason}. Check the path, the format and the split.")
         logger.info("%s: %d pictures, %d captions.", title, len(pairs), sum(len(pair.captions) for pair in pairs))

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw"}
+ARCHIVES = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar"}
 SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("dev", "val", "valid", "validation"), "dev")
+
+UNLISTED = "folders that cannot be listed"
+"""Reason to leave out a folder in which there may be pictures."""
+
+_NO_PHOTOS = "folders of thumbnails, waste or galleries"
+_AROUND = "links to a folder around them"
+# Names, in small letters, that storage servers and systems give: thumbnails, waste, snapshots.
+_OF_OTHER_PROGRAMS = {"@eadir", "@__thumb", "#recycle", "@recycle", "$recycle.bin", "#snapshot", "@recently-snapshot"}
+_OF_OTHER_PROGRAMS |= {"lost+found", "system volume information"}
 
 _SPLIT_IN_NAME = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 # Folders that hold only annotations; the data set, pictures and all, is the folder around them.
@@ -40,16 +51,68 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """List files in alphabetical order, through linked folders too, but each folder once."""
-    seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+def walk(folder: Path, leave_out: Callable[[str, Path], None] = lambda reason, path: None) -> Iterator[Path]:
+    """List files, those of a folder before its folders, in alphabetical order; each folder once, linked ones too.
+
+    A link to a folder around it is not followed, nor one to what is listed anyway. Folders of thumbnails, and galleries
+    of ours, are left out.
+
+    Args:
+        folder: where to begin.
+        leave_out: called with reason and path of each folder that is not gone into; `UNLISTED` is one of the reasons.
+
+    Raises:
+        OSError: when `folder` itself cannot be listed.
+    """
+    source, seen, waiting = os.path.realpath(folder), set[str](), [folder]
+    while waiting:
+        parent = waiting.pop()
         if (real := os.path.realpath(parent)) in seen:
-            folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        yield from (Path(parent, name) for name in sorted(files) if not is_hidden(name))
+        try:
+            entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
+        except OSError:
+            if parent is folder:
+                raise
+            leave_out(UNLISTED, parent)
+            continue
+        if parent is not folder and _is_gallery(entries):
+            leave_out(_NO_PHOTOS, parent)
+            continue
+        shown = [entry for entry in entries if not is_hidden(entry.name)]
+        kinds = [_kind_of(entry, source, real) for entry in shown]
+        for entry, kind in zip(shown, kinds, strict=True):
+            if kind == "file":
+                yield Path(entry.path)
+            elif kind not in ("folder", ""):
+                leave_out(kind, Path(entry.path))
+        waiting += [Path(e.path) for e, kind in zip(reversed(shown), reversed(kinds), strict=True) if kind == "folder"]
+
+
+def _kind_of(entry: os.DirEntry[str], source: str, parent: str) -> str:
+    """Tell what a name in a folder is: "file", "folder", the reason why it is not gone into, or "" for a double."""
+    try:
+        is_folder = entry.is_dir()
+    except OSError as error:
+        return _AROUND if error.errno == errno.ELOOP else UNLISTED
+    if not is_folder:  # a link to a folder that is not there now, as of a disk that is not mounted, has no ending
+        is_lost = entry.is_symlink() and not os.path.splitext(entry.name)[1] and not os.path.exists(entry.path)
+        return UNLISTED if is_lost else "file"
+    if entry.name.casefold() in _OF_OTHER_PROGRAMS:
+        return _NO_PHOTOS
+    if not entry.is_symlink():
+        return "folder"
+    target = os.path.realpath(entry.path)
+    if any(Path(place).is_relative_to(target) for place in (source, parent)):
+        return _AROUND
+    inside = Path(target).is_relative_to(source) and not any(map(is_hidden, Path(target).relative_to(source).parts))
+    return "" if inside else "folder"
+
+
+def _is_gallery(entries: Sequence[os.DirEntry[str]]) -> bool:
+    """Tell a gallery that `alignment.gallery` built, whose thumbnails are no photos."""
+    return {"gallery.json", "pictures.jsonl"} <= {entry.name for entry in entries}
 
 
 def begins(file: Path) -> str:

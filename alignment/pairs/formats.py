@@ -19,7 +19,7 @@ from alignment.pairs.annotations import (
     read_karpathy,
 )
 from alignment.pairs.collection import Collection, Row
-from alignment.pairs.files import is_hidden, near, split_of
+from alignment.pairs.files import ARCHIVES, is_hidden, near, split_of
 from alignment.pairs.hub import read_hub
 from alignment.pairs.shards import find_shards, read_shard
 from alignment.pairs.tables import columns_of, read_folder, read_table, records
@@ -44,6 +44,8 @@ def detect(source: Path, format: str | None) -> tuple[str, list[Path]]:
         raise FileNotFoundError(
             f"There is no {source}; give a folder, an annotation file, or OWNER/NAME of a Hugging Face data set."
         )
+    if source.suffix.lower() in ARCHIVES:
+        raise ValueError(f"{source} has to be unpacked first: give the folder, or the .tar, that comes out of it.")
     raise ValueError(f"{source} holds nothing to read as {format or 'pairs'}; formats are {', '.join(FORMATS)}.")
 
 

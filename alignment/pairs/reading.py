@@ -26,11 +26,13 @@ class Reading:
         pairs: one entry per image, in the order of the data set.
         format: the name it was read by.
         left_out: reason -> what was left out for it.
+        unlisted: absolute paths of folders that could not be listed, so that their pictures are not known.
     """
 
     pairs: list[Pair]
     format: str
     left_out: Mapping[str, tuple[str, ...]]
+    unlisted: tuple[str, ...] = ()
 
 
 def read_data(
@@ -77,7 +79,8 @@ def read_data(
     pairs = collection.pairs(f"{source} ({name})", may_be_empty=share is not None)
     if share is not None and not by_file:
         pairs = share.of(pairs)
-    return Reading(pairs, name, {reason: tuple(what) for reason, what in collection.skipped.items()})
+    left_out = {reason: tuple(what) for reason, what in collection.skipped.items()}
+    return Reading(pairs, name, left_out, tuple(collection.unlisted))
 
 
 def read_pairs(

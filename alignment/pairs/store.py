@@ -11,7 +11,7 @@ from alignment.durable import write_file
 
 def cache_folder() -> Path:
     """Find where to keep what is read from shards: $ALIGNMENT_CACHE, else `~/.cache/alignment`."""
-    return Path(os.path.abspath(os.environ.get("ALIGNMENT_CACHE") or Path.home() / ".cache" / "alignment"))
+    return Path(os.path.abspath(Path(os.environ.get("ALIGNMENT_CACHE") or "~/.cache/alignment").expanduser()))
 
 
 def stored(data: bytes, ending: str, store: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignment.pairs.collection import Collection, Row
-from alignment.pairs.files import OTHER_PICTURES, PICTURES, SPLITS, begins, split_of, walk
+from alignment.pairs.files import ARCHIVES, OTHER_PICTURES, PICTURES, SPLITS, begins, split_of, walk
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "file_name", "filename", "image_name", "filepath", "path", "img"),
@@ -32,7 +32,7 @@ def read_table(file: Path, into: Collection) -> Iterator[Row]:
 def read_folder(folder: Path, into: Collection) -> Iterator[Row]:
     """Read the metadata files anywhere below, then list the pictures; a folder named like a split is one."""
     pictures = []
-    for file in walk(folder):
+    for file in walk(folder, into.leave_out):
         split = next((part for part in file.relative_to(folder).parts[:-1] if part.lower() in SPLITS), "")
         if file.name in ("metadata.csv", "metadata.jsonl"):
             for row in table_rows(file, into):
@@ -41,6 +41,10 @@ def read_folder(folder: Path, into: Collection) -> Iterator[Row]:
             pictures.append(Row(file, split=split))
         elif file.suffix.lower() in OTHER_PICTURES:
             into.skip("pictures of a kind not read here", file.name)
+        elif file.suffix.lower() == ".tar":
+            into.skip("tar files without samples such as 0001.jpg with 0001.txt", file.name)
+        elif file.suffix.lower() in ARCHIVES:
+            into.skip("archives, which have to be unpacked first", file.name)
     yield from pictures
 
 

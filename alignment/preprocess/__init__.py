@@ -23,6 +23,7 @@ from alignment.preprocess.captions import (
     MAX_CAPTIONS,
     clean_caption,
     count_captions,
+    few,
     legible,
     parse_captions,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "TextRules",
     "clean_caption",
     "count_captions",
+    "few",
     "legible",
     "open_image",
     "parse_captions",

@@ -1,11 +1,14 @@
 """Clean captions as they are typed or pasted."""
 
 import re
+from collections.abc import Sequence
 
 from alignment.preprocess.refusal import InputError
 
 MAX_CAPTIONS = 200
 MAX_CAPTION_CHARS = 1000
+
+_SHOWN = 80  # characters of a name in a list of them
 
 # Control characters, zero-width marks, text-direction overrides and lone surrogates: nothing a caption can mean.
 _INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -20,6 +23,12 @@ def legible(text: str, limit: int | None = None) -> str:
     """Make a name or a query of somebody else fit to be shown: in one line, and no longer than `limit` characters."""
     shown = _BREAKS.sub(" ", _UNSEEN.sub("", text if limit is None else text[: 10 * limit]))
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """Name the first few of many, each in at most `_SHOWN` characters, and count the rest: "a, b, c and 9 more"."""
+    shown = ", ".join(legible(name, _SHOWN) for name in names[:most])
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 def clean_caption(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -63,9 +64,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = command.add_argument
     add("name", metavar="USER/NAME", help="the Space, new or to be brought up to date")
-    add("--model", default=shipped(MODEL), metavar="PATH_OR_HUB_ID", help="what it runs (default: %(default)s)")
+    add(
+        "--model",
+        type=expanduser,
+        default=shipped(MODEL),
+        metavar="PATH_OR_HUB_ID",
+        help="what it runs (default: %(default)s)",
+    )
     add("--revision", help="branch, tag or commit of a model on the Hub (default: what was fetched last)")
-    add("--gallery", default=shipped(GALLERY), metavar="DIR", help="what it searches (default: %(default)s)")
+    add(
+        "--gallery",
+        type=expanduser,
+        default=shipped(GALLERY),
+        metavar="DIR",
+        help="what it searches (default: %(default)s)",
+    )
     add("--hardware", help="ask for it, such as cpu-basic, zero-a10g (ZeroGPU) or t4-small; some of it is paid for")
     add("--title", default=TITLE, help="shown on the Space's card (default: %(default)s)")
     add("--private", action="store_true", help="create it for your own eyes; one that exists stays as it is")
@@ -78,7 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--replace", action="store_true", help="overwrite another app that runs under this name")
     add("--dry-run", action="store_true", help="say what would be sent; needs neither a token nor the network")
-    add("--export", metavar="DIR", help="write what would be sent to a new folder, to look at it and to try it")
+    add(
+        "--export",
+        type=expanduser,
+        metavar="DIR",
+        help="write what would be sent to a new folder, to look at it and to try it",
+    )
     return parser
 
 

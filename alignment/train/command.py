@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 from typing import Any
 
 from alignment.durable import explain
@@ -121,6 +122,9 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         parser.error("--data is needed: the captioned images")
     if bool(arguments.vision) != bool(arguments.text):
         parser.error("--vision and --text go together: name both towers")
+    for option, other in (("second_split", "second_data"), ("private", "push_to_hub")):
+        if getattr(arguments, option) and not getattr(arguments, other):
+            parser.error(f"--{option.replace('_', '-')} goes with --{other.replace('_', '-')}, which is missing")
     if not (arguments.check or arguments.resume) and sum(starts) != 1:
         parser.error("name one start: --model, or --vision with --text, or --scratch")
 
@@ -136,6 +140,17 @@ def _positive(kind: type) -> Any:
     return read
 
 
+def _between(lowest: float, highest: float, kind: type = float) -> Any:
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"{text} is not between {lowest:g} and {highest:g}")
+        return value
+
+    read.__name__ = "number"
+    return read
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m alignment.train",
@@ -144,18 +159,24 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     start = parser.add_argument_group("start (one of three)")
-    start.add_argument("--model", help="checkpoint folder or Hub id")
-    start.add_argument("--vision", help="vision tower to join with --text: folder or Hub id")
-    start.add_argument("--text", help="text tower")
+    start.add_argument("--model", type=expanduser, help="checkpoint folder or Hub id")
+    start.add_argument("--vision", type=expanduser, help="vision tower to join with --text: folder or Hub id")
+    start.add_argument("--text", type=expanduser, help="text tower")
     start.add_argument("--scratch", choices=["tiny", "small"], help="a ViT and a BERT with random weights")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data", help="folder, annotation file, shards or Hub id of captioned images")
+    data.add_argument("--data", type=expanduser, help="folder, annotation file, shards or Hub id of captioned images")
     data.add_argument("--format", help="of the data, if the one found is wrong (see alignment/pairs)")
     data.add_argument("--split", help="what to learn from (train, and what is in no split)")
-    data.add_argument("--eval-data", help="another data set to measure on (the dev split, else a part held out)")
+    data.add_argument(
+        "--eval-data", type=expanduser, help="another data set to measure on (the dev split, else a part held out)"
+    )
     data.add_argument("--eval-split", help="its split, or that of --data")
-    data.add_argument("--second-data", help="a data set of another kind: what does fine-tuning make the model forget?")
+    data.add_argument(
+        "--second-data",
+        type=expanduser,
+        help="a data set of another kind: what does fine-tuning make the model forget?",
+    )
     data.add_argument("--second-split", help="its split")
     data.add_argument("--check", action="store_true", help="only check the data and say what is in them")
 
@@ -174,8 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--captions-per-image", type=_positive(int), help="captions of a picture in one step")
     how.add_argument("--learning-rate", type=_positive(float), help="peak, of the towers")
     how.add_argument("--head-learning-rate", type=_positive(float), help="peak, of projections and adapters")
-    how.add_argument("--weight-decay", type=float, help="of matrices (0.05)")
-    how.add_argument("--warmup", type=float, help="share of the steps in which the learning rate rises (0.1)")
+    how.add_argument("--weight-decay", type=_between(0, 10), help="of matrices (0.05)")
+    how.add_argument("--warmup", type=_between(0, 1), help="share of the steps in which the learning rate rises (0.1)")
     how.add_argument("--patience", type=_positive(int), help="measurements without a better recall sum (5)")
     how.add_argument("--measure-every", type=_positive(int), help="steps between measurements, each with a checkpoint")
     how.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crop and mirror pictures (yes)")
@@ -184,22 +205,24 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="afterwards choose between start and end weights, WiSE-FT (yes for pretrained models)",
     )
-    how.add_argument("--seed", type=int, help="of everything random (0)")
+    how.add_argument("--seed", type=_between(0, 2**32 - 1, int), help="of everything random (0)")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=["cuda", "mps", "cpu"], help="the best there is")
     machine.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="bf16 on a GPU that has it")
-    machine.add_argument("--workers", type=int, help="processes that read pictures")
+    machine.add_argument("--workers", type=_between(0, 1024, int), help="processes that read pictures")
     machine.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more time")
     machine.add_argument(
         "--keep-images",
         action=argparse.BooleanOptionalAction,
         help="compute the frozen part of the image side once (yes where that saves time)",
     )
-    machine.add_argument("--kept-folder", help="where to keep it, for several runs to share (below --output)")
+    machine.add_argument(
+        "--kept-folder", type=expanduser, help="where to keep it, for several runs to share (below --output)"
+    )
 
     result = parser.add_argument_group("result")
-    result.add_argument("--output", help="folder for model, report, plots and logs; must be new")
+    result.add_argument("--output", type=expanduser, help="folder for model, report, plots and logs; must be new")
     result.add_argument("--resume", action="store_true", help="go on with the run in --output")
     result.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result with its model card")
     result.add_argument("--private", action="store_true", help="as a private repository")

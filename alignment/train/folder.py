@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from alignment.durable import ASIDE, LOCK, read_sealed, write_sealed
+from alignment.model import best_device
 from alignment.train.prepare import Prepared
 from alignment.train.settings import Recipe, TrainConfig
 
 SETTINGS = "settings.json"  # what a resumed run goes on with
 RECORD = "run.json"  # what a finished run leaves
+_FREE = ("output", "minutes")  # options that may change when a run is gone on with
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,26 @@ class Interrupted:
         """Note it down; whoever is killed meanwhile leaves no half of it."""
         write_sealed(folder / SETTINGS, asdict(self))
 
+    def check_options(self, config: TrainConfig) -> None:
+        """Refuse options that differ from what the run began with; what is None was not given.
+
+        Raises:
+            ValueError: naming them.
+        """
+        given = {name: value for name, value in config.as_dict().items() if value not in (None, "")}
+        began, chosen = self.config.as_dict(), asdict(self.recipe)
+        began["device"] = began["device"] or best_device()
+        differing = [
+            f"--{name.replace('_', '-')} {value} (it began with {began[name] if began[name] else chosen.get(name)})"
+            for name, value in given.items()
+            if name not in _FREE and not any(_is_same(value, settled.get(name)) for settled in (began, chosen))
+        ]
+        if differing:
+            raise ValueError(
+                f"--resume goes on with the options of the start, and these differ: {', '.join(differing)}. Leave them "
+                "out, or start a new run with another --output."
+            )
+
     def continued(self, config: TrainConfig) -> TrainConfig:
         """Return the settings to go on with: all as they were, but for the folder and the minutes."""
         return replace(self.config, output=config.output, minutes=config.minutes)
@@ -55,6 +77,13 @@ class Interrupted:
             raise ValueError("The data have changed since this run began; start a new one with another --output.")
         if self.base_fingerprint != base_fingerprint:
             raise ValueError("The start model has changed since this run began; start a new one with another --output.")
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two values of an option mean the same, be it by different paths."""
+    return one == other or (
+        isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
+    )
 
 
 def claim(folder: Path, *, resume: bool) -> None:

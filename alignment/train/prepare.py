@@ -21,6 +21,7 @@ from alignment.pairs import (
     without_overlap,
 )
 from alignment.pairs.files import canonical
+from alignment.preprocess import few
 from alignment.train.settings import TrainConfig
 
 HELD_OUT = 0.05  # of the pictures, where the data set has no split to measure on
@@ -75,9 +76,13 @@ def prepare(config: TrainConfig, *, progress: Progress | None = None) -> Prepare
     train = merge_duplicates(without_overlap(train, evaluation, prints), prints)
     if not name:
         train, evaluation, name = _hold_out(train, prints)
-    for part, count in (("learn from", len(train)), ("measure on", len(evaluation))):
+    measured = f"--eval-data {config.eval_data}" if config.eval_data else f"--data {config.data}"
+    for source, part, count in (
+        (f"--data {config.data}", "learn from", len(train)),
+        (measured, "measure on", len(evaluation)),
+    ):
         if count < MIN_IMAGES:
-            raise ValueError(f"{config.data} leaves {count} captioned pictures to {part}; {MIN_IMAGES} are needed.")
+            raise ValueError(f"{source} leaves {count} captioned pictures to {part}; {MIN_IMAGES} are needed.")
     second = read_data(config.second_data, split=config.second_split).pairs if config.second_data else []
     second = merge_duplicates(second, fingerprint_images(pair.image for pair in second))
     rows = {pair.image: row for row, pair in enumerate(train)}
@@ -91,7 +96,7 @@ def _parts(config: TrainConfig, pairs: Sequence[Pair]) -> tuple[list[Pair], list
     usual = {"train", ""} if "train" in splits else splits - {"dev", "test"}
     wanted = {canonical(config.split)} if config.split else usual
     if not wanted & splits:
-        raise ValueError(f"{config.data} has no split {config.split or 'train'!r}; its splits are {sorted(splits)}.")
+        raise ValueError(_no_split(config.data, config.split or "train", splits))
     train = [pair for pair in pairs if pair.split in wanted]
     if config.eval_data:
         evaluation = read_data(config.eval_data, split=config.eval_split).pairs
@@ -99,8 +104,14 @@ def _parts(config: TrainConfig, pairs: Sequence[Pair]) -> tuple[list[Pair], list
     split = canonical(config.eval_split or "dev")
     evaluation = [pair for pair in pairs if pair.split == split]
     if config.eval_split and not evaluation:
-        raise ValueError(f"{config.data} has no split {split!r}; its splits are {sorted(splits)}.")
+        raise ValueError(_no_split(config.data, split, splits))
     return train, evaluation, f"split {split}" if evaluation else ""
+
+
+def _no_split(data: str, split: str, splits: set[str]) -> str:
+    named = sorted(filter(None, splits))
+    there = f"its splits are {few(named)}" if named else "it has no splits, so leave the option out"
+    return f"{data} has no split {split!r}; {there}."
 
 
 def _hold_out(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) -> tuple[list[Pair], list[Pair], str]:

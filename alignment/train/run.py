@@ -29,7 +29,7 @@ from transformers import set_seed
 
 from alignment.durable import foreign_errors, sole_writer, sync
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
-from alignment.model import DualEncoder
+from alignment.model import DualEncoder, find_device
 from alignment.train.examples import Captions, Examples
 from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, clear_away, read_settings
 from alignment.train.frozen import Cut, KeptImages
@@ -82,7 +82,7 @@ def train(
         BlockingIOError: when another run is writing to the output folder.
         FileExistsError: when the output folder holds something and `resume` is off.
         FileNotFoundError: when data or model are missing.
-        ValueError: on data or settings that do not work.
+        ValueError: on data or settings that do not work, or that a run to go on with did not begin with.
         FloatingPointError: when the loss is no longer a number, naming the step and the cure.
     """
     folder = Path(config.output)
@@ -97,11 +97,15 @@ def train(
 
 
 def _on_cpu(config: TrainConfig, folder: Path, resume: bool) -> bool:
-    """Whether a run does without an accelerator: it is told so, was when it began, or there is none."""
+    """Whether a run does without an accelerator: it is told so, was when it began, or there is none.
+
+    Raises:
+        ValueError: when the device it is told is not there.
+    """
     device = config.device
     if device is None and resume and (folder / SETTINGS).exists():
         device = read_settings(folder).config.device
-    return device == "cpu" or not (device or torch.cuda.is_available() or torch.backends.mps.is_available())
+    return find_device(device).type == "cpu"
 
 
 def _train(
@@ -114,7 +118,9 @@ def _train(
 ) -> RunRecord:
     started = time.monotonic()
     saved = read_settings(folder) if resume else None
-    config = saved.continued(config) if saved else config
+    if saved:
+        saved.check_options(config)
+        config = saved.continued(config)
     if state.num_processes > 1 and state.device.type == "cpu":
         config = replace(config, device="cpu")  # else Trainer looks for GPUs, finds none and lets each train alone
     say = say if state.is_main_process else _nothing
@@ -149,12 +155,14 @@ class Run:
         command: Sequence[str] = (),
     ) -> None:
         self.prepared, self.folder, self.say, self.saved = prepared, folder, say, saved
-        set_seed(config.seed)
+        set_seed(config.seed or 0)
         self.encoder = _start(config, prepared)
         self.encoder.module.to(memory_format=torch.channels_last)  # convolutions run up to twice as fast
         self.base_fingerprint = self.encoder.fingerprint
         self.config = config
         self.recipe = complete(config, self.encoder, len(prepared.train), num_processes=PartialState().num_processes)
+        if config.batch_size and self.recipe.batch_size < config.batch_size:
+            say(f"--batch-size {config.batch_size} is more than there are: {self.recipe.batch_size} pictures a step.")
         self.command = shlex.join(["python", "-m", "alignment.train", *command])
         self.since = datetime.now(UTC).isoformat(timespec="seconds")
         if saved is not None:
@@ -176,6 +184,10 @@ class Run:
     def keep_images(self) -> None:
         """Compute what is frozen of the image side, once for every picture."""
         cut = self.towers.keep_images(augment=self.recipe.augment) if self.recipe.keep_images else None
+        if cut is None and (self.config.keep_images or self.config.kept_folder):
+            self.say(
+                "--keep-images and --kept-folder have no effect: with this preset no part of the image side is frozen."
+            )
         if cut is not None:
             self.kept["train"] = self._keep(cut, self.prepared.train, augment=self.recipe.augment, what="training")
             self.kept["eval"] = self._keep(cut, self.prepared.evaluation, augment=False, what="validation")
@@ -275,7 +287,7 @@ class Run:
             bf16=recipe.precision == "bf16",
             fp16=recipe.precision == "fp16",
             dataloader_num_workers=0 if "train" in self.kept else recipe.workers,
-            use_cpu=self.config.device == "cpu",
+            use_cpu=self.encoder.device.type == "cpu",
         )
         self.encoder.device = arguments.device
         return ContrastiveTrainer(

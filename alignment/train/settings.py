@@ -81,19 +81,19 @@ class TrainConfig:
     captions_per_image: int | None = None
     learning_rate: float | None = None
     head_learning_rate: float | None = None
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    augment: bool = True
+    weight_decay: float | None = None
+    warmup: float | None = None
+    augment: bool | None = None
     keep_images: bool | None = None
     kept_folder: str | None = None
     measure_every: int | None = None
-    patience: int = 5
+    patience: int | None = None
     interpolate: bool | None = None
     precision: Precision | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     workers: int | None = None
     device: str | None = None
-    seed: int = 0
+    seed: int | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -194,6 +194,9 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
     rate, head_rate = _RATES[kind, preset]
     batch_size = min(config.batch_size or _batch_size(num_images, _LARGEST[kind]), num_images)
     batch_size = max(1, batch_size // num_processes) * num_processes
+    if batch_size < 2:
+        raise ValueError("--batch-size 1 has no second caption to tell a picture's from: choose 2 or more.")
+    precision = _precision(config.precision, encoder.device.type)
     steps_per_epoch = max(1, num_images // batch_size)
     steps = max(1, round((config.epochs or _EPOCHS[kind]) * steps_per_epoch))
     if config.max_steps:
@@ -208,17 +211,17 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
         captions_per_image=config.captions_per_image or (3 if kind == "compact" else 1),
         learning_rate=config.learning_rate or rate,
         head_learning_rate=config.head_learning_rate or config.learning_rate or head_rate,
-        weight_decay=config.weight_decay,
-        warmup=config.warmup,
-        augment=config.augment,
+        weight_decay=0.05 if config.weight_decay is None else config.weight_decay,
+        warmup=0.1 if config.warmup is None else config.warmup,
+        augment=config.augment is not False,
         keep_images=(on_cpu or preset in ("lit", "heads")) if config.keep_images is None else config.keep_images,
         measure_every=min(measure_every, steps),
-        patience=config.patience,
+        patience=config.patience or 5,
         interpolate=kind in ("pretrained", "compact") if config.interpolate is None else config.interpolate,
-        precision=config.precision or _precision(encoder.device.type),
-        gradient_checkpointing=config.gradient_checkpointing,
+        precision=precision,
+        gradient_checkpointing=bool(config.gradient_checkpointing),
         workers=(0 if on_cpu else 4) if config.workers is None else config.workers,
-        seed=config.seed,
+        seed=config.seed or 0,
     )
 
 
@@ -236,7 +239,11 @@ def _batch_size(num_images: int, largest: int) -> int:
     return int(min(largest, max(16, 2 ** int(math.log2(max(num_images / 10, 1))))))
 
 
-def _precision(device: str) -> Precision:
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "fp32"
+def _precision(wanted: Precision | None, device: str) -> Precision:
+    """Choose the precision, or check the one asked for."""
+    bf16 = device != "cuda" or torch.cuda.is_bf16_supported()
+    if wanted == "fp16" and device != "cuda":
+        raise ValueError(f"--precision fp16 needs an NVIDIA GPU, and this runs on {device}: choose fp32 or bf16.")
+    if wanted == "bf16" and not bf16:
+        raise ValueError("--precision bf16 needs a newer GPU than this one: choose fp16 or fp32.")
+    return wanted or ("fp32" if device != "cuda" else "bf16" if bf16 else "fp16")

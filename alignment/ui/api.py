@@ -60,9 +60,11 @@ class Api:
         Returns:
             matches, best first: rank (from 1), id, captions by language, credit (author and licence), thumbnail
             (address below the server's), similarity (cosine, -1 to 1), share (the model's softmax over the whole
-            gallery; with SigLIP models a sigmoid) and probability (calibrated chance that this is a match, null where
-            nothing tells). fits: whether anything fits at all; if false, the matches are only the least bad ones.
-            something_fits: calibrated chance that any picture of the gallery is a match.
+            gallery; with SigLIP models a sigmoid), probability (calibrated chance that this is a match, null where
+            nothing tells) and verdict (fits, may_fit or nothing_close; null where nothing tells). verdict: that of the
+            whole answer; no_meaning for a caption that says nothing. fits: whether that is fits or may_fit; if false,
+            the matches are only the least bad ones. something_fits: calibrated chance that any picture of the gallery
+            is a match.
         """
         return pictures_found(self.engine.search_images(read_caption(caption), read_count(k)))
 
@@ -76,9 +78,11 @@ class Api:
 
         Returns:
             matches, best first: rank (from 1), id, text, lang, similarity (cosine, -1 to 1), share (the model's softmax
-            over all captions that competed; with SigLIP models a sigmoid) and probability (calibrated chance that this
-            is a match, null where nothing tells). fits: whether anything fits at all; if false, the matches are only
-            the least bad ones. something_fits: calibrated chance that any caption of the gallery is a match.
+            over all captions that competed; with SigLIP models a sigmoid), probability (calibrated chance that this is
+            a match, null where nothing tells) and verdict (fits, may_fit or nothing_close; null where nothing tells).
+            verdict: that of the whole answer; no_meaning for an empty picture. fits: whether that is fits or may_fit;
+            if false, the matches are only the least bad ones. something_fits: calibrated chance that any caption of the
+            gallery is a match.
         """
         with forgotten([image]):
             count, lang = read_count(k), self._language(lang)

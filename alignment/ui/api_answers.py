@@ -9,6 +9,7 @@ from alignment.engine import Alignment
 from alignment.gallery import Caption, Found, Match, Picture
 from alignment.similarity import match_probabilities
 from alignment.ui.examples import THUMBNAIL_ROUTE
+from alignment.verdicts import Verdict
 
 PLACES = 6  # of a number in an answer; single precision has no more to say
 
@@ -18,6 +19,13 @@ class _Numbers(TypedDict):
     similarity: float
     share: float
     probability: float | None
+    verdict: Verdict | None
+
+
+class _Answer(TypedDict):
+    verdict: Verdict | None
+    fits: bool
+    something_fits: float | None
 
 
 class PictureMatch(_Numbers):
@@ -37,20 +45,16 @@ class CaptionMatch(_Numbers):
     lang: str
 
 
-class PicturesFound(TypedDict):
+class PicturesFound(_Answer):
     """Answer of `search_images`."""
 
     matches: list[PictureMatch]
-    fits: bool
-    something_fits: float | None
 
 
-class CaptionsFound(TypedDict):
+class CaptionsFound(_Answer):
     """Answer of `search_captions`."""
 
     matches: list[CaptionMatch]
-    fits: bool
-    something_fits: float | None
 
 
 class Matrix(TypedDict):
@@ -98,7 +102,7 @@ def pictures_found(found: Found[Picture]) -> PicturesFound:
         }
         for match in found.matches
     ]
-    return {"matches": matches, "fits": found.fits, "something_fits": _chance(found.something_fits)}
+    return {"matches": matches, **_answer(found)}
 
 
 def captions_found(found: Found[Caption]) -> CaptionsFound:
@@ -107,7 +111,7 @@ def captions_found(found: Found[Caption]) -> CaptionsFound:
         {"id": match.item.id, "text": match.item.text, "lang": match.item.lang, **_numbers(match)}
         for match in found.matches
     ]
-    return {"matches": matches, "fits": found.fits, "something_fits": _chance(found.something_fits)}
+    return {"matches": matches, **_answer(found)}
 
 
 def matrix(scores: Alignment, logit_bias: float | None) -> Matrix:
@@ -135,7 +139,12 @@ def _numbers(match: Match[Any]) -> _Numbers:
         "similarity": round(match.similarity, PLACES),
         "share": round(match.share, PLACES),
         "probability": _chance(match.probability),
+        "verdict": match.verdict,
     }
+
+
+def _answer(found: Found[Any]) -> _Answer:
+    return {"verdict": found.verdict, "fits": found.fits, "something_fits": _chance(found.something_fits)}
 
 
 def _chance(probability: float | None) -> float | None:

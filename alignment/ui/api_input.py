@@ -5,6 +5,7 @@ Place in the flow: `request -> Page (no addresses) -> opened / read_* (here) -> 
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
@@ -21,6 +22,7 @@ from alignment.ui.uploads import MAX_FILE_MB, Upload, forget, take
 MAX_RESULTS = 100
 MAX_PICTURES = MAX_CAPTIONS = 64
 
+_BASE64 = re.compile(r"(/9j/|iVBORw0K|UklGR|R0lGOD|SUkq|TU0A|Qk)[\w+/=\s-]{100,}\Z", re.ASCII)  # of picture files
 _OUR_FILES = "/gradio_api/file="
 
 
@@ -98,6 +100,8 @@ def forgotten(images: object) -> Iterator[None]:
 def _bytes(image: object) -> bytes:
     if isinstance(image, str) and image.startswith("data:"):
         return _decoded(image)
+    if isinstance(image, str) and _BASE64.match(image):
+        raise InputError('Base64 needs "data:image/jpeg;base64," in front of it.', "api.data_url")
     upload = _upload(image)
     if upload is None:
         raise InputError("A picture is a data URL or an uploaded file.", "api.image")
@@ -119,7 +123,8 @@ def _decoded(url: str) -> bytes:
     if len(body) * 3 > MAX_FILE_MB * 2**20 * 4:
         raise InputError("The picture has more than {limit} MB; make it smaller.", "api.size", limit=MAX_FILE_MB)
     try:
-        data = base64.b64decode(body, validate=True) if head.endswith(";base64") else b""
+        # Many programs break base64 into lines.
+        data = base64.b64decode("".join(unquote(body).split()), validate=True) if head.endswith(";base64") else b""
     except (binascii.Error, ValueError):
         data = b""
     if not data:

@@ -70,6 +70,12 @@ class Examples:
         """Say what a picture is called: by its caption, else by its file where visitors may read that; "" if not."""
         return picture.caption(lang) or (legible(picture.source) if self.engine.names_files else "")
 
+    @property
+    def are_samples(self) -> bool:
+        """Whether the gallery is the starter gallery: nothing but pictures that installed packages bring along."""
+        pictures = self.engine.gallery.pictures
+        return bool(pictures) and all(picture.package for picture in pictures)
+
     def query(self, picture: Picture, lang: str) -> str:
         """Describe an example picture in the words of somebody who searches for it; "" if nobody knows how."""
         return strings()[lang].get(f"example.query.{picture.id}") or picture.caption(lang)

@@ -44,11 +44,12 @@ class PicturesTab:
             self.drop = widget("drop", self._drop(lang), elem_id="pictures-drop")
             self.help = widget("composer", help_value(lang), elem_id="pictures-help")
         self.chips = widget("chips", self._chips(lang), elem_id="pictures-examples")
+        self.sample = widget("chips", self._sample(lang), elem_id="pictures-sample")
         self.results = widget("pictures", self._results(lang, first), elem_id="pictures-results")
         self.asked = kept(first)
         self.inputs = [self.query, self.asked]
         self.arrival = [self.query, self.asked, self.composer, self.results]
-        self.outputs = [*self.arrival, self.button, self.drop, self.help, self.chips]
+        self.outputs = [*self.arrival, self.button, self.drop, self.help, self.chips, self.sample]
         self._wire(language)
 
     def _wire(self, language: Any) -> None:
@@ -83,6 +84,7 @@ class PicturesTab:
             self._drop(lang),
             help_value(lang),
             self._chips(lang),
+            self._sample(lang),
         ]
 
     # ------------------------------------------------------------ events
@@ -160,6 +162,13 @@ class PicturesTab:
 
     def _chips(self, lang: str) -> Value:
         return query_chips(self.examples.queries(lang), lang)
+
+    def _sample(self, lang: str) -> Value:
+        """Say that there are few pictures, with the way to one's own; a gallery of one's own needs neither."""
+        if not self.examples.are_samples:
+            return {}
+        says = text(lang, "pictures.sample", count=len(self.engine.gallery.pictures))
+        return {"label": says, "items": [{"id": "photos", "text": text(lang, "photos.tab")}]}
 
     def _results(self, lang: str, asked: Asked) -> Value:
         gallery = self.engine.gallery

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from alignment.gallery import Caption, Found, Match, Picture
 from alignment.preprocess import InputError, legible
 from alignment.ui.strings import error_text, text
 
 Value = dict[str, Any]
+Item = TypeVar("Item", Picture, Caption)
 
-SHOWN_ALIKE = 24  # pictures folded under one
+SHOWN_ALIKE = 24  # results folded under one
 LABELS = {
     "cosine": "result.cosine",
     "match": "result.match",
@@ -24,11 +25,12 @@ LABELS = {
 
 
 def captions_value(found: Found[Caption], lang: str, *, total: int) -> Value:
-    """Lay ranked captions out for `captions.js`."""
-    rows = [
-        {**_numbers(match, found, lang), "id": match.item.id, "text": match.item.text, "lang": match.item.lang or None}
-        for match in found.matches
-    ]
+    """Lay ranked captions out for `captions.js`, those that say the same folded under the best of them."""
+
+    def row(match: Match[Caption]) -> Value:
+        return {"id": match.item.id, "text": match.item.text, "lang": match.item.lang or None}
+
+    rows = _laid_out(found, lang, row, "captions.alike")
     return {**_frame("captions", found, total, lang, len(rows)), "rows": rows}
 
 
@@ -54,18 +56,14 @@ def pictures_value(
         actions: what can be done with a result.
     """
 
-    def card(match: Match[Picture], rank: int) -> Value:
+    def card(match: Match[Picture]) -> Value:
         picture = match.item
         words = picture.source if own else picture.caption(lang) or (legible(picture.source) if named else "")
         known: Value = {"id": picture.id, "image": image_of(picture), "alt": words or picture.id, "text": words}
         known |= {"credit": picture.credit, "lang": lang if not own and lang in picture.captions else None}
-        return {**_numbers(match, found, lang), "rank": rank, "rankText": text(lang, "result.rank", rank=rank), **known}
+        return known
 
-    cards = []
-    for rank, (first, *alike) in enumerate(found.groups or [(match,) for match in found.matches], start=1):
-        folded = [card(match, rank) for match in alike[:SHOWN_ALIKE]]
-        says = text(lang, "result.alike", count=len(alike)) if alike else ""
-        cards.append({**card(first, rank), "alike": folded, "alikeText": says})
+    cards = _laid_out(found, lang, card, "pictures.alike")
     frame = _frame("photos" if own else "pictures", found, total, lang, len(cards))
     return {**frame, "cards": cards, "actions": list(actions)}
 
@@ -100,34 +98,70 @@ def _frame(key: str, found: Found[Any], total: int, lang: str, count: int) -> Va
         "heading": text(lang, f"{key}.results"),
         "count": text(lang, f"{key}.count", count=count, total=f"{total:,}"),
         "labels": {name: text(lang, word) for name, word in labels.items()},
-        "note": text(lang, _meaning(found)),
+        "note": _meaning(key, found, lang),
     }
-    if found.matches and not found.fits:
-        why = f"{key}.nothing"
-        if found.senseless:
-            why = "result.senseless.part" if found.nonsense else "result.senseless"
-        frame["count"] = ""
-        frame["verdict"] = {
-            "title": text(lang, "result.nothing"),
-            "text": text(lang, why, chance=percent(found.something_fits or 0), part="".join(found.nonsense[:1])),
-            "anyway": text(lang, "result.anyway"),
-        }
-    return frame
+    if found.matches and found.verdict:
+        frame["verdict"] = _answer(key, found, lang)
+    return frame | {"count": ""} if found.senseless else frame
 
 
-def _meaning(found: Found[Any]) -> str:
-    """Tell what the numbers mean; the key of a sentence."""
-    if found.something_fits is None:
-        return "result.meaning.pictures" if found.composed else "result.meaning.uncalibrated"
-    return "result.meaning.composed" if found.composed else "result.meaning"
-
-
-def _numbers(match: Match[Any], found: Found[Any], lang: str) -> Value:
-    best = max(found.matches[0].similarity, 1e-6)
+def _answer(key: str, found: Found[Any], lang: str) -> Value:
+    """Say what to think of the whole answer."""
+    if found.senseless:
+        why = "result.senseless.part" if found.nonsense else "result.senseless"
+        words = text(lang, why, part="".join(found.nonsense[:1]))
+        return {"step": found.verdict, "text": words, "anyway": text(lang, "result.anyway")}
+    words = text(lang, f"{key}.{found.verdict}", chance=percent(found.something_fits or 0))
     return {
-        "rank": match.rank,
-        "rankText": text(lang, "result.rank", rank=match.rank),
-        "cosine": f"{match.similarity + 0.0:.2f}" if found.composed else cosine(match.similarity),
+        "step": found.verdict,
+        "word": text(lang, f"result.{found.verdict}" if found.fits else "result.nothing"),
+        "text": words,
+    }
+
+
+def _meaning(key: str, found: Found[Any], lang: str) -> str:
+    """Say what the numbers mean."""
+    if found.senseless or not found.matches:
+        return ""
+    chance = found.matches[0].probability
+    if chance is None:
+        return text(lang, "result.meaning.pictures" if found.composed else "result.meaning.uncalibrated")
+    if found.composed:
+        return text(lang, "result.meaning.composed")
+    count = round(100 * chance)
+    share = text(lang, f"{key}.meaning.some" if count else f"{key}.meaning.none", count=count)
+    return text(lang, f"{key}.meaning", chance=percent(chance), share=share)
+
+
+def _laid_out(found: Found[Item], lang: str, known: Callable[[Match[Item]], Value], alike_key: str) -> list[Value]:
+    """Lay results out, best first; under each, those that are nearly the same.
+
+    Args:
+        found: the results.
+        lang: of the page.
+        known: lays out what is known of an item.
+        alike_key: of the sentence that counts what is folded.
+    """
+    best = max([1e-6, *(match.similarity for match in found.matches[:1])])
+    laid_out = []
+    for rank, (first, *alike) in enumerate(found.groups or [(match,) for match in found.matches], start=1):
+        result, *folded = (
+            {**_numbers(match, rank, best, found.composed, lang), **known(match)}
+            for match in (first, *alike[:SHOWN_ALIKE])
+        )
+        says = text(lang, alike_key, count=len(alike)) if alike else ""
+        laid_out.append({**result, "alike": folded, "alikeText": says})
+    return laid_out
+
+
+def _numbers(match: Match[Any], rank: int, best: float, composed: bool, lang: str) -> Value:
+    judged = match.verdict if match.verdict != "no_meaning" else None
+    return {
+        "rank": rank,
+        "rankText": text(lang, "result.rank", rank=rank),
+        "step": judged,
+        "word": text(lang, f"result.{judged}") if judged else "",
+        "cosine": f"{match.similarity + 0.0:.2f}" if composed else cosine(match.similarity),
         "probability": "" if match.probability is None else percent(match.probability),
         "bar": min(max(match.similarity / best, 0), 1),
     }

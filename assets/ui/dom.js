@@ -50,17 +50,33 @@ const actions = (row, labels, names) =>
     ),
   );
 
-// Where nothing fits, say so and fold the least bad results away.
-const folded = (value, list) =>
-  value.verdict
+// The word for a verdict, in a colour and a shape of its own; see page.css.
+const step = (verdict) => (verdict.word ? make("span", { class: "al-step", "data-step": verdict.step }, verdict.word) : null);
+
+const judged = (item) => make("div", { class: "al-judged" }, step(item), bar(item.bar));
+
+// Results that are nearly the same as the one they are folded under.
+const alike = (item, draw) =>
+  item.alike?.length
     ? make(
-        "div",
-        { class: "al-verdict" },
-        make("p", { class: "al-verdict-title", role: "status" }, value.verdict.title),
-        make("p", {}, value.verdict.text),
-        make("details", {}, make("summary", { "data-focus": "anyway" }, value.verdict.anyway), list),
+        "details",
+        { class: "al-alike" },
+        make("summary", { "data-focus": `alike ${item.id}` }, item.alikeText),
+        make("ul", {}, ...item.alike.map((same) => make("li", {}, ...draw(same)))),
       )
-    : list;
+    : null;
+
+// What to think of the whole answer, and then the results: grey where nothing is close, folded away where the query has
+// no meaning.
+const answer = ({ verdict }, list) => {
+  if (!verdict) return list;
+  const words = make("p", { class: "al-answer", role: "status" }, step(verdict), make("span", {}, verdict.text));
+  if (verdict.anyway) {
+    const folded = make("details", {}, make("summary", { "data-focus": "anyway" }, verdict.anyway), list);
+    return make("div", { class: "al-verdict" }, words, folded);
+  }
+  return make("div", { class: verdict.step === "nothing_close" ? "al-far" : null }, words, list);
+};
 
 const heading = (value) =>
   make(

@@ -1,5 +1,5 @@
-// Ranked pictures: a grid of cards with thumbnail, rank, bar, match probability, cosine and caption; under a card, folded,
-// those that are nearly the same. Sends the events "why", "more", "less" and "remove".
+// Ranked pictures: a grid of cards with thumbnail, rank, verdict, bar, match probability, cosine and caption; under a
+// card, folded, those that are nearly the same. Sends the events "why", "more", "less" and "remove".
 
 const SIGNS = { more: "+", less: "−" };
 
@@ -18,19 +18,7 @@ const act = (name, item, labels) =>
     labels[`${name}Short`] || labels[name],
   );
 
-const alike = (item, labels) =>
-  make(
-    "details",
-    { class: "al-alike" },
-    make("summary", { "data-focus": `alike ${item.id}` }, item.alikeText),
-    make(
-      "ul",
-      {},
-      ...item.alike.map((same) =>
-        make("li", {}, make("img", { src: same.image, alt: same.alt, title: same.text, loading: "lazy", decoding: "async" }), scores(same, labels)),
-      ),
-    ),
-  );
+const thumb = (item) => make("img", { src: item.image, alt: item.alt, title: item.text, loading: "lazy", decoding: "async" });
 
 const card = (item, value) =>
   make(
@@ -39,17 +27,17 @@ const card = (item, value) =>
     make(
       "div",
       { class: "al-thumb" },
-      make("img", { src: item.image, alt: item.alt, loading: "lazy", decoding: "async" }),
+      thumb(item),
       make("span", { class: "al-rank" }, hidden(item.rankText), make("span", { "aria-hidden": "true" }, String(item.rank))),
     ),
     make(
       "div",
       { class: "al-under" },
-      bar(item.bar),
+      judged(item),
       scores(item, value.labels),
       item.text ? make("p", { class: "al-text", lang: item.lang, dir: "auto" }, item.text) : null,
       item.credit ? make("p", { class: "al-credit", title: item.credit, lang: "en" }, item.credit) : null,
-      item.alike?.length ? alike(item, value.labels) : null,
+      alike(item, (same) => [thumb(same), scores(same, value.labels)]),
       make("div", { class: "al-acts" }, ...value.actions.map((name) => act(name, item, value.labels))),
     ),
   );
@@ -58,7 +46,7 @@ keep((value) =>
   show(
     value.heading ? heading(value) : null,
     problem(value.error),
-    value.cards?.length ? folded(value, make("ol", { class: "al-grid" }, ...value.cards.map((item) => card(item, value)))) : null,
+    value.cards?.length ? answer(value, make("ol", { class: "al-grid" }, ...value.cards.map((item) => card(item, value)))) : null,
     value.note ? make("p", { class: "al-note" }, value.note) : null,
   ),
 );

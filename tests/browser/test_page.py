@@ -48,7 +48,7 @@ def test_results_show_rank_bar_cosine_and_probability_with_its_meaning(visit):
     expect(first.locator(".al-bar > span")).to_have_attribute("style", re.compile("width: 100"))
     assert re.fullmatch(r"-?\d\.\d{3}", first.locator("dd").nth(1).inner_text())
     assert re.fullmatch(r"[<>]?\d+\.\d %", first.locator("dd").nth(0).inner_text())
-    expect(page.locator("#captions-results .al-note")).to_have_text(text("en", "result.meaning"))
+    expect(page.locator("#captions-results .al-note")).to_contain_text(first.locator("dd").nth(0).inner_text())
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

@@ -34,7 +34,7 @@ def best(page: Page, name: str) -> None:
 
 
 def unfold(page: Page) -> None:
-    """Show what is folded away where nothing fits well."""
+    """Show what is folded away where the query has no meaning."""
     for fold in page.locator("#photos-results .al-verdict > details:not([open]) > summary").all():
         fold.click()
 

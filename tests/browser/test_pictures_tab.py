@@ -208,7 +208,6 @@ def test_pictures_that_are_nearly_the_same_are_folded_and_open_in_place(visit, p
     query = page.locator("#photos-query").get_by_role("textbox")
     query.fill("a cat")
     query.press("Enter")
-    expect(page.locator("#photos-results .al-verdict")).to_have_count(0)  # no lion was there
     card = page.locator("#photos-results .al-card").first
     expect(card.locator("summary")).to_have_text("+2 nearly the same")
     expect(card.locator(".al-alike img").first).to_be_hidden()

@@ -69,7 +69,9 @@ class Service:
                 "lifespan": self._tidying,
                 "exception_handlers": REFUSED_BY_THE_FRAMEWORK,
             },
-            "head": f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
+            "root_path": self.settings.root_path,
+            "head": "<link rel='icon' href='favicon.ico'>\n"
+            f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
             "state_session_capacity": _MOST_SESSIONS,
         }
 

@@ -1,0 +1,40 @@
+"""Which device a model runs on: the best there is, or the one asked for, if it is there."""
+
+from __future__ import annotations
+
+import torch
+
+
+def best_device() -> str:
+    """Name the fastest kind of device that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """Find a device by its name, such as "cuda", "cuda:1", "mps" or "cpu"; the best there is when None.
+
+    Raises:
+        ValueError: when there is no such device here.
+    """
+    name = name or best_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no name of a device at all
+        device = None
+    if device is None or not _is_there(device):
+        raise ValueError(
+            f"PyTorch has no device {str(name)!r} to use here: choose cuda, mps or cpu, or leave --device out for the "
+            f"best there is, {best_device()}."
+        )
+    return device
+
+
+def _is_there(device: torch.device) -> bool:
+    """Look for a device without touching it: each process would take memory of its own there."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    if device.type == "mps":
+        return torch.backends.mps.is_available()
+    return device.type == "cpu"
