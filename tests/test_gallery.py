@@ -28,7 +28,7 @@ from alignment.catalogue import CAPTIONS, PICTURES, Caption, Picture, Stamp, rea
 from alignment.gallery import BuildReport, Gallery, build_gallery, looking, main
 from alignment.gallery.judging import background_name
 from alignment.model import DualEncoder
-from alignment.preprocess import open_image
+from alignment.preprocess import lift_limits, open_image
 
 ROOT = Path(__file__).parents[1]
 STARTER, COMPACT = ROOT / "assets" / "gallery", ROOT / "checkpoints" / "compact"
@@ -721,6 +721,34 @@ def test_the_command_builds_and_sums_up(
     ]
     assert main(arguments) == 0
     assert "0 encoded, 3 reused" in capsys.readouterr().out
+
+
+def test_the_limits_of_a_picture_can_be_lifted(
+    tmp_path: Path, encoder: DualEncoder, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "p").mkdir()
+    Image.new("L", (12_000, 9_000)).save(tmp_path / "p" / "large.png", compress_level=1)
+    Image.new("RGB", (600, 10)).save(tmp_path / "p" / "narrow.png")
+    Image.new("RGB", (60, 40)).save(tmp_path / "p" / "usual.png")
+    command = [
+        "build",
+        str(tmp_path / "p"),
+        "--out",
+        str(tmp_path / "out"),
+        "--model",
+        encoder.name,
+        "--no-calibration",
+    ]
+    try:
+        assert main(command) == 0
+        assert "skipped: 2" in capsys.readouterr().out
+        assert "50 megapixels" in caplog.text
+        assert "--max-megapixels" in caplog.text
+        assert "--max-aspect-ratio" in caplog.text
+        assert main([*command, "--max-megapixels", "108", "--max-aspect-ratio", "60"]) == 0
+        assert "2 encoded, 1 reused" in capsys.readouterr().out
+    finally:
+        lift_limits()
 
 
 def test_the_home_is_found_behind_an_equals_sign(

@@ -119,6 +119,18 @@ def refused(response: httpx.Response, status: int, code: str) -> str:
     return said["error"]
 
 
+@pytest.mark.parametrize("length", [5000, 70_000])
+def test_a_name_that_is_too_long_is_named_as_the_cause(length, serve):
+    client = serve()
+    sent = client.post("/gradio_api/upload", files={"files": ("a" * length + ".png", b"x")})
+    assert "name is too long" in refused(sent, 413, "name")
+    for path in ("y" * 300, "y" * length):
+        image = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": path}
+        asked = client.post("/gradio_api/call/search_captions", json={"data": [image, 1, ""]})
+        told = client.get(f"/gradio_api/call/search_captions/{asked.json()['event_id']}").text
+        assert "did not arrive" in told
+
+
 # ---------------------------------------------------------------- behind another server, below a path
 
 

@@ -22,6 +22,11 @@ from alignment.preprocess import InputError, Preprocessor, open_image
 THUMBNAIL_PIXELS = 320
 _READ_AT_ONCE = 64 * 2**20  # bytes of the largest file that is held in memory
 
+_LIFTED_BY = {
+    "image.too_large": " Or say --max-megapixels N.",
+    "image.too_narrow": " Or say --max-aspect-ratio N.",
+}
+
 
 @dataclass(frozen=True)
 class Look:
@@ -69,7 +74,7 @@ class Looker:
         try:
             look, thumbnail = self._look(picture)
         except InputError as error:
-            return Look(picture, refusal=str(error), error=error)
+            return Look(picture, refusal=str(error) + _LIFTED_BY.get(error.code, ""), error=error)
         except OSError as error:
             return Look(picture, refusal=error.strerror or str(error), is_shut=not isinstance(error, FileNotFoundError))
         if thumbnail is not None:

@@ -27,7 +27,7 @@ from alignment.preprocess.captions import (
     legible,
     parse_captions,
 )
-from alignment.preprocess.formats import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS
+from alignment.preprocess.formats import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, lift_limits
 from alignment.preprocess.images import ImageSource, open_image
 from alignment.preprocess.inputs import Preprocessor
 from alignment.preprocess.refusal import InputError
@@ -47,6 +47,7 @@ __all__ = [
     "count_captions",
     "few",
     "legible",
+    "lift_limits",
     "open_image",
     "parse_captions",
 ]

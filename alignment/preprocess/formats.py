@@ -1,6 +1,7 @@
 """Judge a picture's file by its header: what it is, and whether its size can be borne, before any pixel is decoded."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -14,7 +15,16 @@ from alignment.preprocess.metadata import slim
 from alignment.preprocess.refusal import InputError, damaged
 
 MAX_IMAGE_PIXELS = 50_000_000
-MAX_ASPECT_RATIO = 50  # CLIP's resize of the short side to 224 would blow a 1 x 50,000,000 strip up to terabytes
+"""Of a picture, unless `lift_limits` says more."""
+
+MAX_ASPECT_RATIO = (
+    50  # the same; CLIP's resize of the short side to 224 would blow a 1 x 50,000,000 strip up to terabytes
+)
+
+_PILLOWS = Image.MAX_IMAGE_PIXELS or 0
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` judges, and says it in words
+LIMITS = {"pixels": MAX_IMAGE_PIXELS, "aspect": MAX_ASPECT_RATIO}
+"""What holds in this process."""
 
 # What may be opened at all; JPEG includes MPO. Formats that run a program (EPS, PDF) or rarely hold photos stay shut.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
@@ -51,6 +61,12 @@ def open_path(path: Path) -> BinaryIO:
         raise InputError(message, "image.missing", path=str(path)) from error
 
 
+def lift_limits(pixels: int = MAX_IMAGE_PIXELS, aspect_ratio: int = MAX_ASPECT_RATIO) -> None:
+    """Let this process open larger pictures, as a command does for its owner's files; a service leaves it alone."""
+    LIMITS.update(pixels=pixels, aspect=aspect_ratio)
+    Image.MAX_IMAGE_PIXELS = max(pixels, _PILLOWS)  # beyond which Pillow warns, and beyond twice as many refuses
+
+
 @contextmanager
 def from_file(file: BinaryIO) -> Iterator[Image.Image]:
     """Open a picture as far as its header; the file is closed afterwards.
@@ -64,7 +80,7 @@ def from_file(file: BinaryIO) -> Iterator[Image.Image]:
             raise empty()
         if head.startswith(b"\0\0\1\0"):
             _check_icon(file)
-        if head.startswith((b"II", b"MM")) and tile_pixels(file) > MAX_IMAGE_PIXELS:
+        if head.startswith((b"II", b"MM")) and tile_pixels(file) > LIMITS["pixels"]:
             raise too_large()
         source = BytesIO(slim(head + file.read())) if _SLIMMED.match(head) else file
         try:
@@ -110,7 +126,7 @@ def unsupported(kind: str) -> InputError:
 
 def too_large() -> InputError:
     """Say that it has too many pixels."""
-    limit = f"{MAX_IMAGE_PIXELS / 1e6:g}"
+    limit = f"{LIMITS['pixels'] / 1e6:g}"
     return InputError("The picture has more than {limit} megapixels; make it smaller.", "image.too_large", limit=limit)
 
 
@@ -122,11 +138,11 @@ def check_size(width: int, height: int) -> None:
     """
     if min(width, height) < 1:
         raise empty()
-    if width * height > MAX_IMAGE_PIXELS:
+    if width * height > LIMITS["pixels"]:
         raise too_large()
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+    if max(width, height) > LIMITS["aspect"] * min(width, height):
         message = "One side of the picture is more than {limit} times the other; crop it."
-        raise InputError(message, "image.too_narrow", limit=MAX_ASPECT_RATIO)
+        raise InputError(message, "image.too_narrow", limit=LIMITS["aspect"])
 
 
 def _check_icon(file: BinaryIO) -> None:
@@ -144,5 +160,5 @@ def _check_icon(file: BinaryIO) -> None:
             sides = (header[4:6], header[6:8]) if header[:1] == b"\x0c" else (header[4:8], header[8:12])
             width, height = (abs(int.from_bytes(side, "little", signed=len(side) == 4)) for side in sides)
             height //= 2
-        if width * height > MAX_IMAGE_PIXELS:
+        if width * height > LIMITS["pixels"]:
             raise too_large()

@@ -17,7 +17,7 @@ from PIL import Image
 from alignment.preprocess import InputError, clean_caption, open_image
 from alignment.ui.service.answers import Answers
 from alignment.ui.sessions import Sessions
-from alignment.ui.uploads import MAX_FILE_MB, Upload, forget, take
+from alignment.ui.uploads import MAX_FILE_MB, Upload, forget, lost, take
 
 MAX_RESULTS = 100
 MAX_PICTURES = MAX_CAPTIONS = 64
@@ -54,7 +54,10 @@ class Page(Answers):
         """Refuse addresses, then do as Gradio does."""
         if any(_is_address(path) for path in _paths(inputs)):
             raise gr.Error(str(_foreign()), print_exception=False)
-        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        try:
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        except OSError as error:  # a name that no file can have
+            raise gr.Error(str(lost()), print_exception=False) from error
 
 
 def _paths(value: object) -> Iterator[object]:

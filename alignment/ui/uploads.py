@@ -83,7 +83,7 @@ def take(upload: Upload, limit: int) -> bytes:
     try:
         return arrived(upload, limit).read_bytes()
     except OSError as error:
-        raise _lost() from error
+        raise lost() from error
 
 
 def arrived(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
@@ -106,7 +106,7 @@ def arrived(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path
     try:
         size = limit_mb * 2**20 + 1 if upload.problem == "size" else _path(upload).stat().st_size
     except (OSError, ValueError) as error:
-        raise _lost() from error
+        raise lost() from error
     if size > limit_mb * 2**20:
         raise InputError("The file has more than {limit} MB; make it smaller.", "upload.size", limit=limit_mb)
     return _path(upload)
@@ -118,11 +118,18 @@ def _refused(code: str) -> InputError:
         "rate": InputError("Too many requests from your address; try again in a minute.", "upload.rate"),
         "waiting": InputError("There are too many files from your address waiting; try again soon.", "upload.waiting"),
     }
-    said = (refusals.too_many_open(), refusals.no_space(), refusals.stopping(), refusals.too_slow())
-    return {**later, **{refusal.reason: refusal.error for refusal in said}}.get(code, _lost())
+    said = (
+        refusals.name_too_long(),
+        refusals.too_many_open(),
+        refusals.no_space(),
+        refusals.stopping(),
+        refusals.too_slow(),
+    )
+    return {**later, **{refusal.reason: refusal.error for refusal in said}}.get(code, lost())
 
 
-def _lost() -> InputError:
+def lost() -> InputError:
+    """Say that a file is not where it should be."""
     return InputError("The file did not arrive; try again.", "upload.lost")
 
 

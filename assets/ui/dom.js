@@ -51,9 +51,9 @@ const actions = (row, labels, names) =>
   );
 
 // The word for a verdict, in a colour and a shape of its own; see page.css.
-const step = (verdict) => (verdict.word ? make("span", { class: "al-step", "data-step": verdict.step }, verdict.word) : null);
+const badge = (verdict) => (verdict.word ? make("span", { class: "al-step", "data-step": verdict.step }, verdict.word) : null);
 
-const judged = (item) => make("div", { class: "al-judged" }, step(item), bar(item.bar));
+const judged = (item) => make("div", { class: "al-judged" }, badge(item), bar(item.bar));
 
 // Results that are nearly the same as the one they are folded under.
 const alike = (item, draw) =>
@@ -70,7 +70,7 @@ const alike = (item, draw) =>
 // no meaning.
 const answer = ({ verdict }, list) => {
   if (!verdict) return list;
-  const words = make("p", { class: "al-answer", role: "status" }, step(verdict), make("span", {}, verdict.text));
+  const words = make("p", { class: "al-answer", role: "status" }, badge(verdict), make("span", {}, verdict.text));
   if (verdict.anyway) {
     const folded = make("details", {}, make("summary", { "data-focus": "anyway" }, verdict.anyway), list);
     return make("div", { class: "al-verdict" }, words, folded);

@@ -33,12 +33,6 @@ def best(page: Page, name: str) -> None:
     expect(page.locator("#photos-results li .al-text").first).to_have_text(name)
 
 
-def unfold(page: Page) -> None:
-    """Show what is folded away where the query has no meaning."""
-    for fold in page.locator("#photos-results .al-verdict > details:not([open]) > summary").all():
-        fold.click()
-
-
 def status(page: Page, words: str) -> None:
     expect(page.locator("#photos-drop [role=status]")).to_have_text(words)
 
@@ -232,12 +226,10 @@ def test_photos_are_removed_one_by_one(visit, picture):
     search(page, "a cup of coffee")
     best(page, names[0])
     for left in (2, 1):
-        unfold(page)
         page.locator("#photos-results [data-act=remove]").last.click()
         expect(page.locator("#photos-results li")).to_have_count(left)
         status(page, text("en", "photos.removed"))
     assert ranked(page) == names[:1]
-    unfold(page)
     page.locator("#photos-results [data-act=remove]").click()
     expect(page.locator("#photos-notes")).to_have_text(text("en", "photos.sample"))  # the sample is back
 

@@ -83,6 +83,11 @@ def no_space() -> Refusal:
     return Refusal(507, InputError("There is no room for more files just now; try again later.", "service.full"), 60)
 
 
+def name_too_long() -> Refusal:
+    """Refuse a file by its name."""
+    return Refusal(413, InputError("The file's name is too long; shorten it.", "upload.name"))
+
+
 def bad_upload() -> Refusal:
     """Refuse what claims to be an upload and cannot be read as one."""
     return Refusal(400, InputError("The file did not arrive; try again.", "upload.lost"))

@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive
 
 from alignment.engine import MAX_ZIP_MB
-from alignment.ui.service.refusals import Refusal, bad_upload, file_too_large, no_space, too_many_files
+from alignment.ui.service.refusals import Refusal, bad_upload, file_too_large, name_too_long, no_space, too_many_files
 from alignment.ui.service.settings import Settings
 
 UPLOAD_ROUTE = "/gradio_api/upload"
@@ -165,6 +165,8 @@ async def _kept_if_whole(room: Room, lot: _Lot) -> AsyncIterator[None]:
     except BaseException as error:
         room.leave(lot)
         if isinstance(error, MultiPartException):
+            if "header" in error.message.lower():  # of a part: its longest word is the file's name
+                raise name_too_long() from error
             raise (file_too_large(MAX_ZIP_MB) if "size" in error.message else bad_upload()) from error
         if isinstance(error, HTTPException | KeyError | FormParserError | UnicodeError | ClientDisconnect):
             raise bad_upload() from error
