@@ -18,7 +18,7 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python3.14 python
 # TORCH_INDEX: where to take PyTorch from, if not from where pip looks anyway; the README says when that is worth it.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-# ARGS: passed on to the command, as in `make app ARGS="--gallery my_gallery"`.
+# ARGS: passed on to the command, as in `make app ARGS="--photos ~/Pictures"`.
 ARGS ?=
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))

@@ -10,7 +10,8 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from os.path import expanduser
@@ -45,8 +46,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from alignment.durable import explain
-from alignment.engine import MAX_ZIP_MB, AlignmentEngine, SecondModel
-from alignment.gallery import Gallery, Remote, add_index_options
+from alignment.engine import MAX_ZIP_MB, AlignmentEngine, PhotoFolder, SecondModel
+from alignment.engine.photo_folder import photo_folder
+from alignment.gallery import Gallery, Remote, add_index_options, progress_bar, starter_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 from alignment.shipped import GALLERY, MODEL, shipped
@@ -60,6 +62,7 @@ from alignment.ui.links import arrivals, arrive, link_value
 from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
+from alignment.ui.scan import scan_route, scan_value
 from alignment.ui.service import (
     Folder,
     Service,
@@ -94,11 +97,16 @@ environment, for a Space or a service; an option wins over its variable:
   GRADIO_SERVER_NAME   as --host
   GRADIO_SERVER_PORT   as --port
   GRADIO_TEMP_DIR      where the folder for uploads is made, which is deleted at the end
-  ALIGNMENT_CACHE      where the model's graphs are kept from one start to the next (~/.cache/alignment)
+  ALIGNMENT_CACHE      where the model's graphs and the galleries of --photos are kept from one start to the next
+                       (~/.cache/alignment)
 
-Another model needs a gallery of its own:
-  python -m alignment.gallery build PHOTOS --out my_gallery --model openai/clip-vit-base-patch32
-  python app.py --gallery my_gallery --model openai/clip-vit-base-patch32
+Your own photos, with this or any other model:
+  python app.py --photos ~/Pictures
+  python app.py --photos ~/Pictures --model openai/clip-vit-base-patch32
+
+A gallery of captioned data, or one to be copied and published, is built by a command of its own:
+  python -m alignment.gallery build DATA --out my_gallery
+  python app.py --gallery my_gallery
 """
 
 
@@ -111,7 +119,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or shipped(MODEL), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
-    add("--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR")
+    searched = parser.add_mutually_exclusive_group()
+    searched.add_argument(
+        "--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR"
+    )
+    searched.add_argument(
+        "--photos",
+        type=expanduser,
+        metavar="FOLDER",
+        help="search the pictures in this folder, which are only read; their gallery is kept in the cache folder, and "
+        "whoever opens the page sees the names of the files",
+    )
     add(
         "--compare",
         type=expanduser,
@@ -130,11 +148,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
     add_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.photos and args.index:
+        parser.error("--photos keeps its gallery in the cache folder; --index goes with --gallery.")
+    return args
 
 
 def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     """Load what the page asks, ready for captions; pictures have to wait for `AlignmentEngine.warm_images`.
+
+    Where the starter gallery was made by another model, this one embeds its captions and pictures, once.
 
     Raises:
         FileNotFoundError: when the model or the gallery is missing.
@@ -144,22 +167,34 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     remote = Remote.of(args.index, args.gallery, args.index_name)
     encoder = DualEncoder.load(args.model, revision=args.revision)
     second = SecondModel.load(args.compare) if args.compare else None
-    engine = AlignmentEngine(encoder, Gallery.load(args.gallery, encoder, remote), second)
+    starts = args.photos or (remote is None and Path(args.gallery).resolve() == Path(shipped(GALLERY)).resolve())
+    bar = partial(progress_bar, "Embedding the starter gallery", quiet=args.log == "json")
+    gallery = starter_gallery(encoder, bar) if starts else Gallery.load(args.gallery, encoder, remote)
+    engine = AlignmentEngine(encoder, gallery, second, names_files=bool(args.photos))
     engine.warm_texts()
     return engine
 
 
-def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE, queue: int = Settings.queue) -> gr.Blocks:
+def build_page(
+    engine: AlignmentEngine,
+    lang: str = DEFAULT_LANGUAGE,
+    queue: int = Settings.queue,
+    photos: PhotoFolder | None = None,
+) -> gr.Blocks:
     """Lay the page out in the language `lang`; a browser that prefers another changes it when it loads.
 
     Args:
         engine: answers.
         lang: at first.
         queue: requests that may wait.
+        photos: the folder whose gallery the engine searches, if it is one.
     """
-    examples, explanation = Examples(engine), Explanation(engine)
-    kinds = (CaptionsTab, PicturesTab, MatrixTab, PhotosTab, EvaluateTab)
-    tabs: list[Tab] = [kind(engine, examples, explanation) for kind in kinds]
+    begun = photos.version if photos else 0  # of the gallery that every page begins with
+    explanation = Explanation(engine)
+    of_gallery, of_starter = Examples(engine), Examples(engine, engine.starter)
+    searching: list[Tab] = [kind(engine, of_gallery, explanation) for kind in (CaptionsTab, PicturesTab)]
+    own: list[Tab] = [kind(engine, of_starter, explanation) for kind in (MatrixTab, PhotosTab, EvaluateTab)]
+    tabs = searching + own
     with Page(title=text(lang, "title"), analytics_enabled=False) as page:
         with gr.Row(elem_classes=["al-header"]):
             header = widget("plain", _header(lang), elem_id="header")
@@ -167,7 +202,8 @@ def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE, queue: int
             link = widget("link", link_value(tabs, lang), elem_id="link", min_width=0)
             language = gr.Radio(choices, value=lang, **_language_words(lang), elem_id="language", min_width=0, scale=0)
         explanation.build(lang)
-        with gr.Tabs() as row:
+        scan = widget("scan", scan_value(photos, lang), elem_id="scan", visible=photos is not None)
+        with gr.Tabs(selected=PicturesTab.key if photos else None) as row:
             places = []
             for tab in tabs:
                 with gr.Tab(text(lang, f"{tab.key}.tab"), id=tab.key) as place:
@@ -177,38 +213,74 @@ def build_page(engine: AlignmentEngine, lang: str = DEFAULT_LANGUAGE, queue: int
                     listen(tab.sample.pick, lambda: gr.Tabs(selected=PhotosTab.key), [], [row])
         footer = widget("plain", _footer(engine, lang), elem_id="footer")
 
+        def status(lang: str) -> list[Any]:
+            return [scan_value(photos, lang, ready=True), _footer(engine, lang)]
+
         def translate(lang: str, asked: Any, *inputs: Any) -> list[Any]:
             """Change all at once: Gradio asks several listeners in turn, and draws over what is typed meanwhile."""
             labels = [gr.update(label=text(lang, f"{tab.key}.tab")) for tab in tabs]
             words = gr.update(**_language_words(lang))
-            frame = [_header(lang), link_value(tabs, lang), words, *labels, _footer(engine, lang)]
-            rest = iter(inputs)
-            shown = [change for tab in tabs for change in tab.translate(lang, *islice(rest, len(tab.inputs)))]
-            return [*frame, explanation.translate(lang, asked), *shown]
+            frame = [_header(lang), link_value(tabs, lang), words, *labels, *status(lang)]
+            return [*frame, explanation.translate(lang, asked), *_redrawn(tabs, lang, iter(inputs))]
 
         asked = [language, explanation.asked, *(part for tab in tabs for part in tab.inputs)]
-        spoken = [header, link, language, *places, footer, explanation.dialog]
+        spoken = [header, link, language, *places, scan, footer, explanation.dialog]
         listen(language.change, translate, asked, [*spoken, *(part for tab in tabs for part in tab.outputs)])
+
+        _wire_scan(photos, scan, language, [scan, footer], status, searching)
 
         def greet(request: gr.Request) -> list[Any]:
             query = request.query_params
             wanted = pick_language(query, request.headers.get("accept-language", ""), lang)
             chosen = gr.skip() if wanted == lang else wanted  # else the page is right as it is
-            return [chosen, *arrive(tabs, wanted, query)]
+            known = scan_value(photos, wanted, ready=True) | {"version": begun}
+            return [chosen, known, *arrive(tabs, wanted, query)]
 
-        listen(page.load, greet, [], [language, row, *arrivals(tabs)], work="search")
+        listen(page.load, greet, [], [language, scan, row, *arrivals(tabs)], work="search")
         add_api(engine)
     # The service says that the queue is full, in the visitor's language; requests that arrive just then fit in.
     page.queue(max_size=2 * queue, default_concurrency_limit=4, api_open=False)
     return page
 
 
-def launch_options(engine: AlignmentEngine, service: Service | None = None) -> dict[str, Any]:
+def _redrawn(tabs: Sequence[Tab], lang: str, inputs: Iterator[Any]) -> list[Any]:
+    return [change for tab in tabs for change in tab.translate(lang, *islice(inputs, len(tab.inputs)))]
+
+
+def _wire_scan(
+    photos: PhotoFolder | None,
+    scan: Any,
+    language: Any,
+    frame: list[Any],
+    status: Callable[[str], list[Any]],
+    tabs: Sequence[Tab],
+) -> None:
+    """Let the page start scans, and show the gallery that has taken the old one's place; what is asked there stays."""
+
+    def renew(event: gr.EventData, lang: str, *inputs: Any) -> list[Any]:
+        lang = pick_language(event._data if isinstance(event._data, dict) else {}, "", lang)
+        first = status(lang)  # before the tabs: a gallery that comes meanwhile is asked for again
+        return [*first, *_redrawn(tabs, lang, iter(inputs))]
+
+    def rescan(lang: str) -> dict[str, Any]:
+        if photos is not None:
+            photos.start()
+        return scan_value(photos, lang, ready=True)
+
+    asked, shown = [part for tab in tabs for part in tab.inputs], [part for tab in tabs for part in tab.outputs]
+    listen(scan.renew, renew, [language, *asked], [*frame, *shown], work="search")
+    listen(scan.rescan, rescan, [language], [scan])
+
+
+def launch_options(
+    engine: AlignmentEngine, service: Service | None = None, photos: PhotoFolder | None = None
+) -> dict[str, Any]:
     """How to serve the page: no telemetry, no public statistics, thumbnails at an address without server paths.
 
     Args:
         engine: answers.
         service: its limits; by default those of `Settings`.
+        photos: the folder whose gallery the engine searches, if it is one.
     """
 
     def thumbnail(request: Request) -> Response:
@@ -218,6 +290,7 @@ def launch_options(engine: AlignmentEngine, service: Service | None = None) -> d
             return Response(status_code=404)
         return Response(data, media_type="image/webp", headers={"Cache-Control": "public, max-age=3600"})
 
+    routes = [Route(f"/{THUMBNAIL_ROUTE}", thumbnail), *([scan_route(photos)] if photos else [])]
     return {
         "theme": theme(),
         "css_paths": styles(),
@@ -229,7 +302,7 @@ def launch_options(engine: AlignmentEngine, service: Service | None = None) -> d
         "show_error": False,
         "quiet": True,
         "max_file_size": f"{MAX_ZIP_MB}mb",
-        **(service or Service()).launch_options(engine, Route(f"/{THUMBNAIL_ROUTE}", thumbnail)),
+        **(service or Service()).launch_options(engine, *routes),
     }
 
 
@@ -256,12 +329,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.mcp and find_spec("mcp") is None:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
+        args.photos = photo_folder(args.photos) if args.photos else None
         check_address(args.host, args.port)
         engine = load_engine(args)
+        bar = partial(progress_bar, f"Reading {args.photos}", quiet=args.log == "json")
+        photos = PhotoFolder(engine, args.photos, bar) if args.photos else None
         with Folder() as folder:
             service = Service(Settings.of(args), folder.path)
             with service.running.until_told():  # from here on a signal ends nothing half-way
-                serve(engine, args, service)
+                serve(engine, args, service, photos)
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
@@ -270,20 +346,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def serve(engine: AlignmentEngine, args: argparse.Namespace, service: Service) -> None:
+def serve(
+    engine: AlignmentEngine, args: argparse.Namespace, service: Service, photos: PhotoFolder | None = None
+) -> None:
     """Serve the page until the process is told to stop.
 
     Args:
         engine: answers.
         args: see `parse`.
         service: stands around the page.
+        photos: the folder to scan as soon as the page is there, if the gallery is made of one.
 
     Raises:
         OSError: when the port is taken.
     """
     log_plainly(args.log)
-    page = build_page(engine, args.lang, args.queue)
-    options = {**launch_options(engine, service), "server_name": host_in_url(args.host), "server_port": args.port}
+    page = build_page(engine, args.lang, args.queue, photos)
+    options = {
+        **launch_options(engine, service, photos),
+        "server_name": host_in_url(args.host),
+        "server_port": args.port,
+    }
     _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
     log_the_servers_too()
     tame_tools(page)
@@ -293,8 +376,12 @@ def serve(engine: AlignmentEngine, args: argparse.Namespace, service: Service) -
     print(f"Open {url}", flush=True)
     warming = Timer(PAGE_FIRST, engine.warm_images)
     warming.start()
+    if photos is not None:
+        photos.start()
     service.serve(page)
     warming.cancel()
+    if photos is not None:
+        photos.stop()
 
 
 if __name__ == "__main__":

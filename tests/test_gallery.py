@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from scipy import sparse
 from PIL import Image
+from scipy import sparse
 from torch.nn import functional
 
 from alignment.catalogue import CAPTIONS, PICTURES, Caption, Picture, Stamp, read_hand_written

@@ -10,6 +10,7 @@ Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, str
 | `core`   | one encoder and one gallery, searched both ways |
 | `explaining` | why a picture and a caption match |
 | `matrix` | pictures against captions, under one model or two |
+| `photo_folder` | a folder of photos, brought up to date while it is searched |
 | `photos` | a visitor's own pictures |
 | `queries` | captions and pictures composed into one query |
 | `trial`  | a visitor's data set, measured |
@@ -19,6 +20,7 @@ from alignment.engine.archives import MAX_ZIP_MB
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.explaining import Explained, Scale
 from alignment.engine.matrix import Alignment, SecondModel
+from alignment.engine.photo_folder import PhotoFolder, Scan
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
 from alignment.engine.queries import MAX_TERMS, Query, Term, parse_query, write_query
 
@@ -29,9 +31,11 @@ __all__ = [
     "Alignment",
     "AlignmentEngine",
     "Explained",
+    "PhotoFolder",
     "Photos",
     "Query",
     "Scale",
+    "Scan",
     "SecondModel",
     "Skipped",
     "Term",

@@ -12,20 +12,22 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from alignment.ahead import ahead
+from alignment.catalogue import FileState
 from alignment.engine.batching import IMAGES_AT_ONCE, MORE_IMAGES, TEXTS_AT_ONCE, Batcher
 from alignment.engine.explaining import Explained, Scale, explain_match
 from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_webp
 from alignment.engine.queries import Query, Term, check_count, search
-from alignment.gallery import Caption, Found, Gallery, Picture, is_whole
+from alignment.gallery import THUMBNAIL_PIXELS, Caption, Found, Gallery, Picture, is_whole
 from alignment.model import DualEncoder, together
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
 
@@ -38,20 +40,43 @@ _KEPT_THUMBNAILS = 1024  # of the gallery's pictures, some 15 KB each
 
 
 class AlignmentEngine:
-    """One encoder and one gallery, searched both ways; safe to call from several threads."""
+    """One encoder and one gallery, searched both ways; safe to call from several threads.
 
-    def __init__(self, encoder: DualEncoder, gallery: Gallery, second: SecondModel | None = None) -> None:
+    Attributes:
+        encoder: the model.
+        gallery: what is searched; another one may take its place at any time, see `show`.
+        starter: the gallery of the worked examples, which stays.
+        second: a model to compare with, if there is one.
+        names_files: whether visitors may read the names of the gallery's files.
+    """
+
+    def __init__(
+        self,
+        encoder: DualEncoder,
+        gallery: Gallery,
+        second: SecondModel | None = None,
+        *,
+        starter: Gallery | None = None,
+        names_files: bool = False,
+    ) -> None:
         self.encoder = encoder
         self.gallery = gallery
+        self.starter = starter or gallery
         self.second = second
+        self.names_files = names_files
         at_once = IMAGES_AT_ONCE.get(encoder.device.type, MORE_IMAGES)
         self._encode_images = Batcher[Inputs](self._encode_prepared, at_once)
         self._encode_texts = Batcher[str](lambda texts: self.encoder.encode_texts(texts), TEXTS_AT_ONCE)
         # Two explanations at once only get in each other's way, and every thread that ever explained keeps some 25 MB.
         self._explaining = ThreadPoolExecutor(1, "explaining")
-        self._pictures = {picture.id: picture for picture in gallery.pictures}
-        self._rows = {picture.id: row for row, picture in enumerate(gallery.pictures)}
-        self._kept_thumbnail = lru_cache(_KEPT_THUMBNAILS)(self._make_thumbnail)
+        self._kept_thumbnail = lru_cache(_KEPT_THUMBNAILS)(_make_thumbnail)
+        self._scale_of = lru_cache(1)(Scale.of)
+
+    def show(self, gallery: Gallery) -> None:
+        """Search another gallery of this model from now on; searches under way end in the old one."""
+        if gallery.stamp.fingerprint != self.encoder.fingerprint:
+            raise ValueError(f"The gallery was made by {gallery.stamp.model}, and {self.encoder.name} is in use.")
+        self.gallery = gallery
 
     def warm_texts(self) -> None:
         """Run the text tower once: the first run is slow, and nobody should wait for it."""
@@ -172,10 +197,10 @@ class AlignmentEngine:
         """Find what each word and each place adds. Raises InputError when the caption is empty or too long."""
         return self._explaining.submit(lambda: explain_match(self.encoder, self.scale, image, caption)).result()
 
-    @cached_property
+    @property
     def scale(self) -> Scale:
         """What a cosine is worth, for all results alike."""
-        return Scale.of(self.gallery)
+        return self._scale_of(self.gallery)
 
     # ------------------------------------------------------------ photos of a visitor
 
@@ -185,9 +210,11 @@ class AlignmentEngine:
         return self._photos([], torch.empty(0, self.encoder.embed_dim), {}, second)
 
     def gallery_photos(self, ids: Sequence[str], *, both: bool = False) -> Photos:
-        """Take some of the gallery's pictures as if a visitor had brought them."""
-        pictures = [self._pictures[id] for id in ids]
-        embeds = self.gallery.images[torch.tensor([self._rows[id] for id in ids], dtype=torch.int64)]
+        """Take some of the starter gallery's pictures as if a visitor had brought them."""
+        gallery = self.starter
+        rows = [gallery.picture_rows[id] for id in ids]
+        pictures = [gallery.pictures[row] for row in rows]
+        embeds = gallery.images[torch.tensor(rows, dtype=torch.int64)]
         images = [self.picture_image(id) for id in ids] if both and self.second else []
         second = self._second_embeds(self.no_photos(both=both), images)
         return self._photos(pictures, embeds, Thumbnails(ids, self.thumbnail), second)
@@ -267,8 +294,9 @@ class AlignmentEngine:
     # ------------------------------------------------------------ pictures to show
 
     def picture_embed(self, id: str) -> Tensor:
-        """Look up the embedding of one of the gallery's pictures."""
-        return self.gallery.images[torch.tensor([self._rows[id]])][0]
+        """Look up the embedding of one of the gallery's pictures; KeyError when it has no such picture."""
+        gallery, picture = self._holder(id)
+        return gallery.images[torch.tensor([gallery.picture_rows[picture.id]])][0]
 
     def picture_image(self, id: str) -> Image.Image:
         """Open one of the gallery's pictures: its file, or what is left of it, its thumbnail.
@@ -278,16 +306,16 @@ class AlignmentEngine:
             InputError: when there is neither.
         """
         try:
-            return open_image(self._pictures[id].path)
+            return open_image(self._holder(id)[1].path)
         except (InputError, OSError):
             return open_image(self.thumbnail(id))
 
     def can_show(self, id: str) -> bool:
         """Tell whether there is a file behind one of the gallery's pictures, without opening it."""
-        picture = self._pictures[id]
         try:
-            return is_whole(self.gallery.thumbnail(picture)) or picture.path.is_file()
-        except FileNotFoundError:  # its package is not installed
+            gallery, picture = self._holder(id)
+            return is_whole(gallery.thumbnail(picture)) or picture.path.is_file()
+        except (FileNotFoundError, KeyError):  # its package is not installed; another gallery is shown
             return False
 
     def thumbnail(self, id: str) -> bytes:
@@ -297,12 +325,20 @@ class AlignmentEngine:
             KeyError: when the gallery has no such picture.
             InputError: when its file is gone.
         """
-        return self._kept_thumbnail(id)
+        gallery, picture = self._holder(id)
+        return self._kept_thumbnail(picture, picture.file, gallery.thumbnail(picture))
 
-    def _make_thumbnail(self, id: str) -> bytes:
-        picture = self._pictures[id]
-        path = self.gallery.thumbnail(picture)
-        if not picture.package and path != picture.path and is_whole(path):
-            with suppress(FileNotFoundError):  # a build may have taken it away just now
-                return path.read_bytes()
-        return as_webp(open_image(picture.path))
+    def _holder(self, id: str) -> tuple[Gallery, Picture]:
+        """Find a picture in the gallery or among the worked examples; KeyError where it is in neither."""
+        for gallery in (self.gallery, self.starter):
+            if (picture := gallery.picture(id)) is not None:
+                return gallery, picture
+        raise KeyError(id)
+
+
+def _make_thumbnail(picture: Picture, state: FileState | None, path: Path) -> bytes:
+    """Read or make a thumbnail; `state` is there for the cache, which tells a file that changed by it."""
+    if not picture.package and path != picture.path and is_whole(path):
+        with suppress(FileNotFoundError):  # a build may have taken it away just now
+            return path.read_bytes()
+    return as_webp(open_image(picture.path, near=THUMBNAIL_PIXELS))

@@ -18,12 +18,14 @@ gallery knows which model made it and refuses to be searched with the embeddings
 | `judging`    | tells matches from accidents |
 | `remote`     | where embeddings lie on a Milvus server |
 | `pushing`    | moves them there and back |
+| `cached`     | galleries that the app makes for itself, in the cache folder |
 | `command`    | the command |
 """
 
 from alignment.catalogue import Caption, Picture
 from alignment.gallery.building import BuildReport, build_gallery
-from alignment.gallery.command import main
+from alignment.gallery.cached import cached_folder, starter_gallery
+from alignment.gallery.command import Show, main, progress_bar
 from alignment.gallery.judging import Judge
 from alignment.gallery.looking import THUMBNAIL_PIXELS, is_whole
 from alignment.gallery.remote import Remote, add_index_options
@@ -39,8 +41,12 @@ __all__ = [
     "Match",
     "Picture",
     "Remote",
+    "Show",
     "add_index_options",
     "build_gallery",
+    "cached_folder",
     "is_whole",
     "main",
+    "progress_bar",
+    "starter_gallery",
 ]

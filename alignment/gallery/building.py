@@ -42,11 +42,12 @@ from alignment.gallery.storage import Rows, open_gallery, tidy, write_gallery
 from alignment.gallery.unfinished import THUMBNAILS, Unfinished
 from alignment.model import DualEncoder
 from alignment.pairs import Share, read_data
-from alignment.preprocess import legible
+from alignment.preprocess import InputError, legible
 
 logger = logging.getLogger(__name__)
 
 _TEXTS_AT_ONCE = 4096  # after which some are written down
+_FIRST_SHOWN = 32  # pictures from which a gallery that grows is worth a look
 _AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; only those under way are held decoded
 
 
@@ -58,6 +59,7 @@ class BuildReport:
         encoded: how many "pictures" and "captions" went through the model.
         reused: how many kept the embedding they had.
         skipped: name and reason of each picture that could not be read.
+        errors: what was raised for those whose file is to blame, by their name.
         left_out: reason -> what reading the source left out for it.
         unlisted: folders of the source that could not be listed.
         held: pictures, in those folders or not readable now, that the gallery keeps as they were.
@@ -66,6 +68,7 @@ class BuildReport:
     encoded: Counter[str] = field(default_factory=Counter)
     reused: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    errors: dict[str, InputError] = field(default_factory=dict)
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     unlisted: Sequence[str] = ()
     held: list[str] = field(default_factory=list)
@@ -87,6 +90,9 @@ def build_gallery(
     progress: Callable[[int, int], None] | None = None,
     report: BuildReport | None = None,
     remote: Remote | None = None,
+    growing: Callable[[Gallery], None] | None = None,
+    like: Gallery | None = None,
+    patience: float = 0,
 ) -> Gallery:
     """Embed pictures and captions into a gallery folder; what is in it already and has not changed is kept.
 
@@ -105,6 +111,9 @@ def build_gallery(
         progress: called with (done, total) items.
         report: filled in as the build goes.
         remote: the server that gets the embeddings, instead of the folder.
+        growing: called now and then with a gallery in memory of the pictures that are embedded so far.
+        like: a gallery of the same model; it lends the background it was judged by.
+        patience: seconds to wait while another process builds there.
 
     Raises:
         FileNotFoundError: when there is no such source.
@@ -117,10 +126,10 @@ def build_gallery(
         remote.check()
     report = report or BuildReport()
     pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split, report)
-    with sole_writer(out):
+    with sole_writer(out, patience=patience):
         finish_writing(out)
         arguments = progress or (lambda done, total: None), report, calibrate, remote
-        _Builder(out, encoder, stamp, *arguments).build(pictures, captions)
+        _Builder(out, encoder, stamp, *arguments, growing=growing, like=like).build(pictures, captions)
     return Gallery.load(out, encoder, remote)
 
 
@@ -193,9 +202,12 @@ class _Builder:
         remote: Remote | None = None,
         *,
         alone: bool = True,
+        growing: Callable[[Gallery], None] | None = None,
+        like: Gallery | None = None,
     ) -> None:
         self.out, self.encoder, self.stamp, self.progress, self.report = out, encoder, stamp, progress, report
         self.calibrate, self.remote = calibrate, remote
+        self.growing, self.like, self.grown = growing, like, 0  # so many pictures had the last one shown
         self.files: dict[str, FileState] = {}  # of a picture, by its source
         self.waiting: dict[str, int] = {}  # the number of a picture that is with the model, by the hash of its file
         self.looked = 0  # how many pictures have been looked at
@@ -274,8 +286,21 @@ class _Builder:
                 del self.waiting[sha256]
                 self.report.encoded["pictures"] += 1
                 self.progress(next(iter(self.waiting.values()), self.looked), total)
+                self._show_growth(read)
         self.report.reused["pictures"] = len(read) - self.report.encoded["pictures"] - len(self.report.held)
         return read
+
+    def _show_growth(self, read: Sequence[Picture]) -> None:
+        """Show what can be searched already, each time it has grown by half."""
+        ready = len(read) - len(self.waiting)
+        if self.growing is None or ready < max(_FIRST_SHOWN, 1.5 * self.grown):
+            return
+        self.grown = ready
+        known = [picture for picture in read if picture.file and picture.file.sha256 in self.rows]
+        images = self.rows.of(picture.file.sha256 for picture in known if picture.file)
+        judge = self.like.judge if self.like else None
+        none = torch.empty(0, self.encoder.embed_dim)
+        self.growing(Gallery(known, (), images[torch.arange(len(known))], none, self.stamp, judge=judge))
 
     def _unseen(self, looks: Iterable[Look], read: list[Picture], total: int) -> Iterator[Mapping[str, Tensor]]:
         """Pass on the inputs of pictures that no embedding is known of; list in `read` those that can be read."""
@@ -287,6 +312,8 @@ class _Builder:
                 read.append(replace(look.picture, file=before))
             elif look.refusal:
                 self.report.skipped.append((look.picture.source, look.refusal))
+                if look.error:
+                    self.report.errors[look.picture.source] = look.error
                 logger.warning("Skipped %s: %s", legible(look.picture.source), look.refusal)
             else:
                 read.append(look.picture)
@@ -345,6 +372,8 @@ class _Builder:
         name = background_name()
         if self.old is not None and self.old.background and self.old.stamp.judged_by.endswith(name):
             background = Background(**{key: embeds.float() for key, embeds in self.old.background.items()})
+        elif self.like is not None and self.like.judge and self.like.stamp.judged_by.endswith(name):
+            background = self.like.judge.background
         else:
             background = build_background(self.encoder)
         calibration, how = fit_calibration(new.pictures, new.captions, images, texts, background)

@@ -165,11 +165,11 @@ def _build(args: argparse.Namespace) -> int:
         encoder = DualEncoder.load(args.model, revision=args.revision)
         report = BuildReport()
         if args.share:
-            with _shown(args.share) as show:
+            with progress_bar(f"Embedding {args.share}") as show:
                 embed_share(args.source, args.out, encoder, args.share, progress=show, report=report, **_data(args))
             print(f"Share {args.share}: {_counts(report)}. Once all are done, finish with the command without --share.")
             return 0
-        with _shown() as show:
+        with progress_bar() as show:
             gallery = _finish(args, encoder, show, report)
     return _sum_up(args, gallery, report)
 
@@ -180,7 +180,7 @@ def _build_together(args: argparse.Namespace, together: Together) -> int:
     with together.alive():
         encoder = DualEncoder.load(args.model, revision=args.revision, device=own_device())
         together.agree(encoder.fingerprint)
-        with _shown(together.share, quiet=not together.is_first) as show:
+        with progress_bar(f"Embedding {together.share}", quiet=not together.is_first) as show:
             embed_share(args.source, args.out, encoder, together.share, progress=show, report=report, **_data(args))
         print(f"Share {together.share}: {_counts(report)}.", flush=True)
         together.done(encoded=report.encoded, reused=report.reused)
@@ -190,7 +190,7 @@ def _build_together(args: argparse.Namespace, together: Together) -> int:
             report.encoded.update(told["encoded"])
             report.reused.update(told["reused"])
         last = BuildReport()
-        with _shown() as show:
+        with progress_bar() as show:
             gallery = _finish(args, encoder, show, last)
     report.encoded.update(last.encoded)
     report.skipped, report.left_out, report.unlisted = last.skipped, last.left_out, last.unlisted
@@ -211,9 +211,8 @@ def _finish(args: argparse.Namespace, encoder: DualEncoder, show: Show, report: 
 
 
 @contextmanager
-def _shown(share: Share | None = None, *, quiet: bool = False) -> Iterator[Show]:
-    """Show how far a build is."""
-    what = f"Embedding {share}" if share else "Embedding"
+def progress_bar(what: str = "Embedding", *, quiet: bool = False) -> Iterator[Show]:
+    """Show on the terminal how far a build is."""
     with tqdm(desc=what, unit=" items", dynamic_ncols=True, disable=quiet) as bar, logging_redirect_tqdm():
 
         def show(done: int, total: int) -> None:

@@ -36,12 +36,14 @@ class Look:
         picture: with its state, or as it was if it cannot be read.
         inputs: None if it is embedded already.
         refusal: why it cannot be read.
+        error: the same, as it was raised, if it is the file's fault.
         is_shut: whether the file is there, but may not be read now.
     """
 
     picture: Picture
     inputs: Mapping[str, Tensor] | None = None
     refusal: str = ""
+    error: InputError | None = None
     is_shut: bool = False
 
 
@@ -72,7 +74,7 @@ class Looker:
         try:
             look, thumbnail = self._look(picture)
         except InputError as error:
-            return Look(picture, refusal=str(error) + _LIFTED_BY.get(error.code, ""))
+            return Look(picture, refusal=str(error) + _LIFTED_BY.get(error.code, ""), error=error)
         except OSError as error:
             return Look(picture, refusal=error.strerror or str(error), is_shut=not isinstance(error, FileNotFoundError))
         if thumbnail is not None:

@@ -231,6 +231,26 @@ class Gallery:
         """The known languages of the captions, in order of appearance."""
         return tuple(dict.fromkeys(caption.lang for caption in self.captions if caption.lang))
 
+    @cached_property
+    def picture_rows(self) -> Mapping[str, int]:
+        """The position of each picture, by its id."""
+        return {picture.id: row for row, picture in enumerate(self.pictures)}
+
+    @cached_property
+    def caption_rows(self) -> Mapping[str, int]:
+        """The position of each caption, by its id."""
+        return {caption.id: row for row, caption in enumerate(self.captions)}
+
+    def picture(self, id: str) -> Picture | None:
+        """Look a picture up; None where there is none of this id."""
+        row = self.picture_rows.get(id)
+        return None if row is None else self.pictures[row]
+
+    def with_captions_of(self, other: Gallery) -> Gallery:
+        """Make a gallery of these pictures and another gallery's captions, both embedded by the same model."""
+        sides = self.images, other.texts
+        return Gallery(self.pictures, other.captions, *sides, self.stamp, judge=self.judge, folder=self.folder)
+
     @property
     def folders(self) -> Mapping[str, int]:
         """How many pictures lie in each folder, however deep; what `search_images` takes for a tag."""

@@ -51,30 +51,35 @@ class CaptionsTab:
 
     def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: Explanation) -> None:
         self.engine, self.examples, self.explanation = engine, examples, explanation
-        self.by_id = {picture.id: picture for picture in engine.gallery.pictures}
-        self.rows = {caption.id: row for row, caption in enumerate(engine.gallery.captions)}
-        first = examples.described[:1]
-        self.first = self._of_gallery(first[0]) if first else Asked()
+
+    @property
+    def first(self) -> Asked:
+        """What is asked before anybody asks."""
+        first = self.examples.described[:1]
+        return self._of_gallery(first[0]) if first else Asked()
 
     def build(self, language: Any, lang: str) -> None:
         """Lay the tab out."""
+        first = self.first
         with gr.Row(elem_classes=["al-columns"]):
             with gr.Column(scale=5, min_width=300):
-                self.drop = widget("drop", self._drop(lang, self.first), elem_id="captions-drop")
+                self.drop = widget("drop", self._drop(lang, first), elem_id="captions-drop")
                 self.chips = widget("chips", self._chips(lang), elem_id="captions-examples")
             with gr.Column(scale=7, min_width=300):
-                self.results = widget("captions", self._results(lang, self.first), elem_id="captions-results")
-        self.asked = kept(self.first)
-        self.inputs, self.outputs = [self.asked], [self.drop, self.chips, self.results]
+                self.results = widget("captions", self._results(lang, first), elem_id="captions-results")
+        self.asked = kept(first)
+        self.inputs, self.outputs = [self.asked], [self.asked, self.drop, self.chips, self.results]
         self.arrival = [self.asked, self.drop, self.results]
         listen(self.drop.files, self._take, [language, self.asked], self.arrival, work="search")
         listen(self.chips.pick, self._pick, [language], self.arrival)
         self.explanation.listen(self.results.why, self._why, [language, self.asked])
 
     def translate(self, lang: str, *inputs: Any) -> list[Any]:
-        """Rank the captions of the other language for the same picture."""
+        """Rank the captions of the other language for the same picture, unless the gallery has lost it."""
         (asked,) = inputs
-        return [self._drop(lang, asked), self._chips(lang), self._results(lang, asked)]
+        if not asked.photo and self.engine.gallery.picture(asked.name) is None:
+            asked = replace(self.first, bad_file=asked.bad_file, error=asked.error)
+        return [asked, self._drop(lang, asked), self._chips(lang), self._results(lang, asked)]
 
     def _take(self, lang: str, asked: Asked, event: gr.EventData) -> list[Any]:
         uploads = uploads_of(event._data)
@@ -91,7 +96,7 @@ class CaptionsTab:
 
     def arrive(self, lang: str, asked: str) -> list[Any]:
         """Show the gallery's picture of this id, or what is shown first."""
-        picture = self.by_id.get(asked)
+        picture = self.engine.gallery.picture(asked)
         now = self._of_gallery(picture) if picture else self.first
         return [now, self._drop(lang, now), self._results(lang, now)]
 
@@ -99,10 +104,12 @@ class CaptionsTab:
         return self.arrive(lang, picked(event))
 
     def _why(self, lang: str, asked: Asked, event: gr.EventData) -> Pair | None:
-        row = self.rows.get(picked(event))
+        gallery = self.engine.gallery
+        row = gallery.caption_rows.get(picked(event))
         if row is None or asked.embed is None:
             return None
-        gallery = self.engine.gallery
+        if not asked.photo and gallery.picture(asked.name) is None:
+            return None
         image = open_image(asked.photo) if asked.photo else self.engine.picture_image(asked.name)
         embed = gallery.texts[torch.tensor([row])][0]
         shown = float(asked.embed @ embed)  # as the list says, not as the smaller copy would have it
@@ -112,8 +119,11 @@ class CaptionsTab:
         return Asked(self.engine.picture_embed(picture.id), self.examples.preview(picture), picture.id)
 
     def _name(self, lang: str, asked: Asked) -> str:
-        picture = None if asked.photo else self.by_id.get(asked.name)
-        return (self.examples.query(picture, lang) if picture else "") or asked.name
+        picture = None if asked.photo else self.engine.gallery.picture(asked.name)
+        return (self._title(picture, lang) if picture else "") or asked.name
+
+    def _title(self, picture: Picture, lang: str) -> str:
+        return self.examples.query(picture, lang) or self.examples.name(picture, lang)
 
     def _drop(self, lang: str, asked: Asked) -> Value:
         name = self._name(lang, asked)
@@ -125,7 +135,7 @@ class CaptionsTab:
 
     def _chips(self, lang: str) -> Value:
         items = [
-            {"id": picture.id, "text": self.examples.query(picture, lang) or picture.id, "image": image}
+            {"id": picture.id, "text": self._title(picture, lang) or picture.id, "image": image}
             for picture, image in ((picture, self.examples.image_of(picture)) for picture in self.examples.described)
         ]
         return {"label": text(lang, "captions.example"), "items": items}

@@ -64,8 +64,8 @@ class EvaluateTab:
 
     def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: Explanation) -> None:
         self.engine, self.examples = engine, examples
-        self.by_id = {picture.id: picture for picture in engine.gallery.pictures}
-        self.example = lru_cache(len(LANGUAGES))(lambda lang: gallery_trial(engine.gallery, lang))
+        self.by_id = {picture.id: picture for picture in engine.starter.pictures}
+        self.example = lru_cache(len(LANGUAGES))(lambda lang: gallery_trial(engine.starter, lang))
         self.tasks = Tasks()
         self.arrival: list[Any] = []
 

@@ -5,13 +5,14 @@ For the starter gallery they are chosen by hand; any other gallery gets them fro
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from urllib.parse import quote
 
 from alignment.engine import AlignmentEngine, as_webp
-from alignment.gallery import Picture
-from alignment.preprocess import InputError, open_image
+from alignment.gallery import Gallery, Picture
+from alignment.preprocess import InputError, legible, open_image
 from alignment.ui.strings import strings, text
 from alignment.ui.widgets import data_url
 
@@ -26,14 +27,48 @@ THUMBNAIL_ROUTE = "thumbnails/{id}.webp"
 class Examples:
     """Pictures and queries of a gallery that are worth showing first."""
 
-    def __init__(self, engine: AlignmentEngine) -> None:
-        self.engine = engine
-        by_id = {picture.id: picture for picture in engine.gallery.pictures}
-        shown = (by_id[id] for id in dict.fromkeys((*FAVOURITES, *by_id)) if id in by_id and engine.can_show(id))
-        self.pictures = list(islice(shown, NUM_SAMPLE))  # of a large gallery no more files are looked for
-        described = [by_id[id] for id in DESCRIBED if id in by_id and engine.can_show(id)]
-        self.described = (described or self.pictures)[:NUM_CHIPS]
+    def __init__(self, engine: AlignmentEngine, gallery: Gallery | None = None) -> None:
+        """Choose them.
+
+        Args:
+            engine: shows the pictures.
+            gallery: where to choose; from whichever gallery the engine searches if left out.
+        """
+        self.engine, self._gallery = engine, gallery
+        self._chosen: tuple[Gallery, list[Picture], list[Picture]] | None = None
         self.preview = lru_cache(NUM_SAMPLE)(self._preview)
+
+    @property
+    def gallery(self) -> Gallery:
+        """The gallery that they are chosen from."""
+        return self._gallery or self.engine.gallery
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Pictures that are shown before anything is asked."""
+        return self._choose()[1]
+
+    @property
+    def described(self) -> list[Picture]:
+        """Pictures to find captions for."""
+        return self._choose()[2]
+
+    def _choose(self) -> tuple[Gallery, list[Picture], list[Picture]]:
+        gallery, chosen = self.gallery, self._chosen
+        if chosen is None or chosen[0] is not gallery:
+            known = gallery.picture_rows
+
+            def shown(ids: Iterable[str]) -> Iterator[Picture]:
+                return (gallery.pictures[known[id]] for id in ids if id in known and self.engine.can_show(id))
+
+            # Of a large gallery no more files are looked for.
+            pictures = list(islice(shown(dict.fromkeys((*FAVOURITES, *known))), NUM_SAMPLE))
+            chosen = self._chosen = gallery, pictures, (list(shown(DESCRIBED)) or pictures)[:NUM_CHIPS]
+        return chosen
+
+    def name(self, picture: Picture, lang: str) -> str:
+        """Say what a picture is called: by its caption, else by its file where visitors may read that; "" if not."""
+        return picture.caption(lang) or (legible(picture.source) if self.engine.names_files else "")
 
     @property
     def are_samples(self) -> bool:
@@ -56,7 +91,7 @@ class Examples:
 
     def image_of(self, picture: Picture) -> str:
         """Address of a gallery picture's thumbnail, relative to the page."""
-        version = self.engine.gallery.stamp.fingerprint[:8]
+        version = (picture.file.sha256 if picture.file else self.engine.encoder.fingerprint)[:8]
         return f"{THUMBNAIL_ROUTE.format(id=quote(picture.id, safe=''))}?{version}"
 
     def _preview(self, picture: Picture) -> str:

@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import gradio as gr
+import torch
 
 from alignment.engine import AlignmentEngine, Term, as_webp
 from alignment.preprocess import InputError, open_image
@@ -29,7 +30,6 @@ class PicturesTab:
 
     def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: Explanation) -> None:
         self.engine, self.examples, self.explanation = engine, examples, explanation
-        self.by_id = {picture.id: picture for picture in engine.gallery.pictures}
 
     def build(self, language: Any, lang: str) -> None:
         """Lay the tab out."""
@@ -106,9 +106,11 @@ class PicturesTab:
         return self._like(lang, typed, asked, event, -1.0)
 
     def _like(self, lang: str, typed: str, asked: Asked, event: gr.EventData, weight: float) -> list[Any]:
-        pictures, picture = asked.pictures, self.by_id.get(picked(event))
-        if picture:
-            term = Term(weight=weight, picture=picture.id, embed=self.engine.picture_embed(picture.id))
+        gallery = self.engine.gallery
+        pictures, row = asked.pictures, gallery.picture_rows.get(picked(event))
+        if row is not None:
+            picture = gallery.pictures[row]
+            term = Term(weight=weight, picture=picture.id, embed=gallery.images[torch.tensor([row])][0])
             pictures = liked(pictures, Added(term, self.examples.image_of(picture)))
         return self._shown(lang, ask(self.engine, typed, pictures))
 
@@ -131,12 +133,13 @@ class PicturesTab:
 
     def _why(self, lang: str, asked: Asked, event: gr.EventData) -> Pair | None:
         """Explain the first caption that was asked for: it is the part that has words."""
-        picture = self.by_id.get(picked(event))
-        if picture is None or asked.query is None or not asked.query.wanted_captions:
+        gallery, id = self.engine.gallery, picked(event)
+        row = gallery.picture_rows.get(id)
+        if row is None or asked.query is None or not asked.query.wanted_captions:
             return None
         term = asked.query.wanted_captions[0]
-        shown = None if term.embed is None else float(term.embed @ self.engine.picture_embed(picture.id))
-        return Pair(self.engine.picture_image(picture.id), self._name(lang, picture.id), term.text, shown)
+        shown = None if term.embed is None else float(term.embed @ gallery.images[torch.tensor([row])][0])
+        return Pair(self.engine.picture_image(id), self._name(lang, id), term.text, shown)
 
     # ------------------------------------------------------------ what is shown
 
@@ -147,8 +150,8 @@ class PicturesTab:
         return {"label": text(lang, "pictures.query"), "placeholder": text(lang, "pictures.placeholder")}
 
     def _name(self, lang: str, id: str) -> str:
-        picture = self.by_id.get(id)
-        return (picture.caption(lang) if picture else "") or id
+        picture = self.engine.gallery.picture(id)
+        return (self.examples.name(picture, lang) if picture else "") or id
 
     def _composer(self, lang: str, asked: Asked) -> Value:
         names = [added.name or self._name(lang, added.term.picture) for added in asked.pictures]
@@ -176,7 +179,8 @@ class PicturesTab:
         found = self.engine.search_images(asked.query, NUM_RESULTS)
         actions = ("why", "more", "less") if asked.query.wanted_captions else ("more", "less")
         total = len(gallery.pictures)
-        return pictures_value(found, lang, self.examples.image_of, total=total, actions=actions)
+        named = self.engine.names_files
+        return pictures_value(found, lang, self.examples.image_of, total=total, actions=actions, named=named)
 
 
 SEARCH_BOX: dict[str, Any] = {

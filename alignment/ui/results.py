@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from alignment.gallery import Caption, Found, Match, Picture
-from alignment.preprocess import InputError
+from alignment.preprocess import InputError, legible
 from alignment.ui.strings import error_text, text
 
 Value = dict[str, Any]
@@ -41,6 +41,7 @@ def pictures_value(
     *,
     total: int,
     own: bool = False,
+    named: bool = False,
     actions: Sequence[str] = ("why", "more", "less"),
 ) -> Value:
     """Lay ranked pictures out for `pictures.js`, those that are nearly the same folded under the best of them.
@@ -51,12 +52,13 @@ def pictures_value(
         image_of: address of a picture's thumbnail.
         total: how many pictures competed.
         own: whether they are the visitor's; these are called by their file's name.
+        named: whether others that have no caption are called so too.
         actions: what can be done with a result.
     """
 
     def card(match: Match[Picture]) -> Value:
         picture = match.item
-        words = picture.source if own else picture.caption(lang)
+        words = picture.source if own else picture.caption(lang) or (legible(picture.source) if named else "")
         known: Value = {"id": picture.id, "image": image_of(picture), "alt": words or picture.id, "text": words}
         known |= {"credit": picture.credit, "lang": lang if not own and lang in picture.captions else None}
         return known

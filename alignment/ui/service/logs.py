@@ -16,7 +16,7 @@ from pathlib import Path
 _FIELDS = "service"
 _FOREIGN = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 _OURS = "alignment"
-_QUOTABLE = tuple(f"{_OURS}.{part}" for part in ("gallery", "index", "model", "ui.service"))
+_QUOTABLE = tuple(f"{_OURS}.{part}" for part in ("engine.photo_folder", "gallery", "index", "model", "ui.service"))
 """They speak of what the operator chose; the others see what visitors send."""
 
 

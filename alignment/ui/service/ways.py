@@ -14,6 +14,7 @@ Way = Literal["asset", "look", "ask", "upload", "answer", "health"]
 _ASSETS = ("/assets/", "/static/", "/svelte/", "/thumbnails/")
 _START = "/gradio_api/startup-events"  # Gradio asks itself for this once it serves
 _FILES = (_START, "/theme.css", "/gradio_api/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon")
+_NEWS = ("/gradio_api/queue/status", "/scan")
 _LOOKS = ("/", "/config", "/gradio_api/info", "/gradio_api/openapi.json")
 _STREAMS = ("/gradio_api/call/", "/gradio_api/heartbeat/")
 _ASKS = ("/gradio_api/call/", "/gradio_api/run/")
@@ -46,7 +47,7 @@ def way_of(method: str, path: str) -> Way | None:
 
 
 def _read(path: str) -> Way | None:
-    if path.startswith(_ASSETS) or path in _FILES or path == "/gradio_api/queue/status":
+    if path.startswith(_ASSETS) or path in (*_FILES, *_NEWS):
         return "asset"
     if path in _LOOKS:
         return "look"
