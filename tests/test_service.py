@@ -119,6 +119,79 @@ def refused(response: httpx.Response, status: int, code: str) -> str:
     return said["error"]
 
 
+# ---------------------------------------------------------------- behind another server, below a path
+
+
+class Proxy(httpx.HTTPTransport):
+    """A server in front of the page, which shows it at https://photos.example/search/."""
+
+    def __init__(self, address: httpx.URL, strips: bool) -> None:
+        super().__init__(trust_env=False)
+        self.address, self.strips = address, strips
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        assert request.url.host == "photos.example"
+        path = request.url.raw_path
+        assert path.startswith(b"/search")
+        inside = self.address.copy_with(raw_path=path.removeprefix(b"/search") if self.strips else path)
+        told = {"host": "photos.example", "x-forwarded-proto": "https", "x-forwarded-for": "198.51.100.7"}
+        headers = {**request.headers, **told}
+        return super().handle_request(httpx.Request(request.method, inside, headers=headers, content=request.read()))
+
+
+@pytest.mark.parametrize("strips", [True, False], ids=["stripped", "kept"])
+@pytest.mark.parametrize("written", ["/search", "search/"])
+def test_the_page_works_below_a_path(strips, written, serve):
+    inner = serve(root_path=written, proxies=1)
+    public = "https://photos.example/search"
+    with httpx.Client(transport=Proxy(inner.base_url, strips), base_url=public, timeout=60) as client:
+        page = client.get("/?q=a&lang=en")
+        assert page.status_code == 200
+        assert f'"root":"{public}"' in page.text.replace(" ", "")
+        assert "Path=/search/;" in page.headers["set-cookie"]
+        config = client.get("/config").json()
+        assert config["root"] == public
+        assert client.get("/healthz").json()["status"] == "ok"
+        script = re.search(r'src="\.(/assets/[^"]+\.js)"', page.text)
+        assert script
+        assert client.get(script[1]).status_code == 200
+        found = json.loads(answer(client, ask(client)).partition("event: complete\ndata: ")[2])[0]
+        thumbnail = client.get(f"/{found['matches'][0]['thumbnail']}")
+        assert thumbnail.headers["content-type"] == "image/webp"
+        photo = client.post("/gradio_api/upload", files={"files": ("a.png", thumbnail.content)})
+        assert photo.status_code == 200
+        refused(client.get("/gradio_api/file=/etc/passwd"), 404, "closed")
+    assert inner.get("/config").json()["root"].endswith("/search")  # on this machine too
+
+
+def test_the_page_of_a_path_without_its_slash_is_the_one_with_it(serve):
+    client = serve(root_path="/search")
+    there = client.get("/search?q=a%20cat")
+    assert (there.status_code, there.headers["location"]) == (307, "/search/?q=a%20cat")
+    assert client.get("/search").headers["location"] == "/search/"
+    assert client.get("/searching").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("", ""), ("/", ""), ("search", "/search"), ("/a/b-c_1.x/", "/a/b-c_1.x"), ("//x", "/x")]
+)
+def test_a_root_path_is_brought_into_form(written, read):
+    assert Settings(root_path=written).root_path == read
+
+
+@pytest.mark.parametrize("wrong", ["https://a.example/b", "/a b", "/a?b", "/../a", "/a//b", "/assets", "gradio_api/x"])
+def test_a_root_path_that_cannot_be_one_is_refused(wrong):
+    with pytest.raises(ValueError, match="--root-path"):
+        Settings(root_path=wrong)
+
+
+def test_gradios_own_variable_for_it_counts_too(monkeypatch):
+    monkeypatch.setenv("GRADIO_ROOT_PATH", "/old")
+    assert Settings.of(parsed()).root_path == "/old"
+    monkeypatch.setenv("ALIGNMENT_ROOT_PATH", "/new")
+    assert Settings.of(parsed()).root_path == "/new"
+
+
 # ---------------------------------------------------------------- settings
 
 

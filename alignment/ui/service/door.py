@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import gradio as gr
 from gradio.route_utils import FnIndexInferError
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alignment.ui.service import refusals
@@ -28,7 +29,7 @@ from alignment.ui.service.refusals import PAGE_LANGUAGE, Refusal
 from alignment.ui.service.room import CLIENT, ROOM, Room
 from alignment.ui.service.running import Running, waiting
 from alignment.ui.service.settings import Settings
-from alignment.ui.service.ways import Way, endpoint_of, way_of
+from alignment.ui.service.ways import Way, below, endpoint_of, way_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,14 @@ class Door:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return  # a websocket: nothing here speaks it
+        path = below(self._settings.root_path, scope["path"])
+        if path is None:
+            await RedirectResponse(
+                f"{self._settings.root_path}/?{scope['query_string'].decode('latin-1')}".rstrip("?")
+            )(scope, receive, send)
+            return
+        # From here on the page lies at the top; Gradio itself adds its path to the addresses that it tells.
+        scope.update(path=path, root_path="")
         passage = _Passage(scope, way_of(scope["method"], scope["path"]), scope["app"].get_blocks())
         address = address_of(scope, self._settings.proxies)
         scope.update({ROOM: self._room, CLIENT: address, REQUEST_ID: passage.id, OWNERS: self._owners})
@@ -215,7 +224,7 @@ class Door:
                 headers = MutableHeaders(scope=message)
                 headers.update({**_HEADERS, "X-Request-ID": passage.id})
                 if passage.scope["path"] == "/" and not cookie_of(passage.scope):
-                    headers.append("Set-Cookie", new_cookie(passage.scope))
+                    headers.append("Set-Cookie", new_cookie(passage.scope, self._settings.root_path))
             passage.sent += len(message.get("body", b""))
             await send(message)
 

@@ -44,9 +44,9 @@ def cookie_of(scope: Scope) -> str:
     return value if value.isascii() else ""
 
 
-def new_cookie(scope: Scope) -> str:
-    """Write the header that gives a browser its cookie, also where the page is framed by another one."""
-    cookie = f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; HttpOnly"
+def new_cookie(scope: Scope, root_path: str = "") -> str:
+    """Write the header that gives a browser its cookie for a page, also where the page is framed by another one."""
+    cookie = f"{COOKIE}={secrets.token_urlsafe(24)}; Path={root_path}/; HttpOnly"
     secure = scope["scheme"] == "https" or (b"x-forwarded-proto", b"https") in scope["headers"]
     return f"{cookie}; {'Secure; SameSite=None; Partitioned' if secure else 'SameSite=Lax'}"
 

@@ -69,7 +69,8 @@ class Service:
                 "lifespan": self._tidying,
                 "exception_handlers": REFUSED_BY_THE_FRAMEWORK,
             },
-            "head": f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
+            "root_path": self.settings.root_path,
+            "head": f"<link rel='icon' href='favicon.ico'>\n<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
             "state_session_capacity": _MOST_SESSIONS,
         }
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from dataclasses import dataclass, fields
 from typing import Any
+
+from alignment.ui.service.ways import OWN_NAMES
 
 LOGS = ("human", "json")
 
@@ -25,6 +28,7 @@ class Settings:
         disk_mb: the same of everybody together.
         sessions_mb: what the page remembers of everybody's pictures and results; the longest unused goes first.
         proxies: servers in front that tell the visitor's address in X-Forwarded-For; 0: nobody is believed.
+        root_path: where a server in front shows the page, as "/search"; "" for the top of its address.
         stop_seconds: how long a stop waits for what is under way.
         log: "human" or "json".
     """
@@ -39,13 +43,15 @@ class Settings:
     disk_mb: float = 8000
     sessions_mb: float = 1000
     proxies: int = 0
+    root_path: str = ""
     stop_seconds: float = 10
     log: str = "human"
 
     def __post_init__(self) -> None:
-        """Raise ValueError on a log that there is not; the command line itself does not look at its defaults."""
+        """Raise ValueError on what makes no sense; the command line itself does not look at its defaults."""
         if self.log not in LOGS:
             raise ValueError(f"{variable('log')} is {self.log!r}; it may be {' or '.join(LOGS)}.")
+        object.__setattr__(self, "root_path", read_root_path(self.root_path))
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Settings:
@@ -64,6 +70,7 @@ _HELP = {
     "disk_mb": "megabytes of everybody's uploads together",
     "sessions_mb": "megabytes that the page remembers of everybody's pictures and results",
     "proxies": "servers in front whose X-Forwarded-For is believed (on a Space: 1)",
+    "root_path": "path below which a server in front shows the page, such as /search; it may strip it or not",
     "stop_seconds": "seconds that a stop waits for requests under way",
     "log": "how to log: for people, or a JSON object a line",
 }
@@ -85,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         kinds: dict[str, dict[str, Any]] = {
             "float": {"type": _amount, "metavar": "N"},
             "int": {"type": _count, "metavar": "N"},
-            "str": {"choices": LOGS},
+            "str": {"choices": LOGS} if field.name == "log" else {"metavar": "PATH"},
         }
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
@@ -96,8 +103,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _default(name: str) -> object:
-    on_space = name == "proxies" and os.environ.get("SPACE_ID")
-    return 1 if on_space else getattr(Settings, name)
+    if name == "proxies" and os.environ.get("SPACE_ID"):
+        return 1
+    return os.environ.get("GRADIO_ROOT_PATH", "") if name == "root_path" else getattr(Settings, name)
+
+
+def read_root_path(written: str) -> str:
+    """Bring a path to the form "/search"; "" for the top.
+
+    Raises:
+        ValueError: when it is no path, or begins like an address of the page's own.
+    """
+    path = "/" + written.strip("/")
+    if not re.fullmatch(r"(/[\w~-][\w.~-]*)+|/", path, re.ASCII) or path.split("/")[1] in OWN_NAMES:
+        raise ValueError(
+            f"--root-path is {written!r}; it is a path such as /search, without host and query, of letters, digits and "
+            f"'-', '_', '.', '~', and does not begin with one of {', '.join(sorted(OWN_NAMES))}."
+        )
+    return path.rstrip("/")
 
 
 def _amount(written: str) -> float:

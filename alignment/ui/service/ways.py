@@ -19,6 +19,21 @@ _STREAMS = ("/gradio_api/call/", "/gradio_api/heartbeat/")
 _ASKS = ("/gradio_api/call/", "/gradio_api/run/")
 _TOOLS = "/gradio_api/mcp"
 
+OWN_NAMES = frozenset(path.split("/")[1] for path in (*_ASSETS, *_FILES, *_LOOKS, "/healthz") if path != "/")
+"""First parts of the addresses above."""
+
+
+def below(root_path: str, path: str) -> str | None:
+    """Take the path of the page off an address, where a server in front has left it on.
+
+    Returns:
+        The address as the page knows it; None for the page's own path without a slash, relative to which its files
+        would be looked for in the wrong place.
+    """
+    if not root_path or not f"{path}/".startswith(f"{root_path}/"):
+        return path
+    return path[len(root_path) :] or None
+
 
 def way_of(method: str, path: str) -> Way | None:
     """Tell what a request is; None if there is nothing at its address."""
