@@ -18,6 +18,18 @@ from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, f
 logger = logging.getLogger(__name__)
 
 
+class AmbiguousNames(ValueError):
+    """Nothing decides which of several pictures is meant.
+
+    Attributes:
+        names: that may mean several.
+    """
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
 @dataclass(frozen=True)
 class Pair:
     """An image with the captions that describe it.
@@ -150,11 +162,12 @@ class Collection:
         """Merge the rows of each picture and log what happened.
 
         Raises:
-            ValueError: when no picture is left, or nothing decides which of several a name means.
+            AmbiguousNames: when nothing decides which of several pictures a name means.
+            ValueError: when no picture is left.
         """
         self._settle_claims()
         if self._ambiguous:
-            raise ValueError(f"{title}: {self._ambiguity()}")
+            raise AmbiguousNames(f"{title}: {self._ambiguity()}", list(self._ambiguous))
         pairs = [self._merge(path, rows) for path, rows in self.rows.items()]
         left_out = "; ".join(f"{len(what)} {reason} ({few(what)})" for reason, what in self.skipped.items())
         if not pairs and not may_be_empty:
