@@ -255,13 +255,6 @@ def test_excel_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert read(file) == {"a.jpg": ("ein Hund läuft",)}
 
 
-def test_a_table_that_is_not_utf_8_says_so(tmp_path: Path) -> None:
-    file = tmp_path / "t.csv"
-    file.write_text("image,caption\na.jpg,一只狗\n", encoding="gb18030")
-    with pytest.raises(ValueError, match="saved as UTF-8"):
-        read_pairs(file)
-
-
 def test_captions_written_as_a_json_list_in_a_cell(tmp_path: Path) -> None:
     picture(tmp_path / "a.jpg")
     with (tmp_path / "t.csv").open("w", newline="", encoding="utf-8") as handle:
@@ -299,7 +292,7 @@ def test_a_table_of_something_else_does_not_hide_the_pictures(tmp_path: Path) ->
 
 def test_a_table_without_an_image_column_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "t.csv", "url,caption\nx,y\n")
-    with pytest.raises(ValueError, match=r"lines whose columns \['url', 'caption'\] name no image \(t.csv\)"):
+    with pytest.raises(ValueError, match=r"t\.csv.*\(url, caption\) names pictures"):
         read_pairs(file)
 
 
@@ -494,7 +487,7 @@ def test_many_problems_are_summed_up(tmp_path: Path, caplog: pytest.LogCaptureFi
     picture(tmp_path / "a.png")
     rows = "\n".join(f"no{number}.png,x" for number in range(100))
     read_pairs(write(tmp_path / "t.csv", f"image,caption\na.png,x\n{rows}\n"))
-    assert "left out 100 missing pictures (no0.png, no1.png, no2.png, ...)" in caplog.text
+    assert "left out 100 missing pictures (no0.png, no1.png, no2.png and 97 more)" in caplog.text
     assert len(caplog.records) == 1
 
 

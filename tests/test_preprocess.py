@@ -507,6 +507,27 @@ def test_a_caption_is_cleaned() -> None:
     assert clean_caption("lone \ud800 surrogate").encode() == b"lone surrogate"
 
 
+@pytest.mark.parametrize(
+    ("text", "caption"),
+    [
+        ("an astro\u00adnaut", "an astronaut"),
+        ("an astro\u200bnaut", "an astronaut"),
+        ("an\u2060 astro\u200d\u200cnaut\ufeff", "an astronaut"),
+        ("a\u200d dog\ufe0f", "a dog"),
+        ("一只\u200b狗", "一只狗"),
+        ("cafe\u0301", "café"),
+        ("\u1112\u1161\u11ab", "한"),
+        ("می\u200cخواهم\u200c", "می\u200cخواهم"),  # Persian parts letters by it
+        ("क्\u200dष", "क्\u200dष"),
+        ("ന്\u200d മ", "ന്\u200d മ"),
+        ("❤️ 1️⃣ 🏴\U000e0067\U000e0062\U000e007f", "❤️ 1️⃣ 🏴\U000e0067\U000e0062\U000e007f"),
+        ("a\U000e0067 dog", "a dog"),
+    ],
+)
+def test_what_does_not_show_changes_no_caption(text: str, caption: str) -> None:
+    assert clean_caption(text) == caption
+
+
 @pytest.mark.parametrize("text", ["", " \n\t", "\u200b\ufeff", "\x00"])
 def test_an_empty_caption_is_refused(text: str) -> None:
     with pytest.raises(InputError) as caught:

@@ -103,6 +103,10 @@ FORMS = {
     "flickr8k": {"Flickr8k.token.txt": in_lines("{name}#0\t{text}")},
     "karpathy": {"dataset_mine.json": json.dumps(KARPATHY)},
     "coco": {"captions_val2017.json": json.dumps(COCO)},
+    "utf-16": {"captions.csv": TABLE.encode("utf-16")},
+    "without a header": {"captions.csv": TABLE.removeprefix("image,caption\n")},
+    "map": {"captions.json": json.dumps({f"{seed}.png": text for seed, text in enumerate(CAPTIONS)})},
+    "coco by another name": {"annotations.json": json.dumps(COCO)},
     "texts beside": {f"{seed}.txt": text for seed, text in enumerate(CAPTIONS)},
 }
 
@@ -164,9 +168,17 @@ def test_what_is_left_out_is_named_with_its_reason(engine, zipped):
         "kind": ["run.exe", "inner.zip"],
         "missing pictures": ["lost.png"],
         "empty captions": ["1.png"],
+        "pictures that no caption names": ["lonely.png"],
         "doubles": ["copy.png"],
         "image.not_an_image": ["bad.jpg"],
     }
+
+
+def test_an_open_quotation_mark_and_a_long_caption_are_named(engine, zipped):
+    table = TABLE.replace("1.png,", '1.png,"').replace("two cats", " ".join(["cat"] * 80))
+    found = measured(engine, zipped({**PICTURES, "captions.csv": table}))
+    assert (found.num_images, found.num_texts) == (3, 3)
+    assert set(found.left_out) == {"lines with a quotation mark that is not closed", "cut"}
 
 
 def test_pictures_without_captions_are_counted(engine, zipped):
@@ -242,8 +254,15 @@ def test_shards_inside_an_archive_are_not_opened(engine, zipped):
         ({**PICTURES, "captions.csv": TABLE, "more.csv": TABLE}, "trial.unreadable"),
         ({**PICTURES, "captions_x.json": '{"images": [{}], "annotations": 5}'}, "trial.unreadable"),
         ({**PICTURES, "captions_x.json": '{"images": ' + "[" * 50_000}, "trial.unreadable"),
-        ({**PICTURES, "captions.csv": TABLE.encode("utf-16")}, "trial.few"),
-        ({**PICTURES, "metadata.jsonl": b'{"file_name": "\xff"}'}, "trial.unreadable"),
+        ({**PICTURES, "metadata.jsonl": b'{"file_name": "\xff"}'}, "trial.unread"),
+        (
+            {**PICTURES, "captions.csv": "image,first,second\n0.png,one here,two there\n1.png,three here,four there\n"},
+            "trial.unread",
+        ),
+        (
+            {**{f"{a}/{name}": PICTURES[name] for a in "xy" for name in PICTURES}, "captions.csv": TABLE},
+            "trial.ambiguous",
+        ),
         ({**PICTURES, "captions.csv": TABLE + "\n0.png,x" * 60_000}, "trial.lines"),
         (
             {**PICTURES, "captions.csv": "image,caption\n" + "".join(f"{row % 2}.png,x{row}\n" for row in range(6000))},

@@ -121,6 +121,10 @@ class AlignmentEngine:
         """Embed captions, (n, embed_dim). Raises InputError when one is empty or too long."""
         return self._encode_texts([clean_caption(caption) for caption in captions])
 
+    def cut_captions(self, captions: Sequence[str]) -> list[str]:
+        """List the captions that are longer than the model reads."""
+        return self.encoder.preprocessor.cut(captions)
+
     def search_captions(self, image: ImageSource | Tensor, k: int = 10, lang: str | None = None) -> Found[Caption]:
         """Find the gallery's captions that fit a picture.
 

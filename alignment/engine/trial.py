@@ -8,7 +8,6 @@ if it lies in the folder, and nobody learns whether a file exists outside of it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections import defaultdict
@@ -35,10 +34,11 @@ from alignment.evaluate import (
 from alignment.evaluate.examples import Example
 from alignment.gallery import Gallery
 from alignment.model import together
-from alignment.pairs import ImagePrint, Pair, Reading, merge_duplicates, read_data
+from alignment.pairs import AmbiguousNames, ImagePrint, Pair, Reading, merge_duplicates, read_data
 from alignment.preprocess import ImageSource, InputError, legible, open_image
 
 MAX_TRIAL_PICTURES, MAX_TRIAL_CAPTIONS = 500, 5000
+FEWEST = 2
 MAX_PICTURE_MB, MAX_TABLE_MB = 30, 10
 MAX_LINES = 60_000
 """Lines of the annotations; all of Flickr8k's are 40,460."""
@@ -53,7 +53,7 @@ SHOWN = 5
 THUMBNAIL_PIXELS = 200
 RESAMPLES = 1000
 
-_TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".token")
+_TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".token", ".caption")
 _PICTURES_AT_ONCE, _CAPTIONS_AT_ONCE = 8, 128
 _CAPTION_COST = 0.1  # of a picture's; far less for the compact model, somewhat more for others
 
@@ -66,6 +66,9 @@ class Embedder(Protocol):
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
         """Embed captions, (n, embed_dim)."""
+
+    def cut_captions(self, captions: Sequence[str]) -> list[str]:
+        """List the captions that are longer than the model reads."""
 
 
 @dataclass(frozen=True)
@@ -299,10 +302,13 @@ def _data_root(folder: Path) -> Path:
 def _read(root: Path, left_out: defaultdict[str, list[str]]) -> list[Pair]:
     """Read what is annotated; a name outside the folder comes to nothing, whether there is such a file or not."""
     reading = _reading(root)
-    if not any(pair.captions for pair in reading.pairs) and _collect_texts(root):
-        reading = _reading(root)
-    for reason, what in reading.left_out.items():
-        left_out[reason] += what
+    for found in (reading.left_out, reading.repaired):
+        for reason, what in found.items():
+            left_out[reason] += what
+    if reading.unread and sum(bool(pair.captions) for pair in reading.pairs) < FEWEST:
+        message = "{name} cannot be read as captions; save it as CSV in UTF-8, with the columns image and caption."
+        raise InputError(message, "trial.unread", name=legible(next(iter(reading.unread)), MAX_NAME))
+    left_out["unread"] += reading.unread
     pairs = []
     for pair in reading.pairs:
         if not Path(os.path.realpath(pair.image)).is_relative_to(root):  # the reader sees to that; nothing else may
@@ -317,26 +323,12 @@ def _read(root: Path, left_out: defaultdict[str, list[str]]) -> list[Pair]:
 def _reading(root: Path) -> Reading:
     try:
         return read_data(root, trusted=False)
+    except AmbiguousNames as error:
+        message = "{name} may mean several pictures in the zip file; write the folder before the names."
+        raise InputError(message, "trial.ambiguous", name=legible(error.names[0], MAX_NAME)) from error
     except (ValueError, OSError, RecursionError, MemoryError, ArithmeticError, LookupError) as error:
         message = "The captions file cannot be read as any of the forms listed; compare it with the example."
         raise InputError(message, "trial.unreadable") from error
-
-
-def _collect_texts(root: Path) -> bool:
-    """Gather captions that lie beside their pictures, `cat.jpg` and `cat.txt`, into a table."""
-    lines = []
-    for file in sorted(root.rglob("*.txt")):
-        captions = file.read_text("utf-8-sig", "replace").splitlines()
-        for picture in (file.with_suffix(ending) for ending in PICTURE_ENDINGS):
-            if picture.is_file():
-                line = {"file_name": _name(str(picture), root), "caption": captions}
-                lines.append(json.dumps(line, ensure_ascii=False))
-                break
-    table = root / "metadata.jsonl"
-    if not lines or table.exists():
-        return False
-    table.write_text("\n".join(lines), "utf-8")
-    return True
 
 
 def _without_doubles(pairs: list[Pair], root: Path, left_out: defaultdict[str, list[str]]) -> list[Pair]:
@@ -380,6 +372,7 @@ def _measure_pairs(
         yield Doing("captions", start, len(texts), (len(pairs) + _CAPTION_COST * start) / work)
         text_embeds.append(engine.embed_captions(texts[start : start + _CAPTIONS_AT_ONCE]))
     _check_size(len(read), len(texts))
+    left_out["cut"] += engine.cut_captions(texts)
     embedded = Embedded(
         [_name(pair.image, root) for pair in read],
         texts,
@@ -392,7 +385,7 @@ def _measure_pairs(
 
 
 def _check_size(pictures: int, captions: int) -> None:
-    if pictures < 2:
+    if pictures < FEWEST:
         message = "Fewer than two pictures in the zip file have a caption; compare its captions file with the example."
         raise InputError(message, "trial.few")
     if pictures > MAX_TRIAL_PICTURES:

@@ -14,7 +14,7 @@ from pathlib import Path
 from alignment.evaluate.class_folders import LabelledImages, read_class_folders, read_templates
 from alignment.evaluate.eccv import EccvData, read_eccv
 from alignment.model import find_device
-from alignment.pairs import Pair, read_pairs
+from alignment.pairs import Pair, Reading, read_data
 
 _EXAMPLES_OF_USE = """\
 examples:
@@ -41,12 +41,14 @@ class Task:
 
     Attributes:
         pairs: images with captions.
+        reading: what of the data set they are from was left out.
         eccv: COCO's test split with its ids.
         photos: pictures with classes.
         templates: sentences around class names, if not the usual ones.
     """
 
     pairs: Sequence[Pair] | None
+    reading: Reading | None
     eccv: EccvData | None
     photos: LabelledImages | None
     templates: Sequence[str] | None
@@ -150,13 +152,15 @@ def read_task(arguments: argparse.Namespace) -> Task:
         ValueError: when it cannot be read or is not what it should be.
     """
     pairs: Sequence[Pair] | None = None
+    reading = None
     eccv = photos = None
     templates = read_templates(arguments.templates) if arguments.templates else None
     if arguments.zero_shot:
         photos = read_class_folders(arguments.zero_shot, arguments.class_names)
     if arguments.data:
-        pairs = read_pairs(arguments.data, format=arguments.format, split=arguments.split)
+        reading = read_data(arguments.data, format=arguments.format, split=arguments.split)
+        pairs = reading.pairs
     if arguments.eccv and pairs is not None:
         eccv = read_eccv(pairs, Path(arguments.data))
         pairs = eccv.pairs
-    return Task(pairs, eccv, photos, templates)
+    return Task(pairs, reading, eccv, photos, templates)

@@ -35,7 +35,7 @@ from alignment.evaluate.page import comparison_page, report_page
 from alignment.evaluate.retrieval import evaluate_embedded, report_table
 from alignment.evaluate.zero_shot import class_ranks, compare_zero_shot, zero_shot_line, zero_shot_report
 from alignment.model import DualEncoder
-from alignment.pairs import Pair
+from alignment.pairs import Pair, told, told_cut
 from alignment.preprocess import few
 
 logger = logging.getLogger(__name__)
@@ -52,12 +52,16 @@ class Measured:
         embedded: the captioned images.
         class_ranks: of the pictures with classes.
         eccv: the figures of `eccv_metrics`.
+        cut: captions longer than the model reads.
+        max_length: tokens it reads.
     """
 
     fingerprint: str
     embedded: Embedded | None
     class_ranks: Tensor | None
     eccv: Mapping[str, float] | None
+    cut: Sequence[str]
+    max_length: int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,14 +97,16 @@ def _measure(name: str, task: Task, arguments: argparse.Namespace) -> Measured:
     """Load a model and let it encode everything; it is let go before the next one comes."""
     encoder = DualEncoder.load(name, revision=arguments.revision, device=arguments.device)
     embedded = ranks = eccv = None
+    cut: Sequence[str] = ()
     options: dict[str, Any] = {"batch_size": arguments.batch_size, "progress": _Progress()}
     if task.pairs is not None:
         embedded = embed_pairs(encoder, task.pairs, **options)
+        cut = encoder.preprocessor.cut(embedded.texts)
     if task.photos is not None:
         ranks = class_ranks(encoder, task.photos, templates=task.templates, **options)
     if task.eccv is not None and embedded is not None:
         eccv = evaluate_eccv(embedded, task.eccv)
-    return Measured(encoder.fingerprint, embedded, ranks, eccv)
+    return Measured(encoder.fingerprint, embedded, ranks, eccv, cut, encoder.preprocessor.max_length)
 
 
 def _report(arguments: argparse.Namespace, task: Task) -> None:
@@ -122,6 +128,8 @@ def _report(arguments: argparse.Namespace, task: Task) -> None:
     if found.eccv is not None:
         print(eccv_table(found.eccv))
         content["eccv"] = dict(found.eccv)
+    _say_reading(task, found)
+    content |= _reading(task, found)
     _write_json(arguments.json, content)
     if arguments.html:
         looked_at = _worst(found.embedded) if found.embedded else ()
@@ -148,10 +156,29 @@ def _compare(arguments: argparse.Namespace, task: Task) -> None:
     if before.eccv is not None and after.eccv is not None:
         content["eccv"] = [dict(before.eccv), dict(after.eccv)]
         print(f"\nModel A\n{eccv_table(before.eccv)}\n\nModel B\n{eccv_table(after.eccv)}")
+    _say_reading(task, before, after)
+    content |= _reading(task, before, after)
     _write_json(arguments.json, content)
     if arguments.html:
         names = (arguments.compare[0], arguments.compare[1])
         _write_page(arguments.html, comparison_page(names, _facts(arguments, task), metrics, *looked_at))
+
+
+def _say_reading(task: Task, *measured: Measured) -> None:
+    """Say what of the data was left out, repaired, not read or cut."""
+    lines = told(task.reading) if task.reading else []
+    for found in measured:
+        lines += told_cut(found.cut, found.max_length)
+    for line in dict.fromkeys(lines):
+        print(f"- {line}")
+
+
+def _reading(task: Task, *measured: Measured) -> dict[str, Any]:
+    """Lay out for programs what `_say_reading` says."""
+    if task.reading is None:
+        return {}
+    read = {name: dict(getattr(task.reading, name)) for name in ("left_out", "repaired", "unread")}
+    return {**read, "cut": [{"max_tokens": found.max_length, "captions": len(found.cut)} for found in measured]}
 
 
 def _worst(embedded: Embedded) -> tuple[Sequence[Example], Sequence[FalseNegative]]:

@@ -61,6 +61,9 @@ class BuildReport:
         skipped: name and reason of each picture that could not be read.
         errors: what was raised for those whose file is to blame, by their name.
         left_out: reason -> what reading the source left out for it.
+        repaired: what was read although something is wrong with it -> where.
+        unread: files of captions in the source of which nothing could be read -> why.
+        cut: captions that are longer than the model reads.
         unlisted: folders of the source that could not be listed.
         held: pictures, in those folders or not readable now, that the gallery keeps as they were.
     """
@@ -70,13 +73,16 @@ class BuildReport:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     errors: dict[str, InputError] = field(default_factory=dict)
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
+    cut: Sequence[str] = ()
     unlisted: Sequence[str] = ()
     held: list[str] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the source could be looked at to its end."""
-        return not (self.unlisted or self.held)
+        """Whether all of the source could be looked at."""
+        return not (self.unlisted or self.held or self.unread)
 
 
 def build_gallery(
@@ -126,6 +132,7 @@ def build_gallery(
         remote.check()
     report = report or BuildReport()
     pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split, report)
+    report.cut = encoder.preprocessor.cut(caption.text for caption in captions)
     with sole_writer(out, patience=patience):
         finish_writing(out)
         arguments = progress or (lambda done, total: None), report, calibrate, remote
@@ -183,7 +190,8 @@ def _read_source(
         pictures, captions = read_hand_written(folder)
         return (share.of(pictures), share.of(captions), stamp) if share else (pictures, captions, stamp)
     reading = read_data(source, format=format, split=split, share=share)
-    report.left_out, report.unlisted = reading.left_out, reading.unlisted
+    report.left_out, report.repaired = reading.left_out, reading.repaired
+    report.unlisted, report.unread = reading.unlisted, reading.unread
     images = [(pair.image, pair.captions) for pair in reading.pairs if not pair.image.startswith(gallery)]
     return *read_captioned(images, origin if folder.is_dir() else ""), stamp
 

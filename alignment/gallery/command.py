@@ -22,7 +22,7 @@ from alignment.gallery.search import Gallery
 from alignment.gallery.storage import check_gallery
 from alignment.gallery.together import Together, of_torchrun, own_device, stopping_politely
 from alignment.model import DualEncoder
-from alignment.pairs import Share
+from alignment.pairs import Share, told, told_cut
 from alignment.preprocess import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, few, lift_limits
 from alignment.shipped import MODEL, shipped
 
@@ -171,7 +171,7 @@ def _build(args: argparse.Namespace) -> int:
             return 0
         with progress_bar() as show:
             gallery = _finish(args, encoder, show, report)
-    return _sum_up(args, gallery, report)
+    return _sum_up(args, gallery, report, encoder.preprocessor.max_length)
 
 
 def _build_together(args: argparse.Namespace, together: Together) -> int:
@@ -192,10 +192,9 @@ def _build_together(args: argparse.Namespace, together: Together) -> int:
         last = BuildReport()
         with progress_bar() as show:
             gallery = _finish(args, encoder, show, last)
-    report.encoded.update(last.encoded)
-    report.skipped, report.left_out, report.unlisted = last.skipped, last.left_out, last.unlisted
-    report.held = last.held
-    return _sum_up(args, gallery, report)
+    last.encoded.update(report.encoded)
+    last.reused = report.reused
+    return _sum_up(args, gallery, last, encoder.preprocessor.max_length)
 
 
 def _data(args: argparse.Namespace) -> dict[str, Any]:
@@ -226,19 +225,19 @@ def _counts(report: BuildReport) -> str:
     return f"{report.encoded['pictures']} pictures and {report.encoded['captions']} captions encoded"
 
 
-def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport) -> int:
+def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport, max_length: int) -> int:
     """Say what was read and what was not; returns the exit status."""
     stamp = gallery.stamp
     print(f"{args.out}: {len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {stamp.model}.")
     for kind in ("pictures", "captions"):
         print(f"  {kind}: {report.encoded[kind]} encoded, {report.reused[kind]} reused")
     print(f"  match probabilities: {gallery.stamp.judged_by or 'not calibrated'}")
-    for reason, names in report.left_out.items():
-        print(f"  left out, {reason}: {len(names):,} ({few(names)})")
+    for line in [*told(report), *told_cut(report.cut, max_length)]:
+        print(f"  {line}")
     if report.held:
         print(f"  not readable now, kept as they were: {len(report.held):,} ({few(report.held)})")
     print(f"  skipped: {len(report.skipped)}{', named above' if report.skipped else ''}")
     if report.is_complete:
         return 0
-    print(f"{args.out} is not complete: run the same command again once all can be read.", file=sys.stderr)
+    print(f"{args.out} is not complete: run the same command again once all of it can be read.", file=sys.stderr)
     return 1

@@ -25,9 +25,9 @@ from alignment.pairs.audit import (
     merge_duplicates,
     without_overlap,
 )
-from alignment.pairs.collection import Pair
+from alignment.pairs.collection import AmbiguousNames, Pair
 from alignment.pairs.reading import Reading, positives_of, read_data, read_pairs
-from alignment.pairs.report import DataReport, Overlap, check_data
+from alignment.pairs.report import DataReport, Overlap, Told, check_data, told, told_cut
 from alignment.pairs.sharing import Share
 from alignment.pairs.tables import CAPTION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS
 
@@ -35,12 +35,14 @@ __all__ = [
     "CAPTION_COLUMNS",
     "ID_COLUMNS",
     "IMAGE_COLUMNS",
+    "AmbiguousNames",
     "DataReport",
     "ImagePrint",
     "Overlap",
     "Pair",
     "Reading",
     "Share",
+    "Told",
     "check_data",
     "fingerprint_images",
     "look_alikes",
@@ -48,5 +50,7 @@ __all__ = [
     "positives_of",
     "read_data",
     "read_pairs",
+    "told",
+    "told_cut",
     "without_overlap",
 ]

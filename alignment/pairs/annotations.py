@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from alignment.pairs.collection import Collection, Row
+from alignment.pairs.encoding import read_text
 from alignment.pairs.files import begins, split_of
+from alignment.pairs.tables import read_table, texts_of
 
 _SPLIT_LIST = re.compile(r"(?:flickr_?\d+k[._])?(train|dev|val|test)(?:images)?\.txt", re.IGNORECASE)
+
+_END = 2**16  # bytes in which captions show
 
 
 def is_karpathy(file: Path) -> bool:
@@ -20,8 +25,18 @@ def is_karpathy(file: Path) -> bool:
 
 
 def is_coco(file: Path) -> bool:
-    """Tell captions of COCO by their tables."""
+    """Tell annotations of COCO by their tables."""
     return file.suffix.lower() == ".json" and bool(re.match(r"\{.*\"(images|annotations)\"", begins(file), re.DOTALL))
+
+
+def is_coco_captions(file: Path) -> bool:
+    """Tell captions among COCO's annotations, whatever their name: they come last, but in short files."""
+    if not is_coco(file):
+        return False
+    with file.open("rb") as handle:
+        start = handle.read(_END)
+        handle.seek(max(0, file.stat().st_size - _END))
+        return b'"caption"' in start or b'"caption"' in handle.read()
 
 
 def is_flickr8k(file: Path) -> bool:
@@ -36,26 +51,77 @@ def is_flickr30k(file: Path) -> bool:
 
 def read_karpathy(file: Path, into: Collection) -> Iterator[Row]:
     """Read images, each with its sentences."""
-    for image in json.loads(file.read_text(encoding="utf-8-sig"))["images"]:
-        name = "/".join(filter(None, [image.get("filepath"), image["filename"]]))
-        captions = [sentence["raw"] for sentence in image["sentences"]]
-        yield Row(name, captions, image.get("split", ""), str(image.get("cocoid", image.get("imgid", ""))))
+    for number, image in enumerate(json.loads(read_text(file))["images"]):
+        if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
+            into.skip("unreadable lines", f"{file.name}: image {number}")
+            continue
+        name = "/".join(part for part in (image.get("filepath"), image["filename"]) if isinstance(part, str) and part)
+        split, identity = image.get("split"), image.get("cocoid", image.get("imgid", ""))
+        yield Row(name, texts_of(image.get("sentences")), split if isinstance(split, str) else "", str(identity))
 
 
 def read_coco(file: Path, into: Collection) -> Iterator[Row]:
-    """Read images, and the annotations that name them by number."""
-    data = json.loads(file.read_text(encoding="utf-8-sig"))
-    captions = defaultdict(list)
-    for annotation in data["annotations"]:
-        captions[annotation["image_id"]].append(annotation["caption"])
-    for image in data["images"]:
-        yield Row(image["file_name"], captions[image["id"]], split_of(file), str(image["id"]))
+    """Read images, and the annotations that name them by number.
+
+    Raises:
+        ValueError: when one number stands for several images.
+    """
+    data = json.loads(read_text(file))
+    if "images" not in data:  # a list of annotations
+        yield from read_table(file, into)
+        return
+    images, captions = _entries(data["images"], "image", file, into), defaultdict[str, list[str]](list)
+    annotations = _entries(data["annotations"], "annotation", file, into)
+    asked = {str(annotation.get("image_id")) for annotation in annotations}
+    # Some write 1 in one table and "1" or "0001" in the other.
+    key = str if asked <= {str(image.get("id")) for image in images} else _plain_id
+    names = defaultdict[str, dict[str, None]](dict)
+    for image in images:
+        names[key(image.get("id"))][str(image.get("file_name"))] = None
+    for annotation in annotations:
+        identity = key(annotation.get("image_id"))
+        if identity in names:
+            captions[identity] += texts_of(annotation.get("caption"))
+        else:
+            into.skip("captions of images that are not listed", f"{file.name}: {annotation.get('image_id')}")
+    if several := [identity for identity in captions if len(names[identity]) > 1]:
+        meant = ", ".join(list(names[several[0]])[:3])
+        raise ValueError(
+            f"{file}: the id {several[0]} stands for several images ({meant})"
+            f"{f', and so do {len(several) - 1} more' if len(several) > 1 else ''}; give each image an id of its own."
+        )
+    for image in images:
+        name, identity = image.get("file_name"), key(image.get("id"))
+        yield Row(
+            name if isinstance(name, str) else "",
+            captions.pop(identity, []),
+            split_of(file, into.root),
+            identity,
+            file.parent,
+        )
+
+
+def _entries(table: Iterable[object], kind: str, file: Path, into: Collection) -> list[dict[str, Any]]:
+    """Keep the entries of a table that are objects."""
+    entries = []
+    for number, entry in enumerate(table):
+        if isinstance(entry, dict):
+            entries.append(entry)
+        else:
+            into.skip("unreadable lines", f"{file.name}: {kind} {number}")
+    return entries
+
+
+def _plain_id(value: object) -> str:
+    text = str(value).strip()
+    text = text.removesuffix(".0") if isinstance(value, float) else text
+    return str(int(text)) if text.isascii() and text.isdigit() else text
 
 
 def read_flickr(file: Path, into: Collection) -> Iterator[Row]:
     """Read `name#number<tab>caption` lines."""
     splits = _split_lists(file.parent)
-    for line in file.read_text(encoding="utf-8-sig").split("\n"):
+    for line in read_text(file).split("\n"):
         if found := re.fullmatch(r"(.+?)(?:#\d+)?\t(.*)", line):
             yield Row(found[1], [found[2]], splits.get(Path(found[1]).stem, ""), found[1])
         elif line.strip():
@@ -68,7 +134,7 @@ def read_flickr30k(file: Path, into: Collection) -> Iterator[Row]:
         yield from read_flickr(file, into)
         return
     splits = _split_lists(file.parent)
-    for line in file.read_text(encoding="utf-8-sig").split("\n")[1:]:
+    for line in read_text(file).split("\n")[1:]:
         # One line of the published file lacks the second bar: "2199200615.jpg| 4   A dog runs ...".
         if found := re.fullmatch(r"([^|]+)\|\s*\d+(?:\s*\||\s)(.*)", line):
             yield Row(found[1], [found[2]], splits.get(Path(found[1]).stem, ""), found[1])
@@ -80,8 +146,5 @@ def _split_lists(folder: Path) -> dict[str, str]:
     """Map the pictures listed in files such as `Flickr_8k.devImages.txt`, without their endings, to the split."""
     lists = ((file, _SPLIT_LIST.fullmatch(file.name)) for file in sorted(folder.glob("*.txt")))
     return {
-        name.removesuffix(".jpg"): listed[1]
-        for file, listed in lists
-        if listed
-        for name in file.read_text(encoding="utf-8-sig").split()
+        name.removesuffix(".jpg"): listed[1] for file, listed in lists if listed for name in read_text(file).split()
     }

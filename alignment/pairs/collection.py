@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from alignment.pairs.files import UNLISTED, canonical, near
+from alignment.pairs.encoding import encoding_of
+from alignment.pairs.files import TEXTS, UNLISTED, canonical
+from alignment.pairs.lookup import PictureIndex
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, few, legible
 
 logger = logging.getLogger(__name__)
+
+
+class AmbiguousNames(ValueError):
+    """Nothing decides which of several pictures is meant.
+
+    Attributes:
+        names: that may mean several.
+    """
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 @dataclass(frozen=True)
@@ -44,18 +58,46 @@ class Row(NamedTuple):
 
 
 class Collection:
-    """The pictures found so far, each with its rows, and what was left out."""
+    """The pictures found so far, each with its rows, and what was left out.
 
-    def __init__(self, root: Path, wanted: str, *, absolute: bool) -> None:
+    Attributes:
+        wanted: the only split to read; "" for all.
+        absolute: whether absolute paths count.
+        trusted: whether the annotations are the user's own.
+        any_table: whether tables in a folder of pictures count that are not called metadata.
+        index: the pictures of the data set's folder.
+        skipped: reason -> what was left out for it.
+        repaired: reason -> what was read although something is wrong with it.
+        unread: files of captions of which nothing could be read -> why.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        wanted: str,
+        *,
+        absolute: bool = False,
+        trusted: bool = True,
+        any_table: bool = True,
+        index: PictureIndex | None = None,
+    ) -> None:
         self.root = os.fspath(root)
+        self.index = index or PictureIndex(root)
         self.wanted = wanted
         self.absolute = absolute
+        self.trusted = trusted
+        self.any_table = any_table
         self.rows: dict[str, list[Row]] = {}
         self.splits: set[str] = set()
         self.skipped: defaultdict[str, list[str]] = defaultdict(list)
         self.unlisted: list[str] = []
-        self._found: dict[tuple[str | Path, Path | None], str | None] = {}
-        self._folders: list[Path] | None = None
+        self.repaired: defaultdict[str, list[str]] = defaultdict(list)
+        self.unread: dict[str, str] = {}
+        self._file = ""
+        self._added: Counter[str] = Counter()  # of this file: captions, rows that joined, rows of other splits
+        self._found: dict[tuple[str | Path, Path | None, str], str | None] = {}
+        self._ambiguous: dict[str, tuple[str, ...]] = {}
+        self._claims: defaultdict[str, dict[str, str]] = defaultdict(dict)  # searched picture -> split -> file
 
     def skip(self, reason: str, what: object) -> None:
         """Note what was left out, and why."""
@@ -67,28 +109,67 @@ class Collection:
         if reason == UNLISTED:
             self.unlisted.append(os.path.abspath(folder))
 
+    def repair(self, reason: str, what: object) -> None:
+        """Note what was read although something is wrong with it."""
+        self.repaired[reason].append(str(what))
+
+    def refuse(self, file: Path, reason: str) -> None:
+        """Note a file of captions of which nothing could be read."""
+        self.unread[self.shown(file)] = reason
+
+    def shown(self, file: Path) -> str:
+        """Name a file below the data set's folder."""
+        path = os.path.abspath(file)
+        return os.path.relpath(path, self.root).replace(os.sep, "/") if self._holds(path) else path
+
     def wants(self, split: str) -> bool:
         """Note that there is such a split, and say whether it is asked for."""
         self.splits.add(canonical(split))
         return self.wanted in ("", canonical(split))
 
+    def counted(self, file: Path, rows: Iterable[Row]) -> Iterator[Row]:
+        """Pass on the rows of a file of captions; if none finds its picture, the file counts as unread."""
+        self._file, self._added = self.shown(file), Counter()
+        encoding = encoding_of(file) if file.suffix.lower() in TEXTS else None
+        if encoding and encoding.guessed:
+            self.repair("files not in UTF-8", f"{self._file} as {encoding.name}")
+        for row in rows:
+            if encoding and encoding.damaged and any("\ufffd" in text for text in row.captions):
+                self.repair("captions with damaged characters", f"{self._file}: {row.image}")
+            yield row
+        if self._added["captions"] and not (self._added["joined"] or self._added["unwanted"]):
+            self.refuse(file, f"none of its {self._added['captions']} captions belongs to a picture that is there")
+
+    def has_captions(self, path: str) -> bool:
+        """Whether captions of this picture have been read."""
+        return any(row.captions for row in self.rows.get(path, ()))
+
     def add(self, row: Row) -> None:
         """Take a row in, if it is of the split asked for and its picture is there."""
         row = row._replace(split=canonical(row.split))
-        if self.wants(row.split):
-            key = (row.image, row.folder)
-            if key not in self._found:
-                self._found[key] = self._find(row)
-            if path := self._found[key]:
-                self.rows.setdefault(path, []).append(row)
+        is_wanted = self.wants(row.split)
+        key = (row.image, row.folder, row.split)
+        if key not in self._found:
+            self._found[key] = self._find(row, is_wanted)
+        path = self._found[key]
+        self._added["captions"] += len(row.captions)
+        self._added["unwanted"] += not is_wanted
+        if path and is_wanted:
+            self._added["joined"] += 1
+            self.rows.setdefault(path, []).append(row)
 
     def pairs(self, title: str, *, may_be_empty: bool = False) -> list[Pair]:
-        """Merge the rows of each picture and log what happened."""
+        """Merge the rows of each picture and log what happened.
+
+        Raises:
+            AmbiguousNames: when nothing decides which of several pictures a name means.
+            ValueError: when no picture is left.
+        """
+        self._settle_claims()
+        if self._ambiguous:
+            raise AmbiguousNames(f"{title}: {self._ambiguity()}", list(self._ambiguous))
         pairs = [self._merge(path, rows) for path, rows in self.rows.items()]
-        left_out = "; ".join(
-            f"{len(what)} {reason} ({', '.join(map(legible, what[:3]))}{', ...' if len(what) > 3 else ''})"
-            for reason, what in self.skipped.items()
-        )
+        left_out = "; ".join(f"{len(what)} {reason} ({few(what)})" for reason, what in self.skipped.items())
         if not pairs and not may_be_empty:
             named = sorted(filter(None, self.splits))
             there = f"its splits are {few(named)}" if named else "it has no splits, so ask for none"
@@ -98,13 +179,43 @@ class Collection:
         logger.info("%s: %d pictures, %d captions.", title, len(pairs), sum(len(pair.captions) for pair in pairs))
         if left_out:
             logger.warning("%s: left out %s.", title, left_out)
+        for file, reason in self.unread.items():
+            logger.warning("%s: %s lies there but could not be read: %s.", title, legible(file), reason)
         return pairs
+
+    def _settle_claims(self) -> None:
+        """Of a picture that the annotations of two splits claim by its bare name, its folder decides which is right."""
+        for path, claimed in self._claims.items():
+            claims = {split: file for split, file in claimed.items() if split}
+            if len(claims) < 2 or len(set(claims.values())) < 2:
+                continue
+            own = self.index.split_of(path)
+            if own not in claims:
+                self._ambiguous[self.shown(Path(path))] = tuple(sorted(set(claims.values())))
+                continue
+            rows = self.rows.get(path, [])
+            kept = [row for row in rows if row.split in ("", own)]
+            for row in rows:
+                if row not in kept:
+                    self.skip("missing pictures", f"{row.split}: {row.image}")
+            self.rows[path] = kept
+            if not kept:
+                self.rows.pop(path)
+
+    def _ambiguity(self) -> str:
+        some = [f"{legible(name)} ({few(meant)})" for name, meant in self._ambiguous.items()]
+        return (
+            f"nothing decides which picture is meant, of {len(some)} names: {few(some)}. Write the folder before the "
+            "names, put each part with its annotations into a folder of its own, or give the path of one of them."
+        )
 
     def _merge(self, path: str, rows: list[Row]) -> Pair:
         captions = tuple(caption for row in rows for text in row.captions if (caption := self._clean(text, path)))
-        split = next((row.split for row in rows if row.split), "")
+        splits = dict.fromkeys(row.split for row in rows if row.split)
+        if len(splits) > 1:
+            self.repair("pictures of several splits, taken for the first", f"{os.path.basename(path)}: {[*splits]}")
         name = Path(path).relative_to(self.root).as_posix() if self._holds(path) else path
-        return Pair(path, captions, split, next((row.id for row in rows if row.id), name))
+        return Pair(path, captions, next(iter(splits), ""), next((row.id for row in rows if row.id), name))
 
     def _clean(self, text: str, path: str) -> str:
         """Tidy one caption; no text tower reads as far as a long one is cut here."""
@@ -116,8 +227,8 @@ class Collection:
             self.skip("empty captions", os.path.basename(path))
             return ""
 
-    def _find(self, row: Row) -> str | None:
-        """Find the picture a row names: beside its annotation, in the data set's folder, or below that."""
+    def _find(self, row: Row, is_wanted: bool) -> str | None:
+        """Find the picture a row names: beside its annotation, in the data set's folder, or anywhere below that."""
         if isinstance(row.image, Path):
             return os.path.abspath(row.image)
         name = row.image.strip().replace("\\", "/")
@@ -127,21 +238,28 @@ class Collection:
             starts = [row.folder or self.root, self.root]
             paths = [os.path.abspath(os.path.join(start, name)) for start in starts]
             paths = [path for path in paths if self._holds(path)]
-        if not paths:
+        if not paths and is_wanted:
             self.skip("paths outside the data set" if name else "lines without a picture", row.image or row.captions)
+        if not paths:
             return None
-        found = next(filter(os.path.isfile, paths), None) or self._search(os.path.normpath(name))
-        if found is None:
+        found = next(filter(os.path.isfile, paths), None) or self._search(name, row, is_wanted)
+        if found is None and is_wanted and name not in self._ambiguous:
             self.skip("missing pictures", row.image)
         return found
 
-    def _search(self, name: str) -> str | None:
-        """Look two folders deep for a picture that is named without its folder."""
-        if name.startswith("..") or os.path.isabs(name):
+    def _search(self, name: str, row: Row, is_wanted: bool) -> str | None:
+        """Look a picture up that is not where its name says."""
+        if os.path.isabs(name):
             return None
-        if self._folders is None:
-            self._folders = near(Path(self.root), "*/")
-        return next(filter(os.path.isfile, (os.path.join(folder, name) for folder in self._folders)), None)
+        found = self.index.find(name, row.split, os.fspath(row.folder or ""))
+        if len(found.paths) > 1 and is_wanted:
+            self._ambiguous[name] = tuple(self.shown(Path(path)) for path in found.paths)
+        if len(found.paths) != 1:
+            return None
+        if found.by_case and is_wanted:
+            self.repair("names that differ from their pictures' in upper and lower case", name)
+        self._claims[found.paths[0]].setdefault(row.split, self._file)
+        return found.paths[0]
 
     def _holds(self, path: str) -> bool:
         return path.startswith(os.path.join(self.root, ""))

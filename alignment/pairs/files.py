@@ -8,9 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from alignment.pairs.encoding import open_text
+
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw"}
 ARCHIVES = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar"}
+TEXTS = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".token", ".caption"}
 SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("dev", "val", "valid", "validation"), "dev")
 
@@ -117,11 +120,26 @@ def _is_gallery(entries: Sequence[os.DirEntry[str]]) -> bool:
 
 def begins(file: Path) -> str:
     """Read enough of a file to tell one layout from another."""
-    with file.open(encoding="utf-8-sig", errors="replace") as handle:
-        return handle.read(65536).lstrip()
+    try:
+        with open_text(file) as handle:
+            return handle.read(65536).lstrip()
+    except ValueError:
+        return ""
 
 
-def split_of(file: Path) -> str:
-    """Read the split off a name such as `captions_val2017.json` or `train.csv`; "" if there is none in it."""
-    found = _SPLIT_IN_NAME.search(file.stem.lower())
+def split_of(file: Path, root: str | os.PathLike[str] = "") -> str:
+    """Read the split off a name such as `captions_val2017.json` or `train.csv`; "" if there is none in it.
+
+    Args:
+        file: the annotations.
+        root: the data set's folder; a folder below it that is named like a split says it too.
+    """
+    folder = file.parent.name.lower()
+    is_below = bool(root) and os.path.abspath(file.parent).startswith(os.path.join(os.path.abspath(root), ""))
+    return split_of_name(file.stem) or (folder if is_below and folder in SPLITS else "")
+
+
+def split_of_name(name: str) -> str:
+    """Read the split off a name without its ending; "" if there is none in it."""
+    found = _SPLIT_IN_NAME.search(name.lower())
     return found[1] if found else ""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from alignment.pairs.annotations import (
     is_coco,
+    is_coco_captions,
     is_flickr8k,
     is_flickr30k,
     is_karpathy,
@@ -19,23 +19,27 @@ from alignment.pairs.annotations import (
     read_karpathy,
 )
 from alignment.pairs.collection import Collection, Row
+from alignment.pairs.columns import NotRead
 from alignment.pairs.files import ARCHIVES, is_hidden, near, split_of
+from alignment.pairs.folders import read_folder
 from alignment.pairs.hub import read_hub
+from alignment.pairs.lookup import PictureIndex
 from alignment.pairs.shards import find_shards, read_shard
-from alignment.pairs.tables import columns_of, read_folder, read_table, records
+from alignment.pairs.tables import TABLES, check_table, read_table
+from alignment.pairs.unread import could_be_captions, why_unread
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
-def detect(source: Path, format: str | None) -> tuple[str, list[Path]]:
+def detect(source: Path, format: str | None, index: PictureIndex) -> tuple[str, list[Path]]:
     """Name the format, and the annotation files to read."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"Unknown format {format!r}; choose one of {', '.join(FORMATS)}.")
     if format == "hub" or (format and source.is_file()):
         return format, [source]
     for name in [format] if format else FORMATS:
-        files = FORMATS[name].detect(source)
-        if len(files) > 1 and not FORMATS[name].in_parts and not all(map(split_of, files)):
+        files = FORMATS[name].detect(source, index)
+        if len(files) > 1 and not FORMATS[name].in_parts and not all(split_of(file, source) for file in files):
             listed = ", ".join(str(file.relative_to(source)) for file in files)
             raise ValueError(f"{source} holds several {name} annotation files ({listed}); give the path of one.")
         if files:
@@ -46,35 +50,65 @@ def detect(source: Path, format: str | None) -> tuple[str, list[Path]]:
         )
     if source.suffix.lower() in ARCHIVES:
         raise ValueError(f"{source} has to be unpacked first: give the folder, or the .tar, that comes out of it.")
+    if source.is_file():
+        raise ValueError(f"{source} cannot be read: {why_unread(source)}.")
     raise ValueError(f"{source} holds nothing to read as {format or 'pairs'}; formats are {', '.join(FORMATS)}.")
 
 
-def _named(*patterns: str, fits: Callable[[Path], bool]) -> Callable[[Path], list[Path]]:
-    """Detect a file by what is in it, or those of a folder by their usual names too."""
+def note_others(source: Path, read: Sequence[Path], into: Collection) -> None:
+    """Name the files of captions in a folder that were not read, and those that cannot be."""
+    for file in sorted(source.iterdir()):
+        if file in read or is_hidden(file.name) or not file.is_file() or into.index.has_stem(file.stem):
+            continue
+        try:
+            if file.suffix.lower() in TABLES:
+                check_table(file, into.index)
+                into.skip("other files of captions, whose path has to be given", file.name)
+            elif could_be_captions(file, into.index):
+                into.refuse(file, why_unread(file))
+        except NotRead as reason:
+            if reason.names_pictures:
+                into.refuse(file, str(reason))
 
-    def detect(source: Path) -> list[Path]:
-        files = [source] if source.is_file() else near(source, *patterns)
-        return [file for file in files if fits(file)]
+
+Detect = Callable[[Path, PictureIndex], list[Path]]
+
+
+def _named(*patterns: str, fits: Callable[[Path], bool], others: Callable[[Path], bool] | None = None) -> Detect:
+    """Detect a file by what is in it, or those of a folder by their usual names too.
+
+    Of a folder without one of these names, JSON files count that `others` recognises, below it if their folders are
+    named after splits.
+    """
+
+    def detect(source: Path, index: PictureIndex) -> list[Path]:
+        if source.is_file():
+            return [source] if fits(source) else []
+        files = [file for file in near(source, *patterns) if fits(file)]
+        if files or others is None:
+            return files
+        unusual = [file for file in near(source, "*.json") if file.parent == source or split_of(file, source)]
+        return [file for file in unusual if not index.has_stem(file.stem) and others(file)]
 
     return detect
 
 
-def _tables(*suffixes: str) -> Callable[[Path], list[Path]]:
-    """Detect a table by its ending, or those at the top of a folder that have an image and a caption column."""
+def _tables(*suffixes: str) -> Detect:
+    """Detect a table by its ending, or those at the top of a folder that hold captions of pictures."""
 
-    def fits(file: Path) -> bool:
+    def fits(file: Path, index: PictureIndex) -> bool:
+        if file.stem == "metadata" or is_hidden(file.name) or index.has_stem(file.stem):
+            return False  # a folder's metadata belongs to its pictures
         try:
-            columns = columns_of(tuple(next(records(file), {})))
-        except (ValueError, TypeError, csv.Error):
+            check_table(file, index)
+        except NotRead:
             return False
-        return columns.image is not None and bool(columns.captions)
+        return True
 
-    def detect(source: Path) -> list[Path]:
+    def detect(source: Path, index: PictureIndex) -> list[Path]:
         if source.is_file():
             return [source] if source.suffix.lower() in suffixes else []
-        # A folder's metadata belongs to its pictures, and a .json there can be anything of any size.
-        files = [file for suffix in suffixes if suffix != ".json" for file in sorted(source.glob(f"*{suffix}"))]
-        return [file for file in files if file.stem != "metadata" and not is_hidden(file.name) and fits(file)]
+        return [file for suffix in suffixes for file in sorted(source.glob(f"*{suffix}")) if fits(file, index)]
 
     return detect
 
@@ -82,23 +116,25 @@ def _tables(*suffixes: str) -> Callable[[Path], list[Path]]:
 class Format(NamedTuple):
     """How to recognise a format, giving the files to read, and how to read one of them."""
 
-    detect: Callable[[Path], list[Path]]
+    detect: Detect
     read: Callable[[Path, Collection], Iterator[Row]]
     in_parts: bool = False  # several files are one data set, whatever their names
+    alone: bool = True  # nothing else in its folder is looked at
 
 
-def _hub_id(source: Path) -> list[Path]:
+def _hub_id(source: Path, index: PictureIndex) -> list[Path]:
     return [source] if not source.exists() and _HUB_ID.fullmatch(source.as_posix()) else []
 
 
 FORMATS: dict[str, Format] = {
-    "karpathy": Format(_named("dataset*.json", fits=is_karpathy), read_karpathy),
+    "karpathy": Format(_named("dataset*.json", fits=is_karpathy, others=is_karpathy), read_karpathy),
     "flickr8k": Format(_named("Flickr8k.token.txt", fits=is_flickr8k), read_flickr),
     "flickr30k": Format(_named("results_20130124.token", "results.csv", fits=is_flickr30k), read_flickr30k),
-    "coco": Format(_named("captions*.json", fits=is_coco), read_coco),
-    "jsonl": Format(_tables(".jsonl", ".ndjson", ".json"), read_table),
-    "csv": Format(_tables(".csv", ".tsv", ".txt"), read_table),
-    "webdataset": Format(find_shards, read_shard, in_parts=True),
-    "folder": Format(lambda source: [source] if source.is_dir() else [], read_folder),
+    "coco": Format(_named("captions*.json", fits=is_coco, others=is_coco_captions), read_coco, alone=False),
+    "jsonl": Format(_tables(".jsonl", ".ndjson", ".json"), read_table, alone=False),
+    "csv": Format(_tables(".csv", ".tsv", ".txt"), read_table, alone=False),
+    "parquet": Format(_tables(".parquet"), read_table, in_parts=True, alone=False),
+    "webdataset": Format(lambda source, index: find_shards(source), read_shard, in_parts=True),
+    "folder": Format(lambda source, index: [source] if source.is_dir() else [], read_folder),
     "hub": Format(_hub_id, read_hub),
 }

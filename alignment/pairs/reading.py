@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from alignment.pairs.collection import Collection, Pair
+from alignment.pairs.columns import NotRead
 from alignment.pairs.files import canonical, root_of
-from alignment.pairs.formats import FORMATS, detect
+from alignment.pairs.formats import FORMATS, detect, note_others
+from alignment.pairs.lookup import PictureIndex
 from alignment.pairs.sharing import Share
 
 
@@ -26,6 +27,8 @@ class Reading:
         pairs: one entry per image, in the order of the data set.
         format: the name it was read by.
         left_out: reason -> what was left out for it.
+        repaired: what was read although something is wrong with it -> where.
+        unread: files of captions of which nothing could be read -> why.
         unlisted: absolute paths of folders that could not be listed, so that their pictures are not known.
     """
 
@@ -33,6 +36,8 @@ class Reading:
     format: str
     left_out: Mapping[str, tuple[str, ...]]
     unlisted: tuple[str, ...] = ()
+    repaired: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_data(
@@ -61,26 +66,51 @@ def read_data(
         FileNotFoundError: when there is no such folder, file or Hub data set.
         ValueError: when the format is unknown, the annotations cannot be read, or no picture is left.
     """
-    name, files = detect(Path(source), format)
+    source = Path(source)
+    root = root_of(source)
+    index = PictureIndex(root)
+    name, files = detect(source, format, index)
     by_file = share is not None and FORMATS[name].in_parts and len(files) > 1
     if share is not None and by_file:
         files = share.of(files, block=1)
-    absolute = trusted and name in ("csv", "jsonl")
-    collection = Collection(root_of(Path(source)), canonical(split or ""), absolute=absolute)
+    absolute = trusted and name in ("csv", "jsonl", "parquet")
+    collection = Collection(
+        root,
+        canonical(split or ""),
+        absolute=absolute,
+        trusted=trusted,
+        any_table=format != "folder",
+        index=index,
+    )
     for file in files:
-        try:
-            for row in FORMATS[name].read(file, collection):
-                collection.add(row)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{file} cannot be read as {name} ({type(error).__name__}: {error}); "
-                "check that it is complete and saved as UTF-8, or name another format."
-            ) from error
+        _read_file(file, name, collection)
+    if source.is_dir() and format is None and not FORMATS[name].alone:
+        note_others(source, files, collection)
+        if not (split or share):
+            for path in index.paths:
+                if path not in collection.rows:
+                    collection.skip("pictures that no caption names", collection.shown(Path(path)))
     pairs = collection.pairs(f"{source} ({name})", may_be_empty=share is not None)
     if share is not None and not by_file:
         pairs = share.of(pairs)
-    left_out = {reason: tuple(what) for reason, what in collection.skipped.items()}
-    return Reading(pairs, name, left_out, tuple(collection.unlisted))
+    left_out, repaired = (
+        {reason: tuple(what) for reason, what in found.items()} for found in (collection.skipped, collection.repaired)
+    )
+    return Reading(pairs, name, left_out, tuple(collection.unlisted), repaired, collection.unread)
+
+
+def _read_file(file: Path, name: str, into: Collection) -> None:
+    rows = FORMATS[name].read(file, into)
+    try:
+        for row in into.counted(file, rows) if file.is_file() else rows:
+            into.add(row)
+    except NotRead as error:
+        raise ValueError(f"{file} cannot be read as {name}: {error}.") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as {name} ({type(error).__name__}: {error}); "
+            "check that it is complete and saved as UTF-8, or name another format."
+        ) from error
 
 
 def read_pairs(

@@ -7,10 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 from alignment.pairs.audit import ImagePrint, alike_contents, fingerprint_images, look_alikes
 from alignment.pairs.collection import Pair
 from alignment.pairs.reading import Reading
+from alignment.preprocess import few, legible
 
 MOST_FREQUENT = 10  # captions to list
 _EXAMPLES = 3  # of each finding, in the summary
@@ -46,6 +48,8 @@ class DataReport:
         num_captions: captions of all of them.
         captions_per_image: fewest, median, most.
         left_out: reason -> what was left out for it while reading.
+        repaired: what was read although something is wrong with it -> where.
+        unread: files of captions of which nothing could be read -> why.
         unreadable: pictures that cannot be opened.
         without_captions: pictures nobody described.
         same_content: groups of pictures with the same bytes.
@@ -59,6 +63,8 @@ class DataReport:
     num_captions: int
     captions_per_image: tuple[int, float, int]
     left_out: dict[str, tuple[str, ...]]
+    repaired: dict[str, tuple[str, ...]]
+    unread: dict[str, str]
     unreadable: tuple[str, ...]
     without_captions: tuple[str, ...]
     same_content: tuple[tuple[str, ...], ...]
@@ -73,12 +79,12 @@ class DataReport:
         spread = f"{fewest}" if fewest == most else f"{fewest} to {most}, half of them up to {middle:g},"
         lines = [f"{_number(self.num_images, 'picture')} with {_number(self.num_captions, 'caption')}: {spread} each."]
         findings = [
-            *((f"left out, {reason}", what) for reason, what in self.left_out.items()),
             ("pictures that cannot be opened", _names(self.unreadable)),
             ("pictures without a caption", _names(self.without_captions)),
             ("same file under several names", [" = ".join(_few(_names(g))) for g in self.same_content]),
             ("pairs that look the same", [" ~ ".join(_names(pair)) for pair in self.look_alikes]),
         ]
+        lines += [f"- {line}" for line in told(self)]
         lines += [_finding(what, examples) for what, examples in findings if examples]
         if self.num_repeated:
             examples = [f"{caption!r} on {times}" for caption, times in self.most_repeated]
@@ -86,6 +92,38 @@ class DataReport:
         if len(lines) == 1:
             lines.append("Nothing is missing, unreadable or there twice.")
         return "\n".join(lines + (_overlap_lines(self.overlap) if self.overlap else []))
+
+
+class Told(Protocol):
+    """What is known of a reading: a `Reading`, or a report that took it over."""
+
+    @property
+    def left_out(self) -> Mapping[str, Sequence[str]]:
+        """Reason -> what was left out."""
+
+    @property
+    def repaired(self) -> Mapping[str, Sequence[str]]:
+        """What was read although something is wrong with it."""
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """File -> why nothing of it could be read."""
+
+
+def told(reading: Told) -> list[str]:
+    """Say in lines what reading left out, what it read all the same, and which files of captions it could not read."""
+    lines = [f"left out, {reason}: {len(what):,} ({few(what)})" for reason, what in reading.left_out.items()]
+    lines += [f"read all the same, {reason}: {len(what):,} ({few(what)})" for reason, what in reading.repaired.items()]
+    return lines + [f"not read, {legible(file)}: {why}" for file, why in reading.unread.items()]
+
+
+def told_cut(captions: Sequence[str], max_length: int) -> list[str]:
+    """Say which captions are longer than a model reads."""
+    if not captions:
+        return []
+    return [
+        f"captions of which the model reads only the first {max_length} tokens: {len(captions):,} ({few(captions)})"
+    ]
 
 
 def check_data(
@@ -103,7 +141,7 @@ def check_data(
         prints: of the pictures of both, if they have been taken; else they are taken here.
         progress: called after each picture with (done, total).
     """
-    left_out = dict(train.left_out) if isinstance(train, Reading) else {}
+    known = train if isinstance(train, Reading) else Reading([], "", {})
     train, evaluation = (part.pairs if isinstance(part, Reading) else part for part in (train, evaluation))
     if prints is None:
         prints = fingerprint_images((pair.image for pair in (*train, *evaluation)), progress=progress)
@@ -114,7 +152,9 @@ def check_data(
         num_images=len(train),
         num_captions=sum(numbers),
         captions_per_image=(min(numbers, default=0), float(median(numbers or [0])), max(numbers, default=0)),
-        left_out=left_out,
+        left_out=dict(known.left_out),
+        repaired=dict(known.repaired),
+        unread=dict(known.unread),
         unreadable=_unreadable(train, prints),
         without_captions=tuple(pair.image for pair in train if not pair.captions),
         same_content=tuple(tuple(group) for group in groups.values() if len(group) > 1),

@@ -1,96 +1,113 @@
-"""Tables: CSV, JSON lines, and the metadata of a folder of pictures; which columns mean what."""
+"""Tables: CSV and its kin, JSON lines, parquet, and the metadata of a folder of pictures."""
 
 from __future__ import annotations
 
-import csv
+import ast
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from alignment.pairs.collection import Collection, Row
-from alignment.pairs.files import ARCHIVES, OTHER_PICTURES, PICTURES, SPLITS, begins, split_of, walk
-
-IMAGE_COLUMNS = (
-    *("image", "image_path", "file_name", "filename", "image_name", "filepath", "path", "img"),
-    *("jpg", "jpeg", "png", "webp"),  # as the Hub names the parts of a WebDataset
+from alignment.pairs.columns import (
+    CAPTION_COLUMNS,
+    ID_COLUMNS,
+    IMAGE_COLUMNS,
+    Columns,
+    NotRead,
+    Sample,
+    columns_of,
+    fitted,
 )
-CAPTION_COLUMNS = ("caption", "sentence", "raw", "text", "title", "description", "comment", "txt")
-ID_COLUMNS = ("id", "image_id", "img_id", "imgid", "cocoid", "__key__")
+from alignment.pairs.delimited import Head, Line, head_of, rows_of
+from alignment.pairs.encoding import open_text
+from alignment.pairs.files import begins, split_of
+from alignment.pairs.json_forms import document_records
+from alignment.pairs.lookup import PictureIndex, is_picture_name
+from alignment.pairs.store import cache_folder, stored
+
+__all__ = ["CAPTION_COLUMNS", "ID_COLUMNS", "IMAGE_COLUMNS", "check_table", "read_table", "row_of", "table_rows"]
+
+TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 TEXT_PARTS = ("txt", "caption", "captions")  # of a WebDataset sample
+
+_SAMPLED = 50
+_LITERAL = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None)"""
+_WRITTEN_LIST = re.compile(rf"[\[(]\s*{_LITERAL}(?:(?:\s*,\s*|\s+){_LITERAL})*\s*,?\s*[\])]", re.DOTALL)
 
 
 def read_table(file: Path, into: Collection) -> Iterator[Row]:
-    """Read a table whose name may say the split."""
+    """Read a table whose name, or whose folder's, may say the split."""
     for row in table_rows(file, into):
-        yield row._replace(split=row.split or split_of(file))
-
-
-def read_folder(folder: Path, into: Collection) -> Iterator[Row]:
-    """Read the metadata files anywhere below, then list the pictures; a folder named like a split is one."""
-    pictures = []
-    for file in walk(folder, into.leave_out):
-        split = next((part for part in file.relative_to(folder).parts[:-1] if part.lower() in SPLITS), "")
-        if file.name in ("metadata.csv", "metadata.jsonl"):
-            for row in table_rows(file, into):
-                yield row._replace(split=row.split or split)
-        elif file.suffix.lower() in PICTURES:
-            pictures.append(Row(file, split=split))
-        elif file.suffix.lower() in OTHER_PICTURES:
-            into.skip("pictures of a kind not read here", file.name)
-        elif file.suffix.lower() == ".tar":
-            into.skip("tar files without samples such as 0001.jpg with 0001.txt", file.name)
-        elif file.suffix.lower() in ARCHIVES:
-            into.skip("archives, which have to be unpacked first", file.name)
-    yield from pictures
-
-
-class Columns(NamedTuple):
-    """Which columns of a table mean what."""
-
-    image: str | None
-    captions: tuple[str, ...]
-    split: str | None
-    id: str | None
-
-
-@lru_cache(maxsize=64)
-def columns_of(names: tuple[str, ...]) -> Columns:
-    """Find the columns by their usual names; of several kinds of caption the first in `CAPTION_COLUMNS` counts.
-
-    All columns of that kind do: `caption` and `captions`, `caption_1` to `caption_5`, `caption_en` and `caption_zh`.
-    """
-    known = {name.strip().lower(): name for name in reversed(names)}
-
-    def first(usual: Iterable[str]) -> str | None:
-        return next((known[name] for name in usual if name in known), None)
-
-    kinds = (re.compile(rf"\s*{kind}s?([_ -]?(\d+|[a-z]{{2}}))?\s*", re.IGNORECASE) for kind in CAPTION_COLUMNS)
-    captions = (tuple(filter(kind.fullmatch, names)) for kind in kinds)
-    return Columns(first(IMAGE_COLUMNS), next(filter(None, captions), ()), first(["split"]), first(ID_COLUMNS))
+        yield row._replace(split=row.split or split_of(file, into.root))
 
 
 def table_rows(file: Path, into: Collection) -> Iterator[Row]:
-    """Read the lines of a table that name an image."""
-    for record in records(file, into.skip):
-        if columns_of(tuple(record)).image is None:
-            into.skip(f"lines whose columns {list(record)} name no image", file.name)
-        else:
-            yield row_of(record)._replace(folder=file.parent)
+    """Read the rows of a table that name an image.
+
+    Raises:
+        NotRead: when it cannot be told which columns are which.
+    """
+    for _, record, columns in _records(file, into):
+        yield row_of(record, columns)._replace(folder=file.parent)
 
 
-def row_of(record: Mapping[str, Any]) -> Row:
+def check_table(file: Path, index: PictureIndex, *, trusted: bool = True) -> None:
+    """Look at the beginning of a table.
+
+    Raises:
+        NotRead: when it does not hold captions of pictures, or cannot be read.
+    """
+    into = Collection(Path(index.root), "", trusted=trusted, index=index)
+    try:
+        first = list(islice(_records(file, into), _SAMPLED))
+    except NotRead:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
+        raise NotRead(str(error).rstrip("."), names_pictures=_is_meant_as_captions(file)) from error
+    if not first:
+        reason = "no line of it can be read" if into.skipped else "it is empty"
+        raise NotRead(reason, names_pictures=_is_meant_as_captions(file) or _mentions_pictures(file))
+    if not any(columns.captions or row_of(record, columns).captions for _, record, columns in first):
+        raise NotRead("it holds no captions", names_pictures=False)
+
+
+def _is_meant_as_captions(file: Path) -> bool:
+    return bool(re.search("caption|metadata|annotation|descri", file.name.lower()))
+
+
+def _mentions_pictures(file: Path) -> bool:
+    return bool(re.search(r"\.(jpe?g|png|webp)\b", begins(file), re.IGNORECASE))
+
+
+# ---------------------------------------------------------------- one record
+
+
+def row_of(record: Mapping[str, Any], columns: Columns | None = None) -> Row:
     """Read one line of a table, or one sample of a WebDataset."""
     if "__key__" in record:
         record = _unfolded(record)
-    columns = columns_of(tuple(record))
-    image, split, identity = (record[name] if name else "" for name in (columns.image, columns.split, columns.id))
-    captions = [text for name in columns.captions for text in _texts(record[name])]
-    identity = "" if identity is None else str(identity)
-    return Row(image if isinstance(image, str) else "", captions, str(split or ""), identity)
+    columns = columns or columns_of(tuple(record))
+    image, split, identity = (record.get(name) if name else "" for name in (columns.image, columns.split, columns.id))
+    if isinstance(image, Path):  # it lay in the table
+        captions = [text for name in columns.captions for text in texts_of(record.get(name))]
+        return Row(image, captions, _text(split), image.stem)
+    if isinstance(image, int) and not isinstance(image, bool):
+        image = str(image)
+    captions = [text for name in columns.captions if name in record for text in texts_of(record[name])]
+    return Row(
+        re.sub(r"#\d+$", "", image) if isinstance(image, str) and is_picture_name(image.strip()) else _text(image),
+        captions,
+        _text(split),
+        _text(identity) or (str(identity) if isinstance(identity, int | float) else ""),
+    )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _unfolded(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,54 +127,169 @@ def _unfolded(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {**columns, **{name: value for name, value in sample.items() if name not in ("json", *TEXT_PARTS)}}
 
 
-def _texts(value: object) -> list[str]:
-    """Flatten what a caption column holds: a text, a list of them (as JSON too), or Karpathy's sentences."""
-    if isinstance(value, str) and value.startswith("["):
-        with suppress(json.JSONDecodeError):  # else it is a caption that begins with a bracket
-            value = json.loads(value)
+def texts_of(value: object) -> list[str]:
+    """Flatten what a caption column holds: a text, a list of them (as JSON or Python too), or Karpathy's sentences.
+
+    What is no text counts as an empty caption.
+    """
+    if isinstance(value, str) and value.lstrip().startswith(("[", "(")):
+        value = _written_list(value)
     if isinstance(value, Mapping):
         value = next((value[name] for name in CAPTION_COLUMNS if name in value), None)
     if isinstance(value, list | tuple):
-        return [text for item in value for text in _texts(item)]
+        return [text for item in value for text in texts_of(item)]
     return [value if isinstance(value, str) else ""]
 
 
-def records(file: Path, skip: Callable[[str, object], None] = lambda reason, what: None) -> Iterator[dict[str, Any]]:
-    """Read a table, line by line, as column name -> value."""
-    if file.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        return _json_records(file, skip)
-    return _csv_records(file)
+def _written_list(text: str) -> object:
+    """Read a list as JSON, Python or numpy write it; anything else is a caption that begins with a bracket."""
+    if text.startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(text)
+    if not _WRITTEN_LIST.fullmatch(text.strip()):
+        return text
+    with suppress(ValueError, SyntaxError):
+        # One by one: numpy writes no commas, and Python joins neighbours into one text.
+        return [ast.literal_eval(literal) for literal in re.findall(_LITERAL, text, re.DOTALL)]
+    return text
 
 
-def _json_records(file: Path, skip: Callable[[str, object], None]) -> Iterator[dict[str, Any]]:
-    """Read one object a line, or a single list of objects."""
-    if begins(file).startswith("["):
-        yield from json.loads(file.read_text(encoding="utf-8-sig"))
+# ---------------------------------------------------------------- one file
+
+
+def _records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[str, Any], Columns]]:
+    """Read a table, line by line: where it stands, column name -> value, which columns mean what."""
+    ending = file.suffix.lower()
+    if ending == ".parquet":
+        return _sampled(file, _parquet_records(file, into), into)
+    if ending in (".jsonl", ".ndjson", ".json"):
+        return _sampled(file, _json_records(file, into), into)
+    return _csv_records(file, into)
+
+
+def _sampled(
+    file: Path, records: Iterator[tuple[str, Mapping[str, Any]]], into: Collection
+) -> Iterator[tuple[str, Mapping[str, Any], Columns]]:
+    """Tell the columns of each record by their names, else by what stands in the first ones."""
+    first = list(islice(records, _SAMPLED))
+    names = tuple(dict.fromkeys(name for _, record in first for name in record))
+    usual: Columns | None = columns_of(names)
+    if first and not (usual and usual.image and usual.captions):
+        rows = [[_shown(record.get(name)) for name in names] for _, record in first]
+        usual = Sample(names, rows, into.index.knows).columns()
+    for where, record in _chained(first, records):
+        columns = columns_of(tuple(record))
+        if columns.image is None and usual and usual.image in record:
+            columns = usual
+        if columns.image is None:
+            into.skip(f"lines whose columns {list(record)[:9]} name no image", where)
+        else:
+            yield (
+                where,
+                record,
+                columns if columns.captions or usual is None else columns._replace(captions=usual.captions),
+            )
+
+
+def _chained(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
+    yield from first
+    yield from rest
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list) and value:
+        value = value[0]
+    return "" if value is None or isinstance(value, dict | list) else str(value)
+
+
+def _json_records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Read one object a line, or a document of one of the forms in `json_forms`."""
+    if (file.suffix.lower() == ".json" or begins(file).startswith("[")) and not _is_lines(begins(file)):
+        yield from document_records(file, into)
         return
-    with file.open(encoding="utf-8-sig") as lines:
+    with open_text(file) as lines:
         for number, line in enumerate(lines, start=1):
             record: object = {}
-            with suppress(json.JSONDecodeError):
-                record = json.loads(line) if line.strip() else None
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line.lstrip("\ufeff")) if line.strip() else None
             if isinstance(record, dict) and record:
-                yield record
+                yield f"{file.name}:{number}", record
             elif record is not None:
-                skip("unreadable lines", f"{file.name}:{number}")
+                into.skip("unreadable lines", f"{file.name}:{number}")
 
 
-def _csv_records(file: Path) -> Iterator[dict[str, Any]]:
-    """Read a table with a header, parted by comma, tab, semicolon or bar, whichever gives most columns."""
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        header = lines.readline()
-        delimiter = max(",\t;|", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
-        lines.seek(0)
-        rows = csv.reader(lines, delimiter=delimiter)
-        names: list[str] = []
-        for name in next(rows, []):  # two columns may go by one name
-            names.append(f"{name}_{len(names)}" if name in names else name)
-        for row in filter(any, rows):
-            while len(row) > len(names) and not row[-1]:
-                row.pop()
-            if len(row) > len(names):  # commas in a caption without quotes, which comes last
-                row[len(names) - 1 :] = [delimiter.join(row[len(names) - 1 :])]
-            yield dict(zip(names, row + [""] * (len(names) - len(row)), strict=True))
+def _is_lines(start: str) -> bool:
+    """Tell JSON lines from one document by their first line."""
+    first, _, rest = start.partition("\n")
+    with suppress(ValueError, RecursionError):
+        return isinstance(json.loads(first), dict) and bool(rest.strip())
+    return False
+
+
+def _csv_records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[str, Any], Columns]]:
+    """Read a delimited file, with a header or without."""
+    with open_text(file) as lines:
+        head = head_of(lines)
+    with open_text(file) as lines:
+        sample = _csv_sample([line.fields for line in islice(_rows(lines, head), _SAMPLED + 1)], into.index.knows)
+    columns, texts = sample.columns(), sample.texts
+    with open_text(file) as lines:
+        rows = _rows(lines, head, sample.names.index(str(columns.image)))
+        for line in rows:
+            where = f"{file.name}:{line.number}"
+            if line.number == head.skipped + 1 and sample.has_header:
+                continue
+            if (fields := fitted(line.fields, sample.names, columns, head.delimiter, texts)) is None:
+                into.skip("lines with more values than columns", where)
+                continue
+            if line.is_open:
+                into.repair("lines with a quotation mark that is not closed", where)
+            if len(line.fields) > len(fields) and any(field.strip() for field in line.fields[len(fields) :]):
+                into.repair("lines with a delimiter in a value without quotation marks", where)
+            yield where, dict(zip(sample.names, fields, strict=True)), columns
+
+
+def _rows(lines: Iterable[str], head: Head, image: int | None = None) -> Iterator[Line]:
+    """Split what comes after the head of a file; a line that names a picture is a row, whatever mark is open."""
+
+    def is_row(fields: Sequence[str]) -> bool:
+        return any(map(is_picture_name, fields if image is None else fields[image : image + 1]))
+
+    return rows_of(islice(lines, head.skipped, None), head.delimiter, is_row, head.skipped + 1)
+
+
+def _csv_sample(rows: list[list[str]], is_picture: Callable[[object], bool]) -> Sample:
+    """Name the columns by the first row, unless it is one of values."""
+    if not rows:
+        raise NotRead("it is empty", names_pictures=False)
+    first = [name.strip().lstrip("# ") for name in rows[0]]
+    named = columns_of(tuple(first))
+    counted = [name for name in first if name] == [str(number) for number in range(sum(map(bool, first)))]  # by pandas
+    has_header = counted or bool(named.image and named.captions) or not any(map(is_picture, first))
+    names: list[str] = []
+    for number, name in enumerate(first, start=1):  # two columns may go by one name
+        name = name if has_header and name else f"column {number}"
+        names.append(f"{name}_{len(names)}" if name in names else name)
+    body = rows[has_header:]
+    fitting = [row for row in body if len(row) == len(names)]
+    return Sample(tuple(names), fitting or [[*row, *names][: len(names)] for row in body], is_picture, has_header)
+
+
+def _parquet_records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Read a parquet file; pictures that lie in it are written out to the cache folder."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise NotRead("reading parquet takes pyarrow: pip install '.[hub]', or save it as CSV") from error
+    if not into.trusted:
+        raise NotRead("parquet is not read here; save it as CSV")
+    try:
+        batches = parquet.ParquetFile(file).iter_batches(batch_size=256)
+        for record in (record for batch in batches for record in batch.to_pylist()):
+            for name, value in record.items():
+                if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+                    kept = stored(value["bytes"], Path(value.get("path") or "").suffix, cache_folder() / "pictures")
+                    record = {**record, name: kept}
+            yield file.name, record
+    except ArrowException as error:
+        raise NotRead(f"it is damaged: {error}") from error

@@ -1,6 +1,7 @@
 """Clean captions as they are typed or pasted."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from alignment.preprocess.refusal import InputError
@@ -10,8 +11,22 @@ MAX_CAPTION_CHARS = 1000
 
 _SHOWN = 80  # characters of a name in a list of them
 
-# Control characters, zero-width marks, text-direction overrides and lone surrogates: nothing a caption can mean.
-_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]")
+# Control characters and lone surrogates: nothing a caption can mean, but they part words.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufff9-\ufffb]")
+# What does not show and parts no words: soft hyphen, zero-width space, marks and overrides of direction, fillers.
+_UNSHOWN = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0]"
+)
+# Zero-width joiners shape letters of Arabic, Indic, Khmer and Mongolian script, and make one emoji of several;
+# variation selectors choose how an emoji looks. Elsewhere they mean nothing.
+_SHAPED = "\u0600-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1b00-\u1bff\ua800-\uabff\ufb50-\ufdff\ufe70-\ufefc"
+_EMOJI = "\u00a9\u00ae\u203c-\u27bf\u2934-\u2b55\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+_JOINERS = re.compile(
+    f"(?<![{_SHAPED}{_EMOJI}\ufe0f])[\u200c\u200d]+|(?<=[{_EMOJI}\ufe0f])[\u200c\u200d]+(?![{_EMOJI}])|\u200c+(?![{_SHAPED}])"
+)
+_SELECTORS = re.compile(
+    f"(?<![{_EMOJI}#*0-9])[\ufe00-\ufe0f]|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0000-\U000e007f]"
+)
 # What nobody sees of a text and what turns round the words beside it, but for what joins letters.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]"
@@ -32,7 +47,7 @@ def few(names: Sequence[str], most: int = 3) -> str:
 
 
 def clean_caption(text: str) -> str:
-    """Collapse whitespace and invisible characters of one caption.
+    """Compose letters, collapse whitespace, and remove what does not show: a caption means what is seen of it.
 
     Raises:
         InputError: when nothing is left, or more than `MAX_CAPTION_CHARS` characters are.
@@ -85,4 +100,7 @@ def _check_count(count: int, limit: int) -> None:
 
 
 def _collapse(text: str) -> str:
-    return " ".join(_INVISIBLE.sub(" ", text).split())
+    if text.isascii() and text.isprintable():
+        return " ".join(text.split())
+    text = unicodedata.normalize("NFC", _UNSHOWN.sub("", _CONTROLS.sub(" ", text)))
+    return " ".join(_JOINERS.sub("", _SELECTORS.sub("", text)).split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from alignment.preprocess.images import ImageSource, open_image
 from alignment.preprocess.pixels import PixelRules
 from alignment.preprocess.tokens import MIN_VOCABULARY, FileTokenizer, LibraryTokenizer, TextRules
 
+_CHECKED = 4096  # captions whose tokens are counted together
 _SPARE = 1.44  # of a reduced picture's shorter side over the model's: 12 megapixels (3000 / 8) still reach 260
 _SMALLEST = 320  # so that a thumbnail can be made of the same picture
 
@@ -125,7 +126,22 @@ class Preprocessor:
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Tokenize captions: `input_ids`, and `attention_mask` for the towers that read one."""
-        return self._words([text.lower() for text in texts] if self.rules.lower else texts)
+        return self._words(self._cased(texts))
+
+    def cut(self, texts: Iterable[str]) -> list[str]:
+        """List the captions that are longer than the text tower reads, each once."""
+        # A token is at least one byte, but for the special ones and the mark of a word's beginning.
+        long = [text for text in dict.fromkeys(texts) if len(text.encode(errors="replace")) + 4 > self.max_length]
+        blocks = (long[start : start + _CHECKED] for start in range(0, len(long), _CHECKED))
+        return [
+            text
+            for block in blocks
+            for text, is_cut in zip(block, self._words.is_cut(self._cased(block)), strict=True)
+            if is_cut
+        ]
+
+    def _cased(self, texts: Sequence[str]) -> Sequence[str]:
+        return [text.lower() for text in texts] if self.rules.lower else texts
 
 
 def _config(source: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:

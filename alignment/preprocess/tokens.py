@@ -119,6 +119,10 @@ class FileTokenizer:
         ids, masks = ([getattr(encoding, name) for encoding in encodings] for name in ("ids", "attention_mask"))
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(masks)}
 
+    def is_cut(self, captions: Sequence[str]) -> list[bool]:
+        """Tell which captions have more tokens than `max_length`."""
+        return [bool(encoding.overflowing) for encoding in self._tokenizer.encode_batch(list(captions))]
+
     @property
     def vocabulary(self) -> int:
         """How many tokens there are beside the special ones."""
@@ -165,6 +169,16 @@ class LibraryTokenizer:
                 list(captions), padding=self._padding, truncation=True, max_length=self.max_length, return_tensors="pt"
             )
         )
+
+    def is_cut(self, captions: Sequence[str]) -> list[bool]:
+        """Tell which captions have more tokens than `max_length`."""
+        if self._tokenizer.is_fast:  # cuts as it was told above, and says what it cut off
+            return [
+                bool(encoding.overflowing)
+                for encoding in self._tokenizer.backend_tokenizer.encode_batch(list(captions))
+            ]
+        ids = self._tokenizer(list(captions), verbose=False)["input_ids"]
+        return [len(row) > self.max_length for row in ids]
 
     @property
     def vocabulary(self) -> int:

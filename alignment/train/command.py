@@ -90,12 +90,20 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> None:
 
 
 def _check_data(arguments: argparse.Namespace) -> None:
+    from alignment.pairs import told_cut
+    from alignment.preprocess import Preprocessor
+    from alignment.shipped import MODEL, shipped
     from alignment.train.prepare import prepare
     from alignment.train.settings import TrainConfig
 
     names = ("data", "format", "split", "eval_data", "eval_split", "second_data", "second_split")
     prepared = prepare(TrainConfig(output="", **{name: getattr(arguments, name) for name in names}))
     print(prepared.report.summary())
+    model = arguments.text or arguments.model or shipped(MODEL)
+    preprocessor = Preprocessor.load(model)
+    captions = (caption for part in (prepared.train, prepared.evaluation) for pair in part for caption in pair.captions)
+    for line in told_cut(preprocessor.cut(captions), preprocessor.max_length):
+        print(f"- {line} ({model})")
     print(
         f"A run would learn from {len(prepared.train)} pictures and be measured on {len(prepared.evaluation)} "
         f"({prepared.evaluation_name})."

@@ -18,6 +18,7 @@ from alignment.pairs import (
     look_alikes,
     merge_duplicates,
     read_data,
+    told,
     without_overlap,
 )
 from alignment.pairs.files import canonical
@@ -82,7 +83,8 @@ def prepare(config: TrainConfig, *, progress: Progress | None = None) -> Prepare
         (measured, "measure on", len(evaluation)),
     ):
         if count < MIN_IMAGES:
-            raise ValueError(f"{source} leaves {count} captioned pictures to {part}; {MIN_IMAGES} are needed.")
+            why = "".join(f"\n- {line}" for line in told(reading))
+            raise ValueError(f"{source} leaves {count} captioned pictures to {part}; {MIN_IMAGES} are needed.{why}")
     second = read_data(config.second_data, split=config.second_split).pairs if config.second_data else []
     second = merge_duplicates(second, fingerprint_images(pair.image for pair in second))
     rows = {pair.image: row for row, pair in enumerate(train)}

@@ -30,6 +30,7 @@ from transformers import set_seed
 from alignment.durable import foreign_errors, sole_writer, sync
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import DualEncoder, find_device
+from alignment.pairs import told, told_cut
 from alignment.train.examples import Captions, Examples
 from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, clear_away, read_settings
 from alignment.train.frozen import Cut, KeptImages
@@ -131,6 +132,8 @@ def _train(
         run.stop.deadline = started + 60 * config.minutes
     with state.main_process_first():
         run.keep_images()
+    captions = (caption for pair in prepared.train for caption in pair.captions)
+    cut = told_cut(run.encoder.preprocessor.cut(captions), run.encoder.preprocessor.max_length)
     run.measure_start()
     run.plan()
     run.learn(resume)
@@ -138,6 +141,8 @@ def _train(
     record = run.record(started)
     if state.is_main_process:
         run.write(record)
+    for line in [*told(prepared.report), *cut]:
+        say(f"- {line}")
     state.wait_for_everyone()
     return record
 

@@ -156,6 +156,7 @@ class Api:
                 "images": MAX_PICTURES,
                 "captions": MAX_CAPTIONS,
                 "caption_characters": MAX_CAPTION_CHARS,
+                "caption_tokens": encoder.preprocessor.max_length,
                 "image_megabytes": MAX_FILE_MB,
                 "image_megapixels": MAX_IMAGE_PIXELS // 10**6,
             },

@@ -31,6 +31,21 @@ LEFT_OUT = {
     "twice": "evaluate.left.twice",
     "doubles": "evaluate.left.doubles",
     "uncaptioned": "evaluate.left.uncaptioned",
+    "pictures that no caption names": "evaluate.left.uncaptioned",
+    "captions of images that are not listed": "evaluate.left.missing",
+    "lines with more values than columns": "evaluate.left.values",
+    "lines with a quotation mark that is not closed": "evaluate.left.quotation",
+    "lines with a delimiter in a value without quotation marks": "evaluate.left.delimiter",
+    "captions with damaged characters": "evaluate.left.damaged",
+    "files not in UTF-8": "evaluate.left.encoding",
+    "names that differ from their pictures' in upper and lower case": "evaluate.left.case",
+    "pictures of several splits, taken for the first": "evaluate.left.splits",
+    "text files beside pictures that hold no words": "evaluate.left.no_words",
+    "unreadable captions": "evaluate.left.unread",
+    "other files of captions, whose path has to be given": "evaluate.left.other_files",
+    "further answers of a conversation": "evaluate.left.answers",
+    "cut": "evaluate.left.cut",
+    "unread": "evaluate.left.unread",
 }
 
 

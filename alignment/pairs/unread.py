@@ -1,0 +1,41 @@
+"""Files that lie beside pictures and may well be meant as their captions, but are of a kind not read here."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+from alignment.pairs.lookup import PictureIndex
+
+_SHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
+_OTHERS = {".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat", ".xml", ".yaml", ".yml"}
+_OTHERS |= {".html", ".md", ".doc", ".docx", ".pdf", ".db", ".sqlite", ".lmdb", ".gz", ".zip", ".7z", ".tfrecord"}
+_MEANT = re.compile(r"caption|metadata|annotation|descri(be|pt)|sentences")
+_NAMED = re.compile(rb"\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
+_MAX_BYTES = 64 * 2**20
+
+
+def could_be_captions(file: Path, index: PictureIndex) -> bool:
+    """Whether a file of another kind is called like captions, or is a spreadsheet that names pictures."""
+    ending = file.suffix.lower()
+    if ending in _SHEETS | _OTHERS and _MEANT.search(file.stem.lower()):
+        return bool(index.paths)
+    return ending in _SHEETS and _names_pictures(file)
+
+
+def why_unread(file: Path) -> str:
+    """Say what to do with a file of another kind."""
+    if file.suffix.lower() in _SHEETS:
+        return "a spreadsheet; save it as CSV (UTF-8), with the columns image and caption"
+    return f"files that end in {file.suffix.lower()} are not read as captions; export it as CSV with image and caption"
+
+
+def _names_pictures(file: Path) -> bool:
+    """Look into a spreadsheet, which is a zip file of XML."""
+    try:
+        with zipfile.ZipFile(file) as sheet:
+            members = [entry for entry in sheet.infolist() if entry.filename.endswith(".xml")]
+            return any(_NAMED.search(sheet.read(entry)) for entry in members if entry.file_size < _MAX_BYTES)
+    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+        return False
