@@ -210,6 +210,8 @@ HEADED = ["image,caption", *TABLE]
         ["image_id,caption", *[line.replace(".jpg", "") for line in TABLE]],
         ["id,caption", *[f"{line.replace('.jpg', ''):0>30}" for line in TABLE]],
         [line.replace(".jpg,", ".jpg#0\t") for line in TABLE],
+        [line.replace(",", " ") for line in TABLE],
+        [line.replace(",", ": ") for line in TABLE],
     ],
 )
 @pytest.mark.parametrize("name", ["captions.csv", "labels.txt", "metadata.csv"])
@@ -240,6 +242,8 @@ FORMS = {
     "columns": {"image": list(NAMED), "caption": TEXTS},
     "pandas": {"image": dict(enumerate(NAMED)), "caption": dict(enumerate(TEXTS))},
     "coco": coco(list(NAMED), TEXTS),
+    "coco by file name": coco(list(NAMED), TEXTS, text_id=lambda number: f"{number - 1}.jpg"),
+    "captions of images": {"images": [{"file_name": name, "caption": text} for name, text in NAMED.items()]},
     "results": [{"image_id": number, "caption": text} for number, text in enumerate(TEXTS)],
     "without images": {"annotations": [{"image_id": n, "id": 50 - n, "caption": t} for n, t in enumerate(TEXTS)]},
 }
@@ -296,6 +300,7 @@ def test_a_parquet_file_beside_pictures_is_read(tmp_path: Path) -> None:
         ("captions.xlsx", "0.jpg", "CSV"),
         ("mine.xlsx", "0.jpg", "CSV"),
         ("captions.pkl", "", "CSV"),
+        ("captions.csv", "", "empty"),
         (
             "captions.csv",
             "image,first,second\n0.jpg,a dog runs,ein Hund rennt\n1.jpg,a cat,eine Katze\n",

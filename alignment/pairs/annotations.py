@@ -67,7 +67,7 @@ def read_coco(file: Path, into: Collection) -> Iterator[Row]:
         ValueError: when one number stands for several images.
     """
     data = json.loads(read_text(file))
-    if "images" not in data:  # a list of annotations
+    if "images" not in data or ("annotations" not in data and b'"caption' in file.read_bytes()):  # one list says all
         yield from read_table(file, into)
         return
     images, captions = _entries(data["images"], "image", file, into), defaultdict[str, list[str]](list)
@@ -78,12 +78,16 @@ def read_coco(file: Path, into: Collection) -> Iterator[Row]:
     names = defaultdict[str, dict[str, None]](dict)
     for image in images:
         names[key(image.get("id"))][str(image.get("file_name"))] = None
+    ids = {str(image.get("file_name")): key(image.get("id")) for image in images}  # some write names for numbers
     for annotation in annotations:
         identity = key(annotation.get("image_id"))
+        identity = identity if identity in names else ids.get(identity, identity)
         if identity in names:
             captions[identity] += texts_of(annotation.get("caption"))
         else:
             into.skip("captions of images that are not listed", f"{file.name}: {annotation.get('image_id')}")
+    if annotations and not captions:
+        into.refuse(file, f"none of its {len(annotations)} annotations belongs to an image that it lists")
     if several := [identity for identity in captions if len(names[identity]) > 1]:
         meant = ", ".join(list(names[several[0]])[:3])
         raise ValueError(

@@ -15,6 +15,10 @@ from typing import NamedTuple
 DELIMITERS = ",\t;|"
 MAX_LINES_OF_A_FIELD = 200
 
+BLANK = " "
+"""Delimiter of lists such as `0.jpg a dog, running`: the first blank after the name of a picture, or a colon."""
+
+_LISTED = re.compile(r"([^\s,;|\"]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)(?:#\d+)?):?[ ]+(?=\S)", re.IGNORECASE)
 _SEP = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # what Excel writes, and reads
 
 
@@ -54,6 +58,8 @@ def head_of(lines: Iterable[str]) -> Head:
         elif found := _SEP.fullmatch(text.rstrip(",;|\t")) or _SEP.fullmatch(text):
             skipped, told = skipped + 1, found[1]
         else:
+            if not told and _LISTED.match(text):
+                return Head(BLANK, skipped)
             return Head(told or max(DELIMITERS, key=lambda mark: len(split_line(text, mark)[0])), skipped)
     return Head(told or ",", skipped)
 
@@ -77,6 +83,9 @@ def split_line(text: str, delimiter: str) -> tuple[list[str], bool]:
     A field that begins with a mark but does not end with one is taken as it stands.
     """
     text = text.removesuffix("\n")
+    if delimiter == BLANK:
+        listed = _LISTED.match(text)
+        return ([listed[1], text[listed.end() :]] if listed else [text]), False
     if '"' not in text:
         return text.split(delimiter), False
     fields, at, is_open = [], 0, False

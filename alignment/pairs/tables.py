@@ -64,7 +64,9 @@ def check_table(file: Path, index: PictureIndex, *, trusted: bool = True) -> Non
     into = Collection(Path(index.root), "", trusted=trusted, index=index)
     try:
         first = list(islice(_records(file, into), _SAMPLED))
-    except NotRead:
+    except NotRead as error:
+        if not begins(file).strip() and _is_meant_as_captions(file):
+            raise NotRead("it is empty") from error
         raise
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
         raise NotRead(str(error).rstrip("."), names_pictures=_is_meant_as_captions(file)) from error
