@@ -70,7 +70,8 @@ class Service:
                 "exception_handlers": REFUSED_BY_THE_FRAMEWORK,
             },
             "root_path": self.settings.root_path,
-            "head": f"<link rel='icon' href='favicon.ico'>\n<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
+            "head": "<link rel='icon' href='favicon.ico'>\n"
+            f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
             "state_session_capacity": _MOST_SESSIONS,
         }
 
