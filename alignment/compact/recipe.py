@@ -69,8 +69,8 @@ class Recipe:
 
     seed: int = 0
     heads_epochs: int = 20
-    tail_epochs: tuple[int, ...] = (18,)
-    text_epochs: int = 40
+    tail_epochs: tuple[int, ...] = (13,)
+    text_epochs: int = 60
     batch_size: int = 256
     captions_per_image: int = 2
     dropout: float = 0.3

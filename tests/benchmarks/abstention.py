@@ -138,7 +138,10 @@ class Meaning:
         self.own, self.bank = embeds[: len(self.texts)], embeds[len(self.texts) :]
         rows = {f"{photo.source}/{Path(photo.path).name}": row for row, photo in enumerate(photos)}
         scenes = {scene: row for row, scene in enumerate(bank)}
-        judged = [pair for pair in read_judged() if pair["photo"] in rows and pair["scene"] in scenes]
+        judged = [
+            pair for pair in read_judged() if language in pair and pair["photo"] in rows and pair["scene"] in scenes
+        ]
+        self.judged = torch.tensor([(rows[pair["photo"]], scenes[pair["scene"]], pair[language]) for pair in judged])
         cosines = self.to_photos(self.bank)[
             [rows[pair["photo"]] for pair in judged], [scenes[pair["scene"]] for pair in judged]
         ].double()
@@ -228,6 +231,7 @@ class Side:
     candidates: Tensor
     relevance: Tensor
     photo: Tensor
+    judged: Tensor | None = None  # rows of (photo, candidate, whether it fits), judged by eye
 
     def of(self, photos: Tensor, direction: Direction) -> Side:
         """Keep the queries of some photographs; where photographs are searched, keep those only."""
@@ -252,7 +256,8 @@ def load(arguments: argparse.Namespace, encoder: DualEncoder) -> Data:
         meaning = Meaning(language, photos, bank, arguments.cache)
         first = torch.tensor([int((meaning.owners == row).nonzero()[0]) for row in range(len(photos))])
         relevance = meaning.probability(meaning.bank).clamp(max=0.999)
-        found["image_to_text"][language] = Side(images, encoder.encode_texts(list(bank.values())), relevance, rows)
+        texts = encoder.encode_texts(list(bank.values()))
+        found["image_to_text"][language] = Side(images, texts, relevance, rows, meaning.judged)
         relevance = meaning.probability(meaning.own[first]).clamp(max=0.999).fill_diagonal_(1.0).T
         texts = encoder.encode_texts([meaning.texts[row] for row in first.tolist()])
         found["text_to_image"][language] = Side(texts, images, relevance, rows)
@@ -275,10 +280,25 @@ def fit(data: Data, photos: Tensor, background: Background) -> Calibration:
                 best.append(evidence[:, 0])
                 found.append(s.found)
         match[direction] = Curve.fit(torch.cat(every), torch.cat(right))
+        if direction == "image_to_text":
+            match[direction] = judged_curve(languages, photos, background, match[direction])
         fits[direction] = Curve.fit(torch.cat(best), torch.cat(found))
         said = fits[direction].probability(torch.cat(best))
         lines[direction] = Lines.of(round(float(said[torch.cat(found) >= 0.5].quantile(REFUSED)), 3))
     return Calibration(match, fits, lines)
+
+
+def judged_curve(languages: dict[str, Side], photos: Tensor, background: Background, prior: Curve) -> Curve:
+    """Fit on the pairs judged by eye: at the same closeness in meaning, what the model finds itself fits more often."""
+    evidence, labels = [], []
+    for side in languages.values():
+        assert side.judged is not None
+        photo, scene, fits = side.judged[torch.isin(side.judged[:, 0], photos)].T
+        queries = side.queries[photo]
+        similarity = (queries * side.candidates[scene]).sum(1, keepdim=True)
+        evidence.append(background.evidence(similarity, queries, len(side.candidates), "image_to_text")[:, 0])
+        labels.append(fits.bool())
+    return Curve.fit(torch.cat(evidence), torch.cat(labels), prior=prior)
 
 
 def answers(side: Side, direction: Direction, calibration: Calibration, background: Background) -> Answers:
