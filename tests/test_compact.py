@@ -323,7 +323,7 @@ def miniature(preprocessor: Preprocessor, tmp_path: Path) -> Miniature:
     recipe = Recipe(
         heads_epochs=6,
         tail_epochs=(8, 6),
-        text_epochs=20,
+        text_epochs=40,
         batch_size=6,
         captions_per_image=2,
         dropout=0.1,

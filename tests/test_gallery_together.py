@@ -134,14 +134,13 @@ def test_two_processes_make_the_gallery_of_one(shards: Path, cache: Path, tmp_pa
     # Each did a share, the first one summed up, and both told of what cannot be read.
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in sorted(lines) if line.startswith("Share")] == ["Share 1/2", "Share 2/2"]
-    assert lines[-5].endswith(
-        f"{len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {encoder.name}."
-    )
+    told = f"{len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {encoder.name}."
+    (first,) = (number for number, line in enumerate(lines) if line.endswith(told))
     # The one in two shards is embedded by both, unless one of them sees in time that the other has.
-    encoded, reused = map(int, re.findall(r"\d+", lines[-4]))
+    encoded, reused = map(int, re.findall(r"\d+", lines[first + 1]))
     assert encoded + reused == report.encoded["pictures"] + 1
     assert reused <= 1
-    assert lines[-1] == "  skipped: 1, named above"
+    assert "  skipped: 1, named above" in lines[first:]
     assert "shards damaged or cut off, read up to there (00002.tar)" in done.stderr
     assert report.encoded["pictures"] == len(gallery.pictures)
 

@@ -189,8 +189,8 @@ def test_a_minus_term_lifts_nobody(engine):
     [
         ("a cheetah + running", "cheetah-running"),
         ("猎豹＋奔跑", "cheetah-running"),
-        ("a cheetah - running", "cheetah-cub"),
-        ("猎豹－奔跑", "cheetah-cub"),
+        ("a cheetah - running", "cheetah-face"),
+        ("猎豹－奔跑", "cheetah-face"),
         ("a cup of coffee + a wooden table", "coffee"),
         ("2 x a lion + a cup of coffee", "lion"),
         ("a lion + 2 x a cup of coffee", "coffee"),
@@ -274,8 +274,8 @@ def test_a_composed_query_that_nothing_fits_says_so(engine):
 
 
 def test_nonsense_among_the_parts_is_named(engine):
-    found = engine.search_images(engine.compose_query(parse_query("a cat + xq zrtw kkp")), 3)
-    assert (found.fits, found.senseless, found.nonsense) == (False, True, ("xq zrtw kkp",))
+    found = engine.search_images(engine.compose_query(parse_query("a cat + xqzt bvvk wpl")), 3)
+    assert (found.fits, found.senseless, found.nonsense) == (False, True, ("xqzt bvvk wpl",))
     assert {match.probability for match in found.matches} == {0.0}
 
 

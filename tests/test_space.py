@@ -133,7 +133,10 @@ def test_a_dry_run_lists_every_file_and_needs_no_network(
     files = contents(exported)
     assert listed.keys() == files.keys()
     assert {name for name in files if listed[name] != files[name]} == {"README.md"}  # the title
+    rows = [name for name in files if re.fullmatch(r"assets/gallery/text_embeds-\w+/\w+\.safetensors", name)]
+    assert len(rows) == 1
     assert re.findall(r"(\S+)  \(to the store", shown) == [
+        *rows,
         "checkpoints/compact/frozen.safetensors",
         "checkpoints/compact/trained.safetensors",
     ]

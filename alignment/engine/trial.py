@@ -306,7 +306,9 @@ def _read(root: Path, left_out: defaultdict[str, list[str]]) -> list[Pair]:
         for reason, what in found.items():
             left_out[reason] += what
     if reading.unread and sum(bool(pair.captions) for pair in reading.pairs) < FEWEST:
-        message = "{name} cannot be read as captions; save it as CSV in UTF-8, with the columns image and caption."
+        message = (
+            "The file {name} cannot be read as captions; save it as CSV in UTF-8, with the columns image and caption."
+        )
         raise InputError(message, "trial.unread", name=legible(next(iter(reading.unread)), MAX_NAME))
     left_out["unread"] += reading.unread
     pairs = []

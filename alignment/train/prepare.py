@@ -83,7 +83,7 @@ def prepare(config: TrainConfig, *, progress: Progress | None = None) -> Prepare
         (measured, "measure on", len(evaluation)),
     ):
         if count < MIN_IMAGES:
-            why = "".join(f"\n- {line}" for line in told(reading))
+            why = "".join(f" {line};" for line in told(reading)).rstrip(";")
             raise ValueError(f"{source} leaves {count} captioned pictures to {part}; {MIN_IMAGES} are needed.{why}")
     second = read_data(config.second_data, split=config.second_split).pairs if config.second_data else []
     second = merge_duplicates(second, fingerprint_images(pair.image for pair in second))

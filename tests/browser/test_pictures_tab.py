@@ -56,7 +56,7 @@ def test_a_query_in_parts_is_shown_as_it_was_read_and_changed_by_its_buttons(com
 
     page.get_by_role("button", name=text("en", "pictures.term.avoid", name="running")).click()
     expect(box(page)).to_have_value("a cheetah - 2 x running")
-    shows(page, "cheetah-cub")
+    shows(page, "cheetah-(cub|face)")
     page.get_by_role("button", name=text("en", "pictures.term.less", name="running")).press("Enter")
     expect(box(page)).to_have_value("a cheetah - 1.5 x running")
     expect(page.get_by_role("button", name=text("en", "pictures.term.less", name="running"))).to_be_focused()
@@ -72,7 +72,7 @@ def test_results_can_be_asked_for_more_or_less_of_their_kind(composer):
     page.locator("#pictures-results button[data-act=more][data-id=cheetah-face]").click()
     expect(page.locator(f"{PARTS} img")).to_have_count(1)
     expect(page.locator("#pictures-results button[data-id=cheetah-face]")).to_have_count(0)  # not itself
-    shows(page, "cheetah-cub")
+    shows(page, "cheetah-(cub|running)")
     page.locator("#pictures-results button[data-act=less][data-id=cheetah-cub]").click()
     expect(page.locator(PARTS)).to_have_count(3)
     expect(page.locator(f"{PARTS}.al-minus img")).to_have_count(1)
@@ -139,8 +139,8 @@ def test_a_query_that_makes_no_sense_is_answered_in_words(composer, query, code)
 
 def test_nonsense_in_a_query_is_named(composer):
     page = composer()
-    search(page, "a cat + xq zrtw kkp")
-    expect(page.locator("#pictures-results .al-verdict")).to_contain_text("“xq zrtw kkp” says nothing")
+    search(page, "a cat + xqzt bvvk wpl")
+    expect(page.locator("#pictures-results .al-verdict")).to_contain_text("“xqzt bvvk wpl” says nothing")
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
@@ -149,14 +149,14 @@ def test_the_help_shows_by_example(composer, lang):
     page.locator("#pictures-help summary").click()
     page.locator("#pictures-help button").nth(1).click()
     expect(box(page)).to_have_value(text(lang, "pictures.help.without.query"))
-    shows(page, "cheetah-cub")
+    shows(page, "cheetah-face")
     expect(page.locator("#pictures-help details")).to_have_attribute("open", "")
 
 
 def test_why_explains_the_first_caption_that_is_wanted(composer):
     page = composer()
     search(page, "- running + a cheetah")
-    shows(page, "cheetah-cub")
+    shows(page, "cheetah-face")
     page.locator("#pictures-results button[data-act=why]").first.click()
     dialog = page.locator("#explanation dialog")
     expect(dialog).to_be_visible()
