@@ -126,7 +126,7 @@ def test_an_example_is_one_click_away_also_by_keyboard(visit):
     page = visit()
     page.locator("#captions-examples button").nth(1).focus()
     page.keyboard.press("Enter")
-    expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(text("en", "example.query.coffee")))
+    expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(text("en", "example.query.cat")))
 
 
 def test_a_pasted_picture_is_taken(visit, picture):
