@@ -128,7 +128,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=expanduser,
         metavar="FOLDER",
         help="search the pictures in this folder, which are only read; their gallery is kept in the cache folder, and "
-        "whoever opens the page sees the names of the files",
+        "everyone who opens the page sees the names of the files",
     )
     add(
         "--compare",

@@ -64,7 +64,7 @@ def test_photos_take_the_starter_gallerys_place_and_a_rescan_takes_in_what_chang
     box = page.locator("#pictures-query").get_by_role("textbox")
     box.fill("half a que")
 
-    other.locator("#scan button").click()  # whoever presses it, all see what comes of it
+    other.locator("#scan button").click()  # one page starts the scan, every open page shows its result
     expect(other.locator("#scan")).to_contain_text(text("zh", "scan.ready", count="3", folder="Pictures"))
     expect(other.locator("#pictures-results .al-card").first).to_contain_text("my cat.jpg")
     expect(other.locator("#scan summary")).to_be_visible()  # broken.jpg
