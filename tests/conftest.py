@@ -46,6 +46,14 @@ def ports() -> None:
         server.INITIAL_PORT_VALUE += server.TRY_NUM_PORTS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 
 
+@pytest.fixture
+def free_port() -> str:
+    """A port that nothing listens at: the default one may be taken by a developer's app or another worker's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     """Run the test once for every family."""
@@ -95,22 +103,19 @@ def encoded() -> Callable[..., bytes]:
 
 
 @pytest.fixture
-def first_answer(tmp_path: Path) -> Callable[..., dict]:
+def first_answer(tmp_path: Path, free_port: str) -> Callable[..., dict]:
     """Start an app in a process of its own, and ask it for pictures of a caption over HTTP: `first_answer(command)`."""
 
     def ask(command: list[str], cwd: Path, caption: str = "a cat", **environment: str) -> dict:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         ours = ("ALIGNMENT_", "GRADIO_", "PYTHON")
         env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         env |= {"ALIGNMENT_CACHE": os.environ["ALIGNMENT_CACHE"], "PYTHONDONTWRITEBYTECODE": "1"}
-        env |= {"GRADIO_SERVER_PORT": port, "GRADIO_TEMP_DIR": str(tmp_path / "uploads"), "no_proxy": "127.0.0.1"}
+        env |= {"GRADIO_SERVER_PORT": free_port, "GRADIO_TEMP_DIR": str(tmp_path / "uploads"), "no_proxy": "127.0.0.1"}
         with subprocess.Popen(command, cwd=cwd, env=env | environment, stdout=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stdout
-                assert process.stdout.readline() == f"Open http://127.0.0.1:{port}/\n"
-                with httpx.Client(base_url=f"http://127.0.0.1:{port}/gradio_api/call", trust_env=False) as client:
+                assert process.stdout.readline() == f"Open http://127.0.0.1:{free_port}/\n"
+                with httpx.Client(base_url=f"http://127.0.0.1:{free_port}/gradio_api/call", trust_env=False) as client:
                     asked = client.post("/v2/search_images", json={"caption": caption, "k": 3}).json()
                     told = client.get(f"/search_images/{asked['event_id']}", timeout=60).text
                 return json.loads(told.partition("event: complete\ndata: ")[2])[0]

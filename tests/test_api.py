@@ -491,9 +491,9 @@ def test_an_agent_is_told_what_is_wrong(address, elsewhere):
     assert seen == []
 
 
-def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, capsys):
+def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, capsys, free_port):
     monkeypatch.setitem(sys.modules, "mcp", None)  # as where it is not installed
-    assert app.main(["--mcp"]) == 2
+    assert app.main(["--mcp", "--port", free_port]) == 2
     assert capsys.readouterr().err == 'error: --mcp needs one more package; run: pip install -e ".[mcp]"\n'
 
 

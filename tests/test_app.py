@@ -154,8 +154,8 @@ def test_an_address_of_ipv6_is_written_in_brackets(host, shown):
     assert host_in_url(host) == shown
 
 
-def test_a_missing_checkpoint_ends_in_a_sentence(capsys, tmp_path):
-    assert app.main(["--model", str(tmp_path)]) == 2
+def test_a_missing_checkpoint_ends_in_a_sentence(capsys, tmp_path, free_port):
+    assert app.main(["--model", str(tmp_path), "--port", free_port]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert "config.json" in shown
@@ -166,9 +166,9 @@ def interrupted(*args: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_while_it_loads_shows_no_traceback(monkeypatch):
+def test_ctrl_c_while_it_loads_shows_no_traceback(monkeypatch, free_port):
     monkeypatch.setattr(app, "load_engine", interrupted)
-    assert app.main([]) == 130
+    assert app.main(["--port", free_port]) == 130
 
 
 @pytest.mark.parametrize("name", ["evaluate", "gallery", "space", "train"])
@@ -179,8 +179,9 @@ def test_ctrl_c_shows_no_traceback_of_a_command(name, monkeypatch):
     assert ended.value.code == 130
 
 
-def test_a_gallery_of_another_model_ends_in_the_command_that_rebuilds_it(capsys, folders, checkpoint):
-    assert app.main(["--model", str(checkpoint("chinese-clip")), "--gallery", str(folders[1])]) == 2
+def test_a_gallery_of_another_model_ends_in_the_command_that_rebuilds_it(capsys, folders, checkpoint, free_port):
+    model, gallery = str(checkpoint("chinese-clip")), str(folders[1])
+    assert app.main(["--model", model, "--gallery", gallery, "--port", free_port]) == 2
     shown = capsys.readouterr().err
     assert "python -m alignment.gallery build" in shown
     assert "Traceback" not in shown
@@ -216,16 +217,13 @@ def test_captions_are_answered_without_the_image_tower_and_what_builds_models(tm
     assert towers.split() == ["text"]
 
 
-def test_the_command_serves_and_ends_when_it_is_interrupted():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "app.py", "--port", port]
+def test_the_command_serves_and_ends_when_it_is_interrupted(free_port):
+    command = [sys.executable, "app.py", "--port", free_port]
     with subprocess.Popen(command, cwd=app.ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
-            assert process.stdout.readline() == f"Open http://127.0.0.1:{port}/\n"
-            status, kind, _ = fetch(f"http://127.0.0.1:{port}/thumbnails/cat.webp")
+            assert process.stdout.readline() == f"Open http://127.0.0.1:{free_port}/\n"
+            status, kind, _ = fetch(f"http://127.0.0.1:{free_port}/thumbnails/cat.webp")
             assert (status, kind) == (200, "image/webp")
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0

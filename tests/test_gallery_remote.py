@@ -87,16 +87,18 @@ def test_a_digest_tells_rows_apart_and_not_their_order() -> None:
 # ---------------------------------------------------------------- commands without a server
 
 
-def test_the_app_says_that_no_server_answers(nobody: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["--index", nobody]) == 2
+def test_the_app_says_that_no_server_answers(nobody: str, free_port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["--index", nobody, "--port", free_port]) == 2
     shown = capsys.readouterr().err
     assert f"error: The Milvus server at {nobody} does not answer" in shown
     assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize("address", ["http://me:secret@localhost:19530", "http://localhost:19530/?token=secret"])
-def test_the_app_takes_no_secret_by_its_address(address: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["--index", address]) == 2
+def test_the_app_takes_no_secret_by_its_address(
+    address: str, free_port: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.main(["--index", address, "--port", free_port]) == 2
     shown = capsys.readouterr().err
     assert "ALIGNMENT_INDEX_TOKEN" in shown
     assert "secret" not in shown

@@ -253,10 +253,10 @@ def test_any_model_makes_its_starter_gallery_once(checkpoint, starter, tmp_path,
     ("path", "said"),
     [("nowhere", "There is no folder"), ("file.jpg", "is a file"), ("~who/x", "There is no folder")],
 )
-def test_photos_have_to_be_a_folder(tmp_path, monkeypatch, capsys, path, said):
+def test_photos_have_to_be_a_folder(tmp_path, monkeypatch, capsys, free_port, path, said):
     monkeypatch.chdir(tmp_path)
     Path("file.jpg").touch()
-    assert app.main(["--photos", path]) == 2
+    assert app.main(["--photos", path, "--port", free_port]) == 2
     assert said in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -228,6 +229,7 @@ PROCESSES = 2
 
 def _process(rank: int, folder: str, folders: dict[str, str]) -> None:
     """What each process does: every case on its half of the batch, and a measurement."""
+    faulthandler.enable()  # a process that is aborted says where
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
@@ -250,6 +252,7 @@ def _process(rank: int, folder: str, folders: dict[str, str]) -> None:
         {"images": embedded.image_embeds, "texts": embedded.text_embeds}, Path(folder, f"embeds-{rank}.safetensors")
     )
     Path(folder, f"figures-{rank}.json").write_text(json.dumps(dict(measure.figures())), encoding="utf-8")
+    distributed.barrier()  # the first to end closes its connections: the other must be through with them
     distributed.destroy_process_group()
 
 

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 from alignment.compact.convert import convert_image_tower, convert_text_tower, convert_tokenizer
 from alignment.compact.features import (
@@ -127,9 +128,14 @@ class Run:
         aligner = self._aligner({language: found.features.shape[1] for language, found in data.captions.items()})
         self._stage("heads", aligner, lambda: train_heads(aligner, self.features, data, self.recipe))
         self._measure("heads", aligner, data)
-        for cycle in range(len(self.recipe.tail_epochs)):
-            self._stage(f"tail{cycle}", aligner, partial(self._tune, aligner, data, cycle))
-            self._measure(f"tail {cycle}", aligner, data)
+        heads, tuned = copy.deepcopy(aligner.state_dict()), AveragedModel(aligner)
+        for run in range(len(self.recipe.tail_epochs)):
+            aligner.load_state_dict(heads)
+            self._stage(f"tail{run}", aligner, partial(self._tune, aligner, data, run))
+            self._measure(f"tail {run}", aligner, data)
+            tuned.update_parameters(aligner)
+            self._measure(f"average of the tails to {run}", tuned.module, data)
+        aligner.load_state_dict(tuned.module.state_dict())
         return aligner
 
     def _align_texts(self, aligner: Aligner, data: Training) -> AlignmentHead:
@@ -160,13 +166,13 @@ class Run:
             save_model(module, str(path))
         module.eval()
 
-    def _tune(self, aligner: Aligner, data: Training, cycle: int) -> None:
-        state = self.cache / f"tail{cycle}-{self.key}.state.safetensors"
+    def _tune(self, aligner: Aligner, data: Training, run: int) -> None:
+        state = self.cache / f"tail{run}-{self.key}.state.safetensors"
 
         def measured(epoch: int, average: Aligner) -> None:
-            self._measure(f"tail {cycle}, epoch {epoch}", average.eval(), data)
+            self._measure(f"tail {run}, epoch {epoch}", average.eval(), data)
 
-        train_tail(aligner, self.features, data, self.recipe, cycle, measured, state)
+        train_tail(aligner, self.features, data, self.recipe, run, measured, state)
         state.unlink(missing_ok=True)
 
     @torch.no_grad()

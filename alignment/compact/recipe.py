@@ -3,7 +3,8 @@
 Place in the flow: the last step of `python -m alignment.compact`. Three stages, each measured on dev:
 
 1. *heads*: image head and a teacher's text head for each language on frozen features;
-2. *tail*: the same with the image tower's last blocks, on random windows of the cached maps;
+2. *tail*: the same with the image tower's last blocks, on random windows of the cached maps, several times from the
+   same heads; the weights of these runs are averaged (Wortsman et al., 2022, "Model soups");
 3. *text*: the text head that ships (sentence embedding alone, sixteen languages), on the finished image embeddings,
    held near the teachers' embeddings of the captions; the bilingual scenes tie Chinese to English.
 
@@ -46,11 +47,11 @@ class Recipe:
     """All that a run of the recipe may vary.
 
     Attributes:
-        heads_epochs, tail_epochs, text_epochs: passes over the training pictures; the tail stage is a series of cycles,
-            each with a schedule of its own.
+        heads_epochs, tail_epochs, text_epochs: passes over the training pictures; the tail stage is a series of runs
+            from the same heads, each with a schedule of its own.
         batch_size: pictures a step in the tail stage; the heads stage takes twice as many.
         captions_per_image: captions drawn for each picture of a step, in each language.
-        dropout, tail_dropout, text_dropout: of the heads stage, of each cycle of the tail stage, of the text stage.
+        dropout, tail_dropout, text_dropout: of the heads stage, of the tail stage, of the text stage.
         heads_rate, tail_rate, tuned_rate, text_rate: peak learning rates; `tuned_rate` is that of the heads while the
             tail is tuned.
         windows: sides of the random windows cut from the 17 x 17 maps, one drawn a step.
@@ -69,12 +70,12 @@ class Recipe:
 
     seed: int = 0
     heads_epochs: int = 20
-    tail_epochs: tuple[int, ...] = (13,)
-    text_epochs: int = 60
+    tail_epochs: tuple[int, ...] = (13, 8, 8)
+    text_epochs: int = 120
     batch_size: int = 256
     captions_per_image: int = 2
     dropout: float = 0.3
-    tail_dropout: tuple[float, ...] = (0.25,)
+    tail_dropout: float = 0.25
     text_dropout: float = 0.1
     heads_rate: float = 2e-3
     tail_rate: float = 3e-4
@@ -189,23 +190,23 @@ def train_tail(
     features: ImageFeatures,
     data: Training,
     recipe: Recipe,
-    cycle: int,
+    run: int,
     measured: Callable[[int, Aligner], None],
     state: Path | None = None,
 ) -> None:
-    """Stage 2, one cycle of it: the heads and the tower's last blocks, on random windows of the cached maps.
+    """Stage 2, one run of it: the heads and the tower's last blocks, on random windows of the cached maps.
 
     Args:
         aligner: what is trained, in place.
         features: of all pictures.
         data: which of them to train on, with their captions.
         recipe: the settings.
-        cycle: number of the cycle, counted from 0.
+        run: number of the run, counted from 0.
         measured: called after each epoch with its number and the averaged weights.
         state: file that keeps the state after each epoch; a run that was stopped goes on from it.
     """
-    size, whole, epochs = recipe.batch_size, features.maps.shape[-1], recipe.tail_epochs[cycle]
-    set_dropout(aligner, recipe.tail_dropout[cycle])
+    size, whole, epochs = recipe.batch_size, features.maps.shape[-1], recipe.tail_epochs[run]
+    set_dropout(aligner, recipe.tail_dropout)
     groups = [
         (list(aligner.head.parameters()) + list(aligner.teachers.parameters()), recipe.tuned_rate),
         (list(aligner.tail.parameters()), recipe.tail_rate),
@@ -215,8 +216,8 @@ def train_tail(
     if state is not None and state.exists():
         optimiser.load(state)
     for epoch in range(optimiser.count // steps, epochs):
-        torch.manual_seed(recipe.seed * 10_007 + cycle * 101 + epoch)
-        rng = np.random.default_rng((recipe.seed, cycle, epoch))
+        torch.manual_seed(recipe.seed * 10_007 + run * 101 + epoch)
+        rng = np.random.default_rng((recipe.seed, run, epoch))
         for images in data.batches(size, 1):
             views, side = torch.randint(VIEWS, (size,)), int(rng.choice(recipe.windows))
             embeds, pooled = aligner.images(features.windows(images, views, side, rng))
