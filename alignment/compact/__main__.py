@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -58,6 +59,7 @@ from alignment.towers import (
     EfficientNetLiteModel,
     NgramTextConfig,
     NgramTextModel,
+    join_parts,
 )
 
 logger = logging.getLogger("alignment.compact")
@@ -103,8 +105,8 @@ class Run:
         """Train what `cache` does not hold yet, then write the checkpoint."""
         data = Training(self.train, *self._taught(), self.recipe)
         aligner = self._align_images(data)
-        head = self._align_texts(aligner, data)
         class_embeds, center = _class_embeds(self.names, self.text_features, self.texts.names)
+        head = self._align_texts(aligner, data, class_embeds, center)
         weights = self.recipe.image_weight, self.recipe.text_weight
         model = assemble(self.image, self.text, aligner, head, class_embeds, center, *weights)
         encoder = save_compact(model, self.preprocessor, out)
@@ -134,17 +136,17 @@ class Run:
             self._stage(f"tail{run}", aligner, partial(self._tune, aligner, data, run))
             self._measure(f"tail {run}", aligner, data)
             tuned.update_parameters(aligner)
-            self._measure(f"average of the tails to {run}", tuned.module, data)
+            self._measure(f"average of the tails to {run}", cast(Aligner, tuned.module), data)
         aligner.load_state_dict(tuned.module.state_dict())
         return aligner
 
-    def _align_texts(self, aligner: Aligner, data: Training) -> AlignmentHead:
+    def _align_texts(self, aligner: Aligner, data: Training, class_embeds: Tensor, center: Tensor) -> AlignmentHead:
         """Run the third stage."""
         head = NgramTextModel(NgramTextConfig(embed_dim=EMBED_DIM)).head
         head.summary_norm.deviation.fill_(self.text.config.sentence_dim**-0.5)
-        targets = self._targets(aligner, data)
+        targets = self._targets(aligner, data, class_embeds, center)
         self._stage("text", head, lambda: train_text(head, aligner, data, targets, self.recipe))
-        self._report("text", targets.images[:, 0], partial(self._embed_texts, head))
+        self._report("text", targets.images[:, 0], partial(self._embed_texts, head, targets))
         return head
 
     def _aligner(self, widths: Mapping[str, int]) -> Aligner:
@@ -219,9 +221,17 @@ class Run:
         parts = zip(images.split(64), views.split(64), strict=True)
         return torch.cat([aligner.images(self.features.windows(rows, seen, whole))[0] for rows, seen in parts])
 
-    def _embed_texts(self, head: AlignmentHead, language: str, rows: Tensor) -> Tensor:
+    def _concepts(self, view: int, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Return every picture's concept part, and its share of the whole."""
+        low, high = self.recipe.image_weight
+        probabilities = self.image.classifier(self.features.pooled[:, view]).softmax(-1)
+        certainty = probabilities.amax(-1, keepdim=True)
+        return functional.normalize(probabilities @ class_embeds, dim=-1), low + (high - low) * certainty
+
+    def _embed_texts(self, head: AlignmentHead, targets: TextTargets, language: str, rows: Tensor) -> Tensor:
         batches = map(self.text_features.batch, self.texts.captions[language][0][rows].split(256))
-        return torch.cat([head(sentences, tokens, mask) for tokens, sentences, mask in batches])
+        weight = self.recipe.text_weight
+        return torch.cat([targets.whole(head(said, tokens, mask), said, weight) for tokens, said, mask in batches])
 
     def _teacher_features(self, language: str, rows: Tensor) -> Tensor:
         """Put sentence embeddings side by side, each with unit variance: ours and those of the language's teachers."""
@@ -231,7 +241,7 @@ class Run:
         return torch.cat([part * part.shape[-1] ** 0.5 for part in parts], dim=-1)
 
     @torch.no_grad()
-    def _targets(self, aligner: Aligner, data: Training) -> TextTargets:
+    def _targets(self, aligner: Aligner, data: Training, class_embeds: Tensor, center: Tensor) -> TextTargets:
         english = self.texts.scenes[::2]
         scene_teacher = aligner.teachers["en"](self._teacher_features("en", english))
         everyone = torch.arange(len(self.photos))
@@ -245,7 +255,14 @@ class Run:
             scenes=self.texts.scenes,
             scene_teacher=scene_teacher.repeat_interleave(2, dim=0),
             names=self.texts.names,
-            images=torch.stack([self._embed(aligner, everyone, view) for view in range(VIEWS)], dim=1),
+            images=torch.stack(
+                [
+                    join_parts(self._embed(aligner, everyone, view), *self._concepts(view, class_embeds))
+                    for view in range(VIEWS)
+                ],
+                dim=1,
+            ),
+            center=center,
         )
 
 

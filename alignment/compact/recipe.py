@@ -6,7 +6,8 @@ Place in the flow: the last step of `python -m alignment.compact`. Three stages,
 2. *tail*: the same with the image tower's last blocks, on random windows of the cached maps, several times from the
    same heads; the weights of these runs are averaged (Wortsman et al., 2022, "Model soups");
 3. *text*: the text head that ships (sentence embedding alone, sixteen languages), on the finished image embeddings,
-   held near the teachers' embeddings of the captions; the bilingual scenes tie Chinese to English.
+   concept parts included, held near the teachers' embeddings of the captions; the bilingual scenes tie Chinese to
+   English.
 
 Every stage also learns the thousand ImageNet class names without an ImageNet picture: the rows of the classifier serve
 as prototypes of what a picture of the class looks like to the tower.
@@ -35,7 +36,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from alignment.compact.features import VIEWS, ImageFeatures, TextFeatures
 from alignment.durable import put_in_place
 from alignment.losses import softmax_loss
-from alignment.towers import AlignmentHead, ResidualMLP, Tail
+from alignment.towers import AlignmentHead, ResidualMLP, Tail, join_parts
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Recipe:
     seed: int = 0
     heads_epochs: int = 20
     tail_epochs: tuple[int, ...] = (13, 8, 8)
-    text_epochs: int = 120
+    text_epochs: int = 60
     batch_size: int = 256
     captions_per_image: int = 2
     dropout: float = 0.3
@@ -325,7 +326,8 @@ class TextTargets:
         scenes: rows of the project's own scenes, in English and in Chinese.
         scene_teacher: (len(scenes), embed_dim), the English teacher's embedding of the English.
         names: rows of each class's names, in both languages.
-        images: (num_images, views, embed_dim), the finished image embeddings.
+        images: (num_images, views, embed_dim + sentence_dim), the finished image embeddings, both parts.
+        center: (sentence_dim,), what the concept part takes out of sentence embeddings.
     """
 
     features: TextFeatures
@@ -335,6 +337,11 @@ class TextTargets:
     scene_teacher: Tensor
     names: Sequence[Tensor]
     images: Tensor
+    center: Tensor
+
+    def whole(self, embeds: Tensor, sentences: Tensor, weight: float) -> Tensor:
+        """Put the concept part beside aligned texts: (n, embed_dim + sentence_dim), unit norm."""
+        return join_parts(embeds, functional.normalize(sentences - self.center, dim=-1), weight)
 
 
 def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: TextTargets, recipe: Recipe) -> None:
@@ -353,20 +360,23 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
         named = torch.stack([draw_one(targets.names[row]) for row in classes.tolist()])
         captioned = [targets.rows[language][rows] for language, (rows, _) in drawn.items()]
         tokens, sentences, mask = targets.features.batch(torch.cat([*captioned, targets.scenes[scenes], named]))
-        parts = head(sentences, tokens, mask).split([*map(len, captioned), len(scenes), len(classes)])
+        sizes = [*map(len, captioned), len(scenes), len(classes)]
+        embeds = head(sentences, tokens, mask)
+        parts = embeds.split(sizes)
+        wholes = targets.whole(embeds, sentences, recipe.text_weight).split(sizes)
         seen, names = parts[-2:]
         pictures = targets.images[data.train, torch.randint(VIEWS, (len(data.train),))]
         with torch.no_grad():
             prototypes = aligner.pooled(data.prototypes.draw(classes))
         loss = recipe.scenes_weight * (1 - (seen * targets.scene_teacher[scenes]).sum(-1)).mean()
         loss = loss + recipe.names_weight * softmax_loss(scale * prototypes @ names.T)
-        for (rows, owned), language, embeds in zip(drawn.values(), drawn, parts, strict=False):
+        for (rows, owned), language, part, whole in zip(drawn.values(), drawn, parts, wholes, strict=False):
             owners = place[owned]
             loss = (
                 loss
-                + functional.cross_entropy(scale * embeds @ pictures.T, owners) / 2
-                + functional.cross_entropy(scale * pictures[owners] @ embeds.T, torch.arange(len(owners))) / 2
-                + recipe.teacher_weight * (1 - (embeds * targets.captions[language].features[rows]).sum(-1)).mean()
+                + functional.cross_entropy(scale * whole @ pictures.T, owners) / 2
+                + functional.cross_entropy(scale * pictures[owners] @ whole.T, torch.arange(len(owners))) / 2
+                + recipe.teacher_weight * (1 - (part * targets.captions[language].features[rows]).sum(-1)).mean()
             )
         optimiser.step(loss)
     optimiser.keep_average()

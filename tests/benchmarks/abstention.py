@@ -2,7 +2,9 @@
 
 A caption counts as right for a photograph by how close it is in meaning to what people wrote of it: the cosine of a
 sentence encoder with the nearest of the photograph's own captions, turned into a probability by a line that is fitted
-on pairs judged by eye (`assets/caption_verdicts.jsonl`). Dev photographs search the starter gallery's captions, their
+on pairs judged by eye (`assets/caption_verdicts.jsonl`: 2, all that is said is there; 1, a person who searched for it
+would accept the picture, though a side detail is wrong or not to be seen; 0, the main thing, what it does or the place
+is wrong; 1 and 2 fit). Dev photographs search the starter gallery's captions, their
 captions search the photographs. What is fitted on one half of the photographs is measured on the other, both ways.
 Intervals are 95 %, over photographs drawn with all their queries. `--save` fits on all of them; the result is
 `BORROWED` of `alignment/calibration.py`. Nonsense, empty pictures and captions that no starter picture shows are to be
@@ -123,7 +125,7 @@ def empty_pictures(seed: int = 1) -> dict[str, list[Image.Image]]:
 
 
 def read_judged() -> list[dict]:
-    """Read the pairs that were judged by eye: photo, scene, and whether the scene describes it in each language."""
+    """Read the pairs that were judged by eye: photo, scene, and for each language the grade, 0 to 2."""
     return [json.loads(line) for line in VERDICTS.read_text("utf-8").splitlines()]
 
 
@@ -141,11 +143,13 @@ class Meaning:
         judged = [
             pair for pair in read_judged() if language in pair and pair["photo"] in rows and pair["scene"] in scenes
         ]
-        self.judged = torch.tensor([(rows[pair["photo"]], scenes[pair["scene"]], pair[language]) for pair in judged])
+        self.judged = torch.tensor(
+            [(rows[pair["photo"]], scenes[pair["scene"]], pair[language] >= 1) for pair in judged]
+        )
         cosines = self.to_photos(self.bank)[
             [rows[pair["photo"]] for pair in judged], [scenes[pair["scene"]] for pair in judged]
         ].double()
-        labels = torch.tensor([pair[language] for pair in judged]).double()
+        labels = self.judged[:, 2].double()
         columns = torch.zeros(len(judged), 4, dtype=torch.double)
         columns[:, 0] = cosines
         line = _logistic_regression(columns, labels, torch.zeros(5, dtype=torch.double), 0.01)
@@ -288,17 +292,20 @@ def fit(data: Data, photos: Tensor, background: Background) -> Calibration:
     return Calibration(match, fits, lines)
 
 
+def judged_evidence(side: Side, photos: Tensor, background: Background) -> tuple[Tensor, Tensor]:
+    """Return the evidence for each pair judged by eye, of some photographs, and whether it fits."""
+    assert side.judged is not None
+    photo, scene, fits = side.judged[torch.isin(side.judged[:, 0], photos)].T
+    queries = side.queries[photo]
+    similarity = (queries * side.candidates[scene]).sum(1, keepdim=True)
+    return background.evidence(similarity, queries, len(side.candidates), "image_to_text")[:, 0], fits.bool()
+
+
 def judged_curve(languages: dict[str, Side], photos: Tensor, background: Background, prior: Curve) -> Curve:
     """Fit on the pairs judged by eye: at the same closeness in meaning, what the model finds itself fits more often."""
-    evidence, labels = [], []
-    for side in languages.values():
-        assert side.judged is not None
-        photo, scene, fits = side.judged[torch.isin(side.judged[:, 0], photos)].T
-        queries = side.queries[photo]
-        similarity = (queries * side.candidates[scene]).sum(1, keepdim=True)
-        evidence.append(background.evidence(similarity, queries, len(side.candidates), "image_to_text")[:, 0])
-        labels.append(fits.bool())
-    return Curve.fit(torch.cat(evidence), torch.cat(labels), prior=prior)
+    parts = [judged_evidence(side, photos, background) for side in languages.values()]
+    evidence, labels = (torch.cat(list(part)) for part in zip(*parts, strict=True))
+    return Curve.fit(evidence, labels, prior=prior)
 
 
 def answers(side: Side, direction: Direction, calibration: Calibration, background: Background) -> Answers:
@@ -313,8 +320,13 @@ def answers(side: Side, direction: Direction, calibration: Calibration, backgrou
     return Answers(torch.tensor(said), right, torch.tensor(fits), side.photo)
 
 
-def cross_fit(data: Data, background: Background, resamples: int) -> dict[Direction, Answers]:
-    """Fit on one half of the photographs and measure on the other, both ways, and print the tables."""
+def cross_fit(data: Data, background: Background, resamples: int) -> dict[Direction, tuple[Tensor, Tensor]]:
+    """Fit on one half of the photographs and measure on the other, both ways, and print the tables.
+
+    Returns:
+        What the reliability diagram shows, by direction: the probability said, and how likely it is right; captions of
+        a picture are those judged by eye, pictures of a caption the first results.
+    """
     everyone: dict[Direction, list[Answers]] = {direction: [] for direction in DIRECTIONS}
     total = len(data["image_to_text"]["en"].photo)
     half = torch.randperm(total, generator=torch.Generator().manual_seed(1)) % 2
@@ -330,10 +342,21 @@ def cross_fit(data: Data, background: Background, resamples: int) -> dict[Direct
             print(f"{direction}, {language}: {len(joined.said)} queries, {len(parts[0].said)} photographs a half")
             for name, (value, low, high) in joined.with_intervals(resamples).items():
                 print(f"    {name:22}{value:.3f} [{low:.3f}, {high:.3f}]")
-    return {
-        way: Answers(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Answers)))
+    shown = {
+        way: (torch.cat([part.said for part in parts]), torch.cat([part.right for part in parts]))
         for way, parts in everyone.items()
     }
+    judged = [
+        (fitted[part].match["image_to_text"].probability(evidence), fits)
+        for part in (0, 1)
+        for side in data["image_to_text"].values()
+        for evidence, fits in [judged_evidence(side, (half != part).nonzero()[:, 0], background)]
+    ]
+    said, fits = torch.cat([said for said, _ in judged]), torch.cat([fits for _, fits in judged])
+    shown["image_to_text"] = said, fits
+    print(f"judged pairs: {len(said)}, said {float(said.mean()):.3f}, fit {float(fits.double().mean()):.3f}")
+    print(f"    calibration error {calibration_error(said, fits):.3f}, AUROC {auroc(said, fits):.3f}")
+    return shown
 
 
 def refusals(data: Data, calibration: Calibration, background: Background, encoder: DualEncoder) -> None:
@@ -372,21 +395,21 @@ def wilson(hits: Tensor) -> str:
     return f"{100 * p:5.1f} [{100 * low:4.1f}, {100 * high:5.1f}]"
 
 
-def draw(measured: dict[Direction, Answers], path: Path) -> None:
-    """Draw the reliability diagram: what was said of first results against what is so."""
+def draw(measured: dict[Direction, tuple[Tensor, Tensor]], path: Path) -> None:
+    """Draw the reliability diagram: what was said against what is so."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    for axes, (direction, found) in zip(figure.subplots(1, 2), measured.items(), strict=True):
-        bins = (found.said * BINS).long().clamp(0, BINS - 1)
+    for axes, (direction, (said, right)) in zip(figure.subplots(1, 2), measured.items(), strict=True):
+        bins = (said * BINS).long().clamp(0, BINS - 1)
         axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
         for place in range(BINS):
             rows = bins == place
             if rows.sum() >= 5:
-                said, right = float(found.said[rows].mean()), found.right[rows].double()
-                spread = 1.96 * float((right.mean() * (1 - right.mean()) / rows.sum()).sqrt())
-                axes.errorbar(said, float(right.mean()), spread, fmt="o", color="#1f5fa8", capsize=3)
-                axes.annotate(str(int(rows.sum())), (said, float(right.mean())), (6, -10), textcoords="offset points")
+                x, share = float(said[rows].mean()), float(right[rows].double().mean())
+                spread = 1.96 * (share * (1 - share) / int(rows.sum())) ** 0.5
+                axes.errorbar(x, share, spread, fmt="o", color="#1f5fa8", capsize=3)
+                axes.annotate(str(int(rows.sum())), (x, share), (6, -10), textcoords="offset points")
         axes.set(
             title=direction.replace("_", " ").replace("image", "picture"),
             xlabel="probability said", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1),
