@@ -50,6 +50,7 @@ from alignment.engine import MAX_ZIP_MB, AlignmentEngine, PhotoFolder, SecondMod
 from alignment.engine.photo_folder import photo_folder
 from alignment.gallery import Gallery, Remote, add_index_options, progress_bar, starter_gallery
 from alignment.model import DualEncoder
+from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import InputError
 from alignment.shipped import GALLERY, MODEL, shipped
 from alignment.ui.api import add_api, tame_tools
@@ -147,6 +148,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="for browsers that ask for neither language (default: %(default)s)",
     )
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
+    add_size_options(parser)
     add_options(parser)
     args = parser.parse_args(argv)
     if args.photos and args.index:
@@ -331,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
         args.photos = photo_folder(args.photos) if args.photos else None
         check_address(args.host, args.port)
+        use_size_options(args)
         engine = load_engine(args)
         bar = partial(progress_bar, f"Reading {args.photos}", quiet=args.log == "json")
         photos = PhotoFolder(engine, args.photos, bar) if args.photos else None

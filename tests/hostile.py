@@ -21,7 +21,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from alignment.preprocess import MAX_IMAGE_PIXELS, InputError, open_image
+from alignment.picture_limits import MAX_IMAGE_PIXELS
+from alignment.preprocess import InputError, open_image
 from alignment.ui.strings import error_text, strings
 
 SIZE = (48, 36)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from alignment.pairs import Reading, read_data
+from alignment.pairs import Reading, read_data, told
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
 TEXTS = [f"a dog number {word}" for word in WORDS]
@@ -162,8 +162,7 @@ def test_chinese_tables_are_read_in_their_encoding(tmp_path: Path, encoding: str
     (tmp_path / "captions.csv").write_bytes(text.encode(encoding))
     reading = read_data(tmp_path)
     assert set(found(reading, tmp_path).values()) == {("一只狗",)}
-    guessed = encoding in ("gbk", "gb18030", "utf-16-le", "utf-16-be")
-    assert ("files not in UTF-8" in reading.repaired) == guessed
+    assert ("files not in UTF-8" in reading.repaired) == (encoding != "utf-8-sig")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +173,42 @@ def test_other_old_encodings_too(tmp_path: Path, encoding: str, caption: str) ->
     lines = [f"{number}.jpg,{caption}" for number in range(12)]
     (tmp_path / "captions.csv").write_bytes("\n".join(["image,caption", *lines]).encode(encoding))
     assert set(found(read_data(tmp_path), tmp_path).values()) == {(caption,)}
+
+
+SHORT = {
+    "gbk": ["狗", "两个小孩在海边玩耍", "穿T恤的男人骑自行车"],
+    "big5": ["一隻狗在草地上奔跑", "兩個小孩在海邊玩耍，天很藍。"],
+    "cp1252": [
+        "café",
+        "la tête",
+        "\u201ca dog\u201d",
+        "a dog\u2019s ball",
+        "ça va",
+        "Übergröße",
+        "¿qué niño?",
+        "ten \u20ac",
+    ],
+    "cp1250": ["piękna łódź", "pies biegnie po łące", "žluťoučký kůň"],
+    "shift_jis": ["イヌ", "赤い自転車に乗る人", "海で遊ぶ子供"],
+    "euc_jp": ["犬が走っている", "ネコ"],
+    "cp949": ["개가 달린다", "빨간 자전거"],
+    "cp1251": ["кот", "красный велосипед"],
+    "utf-16": ["a dog", "一只狗"],
+    "utf-16-le": ["a dog", "一只狗, 在跑"],
+    "utf-16-be": ["un café"],
+}
+
+
+@pytest.mark.parametrize(("encoding", "text"), [(name, text) for name, texts in SHORT.items() for text in texts])
+def test_a_few_words_are_enough_to_tell_an_encoding(tmp_path: Path, encoding: str, text: str) -> None:
+    for name, content in (("captions.csv", f'image,caption\n0.jpg,"{text}"\n'), ("0.txt", text)):
+        folder = tmp_path / name
+        pictures(folder, [0])
+        (folder / name).write_bytes(content.encode(encoding))
+        reading = read_data(folder)
+        assert found(reading, folder) == {"0.jpg": (text,)}
+        (told,) = reading.repaired["files not in UTF-8"]
+        assert told.startswith(f"{name} as ")
 
 
 def test_one_damaged_line_does_not_change_the_encoding_of_the_others(tmp_path: Path) -> None:
@@ -348,10 +383,65 @@ def test_tables_of_something_else_are_not_named(tmp_path: Path) -> None:
     (tmp_path / "expenses.csv").write_text("date,what,amount\n1.1.,new shoes for me,5\n")
     (tmp_path / "readme.txt").write_text("These are my dogs,\nand their friends.\n")
     (tmp_path / "package.json").write_text('{"name": "mine", "version": "1.0"}')
-    (tmp_path / "classes.csv").write_text("image,class\n0.jpg,3\n1.jpg,4\n")
+    (tmp_path / "sizes.csv").write_text("image,width\n0.jpg,3\n1.jpg,4\n")
     sheet(tmp_path / "expenses.xlsx", "shoes")
     reading = read_data(tmp_path)
     assert (reading.format, len(reading.pairs), reading.unread, reading.left_out) == ("folder", 12, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("label", ["dog", "cat"]),
+        ("label", range(12)),
+        ("class_id", [0, 1]),
+        ("Class Name", ["golden retriever", "tabby cat"]),
+        ("kind_of_animal", ["dog", "cat"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["train_labels.csv", "metadata.jsonl"])
+def test_a_table_of_classes_is_called_one(tmp_path: Path, column: str, values: Any, name: str) -> None:
+    pictures(tmp_path)
+    table = [{"filename": image, column: [*values][row % len(values)]} for row, image in enumerate(NAMED)]
+    lines = [f"filename,{column}", *[",".join(map(str, row.values())) for row in table]]
+    text = "\n".join(lines if name.endswith("csv") else map(json.dumps, table))
+    (tmp_path / name).write_text(text)
+    for source in (tmp_path, tmp_path / name):
+        reading = read_data(source)
+        assert (len(reading.pairs), found(reading, tmp_path), reading.unread) == (12, {}, {})
+        (reason,) = [reason for reason in reading.left_out if "classes" in reason]
+        assert "call their column caption" in reason
+        assert reading.left_out[reason] == (f"{name}, column {column}",)
+
+
+@pytest.mark.parametrize("kind", ["header", "keys", "keys of each line", "map", "names", "files", "one name"])
+def test_what_is_said_does_not_grow_with_the_data(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    many = [f"an unknown column {number}" for number in range(5000)]
+    pictures(tmp_path, [0, 1])
+    if kind == "header":
+        (tmp_path / "captions.csv").write_text(f"{','.join(many)}\n{','.join(many)}\n")
+    elif kind == "keys":
+        dumped(tmp_path / "captions.jsonl", dict.fromkeys(many, "a dog runs"))
+    elif kind == "keys of each line":
+        rows = [{"image": "0.jpg", "caption": "a dog"}, *[{name: "a dog"} for name in many]]
+        (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "map":
+        dumped(tmp_path / "captions.json", dict.fromkeys(many, "a dog runs"))
+    elif kind == "names":
+        (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *[f"{name}.jpg,a dog" for name in many]]))
+    elif kind == "files":
+        for number in range(50):
+            (tmp_path / f"captions {number}.pkl").touch()
+    else:
+        (tmp_path / "captions.csv").write_text(f"image,caption\n{'a' * 9999}.jpg,a dog\n{'b' * 9999},a dog\n")
+    said: list[str] = []
+    for source in (tmp_path, *tmp_path.glob("captions.*")):
+        try:
+            said += told(read_data(source))
+        except ValueError as error:
+            said.append(str(error))
+    assert any("captions" in line or "column" in line for line in said)
+    assert sum(map(len, said)) + len(caplog.text) < 6000
 
 
 # ---------------------------------------------------------------- joins

@@ -13,6 +13,7 @@ from alignment.engine import AlignmentEngine, PhotoFolder, Scan, Skipped
 from alignment.engine.photo_folder import photo_folder
 from alignment.gallery import Gallery, build_gallery, cached
 from alignment.model import DualEncoder
+from alignment.picture_limits import lift_limits, use_size_options
 from alignment.preprocess import InputError
 from alignment.ui.scan import scan_value
 
@@ -177,6 +178,24 @@ def test_an_empty_folder_is_told_from_one_that_cannot_be_read(engine, folder, tm
     photos.start()
     photos.wait()
     assert (photos.scan.state, engine.gallery.pictures[0].source) == ("empty", "a.png")  # perhaps a disk is not there
+
+
+def test_a_photo_that_is_too_large_is_told_by_which_option_it_comes_in(engine, folder):
+    Image.new("1", (8000, 8000)).save(folder / "large.png")
+    photos = scanned(engine, folder)
+    (found,) = [skip for skip in photos.scan.skipped if skip.name == "large.png"]
+    assert found.error.code == "photo.too_large"
+    for lang in ("en", "zh"):
+        shown = dict(scan_value(photos, lang)["skipped"])
+        assert "50" in shown["large.png"]
+        assert "--max-megapixels" in shown["large.png"]
+    try:
+        use_size_options(app.parse(["--photos", str(folder), "--max-megapixels", "64"]))
+        photos.start()
+        photos.wait()
+    finally:
+        lift_limits()
+    assert [skip.name for skip in photos.scan.skipped] == ["broken.jpg"]
 
 
 def test_captions_of_the_folder_itself_are_kept(engine, folder):

@@ -161,6 +161,42 @@ def test_a_folder_that_is_linked_from_beside_it_keeps_its_own_name(photos: Path)
     assert ids(photos) == ["a.png", "b/c.png", "b/d.png", "e/f.png", "shown/g.png"]
 
 
+# ---------------------------------------------------------------- tables that name what may not be listed
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444], ids=oct)
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["below", "elsewhere"])
+def test_pictures_that_a_table_names_in_a_shut_folder_are_not_called_missing(
+    mode: int, elsewhere: bool, photos: Path, tmp_path: Path, encoder: DualEncoder
+) -> None:
+    folder = tmp_path / "elsewhere" if elsewhere else photos / "b"
+    (photos / "b").rename(folder)
+    start = f"{folder}/" if elsewhere else "b/"
+    lines = [
+        "image,caption",
+        "a.png,one",
+        f"{start}c.png,two",
+        f"{start}d.png,three",
+        "b/gone.png,four",
+        "e/f.png,five",
+    ]
+    (photos / "captions.csv").write_text("\n".join(lines))
+    build(photos, tmp_path / "out", encoder)
+    with shut(folder, mode):
+        reading = read_data(photos)
+        gallery, report = build(photos, tmp_path / "out", encoder)
+    if mode == 0 or elsewhere:
+        gone = [] if elsewhere else ["b/gone.png"]
+        assert reading.unlisted == (str(folder),)
+        assert sorted(reading.left_out["pictures in folders that cannot be listed"]) == sorted(
+            [f"{start}c.png", f"{start}d.png", *gone]
+        )
+        assert reading.left_out.get("missing pictures", ()) == (("b/gone.png",) if elsewhere else ())
+    assert len(gallery.pictures) == 4
+    assert {caption.text for caption in gallery.captions} == {"one", "two", "three", "five"}
+    assert not report.is_complete
+
+
 # ---------------------------------------------------------------- thumbnails and galleries
 
 

@@ -21,12 +21,13 @@ from alignment.gallery import BuildReport, Gallery, Show, build_gallery, cached_
 from alignment.gallery.cached import Bar
 from alignment.model import DualEncoder
 from alignment.pairs.files import PICTURES, walk
-from alignment.preprocess import InputError, legible
+from alignment.preprocess import InputError, advised, legible
 
 logger = logging.getLogger(__name__)
 
 State = Literal["none", "running", "waiting", "done", "empty", "failed"]
 
+_LIFTABLE = {"image.too_large": "photo.too_large", "image.too_narrow": "photo.too_narrow"}
 _STOP = 5.0  # seconds that a stop waits for the batch under way
 
 
@@ -219,8 +220,14 @@ def _load(folder: Path, encoder: DualEncoder) -> Gallery | None:
 def _skipped(report: BuildReport) -> tuple[Skipped, ...]:
     unreadable = InputError("This file cannot be read.", "photo.unreadable")
     closed = InputError("This folder cannot be listed; its pictures stay as they were.", "photo.unlisted")
-    files = [Skipped(name, report.errors.get(name, unreadable)) for name, _ in report.skipped]
+    files = [Skipped(name, _advised(report.errors.get(name, unreadable))) for name, _ in report.skipped]
     return *(Skipped(folder, closed) for folder in report.unlisted), *files
+
+
+def _advised(error: InputError) -> InputError:
+    """Say of a photo that is too large by which option the app takes it in."""
+    code = _LIFTABLE.get(error.code)
+    return InputError(advised(error), code, **error.values) if code else error
 
 
 def _files(gallery: Gallery) -> dict[str, str]:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from alignment.pairs.encoding import encoding_of
+from alignment.pairs.encoding import Encoding, encoding_of
 from alignment.pairs.files import TEXTS, UNLISTED, canonical
 from alignment.pairs.lookup import PictureIndex
+from alignment.pairs.unread import told_unread
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, few, legible
 
 logger = logging.getLogger(__name__)
+
+AWAY = "pictures in folders that cannot be listed"
 
 
 class AmbiguousNames(ValueError):
@@ -94,7 +97,7 @@ class Collection:
         self.repaired: defaultdict[str, list[str]] = defaultdict(list)
         self.unread: dict[str, str] = {}
         self._file = ""
-        self._added: Counter[str] = Counter()  # of this file: captions, rows that joined, rows of other splits
+        self._added: Counter[str] = Counter()  # of this file: captions; rows joined, unwanted, away
         self._found: dict[tuple[str | Path, Path | None, str], str | None] = {}
         self._ambiguous: dict[str, tuple[str, ...]] = {}
         self._claims: defaultdict[str, dict[str, str]] = defaultdict(dict)  # searched picture -> split -> file
@@ -104,10 +107,13 @@ class Collection:
         self.skipped[reason].append(str(what))
 
     def leave_out(self, reason: str, folder: Path) -> None:
-        """Note a folder that is not gone into, and why."""
-        self.skip(reason, os.path.relpath(folder, self.root))
+        """Note a folder that is not gone into, and why; once, though two may come by it."""
+        path = os.path.abspath(folder)
+        if reason == UNLISTED and path in self.unlisted:
+            return
+        self.skip(reason, os.path.relpath(path, self.root) if self._holds(path) else path)
         if reason == UNLISTED:
-            self.unlisted.append(os.path.abspath(folder))
+            self.unlisted.append(path)
 
     def repair(self, reason: str, what: object) -> None:
         """Note what was read although something is wrong with it."""
@@ -116,6 +122,11 @@ class Collection:
     def refuse(self, file: Path, reason: str) -> None:
         """Note a file of captions of which nothing could be read."""
         self.unread[self.shown(file)] = reason
+
+    def note_encoding(self, file: Path, encoding: Encoding) -> None:
+        """Note as what a file is read, unless that is UTF-8."""
+        if not encoding.name.startswith("utf-8"):
+            self.repair("files not in UTF-8", f"{self.shown(file)} as {encoding.name}")
 
     def shown(self, file: Path) -> str:
         """Name a file below the data set's folder."""
@@ -131,13 +142,13 @@ class Collection:
         """Pass on the rows of a file of captions; if none finds its picture, the file counts as unread."""
         self._file, self._added = self.shown(file), Counter()
         encoding = encoding_of(file) if file.suffix.lower() in TEXTS else None
-        if encoding and encoding.guessed:
-            self.repair("files not in UTF-8", f"{self._file} as {encoding.name}")
+        if encoding:
+            self.note_encoding(file, encoding)
         for row in rows:
             if encoding and encoding.damaged and any("\ufffd" in text for text in row.captions):
                 self.repair("captions with damaged characters", f"{self._file}: {row.image}")
             yield row
-        if self._added["captions"] and not (self._added["joined"] or self._added["unwanted"]):
+        if self._added["captions"] and not any(self._added[kind] for kind in ("joined", "unwanted", "away")):
             self.refuse(file, f"none of its {self._added['captions']} captions belongs to a picture that is there")
 
     def has_captions(self, path: str) -> bool:
@@ -179,8 +190,8 @@ class Collection:
         logger.info("%s: %d pictures, %d captions.", title, len(pairs), sum(len(pair.captions) for pair in pairs))
         if left_out:
             logger.warning("%s: left out %s.", title, left_out)
-        for file, reason in self.unread.items():
-            logger.warning("%s: %s lies there but could not be read: %s.", title, legible(file), reason)
+        for line in told_unread(self.unread):
+            logger.warning("%s: could not be read, %s.", title, line)
         return pairs
 
     def _settle_claims(self) -> None:
@@ -244,7 +255,9 @@ class Collection:
             return None
         found = next(filter(os.path.isfile, paths), None) or self._search(name, row, is_wanted)
         if found is None and is_wanted and name not in self._ambiguous:
-            self.skip("missing pictures", row.image)
+            is_away = any(map(self.index.is_away, paths))
+            self._added["away"] += is_away
+            self.skip(AWAY if is_away else "missing pictures", row.image)
         return found
 
     def _search(self, name: str, row: Row, is_wanted: bool) -> str | None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from alignment.pairs.annotations import is_coco_captions, read_coco
 from alignment.pairs.collection import Collection, Row
 from alignment.pairs.columns import NotRead
-from alignment.pairs.encoding import read_text
+from alignment.pairs.encoding import encoding_of, read_text
 from alignment.pairs.files import ARCHIVES, OTHER_PICTURES, PICTURES, SPLITS, split_of_name, walk
 from alignment.pairs.lookup import is_picture_name
-from alignment.pairs.tables import TABLES, check_table, table_rows, texts_of
+from alignment.pairs.tables import TABLES, OnlyClasses, check_table, table_rows, texts_of
 from alignment.pairs.unread import could_be_captions, why_unread
 
 MAX_SIDECAR_BYTES = 2**20
@@ -69,6 +69,9 @@ def _is_table(file: Path, into: Collection) -> bool:
             if could_be_captions(file, into.index):
                 into.refuse(file, why_unread(file))
             return False
+    except OnlyClasses as reason:
+        OnlyClasses.note(file, reason.column, into)
+        return False
     except NotRead as reason:
         if reason.names_pictures or file.stem == "metadata":
             into.refuse(file, str(reason))
@@ -112,6 +115,7 @@ def _sidecar(file: Path, into: Collection) -> list[str]:
         if file.stat().st_size > MAX_SIDECAR_BYTES:
             raise ValueError("it is too large")
         text = read_text(file)
+        into.note_encoding(file, encoding_of(file))
     except (OSError, ValueError):
         into.skip("unreadable captions", into.shown(file))
         return []

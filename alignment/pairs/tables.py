@@ -28,6 +28,7 @@ from alignment.pairs.files import begins, split_of
 from alignment.pairs.json_forms import document_records
 from alignment.pairs.lookup import PictureIndex, is_picture_name
 from alignment.pairs.store import cache_folder, stored
+from alignment.preprocess import few, legible
 
 __all__ = ["CAPTION_COLUMNS", "ID_COLUMNS", "IMAGE_COLUMNS", "check_table", "read_table", "row_of", "table_rows"]
 
@@ -73,8 +74,29 @@ def check_table(file: Path, index: PictureIndex, *, trusted: bool = True) -> Non
     if not first:
         reason = "no line of it can be read" if into.skipped else "it is empty"
         raise NotRead(reason, names_pictures=_is_meant_as_captions(file) or _mentions_pictures(file))
+    if classes := next((columns.classes for _, _, columns in first if columns.classes), None):
+        raise OnlyClasses(classes)
     if not any(columns.captions or row_of(record, columns).captions for _, record, columns in first):
         raise NotRead("it holds no captions", names_pictures=False)
+
+
+class OnlyClasses(NotRead):
+    """A table names the classes of pictures, as for image classification, and no captions.
+
+    Attributes:
+        column: of the classes.
+    """
+
+    REASON = "files of classes, not captions (to take them as captions, call their column caption)"
+
+    def __init__(self, column: str) -> None:
+        super().__init__("it holds classes, not captions", names_pictures=False)
+        self.column = column
+
+    @classmethod
+    def note(cls, file: Path, column: str, into: Collection) -> None:
+        """Note that a file holds classes."""
+        into.skip(cls.REASON, f"{into.shown(file)}, column {legible(column, 40)}")
 
 
 def _is_meant_as_captions(file: Path) -> bool:
@@ -179,17 +201,21 @@ def _sampled(
     if first and not (usual and usual.image and usual.captions):
         rows = [[_shown(record.get(name)) for name in names] for _, record in first]
         usual = Sample(names, rows, into.index.knows).columns()
+        if usual.classes:
+            OnlyClasses.note(file, usual.classes, into)
     for where, record in _chained(first, records):
         columns = columns_of(tuple(record))
         if columns.image is None and usual and usual.image in record:
             columns = usual
         if columns.image is None:
-            into.skip(f"lines whose columns {list(record)[:9]} name no image", where)
+            into.skip("lines whose columns name no image", f"{where}: {few(list(record))}")
         else:
             yield (
                 where,
                 record,
-                columns if columns.captions or usual is None else columns._replace(captions=usual.captions),
+                columns
+                if columns.captions or usual is None
+                else columns._replace(captions=usual.captions, classes=usual.classes),
             )
 
 
@@ -235,6 +261,8 @@ def _csv_records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[st
     with open_text(file) as lines:
         sample = _csv_sample([line.fields for line in islice(_rows(lines, head), _SAMPLED + 1)], into.index.knows)
     columns, texts = sample.columns(), sample.texts
+    if columns.classes:
+        OnlyClasses.note(file, columns.classes, into)
     with open_text(file) as lines:
         rows = _rows(lines, head, sample.names.index(str(columns.image)))
         for line in rows:

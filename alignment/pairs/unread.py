@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 from alignment.pairs.lookup import PictureIndex
+from alignment.preprocess import legible
 
 _SHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
 _OTHERS = {".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat", ".xml", ".yaml", ".yml"}
 _OTHERS |= {".html", ".md", ".doc", ".docx", ".pdf", ".db", ".sqlite", ".lmdb", ".gz", ".zip", ".7z", ".tfrecord"}
 _MEANT = re.compile(r"caption|metadata|annotation|descri(be|pt)|sentences")
 _NAMED = re.compile(rb"\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
+_TOLD = 5
 _MAX_BYTES = 64 * 2**20
+
+
+def told_unread(unread: Mapping[str, str]) -> list[str]:
+    """Say of the first few files why they could not be read, and how many more there are."""
+    lines = [f"{legible(file, 150)}: {legible(reason, 300)}" for file, reason in islice(unread.items(), _TOLD)]
+    return lines + ([f"and {len(unread) - _TOLD:,} more files of captions"] if len(unread) > _TOLD else [])
 
 
 def could_be_captions(file: Path, index: PictureIndex) -> bool:

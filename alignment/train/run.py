@@ -30,7 +30,7 @@ from transformers import set_seed
 from alignment.durable import foreign_errors, sole_writer, sync
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import DualEncoder, find_device
-from alignment.pairs import told, told_cut
+from alignment.pairs import told_cut
 from alignment.train.examples import Captions, Examples
 from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, clear_away, read_settings
 from alignment.train.frozen import Cut, KeptImages
@@ -141,7 +141,7 @@ def _train(
     record = run.record(started)
     if state.is_main_process:
         run.write(record)
-    for line in [*told(prepared.report), *cut]:
+    for line in [*prepared.told(), *cut]:
         say(f"- {line}")
     state.wait_for_everyone()
     return record
@@ -378,6 +378,7 @@ class Run:
             settings=self.config.as_dict() | asdict(self.recipe),
             plan=asdict(self.planned),
             data=self.prepared.report.summary(),
+            data_complete=self.prepared.is_complete,
             base_model=self.encoder.name,
             base_fingerprint=self.base_fingerprint,
             fingerprint=self.encoder.fingerprint,
