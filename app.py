@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
         args.photos = photo_folder(args.photos) if args.photos else None
         check_address(args.host, args.port)
-        use_size_options(args)
+        use_size_options(args.max_megapixels, args.max_aspect_ratio)
         engine = load_engine(args)
         bar = partial(progress_bar, f"Reading {args.photos}", quiet=args.log == "json")
         photos = PhotoFolder(engine, args.photos, bar) if args.photos else None

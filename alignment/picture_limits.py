@@ -17,8 +17,6 @@ MAX_ASPECT_RATIO = 50
 LIMITS = {"pixels": MAX_IMAGE_PIXELS, "aspect": MAX_ASPECT_RATIO}
 """What holds in this process."""
 
-OPTIONS = ("max_megapixels", "max_aspect_ratio")
-
 
 def lift_limits(pixels: int = MAX_IMAGE_PIXELS, aspect_ratio: int = MAX_ASPECT_RATIO) -> None:
     """Let this process open larger pictures, as a command does for its owner's files; a service leaves it alone."""
@@ -26,26 +24,25 @@ def lift_limits(pixels: int = MAX_IMAGE_PIXELS, aspect_ratio: int = MAX_ASPECT_R
 
 
 def add_size_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add `--max-megapixels` and `--max-aspect-ratio`."""
+    """Add `--max-megapixels` and `--max-aspect-ratio`; None where they are not given."""
     parser.add_argument(
         "--max-megapixels",
         type=_above_zero,
-        default=MAX_IMAGE_PIXELS // 10**6,
         metavar="N",
-        help="leave out larger pictures; each takes some 10 MB of memory a megapixel (default: %(default)s)",
+        help="leave out larger pictures; each takes some 10 MB of memory a megapixel "
+        f"(default: {MAX_IMAGE_PIXELS // 10**6})",
     )
     parser.add_argument(
         "--max-aspect-ratio",
         type=_above_zero,
-        default=MAX_ASPECT_RATIO,
         metavar="N",
-        help="leave out pictures of which one side is so many times the other (default: %(default)s)",
+        help=f"leave out pictures of which one side is so many times the other (default: {MAX_ASPECT_RATIO})",
     )
 
 
-def use_size_options(arguments: argparse.Namespace) -> None:
+def use_size_options(max_megapixels: int | None, max_aspect_ratio: int | None) -> None:
     """Let this process open pictures as large as the options say."""
-    lift_limits(arguments.max_megapixels * 10**6, arguments.max_aspect_ratio)
+    lift_limits((max_megapixels or MAX_IMAGE_PIXELS // 10**6) * 10**6, max_aspect_ratio or MAX_ASPECT_RATIO)
 
 
 def _above_zero(text: str) -> int:

@@ -114,6 +114,26 @@ def test_a_line_that_can_be_parted_in_two_ways_is_named(tmp_path: Path) -> None:
     assert reading.left_out["lines with more values than columns"] == ("captions.csv:3",)
 
 
+@pytest.mark.parametrize("line", ["a dog, running,{}", "{},a dog, running"])
+@pytest.mark.parametrize("first", [True, False])
+def test_without_a_header_a_comma_belongs_to_the_caption_too(tmp_path: Path, line: str, first: bool) -> None:
+    pictures(tmp_path)
+    rows = [(f"{text},{name}" if line.startswith("a") else f"{name},{text}") for name, text in NAMED.items()]
+    rows[0 if first else 5] = line.format(f"{0 if first else 5}.jpg")
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    changed = {"0.jpg" if first else "5.jpg": ("a dog, running",)}
+    assert found(read_data(tmp_path), tmp_path) == expected() | changed
+
+
+@pytest.mark.parametrize("value", ["nan", "NaN", "None", "null", ""])
+def test_what_programs_write_for_no_caption_is_none(tmp_path: Path, value: str) -> None:
+    pictures(tmp_path, [0, 1])
+    (tmp_path / "captions.csv").write_text(f"image,caption\n0.jpg,{value}\n1.jpg,a nan bread\n")
+    reading = read_data(tmp_path)
+    assert found(reading, tmp_path) == {"1.jpg": ("a nan bread",)}
+    assert reading.left_out == {"empty captions": ("0.jpg",)}
+
+
 # ---------------------------------------------------------------- values of another type
 
 
@@ -139,6 +159,7 @@ def test_a_caption_that_is_no_text_counts_as_empty(tmp_path: Path, value: object
         ("""["a dog's ball", 'a "good" dog']""", ("a dog's ball", 'a "good" dog')),
         ("['a dog runs' 'a brown dog']", ("a dog runs", "a brown dog")),  # numpy
         ("('a dog runs', None)", ("a dog runs",)),
+        ("[['a dog runs'], ['a brown dog', None]]", ("a dog runs", "a brown dog")),
         ("[sic] a dog", ("[sic] a dog",)),
         ("['a' + 'b']", ("['a' + 'b']",)),
     ],
@@ -211,6 +232,14 @@ def test_a_few_words_are_enough_to_tell_an_encoding(tmp_path: Path, encoding: st
         assert told.startswith(f"{name} as ")
 
 
+@pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
+def test_an_empty_byte_is_not_another_encoding(tmp_path: Path, name: str) -> None:
+    pictures(tmp_path)
+    lines = HEADED if name.endswith("csv") else [json.dumps({"image": n, "caption": t}) for n, t in NAMED.items()]
+    (tmp_path / name).write_text("\n".join(lines).replace("a dog", "a\0 dog", 1))
+    assert len(found(read_data(tmp_path), tmp_path)) == (12 if name.endswith("csv") else 11)
+
+
 def test_one_damaged_line_does_not_change_the_encoding_of_the_others(tmp_path: Path) -> None:
     pictures(tmp_path)
     data = CHINESE.encode().replace("3.jpg,一只狗".encode(), b"3.jpg,caf\xe9")
@@ -242,6 +271,8 @@ HEADED = ["image,caption", *TABLE]
         ["image,width,utterance", *[line.replace(",", ",640,") for line in TABLE]],
         [",image,what", *[f"{number},{line}" for number, line in enumerate(TABLE)]],
         ["0,1", *TABLE],
+        ["image_id,caption", *[line.replace(".jpg", ".0") for line in TABLE]],
+        [line.replace(",", " | ") for line in HEADED],
         ["image_id,caption", *[line.replace(".jpg", "") for line in TABLE]],
         ["id,caption", *[f"{line.replace('.jpg', ''):0>30}" for line in TABLE]],
         [line.replace(".jpg,", ".jpg#0\t") for line in TABLE],
@@ -266,6 +297,7 @@ LLAVA = [
     }
     for number, (name, text) in enumerate(NAMED.items())
 ]
+LLAVA_LIKE = [{"image": name, "caption": text} for name, text in NAMED.items()]
 FORMS = {
     "map": NAMED,
     "map to lists": {name: [text] for name, text in NAMED.items()},
@@ -279,6 +311,14 @@ FORMS = {
     "coco": coco(list(NAMED), TEXTS),
     "coco by file name": coco(list(NAMED), TEXTS, text_id=lambda number: f"{number - 1}.jpg"),
     "captions of images": {"images": [{"file_name": name, "caption": text} for name, text in NAMED.items()]},
+    "splits": {"train": LLAVA[:6], "val": [{name: NAMED[name]} for name in list(NAMED)[6:]]},
+    "two lists": {"one": [{"image": "0.jpg", "caption": TEXTS[0]}], "two": LLAVA_LIKE[1:], "others": [{"id": 1}] * 50},
+    "lists": [[name, text] for name, text in NAMED.items()],
+    "objects of one": [{name: text} for name, text in NAMED.items()],
+    "names in objects": [{"image": {"file_name": name}, "caption": {"en": text}} for name, text in NAMED.items()],
+    "names in lists": [{"image": [name], "caption": {"text": text}} for name, text in NAMED.items()],
+    "coco by stem": coco(list(NAMED), TEXTS, lambda number: number + 500, lambda number: str(number - 1)),
+    "coco by 1.0": coco(list(NAMED), TEXTS, text_id=lambda number: f"{number}.0"),
     "results": [{"image_id": number, "caption": text} for number, text in enumerate(TEXTS)],
     "without images": {"annotations": [{"image_id": n, "id": 50 - n, "caption": t} for n, t in enumerate(TEXTS)]},
 }
@@ -304,6 +344,30 @@ def test_text_that_goes_by_a_pictures_name_is_its_caption(tmp_path: Path, where:
         (tmp_path / folder / where.format(number)).write_text(content)
     reading = read_data(tmp_path)
     assert (found(reading, tmp_path), reading.unread) == (expected(folder), {})
+
+
+def test_text_files_that_come_to_nothing_are_named(tmp_path: Path) -> None:
+    pictures(tmp_path, [0, 1, 2])
+    pictures(tmp_path / "more", [9])
+    pictures(tmp_path / "again", [9])
+    texts = {
+        "0.txt": " \n",
+        "1.txt": "one",
+        "1.caption": "uno",
+        "2.json": "{",
+        "7.txt": "orphan",
+        "texts/9.txt": "nine",
+    }
+    (tmp_path / "texts").mkdir()
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    reading = read_data(tmp_path)
+    assert found(reading, tmp_path) == {"1.jpg": ("one",)}
+    assert {name for names in reading.left_out.values() for name in names} == {*texts} - {"1.txt"}
+    (tmp_path / "captions.csv").write_text("image,caption\n1.jpg,eins\n")
+    reading = read_data(tmp_path)
+    assert found(reading, tmp_path) == {"1.jpg": ("eins",)}
+    assert {"0.txt", "1.txt", "1.caption"} <= {name for names in reading.left_out.values() for name in names}
 
 
 def test_boxes_beside_pictures_are_no_captions(tmp_path: Path) -> None:
@@ -335,6 +399,11 @@ def test_a_parquet_file_beside_pictures_is_read(tmp_path: Path) -> None:
         ("captions.xlsx", "0.jpg", "CSV"),
         ("mine.xlsx", "0.jpg", "CSV"),
         ("captions.pkl", "", "CSV"),
+        ("captions.json.gz", "", "unpacked"),
+        ("train.csv.gz", "", "unpacked"),
+        ("mine.xls", "0\0.\0j\0p\0g\0", "CSV"),
+        ("captions.json", "", "empty"),
+        ("captions.jsonl", '{"a": "b"}\n{"a": "c"}\n', "names pictures"),
         ("captions.csv", "", "empty"),
         (
             "captions.csv",
@@ -528,6 +597,35 @@ def test_captions_of_images_that_are_not_listed_are_counted(tmp_path: Path) -> N
 
 
 # ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("written", "stored", "reason"),
+    [
+        ("my%20dog.jpg", "my dog.jpg", "names written as in an address, with % for letters"),
+        ("img%2F%E7%8B%97.jpg", "img/狗.jpg", "names written as in an address, with % for letters"),
+        (".\\img\\.\\a.jpg", "img/a.jpg", None),
+        ("./img//a.jpg", "img/a.jpg", None),
+        ('"a ""b"".jpg"', 'a "b".jpg', None),
+        ('"a\nb.jpg"', "a\nb.jpg", None),
+        ("a, b.jpg", "a, b.jpg", "lines with a delimiter in a value without quotation marks"),
+        (" a.jpg\t", "a.jpg", None),
+        ("100%25.jpg", "100%25.jpg", None),
+    ],
+)
+def test_names_as_people_write_them(tmp_path: Path, written: str, stored: str, reason: str | None) -> None:
+    pictures(tmp_path / Path(stored).parent, [Path(stored).stem, "z"])
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{written},a dog\nz.jpg,a cat\n")
+    reading = read_data(tmp_path)
+    assert found(reading, tmp_path)[stored] == ("a dog",)
+    assert [*reading.repaired] == ([reason] if reason else [])
+
+
+def test_addresses_on_the_network_are_called_so(tmp_path: Path) -> None:
+    pictures(tmp_path, [0])
+    (tmp_path / "captions.csv").write_text("image,caption\nhttps://example.org/0.jpg,a dog\n0.jpg,a cat\n")
+    reading = read_data(tmp_path)
+    assert reading.left_out == {"addresses on the network, which are not opened": ("https://example.org/0.jpg",)}
 
 
 @pytest.mark.parametrize(("written", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])

@@ -13,7 +13,7 @@ from alignment.engine import AlignmentEngine, PhotoFolder, Scan, Skipped
 from alignment.engine.photo_folder import photo_folder
 from alignment.gallery import Gallery, build_gallery, cached
 from alignment.model import DualEncoder
-from alignment.picture_limits import lift_limits, use_size_options
+from alignment.picture_limits import lift_limits
 from alignment.preprocess import InputError
 from alignment.ui.scan import scan_value
 
@@ -190,7 +190,7 @@ def test_a_photo_that_is_too_large_is_told_by_which_option_it_comes_in(engine, f
         assert "50" in shown["large.png"]
         assert "--max-megapixels" in shown["large.png"]
     try:
-        use_size_options(app.parse(["--photos", str(folder), "--max-megapixels", "64"]))
+        lift_limits(64_000_000)
         photos.start()
         photos.wait()
     finally:

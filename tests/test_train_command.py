@@ -14,7 +14,6 @@ from typing import Any, get_args
 import pytest
 from PIL import Image
 
-from alignment.picture_limits import OPTIONS
 from alignment.train.command import _parser, main
 from alignment.train.objective import LOSSES, Loss
 from alignment.train.presets import Preset
@@ -60,7 +59,7 @@ def test_help_is_there_at_once() -> None:
 
 def test_every_setting_is_an_option_and_every_option_is_explained() -> None:
     names = {field.name for field in fields(TrainConfig)}
-    assert set(options()) == names | {"help", "check", "resume", "push_to_hub", "private", *OPTIONS}
+    assert set(options()) == names | {"help", "check", "resume", "push_to_hub", "private"}
     assert all(action.help for action in options().values())
 
 
@@ -78,7 +77,7 @@ def test_choices_are_those_of_the_code() -> None:
 
 def test_what_is_not_given_is_left_to_be_chosen() -> None:
     told = vars(_parser().parse_args(["--data", "d", "--output", "o", "--model", "m"]))
-    given = {name for name, value in told.items() if value is not None} - {*OPTIONS}
+    given = {name for name, value in told.items() if value is not None}
     assert given == {"data", "output", "model", "check", "resume", "private"}
     assert not any(told[name] for name in ("check", "resume", "private"))
 
@@ -101,6 +100,7 @@ NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
         (["--model", "m", "--data", "d"], "--output is needed: a folder for the result"),
         (["--model", "m", "--output", "o"], "--data is needed: the captioned images"),
         (["--check"], "--data is needed"),
+        (["--check", "--resume", "--output", "o"], "--data is needed"),
         (["--resume"], "--output is needed"),
         (["--vision", "v", "--data", "d", "--output", "o"], "--vision and --text go together: name both towers"),
         (["--data", "d", "--output", "o"], "name one start: --model, or --vision with --text, or --scratch"),

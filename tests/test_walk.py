@@ -213,3 +213,11 @@ def test_galleries_built_into_the_source_do_not_count(photos: Path, encoder: Dua
         gallery, report = build(photos, photos / out, encoder)
         assert len(gallery.pictures) == 4
     assert sorted(report.left_out["folders of thumbnails, waste or galleries"]) == ["b/another", "gallery"]
+
+
+def test_pictures_in_the_folder_that_becomes_the_gallery_are_named(photos: Path, encoder: DualEncoder) -> None:
+    gallery, report = build(photos, photos / "b", encoder)
+    assert sources(gallery) == {"a.png", "e/f.png"}
+    assert list(report.left_out.items()) == [("pictures in the folder of the gallery itself", ["b/c.png", "b/d.png"])]
+    with pytest.raises(ValueError, match="choose another one for --out"):
+        build(photos / "e", photos, encoder)

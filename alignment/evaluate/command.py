@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         check(arguments)
-        use_size_options(arguments)
+        use_size_options(arguments.max_megapixels, arguments.max_aspect_ratio)
         task = read_task(arguments)
         _warn_of_repeated(task.pairs or ())
         if arguments.compare:

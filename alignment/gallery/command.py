@@ -143,7 +143,7 @@ def _share(text: str) -> Share:
 
 
 def _build(args: argparse.Namespace) -> int:
-    use_size_options(args)
+    use_size_options(args.max_megapixels, args.max_aspect_ratio)
     with stopping_politely():
         if (together := of_torchrun()) is not None:
             return _build_together(args, together)

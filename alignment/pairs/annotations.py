@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -80,6 +81,8 @@ def read_coco(file: Path, into: Collection) -> Iterator[Row]:
     for image in images:
         names[key(image.get("id"))][str(image.get("file_name"))] = None
     ids = {str(image.get("file_name")): key(image.get("id")) for image in images}  # some write names for numbers
+    if not any(key(annotation.get("image_id")) in names for annotation in annotations):  # or names without ending
+        ids = {_stem(name): identity for name, identity in ids.items()} | ids
     for annotation in annotations:
         identity = key(annotation.get("image_id"))
         identity = identity if identity in names else ids.get(identity, identity)
@@ -117,9 +120,12 @@ def _entries(table: Iterable[object], kind: str, file: Path, into: Collection) -
     return entries
 
 
+def _stem(name: str) -> str:
+    return os.path.splitext(os.path.basename(name))[0]
+
+
 def _plain_id(value: object) -> str:
-    text = str(value).strip()
-    text = text.removesuffix(".0") if isinstance(value, float) else text
+    text = re.sub(r"^(\d+)\.0+$", r"\1", str(value).strip())
     return str(int(text)) if text.isascii() and text.isdigit() else text
 
 

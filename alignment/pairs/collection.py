@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from alignment.pairs.encoding import Encoding, encoding_of
 from alignment.pairs.files import TEXTS, UNLISTED, canonical
@@ -18,6 +20,8 @@ from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, f
 
 logger = logging.getLogger(__name__)
 
+_ADDRESS = re.compile(r"(https?|ftp|s3|gs)://", re.IGNORECASE)
+_NO_VALUES = {"nan", "none", "null", "<na>", "n/a", "#n/a"}  # as programs write that there is no caption
 AWAY = "pictures in folders that cannot be listed"
 
 
@@ -159,15 +163,23 @@ class Collection:
         """Take a row in, if it is of the split asked for and its picture is there."""
         row = row._replace(split=canonical(row.split))
         is_wanted = self.wants(row.split)
-        key = (row.image, row.folder, row.split)
-        if key not in self._found:
-            self._found[key] = self._find(row, is_wanted)
-        path = self._found[key]
+        path = self._found_once(row, is_wanted)
         self._added["captions"] += len(row.captions)
         self._added["unwanted"] += not is_wanted
         if path and is_wanted:
             self._added["joined"] += 1
             self.rows.setdefault(path, []).append(row)
+
+    def _found_once(self, row: Row, is_wanted: bool) -> str | None:
+        """Look up what a row names, if another has not asked for it."""
+        if isinstance(row.image, str) and not row.image.strip():
+            if is_wanted:
+                self.skip("lines without a picture", f"{self._file}: {', '.join(row.captions)}")
+            return None
+        key = (row.image, row.folder, row.split)
+        if key not in self._found:
+            self._found[key] = self._find(row, is_wanted)
+        return self._found[key]
 
     def pairs(self, title: str, *, may_be_empty: bool = False) -> list[Pair]:
         """Merge the rows of each picture and log what happened.
@@ -233,7 +245,7 @@ class Collection:
         if len(text) > MAX_CAPTION_CHARS:
             self.skip("ends of very long captions", os.path.basename(path))
         try:
-            return clean_caption(text[:MAX_CAPTION_CHARS])
+            return clean_caption("" if text.strip().lower() in _NO_VALUES else text[:MAX_CAPTION_CHARS])
         except InputError:
             self.skip("empty captions", os.path.basename(path))
             return ""
@@ -243,15 +255,19 @@ class Collection:
         if isinstance(row.image, Path):
             return os.path.abspath(row.image)
         name = row.image.strip().replace("\\", "/")
+        if _ADDRESS.match(name):
+            if is_wanted:
+                self.skip("addresses on the network, which are not opened", row.image)
+            return None
         if os.path.isabs(name):
             paths = [name] if self.absolute else []
         else:
             starts = [row.folder or self.root, self.root]
             paths = [os.path.abspath(os.path.join(start, name)) for start in starts]
             paths = [path for path in paths if self._holds(path)]
-        if not paths and is_wanted:
-            self.skip("paths outside the data set" if name else "lines without a picture", row.image or row.captions)
         if not paths:
+            if is_wanted:
+                self.skip("paths outside the data set", row.image)
             return None
         found = next(filter(os.path.isfile, paths), None) or self._search(name, row, is_wanted)
         if found is None and is_wanted and name not in self._ambiguous:
@@ -264,7 +280,12 @@ class Collection:
         """Look a picture up that is not where its name says."""
         if os.path.isabs(name):
             return None
-        found = self.index.find(name, row.split, os.fspath(row.folder or ""))
+        near = os.fspath(row.folder or "")
+        found = self.index.find(name, row.split, near)
+        if not found.paths and "%" in name:
+            found = self.index.find(unquote(name), row.split, near)
+            if found.paths and is_wanted:
+                self.repair("names written as in an address, with % for letters", name)
         if len(found.paths) > 1 and is_wanted:
             self._ambiguous[name] = tuple(self.shown(Path(path)) for path in found.paths)
         if len(found.paths) != 1:

@@ -22,6 +22,7 @@ _LEGACY = ("gb18030", "big5", "shift_jis", "euc_jp", "cp949", "cp1252", "cp1250"
 _CHUNK, _SAMPLE = 2**20, 2**16
 _DISORDER = 0.5  # as the detector calls it, beyond which an encoding is out of the question
 _EQUAL = 0.005  # difference in disorder that says nothing
+_SLIPS = 0.03  # share of empty bytes up to which a text is not UTF-16
 _DAMAGED = 0.25  # share of invalid sequences below which a file is UTF-8 with some damage
 
 
@@ -48,8 +49,8 @@ def encoding_of(file: Path) -> Encoding:
         for mark, name in _MARKS:
             if data.startswith(mark):
                 return Encoding(name)
-        if b"\0" in data:
-            return _wide(data)
+        if b"\0" in data and (wide := _wide(data)):
+            return wide
         decoder = codecs.getincrementaldecoder("utf-8")()
         tail = b""
         while data:
@@ -74,9 +75,18 @@ def read_text(file: Path) -> str:
         return handle.read()
 
 
-def _wide(data: bytes) -> Encoding:
-    """Tell the byte order of UTF-16 without a mark by where the empty halves of ASCII characters lie."""
+def _wide(data: bytes) -> Encoding | None:
+    """Tell the byte order of UTF-16 without a mark by where the empty halves of ASCII characters lie.
+
+    Returns:
+        None where the few empty bytes are a slip in another encoding.
+
+    Raises:
+        ValueError: when it is no text.
+    """
     high, low = data[::2].count(0), data[1::2].count(0)
+    if high + low <= _SLIPS * len(data):
+        return None
     name = "utf-16-le" if low > high else "utf-16-be"
     text = data[: len(data) // 2 * 2].decode(name, "replace")
     if text.count("\0") or text.count("\ufffd") > len(text) * 0.01:

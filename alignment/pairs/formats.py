@@ -25,6 +25,7 @@ from alignment.pairs.folders import read_folder
 from alignment.pairs.hub import read_hub
 from alignment.pairs.lookup import PictureIndex
 from alignment.pairs.shards import find_shards, read_shard
+from alignment.pairs.sidecars import NOT_USED
 from alignment.pairs.tables import TABLES, OnlyClasses, check_table, read_table
 from alignment.pairs.unread import could_be_captions, why_unread
 from alignment.preprocess import few
@@ -59,7 +60,11 @@ def detect(source: Path, format: str | None, index: PictureIndex) -> tuple[str, 
 def note_others(source: Path, read: Sequence[Path], into: Collection) -> None:
     """Name the files of captions in a folder that were not read, and those that cannot be."""
     for file in sorted(source.iterdir()):
-        if file in read or is_hidden(file.name) or not file.is_file() or into.index.has_stem(file.stem):
+        if file in read or is_hidden(file.name) or not file.is_file():
+            continue
+        if into.index.has_stem(file.stem):
+            if file.suffix.lower() in (".txt", ".caption"):
+                into.skip(NOT_USED, file.name)
             continue
         try:
             if file.suffix.lower() in TABLES:

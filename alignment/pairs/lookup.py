@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from alignment.pairs.files import OTHER_PICTURES, PICTURES, UNLISTED, canonical, split_of_name, walk
 
+_POINT_ZERO = re.compile(r"^(\d+)\.0$", re.ASCII)
 _NUMBERED = re.compile(r"#\d+$")
 
 
@@ -119,6 +120,8 @@ class PictureIndex:
     def _without_ending(self, name: str) -> tuple[str, ...]:
         folder, _, stem = composed(name).rpartition("/")
         paths = self._by_stem.get(stem, ())
+        if not paths:  # a table of numbers with a gap in it is written as 139.0
+            stem = _POINT_ZERO.sub(r"\1", stem)
         if not paths and _is_number(stem):  # 139 stands for 000000000139.jpg
             paths = self._by_number.get(stem.lstrip("0"), ())
         return tuple(path for path in paths if not folder or os.path.dirname(path).endswith(f"/{folder}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -25,7 +26,7 @@ from alignment.pairs.columns import (
 from alignment.pairs.delimited import Head, Line, head_of, rows_of
 from alignment.pairs.encoding import open_text
 from alignment.pairs.files import begins, split_of
-from alignment.pairs.json_forms import document_records
+from alignment.pairs.json_forms import document_records, named_entry
 from alignment.pairs.lookup import PictureIndex, is_picture_name
 from alignment.pairs.store import cache_folder, stored
 from alignment.preprocess import few, legible
@@ -36,6 +37,8 @@ TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 TEXT_PARTS = ("txt", "caption", "captions")  # of a WebDataset sample
 
 _SAMPLED = 50
+_OFTEN = 0.1  # of the rows
+_LANGUAGE = re.compile(r"[a-z]{2}([-_][A-Za-z]{2,4})?")
 _LITERAL = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None)"""
 _WRITTEN_LIST = re.compile(rf"[\[(]\s*{_LITERAL}(?:(?:\s*,\s*|\s+){_LITERAL})*\s*,?\s*[\])]", re.DOTALL)
 
@@ -66,11 +69,14 @@ def check_table(file: Path, index: PictureIndex, *, trusted: bool = True) -> Non
     try:
         first = list(islice(_records(file, into), _SAMPLED))
     except NotRead as error:
-        if not begins(file).strip() and _is_meant_as_captions(file):
+        if _is_meant_as_captions(file) and _is_blank(file):
             raise NotRead("it is empty") from error
-        raise
+        raise NotRead(str(error), names_pictures=error.names_pictures or "caption" in file.name.lower()) from error
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
-        raise NotRead(str(error).rstrip("."), names_pictures=_is_meant_as_captions(file)) from error
+        if _is_meant_as_captions(file) and _is_blank(file):
+            raise NotRead("it is empty") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
+        raise NotRead(reason, names_pictures=_is_meant_as_captions(file)) from error
     if not first:
         reason = "no line of it can be read" if into.skipped else "it is empty"
         raise NotRead(reason, names_pictures=_is_meant_as_captions(file) or _mentions_pictures(file))
@@ -103,6 +109,12 @@ def _is_meant_as_captions(file: Path) -> bool:
     return bool(re.search("caption|metadata|annotation|descri", file.name.lower()))
 
 
+def _is_blank(file: Path) -> bool:
+    with suppress(OSError, ValueError), open_text(file) as lines:
+        return not any(line.strip() for line in lines)
+    return False
+
+
 def _mentions_pictures(file: Path) -> bool:
     return bool(re.search(r"\.(jpe?g|png|webp)\b", begins(file), re.IGNORECASE))
 
@@ -119,8 +131,7 @@ def row_of(record: Mapping[str, Any], columns: Columns | None = None) -> Row:
     if isinstance(image, Path):  # it lay in the table
         captions = [text for name in columns.captions for text in texts_of(record.get(name))]
         return Row(image, captions, _text(split), image.stem)
-    if isinstance(image, int) and not isinstance(image, bool):
-        image = str(image)
+    image = _name_in(image)
     captions = [text for name in columns.captions if name in record for text in texts_of(record[name])]
     return Row(
         re.sub(r"#\d+$", "", image) if isinstance(image, str) and is_picture_name(image.strip()) else _text(image),
@@ -128,6 +139,17 @@ def row_of(record: Mapping[str, Any], columns: Columns | None = None) -> Row:
         _text(split),
         _text(identity) or (str(identity) if isinstance(identity, int | float) else ""),
     )
+
+
+def _name_in(value: object) -> object:
+    """Read a picture's name out of a number, a list of one, or an object that says more about it."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, Mapping) and (column := columns_of(tuple(value)).image):
+        value = value[column]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _text(value: object) -> str:
@@ -159,7 +181,8 @@ def texts_of(value: object) -> list[str]:
     if isinstance(value, str) and value.lstrip().startswith(("[", "(")):
         value = _written_list(value)
     if isinstance(value, Mapping):
-        value = next((value[name] for name in CAPTION_COLUMNS if name in value), None)
+        spoken = [text for name, text in value.items() if _LANGUAGE.fullmatch(str(name))]
+        value = next((value[name] for name in CAPTION_COLUMNS if name in value), spoken)
     if isinstance(value, list | tuple):
         return [text for item in value for text in texts_of(item)]
     return [value if isinstance(value, str) else ""]
@@ -171,10 +194,23 @@ def _written_list(text: str) -> object:
         with suppress(ValueError, RecursionError):
             return json.loads(text)
     if not _WRITTEN_LIST.fullmatch(text.strip()):
-        return text
+        return _nested_list(text)
     with suppress(ValueError, SyntaxError):
         # One by one: numpy writes no commas, and Python joins neighbours into one text.
         return [ast.literal_eval(literal) for literal in re.findall(_LITERAL, text, re.DOTALL)]
+    return text
+
+
+def _nested_list(text: str) -> object:
+    """Read a list of lists of texts as Python writes it; anything else stays as it is."""
+
+    def is_texts(value: object) -> bool:
+        return all(map(is_texts, value)) if isinstance(value, list | tuple) else isinstance(value, str | None)
+
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        if text.rstrip().endswith(("]", ")")):
+            found = ast.literal_eval(text.strip())
+            return found if isinstance(found, list | tuple) and is_texts(found) else text
     return text
 
 
@@ -240,8 +276,8 @@ def _json_records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[s
             record: object = {}
             with suppress(ValueError, RecursionError):
                 record = json.loads(line.lstrip("\ufeff")) if line.strip() else None
-            if isinstance(record, dict) and record:
-                yield f"{file.name}:{number}", record
+            if entry := named_entry(record, into.index.knows):
+                yield f"{file.name}:{number}", entry
             elif record is not None:
                 into.skip("unreadable lines", f"{file.name}:{number}")
 
@@ -250,7 +286,7 @@ def _is_lines(start: str) -> bool:
     """Tell JSON lines from one document by their first line."""
     first, _, rest = start.partition("\n")
     with suppress(ValueError, RecursionError):
-        return isinstance(json.loads(first), dict) and bool(rest.strip())
+        return isinstance(json.loads(first), dict | list) and bool(rest.strip())
     return False
 
 
@@ -296,6 +332,8 @@ def _csv_sample(rows: list[list[str]], is_picture: Callable[[object], bool]) -> 
     named = columns_of(tuple(first))
     counted = [name for name in first if name] == [str(number) for number in range(sum(map(bool, first)))]  # by pandas
     has_header = counted or bool(named.image and named.captions) or not any(map(is_picture, first))
+    if not has_header:
+        first = first[: _usual_width(rows)]
     names: list[str] = []
     for number, name in enumerate(first, start=1):  # two columns may go by one name
         name = name if has_header and name else f"column {number}"
@@ -303,6 +341,12 @@ def _csv_sample(rows: list[list[str]], is_picture: Callable[[object], bool]) -> 
     body = rows[has_header:]
     fitting = [row for row in body if len(row) == len(names)]
     return Sample(tuple(names), fitting or [[*row, *names][: len(names)] for row in body], is_picture, has_header)
+
+
+def _usual_width(rows: list[list[str]]) -> int:
+    """Count the columns of rows of which some have more values, by a delimiter in one: the fewest that are no slip."""
+    widths = Counter(map(len, rows))
+    return min(width for width, times in widths.items() if times >= _OFTEN * len(rows))
 
 
 def _parquet_records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[str, Any]]]:

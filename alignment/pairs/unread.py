@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
+from alignment.pairs.files import ARCHIVES, TEXTS
 from alignment.pairs.lookup import PictureIndex
 from alignment.preprocess import legible
 
 _SHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
 _OTHERS = {".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat", ".xml", ".yaml", ".yml"}
-_OTHERS |= {".html", ".md", ".doc", ".docx", ".pdf", ".db", ".sqlite", ".lmdb", ".gz", ".zip", ".7z", ".tfrecord"}
+_OTHERS |= {".html", ".md", ".doc", ".docx", ".pdf", ".db", ".sqlite", ".lmdb", ".tfrecord"}
 _MEANT = re.compile(r"caption|metadata|annotation|descri(be|pt)|sentences")
 _NAMED = re.compile(rb"\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
 _TOLD = 5
@@ -29,7 +30,8 @@ def told_unread(unread: Mapping[str, str]) -> list[str]:
 def could_be_captions(file: Path, index: PictureIndex) -> bool:
     """Whether a file of another kind is called like captions, or is a spreadsheet that names pictures."""
     ending = file.suffix.lower()
-    if ending in _SHEETS | _OTHERS and _MEANT.search(file.stem.lower()):
+    is_packed_table = ending in ARCHIVES and Path(file.stem).suffix.lower() in TEXTS
+    if is_packed_table or (ending in _SHEETS | _OTHERS | ARCHIVES and _MEANT.search(file.stem.lower())):
         return bool(index.paths)
     return ending in _SHEETS and _names_pictures(file)
 
@@ -38,14 +40,19 @@ def why_unread(file: Path) -> str:
     """Say what to do with a file of another kind."""
     if file.suffix.lower() in _SHEETS:
         return "a spreadsheet; save it as CSV (UTF-8), with the columns image and caption"
+    if file.suffix.lower() in ARCHIVES:
+        return "it has to be unpacked first"
     return f"files that end in {file.suffix.lower()} are not read as captions; export it as CSV with image and caption"
 
 
 def _names_pictures(file: Path) -> bool:
-    """Look into a spreadsheet, which is a zip file of XML."""
+    """Look into a spreadsheet: a zip file of XML, or one of the older kind, with its texts in one or two bytes each."""
     try:
-        with zipfile.ZipFile(file) as sheet:
-            members = [entry for entry in sheet.infolist() if entry.filename.endswith(".xml")]
-            return any(_NAMED.search(sheet.read(entry)) for entry in members if entry.file_size < _MAX_BYTES)
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as sheet:
+                members = [entry for entry in sheet.infolist() if entry.filename.endswith(".xml")]
+                return any(_NAMED.search(sheet.read(entry)) for entry in members if entry.file_size < _MAX_BYTES)
+        with file.open("rb") as handle:
+            return bool(_NAMED.search(handle.read(_MAX_BYTES).replace(b"\0", b"")))
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
         return False

@@ -11,7 +11,7 @@ from os.path import expanduser
 from typing import Any
 
 from alignment.durable import explain
-from alignment.picture_limits import OPTIONS, add_size_options, use_size_options
+from alignment.picture_limits import add_size_options, use_size_options
 
 DESCRIPTION = """\
 Fine-tune a dual encoder (CLIP, SigLIP, Chinese-CLIP, the compact model, or any vision and text tower) on captioned
@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(parser, arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        use_size_options(arguments)
         if arguments.check:
             return _check_data(arguments)
         return _train(arguments, sys.argv[1:] if argv is None else argv)
@@ -87,8 +86,7 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     options = {name: value for name, value in vars(arguments).items() if value is not None}
     resume = options.pop("resume")
     push, private = options.pop("push_to_hub", None), options.pop("private")
-    for name in ("check", *OPTIONS):
-        options.pop(name)
+    options.pop("check")
     options.setdefault("data", "")
     record = train(TrainConfig.from_dict(options), resume=resume, say=_say, command=command)
     if int(os.environ.get("RANK", "0")):
@@ -115,6 +113,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from alignment.train.prepare import prepare
     from alignment.train.settings import TrainConfig
 
+    use_size_options(arguments.max_megapixels, arguments.max_aspect_ratio)
     names = ("data", "format", "split", "eval_data", "eval_split", "second_data", "second_split")
     prepared = prepare(TrainConfig(output="", **{name: getattr(arguments, name) for name in names}))
     print(prepared.report.summary())
@@ -148,7 +147,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     starts = [bool(arguments.model), bool(arguments.vision or arguments.text), bool(arguments.scratch)]
     if not arguments.check and not arguments.output:
         parser.error("--output is needed: a folder for the result")
-    if not arguments.resume and not arguments.data:
+    if not arguments.data and (arguments.check or not arguments.resume):
         parser.error("--data is needed: the captioned images")
     if bool(arguments.vision) != bool(arguments.text):
         parser.error("--vision and --text go together: name both towers")

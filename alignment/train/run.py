@@ -31,6 +31,7 @@ from alignment.durable import foreign_errors, sole_writer, sync
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import DualEncoder, find_device
 from alignment.pairs import told_cut
+from alignment.picture_limits import use_size_options
 from alignment.train.examples import Captions, Examples
 from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, clear_away, read_settings
 from alignment.train.frozen import Cut, KeptImages
@@ -122,6 +123,7 @@ def _train(
     if saved:
         saved.check_options(config)
         config = saved.continued(config)
+    use_size_options(config.max_megapixels, config.max_aspect_ratio)
     if state.num_processes > 1 and state.device.type == "cpu":
         config = replace(config, device="cpu")  # else Trainer looks for GPUs, finds none and lets each train alone
     say = say if state.is_main_process else _nothing

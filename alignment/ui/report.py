@@ -12,6 +12,7 @@ from alignment.engine.trial import MAX_NAME, RESAMPLES, Suspect, Trial
 from alignment.evaluate import KS, Estimate
 from alignment.evaluate.examples import Example
 from alignment.model import DualEncoder
+from alignment.pairs.sidecars import NOT_USED
 from alignment.pairs.tables import OnlyClasses
 from alignment.preprocess import legible
 from alignment.ui.results import Value, percent
@@ -45,6 +46,10 @@ LEFT_OUT = {
     "text files beside pictures that hold no words": "evaluate.left.no_words",
     "unreadable captions": "evaluate.left.unread",
     "other files of captions, whose path has to be given": "evaluate.left.other_files",
+    NOT_USED: "evaluate.left.other_files",
+    "text files that may belong to several pictures": "evaluate.left.other_files",
+    "text files beside which no picture of their name lies": "evaluate.left.other_files",
+    "addresses on the network, which are not opened": "evaluate.left.outside",
     "further answers of a conversation": "evaluate.left.answers",
     OnlyClasses.REASON: "evaluate.left.classes",
     "cut": "evaluate.left.cut",
