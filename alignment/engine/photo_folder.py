@@ -1,7 +1,8 @@
 """A folder of photos that is searched while its gallery is made, or brought up to date, in the background.
 
 Place in the flow: `folder -> build_gallery, in a thread (here) -> engine.show`. The engine answers from the old gallery
-until the new one is whole; at the first scan, from what is embedded so far. The photos themselves are only read.
+until the new one is whole; at the first scan, from what is embedded so far. The photos themselves are only read. Where
+the model has only begun the starter gallery, that is made whole first, also without any photos.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 from alignment.durable import explain
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import Skipped
-from alignment.gallery import BuildReport, Gallery, Show, build_gallery, cached_folder
+from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
 from alignment.gallery.cached import Bar
 from alignment.model import DualEncoder
 from alignment.pairs.files import PICTURES, walk
@@ -25,7 +26,7 @@ from alignment.preprocess import InputError, advised, legible
 
 logger = logging.getLogger(__name__)
 
-State = Literal["none", "running", "waiting", "done", "empty", "failed"]
+State = Literal["none", "starter", "running", "waiting", "done", "empty", "failed"]
 
 _LIFTABLE = {"image.too_large": "photo.too_large", "image.too_narrow": "photo.too_narrow"}
 _STOP = 5.0  # seconds that a stop waits for the batch under way
@@ -36,7 +37,8 @@ class Scan:
     """How far a scan is, or what came of the last one.
 
     Attributes:
-        state: "waiting" for another process that writes to the same gallery; "empty": the folder holds no pictures.
+        state: "starter" while the starter gallery is made; "waiting" for another process that writes to the same
+            gallery; "empty": the folder holds no pictures.
         done: items that are dealt with.
         total: items in all; 0 until they are listed.
         added: pictures that are new.
@@ -58,7 +60,7 @@ class Scan:
     @property
     def running(self) -> bool:
         """Whether the scan goes on."""
-        return self.state in ("running", "waiting")
+        return self.state in ("starter", "running", "waiting")
 
 
 class _Stopped(Exception):
@@ -66,11 +68,11 @@ class _Stopped(Exception):
 
 
 class PhotoFolder:
-    """A folder of photos, and its gallery in the cache folder.
+    """A folder of photos, and its gallery in the cache folder; or the starter gallery of a model, alone.
 
     Attributes:
         engine: searches the gallery; the starter gallery until there is one.
-        source: the folder.
+        source: the folder; "" where only the starter gallery is to be made.
         out: the gallery's folder.
         scan: how far the scan is; replaced as it goes.
         version: how many galleries have been shown.
@@ -79,21 +81,21 @@ class PhotoFolder:
     retry = 3.0
     """Seconds between two looks whether another process is done with the gallery."""
 
-    def __init__(self, engine: AlignmentEngine, source: str | os.PathLike[str], bar: Bar) -> None:
+    def __init__(self, engine: AlignmentEngine, source: str | os.PathLike[str] | None, bar: Bar) -> None:
         """Take over a folder; show the gallery that an earlier start has made of it, if there is one.
 
         Args:
             engine: shows the gallery of this folder from now on.
-            source: the folder.
+            source: the folder; None for the starter gallery alone.
             bar: opened for each scan, to show how far it is on the terminal.
         """
         self.engine, self.bar = engine, bar
-        self.source = photo_folder(source)
+        self.source = photo_folder(source) if source else ""
         self.out = cached_folder(engine.encoder, self.source)
         self.scan, self.version = Scan(), 0
         self._lock, self._stopping, self._thread = threading.Lock(), threading.Event(), threading.Thread()
         self._files: dict[str, str] | None = None  # of the last scan: what each picture's file holds, by its source
-        if (found := _load(self.out, engine.encoder)) is not None:
+        if self.source and (found := _load(self.out, engine.encoder)) is not None:
             self._show(found)
             self._files = _files(found)
 
@@ -120,6 +122,34 @@ class PhotoFolder:
     # ------------------------------------------------------------ in the thread
 
     def _run(self) -> None:
+        try:
+            self._make_starter()
+            if self.source:
+                self._scan()
+        except _Stopped:
+            self.scan = Scan()
+        except Exception:
+            logger.exception("The scan failed")
+            self.scan = Scan("failed")
+
+    def _make_starter(self) -> None:
+        """Make the starter gallery whole where this model has only begun it; photos are scanned even if that fails."""
+        begun = self.engine.starter
+        if begun.folder is not None:
+            return
+        self.scan, after = Scan("starter"), Scan("running" if self.source else "none")
+        try:
+            with self.bar("Embedding the starter gallery") as show:
+                self.engine.starter = build_starter(self.engine.encoder, partial(self._go_on, "starter", show))
+            if self.engine.gallery is begun:
+                self.engine.show(self.engine.starter)
+                self.version += 1
+        except (OSError, ValueError) as error:
+            logger.warning("The starter gallery could not be made: %s", explain(error))
+            after = after if self.source else Scan("failed", problem=explain(error))
+        self.scan = after
+
+    def _scan(self) -> None:
         report = BuildReport()
         try:
             gallery = self._build(report)
@@ -146,26 +176,21 @@ class PhotoFolder:
                 self.scan.removed,
                 len(skipped),
             )
-        except _Stopped:
-            self.scan = Scan()
         except (OSError, ValueError) as error:
             empty = isinstance(error, ValueError) and not holds_pictures(self.source)
             logger.warning("The scan failed: %s", explain(error))
             self.scan = Scan("empty" if empty else "failed", skipped=_skipped(report), problem=explain(error))
-        except Exception:
-            logger.exception("The scan failed")
-            self.scan = Scan("failed")
 
     def _build(self, report: BuildReport) -> Gallery:
         """Build as soon as no other process does."""
         while True:
             try:
-                with self.bar() as show:
+                with self.bar(f"Reading {self.source}") as show:
                     return build_gallery(
                         self.source,
                         self.out,
                         self.engine.encoder,
-                        progress=partial(self._go_on, show),
+                        progress=partial(self._go_on, "running", show),
                         report=report,
                         growing=self._show if self._files is None else None,
                         like=self.engine.starter,
@@ -175,10 +200,10 @@ class PhotoFolder:
                 if self._stopping.wait(self.retry):
                     raise _Stopped from None
 
-    def _go_on(self, show: Show, done: int, total: int) -> None:
+    def _go_on(self, state: State, show: Show, done: int, total: int) -> None:
         if self._stopping.is_set():
             raise _Stopped
-        self.scan = Scan("running", done, total)
+        self.scan = Scan(state, done, total)
         show(done, total)
 
     def _show(self, gallery: Gallery) -> None:
