@@ -400,6 +400,8 @@ def test_a_parquet_file_beside_pictures_is_read(tmp_path: Path) -> None:
         ("mine.xlsx", "0.jpg", "CSV"),
         ("captions.pkl", "", "CSV"),
         ("captions.json.gz", "", "unpacked"),
+        ("captions", "0.jpg a dog", "without an ending"),
+        ("captions.dat", "0.jpg a dog", "that end in .dat"),
         ("train.csv.gz", "", "unpacked"),
         ("mine.xls", "0\0.\0j\0p\0g\0", "CSV"),
         ("captions.json", "", "empty"),
@@ -445,6 +447,12 @@ def test_beside_a_table_that_is_read_the_others_are_named(tmp_path: Path, name: 
     assert len(found(reading, tmp_path)) == (1 if read == name else 12)
     named = {*reading.unread, *reading.left_out.get("other files of captions, whose path has to be given", ())}
     assert named == {name, "captions.csv"} - {read}
+
+
+def test_captions_are_found_at_any_depth(tmp_path: Path) -> None:
+    pictures(tmp_path / "a/b/c/d")
+    (tmp_path / "a/b/c/d/captions.csv").write_text("\n".join(HEADED))
+    assert found(read_data(tmp_path), tmp_path) == expected("a/b/c/d/")
 
 
 def test_tables_of_something_else_are_not_named(tmp_path: Path) -> None:

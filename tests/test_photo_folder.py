@@ -204,6 +204,21 @@ def test_captions_of_the_folder_itself_are_kept(engine, folder):
     assert [caption.text for caption in engine.gallery.captions] == ["a grey square", "a green square"]
 
 
+def test_a_folder_that_cannot_be_listed_is_named_without_the_folders_around_it(engine, folder, tmp_path):
+    (folder / "holiday" / "disk").symlink_to(tmp_path / "not mounted")
+    (found,) = [skip for skip in scanned(engine, folder).scan.skipped if skip.error.code == "photo.unlisted"]
+    assert found.name == "holiday/disk"
+
+
+def test_a_captions_file_that_cannot_be_read_is_named_on_the_page_and_in_the_log(engine, folder, caplog):
+    (folder / "captions.xlsx").touch()
+    (folder / "captions.csv").write_text("image,caption\n00.png,a square\ngone.png,nothing\n")
+    photos = scanned(engine, folder)
+    shown = dict(scan_value(photos, "en")["skipped"])
+    assert "spreadsheet" in shown["captions.xlsx"]
+    assert "missing pictures: 1 (gone.png)" in caplog.text
+
+
 def test_a_gallery_of_another_model_is_not_shown(engine, checkpoint, folder, tmp_path):
     other = DualEncoder.load(checkpoint("siglip"), device="cpu")
     with pytest.raises(ValueError, match="made by"):

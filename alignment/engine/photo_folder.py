@@ -21,6 +21,7 @@ from alignment.engine.photos import Skipped
 from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
 from alignment.gallery.cached import Bar
 from alignment.model import DualEncoder
+from alignment.pairs import told
 from alignment.pairs.files import PICTURES, walk
 from alignment.preprocess import InputError, advised, legible
 
@@ -44,7 +45,7 @@ class Scan:
         added: pictures that are new.
         changed: pictures whose files have changed.
         removed: pictures that are gone.
-        skipped: each picture that could not be read, and why.
+        skipped: each picture, folder or captions file that could not be read, and why.
         problem: why the scan failed.
     """
 
@@ -157,9 +158,9 @@ class PhotoFolder:
             before, now = self._files or {}, _files(gallery)
             self._files = now
             both = before.keys() & now.keys()
-            skipped = _skipped(report)
-            for reason, names in report.left_out.items():
-                logger.warning("Left out: %d %s (%s)", len(names), reason, ", ".join(map(legible, names[:3])))
+            skipped = _skipped(report, self.source)
+            for line in told(report):
+                logger.warning("%s: %s", self.source, line)
             self.scan = Scan(
                 "done",
                 added=len(now) - len(both),
@@ -179,7 +180,8 @@ class PhotoFolder:
         except (OSError, ValueError) as error:
             empty = isinstance(error, ValueError) and not holds_pictures(self.source)
             logger.warning("The scan failed: %s", explain(error))
-            self.scan = Scan("empty" if empty else "failed", skipped=_skipped(report), problem=explain(error))
+            state: State = "empty" if empty else "failed"
+            self.scan = Scan(state, skipped=_skipped(report, self.source), problem=explain(error))
 
     def _build(self, report: BuildReport) -> Gallery:
         """Build as soon as no other process does."""
@@ -242,11 +244,16 @@ def _load(folder: Path, encoder: DualEncoder) -> Gallery | None:
         return None
 
 
-def _skipped(report: BuildReport) -> tuple[Skipped, ...]:
+def _skipped(report: BuildReport, source: str) -> tuple[Skipped, ...]:
     unreadable = InputError("This file cannot be read.", "photo.unreadable")
     closed = InputError("This folder cannot be listed; its pictures stay as they were.", "photo.unlisted")
     files = [Skipped(name, _advised(report.errors.get(name, unreadable))) for name, _ in report.skipped]
-    return *(Skipped(folder, closed) for folder in report.unlisted), *files
+    unread = [Skipped(name, _unread(reason)) for name, reason in report.unread.items()]
+    return *(Skipped(os.path.relpath(folder, source), closed) for folder in report.unlisted), *unread, *files
+
+
+def _unread(reason: str) -> InputError:
+    return InputError("Its captions cannot be read: {reason}.", "photo.captions", reason=legible(reason, 200))
 
 
 def _advised(error: InputError) -> InputError:

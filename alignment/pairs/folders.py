@@ -34,7 +34,7 @@ def read_folder(folder: Path, into: Collection) -> Iterator[Row]:
             into.skip(_NOT_READ[ending], file.name)
         elif ending in SIDECARS and (into.index.has_stem(file.stem) or is_picture_name(file.stem)):
             sidecars.files[os.fspath(file)] = file
-        elif file.stem == "metadata" or (into.any_table and len(file.relative_to(folder).parts) <= _FOLDERS_DEEP + 1):
+        elif file.stem == "metadata" or (into.any_table and _may_be_table(file, folder)):
             tables.append(file)
     readable = [file for file in tables if _is_table(file, into)]
     for file in _told_apart(list(readable), into):
@@ -47,6 +47,10 @@ def read_folder(folder: Path, into: Collection) -> Iterator[Row]:
     if sidecars.files and not any(map(into.has_captions, into.rows)):
         yield from sidecars.elsewhere()
     sidecars.note_rest([file for file in tables if file not in readable])
+
+
+def _may_be_table(file: Path, folder: Path) -> bool:
+    return len(file.relative_to(folder).parts) <= _FOLDERS_DEEP + 1 or "caption" in file.name.lower()
 
 
 def _split(file: Path, folder: Path) -> str:

@@ -14,6 +14,7 @@ from alignment.preprocess import legible
 
 _SHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
 _OTHERS = {".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat", ".xml", ".yaml", ".yml"}
+_OTHERS |= {"", ".dat", ".data", ".tab", ".psv", ".bak", ".rtf", ".odt"}
 _OTHERS |= {".html", ".md", ".doc", ".docx", ".pdf", ".db", ".sqlite", ".lmdb", ".tfrecord"}
 _MEANT = re.compile(r"caption|metadata|annotation|descri(be|pt)|sentences")
 _NAMED = re.compile(rb"\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
@@ -42,7 +43,8 @@ def why_unread(file: Path) -> str:
         return "a spreadsheet; save it as CSV (UTF-8), with the columns image and caption"
     if file.suffix.lower() in ARCHIVES:
         return "it has to be unpacked first"
-    return f"files that end in {file.suffix.lower()} are not read as captions; export it as CSV with image and caption"
+    ending = f"that end in {legible(file.suffix.lower(), 20)}" if file.suffix else "without an ending"
+    return f"files {ending} are not read as captions; save it as CSV with the columns image and caption"
 
 
 def _names_pictures(file: Path) -> bool:
