@@ -460,10 +460,12 @@ def test_tables_of_something_else_are_not_named(tmp_path: Path) -> None:
     (tmp_path / "expenses.csv").write_text("date,what,amount\n1.1.,new shoes for me,5\n")
     (tmp_path / "readme.txt").write_text("These are my dogs,\nand their friends.\n")
     (tmp_path / "package.json").write_text('{"name": "mine", "version": "1.0"}')
+    (tmp_path / "annotations_trainval2017.zip").touch()
     (tmp_path / "sizes.csv").write_text("image,width\n0.jpg,3\n1.jpg,4\n")
     sheet(tmp_path / "expenses.xlsx", "shoes")
     reading = read_data(tmp_path)
-    assert (reading.format, len(reading.pairs), reading.unread, reading.left_out) == ("folder", 12, {}, {})
+    assert (reading.format, len(reading.pairs), reading.unread) == ("folder", 12, {})
+    assert reading.left_out == {"archives, which have to be unpacked first": ("annotations_trainval2017.zip",)}
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,9 @@ def told_unread(unread: Mapping[str, str]) -> list[str]:
 def could_be_captions(file: Path, index: PictureIndex) -> bool:
     """Whether a file of another kind is called like captions, or is a spreadsheet that names pictures."""
     ending = file.suffix.lower()
-    is_packed_table = ending in ARCHIVES and Path(file.stem).suffix.lower() in TEXTS
-    if is_packed_table or (ending in _SHEETS | _OTHERS | ARCHIVES and _MEANT.search(file.stem.lower())):
+    if ending in ARCHIVES:  # one of annotations may well lie there unpacked too, as COCO's does
+        return Path(file.stem).suffix.lower() in TEXTS or "caption" in file.stem.lower()
+    if ending in _SHEETS | _OTHERS and _MEANT.search(file.stem.lower()):
         return bool(index.paths)
     return ending in _SHEETS and _names_pictures(file)
 
