@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,18 @@ class AmbiguousNames(ValueError):
     def __init__(self, message: str, names: Sequence[str]) -> None:
         super().__init__(message)
         self.names = names
+
+
+class NothingLeft(ValueError):
+    """No picture of a data set is left.
+
+    Attributes:
+        left_out: reason -> what was left out for it.
+    """
+
+    def __init__(self, message: str, left_out: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(message)
+        self.left_out = left_out
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ class Collection:
 
         Raises:
             AmbiguousNames: when nothing decides which of several pictures a name means.
-            ValueError: when no picture is left.
+            NothingLeft: when no picture is left.
         """
         self._settle_claims()
         if self._ambiguous:
@@ -198,7 +210,9 @@ class Collection:
             there = f"its splits are {few(named)}" if named else "it has no splits, so ask for none"
             asked = f" of split {self.wanted!r}; {there}" if self.wanted else ""
             reason = f"; left out: {left_out}" if left_out else ""
-            raise ValueError(f"{title} has no pictures{asked}{reason}. Check the path, the format and the split.")
+            raise NothingLeft(
+                f"{title} has no pictures{asked}{reason}. Check the path, the format and the split.", self.skipped
+            )
         logger.info("%s: %d pictures, %d captions.", title, len(pairs), sum(len(pair.captions) for pair in pairs))
         if left_out:
             logger.warning("%s: left out %s.", title, left_out)
