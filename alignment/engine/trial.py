@@ -328,10 +328,10 @@ def _check_causes(left_out: Mapping[str, Sequence[str]], unread: Iterable[str] =
         )
         raise InputError(message, "trial.unread", name=legible(name, MAX_NAME))
     for name in left_out.get(OnlyClasses.REASON, ()):
-        message = "{name} holds classes, not captions; to take them as captions, call the column caption."
+        message = "The file {name} holds classes, not captions; to take them as captions, call the column caption."
         raise InputError(message, "trial.classes", name=legible(name, MAX_NAME))
     for name in left_out.get("missing pictures", ()):
-        message = "{name}, which the captions file names, is not in the zip file; compare the file names."
+        message = "The captions file names {name}, which is not in the zip file; compare the file names."
         raise InputError(message, "trial.missing", name=legible(name, MAX_NAME))
 
 
