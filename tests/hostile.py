@@ -410,7 +410,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 # ---------------------------------------------------------------- what has to be said
 
 _LATIN = re.compile(r"[A-Za-z]{2,}")
-_FILES = re.compile(r"[\w.-]+\.(csv|tsv|txt|token|jsonl?)")  # of what was uploaded
+_FILES = re.compile(r"[\w.-]+\.(csv|tsv|txt|token|jsonl?|png|jpg)")  # of what was uploaded
 _NAMES = {  # of things that Chinese has no other words for
     *("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "HEIC", "SVG", "PDF", "EPS", "XL", "Photoshop", "ICO"),
     *("PPM", "MB", "zip", "gallery", "pictures", "embeddings", "json", "jsonl", "safetensors", "JSON", "thumbnails"),
