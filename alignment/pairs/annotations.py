@@ -13,7 +13,8 @@ from typing import Any
 from alignment.pairs.collection import Collection, Row
 from alignment.pairs.encoding import read_text
 from alignment.pairs.files import begins, split_of
-from alignment.pairs.tables import read_table, texts_of
+from alignment.pairs.tables import read_table
+from alignment.pairs.values import texts_of
 from alignment.preprocess import few, legible
 
 _SPLIT_LIST = re.compile(r"(?:flickr_?\d+k[._])?(train|dev|val|test)(?:images)?\.txt", re.IGNORECASE)

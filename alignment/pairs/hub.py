@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from alignment.pairs.collection import Collection, Row
+from alignment.pairs.columns import columns_of
 from alignment.pairs.files import canonical
 from alignment.pairs.store import stored
-from alignment.pairs.tables import columns_of, row_of
+from alignment.pairs.values import row_of
 from alignment.preprocess import few
 
 

@@ -24,7 +24,7 @@ from alignment.pairs.collection import Collection, Row
 from alignment.pairs.files import PICTURES, SPLITS, is_hidden, near, split_of
 from alignment.pairs.lookup import composed
 from alignment.pairs.store import cache_folder, stored
-from alignment.pairs.tables import TEXT_PARTS, row_of
+from alignment.pairs.values import TEXT_PARTS, row_of
 
 MAX_PICTURE_BYTES = 128 * 2**20
 MAX_TEXT_BYTES = 2**20

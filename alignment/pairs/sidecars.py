@@ -11,7 +11,7 @@ from pathlib import Path
 from alignment.pairs.collection import Collection, Row
 from alignment.pairs.encoding import encoding_of, read_text
 from alignment.pairs.lookup import is_picture_name
-from alignment.pairs.tables import texts_of
+from alignment.pairs.values import texts_of
 
 SIDECARS = (".txt", ".caption", ".json")
 MAX_SIDECAR_BYTES = 2**20
