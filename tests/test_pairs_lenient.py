@@ -240,6 +240,14 @@ def test_an_empty_byte_is_not_another_encoding(tmp_path: Path, name: str) -> Non
     assert len(found(read_data(tmp_path), tmp_path)) == (12 if name.endswith("csv") else 11)
 
 
+def test_a_file_that_is_cut_off_within_a_letter_is_utf_8_still(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    (tmp_path / "captions.csv").write_bytes(CHINESE.encode()[:-2])
+    reading = read_data(tmp_path)
+    assert list(found(reading, tmp_path).values()).count(("一只狗",)) == 11
+    assert reading.repaired == {"captions with damaged characters": ("captions.csv: 11.jpg",)}
+
+
 def test_one_damaged_line_does_not_change_the_encoding_of_the_others(tmp_path: Path) -> None:
     pictures(tmp_path)
     data = CHINESE.encode().replace("3.jpg,一只狗".encode(), b"3.jpg,caf\xe9")
