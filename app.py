@@ -50,6 +50,7 @@ from alignment.engine import MAX_ZIP_MB, AlignmentEngine, PhotoFolder, SecondMod
 from alignment.engine.photo_folder import photo_folder
 from alignment.gallery import Gallery, Remote, add_index_options, progress_bar, starter_gallery
 from alignment.model import DualEncoder
+from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import InputError
 from alignment.shipped import GALLERY, MODEL, shipped
 from alignment.ui.api import add_api, tame_tools
@@ -147,6 +148,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="for browsers that ask for neither language (default: %(default)s)",
     )
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
+    add_size_options(parser)
     add_options(parser)
     args = parser.parse_args(argv)
     if args.photos and args.index:
@@ -157,7 +159,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     """Load what the page asks, ready for captions; pictures have to wait for `AlignmentEngine.warm_images`.
 
-    Where the starter gallery was made by another model, this one embeds its captions and pictures, once.
+    Where the starter gallery was made by another model, only its pictures and their captions are there at first;
+    `background_scan` makes the rest.
 
     Raises:
         FileNotFoundError: when the model or the gallery is missing.
@@ -168,11 +171,17 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     encoder = DualEncoder.load(args.model, revision=args.revision)
     second = SecondModel.load(args.compare) if args.compare else None
     starts = args.photos or (remote is None and Path(args.gallery).resolve() == Path(shipped(GALLERY)).resolve())
-    bar = partial(progress_bar, "Embedding the starter gallery", quiet=args.log == "json")
-    gallery = starter_gallery(encoder, bar) if starts else Gallery.load(args.gallery, encoder, remote)
+    gallery = starter_gallery(encoder) if starts else Gallery.load(args.gallery, encoder, remote)
     engine = AlignmentEngine(encoder, gallery, second, names_files=bool(args.photos))
     engine.warm_texts()
     return engine
+
+
+def background_scan(engine: AlignmentEngine, args: argparse.Namespace) -> PhotoFolder | None:
+    """Prepare what is read while the page is there already: photos, the starter gallery of a new model; else None."""
+    if not args.photos and engine.starter.folder is not None:
+        return None
+    return PhotoFolder(engine, args.photos, partial(progress_bar, quiet=args.log == "json"))
 
 
 def build_page(
@@ -203,7 +212,7 @@ def build_page(
             language = gr.Radio(choices, value=lang, **_language_words(lang), elem_id="language", min_width=0, scale=0)
         explanation.build(lang)
         scan = widget("scan", scan_value(photos, lang), elem_id="scan", visible=photos is not None)
-        with gr.Tabs(selected=PicturesTab.key if photos else None) as row:
+        with gr.Tabs(selected=PicturesTab.key if photos and photos.source else None) as row:
             places = []
             for tab in tabs:
                 with gr.Tab(text(lang, f"{tab.key}.tab"), id=tab.key) as place:
@@ -331,9 +340,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
         args.photos = photo_folder(args.photos) if args.photos else None
         check_address(args.host, args.port)
+        use_size_options(args.max_megapixels, args.max_aspect_ratio)
         engine = load_engine(args)
-        bar = partial(progress_bar, f"Reading {args.photos}", quiet=args.log == "json")
-        photos = PhotoFolder(engine, args.photos, bar) if args.photos else None
+        photos = background_scan(engine, args)
         with Folder() as folder:
             service = Service(Settings.of(args), folder.path)
             with service.running.until_told():  # from here on a signal ends nothing half-way

@@ -21,7 +21,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from alignment.preprocess import MAX_IMAGE_PIXELS, InputError, open_image
+from alignment.picture_limits import MAX_IMAGE_PIXELS
+from alignment.preprocess import InputError, open_image
 from alignment.ui.strings import error_text, strings
 
 SIZE = (48, 36)
@@ -409,7 +410,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 # ---------------------------------------------------------------- what has to be said
 
 _LATIN = re.compile(r"[A-Za-z]{2,}")
-_FILES = re.compile(r"[\w.-]+\.(csv|tsv|txt|token|jsonl?)")  # of what was uploaded
+_FILES = re.compile(r"[\w.-]+\.(csv|tsv|txt|token|jsonl?|png|jpg)")  # of what was uploaded
 _NAMES = {  # of things that Chinese has no other words for
     *("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "HEIC", "SVG", "PDF", "EPS", "XL", "Photoshop", "ICO"),
     *("PPM", "MB", "zip", "gallery", "pictures", "embeddings", "json", "jsonl", "safetensors", "JSON", "thumbnails"),

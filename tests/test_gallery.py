@@ -28,7 +28,8 @@ from alignment.catalogue import CAPTIONS, PICTURES, Caption, Picture, Stamp, rea
 from alignment.gallery import BuildReport, Gallery, build_gallery, looking, main
 from alignment.gallery.judging import background_name
 from alignment.model import DualEncoder
-from alignment.preprocess import lift_limits, open_image
+from alignment.picture_limits import lift_limits
+from alignment.preprocess import open_image
 
 ROOT = Path(__file__).parents[1]
 STARTER, COMPACT = ROOT / "assets" / "gallery", ROOT / "checkpoints" / "compact"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from alignment.pairs import Reading, read_data
+from alignment.pairs import Reading, read_data, told
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
 TEXTS = [f"a dog number {word}" for word in WORDS]
@@ -114,6 +114,26 @@ def test_a_line_that_can_be_parted_in_two_ways_is_named(tmp_path: Path) -> None:
     assert reading.left_out["lines with more values than columns"] == ("captions.csv:3",)
 
 
+@pytest.mark.parametrize("line", ["a dog, running,{}", "{},a dog, running"])
+@pytest.mark.parametrize("first", [True, False])
+def test_without_a_header_a_comma_belongs_to_the_caption_too(tmp_path: Path, line: str, first: bool) -> None:
+    pictures(tmp_path)
+    rows = [(f"{text},{name}" if line.startswith("a") else f"{name},{text}") for name, text in NAMED.items()]
+    rows[0 if first else 5] = line.format(f"{0 if first else 5}.jpg")
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    changed = {"0.jpg" if first else "5.jpg": ("a dog, running",)}
+    assert found(read_data(tmp_path), tmp_path) == expected() | changed
+
+
+@pytest.mark.parametrize("value", ["nan", "NaN", "None", "null", ""])
+def test_what_programs_write_for_no_caption_is_none(tmp_path: Path, value: str) -> None:
+    pictures(tmp_path, [0, 1])
+    (tmp_path / "captions.csv").write_text(f"image,caption\n0.jpg,{value}\n1.jpg,a nan bread\n")
+    reading = read_data(tmp_path)
+    assert found(reading, tmp_path) == {"1.jpg": ("a nan bread",)}
+    assert reading.left_out == {"empty captions": ("0.jpg",)}
+
+
 # ---------------------------------------------------------------- values of another type
 
 
@@ -139,6 +159,7 @@ def test_a_caption_that_is_no_text_counts_as_empty(tmp_path: Path, value: object
         ("""["a dog's ball", 'a "good" dog']""", ("a dog's ball", 'a "good" dog')),
         ("['a dog runs' 'a brown dog']", ("a dog runs", "a brown dog")),  # numpy
         ("('a dog runs', None)", ("a dog runs",)),
+        ("[['a dog runs'], ['a brown dog', None]]", ("a dog runs", "a brown dog")),
         ("[sic] a dog", ("[sic] a dog",)),
         ("['a' + 'b']", ("['a' + 'b']",)),
     ],
@@ -162,8 +183,7 @@ def test_chinese_tables_are_read_in_their_encoding(tmp_path: Path, encoding: str
     (tmp_path / "captions.csv").write_bytes(text.encode(encoding))
     reading = read_data(tmp_path)
     assert set(found(reading, tmp_path).values()) == {("一只狗",)}
-    guessed = encoding in ("gbk", "gb18030", "utf-16-le", "utf-16-be")
-    assert ("files not in UTF-8" in reading.repaired) == guessed
+    assert ("files not in UTF-8" in reading.repaired) == (encoding != "utf-8-sig")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +194,58 @@ def test_other_old_encodings_too(tmp_path: Path, encoding: str, caption: str) ->
     lines = [f"{number}.jpg,{caption}" for number in range(12)]
     (tmp_path / "captions.csv").write_bytes("\n".join(["image,caption", *lines]).encode(encoding))
     assert set(found(read_data(tmp_path), tmp_path).values()) == {(caption,)}
+
+
+SHORT = {
+    "gbk": ["狗", "两个小孩在海边玩耍", "穿T恤的男人骑自行车"],
+    "big5": ["一隻狗在草地上奔跑", "兩個小孩在海邊玩耍，天很藍。"],
+    "cp1252": [
+        "café",
+        "la tête",
+        "\u201ca dog\u201d",
+        "a dog\u2019s ball",
+        "ça va",
+        "Übergröße",
+        "¿qué niño?",
+        "ten \u20ac",
+    ],
+    "cp1250": ["piękna łódź", "pies biegnie po łące", "žluťoučký kůň"],
+    "shift_jis": ["イヌ", "赤い自転車に乗る人", "海で遊ぶ子供"],
+    "euc_jp": ["犬が走っている", "ネコ"],
+    "cp949": ["개가 달린다", "빨간 자전거"],
+    "cp1251": ["кот", "красный велосипед"],
+    "utf-16": ["a dog", "一只狗"],
+    "utf-16-le": ["a dog", "一只狗, 在跑"],
+    "utf-16-be": ["un café"],
+}
+
+
+@pytest.mark.parametrize(("encoding", "text"), [(name, text) for name, texts in SHORT.items() for text in texts])
+def test_a_few_words_are_enough_to_tell_an_encoding(tmp_path: Path, encoding: str, text: str) -> None:
+    for name, content in (("captions.csv", f'image,caption\n0.jpg,"{text}"\n'), ("0.txt", text)):
+        folder = tmp_path / name
+        pictures(folder, [0])
+        (folder / name).write_bytes(content.encode(encoding))
+        reading = read_data(folder)
+        assert found(reading, folder) == {"0.jpg": (text,)}
+        (told,) = reading.repaired["files not in UTF-8"]
+        assert told.startswith(f"{name} as ")
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
+def test_an_empty_byte_is_not_another_encoding(tmp_path: Path, name: str) -> None:
+    pictures(tmp_path)
+    lines = HEADED if name.endswith("csv") else [json.dumps({"image": n, "caption": t}) for n, t in NAMED.items()]
+    (tmp_path / name).write_text("\n".join(lines).replace("a dog", "a\0 dog", 1))
+    assert len(found(read_data(tmp_path), tmp_path)) == (12 if name.endswith("csv") else 11)
+
+
+def test_a_file_that_is_cut_off_within_a_letter_is_utf_8_still(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    (tmp_path / "captions.csv").write_bytes(CHINESE.encode()[:-2])
+    reading = read_data(tmp_path)
+    assert list(found(reading, tmp_path).values()).count(("一只狗",)) == 11
+    assert reading.repaired == {"captions with damaged characters": ("captions.csv: 11.jpg",)}
 
 
 def test_one_damaged_line_does_not_change_the_encoding_of_the_others(tmp_path: Path) -> None:
@@ -207,6 +279,8 @@ HEADED = ["image,caption", *TABLE]
         ["image,width,utterance", *[line.replace(",", ",640,") for line in TABLE]],
         [",image,what", *[f"{number},{line}" for number, line in enumerate(TABLE)]],
         ["0,1", *TABLE],
+        ["image_id,caption", *[line.replace(".jpg", ".0") for line in TABLE]],
+        [line.replace(",", " | ") for line in HEADED],
         ["image_id,caption", *[line.replace(".jpg", "") for line in TABLE]],
         ["id,caption", *[f"{line.replace('.jpg', ''):0>30}" for line in TABLE]],
         [line.replace(".jpg,", ".jpg#0\t") for line in TABLE],
@@ -231,6 +305,7 @@ LLAVA = [
     }
     for number, (name, text) in enumerate(NAMED.items())
 ]
+LLAVA_LIKE = [{"image": name, "caption": text} for name, text in NAMED.items()]
 FORMS = {
     "map": NAMED,
     "map to lists": {name: [text] for name, text in NAMED.items()},
@@ -244,6 +319,14 @@ FORMS = {
     "coco": coco(list(NAMED), TEXTS),
     "coco by file name": coco(list(NAMED), TEXTS, text_id=lambda number: f"{number - 1}.jpg"),
     "captions of images": {"images": [{"file_name": name, "caption": text} for name, text in NAMED.items()]},
+    "splits": {"train": LLAVA[:6], "val": [{name: NAMED[name]} for name in list(NAMED)[6:]]},
+    "two lists": {"one": [{"image": "0.jpg", "caption": TEXTS[0]}], "two": LLAVA_LIKE[1:], "others": [{"id": 1}] * 50},
+    "lists": [[name, text] for name, text in NAMED.items()],
+    "objects of one": [{name: text} for name, text in NAMED.items()],
+    "names in objects": [{"image": {"file_name": name}, "caption": {"en": text}} for name, text in NAMED.items()],
+    "names in lists": [{"image": [name], "caption": {"text": text}} for name, text in NAMED.items()],
+    "coco by stem": coco(list(NAMED), TEXTS, lambda number: number + 500, lambda number: str(number - 1)),
+    "coco by 1.0": coco(list(NAMED), TEXTS, text_id=lambda number: f"{number}.0"),
     "results": [{"image_id": number, "caption": text} for number, text in enumerate(TEXTS)],
     "without images": {"annotations": [{"image_id": n, "id": 50 - n, "caption": t} for n, t in enumerate(TEXTS)]},
 }
@@ -269,6 +352,30 @@ def test_text_that_goes_by_a_pictures_name_is_its_caption(tmp_path: Path, where:
         (tmp_path / folder / where.format(number)).write_text(content)
     reading = read_data(tmp_path)
     assert (found(reading, tmp_path), reading.unread) == (expected(folder), {})
+
+
+def test_text_files_that_come_to_nothing_are_named(tmp_path: Path) -> None:
+    pictures(tmp_path, [0, 1, 2])
+    pictures(tmp_path / "more", [9])
+    pictures(tmp_path / "again", [9])
+    texts = {
+        "0.txt": " \n",
+        "1.txt": "one",
+        "1.caption": "uno",
+        "2.json": "{",
+        "7.txt": "orphan",
+        "texts/9.txt": "nine",
+    }
+    (tmp_path / "texts").mkdir()
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    reading = read_data(tmp_path)
+    assert found(reading, tmp_path) == {"1.jpg": ("one",)}
+    assert {name for names in reading.left_out.values() for name in names} == {*texts} - {"1.txt"}
+    (tmp_path / "captions.csv").write_text("image,caption\n1.jpg,eins\n")
+    reading = read_data(tmp_path)
+    assert found(reading, tmp_path) == {"1.jpg": ("eins",)}
+    assert {"0.txt", "1.txt", "1.caption"} <= {name for names in reading.left_out.values() for name in names}
 
 
 def test_boxes_beside_pictures_are_no_captions(tmp_path: Path) -> None:
@@ -300,6 +407,13 @@ def test_a_parquet_file_beside_pictures_is_read(tmp_path: Path) -> None:
         ("captions.xlsx", "0.jpg", "CSV"),
         ("mine.xlsx", "0.jpg", "CSV"),
         ("captions.pkl", "", "CSV"),
+        ("captions.json.gz", "", "unpacked"),
+        ("captions", "0.jpg a dog", "without an ending"),
+        ("captions.dat", "0.jpg a dog", "that end in .dat"),
+        ("train.csv.gz", "", "unpacked"),
+        ("mine.xls", "0\0.\0j\0p\0g\0", "CSV"),
+        ("captions.json", "", "empty"),
+        ("captions.jsonl", '{"a": "b"}\n{"a": "c"}\n', "names pictures"),
         ("captions.csv", "", "empty"),
         (
             "captions.csv",
@@ -343,15 +457,78 @@ def test_beside_a_table_that_is_read_the_others_are_named(tmp_path: Path, name: 
     assert named == {name, "captions.csv"} - {read}
 
 
+def test_captions_are_found_at_any_depth(tmp_path: Path) -> None:
+    pictures(tmp_path / "a/b/c/d")
+    (tmp_path / "a/b/c/d/captions.csv").write_text("\n".join(HEADED))
+    assert found(read_data(tmp_path), tmp_path) == expected("a/b/c/d/")
+
+
 def test_tables_of_something_else_are_not_named(tmp_path: Path) -> None:
     pictures(tmp_path)
     (tmp_path / "expenses.csv").write_text("date,what,amount\n1.1.,new shoes for me,5\n")
     (tmp_path / "readme.txt").write_text("These are my dogs,\nand their friends.\n")
     (tmp_path / "package.json").write_text('{"name": "mine", "version": "1.0"}')
-    (tmp_path / "classes.csv").write_text("image,class\n0.jpg,3\n1.jpg,4\n")
+    (tmp_path / "annotations_trainval2017.zip").touch()
+    (tmp_path / "sizes.csv").write_text("image,width\n0.jpg,3\n1.jpg,4\n")
     sheet(tmp_path / "expenses.xlsx", "shoes")
     reading = read_data(tmp_path)
-    assert (reading.format, len(reading.pairs), reading.unread, reading.left_out) == ("folder", 12, {}, {})
+    assert (reading.format, len(reading.pairs), reading.unread) == ("folder", 12, {})
+    assert reading.left_out == {"archives, which have to be unpacked first": ("annotations_trainval2017.zip",)}
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("label", ["dog", "cat"]),
+        ("label", range(12)),
+        ("class_id", [0, 1]),
+        ("Class Name", ["golden retriever", "tabby cat"]),
+        ("kind_of_animal", ["dog", "cat"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["train_labels.csv", "metadata.jsonl"])
+def test_a_table_of_classes_is_called_one(tmp_path: Path, column: str, values: Any, name: str) -> None:
+    pictures(tmp_path)
+    table = [{"filename": image, column: [*values][row % len(values)]} for row, image in enumerate(NAMED)]
+    lines = [f"filename,{column}", *[",".join(map(str, row.values())) for row in table]]
+    text = "\n".join(lines if name.endswith("csv") else map(json.dumps, table))
+    (tmp_path / name).write_text(text)
+    for source in (tmp_path, tmp_path / name):
+        reading = read_data(source)
+        assert (len(reading.pairs), found(reading, tmp_path), reading.unread) == (12, {}, {})
+        (reason,) = [reason for reason in reading.left_out if "classes" in reason]
+        assert "call their column caption" in reason
+        assert reading.left_out[reason] == (f"{name}, column {column}",)
+
+
+@pytest.mark.parametrize("kind", ["header", "keys", "keys of each line", "map", "names", "files", "one name"])
+def test_what_is_said_does_not_grow_with_the_data(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    many = [f"an unknown column {number}" for number in range(5000)]
+    pictures(tmp_path, [0, 1])
+    if kind == "header":
+        (tmp_path / "captions.csv").write_text(f"{','.join(many)}\n{','.join(many)}\n")
+    elif kind == "keys":
+        dumped(tmp_path / "captions.jsonl", dict.fromkeys(many, "a dog runs"))
+    elif kind == "keys of each line":
+        rows = [{"image": "0.jpg", "caption": "a dog"}, *[{name: "a dog"} for name in many]]
+        (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "map":
+        dumped(tmp_path / "captions.json", dict.fromkeys(many, "a dog runs"))
+    elif kind == "names":
+        (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *[f"{name}.jpg,a dog" for name in many]]))
+    elif kind == "files":
+        for number in range(50):
+            (tmp_path / f"captions {number}.pkl").touch()
+    else:
+        (tmp_path / "captions.csv").write_text(f"image,caption\n{'a' * 9999}.jpg,a dog\n{'b' * 9999},a dog\n")
+    said: list[str] = []
+    for source in (tmp_path, *tmp_path.glob("captions.*")):
+        try:
+            said += told(read_data(source))
+        except ValueError as error:
+            said.append(str(error))
+    assert any("captions" in line or "column" in line for line in said)
+    assert sum(map(len, said)) + len(caplog.text) < 6000
 
 
 # ---------------------------------------------------------------- joins
@@ -438,6 +615,35 @@ def test_captions_of_images_that_are_not_listed_are_counted(tmp_path: Path) -> N
 
 
 # ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("written", "stored", "reason"),
+    [
+        ("my%20dog.jpg", "my dog.jpg", "names written as in an address, with % for letters"),
+        ("img%2F%E7%8B%97.jpg", "img/狗.jpg", "names written as in an address, with % for letters"),
+        (".\\img\\.\\a.jpg", "img/a.jpg", None),
+        ("./img//a.jpg", "img/a.jpg", None),
+        ('"a ""b"".jpg"', 'a "b".jpg', None),
+        ('"a\nb.jpg"', "a\nb.jpg", None),
+        ("a, b.jpg", "a, b.jpg", "lines with a delimiter in a value without quotation marks"),
+        (" a.jpg\t", "a.jpg", None),
+        ("100%25.jpg", "100%25.jpg", None),
+    ],
+)
+def test_names_as_people_write_them(tmp_path: Path, written: str, stored: str, reason: str | None) -> None:
+    pictures(tmp_path / Path(stored).parent, [Path(stored).stem, "z"])
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{written},a dog\nz.jpg,a cat\n")
+    reading = read_data(tmp_path)
+    assert found(reading, tmp_path)[stored] == ("a dog",)
+    assert [*reading.repaired] == ([reason] if reason else [])
+
+
+def test_addresses_on_the_network_are_called_so(tmp_path: Path) -> None:
+    pictures(tmp_path, [0])
+    (tmp_path / "captions.csv").write_text("image,caption\nhttps://example.org/0.jpg,a dog\n0.jpg,a cat\n")
+    reading = read_data(tmp_path)
+    assert reading.left_out == {"addresses on the network, which are not opened": ("https://example.org/0.jpg",)}
 
 
 @pytest.mark.parametrize(("written", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])

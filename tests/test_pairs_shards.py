@@ -106,6 +106,11 @@ def test_members_may_come_in_any_order_and_in_folders(tmp_path: Path) -> None:
     assert captions(shard(tmp_path / "a.tar", parts)) == {"x/1": ("x one",), "y/1": ("y one",)}
 
 
+def test_keys_in_composed_and_decomposed_form_are_one(tmp_path: Path) -> None:
+    file = shard(tmp_path / "a.tar", {"cafe\u0301.jpg": photo(0), "caf\u00e9.txt": "one"})
+    assert captions(file) == {"caf\u00e9": ("one",)}
+
+
 def test_samples_without_a_picture_or_with_two_are_counted(tmp_path: Path) -> None:
     parts: Parts = {"0.jpg": photo(0), "0.png": photo(1), "0.txt": "a", "1.txt": "lost"}
     reading = read_data(shard(tmp_path / "a.tar", parts))

@@ -13,6 +13,7 @@ from alignment.engine import AlignmentEngine, PhotoFolder, Scan, Skipped
 from alignment.engine.photo_folder import photo_folder
 from alignment.gallery import Gallery, build_gallery, cached
 from alignment.model import DualEncoder
+from alignment.picture_limits import lift_limits
 from alignment.preprocess import InputError
 from alignment.ui.scan import scan_value
 
@@ -54,7 +55,7 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def quiet() -> AbstractContextManager:
+def quiet(what: str) -> AbstractContextManager:
     return nullcontext(lambda done, total: None)
 
 
@@ -84,7 +85,7 @@ def test_a_folder_is_searched_with_the_starter_captions_and_left_as_it_was(engin
 def test_what_is_embedded_so_far_can_be_searched_before_the_scan_ends(engine, folder):
     counts = []
     photos = PhotoFolder(
-        engine, folder, lambda: nullcontext(lambda done, total: counts.append(len(engine.gallery.pictures)))
+        engine, folder, lambda what: nullcontext(lambda done, total: counts.append(len(engine.gallery.pictures)))
     )
     photos.start()
     photos.wait()
@@ -101,7 +102,7 @@ def test_a_rescan_takes_in_what_has_changed_while_the_old_gallery_answers(engine
     photo(folder / "01.png", 250)
     photo(folder / "new.png", 251)
     answered = []
-    photos.bar = lambda: nullcontext(lambda done, total: answered.append((engine.gallery, photos.start())))
+    photos.bar = lambda what: nullcontext(lambda done, total: answered.append((engine.gallery, photos.start())))
     photos.start()
     photos.wait()
     assert set(answered) == {(old, False)}  # and only one scan goes on at a time
@@ -128,7 +129,7 @@ def test_a_scan_that_was_stopped_is_gone_on_with(engine, starter, folder, caplog
             stopping.start()
             stopping.join(0.2)  # it waits for the scan
 
-    photos = PhotoFolder(engine, folder, lambda: nullcontext(stop_at_ten))
+    photos = PhotoFolder(engine, folder, lambda what: nullcontext(stop_at_ten))
     stopping = Thread(target=photos.stop)
     photos.start()
     photos.wait()
@@ -144,11 +145,11 @@ def test_of_two_apps_on_a_folder_the_second_waits(engine, folder):
     with ExitStack() as other:
         tries: list[str] = []
 
-        def bar() -> AbstractContextManager:
+        def bar(what: str) -> AbstractContextManager:
             tries.append(photos.scan.state)
             if len(tries) == 2:
                 other.close()
-            return quiet()
+            return quiet(what)
 
         photos = PhotoFolder(engine, folder, bar)
         photos.retry = 0.0
@@ -179,10 +180,43 @@ def test_an_empty_folder_is_told_from_one_that_cannot_be_read(engine, folder, tm
     assert (photos.scan.state, engine.gallery.pictures[0].source) == ("empty", "a.png")  # perhaps a disk is not there
 
 
+def test_a_photo_that_is_too_large_is_told_by_which_option_it_comes_in(engine, folder):
+    Image.new("1", (8000, 8000)).save(folder / "large.png")
+    photos = scanned(engine, folder)
+    (found,) = [skip for skip in photos.scan.skipped if skip.name == "large.png"]
+    assert found.error.code == "photo.too_large"
+    for lang in ("en", "zh"):
+        shown = dict(scan_value(photos, lang)["skipped"])
+        assert "50" in shown["large.png"]
+        assert "--max-megapixels" in shown["large.png"]
+    try:
+        lift_limits(64_000_000)
+        photos.start()
+        photos.wait()
+    finally:
+        lift_limits()
+    assert [skip.name for skip in photos.scan.skipped] == ["broken.jpg"]
+
+
 def test_captions_of_the_folder_itself_are_kept(engine, folder):
     (folder / "captions.csv").write_text("image,caption\n00.png,a grey square\n01.png,a green square\n")
     scanned(engine, folder)
     assert [caption.text for caption in engine.gallery.captions] == ["a grey square", "a green square"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named_without_the_folders_around_it(engine, folder, tmp_path):
+    (folder / "holiday" / "disk").symlink_to(tmp_path / "not mounted")
+    (found,) = [skip for skip in scanned(engine, folder).scan.skipped if skip.error.code == "photo.unlisted"]
+    assert found.name == "holiday/disk"
+
+
+def test_a_captions_file_that_cannot_be_read_is_named_on_the_page_and_in_the_log(engine, folder, caplog):
+    (folder / "captions.xlsx").touch()
+    (folder / "captions.csv").write_text("image,caption\n00.png,a square\ngone.png,nothing\n")
+    photos = scanned(engine, folder)
+    shown = dict(scan_value(photos, "en")["skipped"])
+    assert "spreadsheet" in shown["captions.xlsx"]
+    assert "missing pictures: 1 (gone.png)" in caplog.text
 
 
 def test_a_gallery_of_another_model_is_not_shown(engine, checkpoint, folder, tmp_path):
@@ -204,6 +238,9 @@ SKIPPED = (Skipped("a/b.jpg", InputError("This file is not a picture.", "image.n
         Scan("running"),
         Scan("running", 3, 10),
         Scan("running", 10, 10),
+        Scan("starter"),
+        Scan("starter", 3, 10),
+        Scan("starter", 10, 10),
         Scan("waiting"),
         Scan("done", added=1, changed=2, removed=3, skipped=SKIPPED),
         Scan("empty", problem="/secret/place holds nothing"),
@@ -227,26 +264,74 @@ def test_the_page_says_how_far_it_is_in_both_languages_and_no_path(engine, folde
 # ---------------------------------------------------------------- the command
 
 
-def test_any_model_makes_its_starter_gallery_once(checkpoint, starter, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def come_along(starter, tmp_path, monkeypatch) -> Path:
+    """The small gallery as if it came along, with its sources."""
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
-    encoder, small = starter  # as if this came along, with its sources
-    come_along = tmp_path / "come along"
-    shutil.copytree(small.stamp.source, come_along / "sources")
-    build_gallery(come_along / "sources", come_along, encoder, calibrate=False)
+    encoder, small = starter
+    folder = tmp_path / "come along"
+    shutil.copytree(small.stamp.source, folder / "sources")
+    build_gallery(folder / "sources", folder, encoder, calibrate=False)
     for module in (app, cached):
-        monkeypatch.setattr(module, "shipped", lambda name: str(come_along))
+        monkeypatch.setattr(module, "shipped", lambda name: str(folder))
+    return folder
+
+
+def test_any_model_makes_its_starter_gallery_once_while_the_page_is_there(
+    checkpoint, starter, come_along, tmp_path, capsys
+):
     args = app.parse(["--model", str(checkpoint("siglip"))])
     engine = app.load_engine(args)
-    assert engine.gallery.stamp.fingerprint == engine.encoder.fingerprint != encoder.fingerprint
+    scan = app.background_scan(engine, args)
     assert [picture.id for picture in engine.gallery.pictures] == ["lion"]
-    assert [caption.text for caption in engine.gallery.captions] == [caption.text for caption in small.captions]
-    assert engine.gallery.judge is not None
+    assert [caption.text for caption in engine.gallery.captions] == ["a lion"]
+    assert engine.search_images("a lion").matches[0].item.id == "lion"
+    assert engine.thumbnail("lion")
+    scan.start()
+    scan.wait()
     assert "Embedding the starter gallery" in capsys.readouterr().err
-    app.load_engine(args)
-    assert "Embedding" not in capsys.readouterr().err
+    assert (scan.scan.state, scan.version, scan_value(scan, "en")["button"]) == ("none", 1, "")
+    assert engine.gallery is engine.starter
+    assert engine.gallery.stamp.fingerprint == engine.encoder.fingerprint != starter[0].fingerprint
+    assert [caption.text for caption in engine.gallery.captions] == [caption.text for caption in starter[1].captions]
+    assert engine.gallery.judge is not None
+    again = app.load_engine(args)
+    assert app.background_scan(again, args) is None
+    assert len(again.gallery.captions) == len(starter[1].captions)
     with (come_along / "sources" / "captions.jsonl").open("a") as file:  # a later version of the code brings more
         file.write('\n{"id": "more", "topic": "", "en": "three dogs"}')
-    assert len(app.load_engine(args).gallery.captions) == len(small.captions) + 1
+    assert app.background_scan(app.load_engine(args), args) is not None
+
+
+def test_photos_follow_the_starter_gallery_of_a_new_model(checkpoint, folder, come_along):
+    args = app.parse(["--model", str(checkpoint("siglip")), "--photos", str(folder)])
+    engine = app.load_engine(args)
+    photos = app.background_scan(engine, args)
+    states = []
+    photos.bar = lambda what: nullcontext(lambda done, total: states.append(photos.scan.state))
+    photos.start()
+    photos.wait()
+    assert list(dict.fromkeys(states)) == ["starter", "running"]
+    assert (photos.scan.state, len(engine.gallery.pictures)) == ("done", 41)
+    assert {"a lion", "two cats"} <= {caption.text for caption in engine.gallery.captions}
+    assert engine.gallery.judge is not None
+
+
+@pytest.mark.parametrize("photographs", [True, False])
+def test_without_room_for_the_starter_gallery_the_page_goes_on(
+    checkpoint, folder, come_along, tmp_path, monkeypatch, photographs
+):
+    args = app.parse(["--model", str(checkpoint("siglip")), *(["--photos", str(folder)] if photographs else [])])
+    engine = app.load_engine(args)
+    scan = app.background_scan(engine, args)
+    (tmp_path / "cache" / "galleries").mkdir(parents=True, exist_ok=True)
+    place = tmp_path / "cache" / "galleries" / engine.encoder.fingerprint[:12]
+    place.touch()  # a file where the folder would be
+    scan.start()
+    scan.wait()
+    assert scan.scan.state == "failed"
+    assert engine.search_images("a lion").matches[0].item.id == "lion"
+    assert all(scan_value(scan, lang)["text"] for lang in ("en", "zh"))
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
         (["--model", "m", "--data", "d"], "--output is needed: a folder for the result"),
         (["--model", "m", "--output", "o"], "--data is needed: the captioned images"),
         (["--check"], "--data is needed"),
+        (["--check", "--resume", "--output", "o"], "--data is needed"),
         (["--resume"], "--output is needed"),
         (["--vision", "v", "--data", "d", "--output", "o"], "--vision and --text go together: name both towers"),
         (["--data", "d", "--output", "o"], "name one start: --model, or --vision with --text, or --scratch"),

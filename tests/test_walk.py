@@ -161,6 +161,42 @@ def test_a_folder_that_is_linked_from_beside_it_keeps_its_own_name(photos: Path)
     assert ids(photos) == ["a.png", "b/c.png", "b/d.png", "e/f.png", "shown/g.png"]
 
 
+# ---------------------------------------------------------------- tables that name what may not be listed
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444], ids=oct)
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["below", "elsewhere"])
+def test_pictures_that_a_table_names_in_a_shut_folder_are_not_called_missing(
+    mode: int, elsewhere: bool, photos: Path, tmp_path: Path, encoder: DualEncoder
+) -> None:
+    folder = tmp_path / "elsewhere" if elsewhere else photos / "b"
+    (photos / "b").rename(folder)
+    start = f"{folder}/" if elsewhere else "b/"
+    lines = [
+        "image,caption",
+        "a.png,one",
+        f"{start}c.png,two",
+        f"{start}d.png,three",
+        "b/gone.png,four",
+        "e/f.png,five",
+    ]
+    (photos / "captions.csv").write_text("\n".join(lines))
+    build(photos, tmp_path / "out", encoder)
+    with shut(folder, mode):
+        reading = read_data(photos)
+        gallery, report = build(photos, tmp_path / "out", encoder)
+    if mode == 0 or elsewhere:
+        gone = [] if elsewhere else ["b/gone.png"]
+        assert reading.unlisted == (str(folder),)
+        assert sorted(reading.left_out["pictures in folders that cannot be listed"]) == sorted(
+            [f"{start}c.png", f"{start}d.png", *gone]
+        )
+        assert reading.left_out.get("missing pictures", ()) == (("b/gone.png",) if elsewhere else ())
+    assert len(gallery.pictures) == 4
+    assert {caption.text for caption in gallery.captions} == {"one", "two", "three", "five"}
+    assert not report.is_complete
+
+
 # ---------------------------------------------------------------- thumbnails and galleries
 
 
@@ -177,3 +213,11 @@ def test_galleries_built_into_the_source_do_not_count(photos: Path, encoder: Dua
         gallery, report = build(photos, photos / out, encoder)
         assert len(gallery.pictures) == 4
     assert sorted(report.left_out["folders of thumbnails, waste or galleries"]) == ["b/another", "gallery"]
+
+
+def test_pictures_in_the_folder_that_becomes_the_gallery_are_named(photos: Path, encoder: DualEncoder) -> None:
+    gallery, report = build(photos, photos / "b", encoder)
+    assert sources(gallery) == {"a.png", "e/f.png"}
+    assert list(report.left_out.items()) == [("pictures in the folder of the gallery itself", ["b/c.png", "b/d.png"])]
+    with pytest.raises(ValueError, match="choose another one for --out"):
+        build(photos / "e", photos, encoder)

@@ -313,6 +313,10 @@ def _class_embeds(names: Sequence[ClassName], features: TextFeatures, rows: Sequ
     return functional.normalize(torch.stack(embeds), dim=-1), center
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m alignment.compact",
@@ -323,13 +327,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data",
         required=True,
         nargs="+",
-        type=Path,
+        type=_path,
         help="folders of captioned photographs with a dev split: Flickr8k, or captions.en.jsonl and captions.zh.jsonl",
     )
-    parser.add_argument("--chinese", type=Path, help="Flickr8k's Chinese captions, lines of NAME#zhc#N caption")
-    parser.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "compact", help="where the checkpoint goes")
+    parser.add_argument("--chinese", type=_path, help="Flickr8k's Chinese captions, lines of NAME#zhc#N caption")
+    parser.add_argument("--out", type=_path, default=ROOT / "checkpoints" / "compact", help="where the checkpoint goes")
     parser.add_argument(
-        "--cache", type=Path, default=Path("runs/compact"), help="features and finished stages, about 5 GB"
+        "--cache", type=_path, default=Path("runs/compact"), help="features and finished stages, about 5 GB"
     )
     parser.add_argument(
         "--recipe", default="{}", help=f"JSON to vary: {', '.join(field.name for field in fields(Recipe))}"

@@ -1,7 +1,8 @@
 """A folder of photos that is searched while its gallery is made, or brought up to date, in the background.
 
 Place in the flow: `folder -> build_gallery, in a thread (here) -> engine.show`. The engine answers from the old gallery
-until the new one is whole; at the first scan, from what is embedded so far. The photos themselves are only read.
+until the new one is whole; at the first scan, from what is embedded so far. The photos themselves are only read. Where
+the model has only begun the starter gallery, that is made whole first, also without any photos.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from typing import Literal
 from alignment.durable import explain
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import Skipped
-from alignment.gallery import BuildReport, Gallery, Show, build_gallery, cached_folder
+from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
 from alignment.gallery.cached import Bar
 from alignment.model import DualEncoder
+from alignment.pairs import told
 from alignment.pairs.files import PICTURES, walk
-from alignment.preprocess import InputError, legible
+from alignment.preprocess import InputError, advised, legible
 
 logger = logging.getLogger(__name__)
 
-State = Literal["none", "running", "waiting", "done", "empty", "failed"]
+State = Literal["none", "starter", "running", "waiting", "done", "empty", "failed"]
 
+_LIFTABLE = {"image.too_large": "photo.too_large", "image.too_narrow": "photo.too_narrow"}
 _STOP = 5.0  # seconds that a stop waits for the batch under way
 
 
@@ -35,13 +38,14 @@ class Scan:
     """How far a scan is, or what came of the last one.
 
     Attributes:
-        state: "waiting" for another process that writes to the same gallery; "empty": the folder holds no pictures.
+        state: "starter" while the starter gallery is made; "waiting" for another process that writes to the same
+            gallery; "empty": the folder holds no pictures.
         done: items that are dealt with.
         total: items in all; 0 until they are listed.
         added: pictures that are new.
         changed: pictures whose files have changed.
         removed: pictures that are gone.
-        skipped: each picture that could not be read, and why.
+        skipped: each picture, folder or captions file that could not be read, and why.
         problem: why the scan failed.
     """
 
@@ -57,7 +61,7 @@ class Scan:
     @property
     def running(self) -> bool:
         """Whether the scan goes on."""
-        return self.state in ("running", "waiting")
+        return self.state in ("starter", "running", "waiting")
 
 
 class _Stopped(Exception):
@@ -65,11 +69,11 @@ class _Stopped(Exception):
 
 
 class PhotoFolder:
-    """A folder of photos, and its gallery in the cache folder.
+    """A folder of photos, and its gallery in the cache folder; or the starter gallery of a model, alone.
 
     Attributes:
         engine: searches the gallery; the starter gallery until there is one.
-        source: the folder.
+        source: the folder; "" where only the starter gallery is to be made.
         out: the gallery's folder.
         scan: how far the scan is; replaced as it goes.
         version: how many galleries have been shown.
@@ -78,21 +82,21 @@ class PhotoFolder:
     retry = 3.0
     """Seconds between two looks whether another process is done with the gallery."""
 
-    def __init__(self, engine: AlignmentEngine, source: str | os.PathLike[str], bar: Bar) -> None:
+    def __init__(self, engine: AlignmentEngine, source: str | os.PathLike[str] | None, bar: Bar) -> None:
         """Take over a folder; show the gallery that an earlier start has made of it, if there is one.
 
         Args:
             engine: shows the gallery of this folder from now on.
-            source: the folder.
+            source: the folder; None for the starter gallery alone.
             bar: opened for each scan, to show how far it is on the terminal.
         """
         self.engine, self.bar = engine, bar
-        self.source = photo_folder(source)
+        self.source = photo_folder(source) if source else ""
         self.out = cached_folder(engine.encoder, self.source)
         self.scan, self.version = Scan(), 0
         self._lock, self._stopping, self._thread = threading.Lock(), threading.Event(), threading.Thread()
         self._files: dict[str, str] | None = None  # of the last scan: what each picture's file holds, by its source
-        if (found := _load(self.out, engine.encoder)) is not None:
+        if self.source and (found := _load(self.out, engine.encoder)) is not None:
             self._show(found)
             self._files = _files(found)
 
@@ -119,6 +123,34 @@ class PhotoFolder:
     # ------------------------------------------------------------ in the thread
 
     def _run(self) -> None:
+        try:
+            self._make_starter()
+            if self.source:
+                self._scan()
+        except _Stopped:
+            self.scan = Scan()
+        except Exception:
+            logger.exception("The scan failed")
+            self.scan = Scan("failed")
+
+    def _make_starter(self) -> None:
+        """Make the starter gallery whole where this model has only begun it; photos are scanned even if that fails."""
+        begun = self.engine.starter
+        if begun.folder is not None:
+            return
+        self.scan, after = Scan("starter"), Scan("running" if self.source else "none")
+        try:
+            with self.bar("Embedding the starter gallery") as show:
+                self.engine.starter = build_starter(self.engine.encoder, partial(self._go_on, "starter", show))
+            if self.engine.gallery is begun:
+                self.engine.show(self.engine.starter)
+                self.version += 1
+        except (OSError, ValueError) as error:
+            logger.warning("The starter gallery could not be made: %s", explain(error))
+            after = after if self.source else Scan("failed", problem=explain(error))
+        self.scan = after
+
+    def _scan(self) -> None:
         report = BuildReport()
         try:
             gallery = self._build(report)
@@ -126,9 +158,9 @@ class PhotoFolder:
             before, now = self._files or {}, _files(gallery)
             self._files = now
             both = before.keys() & now.keys()
-            skipped = _skipped(report)
-            for reason, names in report.left_out.items():
-                logger.warning("Left out: %d %s (%s)", len(names), reason, ", ".join(map(legible, names[:3])))
+            skipped = _skipped(report, self.source)
+            for line in told(report):
+                logger.warning("%s: %s", self.source, line)
             self.scan = Scan(
                 "done",
                 added=len(now) - len(both),
@@ -145,26 +177,22 @@ class PhotoFolder:
                 self.scan.removed,
                 len(skipped),
             )
-        except _Stopped:
-            self.scan = Scan()
         except (OSError, ValueError) as error:
             empty = isinstance(error, ValueError) and not holds_pictures(self.source)
             logger.warning("The scan failed: %s", explain(error))
-            self.scan = Scan("empty" if empty else "failed", skipped=_skipped(report), problem=explain(error))
-        except Exception:
-            logger.exception("The scan failed")
-            self.scan = Scan("failed")
+            state: State = "empty" if empty else "failed"
+            self.scan = Scan(state, skipped=_skipped(report, self.source), problem=explain(error))
 
     def _build(self, report: BuildReport) -> Gallery:
         """Build as soon as no other process does."""
         while True:
             try:
-                with self.bar() as show:
+                with self.bar(f"Reading {self.source}") as show:
                     return build_gallery(
                         self.source,
                         self.out,
                         self.engine.encoder,
-                        progress=partial(self._go_on, show),
+                        progress=partial(self._go_on, "running", show),
                         report=report,
                         growing=self._show if self._files is None else None,
                         like=self.engine.starter,
@@ -174,10 +202,10 @@ class PhotoFolder:
                 if self._stopping.wait(self.retry):
                     raise _Stopped from None
 
-    def _go_on(self, show: Show, done: int, total: int) -> None:
+    def _go_on(self, state: State, show: Show, done: int, total: int) -> None:
         if self._stopping.is_set():
             raise _Stopped
-        self.scan = Scan("running", done, total)
+        self.scan = Scan(state, done, total)
         show(done, total)
 
     def _show(self, gallery: Gallery) -> None:
@@ -216,11 +244,22 @@ def _load(folder: Path, encoder: DualEncoder) -> Gallery | None:
         return None
 
 
-def _skipped(report: BuildReport) -> tuple[Skipped, ...]:
+def _skipped(report: BuildReport, source: str) -> tuple[Skipped, ...]:
     unreadable = InputError("This file cannot be read.", "photo.unreadable")
     closed = InputError("This folder cannot be listed; its pictures stay as they were.", "photo.unlisted")
-    files = [Skipped(name, report.errors.get(name, unreadable)) for name, _ in report.skipped]
-    return *(Skipped(folder, closed) for folder in report.unlisted), *files
+    files = [Skipped(name, _advised(report.errors.get(name, unreadable))) for name, _ in report.skipped]
+    unread = [Skipped(name, _unread(reason)) for name, reason in report.unread.items()]
+    return *(Skipped(os.path.relpath(folder, source), closed) for folder in report.unlisted), *unread, *files
+
+
+def _unread(reason: str) -> InputError:
+    return InputError("Its captions cannot be read: {reason}.", "photo.captions", reason=legible(reason, 200))
+
+
+def _advised(error: InputError) -> InputError:
+    """Say of a photo that is too large by which option the app takes it in."""
+    code = _LIFTABLE.get(error.code)
+    return InputError(advised(error), code, **error.values) if code else error
 
 
 def _files(gallery: Gallery) -> dict[str, str]:

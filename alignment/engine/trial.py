@@ -11,7 +11,7 @@ import hashlib
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -34,7 +34,8 @@ from alignment.evaluate import (
 from alignment.evaluate.examples import Example
 from alignment.gallery import Gallery
 from alignment.model import together
-from alignment.pairs import AmbiguousNames, ImagePrint, Pair, Reading, merge_duplicates, read_data
+from alignment.pairs import AmbiguousNames, ImagePrint, NothingLeft, Pair, Reading, merge_duplicates, read_data
+from alignment.pairs.tables import OnlyClasses
 from alignment.preprocess import ImageSource, InputError, legible, open_image
 
 MAX_TRIAL_PICTURES, MAX_TRIAL_CAPTIONS = 500, 5000
@@ -305,11 +306,8 @@ def _read(root: Path, left_out: defaultdict[str, list[str]]) -> list[Pair]:
     for found in (reading.left_out, reading.repaired):
         for reason, what in found.items():
             left_out[reason] += what
-    if reading.unread and sum(bool(pair.captions) for pair in reading.pairs) < FEWEST:
-        message = (
-            "The file {name} cannot be read as captions; save it as CSV in UTF-8, with the columns image and caption."
-        )
-        raise InputError(message, "trial.unread", name=legible(next(iter(reading.unread)), MAX_NAME))
+    if sum(bool(pair.captions) for pair in reading.pairs) < FEWEST:
+        _check_causes(reading.left_out, reading.unread)
     left_out["unread"] += reading.unread
     pairs = []
     for pair in reading.pairs:
@@ -322,6 +320,21 @@ def _read(root: Path, left_out: defaultdict[str, list[str]]) -> list[Pair]:
     return _without_doubles(pairs, root, left_out)
 
 
+def _check_causes(left_out: Mapping[str, Sequence[str]], unread: Iterable[str] = ()) -> None:
+    """Say why hardly any picture has a caption, where that is known."""
+    for name in unread:
+        message = (
+            "The file {name} cannot be read as captions; save it as CSV in UTF-8, with the columns image and caption."
+        )
+        raise InputError(message, "trial.unread", name=legible(name, MAX_NAME))
+    for name in left_out.get(OnlyClasses.REASON, ()):
+        message = "The file {name} holds classes, not captions; to take them as captions, call the column caption."
+        raise InputError(message, "trial.classes", name=legible(name, MAX_NAME))
+    for name in left_out.get("missing pictures", ()):
+        message = "The captions file names {name}, which is not in the zip file; compare the file names."
+        raise InputError(message, "trial.missing", name=legible(name, MAX_NAME))
+
+
 def _reading(root: Path) -> Reading:
     try:
         return read_data(root, trusted=False)
@@ -329,6 +342,8 @@ def _reading(root: Path) -> Reading:
         message = "{name} may mean several pictures in the zip file; write the folder before the names."
         raise InputError(message, "trial.ambiguous", name=legible(error.names[0], MAX_NAME)) from error
     except (ValueError, OSError, RecursionError, MemoryError, ArithmeticError, LookupError) as error:
+        if isinstance(error, NothingLeft):
+            _check_causes(error.left_out)
         message = "The captions file cannot be read as any of the forms listed; compare it with the example."
         raise InputError(message, "trial.unreadable") from error
 

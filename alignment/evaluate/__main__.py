@@ -6,6 +6,6 @@ if __name__ == "__main__":
     try:
         from alignment.evaluate.command import main
 
-        main()
+        sys.exit(main())
     except KeyboardInterrupt:  # while all was being imported
         sys.exit(130)

@@ -14,7 +14,8 @@ from pathlib import Path
 from alignment.evaluate.class_folders import LabelledImages, read_class_folders, read_templates
 from alignment.evaluate.eccv import EccvData, read_eccv
 from alignment.model import find_device
-from alignment.pairs import Pair, Reading, read_data
+from alignment.pairs import Pair, Reading, read_data, told
+from alignment.picture_limits import add_size_options
 
 _EXAMPLES_OF_USE = """\
 examples:
@@ -32,6 +33,9 @@ examples:
 
 Recalls are hit rates in percent, of all images and captions of the split; ties count against the model. The figures in
 brackets are 95 % bootstrap intervals over images.
+
+exit status: 0; 1 if a captions file could not be read or a folder not listed, which is named (the figures are those of
+the rest), or if nothing was measured
 """
 
 
@@ -97,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--templates", type=_path, metavar="FILE", help="sentences around a class name, one a line, {} where it goes"
     )
 
+    add_size_options(what)
+
     how = parser.add_argument_group("how")
     how.add_argument("--device", help="cuda, mps or cpu; the best there is if left out")
     how.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (%(default)s)")
@@ -160,6 +166,9 @@ def read_task(arguments: argparse.Namespace) -> Task:
     if arguments.data:
         reading = read_data(arguments.data, format=arguments.format, split=arguments.split)
         pairs = reading.pairs
+        if not any(pair.captions for pair in pairs):
+            why = "".join(f"\n- {line}" for line in told(reading))
+            raise ValueError(f"{arguments.data}: there is no picture with a caption to measure on.{why}")
     if arguments.eccv and pairs is not None:
         eccv = read_eccv(pairs, Path(arguments.data))
         pairs = eccv.pairs

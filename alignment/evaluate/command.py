@@ -36,6 +36,7 @@ from alignment.evaluate.retrieval import evaluate_embedded, report_table
 from alignment.evaluate.zero_shot import class_ranks, compare_zero_shot, zero_shot_line, zero_shot_report
 from alignment.model import DualEncoder
 from alignment.pairs import Pair, told, told_cut
+from alignment.picture_limits import use_size_options
 from alignment.preprocess import few
 
 logger = logging.getLogger(__name__)
@@ -64,12 +65,17 @@ class Measured:
     max_length: int
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate a model, or compare two, and print the figures."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate a model, or compare two, and print the figures; returns the exit status.
+
+    Raises:
+        SystemExit: with the reason, when nothing is measured.
+    """
     arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         check(arguments)
+        use_size_options(arguments.max_megapixels, arguments.max_aspect_ratio)
         task = read_task(arguments)
         _warn_of_repeated(task.pairs or ())
         if arguments.compare:
@@ -78,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             _report(arguments, task)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"evaluate: {explain(error)}") from error
+    if task.reading is None or task.reading.is_complete:
+        return 0
+    print("Not all of the data could be read, see above.", file=sys.stderr)
+    return 1
 
 
 def _warn_of_repeated(pairs: Sequence[Pair]) -> None:
@@ -168,9 +178,19 @@ def _say_reading(task: Task, *measured: Measured) -> None:
     """Say what of the data was left out, repaired, not read or cut."""
     lines = told(task.reading) if task.reading else []
     for found in measured:
+        if unopened := _unopened(task, found):
+            lines.append(f"left out, pictures that cannot be opened: {len(unopened):,} ({few(unopened)})")
         lines += told_cut(found.cut, found.max_length)
     for line in dict.fromkeys(lines):
         print(f"- {line}")
+
+
+def _unopened(task: Task, found: Measured) -> list[str]:
+    """List the pictures with captions that could not be opened."""
+    if task.pairs is None or found.embedded is None:
+        return []
+    opened = set(found.embedded.images)
+    return list(dict.fromkeys(pair.id for pair in task.pairs if pair.captions and pair.image not in opened))
 
 
 def _reading(task: Task, *measured: Measured) -> dict[str, Any]:

@@ -6,9 +6,11 @@ Place in the flow: `pairs + encoder -> embed_pairs (here) -> retrieval, compare,
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from alignment.evaluate.ranks import query_ranks
 from alignment.pairs import Pair
-from alignment.preprocess import InputError, open_image
+from alignment.preprocess import InputError, advised, legible, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +112,13 @@ def embed_pictures(
     try:
         return images, encoder.encode_images(images, batch_size=batch_size, progress=report)
     except InputError:
-        images = [image for image in images if _opens(image)]
+        refused = {image: reason for image in images if (reason := _refusal(image))}
+        some = [f"{legible(os.path.basename(image))} ({reason})" for image, reason in islice(refused.items(), 3)]
+        more = ", ..." if len(refused) > len(some) else ""
+        logger.warning("Left out %d %s that cannot be opened: %s%s", len(refused), called, " ".join(some), more)
+        images = [image for image in images if image not in refused]
     if not images:
-        raise ValueError("None of the images can be opened; check the data set.")
+        raise ValueError(f"None of the images can be opened; check the data set. {some[0]}")
     return images, encoder.encode_images(images, batch_size=batch_size, progress=report)
 
 
@@ -134,10 +140,10 @@ def _captioned(pairs: Sequence[Pair]) -> dict[str, list[str]]:
     return captioned
 
 
-def _opens(image: str) -> bool:
+def _refusal(image: str) -> str:
+    """Say why a picture cannot be opened; "" if it can."""
     try:
         open_image(image)
     except InputError as error:
-        logger.warning("Left out %s: %s", image, error)
-        return False
-    return True
+        return advised(error)
+    return ""

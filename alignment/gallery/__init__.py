@@ -24,7 +24,7 @@ gallery knows which model made it and refuses to be searched with the embeddings
 
 from alignment.catalogue import Caption, Picture
 from alignment.gallery.building import BuildReport, build_gallery
-from alignment.gallery.cached import cached_folder, starter_gallery
+from alignment.gallery.cached import build_starter, cached_folder, starter_gallery
 from alignment.gallery.command import Show, main, progress_bar
 from alignment.gallery.judging import Judge
 from alignment.gallery.looking import THUMBNAIL_PIXELS, is_whole
@@ -44,6 +44,7 @@ __all__ = [
     "Show",
     "add_index_options",
     "build_gallery",
+    "build_starter",
     "cached_folder",
     "is_whole",
     "main",

@@ -193,6 +193,10 @@ def _read_source(
     report.left_out, report.repaired = reading.left_out, reading.repaired
     report.unlisted, report.unread = reading.unlisted, reading.unread
     images = [(pair.image, pair.captions) for pair in reading.pairs if not pair.image.startswith(gallery)]
+    if inside := [pair.id for pair in reading.pairs if pair.image.startswith(gallery)]:
+        if not images:
+            raise ValueError(f"All pictures of {source} lie in the gallery folder {out}: choose another one for --out.")
+        report.left_out = {**report.left_out, "pictures in the folder of the gallery itself": inside}
     return *read_captioned(images, origin if folder.is_dir() else ""), stamp
 
 

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias
 
+from alignment.catalogue import Picture, Stamp, read_hand_written
 from alignment.gallery.building import build_gallery
 from alignment.gallery.judging import background_name
 from alignment.gallery.search import Gallery
@@ -20,8 +21,8 @@ from alignment.model import DualEncoder
 from alignment.pairs.store import cache_folder
 from alignment.shipped import GALLERY, shipped
 
-Bar: TypeAlias = Callable[[], AbstractContextManager[Callable[[int, int], None]]]
-"""Opens a progress bar; what it gives is called with (done, total) items."""
+Bar: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""Opens a progress bar of that name; what it gives is called with (done, total) items."""
 
 _PATIENCE = 600.0  # seconds to wait for another process that makes the same starter gallery
 
@@ -33,27 +34,63 @@ def cached_folder(encoder: DualEncoder, source: str | os.PathLike[str]) -> Path:
     return cache_folder() / "galleries" / encoder.fingerprint[:12] / f"{name}-photos"
 
 
-def starter_gallery(encoder: DualEncoder, bar: Bar) -> Gallery:
-    """Load the starter gallery, embedded by this model; for another than the shipped one it is made once.
+def starter_gallery(encoder: DualEncoder) -> Gallery:
+    """Load the starter gallery as this model embeds it; what of it there is at once, where that has to be made first.
 
-    Args:
-        encoder: the model in use.
-        bar: opened when the gallery has to be made.
+    Returns:
+        The gallery. Where it lies in no folder (`Gallery.folder` is None), it is the beginning of one: the pictures and
+        their own captions. `build_starter` makes the whole.
 
     Raises:
         ValueError: when the shipped gallery is damaged, or its sources cannot be read.
-        OSError: when the cache folder cannot be written.
     """
     come_along = Path(shipped(GALLERY))
     if _made_by(come_along) in ("", encoder.fingerprint):
         return Gallery.load(come_along, encoder)
-    sources = come_along / "sources"
-    folder = cache_folder() / "galleries" / encoder.fingerprint[:12] / f"starter-{_version(sources)}"
     try:
-        return Gallery.load(folder, encoder)
+        return Gallery.load(_starter_folder(encoder), encoder)
     except (FileNotFoundError, ValueError):  # not made yet, or damaged
-        with bar() as show:
-            return build_gallery(sources, folder, encoder, progress=show, patience=_PATIENCE)
+        return _begin_starter(encoder)
+
+
+def build_starter(encoder: DualEncoder, progress: Callable[[int, int], None]) -> Gallery:
+    """Embed the starter gallery with another model than the shipped one, once; it is kept in the cache folder.
+
+    Args:
+        encoder: the model in use.
+        progress: called with (done, total) items.
+
+    Raises:
+        ValueError: when its sources cannot be read.
+        OSError: when the cache folder cannot be written.
+    """
+    return build_gallery(_sources(), _starter_folder(encoder), encoder, progress=progress, patience=_PATIENCE)
+
+
+def _begin_starter(encoder: DualEncoder) -> Gallery:
+    pictures, captions = read_hand_written(_sources())
+    shown = [picture for picture in pictures if _is_there(picture)]
+    scenes = {picture.id for picture in shown}
+    own = [caption for caption in captions if caption.scene in scenes]
+    images = encoder.encode_images([os.fspath(picture.path) for picture in shown])
+    texts = encoder.encode_texts([caption.text for caption in own])
+    stamp = Stamp(encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias, os.fspath(_sources()), "")
+    return Gallery(shown, own, images, texts, stamp)
+
+
+def _is_there(picture: Picture) -> bool:
+    try:
+        return picture.path.is_file()
+    except FileNotFoundError:  # its package is not installed
+        return False
+
+
+def _sources() -> Path:
+    return Path(shipped(GALLERY)) / "sources"
+
+
+def _starter_folder(encoder: DualEncoder) -> Path:
+    return cache_folder() / "galleries" / encoder.fingerprint[:12] / f"starter-{_version(_sources())}"
 
 
 def _made_by(folder: Path) -> str:

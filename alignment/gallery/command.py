@@ -23,7 +23,8 @@ from alignment.gallery.storage import check_gallery
 from alignment.gallery.together import Together, of_torchrun, own_device, stopping_politely
 from alignment.model import DualEncoder
 from alignment.pairs import Share, told, told_cut
-from alignment.preprocess import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, few, lift_limits
+from alignment.picture_limits import add_size_options, use_size_options
+from alignment.preprocess import few
 from alignment.shipped import MODEL, shipped
 
 Show: TypeAlias = Callable[[int, int], None]
@@ -52,6 +53,9 @@ model that made it; with another --model everything is encoded again. Pictures t
 skipped, and until the end of a build the old gallery stays as it is. A build that was killed, or ran out of room, is
 gone on with by the same command. Your pictures are not copied; DIR gets small thumbnails. Those in shards are unpacked
 once, below $ALIGNMENT_CACHE.
+
+exit status: 0; 1 if a captions file could not be read, a folder not listed, or pictures that the gallery holds not be
+read now, all of which are named; 2 if no gallery was made
 
 several GPUs, and several machines that see the same SOURCE, DIR and $ALIGNMENT_CACHE:
   torchrun --nproc-per-node 2 -m alignment.gallery build shards --out my_gallery
@@ -112,20 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out the background that tells when nothing fits; saves embedding some 1,100 texts and pictures",
     )
-    build.add_argument(
-        "--max-megapixels",
-        type=_above_zero,
-        default=MAX_IMAGE_PIXELS // 10**6,
-        metavar="N",
-        help="leave out larger pictures; each takes some 10 MB of memory a megapixel (default: %(default)s)",
-    )
-    build.add_argument(
-        "--max-aspect-ratio",
-        type=_above_zero,
-        default=MAX_ASPECT_RATIO,
-        metavar="N",
-        help="leave out pictures of which one side is so many times the other (default: %(default)s)",
-    )
+    add_size_options(build)
     add_index_options(build)
     build.set_defaults(run=_build)
     text = "read every byte of a gallery but its thumbnails, and say whether it is as it was written"
@@ -151,14 +142,8 @@ def _share(text: str) -> Share:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _above_zero(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
-    return int(text)
-
-
 def _build(args: argparse.Namespace) -> int:
-    lift_limits(args.max_megapixels * 10**6, args.max_aspect_ratio)
+    use_size_options(args.max_megapixels, args.max_aspect_ratio)
     with stopping_politely():
         if (together := of_torchrun()) is not None:
             return _build_together(args, together)

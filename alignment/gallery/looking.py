@@ -17,15 +17,10 @@ from torch import Tensor
 
 from alignment.catalogue import FileState, Picture
 from alignment.gallery.unfinished import THUMBNAILS, Unfinished
-from alignment.preprocess import InputError, Preprocessor, open_image
+from alignment.preprocess import InputError, Preprocessor, advised, open_image
 
 THUMBNAIL_PIXELS = 320
 _READ_AT_ONCE = 64 * 2**20  # bytes of the largest file that is held in memory
-
-_LIFTED_BY = {
-    "image.too_large": " Or say --max-megapixels N.",
-    "image.too_narrow": " Or say --max-aspect-ratio N.",
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Looker:
         try:
             look, thumbnail = self._look(picture)
         except InputError as error:
-            return Look(picture, refusal=str(error) + _LIFTED_BY.get(error.code, ""), error=error)
+            return Look(picture, refusal=advised(error), error=error)
         except OSError as error:
             return Look(picture, refusal=error.strerror or str(error), is_shut=not isinstance(error, FileNotFoundError))
         if thumbnail is not None:

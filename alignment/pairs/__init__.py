@@ -28,11 +28,11 @@ from alignment.pairs.audit import (
     merge_duplicates,
     without_overlap,
 )
-from alignment.pairs.collection import AmbiguousNames, Pair
+from alignment.pairs.collection import AmbiguousNames, NothingLeft, Pair
+from alignment.pairs.columns import CAPTION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS
 from alignment.pairs.reading import Reading, positives_of, read_data, read_pairs
 from alignment.pairs.report import DataReport, Overlap, Told, check_data, told, told_cut
 from alignment.pairs.sharing import Share
-from alignment.pairs.tables import CAPTION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS
 
 __all__ = [
     "CAPTION_COLUMNS",
@@ -41,6 +41,7 @@ __all__ = [
     "AmbiguousNames",
     "DataReport",
     "ImagePrint",
+    "NothingLeft",
     "Overlap",
     "Pair",
     "Reading",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,9 @@ from typing import Any
 from alignment.pairs.collection import Collection, Row
 from alignment.pairs.encoding import read_text
 from alignment.pairs.files import begins, split_of
-from alignment.pairs.tables import read_table, texts_of
+from alignment.pairs.tables import read_table
+from alignment.pairs.values import texts_of
+from alignment.preprocess import few, legible
 
 _SPLIT_LIST = re.compile(r"(?:flickr_?\d+k[._])?(train|dev|val|test)(?:images)?\.txt", re.IGNORECASE)
 
@@ -79,6 +82,8 @@ def read_coco(file: Path, into: Collection) -> Iterator[Row]:
     for image in images:
         names[key(image.get("id"))][str(image.get("file_name"))] = None
     ids = {str(image.get("file_name")): key(image.get("id")) for image in images}  # some write names for numbers
+    if not any(key(annotation.get("image_id")) in names for annotation in annotations):  # or names without ending
+        ids = {_stem(name): identity for name, identity in ids.items()} | ids
     for annotation in annotations:
         identity = key(annotation.get("image_id"))
         identity = identity if identity in names else ids.get(identity, identity)
@@ -89,9 +94,9 @@ def read_coco(file: Path, into: Collection) -> Iterator[Row]:
     if annotations and not captions:
         into.refuse(file, f"none of its {len(annotations)} annotations belongs to an image that it lists")
     if several := [identity for identity in captions if len(names[identity]) > 1]:
-        meant = ", ".join(list(names[several[0]])[:3])
+        meant = few(list(names[several[0]]))
         raise ValueError(
-            f"{file}: the id {several[0]} stands for several images ({meant})"
+            f"{file}: the id {legible(several[0], 40)} stands for several images ({meant})"
             f"{f', and so do {len(several) - 1} more' if len(several) > 1 else ''}; give each image an id of its own."
         )
     for image in images:
@@ -116,9 +121,12 @@ def _entries(table: Iterable[object], kind: str, file: Path, into: Collection) -
     return entries
 
 
+def _stem(name: str) -> str:
+    return os.path.splitext(os.path.basename(name))[0]
+
+
 def _plain_id(value: object) -> str:
-    text = str(value).strip()
-    text = text.removesuffix(".0") if isinstance(value, float) else text
+    text = re.sub(r"^(\d+)\.0+$", r"\1", str(value).strip())
     return str(int(text)) if text.isascii() and text.isdigit() else text
 
 

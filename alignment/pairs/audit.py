@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alignment.pairs.collection import Pair
-from alignment.preprocess import InputError, legible, open_image
+from alignment.preprocess import InputError, advised, legible, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ def _print_of(path: str) -> ImagePrint | str:
         with Path(path).open("rb") as file:
             return ImagePrint(hashlib.file_digest(file, "sha256").hexdigest(), look)
     except (InputError, OSError) as error:
-        return f"{legible(os.path.basename(path))} ({error})"
+        reason = advised(error) if isinstance(error, InputError) else str(error)
+        return f"{legible(os.path.basename(path))} ({reason})"
 
 
 def _look_of(image: Image.Image) -> int:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
-from alignment.pairs.encoding import encoding_of
+from alignment.pairs.encoding import Encoding, encoding_of
 from alignment.pairs.files import TEXTS, UNLISTED, canonical
 from alignment.pairs.lookup import PictureIndex
+from alignment.pairs.unread import told_unread
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, few, legible
 
 logger = logging.getLogger(__name__)
+
+_ADDRESS = re.compile(r"(https?|ftp|s3|gs)://", re.IGNORECASE)
+_NO_VALUES = {"nan", "none", "null", "<na>", "n/a", "#n/a"}  # as programs write that there is no caption
+AWAY = "pictures in folders that cannot be listed"
 
 
 class AmbiguousNames(ValueError):
@@ -28,6 +35,18 @@ class AmbiguousNames(ValueError):
     def __init__(self, message: str, names: Sequence[str]) -> None:
         super().__init__(message)
         self.names = names
+
+
+class NothingLeft(ValueError):
+    """No picture of a data set is left.
+
+    Attributes:
+        left_out: reason -> what was left out for it.
+    """
+
+    def __init__(self, message: str, left_out: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(message)
+        self.left_out = left_out
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,7 @@ class Collection:
         self.repaired: defaultdict[str, list[str]] = defaultdict(list)
         self.unread: dict[str, str] = {}
         self._file = ""
-        self._added: Counter[str] = Counter()  # of this file: captions, rows that joined, rows of other splits
+        self._added: Counter[str] = Counter()  # of this file: captions; rows joined, unwanted, away
         self._found: dict[tuple[str | Path, Path | None, str], str | None] = {}
         self._ambiguous: dict[str, tuple[str, ...]] = {}
         self._claims: defaultdict[str, dict[str, str]] = defaultdict(dict)  # searched picture -> split -> file
@@ -104,10 +123,13 @@ class Collection:
         self.skipped[reason].append(str(what))
 
     def leave_out(self, reason: str, folder: Path) -> None:
-        """Note a folder that is not gone into, and why."""
-        self.skip(reason, os.path.relpath(folder, self.root))
+        """Note a folder that is not gone into, and why; once, though two may come by it."""
+        path = os.path.abspath(folder)
+        if reason == UNLISTED and path in self.unlisted:
+            return
+        self.skip(reason, os.path.relpath(path, self.root) if self._holds(path) else path)
         if reason == UNLISTED:
-            self.unlisted.append(os.path.abspath(folder))
+            self.unlisted.append(path)
 
     def repair(self, reason: str, what: object) -> None:
         """Note what was read although something is wrong with it."""
@@ -116,6 +138,11 @@ class Collection:
     def refuse(self, file: Path, reason: str) -> None:
         """Note a file of captions of which nothing could be read."""
         self.unread[self.shown(file)] = reason
+
+    def note_encoding(self, file: Path, encoding: Encoding) -> None:
+        """Note as what a file is read, unless that is UTF-8."""
+        if not encoding.name.startswith("utf-8"):
+            self.repair("files not in UTF-8", f"{self.shown(file)} as {encoding.name}")
 
     def shown(self, file: Path) -> str:
         """Name a file below the data set's folder."""
@@ -131,13 +158,13 @@ class Collection:
         """Pass on the rows of a file of captions; if none finds its picture, the file counts as unread."""
         self._file, self._added = self.shown(file), Counter()
         encoding = encoding_of(file) if file.suffix.lower() in TEXTS else None
-        if encoding and encoding.guessed:
-            self.repair("files not in UTF-8", f"{self._file} as {encoding.name}")
+        if encoding:
+            self.note_encoding(file, encoding)
         for row in rows:
             if encoding and encoding.damaged and any("\ufffd" in text for text in row.captions):
                 self.repair("captions with damaged characters", f"{self._file}: {row.image}")
             yield row
-        if self._added["captions"] and not (self._added["joined"] or self._added["unwanted"]):
+        if self._added["captions"] and not any(self._added[kind] for kind in ("joined", "unwanted", "away")):
             self.refuse(file, f"none of its {self._added['captions']} captions belongs to a picture that is there")
 
     def has_captions(self, path: str) -> bool:
@@ -148,22 +175,30 @@ class Collection:
         """Take a row in, if it is of the split asked for and its picture is there."""
         row = row._replace(split=canonical(row.split))
         is_wanted = self.wants(row.split)
-        key = (row.image, row.folder, row.split)
-        if key not in self._found:
-            self._found[key] = self._find(row, is_wanted)
-        path = self._found[key]
+        path = self._found_once(row, is_wanted)
         self._added["captions"] += len(row.captions)
         self._added["unwanted"] += not is_wanted
         if path and is_wanted:
             self._added["joined"] += 1
             self.rows.setdefault(path, []).append(row)
 
+    def _found_once(self, row: Row, is_wanted: bool) -> str | None:
+        """Look up what a row names, if another has not asked for it."""
+        if isinstance(row.image, str) and not row.image.strip():
+            if is_wanted:
+                self.skip("lines without a picture", f"{self._file}: {', '.join(row.captions)}")
+            return None
+        key = (row.image, row.folder, row.split)
+        if key not in self._found:
+            self._found[key] = self._find(row, is_wanted)
+        return self._found[key]
+
     def pairs(self, title: str, *, may_be_empty: bool = False) -> list[Pair]:
         """Merge the rows of each picture and log what happened.
 
         Raises:
             AmbiguousNames: when nothing decides which of several pictures a name means.
-            ValueError: when no picture is left.
+            NothingLeft: when no picture is left.
         """
         self._settle_claims()
         if self._ambiguous:
@@ -175,12 +210,14 @@ class Collection:
             there = f"its splits are {few(named)}" if named else "it has no splits, so ask for none"
             asked = f" of split {self.wanted!r}; {there}" if self.wanted else ""
             reason = f"; left out: {left_out}" if left_out else ""
-            raise ValueError(f"{title} has no pictures{asked}{reason}. Check the path, the format and the split.")
+            raise NothingLeft(
+                f"{title} has no pictures{asked}{reason}. Check the path, the format and the split.", self.skipped
+            )
         logger.info("%s: %d pictures, %d captions.", title, len(pairs), sum(len(pair.captions) for pair in pairs))
         if left_out:
             logger.warning("%s: left out %s.", title, left_out)
-        for file, reason in self.unread.items():
-            logger.warning("%s: %s lies there but could not be read: %s.", title, legible(file), reason)
+        for line in told_unread(self.unread):
+            logger.warning("%s: could not be read, %s.", title, line)
         return pairs
 
     def _settle_claims(self) -> None:
@@ -222,7 +259,7 @@ class Collection:
         if len(text) > MAX_CAPTION_CHARS:
             self.skip("ends of very long captions", os.path.basename(path))
         try:
-            return clean_caption(text[:MAX_CAPTION_CHARS])
+            return clean_caption("" if text.strip().lower() in _NO_VALUES else text[:MAX_CAPTION_CHARS])
         except InputError:
             self.skip("empty captions", os.path.basename(path))
             return ""
@@ -232,26 +269,37 @@ class Collection:
         if isinstance(row.image, Path):
             return os.path.abspath(row.image)
         name = row.image.strip().replace("\\", "/")
+        if _ADDRESS.match(name):
+            if is_wanted:
+                self.skip("addresses on the network, which are not opened", row.image)
+            return None
         if os.path.isabs(name):
             paths = [name] if self.absolute else []
         else:
             starts = [row.folder or self.root, self.root]
             paths = [os.path.abspath(os.path.join(start, name)) for start in starts]
             paths = [path for path in paths if self._holds(path)]
-        if not paths and is_wanted:
-            self.skip("paths outside the data set" if name else "lines without a picture", row.image or row.captions)
         if not paths:
+            if is_wanted:
+                self.skip("paths outside the data set", row.image)
             return None
         found = next(filter(os.path.isfile, paths), None) or self._search(name, row, is_wanted)
         if found is None and is_wanted and name not in self._ambiguous:
-            self.skip("missing pictures", row.image)
+            is_away = any(map(self.index.is_away, paths))
+            self._added["away"] += is_away
+            self.skip(AWAY if is_away else "missing pictures", row.image)
         return found
 
     def _search(self, name: str, row: Row, is_wanted: bool) -> str | None:
         """Look a picture up that is not where its name says."""
         if os.path.isabs(name):
             return None
-        found = self.index.find(name, row.split, os.fspath(row.folder or ""))
+        near = os.fspath(row.folder or "")
+        found = self.index.find(name, row.split, near)
+        if not found.paths and "%" in name:
+            found = self.index.find(unquote(name), row.split, near)
+            if found.paths and is_wanted:
+                self.repair("names written as in an address, with % for letters", name)
         if len(found.paths) > 1 and is_wanted:
             self._ambiguous[name] = tuple(self.shown(Path(path)) for path in found.paths)
         if len(found.paths) != 1:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from alignment.pairs.files import SPLITS
 from alignment.pairs.lookup import is_picture_name
+from alignment.preprocess import few
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "file_name", "filename", "image_name", "filepath", "path", "img", "image_file", "file"),
@@ -17,12 +18,14 @@ IMAGE_COLUMNS = (
     *("jpg", "jpeg", "png", "webp"),  # as the Hub names the parts of a WebDataset
 )
 CAPTION_COLUMNS = ("caption", "sentence", "raw", "text", "title", "description", "comment", "txt")
+CLASS_COLUMNS = ("label", "class", "category", "target", "species", "breed")
 ID_COLUMNS = ("id", "image_id", "img_id", "imgid", "cocoid", "__key__")
 
 _MOST = 0.8  # of the values looked at
 _FEWEST = 3  # values that say something
 _PROSE = re.compile(r"[^\W\d_]\S*\s+\S*[^\W\d_]|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{2}")
 _LETTERS = re.compile(r"[^\W\d_]{2}")
+_CLASS = re.compile(rf"\s*({'|'.join(CLASS_COLUMNS)})(s|es)?([_ -]?(name|id|idx|index|no|number)s?)?\s*", re.IGNORECASE)
 _NO_TEXT = re.compile(r"\s*(\w+://\S*|[\d\s.,:/TZ+-]*|true|false|none|nan|null)\s*", re.IGNORECASE)
 
 
@@ -39,12 +42,17 @@ class NotRead(ValueError):
 
 
 class Columns(NamedTuple):
-    """Which columns of a table mean what."""
+    """Which columns of a table mean what.
+
+    Attributes:
+        classes: where there are no captions, the column of classes, as for image classification.
+    """
 
     image: str | None
     captions: tuple[str, ...]
     split: str | None
     id: str | None
+    classes: str | None = None
 
 
 @lru_cache(maxsize=64)
@@ -88,8 +96,11 @@ class Sample:
         named = columns_of(self.names)
         image = named.image or self._image(named)
         others = [name for name in self.names if name not in (image, named.split)]
+        if named.captions:
+            return named._replace(image=image)
         try:
-            return named._replace(image=image, captions=named.captions or self._captions(others, named))
+            captions, classes = self._captions(others, named)
+            return named._replace(image=image, captions=captions, classes=classes)
         except NotRead as reason:
             if reason.names_pictures:
                 raise
@@ -123,28 +134,35 @@ class Sample:
             return str(named.id)
         if not found:
             raise NotRead(
-                f"none of its columns ({', '.join(self.names[:9])}) names pictures that are there; call the right one "
+                f"none of its columns ({few(self.names)}) names pictures that are there; call the right one "
                 "image, or add a header line",
                 names_pictures=bool(named.captions) and len(self.names) > 1,
             )
         if len(found) > 1:
             raise NotRead(
-                f"its columns {' and '.join(found)} both name pictures; call the right one image",
+                f"its columns {few(found)} all name pictures; call the right one image",
                 names_pictures=bool(named.captions or self.texts),
             )
         return found[0]
 
-    def _captions(self, names: Sequence[str], named: Columns) -> tuple[str, ...]:
-        """Find the one column of text."""
+    def _captions(self, names: Sequence[str], named: Columns) -> tuple[tuple[str, ...], str | None]:
+        """Find the one column of text, else one of classes.
+
+        Raises:
+            NotRead: when there is neither, or several may be captions.
+        """
         texts = [name for name in names if name != named.id and self._most(name, _is_text)]
         prose = [name for name in texts if self._most(name, _PROSE.search)]
-        found = prose or [name for name in texts if self._varies(name)]
+        classes = [name for name in names if _CLASS.fullmatch(name) and not (name in prose and self._varies(name))]
+        found = [name for name in prose or filter(self._varies, texts) if name not in classes]
         if len(found) == 1:
-            return (found[0],)
+            return (found[0],), None
         if found:
-            raise NotRead(f"its columns {', '.join(found)} may all be captions; call the right ones caption")
+            raise NotRead(f"its columns {few(found)} may all be captions; call the right ones caption")
+        if classes := classes or [name for name in texts if len(self._values(name)) >= _FEWEST]:
+            return (), classes[0]
         raise NotRead(
-            f"none of its columns ({', '.join(self.names[:9])}) holds captions; call the right one caption",
+            f"none of its columns ({few(self.names)}) holds captions; call the right one caption",
             names_pictures=bool(texts),
         )
 

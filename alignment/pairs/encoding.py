@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TextIO
+
+from alignment.pairs.scripts import encoding_by_script
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -21,8 +22,7 @@ _LEGACY = ("gb18030", "big5", "shift_jis", "euc_jp", "cp949", "cp1252", "cp1250"
 _CHUNK, _SAMPLE = 2**20, 2**16
 _DISORDER = 0.5  # as the detector calls it, beyond which an encoding is out of the question
 _EQUAL = 0.005  # difference in disorder that says nothing
-_FREQUENT = 0.9  # share of frequent characters in Chinese
-_KOREAN_LEADS = 6  # different first bytes from which it is no accident that none is above those of Korean
+_SLIPS = 0.03  # share of empty bytes up to which a text is not UTF-16
 _DAMAGED = 0.25  # share of invalid sequences below which a file is UTF-8 with some damage
 
 
@@ -31,12 +31,10 @@ class Encoding(NamedTuple):
 
     Attributes:
         name: as Python's codecs call it.
-        guessed: whether only its likelihood speaks for it.
         damaged: whether some bytes do not fit it.
     """
 
     name: str
-    guessed: bool = False
     damaged: bool = False
 
 
@@ -51,8 +49,8 @@ def encoding_of(file: Path) -> Encoding:
         for mark, name in _MARKS:
             if data.startswith(mark):
                 return Encoding(name)
-        if b"\0" in data:
-            return _wide(data)
+        if b"\0" in data and (wide := _wide(data)):
+            return wide
         decoder = codecs.getincrementaldecoder("utf-8")()
         tail = b""
         while data:
@@ -61,7 +59,7 @@ def encoding_of(file: Path) -> Encoding:
             except UnicodeDecodeError:
                 return _likeliest(tail + data)
             tail, data = data[-_SAMPLE:], handle.read(_CHUNK)
-    return Encoding("utf-8", damaged=bool(decoder.getstate()[0]))
+    return _likeliest(tail) if decoder.getstate()[0] else Encoding("utf-8")
 
 
 @contextmanager
@@ -77,30 +75,23 @@ def read_text(file: Path) -> str:
         return handle.read()
 
 
-def _wide(data: bytes) -> Encoding:
-    """Tell the byte order of UTF-16 without a mark by where the empty halves of ASCII characters lie."""
+def _wide(data: bytes) -> Encoding | None:
+    """Tell the byte order of UTF-16 without a mark by where the empty halves of ASCII characters lie.
+
+    Returns:
+        None where the few empty bytes are a slip in another encoding.
+
+    Raises:
+        ValueError: when it is no text.
+    """
     high, low = data[::2].count(0), data[1::2].count(0)
+    if high + low <= _SLIPS * len(data):
+        return None
     name = "utf-16-le" if low > high else "utf-16-be"
     text = data[: len(data) // 2 * 2].decode(name, "replace")
     if text.count("\0") or text.count("\ufffd") > len(text) * 0.01:
         raise ValueError("it is no text")
-    return Encoding(name, guessed=True)
-
-
-def _is_chinese(sample: bytes) -> bool:
-    """Tell GB 2312, of which the detector sees too little in short captions, by the place of its frequent characters.
-
-    Korean has its syllables in the first part of the same place, and Chinese hardly ever keeps to that.
-    """
-    runs = re.findall(rb"[\x80-\xff]+", sample)
-    if any(len(run) % 2 for run in runs):
-        return False
-    leads = [lead for run in runs for lead, trail in zip(run[::2], run[1::2], strict=True) if trail >= 0xA1]
-    frequent = [lead for lead in leads if 0xB0 <= lead <= 0xD7 or lead in (0xA1, 0xA3)]
-    if not leads or len(frequent) < _FREQUENT * sum(map(len, runs)) / 2:
-        return False
-    syllables = {lead for lead in frequent if lead >= 0xB0}
-    return not (len(syllables) >= _KOREAN_LEADS and max(syllables) <= 0xC8)
+    return Encoding(name)
 
 
 def _likeliest(data: bytes) -> Encoding:
@@ -111,8 +102,8 @@ def _likeliest(data: bytes) -> Encoding:
     invalid = text.count("\ufffd")
     if invalid <= _DAMAGED * sum(not character.isascii() for character in text.replace("\ufffd", "")):
         return Encoding("utf-8", damaged=True)
-    if _is_chinese(sample):
-        return Encoding("gb18030", guessed=True)
+    if name := encoding_by_script(sample):
+        return Encoding(name)
     from charset_normalizer import from_bytes
 
     matches = from_bytes(sample, cp_isolation=list(_LEGACY), threshold=_DISORDER)
@@ -122,4 +113,4 @@ def _likeliest(data: bytes) -> Encoding:
     least = min(match.chaos for match in found)
     likely = [match for match in found if match.chaos <= least + _EQUAL]
     best = max(likely, key=lambda match: (match.coherence, -_LEGACY.index(match.encoding)))
-    return Encoding(best.encoding, guessed=True)
+    return Encoding(best.encoding)

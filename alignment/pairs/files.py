@@ -119,11 +119,11 @@ def _is_gallery(entries: Sequence[os.DirEntry[str]]) -> bool:
 
 
 def begins(file: Path) -> str:
-    """Read enough of a file to tell one layout from another."""
+    """Read enough of a file to tell one layout from another; "" if it is no text or may not be read."""
     try:
         with open_text(file) as handle:
             return handle.read(65536).lstrip()
-    except ValueError:
+    except (ValueError, PermissionError):
         return ""
 
 

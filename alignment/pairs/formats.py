@@ -25,8 +25,10 @@ from alignment.pairs.folders import read_folder
 from alignment.pairs.hub import read_hub
 from alignment.pairs.lookup import PictureIndex
 from alignment.pairs.shards import find_shards, read_shard
-from alignment.pairs.tables import TABLES, check_table, read_table
+from alignment.pairs.sidecars import NOT_USED
+from alignment.pairs.tables import TABLES, OnlyClasses, check_table, read_table
 from alignment.pairs.unread import could_be_captions, why_unread
+from alignment.preprocess import few
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
@@ -40,7 +42,7 @@ def detect(source: Path, format: str | None, index: PictureIndex) -> tuple[str, 
     for name in [format] if format else FORMATS:
         files = FORMATS[name].detect(source, index)
         if len(files) > 1 and not FORMATS[name].in_parts and not all(split_of(file, source) for file in files):
-            listed = ", ".join(str(file.relative_to(source)) for file in files)
+            listed = few([str(file.relative_to(source)) for file in files], 9)
             raise ValueError(f"{source} holds several {name} annotation files ({listed}); give the path of one.")
         if files:
             return name, files
@@ -58,7 +60,11 @@ def detect(source: Path, format: str | None, index: PictureIndex) -> tuple[str, 
 def note_others(source: Path, read: Sequence[Path], into: Collection) -> None:
     """Name the files of captions in a folder that were not read, and those that cannot be."""
     for file in sorted(source.iterdir()):
-        if file in read or is_hidden(file.name) or not file.is_file() or into.index.has_stem(file.stem):
+        if file in read or is_hidden(file.name) or not file.is_file():
+            continue
+        if into.index.has_stem(file.stem):
+            if file.suffix.lower() in (".txt", ".caption"):
+                into.skip(NOT_USED, file.name)
             continue
         try:
             if file.suffix.lower() in TABLES:
@@ -66,6 +72,8 @@ def note_others(source: Path, read: Sequence[Path], into: Collection) -> None:
                 into.skip("other files of captions, whose path has to be given", file.name)
             elif could_be_captions(file, into.index):
                 into.refuse(file, why_unread(file))
+        except OnlyClasses as reason:
+            OnlyClasses.note(file, reason.column, into)
         except NotRead as reason:
             if reason.names_pictures:
                 into.refuse(file, str(reason))

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from alignment.pairs.collection import Collection, Row
+from alignment.pairs.columns import columns_of
 from alignment.pairs.files import canonical
 from alignment.pairs.store import stored
-from alignment.pairs.tables import columns_of, row_of
+from alignment.pairs.values import row_of
+from alignment.preprocess import few
 
 
 def read_hub(source: Path, into: Collection) -> Iterator[Row]:
@@ -35,7 +37,7 @@ def read_hub(source: Path, into: Collection) -> Iterator[Row]:
     for split, table in tables.items():
         column = columns_of(tuple(table.column_names)).image
         if column is None:
-            raise ValueError(f"None of the columns {table.column_names} of {name} names an image; choose another.")
+            raise ValueError(f"None of the columns of {name} ({few(table.column_names, 9)}) names an image.")
         for record in table.cast_column(column, datasets.Image(decode=False)):
             row, image = row_of(record), _picture(record[column], store)
             yield row._replace(image=image, split=row.split or split, id=row.id or Path(image).stem)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from alignment.pairs.collection import Collection
+from alignment.pairs.columns import columns_of
 from alignment.pairs.encoding import read_text
+from alignment.pairs.files import SPLITS
 
 _ANSWERS = ("gpt", "assistant")
 
@@ -26,13 +29,22 @@ def document_records(file: Path, into: Collection) -> Iterator[tuple[str, Mappin
     found = False
     for number, record in enumerate(_records_in(data, into.index.knows)):
         where = f"{file.name}[{number}]"
-        if isinstance(record, dict) and record:
+        if entry := named_entry(record, into.index.knows):
             found = True
-            yield where, _answered(record, where, into)
+            yield where, _answered(entry, where, into)
         else:
             into.skip("unreadable lines", where)
     if not found:
-        raise ValueError(f"{file} holds no list of pictures with captions.")
+        raise ValueError(f"{file.name} holds no list of pictures with captions")
+
+
+def named_entry(record: object, is_picture: Callable[[object], bool]) -> dict[str, Any]:
+    """Lay one entry of a list out by names: an object, `{"0.jpg": "a dog"}`, or bare values; {} for anything else."""
+    if isinstance(record, dict) and len(record) == 1 and is_picture(name := next(iter(record))):
+        return {"image": name, "caption": record[name]}
+    if isinstance(record, list) and len(record) > 1:
+        return {f"column {number}": value for number, value in enumerate(record, start=1)}
+    return record if isinstance(record, dict) else {}
 
 
 def _records_in(data: object, is_picture: Callable[[object], bool]) -> Iterator[object]:
@@ -44,20 +56,30 @@ def _records_in(data: object, is_picture: Callable[[object], bool]) -> Iterator[
 
 def _of_object(data: dict[str, Any], is_picture: Callable[[object], bool]) -> Iterator[object]:
     names = list(data)
-    tables = [value for value in data.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    lists = [value for value in data.values() if isinstance(value, list)]
+    tables: list[list[Any]] = [value for value in lists if value and isinstance(value[0], dict)]
     columns = [_column(value) for value in data.values()]
-    if sum(map(is_picture, names[:50])) > min(len(names), 50) / 2:
+    if all(name.lower() in SPLITS for name in names):
+        yield from _of_splits(data, is_picture)
+    elif sum(map(is_picture, names[:50])) > min(len(names), 50) / 2:
         for name, value in data.items():
             yield {"image": name, **(value if isinstance(value, dict) else {"caption": value})}
     elif tables:
-        yield from max(tables, key=len)
+        captioned = [table for table in tables if all(columns_of(tuple(table[0]))[:2])]
+        yield from chain.from_iterable(captioned or [max(tables, key=len)])
     elif len(columns) > 1 and all(columns) and len({len(column) for column in columns}) == 1:
-        for values in zip(*columns, strict=True):
-            yield dict(zip(names, values, strict=True))
+        yield from (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
     elif len(data) == 1 and isinstance(data[names[0]], dict):
         yield from _of_object(data[names[0]], is_picture)
     else:
         yield data
+
+
+def _of_splits(data: dict[str, Any], is_picture: Callable[[object], bool]) -> Iterator[object]:
+    for split, part in data.items():
+        for record in _records_in(part, is_picture):
+            entry = named_entry(record, is_picture)
+            yield {"split": split, **entry} if entry else record
 
 
 def _column(value: object) -> list[object]:

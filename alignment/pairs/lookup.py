@@ -15,8 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from alignment.pairs.files import OTHER_PICTURES, PICTURES, canonical, split_of_name, walk
+from alignment.pairs.files import OTHER_PICTURES, PICTURES, UNLISTED, canonical, split_of_name, walk
 
+_POINT_ZERO = re.compile(r"^(\d+)\.0$", re.ASCII)
 _NUMBERED = re.compile(r"#\d+$")
 
 
@@ -33,16 +34,35 @@ class Found(NamedTuple):
 
 
 class PictureIndex:
-    """The pictures below a folder, by the end of their path, with and without its ending; listed when first needed."""
+    """The pictures below a folder, by the end of their path, with and without its ending; listed when first needed.
+
+    Attributes:
+        unlisted: absolute paths of folders that cannot be listed, as far as they have been met with.
+    """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.path.abspath(root)
+        self.unlisted: list[str] = []
 
     @cached_property
     def paths(self) -> list[str]:
-        """All of them, in alphabetical order."""
-        files = walk(Path(self.root)) if os.path.isdir(self.root) else ()
+        """All of them, in alphabetical order; folders that cannot be listed come into `unlisted`."""
+        files = walk(Path(self.root), self._leave_out) if os.path.isdir(self.root) else ()
         return [os.fspath(file) for file in files if file.suffix.lower() in PICTURES]
+
+    def _leave_out(self, reason: str, folder: Path) -> None:
+        if reason == UNLISTED:
+            self.unlisted.append(os.path.abspath(folder))
+
+    def is_away(self, path: str) -> bool:
+        """Whether a picture lies in a folder that cannot be listed or entered now; that comes into `unlisted`."""
+        folder = os.path.dirname(path)
+        if shut := _is_shut(path):
+            while _is_shut(folder) and folder != os.path.dirname(folder):
+                folder = os.path.dirname(folder)
+            if folder not in self.unlisted:
+                self.unlisted.append(folder)
+        return shut or any(path.startswith(os.path.join(away, "")) for away in self.unlisted)
 
     @cached_property
     def _by_name(self) -> Mapping[str, list[str]]:
@@ -100,6 +120,8 @@ class PictureIndex:
     def _without_ending(self, name: str) -> tuple[str, ...]:
         folder, _, stem = composed(name).rpartition("/")
         paths = self._by_stem.get(stem, ())
+        if not paths:  # a table of numbers with a gap in it is written as 139.0
+            stem = _POINT_ZERO.sub(r"\1", stem)
         if not paths and _is_number(stem):  # 139 stands for 000000000139.jpg
             paths = self._by_number.get(stem.lstrip("0"), ())
         return tuple(path for path in paths if not folder or os.path.dirname(path).endswith(f"/{folder}"))
@@ -127,6 +149,17 @@ class PictureIndex:
     def _names_repeat(self) -> bool:
         """Whether one name stands for different pictures in different splits."""
         return any(len(set(map(self.split_of, paths))) > 1 for paths in self._by_name.values() if len(paths) > 1)
+
+
+def _is_shut(path: str) -> bool:
+    """Whether a folder around a path may not be entered."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def _grouped(paths: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:

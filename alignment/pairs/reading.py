@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignment.pairs.collection import Collection, Pair
 from alignment.pairs.columns import NotRead
-from alignment.pairs.files import canonical, root_of
+from alignment.pairs.files import UNLISTED, canonical, root_of
 from alignment.pairs.formats import FORMATS, detect, note_others
 from alignment.pairs.lookup import PictureIndex
 from alignment.pairs.sharing import Share
@@ -38,6 +38,11 @@ class Reading:
     unlisted: tuple[str, ...] = ()
     repaired: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all folders could be listed and all files of captions could be read."""
+        return not (self.unlisted or self.unread)
 
 
 def read_data(
@@ -90,6 +95,8 @@ def read_data(
             for path in index.paths:
                 if path not in collection.rows:
                     collection.skip("pictures that no caption names", collection.shown(Path(path)))
+    for folder in index.unlisted:
+        collection.leave_out(UNLISTED, Path(folder))
     pairs = collection.pairs(f"{source} ({name})", may_be_empty=share is not None)
     if share is not None and not by_file:
         pairs = share.of(pairs)

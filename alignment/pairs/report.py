@@ -12,6 +12,7 @@ from typing import Protocol
 from alignment.pairs.audit import ImagePrint, alike_contents, fingerprint_images, look_alikes
 from alignment.pairs.collection import Pair
 from alignment.pairs.reading import Reading
+from alignment.pairs.unread import told_unread
 from alignment.preprocess import few, legible
 
 MOST_FREQUENT = 10  # captions to list
@@ -114,7 +115,7 @@ def told(reading: Told) -> list[str]:
     """Say in lines what reading left out, what it read all the same, and which files of captions it could not read."""
     lines = [f"left out, {reason}: {len(what):,} ({few(what)})" for reason, what in reading.left_out.items()]
     lines += [f"read all the same, {reason}: {len(what):,} ({few(what)})" for reason, what in reading.repaired.items()]
-    return lines + [f"not read, {legible(file)}: {why}" for file, why in reading.unread.items()]
+    return lines + [f"not read, {line}" for line in told_unread(reading.unread)]
 
 
 def told_cut(captions: Sequence[str], max_length: int) -> list[str]:
@@ -234,7 +235,8 @@ def _both(pair: tuple[str, str], sign: str = "=") -> str:
 
 def _finding(what: str, examples: Sequence[str], number: int | None = None) -> str:
     number = len(examples) if number is None else number
-    return f"- {what}: {number:,} ({', '.join(_few(examples))}{', ...' if number > _EXAMPLES else ''})"
+    shown = ", ".join(legible(example, 200) for example in _few(examples))
+    return f"- {what}: {number:,} ({shown}{', ...' if number > _EXAMPLES else ''})"
 
 
 def _number(number: int, noun: str) -> str:

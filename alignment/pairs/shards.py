@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 from alignment.durable import read_sealed, sha256_of, write_sealed
 from alignment.pairs.collection import Collection, Row
 from alignment.pairs.files import PICTURES, SPLITS, is_hidden, near, split_of
+from alignment.pairs.lookup import composed
 from alignment.pairs.store import cache_folder, stored
-from alignment.pairs.tables import TEXT_PARTS, row_of
+from alignment.pairs.values import TEXT_PARTS, row_of
 
 MAX_PICTURE_BYTES = 128 * 2**20
 MAX_TEXT_BYTES = 2**20
@@ -31,7 +32,7 @@ MAX_SHARDS = 100_000
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _PROBED = 100  # members of a shard to look at before calling it none
-_INDEX_VERSION = 3
+_INDEX_VERSION = 4
 
 _DAMAGED = (tarfile.TarError, EOFError, ValueError, OverflowError)  # what tarfile raises on bytes that are no tar
 
@@ -215,7 +216,7 @@ def _headers(file: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
 
 def _key_and_part(name: str) -> tuple[str, str]:
     """Split `a/0001.jpg` into the key `a/0001` and the part `jpg`; the part of what is hidden or has none is ""."""
-    folder, _, base = name.rpartition("/")
+    folder, _, base = composed(name).rpartition("/")
     stem, _, part = base.partition(".")
     if not stem or any(map(is_hidden, folder.removeprefix("./").split("/"))):
         return name, ""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -12,31 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from alignment.pairs.collection import Collection, Row
-from alignment.pairs.columns import (
-    CAPTION_COLUMNS,
-    ID_COLUMNS,
-    IMAGE_COLUMNS,
-    Columns,
-    NotRead,
-    Sample,
-    columns_of,
-    fitted,
-)
+from alignment.pairs.columns import Columns, NotRead, Sample, columns_of, fitted
 from alignment.pairs.delimited import Head, Line, head_of, rows_of
 from alignment.pairs.encoding import open_text
 from alignment.pairs.files import begins, split_of
-from alignment.pairs.json_forms import document_records
+from alignment.pairs.json_forms import document_records, named_entry
 from alignment.pairs.lookup import PictureIndex, is_picture_name
 from alignment.pairs.store import cache_folder, stored
-
-__all__ = ["CAPTION_COLUMNS", "ID_COLUMNS", "IMAGE_COLUMNS", "check_table", "read_table", "row_of", "table_rows"]
+from alignment.pairs.values import row_of
+from alignment.preprocess import few, legible
 
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
-TEXT_PARTS = ("txt", "caption", "captions")  # of a WebDataset sample
 
 _SAMPLED = 50
-_LITERAL = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None)"""
-_WRITTEN_LIST = re.compile(rf"[\[(]\s*{_LITERAL}(?:(?:\s*,\s*|\s+){_LITERAL})*\s*,?\s*[\])]", re.DOTALL)
+_OFTEN = 0.1  # of the rows
 
 
 def read_table(file: Path, into: Collection) -> Iterator[Row]:
@@ -65,95 +54,54 @@ def check_table(file: Path, index: PictureIndex, *, trusted: bool = True) -> Non
     try:
         first = list(islice(_records(file, into), _SAMPLED))
     except NotRead as error:
-        if not begins(file).strip() and _is_meant_as_captions(file):
+        if _is_meant_as_captions(file) and _is_blank(file):
             raise NotRead("it is empty") from error
-        raise
+        raise NotRead(str(error), names_pictures=error.names_pictures or "caption" in file.name.lower()) from error
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
-        raise NotRead(str(error).rstrip("."), names_pictures=_is_meant_as_captions(file)) from error
+        if _is_meant_as_captions(file) and _is_blank(file):
+            raise NotRead("it is empty") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
+        raise NotRead(reason, names_pictures=_is_meant_as_captions(file)) from error
     if not first:
         reason = "no line of it can be read" if into.skipped else "it is empty"
         raise NotRead(reason, names_pictures=_is_meant_as_captions(file) or _mentions_pictures(file))
+    if classes := next((columns.classes for _, _, columns in first if columns.classes), None):
+        raise OnlyClasses(classes)
     if not any(columns.captions or row_of(record, columns).captions for _, record, columns in first):
         raise NotRead("it holds no captions", names_pictures=False)
+
+
+class OnlyClasses(NotRead):
+    """A table names the classes of pictures, as for image classification, and no captions.
+
+    Attributes:
+        column: of the classes.
+    """
+
+    REASON = "files of classes, not captions (to take them as captions, call their column caption)"
+
+    def __init__(self, column: str) -> None:
+        super().__init__("it holds classes, not captions", names_pictures=False)
+        self.column = column
+
+    @classmethod
+    def note(cls, file: Path, column: str, into: Collection) -> None:
+        """Note that a file holds classes."""
+        into.skip(cls.REASON, f"{into.shown(file)}, column {legible(column, 40)}")
 
 
 def _is_meant_as_captions(file: Path) -> bool:
     return bool(re.search("caption|metadata|annotation|descri", file.name.lower()))
 
 
+def _is_blank(file: Path) -> bool:
+    with suppress(OSError, ValueError), open_text(file) as lines:
+        return not any(line.strip() for line in lines)
+    return False
+
+
 def _mentions_pictures(file: Path) -> bool:
     return bool(re.search(r"\.(jpe?g|png|webp)\b", begins(file), re.IGNORECASE))
-
-
-# ---------------------------------------------------------------- one record
-
-
-def row_of(record: Mapping[str, Any], columns: Columns | None = None) -> Row:
-    """Read one line of a table, or one sample of a WebDataset."""
-    if "__key__" in record:
-        record = _unfolded(record)
-    columns = columns or columns_of(tuple(record))
-    image, split, identity = (record.get(name) if name else "" for name in (columns.image, columns.split, columns.id))
-    if isinstance(image, Path):  # it lay in the table
-        captions = [text for name in columns.captions for text in texts_of(record.get(name))]
-        return Row(image, captions, _text(split), image.stem)
-    if isinstance(image, int) and not isinstance(image, bool):
-        image = str(image)
-    captions = [text for name in columns.captions if name in record for text in texts_of(record[name])]
-    return Row(
-        re.sub(r"#\d+$", "", image) if isinstance(image, str) and is_picture_name(image.strip()) else _text(image),
-        captions,
-        _text(split),
-        _text(identity) or (str(identity) if isinstance(identity, int | float) else ""),
-    )
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _unfolded(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay a WebDataset sample out as one line: `json` by its columns, a text part by its lines.
-
-    Where there is a text part, it is the caption, and what the JSON calls one (img2dataset repeats it there) is not.
-    """
-    inner = sample.get("json")
-    if isinstance(inner, list):
-        inner = {"caption": inner}
-    columns = dict(inner) if isinstance(inner, Mapping) else {}
-    texts = [sample[name] for name in TEXT_PARTS if isinstance(sample.get(name), str)]
-    lines = [line for text in texts for line in text.splitlines() if line.strip()]
-    if lines:
-        repeated = columns_of(tuple(columns)).captions
-        columns = {name: value for name, value in columns.items() if name not in repeated} | {"caption": lines}
-    return {**columns, **{name: value for name, value in sample.items() if name not in ("json", *TEXT_PARTS)}}
-
-
-def texts_of(value: object) -> list[str]:
-    """Flatten what a caption column holds: a text, a list of them (as JSON or Python too), or Karpathy's sentences.
-
-    What is no text counts as an empty caption.
-    """
-    if isinstance(value, str) and value.lstrip().startswith(("[", "(")):
-        value = _written_list(value)
-    if isinstance(value, Mapping):
-        value = next((value[name] for name in CAPTION_COLUMNS if name in value), None)
-    if isinstance(value, list | tuple):
-        return [text for item in value for text in texts_of(item)]
-    return [value if isinstance(value, str) else ""]
-
-
-def _written_list(text: str) -> object:
-    """Read a list as JSON, Python or numpy write it; anything else is a caption that begins with a bracket."""
-    if text.startswith("["):
-        with suppress(ValueError, RecursionError):
-            return json.loads(text)
-    if not _WRITTEN_LIST.fullmatch(text.strip()):
-        return text
-    with suppress(ValueError, SyntaxError):
-        # One by one: numpy writes no commas, and Python joins neighbours into one text.
-        return [ast.literal_eval(literal) for literal in re.findall(_LITERAL, text, re.DOTALL)]
-    return text
 
 
 # ---------------------------------------------------------------- one file
@@ -179,17 +127,21 @@ def _sampled(
     if first and not (usual and usual.image and usual.captions):
         rows = [[_shown(record.get(name)) for name in names] for _, record in first]
         usual = Sample(names, rows, into.index.knows).columns()
+        if usual.classes:
+            OnlyClasses.note(file, usual.classes, into)
     for where, record in _chained(first, records):
         columns = columns_of(tuple(record))
         if columns.image is None and usual and usual.image in record:
             columns = usual
         if columns.image is None:
-            into.skip(f"lines whose columns {list(record)[:9]} name no image", where)
+            into.skip("lines whose columns name no image", f"{where}: {few(list(record))}")
         else:
             yield (
                 where,
                 record,
-                columns if columns.captions or usual is None else columns._replace(captions=usual.captions),
+                columns
+                if columns.captions or usual is None
+                else columns._replace(captions=usual.captions, classes=usual.classes),
             )
 
 
@@ -214,8 +166,8 @@ def _json_records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[s
             record: object = {}
             with suppress(ValueError, RecursionError):
                 record = json.loads(line.lstrip("\ufeff")) if line.strip() else None
-            if isinstance(record, dict) and record:
-                yield f"{file.name}:{number}", record
+            if entry := named_entry(record, into.index.knows):
+                yield f"{file.name}:{number}", entry
             elif record is not None:
                 into.skip("unreadable lines", f"{file.name}:{number}")
 
@@ -224,7 +176,7 @@ def _is_lines(start: str) -> bool:
     """Tell JSON lines from one document by their first line."""
     first, _, rest = start.partition("\n")
     with suppress(ValueError, RecursionError):
-        return isinstance(json.loads(first), dict) and bool(rest.strip())
+        return isinstance(json.loads(first), dict | list) and bool(rest.strip())
     return False
 
 
@@ -235,6 +187,8 @@ def _csv_records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[st
     with open_text(file) as lines:
         sample = _csv_sample([line.fields for line in islice(_rows(lines, head), _SAMPLED + 1)], into.index.knows)
     columns, texts = sample.columns(), sample.texts
+    if columns.classes:
+        OnlyClasses.note(file, columns.classes, into)
     with open_text(file) as lines:
         rows = _rows(lines, head, sample.names.index(str(columns.image)))
         for line in rows:
@@ -268,6 +222,8 @@ def _csv_sample(rows: list[list[str]], is_picture: Callable[[object], bool]) -> 
     named = columns_of(tuple(first))
     counted = [name for name in first if name] == [str(number) for number in range(sum(map(bool, first)))]  # by pandas
     has_header = counted or bool(named.image and named.captions) or not any(map(is_picture, first))
+    if not has_header:
+        first = first[: _usual_width(rows)]
     names: list[str] = []
     for number, name in enumerate(first, start=1):  # two columns may go by one name
         name = name if has_header and name else f"column {number}"
@@ -275,6 +231,12 @@ def _csv_sample(rows: list[list[str]], is_picture: Callable[[object], bool]) -> 
     body = rows[has_header:]
     fitting = [row for row in body if len(row) == len(names)]
     return Sample(tuple(names), fitting or [[*row, *names][: len(names)] for row in body], is_picture, has_header)
+
+
+def _usual_width(rows: list[list[str]]) -> int:
+    """Count the columns of rows of which some have more values, by a delimiter in one: the fewest that are no slip."""
+    widths = Counter(map(len, rows))
+    return min(width for width, times in widths.items() if times >= _OFTEN * len(rows))
 
 
 def _parquet_records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -27,27 +27,24 @@ from alignment.preprocess.captions import (
     legible,
     parse_captions,
 )
-from alignment.preprocess.formats import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, lift_limits
 from alignment.preprocess.images import ImageSource, open_image
 from alignment.preprocess.inputs import Preprocessor
-from alignment.preprocess.refusal import InputError
+from alignment.preprocess.refusal import InputError, advised
 from alignment.preprocess.tokens import MIN_VOCABULARY, TextRules
 
 __all__ = [
-    "MAX_ASPECT_RATIO",
     "MAX_CAPTIONS",
     "MAX_CAPTION_CHARS",
-    "MAX_IMAGE_PIXELS",
     "MIN_VOCABULARY",
     "ImageSource",
     "InputError",
     "Preprocessor",
     "TextRules",
+    "advised",
     "clean_caption",
     "count_captions",
     "few",
     "legible",
-    "lift_limits",
     "open_image",
     "parse_captions",
 ]

@@ -10,21 +10,13 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from alignment.picture_limits import LIMITS
 from alignment.preprocess.directories import tile_pixels
 from alignment.preprocess.metadata import slim
 from alignment.preprocess.refusal import InputError, damaged
 
-MAX_IMAGE_PIXELS = 50_000_000
-"""Of a picture, unless `lift_limits` says more."""
-
-MAX_ASPECT_RATIO = (
-    50  # the same; CLIP's resize of the short side to 224 would blow a 1 x 50,000,000 strip up to terabytes
-)
-
 _PILLOWS = Image.MAX_IMAGE_PIXELS or 0
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` judges, and says it in words
-LIMITS = {"pixels": MAX_IMAGE_PIXELS, "aspect": MAX_ASPECT_RATIO}
-"""What holds in this process."""
 
 # What may be opened at all; JPEG includes MPO. Formats that run a program (EPS, PDF) or rarely hold photos stay shut.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
@@ -61,12 +53,6 @@ def open_path(path: Path) -> BinaryIO:
         raise InputError(message, "image.missing", path=str(path)) from error
 
 
-def lift_limits(pixels: int = MAX_IMAGE_PIXELS, aspect_ratio: int = MAX_ASPECT_RATIO) -> None:
-    """Let this process open larger pictures, as a command does for its owner's files; a service leaves it alone."""
-    LIMITS.update(pixels=pixels, aspect=aspect_ratio)
-    Image.MAX_IMAGE_PIXELS = max(pixels, _PILLOWS)  # beyond which Pillow warns, and beyond twice as many refuses
-
-
 @contextmanager
 def from_file(file: BinaryIO) -> Iterator[Image.Image]:
     """Open a picture as far as its header; the file is closed afterwards.
@@ -82,6 +68,7 @@ def from_file(file: BinaryIO) -> Iterator[Image.Image]:
             _check_icon(file)
         if head.startswith((b"II", b"MM")) and tile_pixels(file) > LIMITS["pixels"]:
             raise too_large()
+        Image.MAX_IMAGE_PIXELS = max(LIMITS["pixels"], _PILLOWS)  # beyond twice as many, Pillow refuses of itself
         source = BytesIO(slim(head + file.read())) if _SLIMMED.match(head) else file
         try:
             image = Image.open(source, formats=_FORMATS)

@@ -19,3 +19,12 @@ class InputError(ValueError):
 def damaged() -> InputError:
     """Say that a picture cannot be decoded."""
     return InputError("The picture is damaged or cut off; copy or download it again.", "image.truncated")
+
+
+_LIFTED_BY = {"image.too_large": "--max-megapixels N", "image.too_narrow": "--max-aspect-ratio N"}
+
+
+def advised(error: InputError) -> str:
+    """Say why a picture is refused, and which option of the commands lets it in, if there is one."""
+    option = _LIFTED_BY.get(error.code)
+    return f"{error} Or say {option}." if option else str(error)

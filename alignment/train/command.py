@@ -11,6 +11,7 @@ from os.path import expanduser
 from typing import Any
 
 from alignment.durable import explain
+from alignment.picture_limits import add_size_options, use_size_options
 
 DESCRIPTION = """\
 Fine-tune a dual encoder (CLIP, SigLIP, Chinese-CLIP, the compact model, or any vision and text tower) on captioned
@@ -45,20 +46,28 @@ my_photos is a folder of pictures with metadata.csv or metadata.jsonl (columns f
 file, Flickr8k, Flickr30k, COCO, WebDataset shards, or OWNER/NAME on the Hub.
 """
 
+STATUS = """
+exit status: 0; 1 if a captions file could not be read or a folder not listed, which is named (training and --check go
+on with the rest), or if nothing was made
+"""
+
 _AGAIN = "go on with --resume, or, if it had not begun to train, with the same command"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run a fine-tuning from the command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a fine-tuning from the command line; returns its exit status.
+
+    Raises:
+        SystemExit: with the reason, when it fails.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         if arguments.check:
-            _check_data(arguments)
-        else:
-            _train(arguments, sys.argv[1:] if argv is None else argv)
+            return _check_data(arguments)
+        return _train(arguments, sys.argv[1:] if argv is None else argv)
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"train: {error.name} is missing; install what training needs with: pip install '.[train]'"
@@ -69,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("train: interrupted; if it was training already, go on with --resume") from error
 
 
-def _train(arguments: argparse.Namespace, command: Sequence[str]) -> None:
+def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     _warn_nothing()
     from alignment.train.run import train
     from alignment.train.settings import TrainConfig
@@ -79,26 +88,37 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> None:
     push, private = options.pop("push_to_hub", None), options.pop("private")
     options.pop("check")
     options.setdefault("data", "")
-    train(TrainConfig.from_dict(options), resume=resume, say=_say, command=command)
+    record = train(TrainConfig.from_dict(options), resume=resume, say=_say, command=command)
     if int(os.environ.get("RANK", "0")):
-        return
+        return 0
     print(f"Model and report: {arguments.output} (report.md, plots/, run.json)")
     if push:
         from alignment.train.publish import push_to_hub
 
         print(f"Uploaded to {push_to_hub(arguments.output, push, private=private)}")
+    return _status(record.data_complete)
 
 
-def _check_data(arguments: argparse.Namespace) -> None:
+def _status(is_complete: bool) -> int:
+    if is_complete:
+        return 0
+    print("Not all of the data could be read, see above.", file=sys.stderr)
+    return 1
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
     from alignment.pairs import told_cut
     from alignment.preprocess import Preprocessor
     from alignment.shipped import MODEL, shipped
     from alignment.train.prepare import prepare
     from alignment.train.settings import TrainConfig
 
+    use_size_options(arguments.max_megapixels, arguments.max_aspect_ratio)
     names = ("data", "format", "split", "eval_data", "eval_split", "second_data", "second_split")
     prepared = prepare(TrainConfig(output="", **{name: getattr(arguments, name) for name in names}))
     print(prepared.report.summary())
+    for line in prepared.told_of_others():
+        print(f"- {line}")
     model = arguments.text or arguments.model or shipped(MODEL)
     preprocessor = Preprocessor.load(model)
     captions = (caption for part in (prepared.train, prepared.evaluation) for pair in part for caption in pair.captions)
@@ -108,6 +128,7 @@ def _check_data(arguments: argparse.Namespace) -> None:
         f"A run would learn from {len(prepared.train)} pictures and be measured on {len(prepared.evaluation)} "
         f"({prepared.evaluation_name})."
     )
+    return _status(prepared.is_complete)
 
 
 def _say(line: str) -> None:
@@ -126,7 +147,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     starts = [bool(arguments.model), bool(arguments.vision or arguments.text), bool(arguments.scratch)]
     if not arguments.check and not arguments.output:
         parser.error("--output is needed: a folder for the result")
-    if not arguments.resume and not arguments.data:
+    if not arguments.data and (arguments.check or not arguments.resume):
         parser.error("--data is needed: the captioned images")
     if bool(arguments.vision) != bool(arguments.text):
         parser.error("--vision and --text go together: name both towers")
@@ -163,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m alignment.train",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     start = parser.add_argument_group("start (one of three)")
@@ -187,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--second-split", help="its split")
     data.add_argument("--check", action="store_true", help="only check the data and say what is in them")
+    add_size_options(data)
 
     how = parser.add_argument_group("training (what is left out is chosen by model, data and machine)")
     how.add_argument(

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from alignment.pairs import Pair
+from alignment.picture_limits import LIMITS, lift_limits
 from alignment.preprocess import Preprocessor, open_image
 from alignment.train.frozen import KeptImages
 from alignment.train.objective import Batch
@@ -121,6 +122,12 @@ class Examples(Dataset[dict[str, Any]]):
         self.seed = seed
         self.kept = kept
         self._pass: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._limits = dict(LIMITS)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Take the limits of pictures over with the rest, in a worker process that was started afresh."""
+        self.__dict__.update(state)
+        lift_limits(*self._limits.values())
 
     @property
     def steps_per_epoch(self) -> int:

@@ -13,6 +13,7 @@ from alignment.pairs import (
     DataReport,
     ImagePrint,
     Pair,
+    Reading,
     check_data,
     fingerprint_images,
     look_alikes,
@@ -42,6 +43,7 @@ class Prepared:
         report: what the check found.
         evaluation_name: where the evaluation part comes from, in words.
         second: another data set to measure on, or nothing.
+        readings: option and data set -> how it was read.
     """
 
     train: list[Pair]
@@ -50,12 +52,26 @@ class Prepared:
     report: DataReport
     evaluation_name: str
     second: list[Pair]
+    readings: Mapping[str, Reading]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the data could be looked at, as in a build."""
+        return all(reading.is_complete for reading in self.readings.values())
+
+    def told(self) -> list[str]:
+        """Say what became of the data sets: of --data in bare lines, of the others by their options."""
+        return [*told(next(iter(self.readings.values()))), *self.told_of_others()]
+
+    def told_of_others(self) -> list[str]:
+        """Say what became of --eval-data and --second-data."""
+        return [f"{option}: {line}" for option in [*self.readings][1:] for line in told(self.readings[option])]
 
     @property
     def digest(self) -> str:
         """Tell two data sets apart: sha256 over names and captions."""
-        told = [(pair.id, pair.captions) for part in (self.train, self.evaluation) for pair in part]
-        return hashlib.sha256(repr(told).encode()).hexdigest()
+        said = [(pair.id, pair.captions) for part in (self.train, self.evaluation) for pair in part]
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 def prepare(config: TrainConfig, *, progress: Progress | None = None) -> Prepared:
@@ -69,39 +85,42 @@ def prepare(config: TrainConfig, *, progress: Progress | None = None) -> Prepare
         FileNotFoundError: when something named is not there.
         ValueError: when too few pictures are left.
     """
-    reading = read_data(config.data, format=config.format)
-    train, evaluation, name = _parts(config, reading.pairs)
+    data = f"--data {config.data}"
+    readings = {data: read_data(config.data, format=config.format)}
+    if config.eval_data:
+        readings[f"--eval-data {config.eval_data}"] = read_data(config.eval_data, split=config.eval_split)
+    train, evaluation, name = _parts(config, readings)
     prints = fingerprint_images([pair.image for pair in [*train, *evaluation]], progress=progress)
-    report = check_data(replace(reading, pairs=train), evaluation, prints=prints)
+    report = check_data(replace(readings[data], pairs=train), evaluation, prints=prints)
     evaluation = merge_duplicates(evaluation, prints)
     train = merge_duplicates(without_overlap(train, evaluation, prints), prints)
     if not name:
         train, evaluation, name = _hold_out(train, prints)
-    measured = f"--eval-data {config.eval_data}" if config.eval_data else f"--data {config.data}"
-    for source, part, count in (
-        (f"--data {config.data}", "learn from", len(train)),
-        (measured, "measure on", len(evaluation)),
-    ):
+    for source, part, count in ((data, "learn from", len(train)), ([*readings][-1], "measure on", len(evaluation))):
         if count < MIN_IMAGES:
-            why = "".join(f" {line};" for line in told(reading)).rstrip(";")
+            why = "".join(f" {line};" for line in told(readings[source])).rstrip(";")
             raise ValueError(f"{source} leaves {count} captioned pictures to {part}; {MIN_IMAGES} are needed.{why}")
-    second = read_data(config.second_data, split=config.second_split).pairs if config.second_data else []
-    second = merge_duplicates(second, fingerprint_images(pair.image for pair in second))
+    second: list[Pair] = []
+    if config.second_data:
+        reading = readings[f"--second-data {config.second_data}"] = read_data(
+            config.second_data, split=config.second_split
+        )
+        second = merge_duplicates(reading.pairs, fingerprint_images(pair.image for pair in reading.pairs))
     rows = {pair.image: row for row, pair in enumerate(train)}
     alike = [(rows[one], rows[other]) for one, other in look_alikes(prints) if one in rows and other in rows]
-    return Prepared(train, evaluation, alike, report, name, second)
+    return Prepared(train, evaluation, alike, report, name, second, readings)
 
 
-def _parts(config: TrainConfig, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair], str]:
+def _parts(config: TrainConfig, readings: Mapping[str, Reading]) -> tuple[list[Pair], list[Pair], str]:
     """Find what to learn from and what to measure on; no name for the second where it has to be held out."""
+    pairs, *others = (reading.pairs for reading in readings.values())
     splits = {pair.split for pair in pairs}
     usual = {"train", ""} if "train" in splits else splits - {"dev", "test"}
     wanted = {canonical(config.split)} if config.split else usual
     if not wanted & splits:
         raise ValueError(_no_split(config.data, config.split or "train", splits))
     train = [pair for pair in pairs if pair.split in wanted]
-    if config.eval_data:
-        evaluation = read_data(config.eval_data, split=config.eval_split).pairs
+    for evaluation in others:
         return train, evaluation, f"{config.eval_data}{f', split {config.eval_split}' if config.eval_split else ''}"
     split = canonical(config.eval_split or "dev")
     evaluation = [pair for pair in pairs if pair.split == split]

@@ -47,6 +47,7 @@ class RunRecord:
             processes, trainable_parameters, total_parameters, device, precision, estimated_seconds, peak_memory_bytes;
             what is not known is left out or None.
         data: what the check of the training data found.
+        data_complete: whether all folders of the data could be listed and all files of captions could be read.
         base_model: where training started: the name of a folder, or a Hub id.
         base_fingerprint: of the start weights.
         fingerprint: of the weights that were written.
@@ -95,6 +96,7 @@ class RunRecord:
     data_name: str = "own data"
     base_model_id: str | None = None
     dataset_id: str | None = None
+    data_complete: bool = True
 
     def __post_init__(self) -> None:
         known = sorted(set(_local_paths(self.settings)) | set(_local_tokens(self.command)), key=len, reverse=True)

@@ -30,7 +30,8 @@ from transformers import set_seed
 from alignment.durable import foreign_errors, sole_writer, sync
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import DualEncoder, find_device
-from alignment.pairs import told, told_cut
+from alignment.pairs import told_cut
+from alignment.picture_limits import use_size_options
 from alignment.train.examples import Captions, Examples
 from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, clear_away, read_settings
 from alignment.train.frozen import Cut, KeptImages
@@ -122,6 +123,7 @@ def _train(
     if saved:
         saved.check_options(config)
         config = saved.continued(config)
+    use_size_options(config.max_megapixels, config.max_aspect_ratio)
     if state.num_processes > 1 and state.device.type == "cpu":
         config = replace(config, device="cpu")  # else Trainer looks for GPUs, finds none and lets each train alone
     say = say if state.is_main_process else _nothing
@@ -141,7 +143,7 @@ def _train(
     record = run.record(started)
     if state.is_main_process:
         run.write(record)
-    for line in [*told(prepared.report), *cut]:
+    for line in [*prepared.told(), *cut]:
         say(f"- {line}")
     state.wait_for_everyone()
     return record
@@ -378,6 +380,7 @@ class Run:
             settings=self.config.as_dict() | asdict(self.recipe),
             plan=asdict(self.planned),
             data=self.prepared.report.summary(),
+            data_complete=self.prepared.is_complete,
             base_model=self.encoder.name,
             base_fingerprint=self.base_fingerprint,
             fingerprint=self.encoder.fingerprint,

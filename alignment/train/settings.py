@@ -36,6 +36,7 @@ class TrainConfig:
         scratch: or the size of a small model with random weights ("tiny", "small").
         format, split: of the data; splits other than "train" and "" are left out if there is a train split.
         eval_data, eval_split: what is measured to stop and to choose by; else the dev split, or a part held out.
+        max_megapixels, max_aspect_ratio: of the pictures that are opened.
         second_data, second_split: another data set, measured before and after: what fine-tuning makes one forget.
         preset: what is trained, see `presets.apply_preset`.
         loss: "softmax" (InfoNCE) or "sigmoid" (SigLIP); the one the model was trained with.
@@ -71,6 +72,8 @@ class TrainConfig:
     eval_split: str | None = None
     second_data: str | None = None
     second_split: str | None = None
+    max_megapixels: int | None = None
+    max_aspect_ratio: int | None = None
     preset: Preset | None = None
     loss: Loss | None = None
     epochs: float | None = None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from alignment.engine import AlignmentEngine
-from alignment.preprocess import MAX_CAPTION_CHARS, MAX_IMAGE_PIXELS, InputError
+from alignment.picture_limits import LIMITS
+from alignment.preprocess import MAX_CAPTION_CHARS, InputError
 from alignment.ui.api_answers import (
     CaptionsFound,
     Description,
@@ -158,7 +159,7 @@ class Api:
                 "caption_characters": MAX_CAPTION_CHARS,
                 "caption_tokens": encoder.preprocessor.max_length,
                 "image_megabytes": MAX_FILE_MB,
-                "image_megapixels": MAX_IMAGE_PIXELS // 10**6,
+                "image_megapixels": LIMITS["pixels"] // 10**6,
             },
         }
 

@@ -22,7 +22,7 @@ const draw = () => {
       "div",
       { class: "al-scan" },
       make("div", { class: "al-scan-words" }, make("p", { role: "status" }, value.text), make("p", { class: "al-note" }, value.more)),
-      make("button", { type: "button", class: "al-plain-button", "data-act": "rescan", "data-focus": "rescan", disabled: value.running }, value.button),
+      value.button && make("button", { type: "button", class: "al-plain-button", "data-act": "rescan", "data-focus": "rescan", disabled: value.running }, value.button),
     ),
     value.running ? make("progress", { max: value.total || null, value: value.total ? value.done : null, "aria-label": value.text }) : null,
     value.skipped.length ? skipped() : null,

@@ -29,7 +29,7 @@ def folder(tmp_path, picture) -> Path:
 def photos(engine, folder, tmp_path, monkeypatch) -> PhotoFolder:
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
     searching = AlignmentEngine(engine.encoder, engine.gallery, names_files=True)
-    return PhotoFolder(searching, folder, lambda: nullcontext(lambda done, total: None))
+    return PhotoFolder(searching, folder, lambda what: nullcontext(lambda done, total: None))
 
 
 @pytest.fixture
