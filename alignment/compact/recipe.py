@@ -93,8 +93,8 @@ class Recipe:
     teacher_weight: float = 10.0
     scenes_weight: float = 1.0
     average: float = 0.995
-    image_weight: tuple[float, float] = (0.1, 0.4)
-    text_weight: float = 0.2
+    image_weight: tuple[float, float] = (0.0, 0.45)
+    text_weight: float = 0.15
 
 
 class Teacher(nn.Module):

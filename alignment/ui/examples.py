@@ -18,7 +18,7 @@ from alignment.ui.widgets import data_url
 
 # In the starter gallery: pictures that are found by a caption, and pictures that captions are found for.
 FAVOURITES = ("cat", "coffee", "motorcycle", "lion", "cheetah-running", "cameraman")
-DESCRIBED = ("motorcycle", "cat", "lion", "horse", "cheetah-face")
+DESCRIBED = ("motorcycle", "horse", "cat", "grass")
 NUM_CHIPS, NUM_COMPARED, NUM_SAMPLE = 6, 4, 12
 PREVIEW_PIXELS = 720
 THUMBNAIL_ROUTE = "thumbnails/{id}.webp"

@@ -51,7 +51,7 @@ SENTENCE_ENCODERS = {"en": "mpnet", "zh": "e5"}
 NONSENSE, EMPTY = 60, 30  # of each kind
 RESULTS = 10
 BINS = 10
-SEARCHED: dict[Direction, tuple[int, ...]] = {"image_to_text": (200, 1000, 6000), "text_to_image": (10, 23, 100, 400)}
+SEARCHED: dict[Direction, tuple[int, ...]] = {"image_to_text": (200, 1000, 6000), "text_to_image": (10, 23, 100, 800)}
 """Candidates of the galleries that the fit draws."""
 
 
