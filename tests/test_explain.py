@@ -279,8 +279,8 @@ def test_deleting_what_matters_costs_most(
         curves = deletion_curves(compact, image, row["en"], explained[name].grid[0], (0.25, 0.5, 0.75))
         areas.append([curves.area(curve) for curve in (curves.most, curves.random, curves.least)])
     most, random, least = np.mean(areas, axis=0)
-    assert most < random - 0.01
-    assert random < least - 0.01
+    assert most < random < least - 0.01, (most, random, least)
+    assert most < least - 0.02
 
 
 def test_a_wrong_caption_looks_wrong(explained: dict[str, PatchRelevance]) -> None:

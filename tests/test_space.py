@@ -90,8 +90,8 @@ def test_it_holds_what_the_app_needs_and_nothing_else(exported: Path) -> None:
 
 
 def test_the_exported_folder_answers(exported: Path, first_answer: Callable[..., dict]) -> None:
-    found = first_answer([sys.executable, "app.py"], exported)
-    assert found["matches"][0]["id"] == "cat"
+    found = first_answer([sys.executable, "app.py"], exported, "a red motorcycle")
+    assert found["matches"][0]["id"] == "motorcycle"
     assert found["fits"]
 
 
