@@ -413,9 +413,9 @@ BORROWED = Calibration(
     lines={"image_to_text": Lines.of(0.299), "text_to_image": Lines.of(0.421)},
 )
 """The compact model's curves: how likely a person says that a caption describes a picture, fitted by
-`tests/benchmarks/abstention.py` on dev photographs of Flickr8k, COCO and ADE20K. Another model may borrow them, in units of
-a background of the same items. A weaker one must not keep them: they say too much of it, until a hundred captioned pictures
-of one's own have been fitted on.
+`tests/benchmarks/abstention.py` on dev photographs of Flickr8k, COCO and ADE20K. Another model may borrow them, in
+units of a background of the same items. A weaker one must not keep them: they say too much of it, until a hundred
+captioned pictures of one's own have been fitted on.
 """
 
 
