@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from alignment.ui.examples import DESCRIBED
 from alignment.ui.strings import strings, text
 
 TABS = ("captions", "pictures", "matrix", "photos", "evaluate")
@@ -124,7 +125,7 @@ def test_a_bad_file_is_named_and_the_page_goes_on(visit, bad_file, picture):
 
 def test_an_example_is_one_click_away_also_by_keyboard(visit):
     page = visit()
-    page.locator("#captions-examples button").nth(1).focus()
+    page.locator("#captions-examples button").nth(DESCRIBED.index("cat")).focus()
     page.keyboard.press("Enter")
     expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(text("en", "example.query.cat")))
 
