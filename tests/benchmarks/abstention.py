@@ -293,12 +293,15 @@ def fit(data: Data, photos: Tensor, background: Background) -> Calibration:
 
 
 def judged_evidence(side: Side, photos: Tensor, background: Background) -> tuple[Tensor, Tensor]:
-    """Return the evidence for each pair judged by eye, of some photographs, and whether it fits."""
+    """Return the evidence for the pairs judged by eye that a search would show, of some photographs, and which fit."""
     assert side.judged is not None
     photo, scene, fits = side.judged[torch.isin(side.judged[:, 0], photos)].T
     queries = side.queries[photo]
-    similarity = (queries * side.candidates[scene]).sum(1, keepdim=True)
-    return background.evidence(similarity, queries, len(side.candidates), "image_to_text")[:, 0], fits.bool()
+    everything = queries @ side.candidates.T
+    similarity = everything.gather(1, scene[:, None])
+    shown = (everything > similarity).sum(1) < RESULTS
+    evidence = background.evidence(similarity, queries, len(side.candidates), "image_to_text")[:, 0]
+    return evidence[shown], fits[shown].bool()
 
 
 def judged_curve(languages: dict[str, Side], photos: Tensor, background: Background, prior: Curve) -> Curve:
