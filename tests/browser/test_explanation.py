@@ -46,7 +46,9 @@ def test_a_click_opens_words_picture_and_scale(visit):
         expect(image).to_have_js_property("complete", True)
         assert image.evaluate("node => node.naturalWidth") >= 300
     image = shown.locator(".al-explain-photo img").first
-    expect(image).to_have_attribute("alt", text("en", "explain.picture", name=text("en", f"example.query.{DESCRIBED[1]}")))
+    expect(image).to_have_attribute(
+        "alt", text("en", "explain.picture", name=text("en", f"example.query.{DESCRIBED[1]}"))
+    )
 
 
 def test_escape_closes_and_the_focus_returns_by_keyboard_alone(visit):
