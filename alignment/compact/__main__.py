@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -75,10 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     started = time.monotonic()
-    recipe = Recipe(**json.loads(arguments.recipe))
-    torch.manual_seed(recipe.seed)
+    try:
+        photos = read_photos(arguments.data, arguments.chinese)
+    except (OSError, ValueError) as error:
+        sys.exit(f"alignment.compact: {error}")
+    torch.manual_seed(arguments.recipe.seed)
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    Run(recipe, read_photos(arguments.data, arguments.chinese), arguments.cache).make(arguments.out)
+    Run(arguments.recipe, photos, arguments.cache).make(arguments.out)
     logger.info("Done in %.0f minutes: %s", (time.monotonic() - started) / 60, arguments.out)
 
 
@@ -317,6 +321,13 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _recipe(text: str) -> Recipe:
+    try:
+        return Recipe(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m alignment.compact",
@@ -336,7 +347,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cache", type=_path, default=Path("runs/compact"), help="features and finished stages, about 5 GB"
     )
     parser.add_argument(
-        "--recipe", default="{}", help=f"JSON to vary: {', '.join(field.name for field in fields(Recipe))}"
+        "--recipe",
+        type=_recipe,
+        default="{}",
+        help=f"JSON to vary: {', '.join(field.name for field in fields(Recipe))}",
     )
     return parser.parse_args(argv)
 
