@@ -38,6 +38,7 @@ MAX_FITTED = 1000
 """Captioned pictures that the curves are fitted on; more only take longer."""
 
 MAX_FITTED_CAPTIONS = 5  # of a picture
+_DRAWN = "alignment"  # the package of the drawings: the curves were fitted against the photographs alone
 _FEW = 3  # pictures of a background that say nothing about how far pictures lie apart
 
 
@@ -88,6 +89,7 @@ def background_items() -> tuple[list[str], list[str]]:
         Paths of pictures inside installed packages, and captions in English and Chinese.
     """
     pictures, _ = read_hand_written(ASSETS / "gallery" / "sources")
+    pictures = [picture for picture in pictures if picture.package != _DRAWN]
     lines = (ASSETS / "parallel_captions.jsonl").read_text("utf-8").splitlines()
     captions = [caption for line in lines for caption in json.loads(line).values()]
     paths = []

@@ -19,7 +19,15 @@ from alignment.space.card import THUMBNAIL, TITLE, card
 from alignment.space.choice import Choice, safe_name
 from alignment.space.gallery import copy_gallery
 
-_FILES = ("app.py", "LICENSE", "alignment/**/*.py", "assets/ui/**/*", "assets/parallel_captions.jsonl", THUMBNAIL)
+_FILES = (
+    "app.py",
+    "LICENSE",
+    "alignment/**/*.py",
+    "alignment/sample_pictures/*",
+    "assets/ui/**/*",
+    "assets/parallel_captions.jsonl",
+    THUMBNAIL,
+)
 _STARTER = ("assets/gallery/**/*",)
 _BACKGROUND = ("assets/gallery/sources/*",)  # of a second model, and of galleries that are built
 _NOT_SERVED = ("alignment/train/", "alignment/compact/", "alignment/space/")

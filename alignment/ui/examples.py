@@ -17,8 +17,8 @@ from alignment.ui.strings import strings, text
 from alignment.ui.widgets import data_url
 
 # In the starter gallery: pictures that are found by a caption, and pictures that captions are found for.
-FAVOURITES = ("cat", "coffee", "motorcycle", "lion", "cheetah-running", "cameraman")
-DESCRIBED = ("motorcycle", "horse", "cat", "grass")
+FAVOURITES = ("cat", "coffee", "motorcycle", "airplane", "sunset", "meadow", "wall-clock", "cameraman", "lion")
+DESCRIBED = ("airplane", "sunset", "meadow", "wall-clock")
 NUM_CHIPS, NUM_COMPARED, NUM_SAMPLE = 6, 4, 12
 PREVIEW_PIXELS = 720
 THUMBNAIL_ROUTE = "thumbnails/{id}.webp"

@@ -22,7 +22,7 @@ from alignment.ui.strings import text
 from alignment.ui.widgets import ASSETS
 
 SWAPPED = (
-    "a cup of coffee on a wooden table\na cat with green eyes\na red motorcycle in a garage\na lion resting on a rock"
+    "a cup of coffee on a wooden table\na cat with green eyes\na red motorcycle in a garage\na plane in a blue sky"
 )
 IDS = FAVOURITES[:NUM_COMPARED]
 
