@@ -210,7 +210,7 @@ def test_what_is_heavy_and_not_needed_to_serve_is_not_imported():
 
 def test_captions_are_answered_without_the_image_tower_and_what_builds_models(tmp_path):
     serve = "engine = app.load_engine(app.parse([])); page = app.build_page(engine); engine.search_images('a dog')"
-    code = f"import app; {serve}; {LOADED}; print(*engine.encoder._towers)"
+    code = f"import app; {serve}; {LOADED}; print(*engine.encoder.in_memory)"
     run(code, ALIGNMENT_CACHE=str(tmp_path))  # the first start of all makes the graphs
     loaded, towers = run(code, ALIGNMENT_CACHE=str(tmp_path)).splitlines()
     assert loaded.split() == ["openvino", "faiss"]  # the starter gallery is searched by its codes

@@ -24,7 +24,7 @@ from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, build_gallery, is_whole, main, sides
 from alignment.gallery.unfinished import Unfinished
 from alignment.model import DualEncoder
-from alignment.model.graphs import Facts, Graphs
+from alignment.model.graph_cache import GraphCache, ModelInfo
 from alignment.pairs import read_pairs
 from alignment.train.folder import SETTINGS, read_settings
 from alignment.train.trainer import last_checkpoint
@@ -346,15 +346,15 @@ def test_a_second_training_does_not_write_into_the_folder_of_the_first(trainings
 # ---------------------------------------------------------------- caches
 
 
-FACTS = Facts("f00d" * 16, 12.5, None, 24)
+INFO = ModelInfo("f00d" * 16, 12.5, None, 24)
 
 
 @pytest.mark.parametrize("harm", HARMS)
 def test_damaged_facts_of_a_model_are_not_believed(harm: str, tmp_path: Path) -> None:
-    Graphs(tmp_path / "entry").remember(FACTS)
-    assert Graphs(tmp_path / "entry").facts() == FACTS
+    GraphCache(tmp_path / "entry").write_info(INFO)
+    assert GraphCache(tmp_path / "entry").info() == INFO
     HARMS[harm](tmp_path / "entry" / "facts.json")
-    assert Graphs(tmp_path / "entry").facts() is None
+    assert GraphCache(tmp_path / "entry").info() is None
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_done_without(
@@ -362,9 +362,9 @@ def test_a_cache_that_cannot_be_written_is_told_and_done_without(
 ) -> None:
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING):
-        Graphs(tmp_path / "file" / "entry").remember(FACTS)
+        GraphCache(tmp_path / "file" / "entry").write_info(INFO)
     assert "facts.json is not kept for the next start, which takes longer: [Errno 20] Not a directory" in caplog.text
-    assert Graphs(tmp_path / "file" / "entry").facts() is None
+    assert GraphCache(tmp_path / "file" / "entry").info() is None
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, BertModel, ViTConfig, ViTModel
 
 from alignment.model import DualEncoder, best_device, composition, find_device
-from alignment.model import encoder as encoder_module
+from alignment.model import module as module_state
+from alignment.model.torch_tower import embed_in_half
 from alignment.preprocess import InputError
 from alignment.similarity import cosine_similarity, logits_per_image
 
@@ -202,12 +203,12 @@ def test_half_precision_is_close_and_an_overflow_is_computed_again_in_full(check
     encoder = load(checkpoint("clip"))
     inputs, exact = encoder.preprocessor.texts(TEXTS), encoder.encode_texts(TEXTS)
     with torch.no_grad():
-        half = encoder_module._in_half(encoder.embed_texts, inputs, "cpu")
+        half = embed_in_half(encoder.embed_texts, inputs, "cpu")
         assert half.dtype == torch.float32
         assert not torch.equal(half, exact)
         torch.testing.assert_close(half, exact, rtol=0, atol=5e-3)
         encoder.module.text_projection.weight.mul_(1e6)  # beyond what 16 bits hold
-        torch.testing.assert_close(encoder_module._in_half(encoder.embed_texts, inputs, "cpu"), exact)
+        torch.testing.assert_close(embed_in_half(encoder.embed_texts, inputs, "cpu"), exact)
 
 
 def test_many_threads_may_encode_at_once(checkpoint: Checkpoint) -> None:
@@ -231,8 +232,8 @@ def test_it_finds_a_device_by_itself(checkpoint: Checkpoint) -> None:
 def test_a_fingerprint_is_computed_once_and_only_when_asked_for(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed, real = [], encoder_module._sha256
-    monkeypatch.setattr(encoder_module, "_sha256", lambda state: computed.append(1) or real(state))
+    computed, real = [], module_state.weights_sha256
+    monkeypatch.setattr(module_state, "weights_sha256", lambda state: computed.append(1) or real(state))
     encoder = load(checkpoint("clip"))
     encoder.encode_texts(TEXTS)
     assert computed == []
@@ -261,8 +262,8 @@ def test_a_fingerprint_tells_names_shapes_and_types_apart() -> None:
     retyped = {**plain, "a": torch.zeros(4, dtype=torch.int32)}
     reordered = dict(reversed(plain.items()))
     states = (plain, swapped, reshaped, retyped, {**plain, "c": torch.tensor(True)}, {**plain, "c": torch.zeros(0)})
-    assert len({encoder_module._sha256(state) for state in states}) == 6
-    assert encoder_module._sha256(reordered) == encoder_module._sha256(plain)
+    assert len({module_state.weights_sha256(state) for state in states}) == 6
+    assert module_state.weights_sha256(reordered) == module_state.weights_sha256(plain)
 
 
 # ---------------------------------------------------------------- loading

@@ -683,7 +683,7 @@ def test_others_messages_are_cut_where_they_would_quote():
     for name in ("PIL", "alignment.pairs.collection"):
         line = Json().format(record(logging.WARNING, "Cannot read %s", ("ingrid.jpg",), name=name))
         assert json.loads(line)["event"] == f"{name}: Cannot read …"
-    line = Json().format(record(logging.WARNING, "No %s", ("OpenVINO",), name="alignment.model.runtime"))
+    line = Json().format(record(logging.WARNING, "No %s", ("OpenVINO",), name="alignment.model.openvino"))
     assert json.loads(line)["event"] == "No OpenVINO"
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from alignment.engine.archives import Archive, open_archive
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
 from alignment.gallery import THUMBNAIL_PIXELS, Gallery, Picture
-from alignment.model import DualEncoder, together
+from alignment.model import DualEncoder, chunk_size
 from alignment.preprocess import InputError, legible, open_image
 
 ALBUM = "my_photos"
@@ -130,7 +130,7 @@ def _add_pictures(engine: Embedder, photos: Photos, archive: Archive, limit: int
     names = archive.pictures()
     if not names:
         raise InputError("There is no picture in the zip file.", "zip.no_pictures")
-    step = together(AT_ONCE)
+    step = chunk_size(AT_ONCE)
     for start in range(0, len(names), step):
         files: list[tuple[str, bytes]] = []
         skipped: list[Skipped] = []

@@ -28,7 +28,7 @@ from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_webp
 from alignment.engine.queries import Query, Term, check_count, search
 from alignment.gallery import THUMBNAIL_PIXELS, Caption, Found, Gallery, Picture, is_whole
-from alignment.model import DualEncoder, together
+from alignment.model import DualEncoder, chunk_size
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
 
 Inputs = Mapping[str, Tensor]
@@ -110,7 +110,7 @@ class AlignmentEngine:
             return self._encode_images([prepare(images[0])])
         embeds = [torch.empty(0, self.encoder.embed_dim)]
         with closing(ahead(prepare, images)) as prepared:
-            while some := list(islice(prepared, together(_PREPARED_AT_ONCE, 64))):
+            while some := list(islice(prepared, chunk_size(_PREPARED_AT_ONCE, 64))):
                 embeds.append(self._encode_images(some))
         return torch.cat(embeds)
 

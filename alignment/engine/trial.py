@@ -33,7 +33,7 @@ from alignment.evaluate import (
 )
 from alignment.evaluate.examples import Example
 from alignment.gallery import Gallery
-from alignment.model import together
+from alignment.model import chunk_size
 from alignment.pairs import AmbiguousNames, ImagePrint, NothingLeft, Pair, Reading, merge_duplicates, read_data
 from alignment.pairs.tables import OnlyClasses
 from alignment.preprocess import ImageSource, InputError, legible, open_image
@@ -372,7 +372,7 @@ def _measure_pairs(
     work = len(pairs) + _CAPTION_COST * num_captions
     read: list[Pair] = []
     image_embeds, text_embeds = [], []
-    step = together(_PICTURES_AT_ONCE)
+    step = chunk_size(_PICTURES_AT_ONCE)
     for start in range(0, len(pairs), step):
         yield Doing("pictures", start, len(pairs), start / work)
         opened: list[Image.Image] = []

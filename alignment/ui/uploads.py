@@ -13,7 +13,7 @@ from gradio.utils import get_upload_folder
 
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
 from alignment.engine.albums import Added, add_archive
-from alignment.model import together
+from alignment.model import chunk_size
 from alignment.preprocess import InputError, legible
 from alignment.ui.service import refusals
 from alignment.ui.sessions import Unchanging
@@ -206,7 +206,7 @@ def _steps(
     engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], limit: int, zips: bool
 ) -> Iterator[Added]:
     plain = [upload for upload in uploads if not (zips and upload.is_zip)]
-    at_once = together(CHUNK)
+    at_once = chunk_size(CHUNK)
     for start in range(0, len(plain), at_once):
         chunk = plain[start : start + at_once]
         photos, skipped = _add(engine, photos, chunk, limit)

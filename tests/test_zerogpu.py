@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 
 from alignment.gallery import build_gallery
-from alignment.model import DualEncoder, lent, together
-from alignment.model.lent import FEW, MANY, LentTower
+from alignment.model import DualEncoder, chunk_size, zerogpu
+from alignment.model.zerogpu import GPU_BATCH, MAX_CPU_PICTURES, ZeroGPUTower
 from alignment.shipped import ROOT
 
 Inputs = dict[str, torch.Tensor]
@@ -75,41 +75,41 @@ seen: list[int] = []
 
 
 @pytest.fixture
-def tower(spaces: Forking) -> LentTower:
+def tower(spaces: Forking) -> ZeroGPUTower:
     """A tower whose GPU doubles, in another process, and whose CPU halves, in this one."""
     seen.clear()
-    return LentTower(doubled, halved)
+    return ZeroGPUTower(doubled, halved)
 
 
 def batch(count: int, first: int = 0) -> Inputs:
     return {"x": torch.arange(first, first + count).float().reshape(-1, 1)}
 
 
-def test_many_pictures_go_to_another_process_and_few_stay(tower: LentTower, spaces: Forking) -> None:
-    assert tower(batch(FEW)).tolist() == (batch(FEW)["x"] / 2).tolist()
-    assert (seen, spaces.asked) == ([FEW], [])
-    embeds = tower(batch(FEW + 1))
-    assert embeds.tolist() == (batch(FEW + 1)["x"] * 2).tolist()
+def test_many_pictures_go_to_another_process_and_few_stay(tower: ZeroGPUTower, spaces: Forking) -> None:
+    assert tower(batch(MAX_CPU_PICTURES)).tolist() == (batch(MAX_CPU_PICTURES)["x"] / 2).tolist()
+    assert (seen, spaces.asked) == ([MAX_CPU_PICTURES], [])
+    embeds = tower(batch(MAX_CPU_PICTURES + 1))
+    assert embeds.tolist() == (batch(MAX_CPU_PICTURES + 1)["x"] * 2).tolist()
     assert (embeds.device.type, embeds.dtype) == ("cpu", torch.float32)
-    assert seen == [FEW]  # what happens there is not seen here
-    assert spaces.asked == [lent.SECONDS]
+    assert seen == [MAX_CPU_PICTURES]  # what happens there is not seen here
+    assert spaces.asked == [zerogpu.DURATION_S]
 
 
-def test_batches_are_put_together_so_that_the_gpu_is_asked_for_seldom(tower: LentTower, spaces: Forking) -> None:
-    batches = [batch(8, first) for first in range(0, 2 * MANY, 8)]
-    embeds = torch.cat(list(tower.many(batches)))
-    assert embeds.flatten().tolist() == [2.0 * row for row in range(2 * MANY)]
+def test_batches_are_put_together_so_that_the_gpu_is_asked_for_seldom(tower: ZeroGPUTower, spaces: Forking) -> None:
+    batches = [batch(8, first) for first in range(0, 2 * GPU_BATCH, 8)]
+    embeds = torch.cat(list(tower.stream(batches)))
+    assert embeds.flatten().tolist() == [2.0 * row for row in range(2 * GPU_BATCH)]
     assert len(spaces.asked) == 2
 
 
 @pytest.mark.parametrize("error", [RuntimeError("GPU task aborted"), ValueError("You have exceeded your quota")])
 def test_where_no_gpu_is_lent_the_cpu_does_it(
-    tower: LentTower, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+    tower: ZeroGPUTower, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     def refuse(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(tower, "_borrow", refuse)
+    monkeypatch.setattr(tower, "call_gpu", refuse)
     assert tower(batch(20)).tolist() == (batch(20)["x"] / 2).tolist()
     assert seen == [8, 8, 4]
     assert str(error) in caplog.text
@@ -118,32 +118,27 @@ def test_where_no_gpu_is_lent_the_cpu_does_it(
 def test_visitors_bring_more_pictures_at_a_time_only_where_a_gpu_is_lent(
     spaces: Forking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert (together(4), together(8, 64)) == (16, 64)
+    assert (chunk_size(4), chunk_size(8, 64)) == (16, 64)
     monkeypatch.delenv("SPACES_ZERO_GPU")
-    assert (together(4), together(8, 64)) == (4, 8)
+    assert (chunk_size(4), chunk_size(8, 64)) == (4, 8)
 
 
 def test_without_the_package_or_elsewhere_nothing_is_borrowed(
     spaces: Forking, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path]
 ) -> None:
     monkeypatch.setenv("SPACES_ZERO_GPU", "false")
-    assert DualEncoder.load(checkpoint("clip"))._lent is None
+    assert DualEncoder.load(checkpoint("clip")).tower("image").backend != "zerogpu"
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
-    assert DualEncoder.load(checkpoint("clip"), device="cpu")._lent is None
+    assert DualEncoder.load(checkpoint("clip"), device="cpu").tower("image").backend != "zerogpu"
     monkeypatch.delitem(sys.modules, "spaces")
-    assert DualEncoder.load(checkpoint("clip"))._lent is None
+    assert DualEncoder.load(checkpoint("clip")).tower("image").backend != "zerogpu"
 
 
 def test_an_encoder_that_borrows_embeds_as_any_other(
     spaces: Forking, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path], pictures: list[Image.Image]
 ) -> None:
     plain = DualEncoder.load(checkpoint("clip"), device="cpu", runtime="torch")
-    original = DualEncoder.__init__
-
-    def on_cpu(self: DualEncoder, *args: Any, device: Any = None, **more: Any) -> None:  # there is no CUDA here
-        original(self, *args, device="cpu", **more)
-
-    monkeypatch.setattr(DualEncoder, "__init__", on_cpu)
+    monkeypatch.setattr(zerogpu, "GPU_DEVICE", "cpu")  # there is no CUDA here
     encoder = DualEncoder.load(checkpoint("clip"))
     many = [picture.rotate(angle) for angle in range(7) for picture in pictures]
     assert torch.allclose(encoder.encode_images(many), plain.encode_images(many), atol=1e-5)
@@ -190,8 +185,8 @@ torch.cuda.graphs._cuda_isCurrentStreamCapturing = lambda: print("> asked the dr
 import app
 from PIL import Image
 engine = app.load_engine(app.parse(["--model", sys.argv[1], "--gallery", sys.argv[2]]))
-there = engine.encoder._lent._gpu.func.__self__
-print(">", engine.encoder.device, there.device, next(there._module.parameters()).device)
+there = engine.encoder.tower("image").gpu.module
+print(">", engine.encoder.device, there.device, next(there.get().parameters()).device)
 page = app.build_page(engine)
 print(">", page._queue.max_size > 1)  # what ZeroGPU makes of it where nobody says
 page.launch(prevent_thread_lock=True, **app.launch_options(engine))
@@ -224,8 +219,8 @@ def test_the_app_runs_under_the_package_of_zerogpu(
     assert done.returncode == 0, done.stderr
     said = [line.removeprefix("> ") for line in done.stdout.splitlines() if line.startswith("> ")]
     assert said == ["cpu cuda cuda:0", "True", "20 24", "True"]
-    assert "No GPU was lent, so the CPU encodes 20 pictures" in done.stderr  # the one that was lent is not there
+    assert "No GPU was assigned, so the CPU encodes 20 pictures" in done.stderr  # the one that was lent is not there
     assert [path for path, _ in scheduler.asked] == ["/startup-report", "/schedule", "/allow", "/release"]
     asked = dict(scheduler.asked)
-    assert asked["/schedule"]["durationSeconds"] == [str(lent.SECONDS)]
+    assert asked["/schedule"]["durationSeconds"] == [str(zerogpu.DURATION_S)]
     assert asked["/release"]["fail"] == ["true"]

@@ -1,11 +1,11 @@
-"""Where a model's graphs are kept from one start to the next, tied to its files by their content.
+"""The cache of OpenVINO graphs: kept from one start to the next, by the content of the checkpoint's files.
 
-Place in the flow: `checkpoint folder -> digest -> graphs and facts (here) -> encoder`. An entry holds what serving
-needs of a model, so that a known one answers without building it anew:
+Place in the flow: `checkpoint folder -> digest -> graphs and model info (here) -> encoder`. An entry holds what serving
+needs of a model, so that a known one answers without building the PyTorch module:
 
 - `facts.json`: fingerprint, logit scale and bias, width;
-- `image.xml`, `image.bin`, `text.xml`, `text.bin`: a graph each, made when first asked for;
-- `image.json`, `text.json`: how to run it and the hashes of its files, written last. JSON vouches for itself.
+- `image.xml`, `image.bin`, `text.xml`, `text.bin`: a graph each, exported when first needed;
+- `image.json`, `text.json`: how to run it and the hashes of its files, written last. JSON files have a checksum.
 
 Entries lie in `graphs` below `$ALIGNMENT_CACHE`, else below `~/.cache/alignment`. A file that is missing, cut off or
 altered is made again; where nothing may be written, a graph lives as long as the process.
@@ -26,19 +26,20 @@ from pathlib import Path
 from typing import Any
 
 from alignment.durable import put_in_place, read_sealed, sha256_of, sweep, write_sealed
-from alignment.model.runtime import Kind, Tower, native_precision, openvino
+from alignment.model.openvino import OpenVINOTower, native_precision, openvino
+from alignment.model.tower import Kind
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of an entry; also what a change of the export raises
-KEPT_ENTRIES = 16
+MAX_ENTRIES = 16
 
-_OF_A_MODEL = ("*.json", "*.safetensors", "*.txt", "*.model")
-_NOT_OF_A_MODEL = ("recipe.json", "trainer_state.json", "training_args.json")  # what a training leaves beside it
+_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_TRAINING_FILES = ("recipe.json", "trainer_state.json", "training_args.json")  # what a training leaves beside it
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelInfo:
     """What serving needs to know of a model besides its graphs; see the properties of `DualEncoder`."""
 
     fingerprint: str
@@ -47,62 +48,58 @@ class Facts:
     embed_dim: int
 
 
-def digest_of(folder: Path) -> str:
+def checkpoint_digest(folder: Path) -> str:
     """Name a checkpoint by the content of its files."""
     digest = hashlib.sha256()
-    paths = sorted({path for pattern in _OF_A_MODEL for path in folder.glob(pattern)})
+    paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     for path in paths:
-        if path.name not in _NOT_OF_A_MODEL:
+        if path.name not in _TRAINING_FILES:
             digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 
-class Graphs:
+class GraphCache:
     """The graphs of one model, on disk where that is possible."""
 
     def __init__(self, entry: Path | None) -> None:
-        """Open an entry; None for a model that came from no folder, whose graphs are not kept."""
+        """Open an entry; None disables the cache, as for a model that came from no folder."""
         self.entry = entry
 
     @classmethod
-    def of(cls, folder: Path) -> Graphs:
+    def of(cls, folder: Path) -> GraphCache:
         """Find the entry of a checkpoint, new or old."""
         try:
             home = Path(os.environ.get("ALIGNMENT_CACHE") or "~/.cache/alignment").expanduser()
         except RuntimeError:  # a user without a home, as in some containers
             return cls(None)
-        return cls(Path(os.path.abspath(home), "graphs", f"{digest_of(folder)[:32]}-{FORMAT}"))
+        return cls(Path(os.path.abspath(home), "graphs", f"{checkpoint_digest(folder)[:32]}-{FORMAT}"))
 
-    # ------------------------------------------------------------ facts
-
-    def facts(self) -> Facts | None:
+    def info(self) -> ModelInfo | None:
         """Read what is known of the model."""
         try:
-            return Facts(**read_sealed(self.entry / "facts.json")) if self.entry else None
+            return ModelInfo(**read_sealed(self.entry / "facts.json")) if self.entry else None
         except (OSError, ValueError, TypeError):
             return None
 
-    def remember(self, facts: Facts) -> None:
+    def write_info(self, info: ModelInfo) -> None:
         """Write what is known of the model."""
-        self._write("facts.json", asdict(facts))
+        self._write("facts.json", asdict(info))
 
-    # ------------------------------------------------------------ graphs
-
-    def tower(self, kind: Kind) -> Tower | None:
+    def tower(self, kind: Kind) -> OpenVINOTower | None:
         """Compile a graph that was kept for this processor and this OpenVINO; None where there is none intact."""
         if self.entry is None or not (self.entry / f"{kind}.json").is_file() or openvino() is None:
             return None
         try:
             about = read_sealed(self.entry / f"{kind}.json")
             files = {name: sha256_of(self.entry / name) for name in about["files"]}
-            if files != about["files"] or about["made_by"] != _made_by():
+            if files != about["files"] or about["made_by"] != _version_token():
                 return None
-            return Tower(self.entry / f"{kind}.xml", about["precision"])
-        except Exception as error:  # whatever a damaged file makes of OpenVINO
+            return OpenVINOTower(self.entry / f"{kind}.xml", about["precision"])
+        except Exception as error:  # OpenVINO raises anything on a damaged file
             logger.warning("The cached %s graph in %s cannot be used and is made again: %s", kind, self.entry, error)
             return None
 
-    def make(self, kind: Kind, export: Callable[[Path], str]) -> Tower:
+    def make(self, kind: Kind, export: Callable[[Path], str]) -> OpenVINOTower:
         """Make a graph, and keep it.
 
         Args:
@@ -115,7 +112,7 @@ class Graphs:
             precision = export(path)
             tower = self.tower(kind) if self._keep(kind, path, precision) else None
             if tower is None:
-                tower = Tower(path, precision)
+                tower = OpenVINOTower(path, precision)
                 weakref.finalize(tower, shutil.rmtree, aside, ignore_errors=True)
                 aside = ""
             return tower
@@ -124,22 +121,26 @@ class Graphs:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _keep(self, kind: Kind, path: Path, precision: str) -> bool:
-        """Put a graph's files in place, the one that vouches for them last."""
+        """Put a graph's files in place, the one with their hashes last."""
         if self.entry is None:
             return False
         parts = (path, path.with_suffix(".bin"))
-        about = {"precision": precision, "made_by": _made_by(), "files": {part.name: sha256_of(part) for part in parts}}
+        about = {
+            "precision": precision,
+            "made_by": _version_token(),
+            "files": {part.name: sha256_of(part) for part in parts},
+        }
         try:
             self.entry.mkdir(parents=True, exist_ok=True)
             sweep(self.entry)
             for part in parts:
-                with put_in_place(self.entry / part.name) as fresh:  # another process may be reading what is there
+                with put_in_place(self.entry / part.name) as fresh:  # another process may be reading the old file
                     shutil.copyfile(part, fresh)
         except OSError as error:
             logger.warning("The %s graph is not kept for the next start, which takes longer: %s", kind, error)
             return False
         self._write(f"{kind}.json", about)
-        _forget_the_oldest(self.entry.parent)
+        _evict_oldest(self.entry.parent)
         return True
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
@@ -151,14 +152,14 @@ class Graphs:
             logger.warning("%s is not kept for the next start, which takes longer: %s", name, error)
 
 
-def _made_by() -> str:
+def _version_token() -> str:
     return f"{openvino().__version__} {native_precision()}"
 
 
-def _forget_the_oldest(home: Path) -> None:
+def _evict_oldest(home: Path) -> None:
     ages = []
     for path in home.iterdir():
-        with suppress(OSError):  # another process forgets them, too
+        with suppress(OSError):  # another process may have removed it
             ages.append((path.stat().st_mtime, path))
-    for _, entry in sorted(ages)[:-KEPT_ENTRIES]:
+    for _, entry in sorted(ages)[:-MAX_ENTRIES]:
         shutil.rmtree(entry, ignore_errors=True)

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from alignment.catalogue import read_hand_written
-from alignment.model import DualEncoder
-from alignment.model.graphs import KEPT_ENTRIES, digest_of
-from alignment.model.runtime import FAITHFUL, PROBE_CAPTIONS, probe_pictures
+from alignment.model import DualEncoder, probes
+from alignment.model.graph_cache import MAX_ENTRIES, checkpoint_digest
+from alignment.model.openvino import MIN_COSINE
 from alignment.preprocess import InputError
 
 Checkpoint = Callable[[str], Path]
@@ -47,10 +47,9 @@ def worst(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_the_compact_model_is_as_true_as_promised_on_pictures_and_captions_it_was_not_checked_with() -> None:
     graph, module = DualEncoder.load(COMPACT, device="cpu"), DualEncoder.load(COMPACT, device="cpu", runtime="torch")
     photos = [picture.path for picture in read_hand_written(ROOT / "assets" / "gallery" / "sources")[0]]
-    assert worst(graph.encode_images(photos), module.encode_images(photos)) >= FAITHFUL
-    assert worst(graph.encode_texts(CAPTIONS), module.encode_texts(CAPTIONS)) >= FAITHFUL
-    assert set(graph._towers) == {"image", "text"}
-    assert None not in graph._towers.values()
+    assert worst(graph.encode_images(photos), module.encode_images(photos)) >= MIN_COSINE
+    assert worst(graph.encode_texts(CAPTIONS), module.encode_texts(CAPTIONS)) >= MIN_COSINE
+    assert {graph.tower(kind).backend for kind in ("image", "text")} == {"openvino"}
 
 
 def test_every_family_has_faithful_graphs_or_is_run_by_pytorch(
@@ -59,12 +58,16 @@ def test_every_family_has_faithful_graphs_or_is_run_by_pytorch(
     graph = DualEncoder.load(checkpoint(family), device="cpu", runtime="openvino")
     module = DualEncoder.load(checkpoint(family), device="cpu", runtime="torch")
     for count in (1, 3):
-        assert worst(graph.encode_images(pictures[:count]), module.encode_images(pictures[:count])) >= FAITHFUL
+        assert worst(graph.encode_images(pictures[:count]), module.encode_images(pictures[:count])) >= MIN_COSINE
     for captions in (CAPTIONS[:1], CAPTIONS[2:5]):
         captions = [caption[:60] for caption in captions]
-        assert worst(graph.encode_texts(captions), module.encode_texts(captions)) >= FAITHFUL
-    assert graph._towers["text"] is not None
-    assert (graph._towers["image"] is None) == (family == "siglip2-naflex") == ("PyTorch runs the image" in caplog.text)
+        assert worst(graph.encode_texts(captions), module.encode_texts(captions)) >= MIN_COSINE
+    assert graph.tower("text").backend == "openvino"
+    assert (
+        (graph.tower("image").backend == "torch")
+        == (family == "siglip2-naflex")
+        == ("PyTorch runs the image" in caplog.text)
+    )
 
 
 def test_a_graph_that_is_not_faithful_is_not_used(
@@ -93,7 +96,7 @@ def test_a_graph_that_is_not_faithful_is_not_used(
 def test_small_models_are_left_to_pytorch_unless_asked(checkpoint: Checkpoint, cache: Path) -> None:
     encoder = DualEncoder.load(checkpoint("clip"), device="cpu")
     encoder.encode_texts(["a"])
-    assert encoder._towers == {"text": None}
+    assert encoder.tower("text").backend == "torch"
     assert not cache.exists()
 
 
@@ -126,7 +129,7 @@ def test_many_batches_side_by_side_are_what_they_are_one_by_one(
     seen: list[tuple[int, int]] = []
     many = encoder.encode_images(pictures * 10, batch_size=2, progress=lambda *done: seen.append(done))
     assert seen == [(done, 30) for done in range(2, 31, 2)]
-    assert worst(many, encoder.encode_images(pictures).repeat(10, 1)) >= FAITHFUL
+    assert worst(many, encoder.encode_images(pictures).repeat(10, 1)) >= MIN_COSINE
     streamed = encoder.encode_prepared(map(encoder.preprocessor.image, pictures * 10), batch_size=2)
     torch.testing.assert_close(torch.stack(list(streamed)), many)
     with pytest.raises(InputError):
@@ -162,11 +165,10 @@ def load(folder: Path) -> DualEncoder:
 def test_a_known_model_answers_text_queries_without_being_built_or_its_image_tower(kept: tuple[Path, Path]) -> None:
     folder, entry = kept
     built, known = DualEncoder.load(folder, device="cpu", runtime="torch"), load(folder)
-    assert worst(known.encode_texts(CAPTIONS), built.encode_texts(CAPTIONS)) >= FAITHFUL
+    assert worst(known.encode_texts(CAPTIONS), built.encode_texts(CAPTIONS)) >= MIN_COSINE
     assert known.fingerprint == built.fingerprint
     assert (known.logit_scale, known.logit_bias, known.embed_dim) == (built.logit_scale, None, built.embed_dim)
-    assert known._module is None
-    assert list(known._towers) == ["text"]
+    assert known.in_memory == {"text"}
     assert not (entry / "image.xml").exists()
     assert known.module.config.model_type == "clip"
     assert known.fingerprint == built.fingerprint
@@ -196,20 +198,20 @@ def test_other_weights_under_the_same_name_are_another_model(kept: tuple[Path, P
         encoder.module.text_projection.weight.normal_()
     encoder.save(folder)
     served = load(folder)
-    assert worst(served.encode_texts(CAPTIONS), encoder.encode_texts(CAPTIONS)) >= FAITHFUL
+    assert worst(served.encode_texts(CAPTIONS), encoder.encode_texts(CAPTIONS)) >= MIN_COSINE
     assert served.fingerprint == encoder.fingerprint
     assert len(list(entry.parent.iterdir())) == 2
 
 
 def test_a_digest_follows_the_configuration_too(kept: tuple[Path, Path]) -> None:
     folder, _ = kept
-    before = digest_of(folder)
+    before = checkpoint_digest(folder)
     (folder / "README.md").write_text("A model card.")
-    assert digest_of(folder) == before
+    assert checkpoint_digest(folder) == before
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["hidden_act"] = "relu"
     (folder / "config.json").write_text(json.dumps(config))
-    assert digest_of(folder) != before
+    assert checkpoint_digest(folder) != before
 
 
 def test_a_graph_of_another_openvino_is_made_again(kept: tuple[Path, Path]) -> None:
@@ -227,19 +229,19 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "file" / "cache"))
     module = DualEncoder.load(checkpoint("clip"), runtime="torch")
     encoder = load(checkpoint("clip"))
-    assert worst(encoder.encode_texts(CAPTIONS), module.encode_texts(CAPTIONS)) >= FAITHFUL
-    assert encoder._towers["text"] is not None
+    assert worst(encoder.encode_texts(CAPTIONS), module.encode_texts(CAPTIONS)) >= MIN_COSINE
+    assert encoder.tower("text").backend == "openvino"
 
 
 def test_the_oldest_models_are_forgotten(kept: tuple[Path, Path], checkpoint: Checkpoint) -> None:
     _, entry = kept
-    for number in range(KEPT_ENTRIES + 3):
+    for number in range(MAX_ENTRIES + 3):
         old = entry.parent / f"old-{number}"
         old.mkdir()
         os.utime(old, (number, number))
     load(checkpoint("siglip")).encode_texts(CAPTIONS[:1])
     left = {path.name for path in entry.parent.iterdir()}
-    assert len(left) == KEPT_ENTRIES
+    assert len(left) == MAX_ENTRIES
     assert entry.name in left
     assert "old-0" not in left
 
@@ -267,7 +269,7 @@ socket.socket.connect = socket.create_connection = refuse
 from alignment.model import DualEncoder
 encoder = DualEncoder.load({str(checkpoint("clip"))!r}, device="cpu", runtime="openvino")
 encoder.encode_texts(["a dog"])
-assert encoder._towers["text"] is not None and sys.modules["openvino_telemetry"] is None
+assert encoder.tower("text").backend == "openvino" and sys.modules["openvino_telemetry"] is None
 """
     run(script, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
@@ -288,10 +290,10 @@ for _ in range(2):
 
 
 def test_probes_are_the_same_pictures_every_time_and_captions_differ_in_length() -> None:
-    first, second = probe_pictures(4), probe_pictures(4)
+    first, second = probes.pictures(4), probes.pictures(4)
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in second]
     assert len({picture.tobytes() for picture in first}) == 4
-    assert len({len(captions) for captions in PROBE_CAPTIONS}) == 4
+    assert len({len(captions) for captions in probes.CAPTIONS}) == 4
 
 
 @pytest.fixture(autouse=True)

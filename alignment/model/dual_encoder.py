@@ -1,0 +1,379 @@
+"""The interface of every dual encoder: pictures and captions in, embeddings out, whatever its family and back end.
+
+Place in the flow: `preprocess -> encoder (here) -> similarity`. Every family has transformers' `get_image_features`
+and `get_text_features`, so no code here depends on the family. Embeddings leave as float32, on the CPU, of unit norm;
+device, precision and back end stay private to this package.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignment.ahead import ahead
+from alignment.durable import open_up
+from alignment.model import probes, zerogpu
+from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
+from alignment.model.devices import best_device, find_device
+from alignment.model.graph_cache import GraphCache, ModelInfo
+from alignment.model.module import LazyModule
+from alignment.model.openvino import OpenVINOTower, export_tower, openvino
+from alignment.model.torch_tower import TorchTower, TracedSide, pinned
+from alignment.model.tower import Inputs, Kind, Tower, concatenate
+from alignment.preprocess import ImageSource, Preprocessor, clean_caption
+
+if TYPE_CHECKING:  # composition imports what builds models; serving does not need it
+    from alignment.model.composition import Pooling, Projection
+
+logger = logging.getLogger(__name__)
+
+Runtime = Literal["auto", "openvino", "torch"]
+Progress = Callable[[int, int], None]
+Item = TypeVar("Item")
+
+MIN_PARAMS_TO_EXPORT = 2_000_000
+"""Weights from which "auto" exports graphs; smaller models take longer to export than graphs save."""
+
+_IMAGE_BATCH = {"cpu": 8, "cuda": 256}  # pictures per forward pass by device
+_TEXT_BATCH = {"cpu": 64, "cuda": 1024}
+
+
+class DualEncoder:
+    """A pair of encoders that put images and texts into one space; safe to use from several threads.
+
+    Attributes:
+        preprocessor: turns opened images and captions into the model's inputs.
+        name: what it was loaded from.
+        device: where it runs.
+        runtime: "openvino" runs the towers as OpenVINO graphs on a CPU, "torch" the module itself; "auto" chooses
+            graphs where they are worth it. Weights that were changed are always run by PyTorch.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        preprocessor: Preprocessor,
+        *,
+        name: str,
+        device: str | torch.device | None = None,
+        runtime: Runtime = "auto",
+    ) -> None:
+        """Take a transformers model; it is moved to the device and switched to evaluation.
+
+        Args:
+            module: a model, or a function that loads one when it is first needed.
+            preprocessor: of the same checkpoint.
+            name: what it was loaded from.
+            device: "cuda", "mps", "cpu"; the best one there is when None.
+            runtime: see the class.
+        """
+        self.device = torch.device(device or best_device())
+        self.preprocessor = preprocessor
+        self.name = name
+        self.runtime = runtime
+        self._lazy = LazyModule(module, self.device)
+        self._cache = GraphCache(None)
+        self._info: ModelInfo | None = None
+        self._graphs: dict[Kind, OpenVINOTower | None] = {}
+        self._torch: dict[Kind, TorchTower] = {kind: TorchTower(self._lazy, kind) for kind in get_args(Kind)}
+        self._zerogpu: Tower | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def module(self) -> Any:
+        """The transformers model, float32, in evaluation mode; built when first asked for."""
+        self._lazy.exposed = True
+        return self._lazy.get()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        runtime: Runtime = "auto",
+    ) -> DualEncoder:
+        """Load a CLIP, SigLIP, SigLIP2, Chinese-CLIP, vision-text-dual-encoder or composed checkpoint.
+
+        Args:
+            name_or_path: folder, or Hub id.
+            revision: branch, tag or commit on the Hub.
+            device: "cuda", "mps", "cpu"; the best one there is when None, and on ZeroGPU the CPU, with a GPU for many
+                pictures at once, see `alignment.model.zerogpu`.
+            runtime: see the class.
+
+        Raises:
+            FileNotFoundError: when the checkpoint, its safetensors, tokenizer or image processor is missing.
+            ValueError: when it is no dual encoder, is damaged or needs code of its own, or there is no such device.
+        """
+        name = os.fspath(name_or_path)
+        on_zerogpu = device is None and zerogpu.on_zerogpu()
+        device = find_device("cpu" if on_zerogpu else device)
+        folder = checkpoint_folder(name, revision)
+        graphs_are_used = device.type == "cpu" and runtime != "torch" and openvino() is not None
+        cache = GraphCache.of(folder) if graphs_are_used else GraphCache(None)
+        info = cache.info()
+        # An unknown model is built now, so that its faults show; a known one only if its graphs are not enough.
+        module = load_dual_encoder(folder, name) if info is None else lambda: load_dual_encoder(folder, name)
+        encoder = cls(module, Preprocessor.load(folder), name=name, device=device, runtime=runtime)
+        encoder._cache, encoder._info, encoder._lazy.exposed = cache, info, False
+        if on_zerogpu:
+            encoder._use_zerogpu(lambda: load_dual_encoder(folder, name))
+        return encoder
+
+    def _use_zerogpu(self, load_module: Callable[[], Any]) -> None:
+        """Let ZeroGPU run the image tower for many pictures at once."""
+        zerogpu.patch_cuda_capture()
+        gpu = TorchTower(LazyModule(load_module(), torch.device(zerogpu.GPU_DEVICE)), "image")
+        self._zerogpu = zerogpu.ZeroGPUTower(gpu, lambda inputs: self._local_tower("image")(inputs))
+
+    @classmethod
+    def compose(
+        cls,
+        vision: str | os.PathLike[str],
+        text: str | os.PathLike[str],
+        *,
+        embed_dim: int = 512,
+        pooling: Pooling | tuple[Pooling, Pooling] = ("pooler", "mean"),
+        projection: Projection = "linear",
+        device: str | torch.device | None = None,
+    ) -> DualEncoder:
+        """Join a vision tower and a text tower with fresh projections; train it before use.
+
+        Args:
+            vision: folder or Hub id of any vision tower; of a dual encoder the vision half is taken.
+            text: the same for the text tower.
+            embed_dim: width of the space they share.
+            pooling: how a tower's tokens become one vector, for both towers or as (vision, text): the mean of all
+                tokens (padding left out), the first token, or the tower's own pooler.
+            projection: "linear", "mlp" for a linear layer plus a two-layer correction, or "none" for towers that
+                already share a space of width `embed_dim`.
+            device: as for `load`.
+
+        Raises:
+            FileNotFoundError: when a tower, its safetensors, tokenizer or image processor is missing.
+            ValueError: when a tower has no such pooling, or a pooler that was never trained.
+        """
+        from alignment.model.composition import ComposedConfig, ComposedModel, pooled_width
+
+        device = find_device(device)
+        folders = checkpoint_folder(os.fspath(vision), None), checkpoint_folder(os.fspath(text), None)
+        vision_pooling, text_pooling = (pooling, pooling) if isinstance(pooling, str) else pooling
+        preprocessor = Preprocessor.load(*folders)
+        vision_model = load_tower(folders[0], "vision", vision_pooling)
+        text_model = load_tower(folders[1], "text", text_pooling)
+        blank = preprocessor.images([Image.new("RGB", (64, 64))])
+        config = ComposedConfig(
+            vision_config=vision_model.config.to_dict(),  # a copy: the new config resets what it is given
+            text_config=text_model.config.to_dict(),
+            projection_dim=embed_dim,
+            vision_pooling=vision_pooling,
+            text_pooling=text_pooling,
+            vision_width=pooled_width(vision_model, vision_pooling, blank, "pixel_attention_mask"),
+            text_width=pooled_width(text_model, text_pooling, preprocessor.texts(["a"]), "attention_mask"),
+            projection=projection,
+        )
+        module = ComposedModel(config, vision_model, text_model)
+        return cls(module, preprocessor, name=f"{os.fspath(vision)} + {os.fspath(text)}", device=device)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write weights (float32 safetensors), configuration, image processor and tokenizer; `load` reads them back."""
+        with without_progress_bar():
+            self.module.save_pretrained(folder)
+        for weights in Path(folder).glob("*.safetensors"):
+            open_up(weights)
+        self.preprocessor.save(folder)
+
+    @property
+    def logit_scale(self) -> float:
+        """Multiplier of the cosines, already exponentiated."""
+        return self._known_info.logit_scale
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to the scaled cosines; None for models trained with a softmax."""
+        return self._known_info.logit_bias
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the shared space."""
+        return self._known_info.embed_dim
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over names, types, shapes and bytes of the weights.
+
+        Computed when asked for, and anew once they change (other than through `.data`, which leaves no trace).
+        """
+        if not self._lazy.is_built and self._info is not None:
+            return self._info.fingerprint
+        return self._lazy.fingerprint()
+
+    @property
+    def _known_info(self) -> ModelInfo:
+        """Properties of the model as it is now; the fingerprint is empty unless it is cached."""
+        if not self._lazy.is_built and self._info is not None:
+            return self._info
+        return self._lazy.info()
+
+    def encode_images(
+        self, images: Sequence[ImageSource], *, batch_size: int | None = None, progress: Progress | None = None
+    ) -> Tensor:
+        """Embed pictures; they are opened as they are needed.
+
+        Args:
+            images: anything `open_image` takes.
+            batch_size: pictures per forward pass; what suits the device when None.
+            progress: called after each batch with (done, total).
+
+        Returns:
+            (n, embed_dim) float32, CPU, unit norm, in the order given.
+
+        Raises:
+            InputError: when one of them cannot be opened.
+        """
+        sources, size = _listed(images), batch_size or _IMAGE_BATCH.get(self.device.type, 8)
+        if len(sources) < 2:
+            inputs = (self.preprocessor.image(source) for source in sources)
+        else:  # one picture is decoded while another is embedded
+            inputs = ahead(self.preprocessor.image, sources)
+        with closing(inputs), closing(self._batched(inputs, size)) as batches:
+            return self._encode_batches("image", batches, len(sources), progress)
+
+    def encode_texts(
+        self, texts: Sequence[str], *, batch_size: int | None = None, progress: Progress | None = None
+    ) -> Tensor:
+        """Embed captions; arguments and result as for `encode_images`.
+
+        Raises:
+            InputError: when one of them is empty or too long.
+        """
+        captions = [clean_caption(text) for text in _listed(texts)]
+        size = batch_size or _TEXT_BATCH.get(self.device.type, 64)
+        batches = (self.preprocessor.texts(captions[start : start + size]) for start in range(0, len(captions), size))
+        return self._encode_batches("text", batches, len(captions), progress)
+
+    def encode_prepared(self, inputs: Iterable[Inputs], *, batch_size: int | None = None) -> Iterator[Tensor]:
+        """Embed pictures whose inputs are ready, as they come.
+
+        Args:
+            inputs: what `preprocessor.images` made of one picture each.
+            batch_size: as for `encode_images`.
+
+        Yields:
+            (embed_dim,) for each, in order; float32, CPU, unit norm.
+        """
+        size = batch_size or _IMAGE_BATCH.get(self.device.type, 8)
+        with closing(self._batched(inputs, size)) as batches, closing(self.tower("image").stream(batches)) as embedded:
+            for embeds in map(self._checked, embedded):
+                yield from embeds
+
+    def embed_images(self, inputs: Inputs) -> Tensor:
+        """Embed what `preprocessor.images` made; on the device and with gradients, for training."""
+        return self._torch["image"].embed(inputs)
+
+    def embed_texts(self, inputs: Inputs) -> Tensor:
+        """Embed what `preprocessor.texts` made; on the device and with gradients, for training."""
+        return self._torch["text"].embed(inputs)
+
+    # ------------------------------------------------------------ back ends
+
+    @property
+    def in_memory(self) -> frozenset[str]:
+        """Name what has been loaded so far: "module" for the PyTorch model, "image" and "text" for graphs."""
+        graphs = {str(kind) for kind, graph in self._graphs.items() if graph is not None}
+        return frozenset(graphs | ({"module"} if self._lazy.is_built else set()))
+
+    def tower(self, kind: Kind) -> Tower:
+        """Choose the back end of one side: ZeroGPU, an OpenVINO graph or PyTorch, which runs changed weights."""
+        if kind == "image" and self._zerogpu is not None and not self._lazy.is_changed:
+            return self._zerogpu
+        return self._local_tower(kind)
+
+    def _local_tower(self, kind: Kind) -> Tower:
+        """Choose between the graph of a side, exported when first needed, and PyTorch."""
+        if self._lazy.is_changed:
+            return self._torch[kind]
+        if kind not in self._graphs:
+            with self._lock:
+                if kind not in self._graphs:
+                    self._graphs[kind] = self._find_graph(kind)
+        return self._graphs[kind] or self._torch[kind]
+
+    def _find_graph(self, kind: Kind) -> OpenVINOTower | None:
+        if self.device.type != "cpu" or self.runtime == "torch" or openvino() is None:
+            return None
+        if (graph := self._cache.tower(kind)) is not None:
+            if self._cache.info() is None:
+                self._write_info()
+            return graph
+        weights = self._lazy.get().parameters()
+        if self.runtime == "auto" and sum(weight.numel() for weight in weights) < MIN_PARAMS_TO_EXPORT:
+            return None
+        try:
+            make = partial(self._cache.make, kind, partial(self._export, kind))
+            graph = make() if self._zerogpu is None else zerogpu.run_in_thread(make)
+            self._write_info()
+            return graph
+        except Exception as error:  # tracing an unknown family raises anything; PyTorch runs it as well
+            logger.warning("PyTorch runs the %s tower of %s, more slowly than a graph: %s", kind, self.name, error)
+            return None
+
+    def _write_info(self) -> None:
+        self._cache.write_info(replace(self._known_info, fingerprint=self._lazy.fingerprint()))
+
+    def _export(self, kind: Kind, path: Path) -> str:
+        if kind == "image":
+            pictures = probes.pictures()
+            batches = [self.preprocessor.images(some) for some in (pictures[:2], pictures[2:])]
+        else:
+            batches = [self.preprocessor.texts(captions) for captions in probes.CAPTIONS]
+        return export_tower(kind, TracedSide(self._lazy.get(), kind, list(batches[0])).eval(), batches, path)
+
+    def _batched(self, inputs: Iterable[Inputs], size: int) -> Generator[Inputs]:
+        """Join the inputs of single items to batches; for a GPU while it computes the batch before."""
+        stream = iter(inputs)
+        groups = iter(lambda: list(islice(stream, size)), [])
+        if self.device.type != "cuda":
+            yield from map(concatenate, groups)
+            return
+        with closing(ahead(pinned, groups, workers=1, depth=2)) as batches:
+            yield from batches
+
+    def _encode_batches(self, kind: Kind, batches: Iterable[Inputs], total: int, progress: Progress | None) -> Tensor:
+        embeds, done = [torch.empty(0, self.embed_dim)], 0
+        with closing(self.tower(kind).stream(batches)) as embedded:
+            for rows in map(self._checked, embedded):
+                embeds.append(rows)
+                done += len(rows)
+                if progress is not None:
+                    progress(done, total)
+        return torch.cat(embeds)
+
+    def _checked(self, embeds: Tensor) -> Tensor:
+        """Refuse embeddings that are not finite."""
+        if not bool(embeds.isfinite().all()):
+            raise ValueError(
+                f"{self.name} makes embeddings that are no numbers (NaN or infinite): its weights are damaged, or its "
+                "training failed. Download or train it again, or choose another --model."
+            )
+        return embeds
+
+
+def _listed(items: Sequence[Item]) -> Sequence[Item]:
+    if isinstance(items, str | bytes):
+        raise TypeError("Pass a list, even for a single item.")
+    return items

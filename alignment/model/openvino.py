@@ -1,0 +1,224 @@
+"""The OpenVINO back end: several times faster on a CPU than PyTorch, with the same embeddings within `MIN_COSINE`.
+
+Place in the flow: `module -> graph (here) -> embeddings`. A graph is traced once, checked against the module on drawn
+pictures or sample captions, and written to a file in the graph cache. Where OpenVINO is missing, or a graph does not
+compute what the module does, PyTorch runs the tower.
+
+Where the processor has bfloat16 the graph computes in it, which doubles the speed. A vision transformer keeps its
+accuracy, a narrow convolutional network loses some: its first layers then stay in float32, as many as it takes.
+OpenVINO has no public option for that, so the graph's XML text is marked (`mark_first_layers_precise`, with a contract
+test in `tests/test_openvino.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from alignment.ahead import ahead
+from alignment.model.tower import Inputs, Kind
+
+logger = logging.getLogger(__name__)
+
+MIN_COSINE = 0.999
+"""Least cosine between a graph's embedding and PyTorch's."""
+
+_MIN_COSINE_ON_PROBES: dict[Kind, float] = {"image": MIN_COSINE, "text": 0.9999}
+"""Least cosine over all probes. Photographs lose less than the drawn probes. A caption costs a tenth of a picture and
+is compared with every picture, so the text tower is held to more.
+"""
+
+_BATCHES_BEFORE_PARALLEL = 4  # after which a second compilation, for parallel requests, pays
+_PRECISE_SHARES = (0.0, 1 / 16, 1 / 8, 1 / 5, 1 / 2)  # of the layers, from the first on, in float32: tried in turn
+_KNOWN_INPUTS: dict[Kind, set[str]] = {
+    "image": {"pixel_values"},  # a trace would turn the patch grids of NaFlex into constants
+    "text": {"input_ids", "attention_mask", "token_type_ids"},
+}
+_LAYER = re.compile(r"(?=<layer id=)")
+_HEAVY = re.compile(r' type="(?:Convolution|GroupConvolution|MatMul)"')
+_PRECISE = '<attribute name="precise" version="0" />'  # OpenVINO's mark of an operation that keeps float32
+
+
+@cache
+def openvino() -> Any:
+    """Import OpenVINO, None where it is not installed or does not run; says so once."""
+    # Blocks telemetry: without this entry, importing openvino sends a report to its makers.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino as found
+
+        found.Core().get_property("CPU", "FULL_DEVICE_NAME")
+    except Exception as error:  # a broken installation raises anything
+        logger.warning("PyTorch encodes pictures and captions, several times slower than OpenVINO would (%s).", error)
+        return None
+    return found
+
+
+@cache
+def _core() -> Any:
+    return openvino().Core()
+
+
+def native_precision() -> Literal["bf16", "f32"]:
+    """Tell what this processor computes fastest in."""
+    return "bf16" if _core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name() == "bf16" else "f32"
+
+
+class OpenVINOTower:
+    """One tower, compiled for this processor."""
+
+    backend = "openvino"
+
+    def __init__(self, path: Path, precision: str) -> None:
+        """Compile.
+
+        Args:
+            path: of the graph, "NAME.xml" with "NAME.bin" beside it; both are read as they are used.
+            precision: "bf16" or "f32".
+        """
+        self._path, self._precision = path, precision
+        self._single = _Compiled(path, precision, streams=1)
+        self._parallel: _Compiled | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Embed a batch on all cores: (n, embed_dim) float32, unit norm."""
+        return self._single(inputs)
+
+    def stream(self, batches: Iterable[Inputs]) -> Generator[Tensor]:
+        """Embed batch after batch, in order: the first few on all cores, the others on one core each, in parallel.
+
+        Args:
+            batches: read in the caller's thread, a few ahead.
+        """
+        stream = iter(batches)
+        if self._parallel is None:
+            yield from map(self._single, islice(stream, _BATCHES_BEFORE_PARALLEL))
+        two = list(islice(stream, 2))
+        if len(two) < 2:
+            yield from map(self._single, two)
+            return
+        streams = torch.get_num_threads()
+        run = self._compiled_for(streams)
+        with closing(ahead(run, chain(two, stream), workers=streams, depth=2 * streams)) as embedded:
+            yield from embedded
+
+    def _compiled_for(self, streams: int) -> _Compiled:
+        with self._lock:
+            if self._parallel is None and streams > 1:
+                self._parallel = _Compiled(self._path, self._precision, streams)
+        return self._parallel or self._single
+
+
+class _Compiled:
+    """A graph compiled for a number of parallel requests."""
+
+    def __init__(self, path: Path, precision: str, streams: int) -> None:
+        options = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": streams,
+            "ENABLE_CPU_PINNING": False,  # the threads that decode the next pictures need the cores as well
+        }
+        self._compiled = _core().compile_model(_core().read_model(path), "CPU", options)
+        self._idle: list[Any] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        with self._lock:
+            request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
+        try:
+            arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
+            request.infer(arrays, share_inputs=True)
+            embeds = torch.from_numpy(request.get_output_tensor(0).data.copy())
+        finally:
+            with self._lock:
+                self._idle.append(request)
+        return functional.normalize(embeds, dim=-1)
+
+
+# ---------------------------------------------------------------- export
+
+
+def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: Path) -> str:
+    """Write a tower as a graph, the fastest one whose embeddings are close enough to PyTorch's.
+
+    Args:
+        kind: which one.
+        tower: takes the probes' tensors in their order, returns (n, embed_dim), unit norm.
+        probes: batches of inputs. The first is traced; the others differ from it in size, which shows a trace that made
+            it a constant.
+        path: "NAME.xml"; weights go to "NAME.bin" beside it, in half precision.
+
+    Returns:
+        The precision to run it in.
+
+    Raises:
+        ValueError: when no graph of this tower is accurate enough.
+    """
+    names = list(probes[0])
+    if not set(names) <= _KNOWN_INPUTS[kind]:
+        raise ValueError(f"a tower that reads {', '.join(names)} is not exported")
+    with torch.no_grad():
+        expected = [tower(*batch.values()) for batch in probes]
+    model = _converted(tower, probes[0])
+    for port, name in zip(model.inputs, names, strict=True):
+        port.get_tensor().set_names({name})
+    # The shapes stay free: with fixed ones, OpenVINO fuses layers over the marks that keep some of them exact.
+    openvino().save_model(model, path, compress_to_fp16=True)
+    plain = path.read_text("utf-8")
+    for precision, share in _attempts():
+        path.write_text(mark_first_layers_precise(plain, share), "utf-8")
+        run = OpenVINOTower(path, precision)
+        worst = min(float((run(batch) * right).sum(-1).min()) for batch, right in zip(probes, expected, strict=True))
+        logger.debug("%s tower in %s, %.0f %% in float32: worst cosine %.5f", kind, precision, 100 * share, worst)
+        if worst >= _MIN_COSINE_ON_PROBES[kind]:
+            return precision
+    raise ValueError(f"the graph is not faithful: worst cosine {worst:.4f}")
+
+
+def _attempts() -> Iterator[tuple[str, float]]:
+    """Precision and the share of layers in float32, the fastest first."""
+    if native_precision() == "bf16":
+        yield from (("bf16", share) for share in _PRECISE_SHARES)
+    yield "f32", 0.0
+
+
+def _converted(tower: nn.Module, inputs: Inputs) -> Any:
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the probes find values that a trace took for constants
+        traced = torch.jit.trace(tower, tuple(inputs.values()), check_trace=False, strict=False)
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        decoder = TorchScriptPythonDecoder(traced)
+        loaded = frontend.load(decoder)  # it reads from the decoder until it is converted
+        return frontend.convert(loaded)
+
+
+def mark_first_layers_precise(graph: str, share: float) -> str:
+    """Mark the layers of a graph (its XML, in order of computation) that keep float32: this share of the heavy ones."""
+    parts = _LAYER.split(graph)
+    heavy = [place for place, part in enumerate(parts) if _HEAVY.search(part[:400])]
+    last = heavy[min(round(share * len(heavy)), len(heavy) - 1)] if heavy and share else 0
+    return "".join(_marked(part) if 0 < place < last else part for place, part in enumerate(parts))
+
+
+def _marked(layer: str) -> str:
+    if "<rt_info>" in layer:
+        return layer.replace("<rt_info>", f"<rt_info>{_PRECISE}", 1)
+    return re.sub(r"(<layer [^>]*[^/]>)", rf"\1<rt_info>{_PRECISE}</rt_info>", layer, count=1)

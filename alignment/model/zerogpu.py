@@ -1,0 +1,124 @@
+"""The ZeroGPU back end: many pictures on a GPU that Hugging Face assigns for seconds; all else stays on the CPU.
+
+Place in the flow: `batches of pictures -> a few large ones -> assigned GPU (here) -> embeddings`. A GPU takes a second
+to be assigned and uses up the visitor's quota. Captions and up to `MAX_CPU_PICTURES` pictures are encoded sooner by the
+CPU's graphs. Without a visitor, as at the start, no GPU is assigned.
+
+ZeroGPU's package `spaces` emulates CUDA in this process and runs wrapped functions in a forked process that has a GPU.
+Arguments and results are pickled; no other state comes back. A process that has called the CUDA driver cannot fork a
+process that finds a GPU. The names of `spaces` and of torch that this depends on are tested in `tests/test_zerogpu.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignment.model.tower import Inputs, concatenate
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[Inputs], Tensor]
+Result = TypeVar("Result")
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+MAX_CPU_PICTURES = 7
+"""Pictures that the CPU encodes sooner than a GPU is assigned."""
+
+GPU_BATCH = 64
+"""Pictures in one call to the GPU, some 0.6 MB each."""
+
+_CPU_BATCH = 8  # pictures at a time when no GPU was assigned
+GPU_DEVICE = "cuda"
+DURATION_S = 10
+"""GPU time to ask for; less is used, and a low request suits visitors with little quota left."""
+
+
+def on_zerogpu() -> bool:
+    """Whether this is ZeroGPU and `spaces` was imported, before torch (see `app.py`)."""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true") and "spaces" in sys.modules
+
+
+def patch_cuda_capture() -> None:
+    """Stub `is_current_stream_capturing`, which transformers calls for every caption.
+
+    A real call initialises CUDA in this process, after which no forked process finds a GPU. No stream is ever captured
+    here, so the answer is right. Call it before a model is run.
+    """
+    torch.cuda.is_current_stream_capturing = lambda: False
+
+
+def chunk_size(few: int, many: int = 16) -> int:
+    """Choose how many of a visitor's pictures to encode at a time: `many` where that makes a GPU worth its cost."""
+    return many if on_zerogpu() else few
+
+
+def run_in_thread(work: Callable[[], Result]) -> Result:
+    """Run a function in a thread of its own: the main thread, in which `spaces` emulates CUDA, cannot trace a model."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
+class ZeroGPUTower:
+    """An image tower that uses a GPU for many pictures, and the CPU for few or if no GPU is assigned."""
+
+    backend = "zerogpu"
+
+    def __init__(self, gpu: Encode, cpu: Encode) -> None:
+        """Register the GPU function with ZeroGPU, which has to happen before the page is served.
+
+        Args:
+            gpu: embeds a batch on the device "cuda"; run in another process.
+            cpu: embeds a batch in this process.
+        """
+        self.gpu, self._cpu = gpu, cpu
+        self.call_gpu: Callable[[Arrays], np.ndarray[Any, Any]] = sys.modules["spaces"].GPU(
+            self._run_on_gpu, duration=DURATION_S
+        )
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Embed a batch: (n, embed_dim) float32, CPU, unit norm."""
+        if _count(inputs) <= MAX_CPU_PICTURES:
+            return self._cpu(inputs)
+        try:
+            return torch.from_numpy(self.call_gpu({name: tensor.numpy() for name, tensor in inputs.items()}))
+        except Exception as error:  # no GPU free, no quota left, a worker that died: Gradio raises all of them
+            logger.warning("No GPU was assigned, so the CPU encodes %d pictures: %s", _count(inputs), error)
+            return torch.cat([self._cpu(part) for part in _split(inputs)])
+
+    def stream(self, batches: Iterable[Inputs]) -> Generator[Tensor]:
+        """Embed batch after batch, joined to few large ones."""
+        yield from map(self, _gathered(batches))
+
+    def _run_on_gpu(self, arrays: Arrays) -> np.ndarray[Any, Any]:
+        torch.set_num_threads(1)  # a forked process has none of its parent's threads
+        return self.gpu({name: torch.from_numpy(array) for name, array in arrays.items()}).numpy()
+
+
+def _count(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _gathered(batches: Iterable[Inputs]) -> Iterator[Inputs]:
+    """Join batches until they hold `GPU_BATCH` pictures."""
+    waiting: list[Inputs] = []
+    for inputs in batches:
+        waiting.append(inputs)
+        if sum(map(_count, waiting)) >= GPU_BATCH:
+            yield concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield concatenate(waiting)
+
+
+def _split(inputs: Inputs) -> Iterator[Inputs]:
+    for start in range(0, _count(inputs), _CPU_BATCH):
+        yield {name: tensor[start : start + _CPU_BATCH] for name, tensor in inputs.items()}
