@@ -1,31 +1,40 @@
-"""Recall in both directions over a data set, with intervals.
+"""Recall in both directions over a data set, with intervals, and the difference between two models.
 
 Place in the flow: `embedding -> ranks -> retrieval (here) -> report`. One query per image and one per caption, all
-captions and images of the split as candidates, no prompt, no logit scale (it would change no rank). Figures that
-trainers print over a batch, or with one caption per image, are easier to reach and cannot be compared with these.
+captions and images of the split as candidates, no prompt, no logit scale (it would change no rank). Recalls over a
+batch, or with one caption per image, are higher and cannot be compared with these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from alignment.evaluate.bootstrap import Bootstrap, Estimate, bootstrap, estimates
-from alignment.evaluate.embedding import Embedded, Encoder, NamedProgress, embed_pairs
-from alignment.evaluate.ranks import KS, query_ranks
-from alignment.pairs import Pair
+from alignment.evaluate.bootstrap import (
+    LOWER_IS_BETTER,
+    Bootstrap,
+    Difference,
+    Estimate,
+    bootstrap,
+    differences,
+    estimates,
+)
+from alignment.evaluate.embedding import Embedded
+from alignment.evaluate.ranks import DIRECTIONS, KS, query_ranks
+
+Metric = TypeVar("Metric", Estimate, Difference)
 
 
 @dataclass(frozen=True)
-class RetrievalReport:
-    """How well images and captions of a data set find each other.
+class RetrievalReport(Generic[Metric]):
+    """Retrieval metrics of one model (`Estimate`), or the differences between two (`Difference`).
 
     Attributes:
-        num_images: images that were queries and candidates.
-        num_texts: the same for captions.
+        num_images, num_texts: images and captions that were queries and candidates.
         metrics: for both directions `image_to_text` and `text_to_image` (the query comes first): `..._recall@1`, `@5`,
             `@10` in [0, 1], `..._recall_sum` of these, `..._median_rank` from 1; and `recall_sum`, of all six, in
             [0, 6] (papers print 100 times that).
@@ -33,50 +42,15 @@ class RetrievalReport:
 
     num_images: int
     num_texts: int
-    metrics: Mapping[str, Estimate]
+    metrics: Mapping[str, Metric]
 
     def __getitem__(self, name: str) -> float:
         return self.metrics[name].value
 
 
-def evaluate_retrieval(
-    encoder: Encoder,
-    pairs: Sequence[Pair],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-    batch_size: int = 16,
-    progress: NamedProgress | None = None,
-) -> RetrievalReport:
-    """Measure recall in both directions over a data set.
-
-    An image given twice is one with the captions of both; images without captions or that cannot be opened are left
-    out and logged.
-
-    Args:
-        encoder: the model.
-        pairs: all of them are candidates, so pass one split.
-        resamples: bootstrap samples behind the intervals, see `evaluate_embeddings`; 0 is quick.
-        seed: of the bootstrap.
-        batch_size: images per forward pass.
-        progress: called with ("images" or "captions", done, total).
-
-    Raises:
-        ValueError: when no image with a caption is left, or the embeddings are not finite.
-    """
-    embedded = embed_pairs(encoder, pairs, batch_size=batch_size, progress=progress)
-    return evaluate_embedded(embedded, resamples=resamples, seed=seed)
-
-
-def evaluate_embedded(embedded: Embedded, *, resamples: int = 1000, seed: int = 0) -> RetrievalReport:
-    """Measure recall in both directions on a data set that is embedded already, see `evaluate_embeddings`."""
-    measured = retrieval_bootstrap(embedded.ranks, embedded.owners, resamples=resamples, seed=seed)
-    return RetrievalReport(len(embedded.images), len(embedded.texts), estimates(measured))
-
-
 def evaluate_embeddings(
-    image_embeds: Tensor, text_embeds: Tensor, owners: Tensor, *, resamples: int = 1000, seed: int = 0
-) -> RetrievalReport:
+    image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, *, resamples: int = 1000, seed: int = 0
+) -> RetrievalReport[Estimate]:
     """Measure recall in both directions between embeddings.
 
     Cosines within `ROUNDING` of each other are ties, and ties count against the model.
@@ -84,43 +58,55 @@ def evaluate_embeddings(
     Args:
         image_embeds: (num_images, embed_dim).
         text_embeds: (num_texts, embed_dim).
-        owners: (num_texts,) index of the image that each text describes; every image needs a text.
+        image_of_text: (num_texts,) index of the image that each text describes; every image needs a text.
         resamples: bootstrap samples; images are drawn with their texts, the candidates stay. 0 gives no interval.
         seed: of the bootstrap; the same draws for every model, so that two reports can be compared.
 
     Raises:
-        ValueError: when the embeddings are not finite, none, or an image has no text.
+        ValueError: on non-finite embeddings, no embeddings, or an image without a text.
     """
-    ranks = query_ranks(image_embeds, text_embeds, owners)
-    measured = retrieval_bootstrap(ranks, owners, resamples=resamples, seed=seed)
-    return RetrievalReport(len(image_embeds), len(owners), estimates(measured))
+    return _report(query_ranks(image_embeds, text_embeds, image_of_text), image_of_text, resamples, seed)
 
 
-def retrieval_bootstrap(ranks: Mapping[str, Tensor], owners: Tensor, *, resamples: int, seed: int) -> Bootstrap:
-    """Compute the metrics of a `RetrievalReport` as they are and over resampled images.
+def evaluate_embedded(embedded: Embedded, *, resamples: int = 1000, seed: int = 0) -> RetrievalReport[Estimate]:
+    """Measure recall in both directions on an embedded data set, see `evaluate_embeddings`."""
+    return _report(embedded.ranks, embedded.image_of_text, resamples, seed)
 
-    Args:
-        ranks: of `query_ranks`.
-        owners: (num_texts,) index of the image that each text describes.
-        resamples: bootstrap samples.
-        seed: of the bootstrap.
+
+def compare_retrieval(
+    before: Embedded, after: Embedded, *, resamples: int = 1000, seed: int = 0
+) -> RetrievalReport[Difference]:
+    """Subtract model A (`before`) from model B (`after`), by the same draws of a paired bootstrap.
+
+    Raises:
+        ValueError: on different images or captions, or embeddings that are not finite.
     """
-    everyone = torch.arange(len(ranks["image_to_text"]))
-    directions = [
-        _Direction("image_to_text", ranks["image_to_text"], everyone),
-        _Direction("text_to_image", ranks["text_to_image"], owners),
-    ]
+    is_same = list(before.images) == list(after.images) and list(before.texts) == list(after.texts)
+    if not is_same or not torch.equal(before.image_of_text, after.image_of_text):
+        raise ValueError("The two models were given different images or captions; compare them on the same.")
+    measured = (_bootstrap(model.ranks, model.image_of_text, resamples, seed) for model in (before, after))
+    return RetrievalReport(len(before.images), len(before.texts), differences(*measured))
+
+
+def _report(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> RetrievalReport[Estimate]:
+    measured = _bootstrap(ranks, image_of_text, resamples, seed)
+    return RetrievalReport(len(ranks[DIRECTIONS[0]]), len(image_of_text), estimates(measured))
+
+
+def _bootstrap(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> Bootstrap:
+    num_images = len(ranks[DIRECTIONS[0]])
+    images = (torch.arange(num_images), image_of_text)
+    directions = [_Direction(name, ranks[name], of) for name, of in zip(DIRECTIONS, images, strict=True)]
 
     def statistics(draws: Tensor) -> dict[str, float]:
-        figures = dict(item for direction in directions for item in direction.statistics(draws))
-        figures["recall_sum"] = sum(figures[f"{direction.name}_recall_sum"] for direction in directions)
-        return figures
+        found = dict(item for direction in directions for item in direction.statistics(draws))
+        return found | {"recall_sum": sum(found[f"{name}_recall_sum"] for name in DIRECTIONS)}
 
-    return bootstrap(statistics, len(everyone), resamples=resamples, seed=seed)
+    return bootstrap(statistics, num_images, resamples=resamples, seed=seed)
 
 
 class _Direction:
-    """Ranks of one direction in ascending order, ready to be weighed again and again."""
+    """Ranks of one direction in ascending order, so that a resample costs one cumulative sum."""
 
     def __init__(self, name: str, ranks: Tensor, images: Tensor) -> None:
         self.name = name
@@ -129,7 +115,7 @@ class _Direction:
         self.within = {k: int((ranks <= k).sum()) for k in KS}
 
     def statistics(self, draws: Tensor) -> Iterator[tuple[str, float]]:
-        """Name the figures when image i is drawn `draws[i]` times, each with all its queries."""
+        """Yield (name, metric) when image i is drawn `draws[i]` times, each with all its queries."""
         cumulative = draws[self.images].cumsum(0)
         total = int(cumulative[-1])
         recalls = {k: int(cumulative[count - 1]) / total if count else 0.0 for k, count in self.within.items()}
@@ -140,20 +126,46 @@ class _Direction:
         yield f"{self.name}_median_rank", float(self.ranks[torch.searchsorted(cumulative, (total + 1) // 2)])
 
 
-def report_table(report: RetrievalReport) -> str:
-    """Lay a report out as text: recalls in percent with their 95 % intervals."""
-    columns = [f"R@{k}" for k in KS]
-    lines = [f"{'':14}" + "".join(f"{column:>21}" for column in [*columns, "sum", "median rank"])]
-    for direction in ("image_to_text", "text_to_image"):
-        cells = [_cell(report.metrics[f"{direction}_recall@{k}"], 100) for k in KS]
-        cells.append(_cell(report.metrics[f"{direction}_recall_sum"], 100))
-        cells.append(_cell(report.metrics[f"{direction}_median_rank"], 1, places=0))
+def report_table(report: RetrievalReport[Estimate]) -> str:
+    """Format a report as text: recalls in percent with their 95 % intervals."""
+    columns = [*(f"R@{k}" for k in KS), "sum", "median rank"]
+    lines = [f"{'':14}" + "".join(f"{column:>21}" for column in columns)]
+    for direction in DIRECTIONS:
+        names = [*(f"recall@{k}" for k in KS), "recall_sum", "median_rank"]
+        cells = [_cell(report.metrics[f"{direction}_{name}"], is_rank=name == "median_rank") for name in names]
         lines.append(f"{direction.replace('_', ' '):14}" + "".join(f"{cell:>21}" for cell in cells))
-    lines.append(f"recall sum    {_cell(report.metrics['recall_sum'], 100):>21}")
+    lines.append(f"recall sum    {_cell(report.metrics['recall_sum']):>21}")
     lines.append(f"{report.num_images} images, {report.num_texts} captions; in brackets 95 % intervals over images")
     return "\n".join(lines)
 
 
-def _cell(estimate: Estimate, factor: int, places: int = 1) -> str:
+def _cell(estimate: Estimate, *, is_rank: bool = False) -> str:
+    factor, places = (1, 0) if is_rank else (100, 1)
     value, low, high = (f"{number * factor:.{places}f}" for number in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
+
+
+def difference_table(metrics: Mapping[str, Difference]) -> str:
+    """Format differences as text, shares in percent: A, B, B - A with its interval, and `p_not_better`."""
+    lines = [f"{'':26}{'A':>8}{'B':>8}{'B - A':>8}   {'95 % interval':18}{'B not better':>12}"]
+    for name, found in metrics.items():
+        before, after, gain, low, high = difference_cells(name, found)
+        interval = f"[{low}, {high}]"
+        lines.append(
+            f"{metric_title(name):26}{before:>8}{after:>8}{gain:>8}   {interval:18}{found.p_not_better:>12.1%}"
+        )
+    return "\n".join(lines)
+
+
+def difference_cells(name: str, found: Difference) -> list[str]:
+    """Format A, B, the difference and the ends of its interval, shares in percent."""
+    factor, places = (1, 0) if name.endswith(LOWER_IS_BETTER) else (100, 1)
+    values = [f"{number * factor:.{places}f}" for number in (found.before, found.after)]
+    # Adding zero turns -0.0 into 0.0.
+    gains = [f"{round(number * factor, places) + 0.0:+.{places}f}" for number in (found.value, found.low, found.high)]
+    return values + gains
+
+
+def metric_title(name: str) -> str:
+    """Return the display name of a metric: `image_to_text_recall@1` is "image to text R@1"."""
+    return name.replace("recall@", "R@").replace("zero_shot_top", "zero-shot top-").replace("_", " ")

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -290,6 +290,10 @@ class DualEncoder:
         return self._torch["text"].embed(inputs)
 
     # ------------------------------------------------------------ back ends
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """Switch dropout off, and back on afterwards if the model is being trained."""
+        return self._lazy.evaluating()
 
     @property
     def in_memory(self) -> frozenset[str]:

@@ -1,0 +1,144 @@
+"""Queries behind the metrics: the worst, those that changed most, and suspected false negatives.
+
+Place in the flow: `embedding -> error_analysis (here) -> html_report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alignment.evaluate.embedding import Embedded
+from alignment.evaluate.ranks import DIRECTIONS, ROUNDING, scored_blocks
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query with the answers of one or two models.
+
+    Attributes:
+        direction: one of `DIRECTIONS`; for "image_to_text" the query is a path and the answers are captions.
+        query: the image or the caption.
+        answer: the positive that the last model scores highest.
+        ranks: of the best positive, one per model.
+        tops: the first candidate of each model.
+    """
+
+    direction: str
+    query: str
+    answer: str
+    ranks: tuple[int, ...]
+    tops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FalseNegative:
+    """An image and a caption that are not labelled as a pair, but score above the labelled pairs of both.
+
+    Attributes:
+        image: path.
+        caption: the best-scored of its own captions.
+        rival: the caption of another image.
+        margin: by how much the cosine with the rival exceeds both the image's with its best own caption and the
+            rival's with its own image.
+    """
+
+    image: str
+    caption: str
+    rival: str
+    margin: float
+
+
+def worst_queries(embedded: Embedded, count: int) -> list[Example]:
+    """Select at most `count` queries of each direction whose answer ranks last, those at rank 1 left out."""
+    return [
+        example
+        for direction in DIRECTIONS
+        for example in _examples(direction, _largest(embedded.ranks[direction] - 1, count), [embedded])
+    ]
+
+
+def changed_queries(before: Embedded, after: Embedded, count: int) -> tuple[list[Example], list[Example]]:
+    """Select the queries whose rank changed most, as a ratio: from 8 to 1 is more than from 800 to 400.
+
+    Args:
+        before: the data set by model A.
+        after: the data set by model B.
+        count: limit of each direction and kind.
+
+    Returns:
+        Those that got better, and those that got worse.
+    """
+    better, worse = [], []
+    for direction in DIRECTIONS:
+        gains = before.ranks[direction].log() - after.ranks[direction].log()
+        better += _examples(direction, _largest(gains, count), [before, after])
+        worse += _examples(direction, _largest(-gains, count), [before, after])
+    return better, worse
+
+
+def suspected_false_negatives(embedded: Embedded, count: int) -> list[FalseNegative]:
+    """Select at most `count` images with an unlabelled caption that scores above the labelled pairs of both.
+
+    Returns:
+        One per image, the widest margin first.
+    """
+    images, texts = (functional.normalize(embeds.float(), dim=-1) for embeds, _ in embedded.sides)
+    text_scores = (images[embedded.image_of_text] * texts).sum(dim=-1)
+    found = [_rivals(scores, positives, text_scores) for _, scores, positives in scored_blocks(*embedded.sides)]
+    margins, owns, rivals = (torch.cat(parts).tolist() for parts in zip(*found, strict=True))
+    return [
+        FalseNegative(
+            embedded.images[image], embedded.texts[owns[image]], embedded.texts[rivals[image]], margins[image]
+        )
+        for image in _largest(torch.tensor(margins) - ROUNDING, count)
+    ]
+
+
+def _rivals(scores: Tensor, positives: Tensor, text_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each image the widest margin of a negative, the best own caption, and that negative.
+
+    `text_scores` (num_texts,) are the cosines of the captions with their own images.
+    """
+    own_scores, owns = scores.where(positives, -torch.inf).max(dim=1)
+    margins = (scores - own_scores[:, None]).minimum(scores - text_scores).where(~positives, -torch.inf)
+    widest, rivals = margins.max(dim=1)
+    return widest, owns, rivals
+
+
+def _largest(values: Tensor, count: int) -> list[int]:
+    """Return the indices of the largest positive values in descending order, the first of equals first."""
+    order = values.argsort(descending=True, stable=True)[:count]
+    return [int(index) for index in order if values[index] > 0]
+
+
+def _examples(direction: str, queries: Sequence[int], models: Sequence[Embedded]) -> list[Example]:
+    """Look up the answers of each model to some queries; only their rows of the score matrix are computed."""
+    rows = torch.tensor(queries, dtype=torch.long)
+    answers = [_answers(direction, rows, model) for model in models]
+    last = models[-1]
+    asked, offered = (last.images, last.texts) if direction == DIRECTIONS[0] else (last.texts, last.images)
+    return [
+        Example(
+            direction,
+            asked[query],
+            offered[answers[-1][0][place]],
+            tuple(int(model.ranks[direction][query]) for model in models),
+            tuple(offered[tops[place]] for _, tops in answers),
+        )
+        for place, query in enumerate(queries)
+    ]
+
+
+def _answers(direction: str, rows: Tensor, model: Embedded) -> tuple[list[int], list[int]]:
+    """Return the best positive and the best candidate of each query; a negative comes first among equals."""
+    (embeds, images), candidates = model.sides if direction == DIRECTIONS[0] else model.sides[::-1]
+    best, tops = list[int](), list[int]()
+    for _, scores, positives in scored_blocks((embeds[rows], images[rows]), candidates):
+        best += scores.where(positives, -torch.inf).argmax(dim=1).tolist()
+        tops += (scores - ROUNDING * positives).argmax(dim=1).tolist()
+    return best, tops
