@@ -19,13 +19,13 @@ from PIL import Image
 from test_kills import KILLED, Contents, Galleries, Trainings, galleries, paint, run, trainings
 
 from alignment.catalogue import Stamp
+from alignment.data import read_pairs
 from alignment.durable import LOCK, explain, sole_writer
 from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, build_gallery, is_whole, main, sides
 from alignment.gallery.unfinished import Unfinished
 from alignment.model import DualEncoder
 from alignment.model.graphs import Facts, Graphs
-from alignment.pairs import read_pairs
 from alignment.train.folder import SETTINGS, read_settings
 from alignment.train.trainer import last_checkpoint
 

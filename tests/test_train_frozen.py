@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 from test_train_presets import compact_like
 from torch import Tensor, nn
 
+from alignment.data import Pair
 from alignment.evaluate import evaluate_retrieval
 from alignment.model import DualEncoder
-from alignment.pairs import Pair
 from alignment.preprocess import open_image
 from alignment.train.examples import Captions, Examples
 from alignment.train.frozen import KeptImages, latest_cut, random_window

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from alignment.data import Pair
 from alignment.model import DualEncoder
-from alignment.pairs import Pair
 from alignment.train.examples import Captions, Examples
 from alignment.train.objective import Batch, Objective
 from alignment.train.presets import Preset, Towers, apply_preset, weight_groups

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignment.data import Pair
 from alignment.evaluate.bootstrap import Bootstrap, Estimate, bootstrap, estimates
 from alignment.evaluate.embedding import Embedded, Encoder, NamedProgress, embed_pairs
 from alignment.evaluate.ranks import KS, query_ranks
-from alignment.pairs import Pair
 
 
 @dataclass(frozen=True)

@@ -23,28 +23,30 @@ from alignment.preprocess.captions import (
     MAX_CAPTIONS,
     clean_caption,
     count_captions,
-    few,
-    legible,
+    join_first,
     parse_captions,
+    sanitize_text,
 )
+from alignment.preprocess.errors import InputError, message_with_option
+from alignment.preprocess.formats import IMAGE_SUFFIXES
 from alignment.preprocess.images import ImageSource, open_image
-from alignment.preprocess.inputs import Preprocessor
-from alignment.preprocess.refusal import InputError, advised
-from alignment.preprocess.tokens import MIN_VOCABULARY, TextRules
+from alignment.preprocess.preprocessor import Preprocessor
+from alignment.preprocess.tokenizer import MIN_VOCABULARY, TokenizerSpec
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "MAX_CAPTIONS",
     "MAX_CAPTION_CHARS",
     "MIN_VOCABULARY",
     "ImageSource",
     "InputError",
     "Preprocessor",
-    "TextRules",
-    "advised",
+    "TokenizerSpec",
     "clean_caption",
     "count_captions",
-    "few",
-    "legible",
+    "join_first",
+    "message_with_option",
     "open_image",
     "parse_captions",
+    "sanitize_text",
 ]

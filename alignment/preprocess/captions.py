@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from alignment.preprocess.refusal import InputError
+from alignment.preprocess.errors import InputError
 
 MAX_CAPTIONS = 200
 MAX_CAPTION_CHARS = 1000
@@ -34,15 +34,15 @@ _UNSEEN = re.compile(
 _BREAKS = re.compile("[\t-\r\x85\u2028\u2029]")
 
 
-def legible(text: str, limit: int | None = None) -> str:
+def sanitize_text(text: str, limit: int | None = None) -> str:
     """Make a name or a query of somebody else fit to be shown: in one line, and no longer than `limit` characters."""
     shown = _BREAKS.sub(" ", _UNSEEN.sub("", text if limit is None else text[: 10 * limit]))
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
 
 
-def few(names: Sequence[str], most: int = 3) -> str:
+def join_first(names: Sequence[str], most: int = 3) -> str:
     """Name the first few of many, each in at most `_SHOWN` characters, and count the rest: "a, b, c and 9 more"."""
-    shown = ", ".join(legible(name, _SHOWN) for name in names[:most])
+    shown = ", ".join(sanitize_text(name, _SHOWN) for name in names[:most])
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 

@@ -11,22 +11,25 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from alignment.picture_limits import LIMITS
-from alignment.preprocess.directories import tile_pixels
-from alignment.preprocess.metadata import slim
-from alignment.preprocess.refusal import InputError, damaged
+from alignment.preprocess.errors import InputError, damaged
+from alignment.preprocess.metadata import strip_metadata
+from alignment.preprocess.tiff import tile_pixels
 
 _PILLOWS = Image.MAX_IMAGE_PIXELS or 0
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` judges, and says it in words
 
 # What may be opened at all; JPEG includes MPO. Formats that run a program (EPS, PDF) or rarely hold photos stay shut.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
+"""Endings by which files are taken for pictures, in small letters."""
+
 _READABLE = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\x00|MM\x00\*|....ftypavi[fs]|P[1-7Ff]\s|\x00\x00\x01\x00",
     re.DOTALL,
 )
-_SLIMMED = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|....ftyp", re.DOTALL)
+_STRIPPED = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|....ftyp", re.DOTALL)
 _SLOW, _MAX_SLOW_PIXELS = ("ppm", "ppm_plain"), 2_000_000
-_MAX_ICON = 4 * 2**20  # bytes; what lies in it goes past `slim`
+_MAX_ICON = 4 * 2**20  # bytes; what lies in it goes past `strip_metadata`
 _FOREIGN = {
     "HEIC": re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL),
     "PDF": re.compile(rb"%PDF"),
@@ -69,7 +72,7 @@ def from_file(file: BinaryIO) -> Iterator[Image.Image]:
         if head.startswith((b"II", b"MM")) and tile_pixels(file) > LIMITS["pixels"]:
             raise too_large()
         Image.MAX_IMAGE_PIXELS = max(LIMITS["pixels"], _PILLOWS)  # beyond twice as many, Pillow refuses of itself
-        source = BytesIO(slim(head + file.read())) if _SLIMMED.match(head) else file
+        source = BytesIO(strip_metadata(head + file.read())) if _STRIPPED.match(head) else file
         try:
             image = Image.open(source, formats=_FORMATS)
         except UnidentifiedImageError as error:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from alignment.preprocess.errors import InputError, damaged
 from alignment.preprocess.formats import check_size, from_file, open_path, too_large, unsupported
 from alignment.preprocess.metadata import orientation
-from alignment.preprocess.refusal import InputError, damaged
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _UPRIGHT = {
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 
 
-def open_image(source: ImageSource, *, near: int | None = None) -> Image.Image:
+def open_image(source: ImageSource, *, draft_size: int | None = None) -> Image.Image:
     """Decode a picture to RGB as a person sees it: upright, first frame, transparency on white.
 
     Opening what this returned changes nothing. Size and format are judged from the header, before any pixel is decoded.
@@ -42,8 +42,8 @@ def open_image(source: ImageSource, *, near: int | None = None) -> Image.Image:
     Args:
         source: path, bytes, binary file, PIL image, or array of (height, width[, channels]): uint8, uint16, bool, or
             floating within [0, 1].
-        near: a JPEG may come out at a half, a quarter or an eighth of its size, as long as its shorter side keeps this
-            many pixels; that takes a third of the time or less. None for the full size.
+        draft_size: lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps this many
+            pixels; that takes a third of the time or less. None for the full size.
 
     Returns:
         A new image in mode RGB, without metadata.
@@ -55,7 +55,9 @@ def open_image(source: ImageSource, *, near: int | None = None) -> Image.Image:
         with _opened(source) as image:
             check_size(*image.size)
             # Has the decoder leave detail out; formats but JPEG take no notice. The caller's own picture is left alone.
-            drafted = image.draft(None, (near, near)) if near is not None and image is not source else None
+            drafted = (
+                image.draft(None, (draft_size, draft_size)) if draft_size is not None and image is not source else None
+            )
             image.load()
             rgb = _to_rgb(image) if drafted is None else _trimmed(_to_rgb(image), drafted[1])
             return _upright(rgb, _lies(image) if image is source else orientation(image))

@@ -1,8 +1,8 @@
 """What a file says beside its picture: left out before it can cost anything, but for which side is up.
 
-Place in the flow: `file -> slim (here) -> Pillow -> orientation (here)`. Pillow copies all that a directory of metadata
-names, though it may name the same bytes thousands of times, so 200 KB of EXIF become 800 MB; the comments of a GIF are
-put together one by one, so 30 MB of them take minutes. Nothing of it is needed here but the orientation.
+Place in the flow: `file -> strip_metadata (here) -> Pillow -> orientation (here)`. Pillow copies every value that a
+metadata directory points at, even when thousands of entries point at the same bytes, so 200 KB of EXIF become 800 MB;
+it joins the comments of a GIF one by one, so 30 MB of them take minutes. Only the orientation is needed here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import struct
 
 from PIL import Image
 
-from alignment.preprocess.refusal import damaged
+from alignment.preprocess.errors import damaged
 
 MAX_PARTS = 20_000
 """Segments, blocks or chunks of a file; each costs a step, and photographs have some hundred."""
@@ -32,19 +32,19 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)  # among pixels
 _PROFILE, _PNG_XMP = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0\0"
 
 
-def slim(data: bytes) -> bytes:
+def strip_metadata(data: bytes) -> bytes:
     """Leave metadata out of a JPEG, PNG, GIF or AVIF file; anything else comes back as it is.
 
     Raises:
         InputError: when it consists of more parts than a picture has any use for.
     """
     if data.startswith(b"\xff\xd8\xff"):
-        return _slim_jpeg(data)
+        return _strip_jpeg(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _slim_png(data)
+        return _strip_png(data)
     if data.startswith(b"GIF8"):
-        return _slim_gif(data)
-    return _slim_avif(data) if data[4:8] == b"ftyp" else data
+        return _strip_gif(data)
+    return _strip_avif(data) if data[4:8] == b"ftyp" else data
 
 
 # ---------------------------------------------------------------- orientation
@@ -94,7 +94,7 @@ def _unpacked(profile: str) -> bytes:
 # ---------------------------------------------------------------- formats
 
 
-def _slim_jpeg(data: bytes) -> bytes:
+def _strip_jpeg(data: bytes) -> bytes:
     exif: list[bytes] = []
     kept, xmp, place = [data[:2]], b"", 2
     for _ in range(MAX_PARTS):
@@ -143,7 +143,7 @@ def _check_scans(data: bytes, place: int) -> None:
     raise damaged()
 
 
-def _slim_png(data: bytes) -> bytes:
+def _strip_png(data: bytes) -> bytes:
     kept, place = [data[:8]], 8
     for _ in range(MAX_PARTS):
         if place >= len(data):
@@ -164,7 +164,7 @@ def _belongs(kind: bytes, body: bytes) -> bool:
     return body.startswith(_PNG_XMP) if kind == b"iTXt" else kind != b"iCCP"
 
 
-def _slim_gif(data: bytes) -> bytes:
+def _strip_gif(data: bytes) -> bytes:
     """Leave out what stands before the first picture, but for how it is to be shown."""
     place = 13 + (3 * 2 ** ((data[10] & 7) + 1) if len(data) > 10 and data[10] & 0x80 else 0)
     kept = [data[:place]]
@@ -182,7 +182,7 @@ def _slim_gif(data: bytes) -> bytes:
     return b"".join([*kept, data[place:]])
 
 
-def _slim_avif(data: bytes) -> bytes:
+def _strip_avif(data: bytes) -> bytes:
     """Call EXIF something else wherever it could be announced, which is anywhere but among the pixels."""
     parts: list[bytes] = []
     place = 0

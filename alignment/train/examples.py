@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from alignment.pairs import Pair
+from alignment.data import Pair
 from alignment.picture_limits import LIMITS, lift_limits
 from alignment.preprocess import Preprocessor, open_image
 from alignment.train.frozen import KeptImages

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed
 
+from alignment.data import Pair, positive_mask
 from alignment.evaluate import Embedded, RetrievalReport, evaluate_embedded
 from alignment.model import DualEncoder
-from alignment.pairs import Pair, positives_of
 from alignment.train.frozen import KeptImages
 from alignment.train.objective import gather
 
@@ -39,7 +39,7 @@ class Measure:
     _texts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        positives, self._texts = positives_of(self.pairs)
+        positives, self._texts = positive_mask(self.pairs)
         self._owners = positives.int().argmax(dim=0)
 
     def report(self, *, resamples: int = 1000) -> RetrievalReport:

@@ -27,10 +27,10 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import set_seed
 
+from alignment.data import describe_truncated
 from alignment.durable import foreign_errors, sole_writer, sync
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import DualEncoder, find_device
-from alignment.pairs import told_cut
 from alignment.picture_limits import use_size_options
 from alignment.train.examples import Captions, Examples
 from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, clear_away, read_settings
@@ -135,7 +135,7 @@ def _train(
     with state.main_process_first():
         run.keep_images()
     captions = (caption for pair in prepared.train for caption in pair.captions)
-    cut = told_cut(run.encoder.preprocessor.cut(captions), run.encoder.preprocessor.max_length)
+    cut = describe_truncated(run.encoder.preprocessor.truncated(captions), run.encoder.preprocessor.max_length)
     run.measure_start()
     run.plan()
     run.learn(resume)

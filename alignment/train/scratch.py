@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTIma
 
 from alignment.model import DualEncoder
 from alignment.model.composition import ComposedConfig, ComposedModel
-from alignment.preprocess import Preprocessor, TextRules
+from alignment.preprocess import Preprocessor, TokenizerSpec
 
 SIZES = {  # side of a picture, of its patches; width, depth and heads of both towers
     "tiny": {"image_size": 64, "patch_size": 8, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3},
@@ -59,7 +59,7 @@ def build_scratch(captions: Iterable[str], size: str = "small", *, device: str |
         text_width=width,
     )
     processor = ViTImageProcessorPil(size={"height": image, "width": image})
-    preprocessor = Preprocessor(processor, tokenizer, TextRules(positions=MAX_TOKENS))
+    preprocessor = Preprocessor(processor, tokenizer, TokenizerSpec(positions=MAX_TOKENS))
     return DualEncoder(ComposedModel(config, vision, text), preprocessor, name=f"scratch-{size}", device=device)
 
 

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from alignment.pairs import (
+from alignment.data import (
     DataReport,
-    ImagePrint,
+    ImageHash,
     Pair,
     check_data,
-    fingerprint_images,
-    look_alikes,
+    drop_leaked,
+    hash_images,
     merge_duplicates,
+    near_duplicates,
     read_data,
-    without_overlap,
 )
-from alignment.pairs.audit import MAX_BITS_APART, close_hashes
+from alignment.data.deduplicate import MAX_BITS_APART, close_hashes
 
 SIDE = 96
 
@@ -52,7 +52,7 @@ def test_prints_know_content_from_look(tmp_path: Path, scenes: list[str]) -> Non
     copy = tmp_path / "copy of 0.png"
     copy.write_bytes(Path(scenes[0]).read_bytes())
     anew = saved(tmp_path / "0.bmp", scene(0))
-    prints = fingerprint_images([*scenes, str(copy), anew])
+    prints = hash_images([*scenes, str(copy), anew])
     assert prints[str(copy)] == prints[scenes[0]]
     assert prints[anew].look == prints[scenes[0]].look != prints[scenes[1]].look
     assert prints[anew].content != prints[scenes[0]].content
@@ -64,7 +64,7 @@ def test_the_look_is_that_of_the_upright_picture(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     turned = saved(tmp_path / "turned.png", scene(0).transpose(Image.Transpose.ROTATE_90), exif=exif)
-    prints = fingerprint_images([upright, turned])
+    prints = hash_images([upright, turned])
     assert prints[upright].look == prints[turned].look
 
 
@@ -72,7 +72,7 @@ def test_the_bits_say_where_it_gets_brighter_to_the_right(tmp_path: Path) -> Non
     ramp = np.tile(np.linspace(0, 240, 9).astype(np.uint8), (8, 1))
     rows = np.where(np.arange(8)[:, None] < 2, ramp, ramp[:, ::-1])
     path = saved(tmp_path / "ramps.png", Image.fromarray(rows))
-    assert fingerprint_images([path])[path].look == 0xFFFF << 48
+    assert hash_images([path])[path].look == 0xFFFF << 48
 
 
 def test_what_cannot_be_opened_has_no_print_and_one_sentence_in_the_log(
@@ -83,7 +83,7 @@ def test_what_cannot_be_opened_has_no_print_and_one_sentence_in_the_log(
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
     broken = [str(cut), str(pipe), str(tmp_path / "gone.png"), str(tmp_path)]
-    prints = fingerprint_images([scenes[0], *broken])
+    prints = hash_images([scenes[0], *broken])
     assert [prints[path] for path in broken] == [None] * 4
     assert prints[scenes[0]] is not None
     assert len(caplog.records) == 1
@@ -92,7 +92,7 @@ def test_what_cannot_be_opened_has_no_print_and_one_sentence_in_the_log(
 
 def test_each_picture_is_opened_once_and_progress_is_told(scenes: list[str]) -> None:
     told: list[tuple[int, int]] = []
-    prints = fingerprint_images(scenes + scenes, progress=lambda done, total: told.append((done, total)))
+    prints = hash_images(scenes + scenes, progress=lambda done, total: told.append((done, total)))
     assert list(prints) == scenes
     assert told == [(done, 6) for done in range(1, 7)]
 
@@ -107,17 +107,17 @@ def test_an_interrupted_run_does_not_open_the_rest(scenes: list[str], monkeypatc
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("alignment.pairs.audit.open_image", open_slowly)
+    monkeypatch.setattr("alignment.data.deduplicate.open_image", open_slowly)
     folder, name = os.path.split(scenes[0])
     many = [f"{folder}/{'./' * number}{name}" for number in range(500)]
     with pytest.raises(KeyboardInterrupt):
-        fingerprint_images(many, progress=interrupt)
+        hash_images(many, progress=interrupt)
     assert len(opened) < len(many)
 
 
 def test_no_pictures_no_prints() -> None:
-    assert fingerprint_images([]) == {}
-    assert look_alikes({}) == []
+    assert hash_images([]) == {}
+    assert near_duplicates({}) == []
 
 
 # ---------------------------------------------------------------- look-alikes
@@ -129,7 +129,7 @@ def test_a_photograph_saved_anew_is_found_and_nothing_else(tmp_path: Path, scene
         saved(tmp_path / "1.webp", scene(1).resize((48, 48))),
         saved(tmp_path / "2 in grey.png", scene(2).convert("L")),
     ]
-    found = look_alikes(fingerprint_images([*scenes, *again]))
+    found = near_duplicates(hash_images([*scenes, *again]))
     assert found == list(zip(scenes, again, strict=False))
 
 
@@ -145,15 +145,15 @@ def test_plain_pictures_are_not_all_one(tmp_path: Path) -> None:
         images.append(saved(tmp_path / f"night{number}.png", Image.fromarray(night)))
         sky = np.tile(np.linspace(200, 200 + number, SIDE).astype(np.uint8), (SIDE, 1))
         images.append(saved(tmp_path / f"sky{number}.png", Image.fromarray(sky)))
-    prints = fingerprint_images(images)
+    prints = hash_images(images)
     assert all(found and found.look == 0 for found in prints.values())
-    assert look_alikes(prints) == []
+    assert near_duplicates(prints) == []
 
 
 def test_equal_contents_are_compared_as_one() -> None:
     look = 0x0123456789ABCDEF
-    prints = {"a": ImagePrint("1", look), "b": ImagePrint("1", look), "c": ImagePrint("2", look ^ 1), "d": None}
-    assert look_alikes(prints) == [("a", "c")]
+    prints = {"a": ImageHash("1", look), "b": ImageHash("1", look), "c": ImageHash("2", look ^ 1), "d": None}
+    assert near_duplicates(prints) == [("a", "c")]
 
 
 def slowly(hashes: list[int]) -> list[list[int]]:
@@ -193,9 +193,9 @@ def test_a_film_does_not_fill_the_memory(caplog: pytest.LogCaptureFixture) -> No
 # ---------------------------------------------------------------- what is done about doubles
 
 
-def prints_of(*pairs: Pair, same: str = "") -> dict[str, ImagePrint | None]:
+def prints_of(*pairs: Pair, same: str = "") -> dict[str, ImageHash | None]:
     """Give every picture a print of its own, those whose names end in a letter of `same` one in common."""
-    return {pair.image: ImagePrint("same" if pair.image[-1] in same else pair.image, look=0) for pair in pairs}
+    return {pair.image: ImageHash("same" if pair.image[-1] in same else pair.image, look=0) for pair in pairs}
 
 
 def test_doubles_become_one_picture_with_all_captions() -> None:
@@ -220,8 +220,8 @@ def test_what_is_evaluated_on_is_not_learnt_from() -> None:
     train = [Pair("/a", ("1",)), Pair("/b", ("2",)), Pair("/c", ("3",)), Pair("/d", ("4",))]
     evaluation = [Pair("/x", ("5",)), Pair("/d", ("6",)), Pair("/y", ("7",))]
     prints = {**prints_of(*train, *evaluation, same="bx"), "/c": None, "/y": None}
-    assert without_overlap(train, evaluation, prints) == [train[0], train[2]]
-    assert without_overlap(train, [], prints) == train
+    assert drop_leaked(train, evaluation, prints) == [train[0], train[2]]
+    assert drop_leaked(train, [], prints) == train
 
 
 # ---------------------------------------------------------------- the report
@@ -326,10 +326,10 @@ def test_the_report_is_json(report: DataReport) -> None:
 
 
 def test_prints_that_were_taken_are_used(scenes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    prints = fingerprint_images(scenes)
+    prints = hash_images(scenes)
     pairs = [Pair(path, ("a",)) for path in scenes]
     expected = check_data(pairs)
-    monkeypatch.delattr("alignment.pairs.audit.open_image")
+    monkeypatch.delattr("alignment.data.deduplicate.open_image")
     assert check_data(pairs, prints=prints) == expected
     assert expected.num_repeated == 1
 

@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from alignment.preprocess.image_transform import ImageTransform
 from alignment.preprocess.images import ImageSource, open_image
-from alignment.preprocess.pixels import PixelRules
-from alignment.preprocess.tokens import MIN_VOCABULARY, FileTokenizer, LibraryTokenizer, TextRules
+from alignment.preprocess.tokenizer import MIN_VOCABULARY, FileTokenizer, TokenizerSpec, TransformersTokenizer
 
 _CHECKED = 4096  # captions whose tokens are counted together
 _SPARE = 1.44  # of a reduced picture's shorter side over the model's: 12 megapixels (3000 / 8) still reach 260
@@ -27,18 +27,18 @@ class Preprocessor:
     What most checkpoints ask for is done here, for the same result; the rest is left to transformers.
 
     Attributes:
-        rules: how the text tower wants its captions.
+        tokenizer_spec: how the text tower wants its captions.
         max_length: tokens a caption is cut to.
         image_side: pixels a picture's shorter side is resized to, or its longest where both are fixed; None where that
             cannot be known, as for NaFlex.
     """
 
-    def __init__(self, image_processor: Any, tokenizer: Any, rules: TextRules) -> None:
-        known = isinstance(image_processor, PixelRules)
+    def __init__(self, image_processor: Any, tokenizer: Any, rules: TokenizerSpec) -> None:
+        known = isinstance(image_processor, ImageTransform)
         self._image_processor, self._tokenizer = image_processor, tokenizer
-        self._pixels = image_processor if known else PixelRules.of(image_processor.to_dict())
-        self._words = tokenizer if isinstance(tokenizer, FileTokenizer) else LibraryTokenizer(tokenizer, rules)
-        self.rules = rules
+        self._pixels = image_processor if known else ImageTransform.of(image_processor.to_dict())
+        self._words = tokenizer if isinstance(tokenizer, FileTokenizer) else TransformersTokenizer(tokenizer, rules)
+        self.tokenizer_spec = rules
         self.max_length = self._words.max_length
         self.image_side = self._pixels.side if self._pixels else None
 
@@ -62,9 +62,9 @@ class Preprocessor:
         """
         source = name_or_path if text is None else text
         try:
-            image_processor = PixelRules.read(Path(name_or_path)) or _library_images(name_or_path, revision)
+            image_processor = ImageTransform.read(Path(name_or_path)) or _library_images(name_or_path, revision)
             config = _config(source, revision)
-            rules = TextRules.of(config)
+            rules = TokenizerSpec.of(config)
             model_type = str(config.get("model_type"))
             tokenizer = FileTokenizer.read(Path(source), model_type, rules) or _library_tokenizer(source, revision)
         except (OSError, ValueError) as error:
@@ -85,7 +85,7 @@ class Preprocessor:
     @property
     def image_processor(self) -> Any:
         """The image processor of transformers, loaded when first asked for."""
-        if isinstance(self._image_processor, PixelRules):
+        if isinstance(self._image_processor, ImageTransform):
             self._image_processor = _library_images(self._image_processor.folder, None)
         return self._image_processor
 
@@ -94,12 +94,12 @@ class Preprocessor:
         """The tokenizer of transformers, loaded when first asked for, its padding and truncation fixed."""
         if isinstance(self._tokenizer, FileTokenizer):
             tokenizer = _library_tokenizer(self._tokenizer.folder, None)
-            LibraryTokenizer(tokenizer, self.rules)
+            TransformersTokenizer(tokenizer, self.tokenizer_spec)
             self._tokenizer = tokenizer
         return self._tokenizer
 
     @property
-    def near(self) -> int | None:
+    def draft_size(self) -> int | None:
         """Pixels that a picture's shorter side must keep when it is opened in reduced size; None: it may not be."""
         return None if self.image_side is None else max(math.ceil(_SPARE * self.image_side), _SMALLEST)
 
@@ -112,7 +112,7 @@ class Preprocessor:
         Raises:
             InputError: when it cannot be opened.
         """
-        return self.images([open_image(source, near=self.near)])
+        return self.images([open_image(source, draft_size=self.draft_size)])
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Resize and normalise opened images.
@@ -128,7 +128,7 @@ class Preprocessor:
         """Tokenize captions: `input_ids`, and `attention_mask` for the towers that read one."""
         return self._words(self._cased(texts))
 
-    def cut(self, texts: Iterable[str]) -> list[str]:
+    def truncated(self, texts: Iterable[str]) -> list[str]:
         """List the captions that are longer than the text tower reads, each once."""
         # A token is at least one byte, but for the special ones and the mark of a word's beginning.
         long = [text for text in dict.fromkeys(texts) if len(text.encode(errors="replace")) + 4 > self.max_length]
@@ -136,12 +136,12 @@ class Preprocessor:
         return [
             text
             for block in blocks
-            for text, is_cut in zip(block, self._words.is_cut(self._cased(block)), strict=True)
+            for text, is_cut in zip(block, self._words.is_truncated(self._cased(block)), strict=True)
             if is_cut
         ]
 
     def _cased(self, texts: Sequence[str]) -> Sequence[str]:
-        return [text.lower() for text in texts] if self.rules.lower else texts
+        return [text.lower() for text in texts] if self.tokenizer_spec.lower else texts
 
 
 def _config(source: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:

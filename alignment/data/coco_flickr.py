@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from alignment.pairs.collection import Collection, Row
-from alignment.pairs.encoding import read_text
-from alignment.pairs.files import begins, split_of
-from alignment.pairs.tables import read_table
-from alignment.pairs.values import texts_of
-from alignment.preprocess import few, legible
+from alignment.data.collector import Collection, Row
+from alignment.data.encoding import read_text
+from alignment.data.files import begins, split_of
+from alignment.data.records import texts_of
+from alignment.data.tables import read_table
+from alignment.preprocess import join_first, sanitize_text
 
 _SPLIT_LIST = re.compile(r"(?:flickr_?\d+k[._])?(train|dev|val|test)(?:images)?\.txt", re.IGNORECASE)
 
@@ -94,9 +94,9 @@ def read_coco(file: Path, into: Collection) -> Iterator[Row]:
     if annotations and not captions:
         into.refuse(file, f"none of its {len(annotations)} annotations belongs to an image that it lists")
     if several := [identity for identity in captions if len(names[identity]) > 1]:
-        meant = few(list(names[several[0]]))
+        meant = join_first(list(names[several[0]]))
         raise ValueError(
-            f"{file}: the id {legible(several[0], 40)} stands for several images ({meant})"
+            f"{file}: the id {sanitize_text(several[0], 40)} stands for several images ({meant})"
             f"{f', and so do {len(several) - 1} more' if len(several) > 1 else ''}; give each image an id of its own."
         )
     for image in images:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from alignment.pairs.annotations import (
+from alignment.data.coco_flickr import (
     is_coco,
     is_coco_captions,
     is_flickr8k,
@@ -18,17 +18,17 @@ from alignment.pairs.annotations import (
     read_flickr30k,
     read_karpathy,
 )
-from alignment.pairs.collection import Collection, Row
-from alignment.pairs.columns import NotRead
-from alignment.pairs.files import ARCHIVES, is_hidden, near, split_of
-from alignment.pairs.folders import read_folder
-from alignment.pairs.hub import read_hub
-from alignment.pairs.lookup import PictureIndex
-from alignment.pairs.shards import find_shards, read_shard
-from alignment.pairs.sidecars import NOT_USED
-from alignment.pairs.tables import TABLES, OnlyClasses, check_table, read_table
-from alignment.pairs.unread import could_be_captions, why_unread
-from alignment.preprocess import few
+from alignment.data.collector import Collection, Row
+from alignment.data.columns import NotRead
+from alignment.data.files import ARCHIVES, is_hidden, near, split_of
+from alignment.data.hub_dataset import read_hub
+from alignment.data.image_folder import read_folder
+from alignment.data.image_index import PictureIndex
+from alignment.data.sidecars import UNUSED_SIDECARS
+from alignment.data.tables import TABLES, ClassLabelsOnly, check_table, read_table
+from alignment.data.unsupported import could_be_captions, why_unread
+from alignment.data.webdataset import find_shards, read_shard
+from alignment.preprocess import join_first
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
@@ -42,7 +42,7 @@ def detect(source: Path, format: str | None, index: PictureIndex) -> tuple[str, 
     for name in [format] if format else FORMATS:
         files = FORMATS[name].detect(source, index)
         if len(files) > 1 and not FORMATS[name].in_parts and not all(split_of(file, source) for file in files):
-            listed = few([str(file.relative_to(source)) for file in files], 9)
+            listed = join_first([str(file.relative_to(source)) for file in files], 9)
             raise ValueError(f"{source} holds several {name} annotation files ({listed}); give the path of one.")
         if files:
             return name, files
@@ -64,7 +64,7 @@ def note_others(source: Path, read: Sequence[Path], into: Collection) -> None:
             continue
         if into.index.has_stem(file.stem):
             if file.suffix.lower() in (".txt", ".caption"):
-                into.skip(NOT_USED, file.name)
+                into.skip(UNUSED_SIDECARS, file.name)
             continue
         try:
             if file.suffix.lower() in TABLES:
@@ -72,8 +72,8 @@ def note_others(source: Path, read: Sequence[Path], into: Collection) -> None:
                 into.skip("other files of captions, whose path has to be given", file.name)
             elif could_be_captions(file, into.index):
                 into.refuse(file, why_unread(file))
-        except OnlyClasses as reason:
-            OnlyClasses.note(file, reason.column, into)
+        except ClassLabelsOnly as reason:
+            ClassLabelsOnly.note(file, reason.column, into)
         except NotRead as reason:
             if reason.names_pictures:
                 into.refuse(file, str(reason))

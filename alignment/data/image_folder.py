@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignment.pairs.annotations import is_coco_captions, read_coco
-from alignment.pairs.collection import Collection, Row
-from alignment.pairs.columns import NotRead
-from alignment.pairs.files import ARCHIVES, OTHER_PICTURES, PICTURES, SPLITS, split_of_name, walk
-from alignment.pairs.lookup import is_picture_name
-from alignment.pairs.sidecars import SIDECARS, Sidecars
-from alignment.pairs.tables import TABLES, OnlyClasses, check_table, table_rows
-from alignment.pairs.unread import could_be_captions, why_unread
+from alignment.data.coco_flickr import is_coco_captions, read_coco
+from alignment.data.collector import Collection, Row
+from alignment.data.columns import NotRead
+from alignment.data.files import ARCHIVES, OTHER_PICTURES, SPLITS, split_of_name, walk
+from alignment.data.image_index import is_picture_name
+from alignment.data.sidecars import SIDECARS, Sidecars
+from alignment.data.tables import TABLES, ClassLabelsOnly, check_table, table_rows
+from alignment.data.unsupported import could_be_captions, why_unread
+from alignment.preprocess import IMAGE_SUFFIXES
 
 _NOT_READ = {
     ".tar": "tar files without samples such as 0001.jpg with 0001.txt",
@@ -28,7 +29,7 @@ def read_folder(folder: Path, into: Collection) -> Iterator[Row]:
     pictures, tables, sidecars = [], [], Sidecars(into)
     for file in walk(folder, into.leave_out):
         ending = file.suffix.lower()
-        if ending in PICTURES:
+        if ending in IMAGE_SUFFIXES:
             pictures.append(file)
         elif ending in _NOT_READ and not could_be_captions(file, into.index):
             into.skip(_NOT_READ[ending], file.name)
@@ -70,8 +71,8 @@ def _is_table(file: Path, into: Collection) -> bool:
             if could_be_captions(file, into.index):
                 into.refuse(file, why_unread(file))
             return False
-    except OnlyClasses as reason:
-        OnlyClasses.note(file, reason.column, into)
+    except ClassLabelsOnly as reason:
+        ClassLabelsOnly.note(file, reason.column, into)
         return False
     except NotRead as reason:
         if reason.names_pictures or file.stem == "metadata":

@@ -11,16 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from alignment.pairs.collection import Collection, Row
-from alignment.pairs.columns import Columns, NotRead, Sample, columns_of, fitted
-from alignment.pairs.delimited import Head, Line, head_of, rows_of
-from alignment.pairs.encoding import open_text
-from alignment.pairs.files import begins, split_of
-from alignment.pairs.json_forms import document_records, named_entry
-from alignment.pairs.lookup import PictureIndex, is_picture_name
-from alignment.pairs.store import cache_folder, stored
-from alignment.pairs.values import row_of
-from alignment.preprocess import few, legible
+from alignment.data.collector import Collection, Row
+from alignment.data.columns import Columns, NotRead, Sample, columns_of, fitted
+from alignment.data.delimited import Head, Line, head_of, rows_of
+from alignment.data.encoding import open_text
+from alignment.data.files import begins, split_of
+from alignment.data.image_index import PictureIndex, is_picture_name
+from alignment.data.image_store import cache_folder, stored
+from alignment.data.json_documents import document_records, named_entry
+from alignment.data.records import row_of
+from alignment.preprocess import join_first, sanitize_text
 
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 
@@ -66,12 +66,12 @@ def check_table(file: Path, index: PictureIndex, *, trusted: bool = True) -> Non
         reason = "no line of it can be read" if into.skipped else "it is empty"
         raise NotRead(reason, names_pictures=_is_meant_as_captions(file) or _mentions_pictures(file))
     if classes := next((columns.classes for _, _, columns in first if columns.classes), None):
-        raise OnlyClasses(classes)
+        raise ClassLabelsOnly(classes)
     if not any(columns.captions or row_of(record, columns).captions for _, record, columns in first):
         raise NotRead("it holds no captions", names_pictures=False)
 
 
-class OnlyClasses(NotRead):
+class ClassLabelsOnly(NotRead):
     """A table names the classes of pictures, as for image classification, and no captions.
 
     Attributes:
@@ -87,7 +87,7 @@ class OnlyClasses(NotRead):
     @classmethod
     def note(cls, file: Path, column: str, into: Collection) -> None:
         """Note that a file holds classes."""
-        into.skip(cls.REASON, f"{into.shown(file)}, column {legible(column, 40)}")
+        into.skip(cls.REASON, f"{into.shown(file)}, column {sanitize_text(column, 40)}")
 
 
 def _is_meant_as_captions(file: Path) -> bool:
@@ -128,13 +128,13 @@ def _sampled(
         rows = [[_shown(record.get(name)) for name in names] for _, record in first]
         usual = Sample(names, rows, into.index.knows).columns()
         if usual.classes:
-            OnlyClasses.note(file, usual.classes, into)
+            ClassLabelsOnly.note(file, usual.classes, into)
     for where, record in _chained(first, records):
         columns = columns_of(tuple(record))
         if columns.image is None and usual and usual.image in record:
             columns = usual
         if columns.image is None:
-            into.skip("lines whose columns name no image", f"{where}: {few(list(record))}")
+            into.skip("lines whose columns name no image", f"{where}: {join_first(list(record))}")
         else:
             yield (
                 where,
@@ -188,7 +188,7 @@ def _csv_records(file: Path, into: Collection) -> Iterator[tuple[str, Mapping[st
         sample = _csv_sample([line.fields for line in islice(_rows(lines, head), _SAMPLED + 1)], into.index.knows)
     columns, texts = sample.columns(), sample.texts
     if columns.classes:
-        OnlyClasses.note(file, columns.classes, into)
+        ClassLabelsOnly.note(file, columns.classes, into)
     with open_text(file) as lines:
         rows = _rows(lines, head, sample.names.index(str(columns.image)))
         for line in rows:

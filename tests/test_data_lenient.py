@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from alignment.pairs import Reading, read_data, told
+from alignment.data import ReadResult, describe_issues, read_data
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
 TEXTS = [f"a dog number {word}" for word in WORDS]
@@ -24,7 +24,7 @@ def pictures(folder: Path, names: Any = range(12), ending: str = ".jpg") -> None
         Image.new("RGB", (4, 4), (shade, len(folder.name), 0)).save(folder / f"{name}{ending}", "PNG")
 
 
-def found(reading: Reading, root: Path) -> dict[str, tuple[str, ...]]:
+def found(reading: ReadResult, root: Path) -> dict[str, tuple[str, ...]]:
     return {os.path.relpath(pair.image, root): pair.captions for pair in reading.pairs if pair.captions}
 
 
@@ -524,7 +524,7 @@ def test_what_is_said_does_not_grow_with_the_data(tmp_path: Path, kind: str, cap
     said: list[str] = []
     for source in (tmp_path, *tmp_path.glob("captions.*")):
         try:
-            said += told(read_data(source))
+            said += describe_issues(read_data(source))
         except ValueError as error:
             said.append(str(error))
     assert any("captions" in line or "column" in line for line in said)

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignment.pairs.collection import Collection, Row
-from alignment.pairs.columns import columns_of
-from alignment.pairs.files import canonical
-from alignment.pairs.store import stored
-from alignment.pairs.values import row_of
-from alignment.preprocess import few
+from alignment.data.collector import Collection, Row
+from alignment.data.columns import columns_of
+from alignment.data.files import canonical_split
+from alignment.data.image_store import stored
+from alignment.data.records import row_of
+from alignment.preprocess import join_first
 
 
 def read_hub(source: Path, into: Collection) -> Iterator[Row]:
@@ -26,7 +26,7 @@ def read_hub(source: Path, into: Collection) -> Iterator[Row]:
         ) from error
     try:
         names = datasets.get_dataset_split_names(name, revision=revision or None)
-        chosen = [split for split in names if canonical(split) == into.wanted] or names
+        chosen = [split for split in names if canonical_split(split) == into.wanted] or names
         tables = {split: datasets.load_dataset(name, revision=revision or None, split=split) for split in chosen}
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
@@ -37,7 +37,7 @@ def read_hub(source: Path, into: Collection) -> Iterator[Row]:
     for split, table in tables.items():
         column = columns_of(tuple(table.column_names)).image
         if column is None:
-            raise ValueError(f"None of the columns of {name} ({few(table.column_names, 9)}) names an image.")
+            raise ValueError(f"None of the columns of {name} ({join_first(table.column_names, 9)}) names an image.")
         for record in table.cast_column(column, datasets.Image(decode=False)):
             row, image = row_of(record), _picture(record[column], store)
             yield row._replace(image=image, split=row.split or split, id=row.id or Path(image).stem)

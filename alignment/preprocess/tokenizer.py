@@ -16,7 +16,7 @@ MIN_VOCABULARY = 10  # where the vocabulary's file is missing, transformers make
 
 
 @dataclass(frozen=True)
-class TextRules:
+class TokenizerSpec:
     """How a text tower wants its captions; what transformers' tokenizers do not know by themselves.
 
     Attributes:
@@ -34,7 +34,7 @@ class TextRules:
     lower: bool = False
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> TextRules:
+    def of(cls, config: Mapping[str, Any]) -> TokenizerSpec:
         """Read the rules off a checkpoint's `config.json`, of a dual encoder or of a text tower alone."""
         text = config.get("text_config") or config
         kind = str(config.get("model_type", ""))
@@ -50,13 +50,13 @@ class TextRules:
         return min(limit for limit in limits if limit is not None)
 
 
-_SIGLIP = TextRules(positions=64, pad_to_max=True, lower=True)
-_ROBERTA = TextRules(reserved=2)
+_SIGLIP = TokenizerSpec(positions=64, pad_to_max=True, lower=True)
+_ROBERTA = TokenizerSpec(reserved=2)
 _TEXT_RULES = {
-    "clip": TextRules(positions=77),
+    "clip": TokenizerSpec(positions=77),
     "siglip": _SIGLIP,  # the fixed-size SigLIP2 checkpoints too
     "siglip2": _SIGLIP,
-    "chinese_clip": TextRules(trained_length=52),
+    "chinese_clip": TokenizerSpec(trained_length=52),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
@@ -82,7 +82,7 @@ class FileTokenizer:
         max_length: tokens a caption is cut to.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], rules: TextRules, folder: Path) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], rules: TokenizerSpec, folder: Path) -> None:
         self.folder = folder
         self.max_length = rules.max_length(config.get("model_max_length"))
         self._tokenizer = tokenizer
@@ -96,7 +96,7 @@ class FileTokenizer:
         )
 
     @classmethod
-    def read(cls, folder: Path, model_type: str, rules: TextRules) -> FileTokenizer | None:
+    def read(cls, folder: Path, model_type: str, rules: TokenizerSpec) -> FileTokenizer | None:
         """Read a checkpoint's tokenizer; None when there is more to it than its file says.
 
         Raises:
@@ -119,7 +119,7 @@ class FileTokenizer:
         ids, masks = ([getattr(encoding, name) for encoding in encodings] for name in ("ids", "attention_mask"))
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(masks)}
 
-    def is_cut(self, captions: Sequence[str]) -> list[bool]:
+    def is_truncated(self, captions: Sequence[str]) -> list[bool]:
         """Tell which captions have more tokens than `max_length`."""
         return [bool(encoding.overflowing) for encoding in self._tokenizer.encode_batch(list(captions))]
 
@@ -151,10 +151,10 @@ def _plain_config(folder: Path) -> dict[str, Any] | None:
     return config if plain else None
 
 
-class LibraryTokenizer:
+class TransformersTokenizer:
     """A tokenizer of transformers, called as the text tower wants it; attributes as those of `FileTokenizer`."""
 
-    def __init__(self, tokenizer: Any, rules: TextRules) -> None:
+    def __init__(self, tokenizer: Any, rules: TokenizerSpec) -> None:
         self.max_length = rules.max_length(tokenizer.model_max_length)
         self._tokenizer, self._padding = tokenizer, "max_length" if rules.pad_to_max else "longest"
         if tokenizer.pad_token is None:  # GPT-2 and its like; the attention mask hides it
@@ -170,7 +170,7 @@ class LibraryTokenizer:
             )
         )
 
-    def is_cut(self, captions: Sequence[str]) -> list[bool]:
+    def is_truncated(self, captions: Sequence[str]) -> list[bool]:
         """Tell which captions have more tokens than `max_length`."""
         if self._tokenizer.is_fast:  # cuts as it was told above, and says what it cut off
             return [

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignment.pairs import Share, read_data, read_pairs
-from alignment.pairs.shards import MAX_SHARDS, MAX_TEXT_BYTES, expand_braces
+from alignment.data import Partition, read_data, read_pairs
+from alignment.data.webdataset import MAX_SHARDS, MAX_TEXT_BYTES, expand_braces
 
 Parts = Mapping[str, bytes | str]
 
@@ -218,7 +218,7 @@ def test_a_packed_copy_of_the_pictures_does_not_hide_the_data_set(tmp_path: Path
 def test_a_second_read_opens_no_shard(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read_data(shards)
     opened: list[object] = []
-    monkeypatch.setattr("alignment.pairs.shards._unpack", lambda *arguments: opened.append(arguments))
+    monkeypatch.setattr("alignment.data.webdataset._unpack", lambda *arguments: opened.append(arguments))
     assert read_data(shards) == before
     assert opened == []
 
@@ -282,7 +282,7 @@ def test_links_and_devices_are_left_out(tmp_path: Path) -> None:
 
 
 def test_members_of_too_many_bytes_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignment.pairs.shards.MAX_PICTURE_BYTES", 5000)
+    monkeypatch.setattr("alignment.data.webdataset.MAX_PICTURE_BYTES", 5000)
     parts: Parts = {
         "0.jpg": photo(0),
         "0.txt": "x" * (MAX_TEXT_BYTES + 1),
@@ -410,9 +410,9 @@ def test_a_pattern_may_have_wildcards_and_braces(tmp_path: Path) -> None:
 def test_a_share_opens_only_its_own_shards(tmp_path: Path, cache: Path) -> None:
     for number in range(5):
         shard(tmp_path / "shards" / f"{number}.tar", {"0.png": photo(number), "0.txt": str(number)})
-    parts = [read_data(tmp_path / "shards", share=Share(number, 2)).pairs for number in (1, 2)]
+    parts = [read_data(tmp_path / "shards", partition=Partition(number, 2)).pairs for number in (1, 2)]
     assert [[pair.captions[0] for pair in part] for part in parts] == [["0", "2", "4"], ["1", "3"]]
     assert len(list((cache / "shards").iterdir())) == 5
-    assert read_data(tmp_path / "shards", share=Share(7, 7)).pairs == []  # more shares than shards
-    one = [read_data(tmp_path / "shards" / "0.tar", share=Share(number, 2)).pairs for number in (1, 2)]
+    assert read_data(tmp_path / "shards", partition=Partition(7, 7)).pairs == []  # more shares than shards
+    one = [read_data(tmp_path / "shards" / "0.tar", partition=Partition(number, 2)).pairs for number in (1, 2)]
     assert [len(part) for part in one] == [1, 0]

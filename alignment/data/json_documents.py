@@ -8,10 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from alignment.pairs.collection import Collection
-from alignment.pairs.columns import columns_of
-from alignment.pairs.encoding import read_text
-from alignment.pairs.files import SPLITS
+from alignment.data.collector import Collection
+from alignment.data.columns import columns_of
+from alignment.data.encoding import read_text
+from alignment.data.files import SPLITS
 
 _ANSWERS = ("gpt", "assistant")
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from alignment.pairs.encoding import Encoding, encoding_of
-from alignment.pairs.files import TEXTS, UNLISTED, canonical
-from alignment.pairs.lookup import PictureIndex
-from alignment.pairs.unread import told_unread
-from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, few, legible
+from alignment.data.encoding import Encoding, encoding_of
+from alignment.data.files import TEXTS, UNLISTED, canonical_split
+from alignment.data.image_index import PictureIndex
+from alignment.data.unsupported import told_unread
+from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, join_first, sanitize_text
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _NO_VALUES = {"nan", "none", "null", "<na>", "n/a", "#n/a"}  # as programs write
 AWAY = "pictures in folders that cannot be listed"
 
 
-class AmbiguousNames(ValueError):
+class AmbiguousImageNames(ValueError):
     """Nothing decides which of several pictures is meant.
 
     Attributes:
@@ -37,7 +37,7 @@ class AmbiguousNames(ValueError):
         self.names = names
 
 
-class NothingLeft(ValueError):
+class EmptyDataset(ValueError):
     """No picture of a data set is left.
 
     Attributes:
@@ -151,8 +151,8 @@ class Collection:
 
     def wants(self, split: str) -> bool:
         """Note that there is such a split, and say whether it is asked for."""
-        self.splits.add(canonical(split))
-        return self.wanted in ("", canonical(split))
+        self.splits.add(canonical_split(split))
+        return self.wanted in ("", canonical_split(split))
 
     def counted(self, file: Path, rows: Iterable[Row]) -> Iterator[Row]:
         """Pass on the rows of a file of captions; if none finds its picture, the file counts as unread."""
@@ -173,7 +173,7 @@ class Collection:
 
     def add(self, row: Row) -> None:
         """Take a row in, if it is of the split asked for and its picture is there."""
-        row = row._replace(split=canonical(row.split))
+        row = row._replace(split=canonical_split(row.split))
         is_wanted = self.wants(row.split)
         path = self._found_once(row, is_wanted)
         self._added["captions"] += len(row.captions)
@@ -197,20 +197,20 @@ class Collection:
         """Merge the rows of each picture and log what happened.
 
         Raises:
-            AmbiguousNames: when nothing decides which of several pictures a name means.
-            NothingLeft: when no picture is left.
+            AmbiguousImageNames: when nothing decides which of several pictures a name means.
+            EmptyDataset: when no picture is left.
         """
         self._settle_claims()
         if self._ambiguous:
-            raise AmbiguousNames(f"{title}: {self._ambiguity()}", list(self._ambiguous))
+            raise AmbiguousImageNames(f"{title}: {self._ambiguity()}", list(self._ambiguous))
         pairs = [self._merge(path, rows) for path, rows in self.rows.items()]
-        left_out = "; ".join(f"{len(what)} {reason} ({few(what)})" for reason, what in self.skipped.items())
+        left_out = "; ".join(f"{len(what)} {reason} ({join_first(what)})" for reason, what in self.skipped.items())
         if not pairs and not may_be_empty:
             named = sorted(filter(None, self.splits))
-            there = f"its splits are {few(named)}" if named else "it has no splits, so ask for none"
+            there = f"its splits are {join_first(named)}" if named else "it has no splits, so ask for none"
             asked = f" of split {self.wanted!r}; {there}" if self.wanted else ""
             reason = f"; left out: {left_out}" if left_out else ""
-            raise NothingLeft(
+            raise EmptyDataset(
                 f"{title} has no pictures{asked}{reason}. Check the path, the format and the split.", self.skipped
             )
         logger.info("%s: %d pictures, %d captions.", title, len(pairs), sum(len(pair.captions) for pair in pairs))
@@ -240,10 +240,11 @@ class Collection:
                 self.rows.pop(path)
 
     def _ambiguity(self) -> str:
-        some = [f"{legible(name)} ({few(meant)})" for name, meant in self._ambiguous.items()]
+        some = [f"{sanitize_text(name)} ({join_first(meant)})" for name, meant in self._ambiguous.items()]
         return (
-            f"nothing decides which picture is meant, of {len(some)} names: {few(some)}. Write the folder before the "
-            "names, put each part with its annotations into a folder of its own, or give the path of one of them."
+            f"nothing decides which picture is meant, of {len(some)} names: {join_first(some)}. Write the folder "
+            "before the names, put each part with its annotations into a folder of its own, or give the path of one of "
+            "them."
         )
 
     def _merge(self, path: str, rows: list[Row]) -> Pair:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-from alignment.pairs.files import ARCHIVES, TEXTS
-from alignment.pairs.lookup import PictureIndex
-from alignment.preprocess import legible
+from alignment.data.files import ARCHIVES, TEXTS
+from alignment.data.image_index import PictureIndex
+from alignment.preprocess import sanitize_text
 
 _SHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
 _OTHERS = {".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat", ".xml", ".yaml", ".yml"}
@@ -24,7 +24,9 @@ _MAX_BYTES = 64 * 2**20
 
 def told_unread(unread: Mapping[str, str]) -> list[str]:
     """Say of the first few files why they could not be read, and how many more there are."""
-    lines = [f"{legible(file, 150)}: {legible(reason, 300)}" for file, reason in islice(unread.items(), _TOLD)]
+    lines = [
+        f"{sanitize_text(file, 150)}: {sanitize_text(reason, 300)}" for file, reason in islice(unread.items(), _TOLD)
+    ]
     return lines + ([f"and {len(unread) - _TOLD:,} more files of captions"] if len(unread) > _TOLD else [])
 
 
@@ -44,7 +46,7 @@ def why_unread(file: Path) -> str:
         return "a spreadsheet; save it as CSV (UTF-8), with the columns image and caption"
     if file.suffix.lower() in ARCHIVES:
         return "it has to be unpacked first"
-    ending = f"that end in {legible(file.suffix.lower(), 20)}" if file.suffix else "without an ending"
+    ending = f"that end in {sanitize_text(file.suffix.lower(), 20)}" if file.suffix else "without an ending"
     return f"files {ending} are not read as captions; save it as CSV with the columns image and caption"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from typing import BinaryIO
 
-from alignment.preprocess.refusal import damaged
+from alignment.preprocess.errors import damaged
 
 MAX_NUMBERS = 500_000
 """Numbers in the directories; a picture of 50 megapixels in tiles of 16 x 16 has 400,000."""

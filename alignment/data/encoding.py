@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from alignment.pairs.scripts import encoding_by_script
+from alignment.data.script_detection import encoding_by_script
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from alignment.pairs.collection import Collection, Row
-from alignment.pairs.encoding import encoding_of, read_text
-from alignment.pairs.lookup import is_picture_name
-from alignment.pairs.values import texts_of
+from alignment.data.collector import Collection, Row
+from alignment.data.encoding import encoding_of, read_text
+from alignment.data.image_index import is_picture_name
+from alignment.data.records import texts_of
 
 SIDECARS = (".txt", ".caption", ".json")
 MAX_SIDECAR_BYTES = 2**20
-NOT_USED = "text files beside pictures that have their captions from elsewhere"
+UNUSED_SIDECARS = "text files beside pictures that have their captions from elsewhere"
 
 
 class Sidecars:
@@ -57,7 +57,7 @@ class Sidecars:
         """
         for path, file in self.files.items():
             if path not in self._used and file.suffix.lower() != ".json":
-                self.into.skip(NOT_USED, self.into.shown(file))
+                self.into.skip(UNUSED_SIDECARS, self.into.shown(file))
         for file in others if self._used else ():
             if file.suffix.lower() in (".txt", ".caption"):
                 self.into.skip("text files beside which no picture of their name lies", self.into.shown(file))

@@ -14,7 +14,7 @@ BLOCK = 64
 
 
 @dataclass(frozen=True)
-class Share:
+class Partition:
     """One of several equal parts of a data set.
 
     Attributes:
@@ -29,7 +29,7 @@ class Share:
         return f"{self.number}/{self.count}"
 
     @classmethod
-    def read(cls, text: str) -> Share:
+    def parse(cls, text: str) -> Partition:
         """Read "2/4", the second of four.
 
         Raises:
@@ -40,7 +40,7 @@ class Share:
             raise ValueError(f"{text!r} is no share; the second of four is 2/4.")
         return cls(int(found[1]), int(found[2]))
 
-    def of(self, items: Sequence[Item], block: int = BLOCK) -> list[Item]:
+    def select(self, items: Sequence[Item], block: int = BLOCK) -> list[Item]:
         """Take this share: every `count`-th block of so many neighbours."""
         starts = range((self.number - 1) * block, len(items), self.count * block)
         return [item for start in starts for item in items[start : start + block]]

@@ -24,7 +24,7 @@ def damaged() -> InputError:
 _LIFTED_BY = {"image.too_large": "--max-megapixels N", "image.too_narrow": "--max-aspect-ratio N"}
 
 
-def advised(error: InputError) -> str:
+def message_with_option(error: InputError) -> str:
     """Say why a picture is refused, and which option of the commands lets it in, if there is one."""
     option = _LIFTED_BY.get(error.code)
     return f"{error} Or say {option}." if option else str(error)

@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from alignment.pairs.encoding import open_text
+from alignment.data.encoding import open_text
 
-PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw"}
 ARCHIVES = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar"}
 TEXTS = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".token", ".caption"}
@@ -31,7 +30,7 @@ _SPLIT_IN_NAME = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 _ANNOTATION_FOLDERS = {"annotations", "flickr8k_text", "karpathy", "caption_datasets"}
 
 
-def canonical(split: str) -> str:
+def canonical_split(split: str) -> str:
     """Bring the names of the usual splits together: train, dev and test."""
     split = split.strip().lower()
     return SPLITS.get(split, split)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from alignment.pairs.files import SPLITS
-from alignment.pairs.lookup import is_picture_name
-from alignment.preprocess import few
+from alignment.data.files import SPLITS
+from alignment.data.image_index import is_picture_name
+from alignment.preprocess import join_first
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "file_name", "filename", "image_name", "filepath", "path", "img", "image_file", "file"),
@@ -134,13 +134,13 @@ class Sample:
             return str(named.id)
         if not found:
             raise NotRead(
-                f"none of its columns ({few(self.names)}) names pictures that are there; call the right one "
+                f"none of its columns ({join_first(self.names)}) names pictures that are there; call the right one "
                 "image, or add a header line",
                 names_pictures=bool(named.captions) and len(self.names) > 1,
             )
         if len(found) > 1:
             raise NotRead(
-                f"its columns {few(found)} all name pictures; call the right one image",
+                f"its columns {join_first(found)} all name pictures; call the right one image",
                 names_pictures=bool(named.captions or self.texts),
             )
         return found[0]
@@ -158,11 +158,11 @@ class Sample:
         if len(found) == 1:
             return (found[0],), None
         if found:
-            raise NotRead(f"its columns {few(found)} may all be captions; call the right ones caption")
+            raise NotRead(f"its columns {join_first(found)} may all be captions; call the right ones caption")
         if classes := classes or [name for name in texts if len(self._values(name)) >= _FEWEST]:
             return (), classes[0]
         raise NotRead(
-            f"none of its columns ({few(self.names)}) holds captions; call the right one caption",
+            f"none of its columns ({join_first(self.names)}) holds captions; call the right one caption",
             names_pictures=bool(texts),
         )
 

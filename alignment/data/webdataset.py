@@ -19,12 +19,13 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignment.data.collector import Collection, Row
+from alignment.data.files import SPLITS, is_hidden, near, split_of
+from alignment.data.image_index import composed
+from alignment.data.image_store import cache_folder, stored
+from alignment.data.records import TEXT_PARTS, row_of
 from alignment.durable import read_sealed, sha256_of, write_sealed
-from alignment.pairs.collection import Collection, Row
-from alignment.pairs.files import PICTURES, SPLITS, is_hidden, near, split_of
-from alignment.pairs.lookup import composed
-from alignment.pairs.store import cache_folder, stored
-from alignment.pairs.values import TEXT_PARTS, row_of
+from alignment.preprocess import IMAGE_SUFFIXES
 
 MAX_PICTURE_BYTES = 128 * 2**20
 MAX_TEXT_BYTES = 2**20
@@ -109,7 +110,7 @@ def _holds_samples(shard: Path) -> bool:
     try:
         for _, member in islice(_headers(shard), _PROBED):
             key, part = _key_and_part(member.name)
-            parts.setdefault(key, set()).add("picture" if f".{part}" in PICTURES else part)
+            parts.setdefault(key, set()).add("picture" if f".{part}" in IMAGE_SUFFIXES else part)
     except _DAMAGED:
         pass
     return any("picture" in found and found & {"json", *TEXT_PARTS} for found in parts.values())
@@ -166,9 +167,9 @@ def _unpack(file: Path, store: Path) -> Shard:
     for name, data in _members(file, shard):
         key, part = _key_and_part(name)
         sample = samples.setdefault(key, {"__key__": key})
-        if f".{part}" in PICTURES and "image" in sample:
+        if f".{part}" in IMAGE_SUFFIXES and "image" in sample:
             shard.skipped.append(("further pictures of a sample", name))
-        elif f".{part}" in PICTURES:
+        elif f".{part}" in IMAGE_SUFFIXES:
             sample["image"] = stored(data, f".{part}", store).name
         elif part in sample:
             shard.skipped.append(("further captions of a sample", name))
@@ -189,13 +190,13 @@ def _members(file: Path, shard: Shard) -> Iterator[tuple[str, bytes]]:
         for tar, member in _headers(file):
             name = member.name.encode(errors="replace").decode()  # names may be any bytes
             _, part = _key_and_part(name)
-            if f".{part}" not in PICTURES and part not in ("json", *TEXT_PARTS):
-                if Path(name).suffix.lower() in PICTURES:
+            if f".{part}" not in IMAGE_SUFFIXES and part not in ("json", *TEXT_PARTS):
+                if Path(name).suffix.lower() in IMAGE_SUFFIXES:
                     shard.skipped.append(("pictures that are hidden, or whose name is not KEY.jpg", name))
                 continue
             if not member.isreg() or member.issparse():
                 shard.skipped.append(("links and other members that are no files", name))
-            elif member.size > (MAX_PICTURE_BYTES if f".{part}" in PICTURES else MAX_TEXT_BYTES):
+            elif member.size > (MAX_PICTURE_BYTES if f".{part}" in IMAGE_SUFFIXES else MAX_TEXT_BYTES):
                 shard.skipped.append(("members of too many bytes", name))
             elif (content := tar.extractfile(member)) is not None:
                 yield name, content.read()

@@ -20,8 +20,8 @@ from test_preprocess import equal
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from alignment.preprocess import InputError, Preprocessor, open_image
-from alignment.preprocess.pixels import PixelRules
-from alignment.preprocess.tokens import FileTokenizer, TextRules
+from alignment.preprocess.image_transform import ImageTransform
+from alignment.preprocess.tokenizer import FileTokenizer, TokenizerSpec
 
 ROOT = Path(__file__).parents[1]
 COMPACT = ROOT / "checkpoints" / "compact"
@@ -74,7 +74,7 @@ def test_pixels_are_those_of_transformers_to_the_last_bit(name: str, tmp_path: P
     kind, config = PROCESSORS[name]
     folder = written(tmp_path, kind, config)
     theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    rules = [PixelRules.read(folder), PixelRules.of(theirs.to_dict())]  # off its file, and off the processor
+    rules = [ImageTransform.read(folder), ImageTransform.of(theirs.to_dict())]  # off its file, and off the processor
     for size in SIZES:
         expected = theirs([noise(size)], return_tensors="pt")["pixel_values"]
         for rule in rules:
@@ -88,7 +88,7 @@ def test_pixels_are_those_of_transformers_to_the_last_bit(name: str, tmp_path: P
 
 @pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
 def test_the_names_of_the_other_back_ends_mean_the_same(suffix: str) -> None:
-    assert PixelRules.of({"image_processor_type": f"CLIPImageProcessor{suffix}"}) == PixelRules.of(
+    assert ImageTransform.of({"image_processor_type": f"CLIPImageProcessor{suffix}"}) == ImageTransform.of(
         {"image_processor_type": "CLIPImageProcessor"}
     )
 
@@ -117,7 +117,7 @@ def test_the_names_of_the_other_back_ends_mean_the_same(suffix: str) -> None:
 )
 def test_what_is_not_known_here_is_left_to_transformers(config: dict[str, Any]) -> None:
     kind = {} if not config or "image_processor_type" in config else {"image_processor_type": "CLIPImageProcessor"}
-    assert PixelRules.of({**kind, **config}) is None
+    assert ImageTransform.of({**kind, **config}) is None
 
 
 def test_a_processor_saved_with_others_in_one_file_is_found(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_processor_saved_with_others_in_one_file_is_found(tmp_path: Path) -> N
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
     theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     expected = theirs([noise((70, 50))], return_tensors="pt")["pixel_values"]
-    rules = PixelRules.read(tmp_path)
+    rules = ImageTransform.read(tmp_path)
     assert rules is not None
     torch.testing.assert_close(rules([noise((70, 50))]), expected, rtol=0, atol=0)
 
@@ -146,25 +146,25 @@ SIDES = {
 def test_a_preprocessor_tells_how_large_a_picture_it_needs(family: str, checkpoint: Callable) -> None:
     ours = Preprocessor.load(checkpoint(family))
     assert ours.image_side == SIDES[family]
-    assert ours.near == (320 if SIDES[family] else None)  # a thumbnail's size, for so small a model
+    assert ours.draft_size == (320 if SIDES[family] else None)  # a thumbnail's size, for so small a model
 
 
 def test_a_reduced_picture_keeps_almost_half_as_much_again_as_the_model_reads(tmp_path: Path) -> None:
     for name, size in (("CLIPImageProcessor", {"shortest_edge": 336}), ("ViTImageProcessor", 384)):
-        rules = PixelRules.read(written(tmp_path, name, {"size": size}))
+        rules = ImageTransform.read(written(tmp_path, name, {"size": size}))
         assert rules is not None
         tokenizer = AutoTokenizer.from_pretrained(COMPACT)
-        near = Preprocessor(rules, tokenizer, TextRules()).near
+        near = Preprocessor(rules, tokenizer, TokenizerSpec()).draft_size
         assert near is not None
         assert 1.43 < near / rules.side < 1.45
-    assert Preprocessor.load(COMPACT).near == 375  # an eighth of twelve megapixels
+    assert Preprocessor.load(COMPACT).draft_size == 375  # an eighth of twelve megapixels
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip2-naflex"])
 def test_one_picture_is_opened_and_made_ready(family: str, checkpoint: Callable, encoded: Callable) -> None:
     ours = Preprocessor.load(checkpoint(family))
     data = encoded(noise((1600, 1200)).resize((2000, 1600)), "JPEG")
-    reduced = open_image(data, near=ours.near)
+    reduced = open_image(data, draft_size=ours.draft_size)
     assert reduced.size == ((500, 400) if family == "clip" else (2000, 1600))
     equal(ours.image(data), ours.images([reduced]))
     with pytest.raises(InputError, match="empty"):
@@ -209,7 +209,7 @@ def test_tokens_are_those_of_transformers(model_type: str, pad_to_max: bool, tmp
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(COMPACT / name, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    rules = TextRules(positions=40, pad_to_max=pad_to_max)
+    rules = TokenizerSpec(positions=40, pad_to_max=pad_to_max)
     ours = FileTokenizer.read(tmp_path, model_type, rules)
     assert ours is not None
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -222,7 +222,7 @@ def test_tokens_are_those_of_transformers(model_type: str, pad_to_max: bool, tmp
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_sides_of_padding_and_truncation_are_kept(side: str, tmp_path: Path) -> None:
     folder = copied(tmp_path, {"padding_side": side, "truncation_side": side})
-    ours = FileTokenizer.read(folder, "composed-dual-encoder", TextRules(positions=12))
+    ours = FileTokenizer.read(folder, "composed-dual-encoder", TokenizerSpec(positions=12))
     assert ours is not None
     theirs = AutoTokenizer.from_pretrained(folder)
     equal(ours(TEXTS), theirs(TEXTS, padding=True, truncation=True, max_length=12, return_tensors="pt"))
@@ -256,19 +256,19 @@ def copied(folder: Path, config: dict[str, Any]) -> Path:
     ],
 )
 def test_a_tokenizer_that_is_more_than_its_file_is_left_to_transformers(config: dict[str, Any], tmp_path: Path) -> None:
-    assert FileTokenizer.read(copied(tmp_path, {}), "composed-dual-encoder", TextRules()) is not None
-    assert FileTokenizer.read(copied(tmp_path, config), "composed-dual-encoder", TextRules()) is None
+    assert FileTokenizer.read(copied(tmp_path, {}), "composed-dual-encoder", TokenizerSpec()) is not None
+    assert FileTokenizer.read(copied(tmp_path, config), "composed-dual-encoder", TokenizerSpec()) is None
 
 
 def test_files_that_older_versions_wrote_are_left_to_transformers(tmp_path: Path) -> None:
     folder = copied(tmp_path, {})
-    assert FileTokenizer.read(folder, "llava", TextRules()) is None
+    assert FileTokenizer.read(folder, "llava", TokenizerSpec()) is None
     for name in ("special_tokens_map.json", "added_tokens.json"):
         (folder / name).write_text("{}")
-        assert FileTokenizer.read(folder, "composed-dual-encoder", TextRules()) is None
+        assert FileTokenizer.read(folder, "composed-dual-encoder", TokenizerSpec()) is None
         (folder / name).unlink()
     (folder / "tokenizer.json").unlink()
-    assert FileTokenizer.read(folder, "composed-dual-encoder", TextRules()) is None
+    assert FileTokenizer.read(folder, "composed-dual-encoder", TokenizerSpec()) is None
 
 
 def test_a_damaged_tokenizer_is_missing_all_the_same(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_the_parts_of_transformers_are_there_when_asked_for() -> None:
     assert ours.tokenizer is ours.tokenizer
     assert ours.image_processor.backend == "pil"
     assert ours.tokenizer.backend_tokenizer.truncation["max_length"] == ours.max_length == 64
-    wrapped = Preprocessor(ours.image_processor, ours.tokenizer, ours.rules)
+    wrapped = Preprocessor(ours.image_processor, ours.tokenizer, ours.tokenizer_spec)
     equal(ours.texts(TEXTS), wrapped.texts(TEXTS))
     equal(ours.images([noise((90, 60))]), wrapped.images([noise((90, 60))]))
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignment.pairs.collection import Collection, Pair
-from alignment.pairs.columns import NotRead
-from alignment.pairs.files import UNLISTED, canonical, root_of
-from alignment.pairs.formats import FORMATS, detect, note_others
-from alignment.pairs.lookup import PictureIndex
-from alignment.pairs.sharing import Share
+from alignment.data.collector import Collection, Pair
+from alignment.data.columns import NotRead
+from alignment.data.files import UNLISTED, canonical_split, root_of
+from alignment.data.formats import FORMATS, detect, note_others
+from alignment.data.image_index import PictureIndex
+from alignment.data.partition import Partition
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadResult:
     """What a data set holds, and what of it was left out.
 
     Attributes:
@@ -51,8 +51,8 @@ def read_data(
     format: str | None = None,
     split: str | None = None,
     trusted: bool = True,
-    share: Share | None = None,
-) -> Reading:
+    partition: Partition | None = None,
+) -> ReadResult:
     """Read the pictures of a data set, each once, with all captions that belong to it.
 
     Missing pictures, empty captions and unreadable lines are left out, counted, and logged as one summary. A picture
@@ -64,8 +64,8 @@ def read_data(
         format: a name from the package's table, where the found one is wrong.
         split: keep only this one; "val" and "dev" mean the same.
         trusted: whether absolute paths may count; in annotations that a stranger wrote they must not.
-        share: read only this part of it, which may be empty. Of a data set in several shards, each is opened for one
-            share only.
+        partition: read only this part, which may be empty. Of several shards, each belongs to one partition, so that
+            no process opens the shards of another.
 
     Raises:
         FileNotFoundError: when there is no such folder, file or Hub data set.
@@ -75,13 +75,13 @@ def read_data(
     root = root_of(source)
     index = PictureIndex(root)
     name, files = detect(source, format, index)
-    by_file = share is not None and FORMATS[name].in_parts and len(files) > 1
-    if share is not None and by_file:
-        files = share.of(files, block=1)
+    by_file = partition is not None and FORMATS[name].in_parts and len(files) > 1
+    if partition is not None and by_file:
+        files = partition.select(files, block=1)
     absolute = trusted and name in ("csv", "jsonl", "parquet")
     collection = Collection(
         root,
-        canonical(split or ""),
+        canonical_split(split or ""),
         absolute=absolute,
         trusted=trusted,
         any_table=format != "folder",
@@ -91,19 +91,19 @@ def read_data(
         _read_file(file, name, collection)
     if source.is_dir() and format is None and not FORMATS[name].alone:
         note_others(source, files, collection)
-        if not (split or share):
+        if not (split or partition):
             for path in index.paths:
                 if path not in collection.rows:
                     collection.skip("pictures that no caption names", collection.shown(Path(path)))
     for folder in index.unlisted:
         collection.leave_out(UNLISTED, Path(folder))
-    pairs = collection.pairs(f"{source} ({name})", may_be_empty=share is not None)
-    if share is not None and not by_file:
-        pairs = share.of(pairs)
+    pairs = collection.pairs(f"{source} ({name})", may_be_empty=partition is not None)
+    if partition is not None and not by_file:
+        pairs = partition.select(pairs)
     left_out, repaired = (
         {reason: tuple(what) for reason, what in found.items()} for found in (collection.skipped, collection.repaired)
     )
-    return Reading(pairs, name, left_out, tuple(collection.unlisted), repaired, collection.unread)
+    return ReadResult(pairs, name, left_out, tuple(collection.unlisted), repaired, collection.unread)
 
 
 def _read_file(file: Path, name: str, into: Collection) -> None:
@@ -121,13 +121,17 @@ def _read_file(file: Path, name: str, into: Collection) -> None:
 
 
 def read_pairs(
-    source: str | os.PathLike[str], *, format: str | None = None, split: str | None = None, share: Share | None = None
+    source: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    split: str | None = None,
+    partition: Partition | None = None,
 ) -> list[Pair]:
     """Read the pictures of a data set with their captions; `read_data` without what was left out."""
-    return read_data(source, format=format, split=split, share=share).pairs
+    return read_data(source, format=format, split=split, partition=partition).pairs
 
 
-def positives_of(pairs: Sequence[Pair]) -> tuple[Tensor, list[str]]:
+def positive_mask(pairs: Sequence[Pair]) -> tuple[Tensor, list[str]]:
     """Lay the captions out flat and say which belong to which image.
 
     Args:

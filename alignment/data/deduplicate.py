@@ -1,6 +1,6 @@
 """Which pictures are one: the same bytes under two names, or the same photograph saved anew.
 
-Place in the flow: `read_data -> fingerprint_images (once) -> check_data, merge_duplicates, without_overlap,
+Place in the flow: `read_data -> hash_images (once) -> check_data, merge_duplicates, drop_leaked,
 look_alikes`. Captions of one picture must never count as wrong for its double, and no picture may be both learnt from
 and measured on.
 """
@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alignment.pairs.collection import Pair
-from alignment.preprocess import InputError, advised, legible, open_image
+from alignment.data.collector import Pair
+from alignment.preprocess import InputError, message_with_option, open_image, sanitize_text
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ MAX_LOOK_ALIKES = 1_000_000  # pairs; the frames of a film would otherwise fill 
 _THREADS = 8
 
 
-class ImagePrint(NamedTuple):
+class ImageHash(NamedTuple):
     """What a picture is recognised by.
 
     Attributes:
@@ -50,9 +50,9 @@ class ImagePrint(NamedTuple):
     look: int
 
 
-def fingerprint_images(
+def hash_images(
     images: Iterable[str], *, progress: Callable[[int, int], None] | None = None
-) -> dict[str, ImagePrint | None]:
+) -> dict[str, ImageHash | None]:
     """Open every picture once and take its prints.
 
     Args:
@@ -64,12 +64,12 @@ def fingerprint_images(
     """
     paths = list(dict.fromkeys(images))
     problems: list[str] = []
-    prints: dict[str, ImagePrint | None] = {}
+    prints: dict[str, ImageHash | None] = {}
     # Decoding and hashing both let go of the interpreter's lock, so threads do.
     pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     try:
         for path, found in zip(paths, pool.map(_print_of, paths), strict=True):
-            prints[path] = found if isinstance(found, ImagePrint) else None
+            prints[path] = found if isinstance(found, ImageHash) else None
             if isinstance(found, str):
                 problems.append(found)
             if progress:
@@ -82,15 +82,15 @@ def fingerprint_images(
     return prints
 
 
-def _print_of(path: str) -> ImagePrint | str:
+def _print_of(path: str) -> ImageHash | str:
     """Take the prints of one picture, or say why that cannot be done."""
     try:
         look = _look_of(open_image(path))
         with Path(path).open("rb") as file:
-            return ImagePrint(hashlib.file_digest(file, "sha256").hexdigest(), look)
+            return ImageHash(hashlib.file_digest(file, "sha256").hexdigest(), look)
     except (InputError, OSError) as error:
-        reason = advised(error) if isinstance(error, InputError) else str(error)
-        return f"{legible(os.path.basename(path))} ({reason})"
+        reason = message_with_option(error) if isinstance(error, InputError) else str(error)
+        return f"{sanitize_text(os.path.basename(path))} ({reason})"
 
 
 def _look_of(image: Image.Image) -> int:
@@ -108,13 +108,13 @@ def _look_of(image: Image.Image) -> int:
 # ---------------------------------------------------------------- what looks alike
 
 
-def look_alikes(prints: Mapping[str, ImagePrint | None]) -> list[tuple[str, str]]:
+def near_duplicates(prints: Mapping[str, ImageHash | None]) -> list[tuple[str, str]]:
     """Find the pictures that are one photograph saved in two ways.
 
     Of pictures with the same content only the first is compared, which is the one `merge_duplicates` keeps.
 
     Args:
-        prints: of all pictures in question, as `fingerprint_images` gives them.
+        prints: of all pictures in question, as `hash_images` gives them.
 
     Returns:
         Pairs in the order of `prints`; at most `MAX_LOOK_ALIKES`.
@@ -126,7 +126,7 @@ def look_alikes(prints: Mapping[str, ImagePrint | None]) -> list[tuple[str, str]
     return [(firsts[one], firsts[other]) for one, other in alike_contents(prints)]
 
 
-def alike_contents(prints: Mapping[str, ImagePrint | None]) -> list[tuple[str, str]]:
+def alike_contents(prints: Mapping[str, ImageHash | None]) -> list[tuple[str, str]]:
     """Find the look-alikes among contents, each content once."""
     looks = {found.content: found.look for found in prints.values() if found}
     names = list(looks)
@@ -176,12 +176,12 @@ def _close_in_part(hashes: NDArray[np.uint64], part: NDArray[np.uint16], limit: 
 # ---------------------------------------------------------------- what the trainer and the report do about it
 
 
-def merge_duplicates(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) -> list[Pair]:
+def merge_duplicates(pairs: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> list[Pair]:
     """Hold each picture once, with all its captions; drop those that cannot be opened or have no caption.
 
     Args:
         pairs: of one split: pictures of two are merged like any others.
-        prints: of all their pictures, as `fingerprint_images` gives them.
+        prints: of all their pictures, as `hash_images` gives them.
 
     Returns:
         In the order given; the first of several equal pictures stands for all, and no caption is in it twice.
@@ -194,15 +194,15 @@ def merge_duplicates(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | No
     return list(merged.values())
 
 
-def without_overlap(
-    train: Sequence[Pair], evaluation: Sequence[Pair], prints: Mapping[str, ImagePrint | None]
+def drop_leaked(
+    train: Sequence[Pair], evaluation: Sequence[Pair], prints: Mapping[str, ImageHash | None]
 ) -> list[Pair]:
     """Drop the training pictures that are, byte for byte, evaluated on as well.
 
     Args:
         train: pictures to learn from.
         evaluation: pictures to measure on; they stay as they are.
-        prints: of the pictures of both, as `fingerprint_images` gives them.
+        prints: of the pictures of both, as `hash_images` gives them.
     """
     measured = {found.content for pair in evaluation if (found := prints[pair.image])}
     return [pair for pair in train if not ((found := prints[pair.image]) and found.content in measured)]

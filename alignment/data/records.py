@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from alignment.pairs.collection import Row
-from alignment.pairs.columns import CAPTION_COLUMNS, Columns, columns_of
-from alignment.pairs.lookup import is_picture_name
+from alignment.data.collector import Row
+from alignment.data.columns import CAPTION_COLUMNS, Columns, columns_of
+from alignment.data.image_index import is_picture_name
 
 TEXT_PARTS = ("txt", "caption", "captions")  # of a WebDataset sample
 

@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from alignment.pairs.files import OTHER_PICTURES, PICTURES, UNLISTED, canonical, split_of_name, walk
+from alignment.data.files import OTHER_PICTURES, UNLISTED, canonical_split, split_of_name, walk
+from alignment.preprocess import IMAGE_SUFFIXES
 
 _POINT_ZERO = re.compile(r"^(\d+)\.0$", re.ASCII)
 _NUMBERED = re.compile(r"#\d+$")
@@ -48,7 +49,7 @@ class PictureIndex:
     def paths(self) -> list[str]:
         """All of them, in alphabetical order; folders that cannot be listed come into `unlisted`."""
         files = walk(Path(self.root), self._leave_out) if os.path.isdir(self.root) else ()
-        return [os.fspath(file) for file in files if file.suffix.lower() in PICTURES]
+        return [os.fspath(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
 
     def _leave_out(self, reason: str, folder: Path) -> None:
         if reason == UNLISTED:
@@ -102,7 +103,7 @@ class PictureIndex:
         name = composed(os.path.normpath(name).replace(os.sep, "/"))
         base = name.rpartition("/")[2]
         exact = self._ending(self._by_name.get(base, ()), name)
-        if not exact and os.path.splitext(base)[1].lower() not in PICTURES:
+        if not exact and os.path.splitext(base)[1].lower() not in IMAGE_SUFFIXES:
             exact = self._without_ending(name)
         by_case = () if exact else self._ending(self._by_case.get(base.casefold(), ()), name, fold=True)
         return Found(self._decided(exact or by_case, split, near), bool(by_case))
@@ -137,7 +138,7 @@ class PictureIndex:
     def split_of(self, path: str) -> str:
         """Read the split off the folders of a picture, the nearest first; "" if there is none in them."""
         parts = os.path.dirname(path)[len(self.root) :].split(os.sep)
-        return next((canonical(split) for part in reversed(parts) if (split := split_of_name(part))), "")
+        return next((canonical_split(split) for part in reversed(parts) if (split := split_of_name(part))), "")
 
     @cached_property
     def _splits(self) -> set[str]:
@@ -186,4 +187,4 @@ def is_picture_name(text: str) -> bool:
     """Whether a text looks like the name of a picture file; `0.jpg#3` is its fourth caption, as in Flickr8k."""
     if len(text) > 1000 or "\n" in text:
         return False
-    return os.path.splitext(_NUMBERED.sub("", text))[1].lower() in PICTURES | OTHER_PICTURES
+    return os.path.splitext(_NUMBERED.sub("", text))[1].lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES)

@@ -49,7 +49,7 @@ _SILENT = {
 
 
 @dataclass(frozen=True)
-class PixelRules:
+class ImageTransform:
     """How an image tower wants its pictures, where it wants no more than most do.
 
     Attributes:
@@ -71,7 +71,7 @@ class PixelRules:
     folder: Path | None = None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], folder: Path | None = None) -> PixelRules | None:
+    def of(cls, config: Mapping[str, Any], folder: Path | None = None) -> ImageTransform | None:
         """Read the rules off a `preprocessor_config.json`; None when it asks for anything not known here."""
         family = _family(config)
         asked = {name: value for name, value in config.items() if value is not None and name not in _SILENT}
@@ -89,7 +89,7 @@ class PixelRules:
         return cls(size, crop, int(rules["resample"]), float(rules["rescale_factor"]), mean, std, folder)
 
     @classmethod
-    def read(cls, folder: Path) -> PixelRules | None:
+    def read(cls, folder: Path) -> ImageTransform | None:
         """Read the rules of a checkpoint; None when its file is missing or asks for anything not known here.
 
         Raises:

@@ -16,45 +16,45 @@ path:
 | `folder`     | pictures, captioned by tables below (the Hub's imagefolder) or by `0001.txt` beside `0001.jpg` |
 | `hub`        | OWNER/NAME or OWNER/NAME@REVISION of a data set on the Hugging Face Hub (the extra `hub`) |
 
-What a reader cannot tell it refuses by name; what it leaves out or repairs it counts (`Reading`).
+What a reader cannot tell it refuses by name; what it leaves out or repairs it counts (`ReadResult`).
 
 A reader a format, listed in `formats.FORMATS`, only says what is written; `Collection` decides what of it counts.
 """
 
-from alignment.pairs.audit import (
-    ImagePrint,
-    fingerprint_images,
-    look_alikes,
+from alignment.data.collector import AmbiguousImageNames, EmptyDataset, Pair
+from alignment.data.columns import CAPTION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS
+from alignment.data.deduplicate import (
+    ImageHash,
+    drop_leaked,
+    hash_images,
     merge_duplicates,
-    without_overlap,
+    near_duplicates,
 )
-from alignment.pairs.collection import AmbiguousNames, NothingLeft, Pair
-from alignment.pairs.columns import CAPTION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS
-from alignment.pairs.reading import Reading, positives_of, read_data, read_pairs
-from alignment.pairs.report import DataReport, Overlap, Told, check_data, told, told_cut
-from alignment.pairs.sharing import Share
+from alignment.data.partition import Partition
+from alignment.data.reader import ReadResult, positive_mask, read_data, read_pairs
+from alignment.data.report import DataReport, Overlap, Told, check_data, describe_issues, describe_truncated
 
 __all__ = [
     "CAPTION_COLUMNS",
     "ID_COLUMNS",
     "IMAGE_COLUMNS",
-    "AmbiguousNames",
+    "AmbiguousImageNames",
     "DataReport",
-    "ImagePrint",
-    "NothingLeft",
+    "EmptyDataset",
+    "ImageHash",
     "Overlap",
     "Pair",
-    "Reading",
-    "Share",
+    "Partition",
+    "ReadResult",
     "Told",
     "check_data",
-    "fingerprint_images",
-    "look_alikes",
+    "describe_issues",
+    "describe_truncated",
+    "drop_leaked",
+    "hash_images",
     "merge_duplicates",
-    "positives_of",
+    "near_duplicates",
+    "positive_mask",
     "read_data",
     "read_pairs",
-    "told",
-    "told_cut",
-    "without_overlap",
 ]

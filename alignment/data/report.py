@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
-from alignment.pairs.audit import ImagePrint, alike_contents, fingerprint_images, look_alikes
-from alignment.pairs.collection import Pair
-from alignment.pairs.reading import Reading
-from alignment.pairs.unread import told_unread
-from alignment.preprocess import few, legible
+from alignment.data.collector import Pair
+from alignment.data.deduplicate import ImageHash, alike_contents, hash_images, near_duplicates
+from alignment.data.reader import ReadResult
+from alignment.data.unsupported import told_unread
+from alignment.preprocess import join_first, sanitize_text
 
 MOST_FREQUENT = 10  # captions to list
 _EXAMPLES = 3  # of each finding, in the summary
@@ -85,7 +85,7 @@ class DataReport:
             ("same file under several names", [" = ".join(_few(_names(g))) for g in self.same_content]),
             ("pairs that look the same", [" ~ ".join(_names(pair)) for pair in self.look_alikes]),
         ]
-        lines += [f"- {line}" for line in told(self)]
+        lines += [f"- {line}" for line in describe_issues(self)]
         lines += [_finding(what, examples) for what, examples in findings if examples]
         if self.num_repeated:
             examples = [f"{caption!r} on {times}" for caption, times in self.most_repeated]
@@ -96,7 +96,7 @@ class DataReport:
 
 
 class Told(Protocol):
-    """What is known of a reading: a `Reading`, or a report that took it over."""
+    """What is known of a reading: a `ReadResult`, or a report that took it over."""
 
     @property
     def left_out(self) -> Mapping[str, Sequence[str]]:
@@ -111,27 +111,28 @@ class Told(Protocol):
         """File -> why nothing of it could be read."""
 
 
-def told(reading: Told) -> list[str]:
+def describe_issues(reading: Told) -> list[str]:
     """Say in lines what reading left out, what it read all the same, and which files of captions it could not read."""
-    lines = [f"left out, {reason}: {len(what):,} ({few(what)})" for reason, what in reading.left_out.items()]
-    lines += [f"read all the same, {reason}: {len(what):,} ({few(what)})" for reason, what in reading.repaired.items()]
+    lines = [f"left out, {reason}: {len(what):,} ({join_first(what)})" for reason, what in reading.left_out.items()]
+    lines += [
+        f"read all the same, {reason}: {len(what):,} ({join_first(what)})" for reason, what in reading.repaired.items()
+    ]
     return lines + [f"not read, {line}" for line in told_unread(reading.unread)]
 
 
-def told_cut(captions: Sequence[str], max_length: int) -> list[str]:
+def describe_truncated(captions: Sequence[str], max_length: int) -> list[str]:
     """Say which captions are longer than a model reads."""
     if not captions:
         return []
-    return [
-        f"captions of which the model reads only the first {max_length} tokens: {len(captions):,} ({few(captions)})"
-    ]
+    reason = f"captions of which the model reads only the first {max_length} tokens"
+    return [f"{reason}: {len(captions):,} ({join_first(captions)})"]
 
 
 def check_data(
-    train: Reading | Sequence[Pair],
-    evaluation: Reading | Sequence[Pair] = (),
+    train: ReadResult | Sequence[Pair],
+    evaluation: ReadResult | Sequence[Pair] = (),
     *,
-    prints: Mapping[str, ImagePrint | None] | None = None,
+    prints: Mapping[str, ImageHash | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
     """Open every picture and count what is there, what is missing and what is there twice.
@@ -142,10 +143,10 @@ def check_data(
         prints: of the pictures of both, if they have been taken; else they are taken here.
         progress: called after each picture with (done, total).
     """
-    known = train if isinstance(train, Reading) else Reading([], "", {})
-    train, evaluation = (part.pairs if isinstance(part, Reading) else part for part in (train, evaluation))
+    known = train if isinstance(train, ReadResult) else ReadResult([], "", {})
+    train, evaluation = (part.pairs if isinstance(part, ReadResult) else part for part in (train, evaluation))
     if prints is None:
-        prints = fingerprint_images((pair.image for pair in (*train, *evaluation)), progress=progress)
+        prints = hash_images((pair.image for pair in (*train, *evaluation)), progress=progress)
     numbers = [len(pair.captions) for pair in train]
     groups = _by_content(train, prints)
     repeated = _repeated(train, prints)
@@ -159,14 +160,14 @@ def check_data(
         unreadable=_unreadable(train, prints),
         without_captions=tuple(pair.image for pair in train if not pair.captions),
         same_content=tuple(tuple(group) for group in groups.values() if len(group) > 1),
-        look_alikes=tuple(look_alikes({pair.image: prints[pair.image] for pair in train})),
+        look_alikes=tuple(near_duplicates({pair.image: prints[pair.image] for pair in train})),
         num_repeated=len(repeated),
         most_repeated=tuple(repeated[:MOST_FREQUENT]),
         overlap=_overlap(train, evaluation, prints) if evaluation else None,
     )
 
 
-def _by_content(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) -> dict[str, list[str]]:
+def _by_content(pairs: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> dict[str, list[str]]:
     """Group the pictures that can be opened by their content."""
     groups: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for pair in pairs:
@@ -175,7 +176,7 @@ def _by_content(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) 
     return {content: list(images) for content, images in groups.items()}
 
 
-def _unreadable(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) -> tuple[str, ...]:
+def _unreadable(pairs: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> tuple[str, ...]:
     return tuple(pair.image for pair in pairs if prints[pair.image] is None)
 
 
@@ -183,7 +184,7 @@ def _said(caption: str) -> str:
     return caption.casefold().rstrip(" .")
 
 
-def _repeated(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) -> list[tuple[str, int]]:
+def _repeated(pairs: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> list[tuple[str, int]]:
     """Count the pictures of each caption that has several, most frequent first."""
     spelling = {_said(caption): caption for pair in reversed(pairs) for caption in reversed(pair.captions)}
     uses = {
@@ -195,7 +196,7 @@ def _repeated(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) ->
     return sorted(((spelling[said], n) for said, n in times.items() if n > 1), key=lambda item: (-item[1], item[0]))
 
 
-def _overlap(train: Sequence[Pair], evaluation: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) -> Overlap:
+def _overlap(train: Sequence[Pair], evaluation: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> Overlap:
     """Compare content with content, so that a picture that is there under several names is found by each."""
     ours, theirs = _by_content(train, prints), _by_content(evaluation, prints)
     alike = alike_contents({pair.image: prints[pair.image] for pair in (*train, *evaluation)})
@@ -235,7 +236,7 @@ def _both(pair: tuple[str, str], sign: str = "=") -> str:
 
 def _finding(what: str, examples: Sequence[str], number: int | None = None) -> str:
     number = len(examples) if number is None else number
-    shown = ", ".join(legible(example, 200) for example in _few(examples))
+    shown = ", ".join(sanitize_text(example, 200) for example in _few(examples))
     return f"- {what}: {number:,} ({shown}{', ...' if number > _EXAMPLES else ''})"
 
 
