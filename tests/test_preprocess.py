@@ -660,7 +660,7 @@ def test_naflex_keeps_the_shape_of_a_picture(checkpoint: Callable) -> None:
     ],
 )
 def test_text_rules_follow_from_the_config(config: dict, expected: TokenizerSpec) -> None:
-    assert TokenizerSpec.of(config) == expected
+    assert TokenizerSpec.from_config(config) == expected
 
 
 def test_a_caption_longer_than_the_tower_is_cut(checkpoint: Callable) -> None:

@@ -74,7 +74,10 @@ def test_pixels_are_those_of_transformers_to_the_last_bit(name: str, tmp_path: P
     kind, config = PROCESSORS[name]
     folder = written(tmp_path, kind, config)
     theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    rules = [ImageTransform.read(folder), ImageTransform.of(theirs.to_dict())]  # off its file, and off the processor
+    rules = [
+        ImageTransform.load(folder),
+        ImageTransform.from_config(theirs.to_dict()),
+    ]  # off its file, and off the processor
     for size in SIZES:
         expected = theirs([noise(size)], return_tensors="pt")["pixel_values"]
         for rule in rules:
@@ -88,9 +91,9 @@ def test_pixels_are_those_of_transformers_to_the_last_bit(name: str, tmp_path: P
 
 @pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
 def test_the_names_of_the_other_back_ends_mean_the_same(suffix: str) -> None:
-    assert ImageTransform.of({"image_processor_type": f"CLIPImageProcessor{suffix}"}) == ImageTransform.of(
-        {"image_processor_type": "CLIPImageProcessor"}
-    )
+    assert ImageTransform.from_config(
+        {"image_processor_type": f"CLIPImageProcessor{suffix}"}
+    ) == ImageTransform.from_config({"image_processor_type": "CLIPImageProcessor"})
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,7 @@ def test_the_names_of_the_other_back_ends_mean_the_same(suffix: str) -> None:
 )
 def test_what_is_not_known_here_is_left_to_transformers(config: dict[str, Any]) -> None:
     kind = {} if not config or "image_processor_type" in config else {"image_processor_type": "CLIPImageProcessor"}
-    assert ImageTransform.of({**kind, **config}) is None
+    assert ImageTransform.from_config({**kind, **config}) is None
 
 
 def test_a_processor_saved_with_others_in_one_file_is_found(tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_a_processor_saved_with_others_in_one_file_is_found(tmp_path: Path) -> N
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
     theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     expected = theirs([noise((70, 50))], return_tensors="pt")["pixel_values"]
-    rules = ImageTransform.read(tmp_path)
+    rules = ImageTransform.load(tmp_path)
     assert rules is not None
     torch.testing.assert_close(rules([noise((70, 50))]), expected, rtol=0, atol=0)
 
@@ -151,7 +154,7 @@ def test_a_preprocessor_tells_how_large_a_picture_it_needs(family: str, checkpoi
 
 def test_a_reduced_picture_keeps_almost_half_as_much_again_as_the_model_reads(tmp_path: Path) -> None:
     for name, size in (("CLIPImageProcessor", {"shortest_edge": 336}), ("ViTImageProcessor", 384)):
-        rules = ImageTransform.read(written(tmp_path, name, {"size": size}))
+        rules = ImageTransform.load(written(tmp_path, name, {"size": size}))
         assert rules is not None
         tokenizer = AutoTokenizer.from_pretrained(COMPACT)
         near = Preprocessor(rules, tokenizer, TokenizerSpec()).draft_size
@@ -210,7 +213,7 @@ def test_tokens_are_those_of_transformers(model_type: str, pad_to_max: bool, tmp
         shutil.copy(COMPACT / name, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     rules = TokenizerSpec(positions=40, pad_to_max=pad_to_max)
-    ours = FileTokenizer.read(tmp_path, model_type, rules)
+    ours = FileTokenizer.load(tmp_path, model_type, rules)
     assert ours is not None
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert (ours.max_length, ours.vocabulary) == (40, len(theirs) - len(theirs.all_special_ids))
@@ -222,7 +225,7 @@ def test_tokens_are_those_of_transformers(model_type: str, pad_to_max: bool, tmp
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_sides_of_padding_and_truncation_are_kept(side: str, tmp_path: Path) -> None:
     folder = copied(tmp_path, {"padding_side": side, "truncation_side": side})
-    ours = FileTokenizer.read(folder, "composed-dual-encoder", TokenizerSpec(positions=12))
+    ours = FileTokenizer.load(folder, "composed-dual-encoder", TokenizerSpec(positions=12))
     assert ours is not None
     theirs = AutoTokenizer.from_pretrained(folder)
     equal(ours(TEXTS), theirs(TEXTS, padding=True, truncation=True, max_length=12, return_tensors="pt"))
@@ -256,19 +259,19 @@ def copied(folder: Path, config: dict[str, Any]) -> Path:
     ],
 )
 def test_a_tokenizer_that_is_more_than_its_file_is_left_to_transformers(config: dict[str, Any], tmp_path: Path) -> None:
-    assert FileTokenizer.read(copied(tmp_path, {}), "composed-dual-encoder", TokenizerSpec()) is not None
-    assert FileTokenizer.read(copied(tmp_path, config), "composed-dual-encoder", TokenizerSpec()) is None
+    assert FileTokenizer.load(copied(tmp_path, {}), "composed-dual-encoder", TokenizerSpec()) is not None
+    assert FileTokenizer.load(copied(tmp_path, config), "composed-dual-encoder", TokenizerSpec()) is None
 
 
 def test_files_that_older_versions_wrote_are_left_to_transformers(tmp_path: Path) -> None:
     folder = copied(tmp_path, {})
-    assert FileTokenizer.read(folder, "llava", TokenizerSpec()) is None
+    assert FileTokenizer.load(folder, "llava", TokenizerSpec()) is None
     for name in ("special_tokens_map.json", "added_tokens.json"):
         (folder / name).write_text("{}")
-        assert FileTokenizer.read(folder, "composed-dual-encoder", TokenizerSpec()) is None
+        assert FileTokenizer.load(folder, "composed-dual-encoder", TokenizerSpec()) is None
         (folder / name).unlink()
     (folder / "tokenizer.json").unlink()
-    assert FileTokenizer.read(folder, "composed-dual-encoder", TokenizerSpec()) is None
+    assert FileTokenizer.load(folder, "composed-dual-encoder", TokenizerSpec()) is None
 
 
 def test_a_damaged_tokenizer_is_missing_all_the_same(tmp_path: Path) -> None:

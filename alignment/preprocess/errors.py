@@ -1,13 +1,13 @@
-"""The one error for what the person at the keyboard can mend, and the one that every part of the door may raise."""
+"""The error for input that the person at the keyboard can correct."""
 
 
 class InputError(ValueError):
-    """What the person at the keyboard can mend; `str(error)` is a sentence fit to be shown.
+    """Input that the person at the keyboard can correct; `str(error)` is shown verbatim.
 
     Args:
         message: English template; `values` are filled in with `str.format`.
-        code: stable dotted key ("image.truncated"), so that a page can say it in another language.
-        **values: what the message names, for that other language.
+        code: stable dotted key ("image.truncated") under which the page looks up the message in another language.
+        **values: numbers and names in the message, for that translation.
     """
 
     def __init__(self, message: str, code: str = "input.invalid", **values: object) -> None:
@@ -16,15 +16,25 @@ class InputError(ValueError):
         self.values = values
 
 
-def damaged() -> InputError:
-    """Say that a picture cannot be decoded."""
-    return InputError("The picture is damaged or cut off; copy or download it again.", "image.truncated")
-
-
-_LIFTED_BY = {"image.too_large": "--max-megapixels N", "image.too_narrow": "--max-aspect-ratio N"}
+_OPTION_OF_CODE = {"image.too_large": "--max-megapixels N", "image.too_narrow": "--max-aspect-ratio N"}
 
 
 def message_with_option(error: InputError) -> str:
-    """Say why a picture is refused, and which option of the commands lets it in, if there is one."""
-    option = _LIFTED_BY.get(error.code)
+    """Return the message, followed by the command-line option that would accept the picture, if there is one."""
+    option = _OPTION_OF_CODE.get(error.code)
     return f"{error} Or say {option}." if option else str(error)
+
+
+def damaged() -> InputError:
+    """Make the error for a picture that cannot be decoded."""
+    return InputError("The picture is damaged or cut off; copy or download it again.", "image.truncated")
+
+
+def empty() -> InputError:
+    """Make the error for a file without content or a picture without pixels."""
+    return InputError("The file is empty; choose one with a picture in it.", "image.empty")
+
+
+def unsupported(kind: str) -> InputError:
+    """Make the error for a kind of picture that is not read."""
+    return InputError("{kind} cannot be read here; save the picture as JPEG or PNG.", "image.unsupported", kind=kind)

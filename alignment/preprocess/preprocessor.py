@@ -1,4 +1,4 @@
-"""A checkpoint's image processor and tokenizer, used the way the model was trained."""
+"""A checkpoint's image processor and tokenizer, applied as in its training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,33 @@ from alignment.preprocess.image_transform import ImageTransform
 from alignment.preprocess.images import ImageSource, open_image
 from alignment.preprocess.tokenizer import MIN_VOCABULARY, FileTokenizer, TokenizerSpec, TransformersTokenizer
 
-_CHECKED = 4096  # captions whose tokens are counted together
-_SPARE = 1.44  # of a reduced picture's shorter side over the model's: 12 megapixels (3000 / 8) still reach 260
-_SMALLEST = 320  # so that a thumbnail can be made of the same picture
+_TRUNCATION_BATCH = 4096  # captions tokenized at once in `truncated`
+_DRAFT_SCALE = 1.44  # shorter side of a draft over that of the model's input; 12 megapixels at 1/8 (3000 / 8) reach 260
+_MIN_DRAFT_SIZE = 320  # a gallery makes its thumbnail from the same draft
 
 
 class Preprocessor:
-    """A checkpoint's own image processor and tokenizer, used the way the model was trained.
+    """A checkpoint's image processor and tokenizer, applied as in its training.
 
-    What most checkpoints ask for is done here, for the same result; the rest is left to transformers.
+    What most checkpoints ask for is computed here, with the same result as in transformers; the rest is left to
+    transformers.
 
     Attributes:
-        tokenizer_spec: how the text tower wants its captions.
-        max_length: tokens a caption is cut to.
-        image_side: pixels a picture's shorter side is resized to, or its longest where both are fixed; None where that
-            cannot be known, as for NaFlex.
+        tokenizer_spec: how the text tower expects its captions.
+        max_length: tokens to which a caption is truncated.
+        image_side: pixels of a picture's shorter side after resizing, or of its longer one where both are fixed; None
+            where that varies, as for NaFlex.
     """
 
-    def __init__(self, image_processor: Any, tokenizer: Any, rules: TokenizerSpec) -> None:
-        known = isinstance(image_processor, ImageTransform)
+    def __init__(self, image_processor: Any, tokenizer: Any, tokenizer_spec: TokenizerSpec) -> None:
+        is_ours = isinstance(image_processor, ImageTransform)
         self._image_processor, self._tokenizer = image_processor, tokenizer
-        self._pixels = image_processor if known else ImageTransform.of(image_processor.to_dict())
-        self._words = tokenizer if isinstance(tokenizer, FileTokenizer) else TransformersTokenizer(tokenizer, rules)
-        self.tokenizer_spec = rules
-        self.max_length = self._words.max_length
-        self.image_side = self._pixels.side if self._pixels else None
+        self._transform = image_processor if is_ours else ImageTransform.from_config(image_processor.to_dict())
+        is_ours = isinstance(tokenizer, FileTokenizer)
+        self._tokenize = tokenizer if is_ours else TransformersTokenizer(tokenizer, tokenizer_spec)
+        self.tokenizer_spec = tokenizer_spec
+        self.max_length = self._tokenize.max_length
+        self.image_side = self._transform.side if self._transform else None
 
     @classmethod
     def load(
@@ -62,52 +65,48 @@ class Preprocessor:
         """
         source = name_or_path if text is None else text
         try:
-            image_processor = ImageTransform.read(Path(name_or_path)) or _library_images(name_or_path, revision)
-            config = _config(source, revision)
-            rules = TokenizerSpec.of(config)
+            transform = ImageTransform.load(Path(name_or_path)) or _auto_image_processor(name_or_path, revision)
+            config = _load_config(source, revision)
+            spec = TokenizerSpec.from_config(config)
             model_type = str(config.get("model_type"))
-            tokenizer = FileTokenizer.read(Path(source), model_type, rules) or _library_tokenizer(source, revision)
+            tokenizer = FileTokenizer.load(Path(source), model_type, spec) or _auto_tokenizer(source, revision)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{name_or_path} lacks its image processor, or {source} its tokenizer or config.json: check the path, "
                 "or save them next to the weights with `processor.save_pretrained(FOLDER)`."
             ) from error
-        preprocessor = cls(image_processor, tokenizer, rules)
-        if preprocessor._words.vocabulary < MIN_VOCABULARY:
+        preprocessor = cls(transform, tokenizer, spec)
+        if preprocessor._tokenize.vocabulary < MIN_VOCABULARY:
             raise FileNotFoundError(f"{source} lacks its vocabulary: save its tokenizer next to the weights.")
         return preprocessor
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the image processor and the tokenizer; the text rules follow from the model's `config.json`."""
+        """Save the image processor and the tokenizer; `tokenizer_spec` follows from the model's `config.json`."""
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    @property
+    @cached_property
     def image_processor(self) -> Any:
-        """The image processor of transformers, loaded when first asked for."""
-        if isinstance(self._image_processor, ImageTransform):
-            self._image_processor = _library_images(self._image_processor.folder, None)
-        return self._image_processor
+        """The image processor of transformers, loaded on first access."""
+        ours = self._image_processor
+        return _auto_image_processor(ours.folder, None) if isinstance(ours, ImageTransform) else ours
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of transformers, loaded when first asked for, its padding and truncation fixed."""
-        if isinstance(self._tokenizer, FileTokenizer):
-            tokenizer = _library_tokenizer(self._tokenizer.folder, None)
-            TransformersTokenizer(tokenizer, self.tokenizer_spec)
-            self._tokenizer = tokenizer
-        return self._tokenizer
+        """The tokenizer of transformers, loaded on first access, its padding and truncation set."""
+        if not isinstance(self._tokenizer, FileTokenizer):
+            return self._tokenizer
+        tokenizer = _auto_tokenizer(self._tokenizer.folder, None)
+        TransformersTokenizer(tokenizer, self.tokenizer_spec)
+        return tokenizer
 
     @property
     def draft_size(self) -> int | None:
-        """Pixels that a picture's shorter side must keep when it is opened in reduced size; None: it may not be."""
-        return None if self.image_side is None else max(math.ceil(_SPARE * self.image_side), _SMALLEST)
+        """The `draft_size` with which pictures may be opened without a loss; None: only at full size."""
+        return None if self.image_side is None else max(math.ceil(_DRAFT_SCALE * self.image_side), _MIN_DRAFT_SIZE)
 
     def image(self, source: ImageSource) -> dict[str, Tensor]:
-        """Open one picture, in reduced size where that will do, and make its inputs; for many threads at once.
-
-        Returns:
-            What `images` returns of one picture.
+        """Open one picture, as a draft if possible, and return what `images` returns of it; thread-safe.
 
         Raises:
             InputError: when it cannot be opened.
@@ -120,31 +119,28 @@ class Preprocessor:
         Returns:
             `pixel_values`, and whatever else the vision tower reads (NaFlex: `pixel_attention_mask`, `spatial_shapes`).
         """
-        if self._pixels is not None and all(image.mode == "RGB" for image in images):
-            return {"pixel_values": self._pixels(images)}
+        if self._transform is not None and all(image.mode == "RGB" for image in images):
+            return {"pixel_values": self._transform(images)}
         return dict(self.image_processor(list(images), return_tensors="pt"))
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Tokenize captions: `input_ids`, and `attention_mask` for the towers that read one."""
-        return self._words(self._cased(texts))
+        """Tokenize captions: `input_ids`, and `attention_mask` if the text tower reads it."""
+        return self._tokenize(self._cased(texts))
 
     def truncated(self, texts: Iterable[str]) -> list[str]:
-        """List the captions that are longer than the text tower reads, each once."""
-        # A token is at least one byte, but for the special ones and the mark of a word's beginning.
+        """List the captions that have more than `max_length` tokens, each once."""
+        # A token takes at least one byte, apart from the special ones and the mark of a word's beginning.
         long = [text for text in dict.fromkeys(texts) if len(text.encode(errors="replace")) + 4 > self.max_length]
-        blocks = (long[start : start + _CHECKED] for start in range(0, len(long), _CHECKED))
-        return [
-            text
-            for block in blocks
-            for text, is_cut in zip(block, self._words.is_truncated(self._cased(block)), strict=True)
-            if is_cut
-        ]
+        flags: list[bool] = []
+        for start in range(0, len(long), _TRUNCATION_BATCH):
+            flags += self._tokenize.is_truncated(self._cased(long[start : start + _TRUNCATION_BATCH]))
+        return [text for text, is_truncated in zip(long, flags, strict=True) if is_truncated]
 
     def _cased(self, texts: Sequence[str]) -> Sequence[str]:
         return [text.lower() for text in texts] if self.tokenizer_spec.lower else texts
 
 
-def _config(source: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
+def _load_config(source: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
     path = Path(source) / "config.json"
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -156,14 +152,14 @@ def _config(source: str | os.PathLike[str], revision: str | None) -> dict[str, A
     return dict(PreTrainedConfig.get_config_dict(source, revision=revision)[0])
 
 
-def _library_images(source: str | os.PathLike[str] | None, revision: str | None) -> Any:
+def _auto_image_processor(source: str | os.PathLike[str] | None, revision: str | None) -> Any:
     from transformers import AutoImageProcessor
 
     # PIL even where torchvision is installed: the same pixels on every machine.
     return AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil", trust_remote_code=False)
 
 
-def _library_tokenizer(source: str | os.PathLike[str], revision: str | None) -> Any:
+def _auto_tokenizer(source: str | os.PathLike[str], revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
