@@ -66,14 +66,8 @@ _SPECIAL = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls
 _INPUTS = ["input_ids", "attention_mask"]
 _SUPPORTED = {"tokenizer_class", "model_input_names", "model_max_length", "padding_side", "truncation_side", *_SPECIAL}
 # Keys without effect on ids.
-_IGNORED = {
-    "backend",
-    "clean_up_tokenization_spaces",
-    "is_local",
-    "local_files_only",
-    "name_or_path",
-    "processor_class",
-}
+_IGNORED = {"backend", "clean_up_tokenization_spaces", "is_local", "local_files_only"}
+_IGNORED |= {"name_or_path", "processor_class"}
 _MORE_FILES = ("special_tokens_map.json", "added_tokens.json")  # of older versions; they may change tokens
 
 
@@ -170,7 +164,7 @@ class TransformersTokenizer:
         self(["a"])
 
     def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Tokenize, truncate and pad: `input_ids`, and `attention_mask` and `token_type_ids` if the tower reads them."""
+        """Tokenize, truncate and pad: `input_ids`, and the masks and token types that the tower reads."""
         options = {"padding": self._padding, "truncation": True, "max_length": self.max_length}
         return dict(self._tokenizer(list(captions), return_tensors="pt", **options))
 
