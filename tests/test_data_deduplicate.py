@@ -23,7 +23,7 @@ from alignment.data import (
     near_duplicates,
     read_data,
 )
-from alignment.data.deduplicate import MAX_BITS_APART, close_hashes
+from alignment.data.deduplicate import MAX_HAMMING_DISTANCE, close_hashes
 
 SIDE = 96
 
@@ -54,9 +54,9 @@ def test_prints_know_content_from_look(tmp_path: Path, scenes: list[str]) -> Non
     anew = saved(tmp_path / "0.bmp", scene(0))
     prints = hash_images([*scenes, str(copy), anew])
     assert prints[str(copy)] == prints[scenes[0]]
-    assert prints[anew].look == prints[scenes[0]].look != prints[scenes[1]].look
+    assert prints[anew].difference == prints[scenes[0]].difference != prints[scenes[1]].difference
     assert prints[anew].content != prints[scenes[0]].content
-    assert len({print.look for print in prints.values()}) == 6
+    assert len({print.difference for print in prints.values()}) == 6
 
 
 def test_the_look_is_that_of_the_upright_picture(tmp_path: Path) -> None:
@@ -65,14 +65,14 @@ def test_the_look_is_that_of_the_upright_picture(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned clockwise
     turned = saved(tmp_path / "turned.png", scene(0).transpose(Image.Transpose.ROTATE_90), exif=exif)
     prints = hash_images([upright, turned])
-    assert prints[upright].look == prints[turned].look
+    assert prints[upright].difference == prints[turned].difference
 
 
 def test_the_bits_say_where_it_gets_brighter_to_the_right(tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(0, 240, 9).astype(np.uint8), (8, 1))
     rows = np.where(np.arange(8)[:, None] < 2, ramp, ramp[:, ::-1])
     path = saved(tmp_path / "ramps.png", Image.fromarray(rows))
-    assert hash_images([path])[path].look == 0xFFFF << 48
+    assert hash_images([path])[path].difference == 0xFFFF << 48
 
 
 def test_what_cannot_be_opened_has_no_print_and_one_sentence_in_the_log(
@@ -87,7 +87,7 @@ def test_what_cannot_be_opened_has_no_print_and_one_sentence_in_the_log(
     assert [prints[path] for path in broken] == [None] * 4
     assert prints[scenes[0]] is not None
     assert len(caplog.records) == 1
-    assert "4 pictures cannot be opened: cut.png (The picture is damaged" in caplog.text
+    assert "cannot be opened: 4, cut.png (The picture is damaged" in caplog.text
 
 
 def test_each_picture_is_opened_once_and_progress_is_told(scenes: list[str]) -> None:
@@ -146,7 +146,7 @@ def test_plain_pictures_are_not_all_one(tmp_path: Path) -> None:
         sky = np.tile(np.linspace(200, 200 + number, SIDE).astype(np.uint8), (SIDE, 1))
         images.append(saved(tmp_path / f"sky{number}.png", Image.fromarray(sky)))
     prints = hash_images(images)
-    assert all(found and found.look == 0 for found in prints.values())
+    assert all(found and found.difference == 0 for found in prints.values())
     assert near_duplicates(prints) == []
 
 
@@ -161,7 +161,7 @@ def slowly(hashes: list[int]) -> list[list[int]]:
     return [
         [one, other]
         for one, other in combinations(range(len(hashes)), 2)
-        if hashes[one] and hashes[other] and (hashes[one] ^ hashes[other]).bit_count() <= MAX_BITS_APART
+        if hashes[one] and hashes[other] and (hashes[one] ^ hashes[other]).bit_count() <= MAX_HAMMING_DISTANCE
     ]
 
 
@@ -195,7 +195,7 @@ def test_a_film_does_not_fill_the_memory(caplog: pytest.LogCaptureFixture) -> No
 
 def prints_of(*pairs: Pair, same: str = "") -> dict[str, ImageHash | None]:
     """Give every picture a print of its own, those whose names end in a letter of `same` one in common."""
-    return {pair.image: ImageHash("same" if pair.image[-1] in same else pair.image, look=0) for pair in pairs}
+    return {pair.image: ImageHash("same" if pair.image[-1] in same else pair.image, difference=0) for pair in pairs}
 
 
 def test_doubles_become_one_picture_with_all_captions() -> None:
@@ -265,7 +265,7 @@ def test_the_report_names_what_is_wrong(untidy: Path, report: DataReport) -> Non
     assert report.unreadable == (path("broken.png"),)
     assert report.without_captions == (path("3.png"),)
     assert report.same_content == ((path("0.png"), path("double.png")),)
-    assert report.look_alikes == ((path("1.png"), path("again.jpg")),)
+    assert report.near_duplicates == ((path("1.png"), path("again.jpg")),)
     assert (report.num_repeated, report.most_repeated) == (1, (("A dog runs .", 2),))
 
 
@@ -274,7 +274,7 @@ def test_the_report_finds_the_overlap(untidy: Path, report: DataReport) -> None:
     assert overlap is not None
     assert overlap.num_images == 3
     assert overlap.same_content == ((str(untidy / "2.png"), str(untidy / "eval" / "same.png")),)
-    assert overlap.look_alikes == ((str(untidy / "3.png"), str(untidy / "eval" / "alike.jpg")),)
+    assert overlap.near_duplicates == ((str(untidy / "3.png"), str(untidy / "eval" / "alike.jpg")),)
     assert (overlap.num_captions, overlap.captions) == (1, ("two cats .",))
     assert overlap.unreadable == ()
 
@@ -287,7 +287,7 @@ def test_an_overlap_is_found_from_both_sides_of_a_double(tmp_path: Path) -> None
     overlap = check_data(train, evaluation).overlap
     assert overlap is not None
     assert overlap.same_content == ((paths[0], paths[2]), (paths[1], paths[3]))
-    assert set(overlap.look_alikes) == {(paths[0], paths[3]), (paths[1], paths[2])}
+    assert set(overlap.near_duplicates) == {(paths[0], paths[3]), (paths[1], paths[2])}
 
 
 def test_the_summary_reads_at_once(report: DataReport) -> None:
@@ -330,7 +330,7 @@ def test_prints_that_were_taken_are_used(scenes: list[str], monkeypatch: pytest.
     pairs = [Pair(path, ("a",)) for path in scenes]
     expected = check_data(pairs)
     monkeypatch.delattr("alignment.data.deduplicate.open_image")
-    assert check_data(pairs, prints=prints) == expected
+    assert check_data(pairs, hashes=prints) == expected
     assert expected.num_repeated == 1
 
 

@@ -69,6 +69,19 @@ def test_a_shard_is_read_and_its_pictures_lie_in_the_store_under_their_hash(tmp_
     assert {Path(pair.image).parent for pair in reading.pairs} == {cache / "pictures"}
 
 
+@pytest.mark.parametrize(
+    ("encoding", "caption"), [("gb18030", "一只狗在跑"), ("shift_jis", "犬が走っている"), ("cp1252", "un café à côté")]
+)
+def test_captions_are_read_in_their_encoding(tmp_path: Path, encoding: str, caption: str) -> None:
+    inner = json.dumps({"caption": caption}, ensure_ascii=False).encode(encoding)
+    parts: Parts = {"0.jpg": photo(0), "0.txt": caption.encode(encoding), "1.jpg": photo(1), "1.json": inner}
+    for _ in range(2):  # off the shard, and off its index
+        reading = read_data(shard(tmp_path / "a.tar", parts))
+        assert [pair.captions for pair in reading.pairs] == [(caption,), (caption,)]
+        assert reading.left_out == {}
+        assert reading.repaired == {"files not in UTF-8": (f"0.txt as {encoding}", f"1.json as {encoding}")}
+
+
 @pytest.mark.parametrize("part", ["txt", "caption", "captions", "TXT"])
 def test_each_line_of_a_text_part_is_a_caption(tmp_path: Path, part: str) -> None:
     file = shard(tmp_path / "a.tar", {"0.jpg": photo(0), f"0.{part}": "\ufeffone\r\ntwo\n\n三\n"})
@@ -148,7 +161,7 @@ def test_shards_that_hold_nothing_do_not_hide_the_others(tmp_path: Path) -> None
 
 
 def test_unreadable_captions_leave_the_picture_without_any(tmp_path: Path) -> None:
-    parts: Parts = {"0.jpg": photo(0), "0.json": "{broken", "1.jpg": photo(1), "1.txt": "一只狗".encode("gb18030")}
+    parts: Parts = {"0.jpg": photo(0), "0.json": "{broken", "1.jpg": photo(1), "1.txt": bytes(range(256))}
     reading = read_data(shard(tmp_path / "a.tar", parts))
     assert [pair.captions for pair in reading.pairs] == [(), ()]
     assert reading.left_out == {"unreadable captions": ("0.json", "1.txt")}

@@ -1,4 +1,4 @@
-"""The published layouts: how to recognise Karpathy, COCO and Flickr annotations, and how to read them."""
+"""Recognise and read the published annotations of COCO, Flickr8k and Flickr30k, and Karpathy's splits of them."""
 
 from __future__ import annotations
 
@@ -6,123 +6,140 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.data.collector import Collection, Row
+from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.encoding import read_text
-from alignment.data.files import begins, split_of
-from alignment.data.records import texts_of
+from alignment.data.files import read_head, split_from_path
+from alignment.data.records import read_captions
 from alignment.data.tables import read_table
 from alignment.preprocess import join_first, sanitize_text
 
 _SPLIT_LIST = re.compile(r"(?:flickr_?\d+k[._])?(train|dev|val|test)(?:images)?\.txt", re.IGNORECASE)
-
-_END = 2**16  # bytes in which captions show
+_TOKEN_LINE = re.compile(r"(.+?)(?:#\d+)?\t(.*)")
+# One line of the published file lacks the second bar: "2199200615.jpg| 4   A dog runs ...".
+_BAR_LINE = re.compile(r"([^|]+)\|\s*\d+(?:\s*\||\s)(.*)")
+_END_BYTES = 2**16  # at either end of a file of COCO; captions are in one of them, after the images or before
 
 
 def is_karpathy(file: Path) -> bool:
-    """Tell one of the `dataset_*.json` by its sentences."""
-    return file.suffix.lower() == ".json" and begins(file).startswith("{") and '"sentences"' in begins(file)
+    """Recognise Karpathy's `dataset_*.json` by its sentences."""
+    return file.suffix.lower() == ".json" and (head := read_head(file)).startswith("{") and '"sentences"' in head
 
 
 def is_coco(file: Path) -> bool:
-    """Tell annotations of COCO by their tables."""
-    return file.suffix.lower() == ".json" and bool(re.match(r"\{.*\"(images|annotations)\"", begins(file), re.DOTALL))
+    """Recognise annotations of COCO, of captions or of anything else, by their tables."""
+    return file.suffix.lower() == ".json" and bool(
+        re.match(r"\{.*\"(images|annotations)\"", read_head(file), re.DOTALL)
+    )
 
 
 def is_coco_captions(file: Path) -> bool:
-    """Tell captions among COCO's annotations, whatever their name: they come last, but in short files."""
+    """Recognise captions of COCO."""
     if not is_coco(file):
         return False
     with file.open("rb") as handle:
-        start = handle.read(_END)
-        handle.seek(max(0, file.stat().st_size - _END))
+        start = handle.read(_END_BYTES)
+        handle.seek(max(0, file.stat().st_size - _END_BYTES))
         return b'"caption"' in start or b'"caption"' in handle.read()
 
 
 def is_flickr8k(file: Path) -> bool:
-    """Tell the captions among the token files."""
+    """Recognise the captions of Flickr8k by their name."""
     return file.name == "Flickr8k.token.txt"
 
 
 def is_flickr30k(file: Path) -> bool:
-    """Tell the token file, and the table parted by bars."""
-    return file.suffix == ".token" or (file.suffix == ".csv" and begins(file).startswith("image_name|"))
+    """Recognise the token file of Flickr30k, and its table with bars between the columns."""
+    return file.suffix == ".token" or (file.suffix == ".csv" and read_head(file).startswith("image_name|"))
 
 
-def read_karpathy(file: Path, into: Collection) -> Iterator[Row]:
+def read_karpathy(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
     """Read images, each with its sentences."""
     for number, image in enumerate(json.loads(read_text(file))["images"]):
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
-            into.skip("unreadable lines", f"{file.name}: image {number}")
+            collector.skip("unreadable lines", f"{file.name}: image {number}")
             continue
         name = "/".join(part for part in (image.get("filepath"), image["filename"]) if isinstance(part, str) and part)
         split, identity = image.get("split"), image.get("cocoid", image.get("imgid", ""))
-        yield Row(name, texts_of(image.get("sentences")), split if isinstance(split, str) else "", str(identity))
+        captions = read_captions(image.get("sentences"))
+        yield RawAnnotation(name, captions, split if isinstance(split, str) else "", str(identity))
 
 
-def read_coco(file: Path, into: Collection) -> Iterator[Row]:
-    """Read images, and the annotations that name them by number.
+def read_flickr8k(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
+    """Read `name#number<tab>caption` lines."""
+    return _read_lines(file, read_text(file).split("\n"), _TOKEN_LINE, collector)
+
+
+def read_flickr30k(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
+    """Read the token file, or `name| number| caption` lines below a header."""
+    if file.suffix == ".token":
+        return read_flickr8k(file, collector)
+    return _read_lines(file, read_text(file).split("\n")[1:], _BAR_LINE, collector)
+
+
+def _read_lines(
+    file: Path, lines: Iterable[str], form: re.Pattern[str], collector: Collector
+) -> Iterator[RawAnnotation]:
+    """Read lines of a picture and a caption; the splits are in lists of pictures beside the file."""
+    lists = [(path, _SPLIT_LIST.fullmatch(path.name)) for path in sorted(file.parent.glob("*.txt"))]
+    splits = {name.removesuffix(".jpg"): found[1] for path, found in lists if found for name in read_text(path).split()}
+    for line in lines:
+        if found := form.fullmatch(line):
+            yield RawAnnotation(found[1], [found[2]], splits.get(Path(found[1]).stem, ""), found[1])
+        elif line.strip():
+            collector.skip("unreadable lines", line[:40])
+
+
+# ---------------------------------------------------------------- COCO
+
+
+def read_coco(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
+    """Read images, and the annotations that refer to them by id.
 
     Raises:
-        ValueError: when one number stands for several images.
+        ValueError: when an id belongs to several images.
     """
     data = json.loads(read_text(file))
-    if "images" not in data or ("annotations" not in data and b'"caption' in file.read_bytes()):  # one list says all
-        yield from read_table(file, into)
+    if "images" not in data or ("annotations" not in data and b'"caption' in file.read_bytes()):
+        yield from read_table(file, collector)  # one list of images with their captions
         return
-    images, captions = _entries(data["images"], "image", file, into), defaultdict[str, list[str]](list)
-    annotations = _entries(data["annotations"], "annotation", file, into)
-    asked = {str(annotation.get("image_id")) for annotation in annotations}
-    # Some write 1 in one table and "1" or "0001" in the other.
-    key = str if asked <= {str(image.get("id")) for image in images} else _plain_id
+    images, annotations = (_objects(data[f"{kind}s"], kind, file, collector) for kind in ("image", "annotation"))
+    key = _id_form(images, annotations)
     names = defaultdict[str, dict[str, None]](dict)
     for image in images:
         names[key(image.get("id"))][str(image.get("file_name"))] = None
-    ids = {str(image.get("file_name")): key(image.get("id")) for image in images}  # some write names for numbers
-    if not any(key(annotation.get("image_id")) in names for annotation in annotations):  # or names without ending
-        ids = {_stem(name): identity for name, identity in ids.items()} | ids
-    for annotation in annotations:
-        identity = key(annotation.get("image_id"))
-        identity = identity if identity in names else ids.get(identity, identity)
-        if identity in names:
-            captions[identity] += texts_of(annotation.get("caption"))
-        else:
-            into.skip("captions of images that are not listed", f"{file.name}: {annotation.get('image_id')}")
+    captions = _captions_by_id(images, annotations, key, file, collector)
     if annotations and not captions:
-        into.refuse(file, f"none of its {len(annotations)} annotations belongs to an image that it lists")
-    if several := [identity for identity in captions if len(names[identity]) > 1]:
-        meant = join_first(list(names[several[0]]))
-        raise ValueError(
-            f"{file}: the id {sanitize_text(several[0], 40)} stands for several images ({meant})"
-            f"{f', and so do {len(several) - 1} more' if len(several) > 1 else ''}; give each image an id of its own."
-        )
+        collector.refuse(file, f"none of its {len(annotations)} annotations belongs to an image that it lists")
+    if repeated := [identity for identity in captions if len(names[identity]) > 1]:
+        first = f"{sanitize_text(repeated[0], 40)} stands for several images ({join_first(list(names[repeated[0]]))})"
+        more = f", and so do {len(repeated) - 1} more" if len(repeated) > 1 else ""
+        raise ValueError(f"{file}: the id {first}{more}; give each image an id of its own.")
+    split = split_from_path(file, collector.root)
     for image in images:
         name, identity = image.get("file_name"), key(image.get("id"))
-        yield Row(
-            name if isinstance(name, str) else "",
-            captions.pop(identity, []),
-            split_of(file, into.root),
-            identity,
-            file.parent,
-        )
+        name = name if isinstance(name, str) else ""
+        yield RawAnnotation(name, captions.pop(identity, []), split, identity, file.parent)
 
 
-def _entries(table: Iterable[object], kind: str, file: Path, into: Collection) -> list[dict[str, Any]]:
+def _objects(table: Iterable[object], kind: str, file: Path, collector: Collector) -> list[dict[str, Any]]:
     """Keep the entries of a table that are objects."""
-    entries = []
+    objects = []
     for number, entry in enumerate(table):
         if isinstance(entry, dict):
-            entries.append(entry)
+            objects.append(entry)
         else:
-            into.skip("unreadable lines", f"{file.name}: {kind} {number}")
-    return entries
+            collector.skip("unreadable lines", f"{file.name}: {kind} {number}")
+    return objects
 
 
-def _stem(name: str) -> str:
-    return os.path.splitext(os.path.basename(name))[0]
+def _id_form(images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]]) -> Callable[[object], str]:
+    """Return how to write an id; some files have 1 in one table and "1", "0001" or 1.0 in the other."""
+    listed = {str(image.get("id")) for image in images}
+    return str if all(str(annotation.get("image_id")) in listed for annotation in annotations) else _plain_id
 
 
 def _plain_id(value: object) -> str:
@@ -130,33 +147,25 @@ def _plain_id(value: object) -> str:
     return str(int(text)) if text.isascii() and text.isdigit() else text
 
 
-def read_flickr(file: Path, into: Collection) -> Iterator[Row]:
-    """Read `name#number<tab>caption` lines."""
-    splits = _split_lists(file.parent)
-    for line in read_text(file).split("\n"):
-        if found := re.fullmatch(r"(.+?)(?:#\d+)?\t(.*)", line):
-            yield Row(found[1], [found[2]], splits.get(Path(found[1]).stem, ""), found[1])
-        elif line.strip():
-            into.skip("unreadable lines", line[:40])
-
-
-def read_flickr30k(file: Path, into: Collection) -> Iterator[Row]:
-    """Read the token file, or `name| number| caption` lines below a header."""
-    if file.suffix == ".token":
-        yield from read_flickr(file, into)
-        return
-    splits = _split_lists(file.parent)
-    for line in read_text(file).split("\n")[1:]:
-        # One line of the published file lacks the second bar: "2199200615.jpg| 4   A dog runs ...".
-        if found := re.fullmatch(r"([^|]+)\|\s*\d+(?:\s*\||\s)(.*)", line):
-            yield Row(found[1], [found[2]], splits.get(Path(found[1]).stem, ""), found[1])
-        elif line.strip():
-            into.skip("unreadable lines", line[:40])
-
-
-def _split_lists(folder: Path) -> dict[str, str]:
-    """Map the pictures listed in files such as `Flickr_8k.devImages.txt`, without their endings, to the split."""
-    lists = ((file, _SPLIT_LIST.fullmatch(file.name)) for file in sorted(folder.glob("*.txt")))
-    return {
-        name.removesuffix(".jpg"): listed[1] for file, listed in lists if listed for name in read_text(file).split()
-    }
+def _captions_by_id(
+    images: Sequence[dict[str, Any]],
+    annotations: Sequence[dict[str, Any]],
+    key: Callable[[object], str],
+    file: Path,
+    collector: Collector,
+) -> dict[str, list[str]]:
+    """Join annotations to images by id; some files have names of pictures for ids, or their stems."""
+    listed = {key(image.get("id")) for image in images}
+    by_name = {str(image.get("file_name")): key(image.get("id")) for image in images}
+    if not any(key(annotation.get("image_id")) in listed for annotation in annotations):
+        by_name = {os.path.splitext(os.path.basename(name))[0]: found for name, found in by_name.items()} | by_name
+    captions = defaultdict[str, list[str]](list)
+    for annotation in annotations:
+        identity = key(annotation.get("image_id"))
+        identity = identity if identity in listed else by_name.get(identity, identity)
+        if identity in listed:
+            captions[identity] += read_captions(annotation.get("caption"))
+        else:
+            reason = "captions of images that are not listed"
+            collector.skip(reason, f"{file.name}: {annotation.get('image_id')}")
+    return captions

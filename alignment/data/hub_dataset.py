@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub, through its library `datasets`, which only this reader needs."""
+"""Read data sets of the Hugging Face Hub through its library `datasets`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignment.data.collector import Collection, Row
-from alignment.data.columns import columns_of
+from alignment.data.collector import Collector, RawAnnotation
+from alignment.data.columns import find_columns
 from alignment.data.files import canonical_split
-from alignment.data.image_store import stored
-from alignment.data.records import row_of
+from alignment.data.image_store import store_image
+from alignment.data.records import read_record
 from alignment.preprocess import join_first
 
 
-def read_hub(source: Path, into: Collection) -> Iterator[Row]:
-    """Read a data set of the Hub; its pictures are written out beside the library's own cache."""
+def read_hub(source: Path, collector: Collector) -> Iterator[RawAnnotation]:
+    """Read a data set of the Hub; its pictures are written to a folder in the library's own cache."""
     name, _, revision = source.as_posix().partition("@")
     try:
         import datasets
@@ -25,27 +25,27 @@ def read_hub(source: Path, into: Collection) -> Iterator[Row]:
             "library `datasets`: install this project with its extra `hub` (pip install '.[hub]')."
         ) from error
     try:
-        names = datasets.get_dataset_split_names(name, revision=revision or None)
-        chosen = [split for split in names if canonical_split(split) == into.wanted] or names
-        tables = {split: datasets.load_dataset(name, revision=revision or None, split=split) for split in chosen}
+        splits = datasets.get_dataset_split_names(name, revision=revision or None)
+        splits = [split for split in splits if canonical_split(split) == collector.split] or splits
+        tables = {split: datasets.load_dataset(name, revision=revision or None, split=split) for split in splits}
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"There is no {name} here, and the Hugging Face Hub did not provide a data set of that name "
             f"({type(error).__name__}: {error}); check the spelling and the network."
         ) from error
-    store = Path(datasets.config.HF_DATASETS_CACHE, "alignment", name.replace("/", "___"))
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "alignment", name.replace("/", "___"))
     for split, table in tables.items():
-        column = columns_of(tuple(table.column_names)).image
+        column = find_columns(tuple(table.column_names)).image
         if column is None:
             raise ValueError(f"None of the columns of {name} ({join_first(table.column_names, 9)}) names an image.")
         for record in table.cast_column(column, datasets.Image(decode=False)):
-            row, image = row_of(record), _picture(record[column], store)
+            row, image = read_record(record), _read_image(record[column], folder)
             yield row._replace(image=image, split=row.split or split, id=row.id or Path(image).stem)
 
 
-def _picture(cell: Mapping[str, Any] | None, store: Path) -> str | Path:
-    """Find the picture of a cell: bytes are written out, a path is taken as it is."""
-    if cell and cell["bytes"] is not None:
-        return stored(cell["bytes"], Path(cell["path"] or "").suffix, store)
+def _read_image(cell: Mapping[str, Any] | None, folder: Path) -> str | Path:
+    """Return the path of a cell's picture, whose bytes are written to `folder`; "" if there is none."""
     path = Path(cell["path"] or "") if cell else Path()
+    if cell and cell["bytes"] is not None:
+        return store_image(cell["bytes"], path.suffix, folder)
     return path if path.is_file() else ""

@@ -1,7 +1,7 @@
-"""Which picture a name means: one index of a data set's folder, in which every name is looked up.
+"""Look up which picture a name in an annotation means, in an index of the data set's folder.
 
-Names are compared in composed form (NFC), since some systems store é as one character and some as two. Of several
-pictures that a name may mean, the split of the annotation decides; where it does not, the name is ambiguous.
+Names are compared in NFC, since some systems store é as one character and some as two. Of several pictures with a
+name, the split of the annotation decides; otherwise the name is ambiguous.
 """
 
 from __future__ import annotations
@@ -10,35 +10,33 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from alignment.data.files import OTHER_PICTURES, UNLISTED, canonical_split, split_of_name, walk
+from alignment.data.files import UNLISTED, canonical_split, is_image_name, split_from_name, walk
 from alignment.preprocess import IMAGE_SUFFIXES
 
-_POINT_ZERO = re.compile(r"^(\d+)\.0$", re.ASCII)
-_NUMBERED = re.compile(r"#\d+$")
 
-
-class Found(NamedTuple):
-    """What a name may mean.
+class Matches(NamedTuple):
+    """The pictures that a name may mean.
 
     Attributes:
-        paths: the pictures; several where nothing decides between them, none where there is none.
-        by_case: whether the name and that of the picture differ in upper and lower case.
+        paths: several where nothing decides between them, none where there is none.
+        differs_in_case: whether the name is that of the picture only if case is ignored.
     """
 
     paths: tuple[str, ...]
-    by_case: bool = False
+    differs_in_case: bool = False
 
 
-class PictureIndex:
-    """The pictures below a folder, by the end of their path, with and without its ending; listed when first needed.
+class ImageIndex:
+    """The pictures below a folder by name, listed on first use.
 
     Attributes:
-        unlisted: absolute paths of folders that cannot be listed, as far as they have been met with.
+        root: absolute path of the folder.
+        unlisted: absolute paths of folders that cannot be listed, as far as they are known.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -47,7 +45,7 @@ class PictureIndex:
 
     @cached_property
     def paths(self) -> list[str]:
-        """All of them, in alphabetical order; folders that cannot be listed come into `unlisted`."""
+        """All pictures, in alphabetical order; folders that cannot be listed are added to `unlisted`."""
         files = walk(Path(self.root), self._leave_out) if os.path.isdir(self.root) else ()
         return [os.fspath(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
 
@@ -55,105 +53,103 @@ class PictureIndex:
         if reason == UNLISTED:
             self.unlisted.append(os.path.abspath(folder))
 
-    def is_away(self, path: str) -> bool:
-        """Whether a picture lies in a folder that cannot be listed or entered now; that comes into `unlisted`."""
-        folder = os.path.dirname(path)
-        if shut := _is_shut(path):
-            while _is_shut(folder) and folder != os.path.dirname(folder):
+    def is_unreachable(self, path: str) -> bool:
+        """Tell whether a path is in a folder that cannot be listed or entered; that folder is added to `unlisted`."""
+        is_denied = _is_denied(path)
+        if is_denied:
+            folder = os.path.dirname(path)
+            while _is_denied(folder) and folder != os.path.dirname(folder):
                 folder = os.path.dirname(folder)
             if folder not in self.unlisted:
                 self.unlisted.append(folder)
-        return shut or any(path.startswith(os.path.join(away, "")) for away in self.unlisted)
-
-    @cached_property
-    def _by_name(self) -> Mapping[str, list[str]]:
-        return _grouped(self.paths, lambda path: composed(os.path.basename(path)))
-
-    @cached_property
-    def _by_case(self) -> Mapping[str, list[str]]:
-        return _grouped(self.paths, lambda path: composed(os.path.basename(path)).casefold())
-
-    @cached_property
-    def _by_stem(self) -> Mapping[str, list[str]]:
-        return _grouped(self.paths, _stem)
-
-    @cached_property
-    def _by_number(self) -> Mapping[str, list[str]]:
-        return _grouped((path for path in self.paths if _is_number(_stem(path))), lambda path: _stem(path).lstrip("0"))
+        return is_denied or any(path.startswith(os.path.join(folder, "")) for folder in self.unlisted)
 
     def has_stem(self, stem: str) -> bool:
-        """Whether a picture is called so, its ending apart."""
-        return composed(stem) in self._by_stem
+        """Tell whether a picture has this name without its suffix."""
+        return nfc(stem) in self._by_stem
 
-    def knows(self, name: object) -> bool:
-        """Whether a value looks like the name of a picture, or is the stem of one that is there."""
-        if not isinstance(name, str | int) or isinstance(name, bool):
+    def names_image(self, value: object) -> bool:
+        """Tell whether a value looks like the name of a picture, or is the stem of one in the index."""
+        if not isinstance(value, str | int) or isinstance(value, bool):
             return False
-        text = str(name).strip()
-        return is_picture_name(text) or ("\n" not in text and bool(self._without_ending(text)))
+        text = str(value).strip()
+        return is_image_name(text) or ("\n" not in text and bool(self._find_stem(text)))
 
-    def find(self, name: str, split: str = "", near: str = "") -> Found:
-        """Look a name up, folders before it counting as far as they are given.
+    def find(self, name: str, split: str = "", folder: str = "") -> Matches:
+        """Find the pictures whose path ends in a name.
 
         Args:
-            name: with forward slashes; of a name without an ending of pictures, the stem counts.
-            split: of the annotation, canonical; it decides between pictures in folders named after splits.
-            near: folder of the annotation; pictures below it come before others.
+            name: with forward slashes, its folders as far as they are given, with the suffix of a picture or without.
+            split: of the annotation, canonical; decides between pictures in folders that are named after splits.
+            folder: of the annotation; pictures below it take precedence.
         """
-        name = composed(os.path.normpath(name).replace(os.sep, "/"))
+        name = nfc(os.path.normpath(name).replace(os.sep, "/"))
         base = name.rpartition("/")[2]
-        exact = self._ending(self._by_name.get(base, ()), name)
-        if not exact and os.path.splitext(base)[1].lower() not in IMAGE_SUFFIXES:
-            exact = self._without_ending(name)
-        by_case = () if exact else self._ending(self._by_case.get(base.casefold(), ()), name, fold=True)
-        return Found(self._decided(exact or by_case, split, near), bool(by_case))
-
-    def _ending(self, paths: Iterable[str], name: str, *, fold: bool = False) -> tuple[str, ...]:
-        """Keep the paths whose last parts are those of the name."""
-        wanted = f"/{name}".casefold() if fold else f"/{name}"
-
-        def shown(path: str) -> str:
-            text = composed(path[len(self.root) :].replace(os.sep, "/"))
-            return text.casefold() if fold else text
-
-        return tuple(path for path in paths if shown(path).endswith(wanted))
-
-    def _without_ending(self, name: str) -> tuple[str, ...]:
-        folder, _, stem = composed(name).rpartition("/")
-        paths = self._by_stem.get(stem, ())
-        if not paths:  # a table of numbers with a gap in it is written as 139.0
-            stem = _POINT_ZERO.sub(r"\1", stem)
-        if not paths and _is_number(stem):  # 139 stands for 000000000139.jpg
-            paths = self._by_number.get(stem.lstrip("0"), ())
-        return tuple(path for path in paths if not folder or os.path.dirname(path).endswith(f"/{folder}"))
-
-    def _decided(self, paths: tuple[str, ...], split: str, near: str) -> tuple[str, ...]:
-        if split:
-            own = tuple(path for path in paths if self.split_of(path) == split)
-            if own or (self._names_repeat and split in self._splits):
-                paths = own or tuple(path for path in paths if not self.split_of(path))
-        below = tuple(path for path in paths if near and path.startswith(os.path.join(near, "")))
-        return below if len(paths) > 1 and below else paths
+        paths = [path for path in self._by_name.get(base, ()) if self._relative(path).endswith(f"/{name}")]
+        if not paths and os.path.splitext(base)[1].lower() not in IMAGE_SUFFIXES:
+            paths = self._find_stem(name)
+        if paths:
+            return Matches(self._decide(paths, split, folder))
+        ending = f"/{name}".casefold()
+        paths = self._by_folded_name.get(base.casefold(), [])
+        paths = [path for path in paths if self._relative(path).casefold().endswith(ending)]
+        return Matches(self._decide(paths, split, folder), bool(paths))
 
     def split_of(self, path: str) -> str:
-        """Read the split off the folders of a picture, the nearest first; "" if there is none in them."""
+        """Return the split that the folders of a picture are named after, the nearest first; "" without one."""
         parts = os.path.dirname(path)[len(self.root) :].split(os.sep)
-        return next((canonical_split(split) for part in reversed(parts) if (split := split_of_name(part))), "")
+        return next((canonical_split(split) for part in reversed(parts) if (split := split_from_name(part))), "")
+
+    def _relative(self, path: str) -> str:
+        return nfc(path[len(self.root) :].replace(os.sep, "/"))
+
+    def _find_stem(self, name: str) -> list[str]:
+        folder, _, stem = nfc(name).rpartition("/")
+        paths = self._by_stem.get(stem, [])
+        if not paths:
+            number = re.sub(r"^(\d+)\.0$", r"\1", stem, flags=re.ASCII)  # a column of numbers with a gap is written so
+            if number.isascii() and number.isdigit():  # 139 stands for 000000000139.jpg
+                paths = self._by_number.get(number.lstrip("0"), [])
+        return [path for path in paths if not folder or os.path.dirname(path).endswith(f"/{folder}")]
+
+    def _decide(self, paths: list[str], split: str, folder: str) -> tuple[str, ...]:
+        if split:
+            own = [path for path in paths if self.split_of(path) == split]
+            if own or (self._names_repeat and split in self._splits):
+                paths = own or [path for path in paths if not self.split_of(path)]
+        below = [path for path in paths if folder and path.startswith(os.path.join(folder, ""))]
+        return tuple(below if len(paths) > 1 and below else paths)
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        return _group(self.paths, lambda path: nfc(os.path.basename(path)))
+
+    @cached_property
+    def _by_folded_name(self) -> dict[str, list[str]]:
+        return _group(self.paths, lambda path: nfc(os.path.basename(path)).casefold())
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        return _group(self.paths, lambda path: nfc(os.path.splitext(os.path.basename(path))[0]))
+
+    @cached_property
+    def _by_number(self) -> dict[str, list[str]]:
+        stems = {stem: paths for stem, paths in self._by_stem.items() if stem.isascii() and stem.isdigit()}
+        return _group((path for paths in stems.values() for path in paths), lambda path: Path(path).stem.lstrip("0"))
 
     @cached_property
     def _splits(self) -> set[str]:
         """The splits that folders are named after."""
-        folders = {os.path.dirname(path): path for path in self.paths}
-        return {self.split_of(path) for path in folders.values()} - {""}
+        return {self.split_of(path) for path in {os.path.dirname(path): path for path in self.paths}.values()} - {""}
 
     @cached_property
     def _names_repeat(self) -> bool:
-        """Whether one name stands for different pictures in different splits."""
+        """Whether pictures of different splits have the same name."""
         return any(len(set(map(self.split_of, paths))) > 1 for paths in self._by_name.values() if len(paths) > 1)
 
 
-def _is_shut(path: str) -> bool:
-    """Whether a folder around a path may not be entered."""
+def _is_denied(path: str) -> bool:
+    """Tell whether a folder around a path may not be entered."""
     try:
         os.stat(path)
     except PermissionError:
@@ -163,28 +159,13 @@ def _is_shut(path: str) -> bool:
     return False
 
 
-def _grouped(paths: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+def _group(paths: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for path in paths:
         groups[key(path)].append(path)
     return dict(groups)
 
 
-def _stem(path: str) -> str:
-    return composed(os.path.splitext(os.path.basename(path))[0])
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
-
-
-def composed(name: str) -> str:
-    """Bring a name into composed form."""
+def nfc(name: str) -> str:
+    """Normalise a name to NFC."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
-def is_picture_name(text: str) -> bool:
-    """Whether a text looks like the name of a picture file; `0.jpg#3` is its fourth caption, as in Flickr8k."""
-    if len(text) > 1000 or "\n" in text:
-        return False
-    return os.path.splitext(_NUMBERED.sub("", text))[1].lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES)

@@ -1,4 +1,4 @@
-"""The store: pictures that come packed, in shards or tables, written out once under the hash of their bytes."""
+"""Write pictures from shards, tables and Hub data sets to disk once, named after the hash of their bytes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ from alignment.durable import write_file
 
 
 def cache_folder() -> Path:
-    """Find where to keep what is read from shards: $ALIGNMENT_CACHE, else `~/.cache/alignment`."""
+    """Return $ALIGNMENT_CACHE, else `~/.cache/alignment`."""
     return Path(os.path.abspath(Path(os.environ.get("ALIGNMENT_CACHE") or "~/.cache/alignment").expanduser()))
 
 
-def stored(data: bytes, ending: str, store: Path) -> Path:
-    """Write a picture out, unless it is there whole, so that one repeated for each caption is one picture."""
-    file = store / f"{hashlib.sha256(data).hexdigest()}{ending.lower() or '.jpg'}"
-    if not _holds(file, data):
-        write_file(file, data, lasting=False)  # who reads it looks whether it is whole
-    return file
-
-
-def _holds(file: Path, data: bytes) -> bool:
+def store_image(data: bytes, suffix: str, folder: Path) -> Path:
+    """Write a picture unless it is there, so that one repeated for each caption is one file."""
+    file = folder / f"{hashlib.sha256(data).hexdigest()}{suffix.lower() or '.jpg'}"
     try:
-        return file.stat().st_size == len(data) and file.read_bytes() == data
+        is_whole = file.stat().st_size == len(data) and file.read_bytes() == data
     except OSError:
-        return False
+        is_whole = False
+    if not is_whole:
+        write_file(file, data, lasting=False)  # not synced: a file cut off by a crash is found here
+    return file

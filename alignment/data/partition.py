@@ -1,4 +1,4 @@
-"""Shares: how several processes divide a data set among them, so that none has to know of the others."""
+"""Divide a data set among several processes that need not know of each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 BLOCK = 64
-"""Items that stay together: neighbours lie on one disk, and make the same batches as in one process."""
+"""Neighbours that stay together: they are close on disk, and form the same batches as in one process."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Partition:
 
     Attributes:
         number: from 1.
-        count: how many there are.
+        count: of all parts.
     """
 
     number: int
@@ -33,7 +33,7 @@ class Partition:
         """Read "2/4", the second of four.
 
         Raises:
-            ValueError: when it is nothing of the kind.
+            ValueError: on any other text.
         """
         found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
@@ -41,6 +41,6 @@ class Partition:
         return cls(int(found[1]), int(found[2]))
 
     def select(self, items: Sequence[Item], block: int = BLOCK) -> list[Item]:
-        """Take this share: every `count`-th block of so many neighbours."""
+        """Take every `count`-th block of `block` neighbours."""
         starts = range((self.number - 1) * block, len(items), self.count * block)
         return [item for start in starts for item in items[start : start + block]]

@@ -1,4 +1,4 @@
-"""Read a whole data set: find its format, ask that format's reader, and hand over what counts."""
+"""Read a whole data set: detect its format, read its annotations, and join them to the pictures."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignment.data.collector import Collection, Pair
-from alignment.data.columns import NotRead
-from alignment.data.files import UNLISTED, canonical_split, root_of
-from alignment.data.formats import FORMATS, detect, note_others
-from alignment.data.image_index import PictureIndex
+from alignment.data.collector import Collector, Pair
+from alignment.data.columns import UnreadableTable
+from alignment.data.files import UNLISTED, canonical_split, dataset_root
+from alignment.data.formats import FORMATS, detect_format, record_others
+from alignment.data.image_index import ImageIndex
 from alignment.data.partition import Partition
+
+_ABSOLUTE = ("csv", "jsonl", "parquet")  # formats in which a user writes absolute paths
 
 
 @dataclass(frozen=True)
 class ReadResult:
-    """What a data set holds, and what of it was left out.
+    """The content of a data set, and what of it does not fit.
 
     Attributes:
-        pairs: one entry per image, in the order of the data set.
+        pairs: one for each picture, in the order of the data set.
         format: the name it was read by.
         left_out: reason -> what was left out for it.
-        repaired: what was read although something is wrong with it -> where.
-        unread: files of captions of which nothing could be read -> why.
         unlisted: absolute paths of folders that could not be listed, so that their pictures are not known.
+        repaired: reason -> what was read although something is wrong with it.
+        unread: files of captions that could not be read -> why.
     """
 
     pairs: list[Pair]
@@ -55,15 +57,15 @@ def read_data(
 ) -> ReadResult:
     """Read the pictures of a data set, each once, with all captions that belong to it.
 
-    Missing pictures, empty captions and unreadable lines are left out, counted, and logged as one summary. A picture
-    named without its folder is looked for up to two folders deep. Names never lead out of the data set's folder by
-    ".."; absolute paths count only in a CSV or JSON-lines file of one's own.
+    Missing pictures, empty captions and unreadable lines are left out, counted, and logged in one line. A picture
+    named without its folder is looked for in the whole data set. Names with ".." never lead out of the data set's
+    folder; absolute paths are opened only if a table of the user's own names them.
 
     Args:
         source: folder, annotation file, tar shard or pattern of shards, or Hub id.
-        format: a name from the package's table, where the found one is wrong.
-        split: keep only this one; "val" and "dev" mean the same.
-        trusted: whether absolute paths may count; in annotations that a stranger wrote they must not.
+        format: a name from the package's table, where the detected one is wrong.
+        split: read only this one; "val" and "dev" mean the same.
+        trusted: whether the annotations are the user's own; absolute paths in those of others are not opened.
         partition: read only this part, which may be empty. Of several shards, each belongs to one partition, so that
             no process opens the shards of another.
 
@@ -72,50 +74,47 @@ def read_data(
         ValueError: when the format is unknown, the annotations cannot be read, or no picture is left.
     """
     source = Path(source)
-    root = root_of(source)
-    index = PictureIndex(root)
-    name, files = detect(source, format, index)
+    index = ImageIndex(dataset_root(source))
+    name, files = detect_format(source, format, index)
     by_file = partition is not None and FORMATS[name].in_parts and len(files) > 1
     if partition is not None and by_file:
         files = partition.select(files, block=1)
-    absolute = trusted and name in ("csv", "jsonl", "parquet")
-    collection = Collection(
-        root,
+    collector = Collector(
+        Path(index.root),
         canonical_split(split or ""),
-        absolute=absolute,
+        absolute=trusted and name in _ABSOLUTE,
         trusted=trusted,
         any_table=format != "folder",
         index=index,
     )
     for file in files:
-        _read_file(file, name, collection)
-    if source.is_dir() and format is None and not FORMATS[name].alone:
-        note_others(source, files, collection)
-        if not (split or partition):
-            for path in index.paths:
-                if path not in collection.rows:
-                    collection.skip("pictures that no caption names", collection.shown(Path(path)))
+        _read_file(file, name, collector)
+    if source.is_dir() and format is None and not FORMATS[name].is_exclusive:
+        record_others(source, files, collector)
+        for path in index.paths if not (split or partition) else ():
+            if path not in collector.annotations:
+                collector.skip("pictures that no caption names", collector.relative(path))
     for folder in index.unlisted:
-        collection.leave_out(UNLISTED, Path(folder))
-    pairs = collection.pairs(f"{source} ({name})", may_be_empty=partition is not None)
+        collector.leave_out(UNLISTED, Path(folder))
+    pairs = collector.pairs(f"{source} ({name})", may_be_empty=partition is not None)
     if partition is not None and not by_file:
         pairs = partition.select(pairs)
     left_out, repaired = (
-        {reason: tuple(what) for reason, what in found.items()} for found in (collection.skipped, collection.repaired)
+        {reason: tuple(what) for reason, what in found.items()} for found in (collector.skipped, collector.repaired)
     )
-    return ReadResult(pairs, name, left_out, tuple(collection.unlisted), repaired, collection.unread)
+    return ReadResult(pairs, name, left_out, tuple(collector.unlisted), repaired, collector.unread)
 
 
-def _read_file(file: Path, name: str, into: Collection) -> None:
-    rows = FORMATS[name].read(file, into)
+def _read_file(file: Path, format: str, collector: Collector) -> None:
+    annotations = FORMATS[format].read(file, collector)
     try:
-        for row in into.counted(file, rows) if file.is_file() else rows:
-            into.add(row)
-    except NotRead as error:
-        raise ValueError(f"{file} cannot be read as {name}: {error}.") from error
+        for annotation in collector.check_file(file, annotations) if file.is_file() else annotations:
+            collector.add(annotation)
+    except UnreadableTable as error:
+        raise ValueError(f"{file} cannot be read as {format}: {error}.") from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{file} cannot be read as {name} ({type(error).__name__}: {error}); "
+            f"{file} cannot be read as {format} ({type(error).__name__}: {error}); "
             "check that it is complete and saved as UTF-8, or name another format."
         ) from error
 
@@ -127,19 +126,19 @@ def read_pairs(
     split: str | None = None,
     partition: Partition | None = None,
 ) -> list[Pair]:
-    """Read the pictures of a data set with their captions; `read_data` without what was left out."""
+    """Read the pictures of a data set with their captions: the `pairs` of `read_data`."""
     return read_data(source, format=format, split=split, partition=partition).pairs
 
 
 def positive_mask(pairs: Sequence[Pair]) -> tuple[Tensor, list[str]]:
-    """Lay the captions out flat and say which belong to which image.
+    """Flatten the captions of all pictures, and mark which belong to which picture.
 
     Args:
-        pairs: images in the order of the rows; one without captions is a row without a positive.
+        pairs: in the order of the rows; one without captions is a row without a positive.
 
     Returns:
-        Bool (num_images, num_texts), and the num_texts captions, image by image.
+        Bool (num_images, num_texts), and the num_texts captions, picture by picture.
     """
     texts = [caption for pair in pairs for caption in pair.captions]
-    owners = torch.repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs], dtype=torch.long))
-    return owners == torch.arange(len(pairs))[:, None], texts
+    image_of_text = torch.repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs], dtype=torch.long))
+    return image_of_text == torch.arange(len(pairs))[:, None], texts

@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it, counted: the report behind `--check`."""
+"""Report what a data set contains and what is wrong with it, for `--check` and the summaries of the commands."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
-from alignment.data.collector import Pair
-from alignment.data.deduplicate import ImageHash, alike_contents, hash_images, near_duplicates
+from alignment.data.collector import Pair, describe_unread
+from alignment.data.deduplicate import ImageHashes, hash_images, near_duplicate_contents, near_duplicates
 from alignment.data.reader import ReadResult
-from alignment.data.unsupported import told_unread
 from alignment.preprocess import join_first, sanitize_text
 
-MOST_FREQUENT = 10  # captions to list
-_EXAMPLES = 3  # of each finding, in the summary
+NUM_LISTED = 10  # captions in a report
+_NUM_EXAMPLES = 3  # of each finding, in the summary
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,10 @@ class Overlap:
     """What the evaluation part has in common with the training part.
 
     Attributes:
-        num_images: pictures of the evaluation part.
-        unreadable: those of them that cannot be opened.
-        same_content: (training picture, evaluation picture) with the same bytes, one pair a content.
-        look_alikes: (training picture, evaluation picture), one photograph saved in two ways.
+        num_images: of the evaluation part.
+        unreadable: pictures of it that cannot be opened.
+        same_content: (training picture, evaluation picture) with the same bytes, one pair for each content.
+        near_duplicates: (training picture, evaluation picture), one photograph saved in two ways.
         num_captions: different captions that both parts have.
         captions: some of them.
     """
@@ -35,26 +34,37 @@ class Overlap:
     num_images: int
     unreadable: tuple[str, ...]
     same_content: tuple[tuple[str, str], ...]
-    look_alikes: tuple[tuple[str, str], ...]
+    near_duplicates: tuple[tuple[str, str], ...]
     num_captions: int
     captions: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Write a few lines, with at most three examples of each finding."""
+        title = f"Evaluated on {_count(self.num_images, 'picture')}"
+        lines = [
+            *_finding("pictures that cannot be opened", _names(self.unreadable)),
+            *_finding("pictures that are in the training part too", _joined(self.same_content, " = ")),
+            *_finding("pictures that look the same as one in the training part", _joined(self.near_duplicates, " ~ ")),
+            *_finding("captions that the training part has too", list(map(repr, self.captions)), self.num_captions),
+        ]
+        return [f"{title}:", *lines] if lines else [f"{title}, none of them in the training part."]
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a data set holds and what is wrong with it; `dataclasses.asdict` makes it JSON.
+    """What a data set contains and what is wrong with it; `dataclasses.asdict` makes it JSON.
 
     Attributes:
-        num_images: pictures, those without use included.
+        num_images: pictures, unusable ones included.
         num_captions: captions of all of them.
         captions_per_image: fewest, median, most.
         left_out: reason -> what was left out for it while reading.
-        repaired: what was read although something is wrong with it -> where.
-        unread: files of captions of which nothing could be read -> why.
+        repaired: reason -> what was read although something is wrong with it.
+        unread: files of captions that could not be read -> why.
         unreadable: pictures that cannot be opened.
-        without_captions: pictures nobody described.
+        without_captions: pictures without a caption.
         same_content: groups of pictures with the same bytes.
-        look_alikes: pairs that are one photograph saved in two ways.
+        near_duplicates: pairs that are one photograph saved in two ways.
         num_repeated: captions that belong to pictures of different content; case and the final stop do not count.
         most_repeated: the most frequent of them, with the number of pictures.
         overlap: with the evaluation part, if there is one.
@@ -69,184 +79,163 @@ class DataReport:
     unreadable: tuple[str, ...]
     without_captions: tuple[str, ...]
     same_content: tuple[tuple[str, ...], ...]
-    look_alikes: tuple[tuple[str, str], ...]
+    near_duplicates: tuple[tuple[str, str], ...]
     num_repeated: int
     most_repeated: tuple[tuple[str, int], ...]
     overlap: Overlap | None
 
     def summary(self) -> str:
-        """Say it in a few lines, with at most three examples of each finding."""
+        """Write a few lines, with at most three examples of each finding."""
         fewest, middle, most = self.captions_per_image
         spread = f"{fewest}" if fewest == most else f"{fewest} to {most}, half of them up to {middle:g},"
-        lines = [f"{_number(self.num_images, 'picture')} with {_number(self.num_captions, 'caption')}: {spread} each."]
-        findings = [
-            ("pictures that cannot be opened", _names(self.unreadable)),
-            ("pictures without a caption", _names(self.without_captions)),
-            ("same file under several names", [" = ".join(_few(_names(g))) for g in self.same_content]),
-            ("pairs that look the same", [" ~ ".join(_names(pair)) for pair in self.look_alikes]),
-        ]
-        lines += [f"- {line}" for line in describe_issues(self)]
-        lines += [_finding(what, examples) for what, examples in findings if examples]
-        if self.num_repeated:
-            examples = [f"{caption!r} on {times}" for caption, times in self.most_repeated]
-            lines.append(_finding("captions that belong to several pictures", examples, self.num_repeated))
-        if len(lines) == 1:
-            lines.append("Nothing is missing, unreadable or there twice.")
-        return "\n".join(lines + (_overlap_lines(self.overlap) if self.overlap else []))
+        title = f"{_count(self.num_images, 'picture')} with {_count(self.num_captions, 'caption')}: {spread} each."
+        repeated = [f"{caption!r} on {times}" for caption, times in self.most_repeated]
+        lines = [
+            *(f"- {line}" for line in describe_issues(self)),
+            *_finding("pictures that cannot be opened", _names(self.unreadable)),
+            *_finding("pictures without a caption", _names(self.without_captions)),
+            *_finding("same file under several names", _joined(self.same_content, " = ")),
+            *_finding("pairs that look the same", _joined(self.near_duplicates, " ~ ")),
+            *_finding("captions that belong to several pictures", repeated, self.num_repeated),
+        ] or ["Nothing is missing, unreadable or there twice."]
+        return "\n".join([title, *lines, *(self.overlap.lines() if self.overlap else [])])
 
 
-class Told(Protocol):
-    """What is known of a reading: a `ReadResult`, or a report that took it over."""
+class ReadIssues(Protocol):
+    """What did not fit while reading: attributes of a `ReadResult`, and of reports that include it."""
 
     @property
     def left_out(self) -> Mapping[str, Sequence[str]]:
-        """Reason -> what was left out."""
+        """Reason -> what was left out for it."""
 
     @property
     def repaired(self) -> Mapping[str, Sequence[str]]:
-        """What was read although something is wrong with it."""
+        """Reason -> what was read although something is wrong with it."""
 
     @property
     def unread(self) -> Mapping[str, str]:
-        """File -> why nothing of it could be read."""
+        """File -> why it could not be read."""
 
 
-def describe_issues(reading: Told) -> list[str]:
-    """Say in lines what reading left out, what it read all the same, and which files of captions it could not read."""
-    lines = [f"left out, {reason}: {len(what):,} ({join_first(what)})" for reason, what in reading.left_out.items()]
-    lines += [
-        f"read all the same, {reason}: {len(what):,} ({join_first(what)})" for reason, what in reading.repaired.items()
+def describe_issues(issues: ReadIssues) -> list[str]:
+    """Write a line for each reason why something was left out or repaired, and for each file that could not be read."""
+    kinds = {"left out": issues.left_out, "read all the same": issues.repaired}
+    lines = [
+        f"{kind}, {reason}: {len(what):,} ({join_first(what)})"
+        for kind, found in kinds.items()
+        for reason, what in found.items()
     ]
-    return lines + [f"not read, {line}" for line in told_unread(reading.unread)]
+    return lines + [f"not read, {line}" for line in describe_unread(issues.unread)]
 
 
 def describe_truncated(captions: Sequence[str], max_length: int) -> list[str]:
-    """Say which captions are longer than a model reads."""
-    if not captions:
-        return []
+    """Write a line about the captions that are longer than a model reads; none if there are none."""
     reason = f"captions of which the model reads only the first {max_length} tokens"
-    return [f"{reason}: {len(captions):,} ({join_first(captions)})"]
+    return [f"{reason}: {len(captions):,} ({join_first(captions)})"] if captions else []
 
 
 def check_data(
     train: ReadResult | Sequence[Pair],
     evaluation: ReadResult | Sequence[Pair] = (),
     *,
-    prints: Mapping[str, ImageHash | None] | None = None,
+    hashes: ImageHashes | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
-    """Open every picture and count what is there, what is missing and what is there twice.
+    """Open every picture, and count what is there, what is missing and what is there twice.
 
     Args:
-        train: the data set, best as `read_data` gives it, which knows what was left out.
-        evaluation: the part to measure on, to be compared with the first.
-        prints: of the pictures of both, if they have been taken; else they are taken here.
+        train: the data set, preferably as `read_data` returns it, with what was left out.
+        evaluation: the part to evaluate on, which is compared with the first.
+        hashes: of the pictures of both, if they are known.
         progress: called after each picture with (done, total).
     """
     known = train if isinstance(train, ReadResult) else ReadResult([], "", {})
     train, evaluation = (part.pairs if isinstance(part, ReadResult) else part for part in (train, evaluation))
-    if prints is None:
-        prints = hash_images((pair.image for pair in (*train, *evaluation)), progress=progress)
-    numbers = [len(pair.captions) for pair in train]
-    groups = _by_content(train, prints)
-    repeated = _repeated(train, prints)
+    if hashes is None:
+        hashes = hash_images((pair.image for pair in (*train, *evaluation)), progress=progress)
+    counts = [len(pair.captions) for pair in train]
+    repeated = _repeated(train, hashes)
     return DataReport(
         num_images=len(train),
-        num_captions=sum(numbers),
-        captions_per_image=(min(numbers, default=0), float(median(numbers or [0])), max(numbers, default=0)),
+        num_captions=sum(counts),
+        captions_per_image=(min(counts, default=0), float(median(counts or [0])), max(counts, default=0)),
         left_out=dict(known.left_out),
         repaired=dict(known.repaired),
         unread=dict(known.unread),
-        unreadable=_unreadable(train, prints),
+        unreadable=_unreadable(train, hashes),
         without_captions=tuple(pair.image for pair in train if not pair.captions),
-        same_content=tuple(tuple(group) for group in groups.values() if len(group) > 1),
-        look_alikes=tuple(near_duplicates({pair.image: prints[pair.image] for pair in train})),
+        same_content=tuple(tuple(group) for group in _by_content(train, hashes).values() if len(group) > 1),
+        near_duplicates=tuple(near_duplicates({pair.image: hashes[pair.image] for pair in train})),
         num_repeated=len(repeated),
-        most_repeated=tuple(repeated[:MOST_FREQUENT]),
-        overlap=_overlap(train, evaluation, prints) if evaluation else None,
+        most_repeated=tuple(repeated[:NUM_LISTED]),
+        overlap=_overlap(train, evaluation, hashes) if evaluation else None,
     )
 
 
-def _by_content(pairs: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> dict[str, list[str]]:
+def _by_content(pairs: Sequence[Pair], hashes: ImageHashes) -> dict[str, list[str]]:
     """Group the pictures that can be opened by their content."""
     groups: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for pair in pairs:
-        if found := prints[pair.image]:
+        if found := hashes[pair.image]:
             groups[found.content][pair.image] = None
     return {content: list(images) for content, images in groups.items()}
 
 
-def _unreadable(pairs: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> tuple[str, ...]:
-    return tuple(pair.image for pair in pairs if prints[pair.image] is None)
+def _unreadable(pairs: Sequence[Pair], hashes: ImageHashes) -> tuple[str, ...]:
+    return tuple(pair.image for pair in pairs if hashes[pair.image] is None)
 
 
-def _said(caption: str) -> str:
+def _folded(caption: str) -> str:
     return caption.casefold().rstrip(" .")
 
 
-def _repeated(pairs: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> list[tuple[str, int]]:
+def _repeated(pairs: Sequence[Pair], hashes: ImageHashes) -> list[tuple[str, int]]:
     """Count the pictures of each caption that has several, most frequent first."""
-    spelling = {_said(caption): caption for pair in reversed(pairs) for caption in reversed(pair.captions)}
+    spelling = {_folded(caption): caption for pair in reversed(pairs) for caption in reversed(pair.captions)}
     uses = {
-        (_said(caption), found.content if (found := prints[pair.image]) else pair.image)
+        (_folded(caption), found.content if (found := hashes[pair.image]) else pair.image)
         for pair in pairs
         for caption in pair.captions
     }
-    times = Counter(said for said, _ in uses)
-    return sorted(((spelling[said], n) for said, n in times.items() if n > 1), key=lambda item: (-item[1], item[0]))
+    times = Counter(caption for caption, _ in uses)
+    repeated = ((spelling[caption], count) for caption, count in times.items() if count > 1)
+    return sorted(repeated, key=lambda item: (-item[1], item[0]))
 
 
-def _overlap(train: Sequence[Pair], evaluation: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> Overlap:
+def _overlap(train: Sequence[Pair], evaluation: Sequence[Pair], hashes: ImageHashes) -> Overlap:
     """Compare content with content, so that a picture that is there under several names is found by each."""
-    ours, theirs = _by_content(train, prints), _by_content(evaluation, prints)
-    alike = alike_contents({pair.image: prints[pair.image] for pair in (*train, *evaluation)})
-    crossing = [(a, b) for one, other in alike for a, b in ((one, other), (other, one)) if a in ours and b in theirs]
-    known = {_said(caption) for pair in train for caption in pair.captions}
-    common = {_said(c): c for pair in evaluation for c in pair.captions if _said(c) in known}
+    ours, theirs = _by_content(train, hashes), _by_content(evaluation, hashes)
+    alike = near_duplicate_contents({pair.image: hashes[pair.image] for pair in (*train, *evaluation)})
+    crossing = [(a, b) for pair in alike for a, b in (pair, pair[::-1]) if a in ours and b in theirs]
+    known = {_folded(caption) for pair in train for caption in pair.captions}
+    common = {_folded(c): c for pair in evaluation for c in pair.captions if _folded(c) in known}
     return Overlap(
         num_images=len(evaluation),
-        unreadable=_unreadable(evaluation, prints),
+        unreadable=_unreadable(evaluation, hashes),
         same_content=tuple((ours[content][0], theirs[content][0]) for content in ours if content in theirs),
-        look_alikes=tuple((ours[a][0], theirs[b][0]) for a, b in crossing),
+        near_duplicates=tuple((ours[a][0], theirs[b][0]) for a, b in crossing),
         num_captions=len(common),
-        captions=tuple(sorted(common.values())[:MOST_FREQUENT]),
+        captions=tuple(sorted(common.values())[:NUM_LISTED]),
     )
 
 
 # ---------------------------------------------------------------- the summary
 
 
-def _overlap_lines(overlap: Overlap) -> list[str]:
-    title = f"Evaluated on {_number(overlap.num_images, 'picture')}"
-    findings = [
-        ("pictures that cannot be opened", _names(overlap.unreadable)),
-        ("pictures that are in the training part too", [_both(pair) for pair in overlap.same_content]),
-        ("pictures that look the same as one in the training part", [_both(pair, "~") for pair in overlap.look_alikes]),
-    ]
-    lines = [_finding(what, examples) for what, examples in findings if examples]
-    if overlap.num_captions:
-        quoted = [repr(caption) for caption in overlap.captions]
-        lines.append(_finding("captions that the training part has too", quoted, overlap.num_captions))
-    return [f"{title}:", *lines] if lines else [f"{title}, none of them in the training part."]
-
-
-def _both(pair: tuple[str, str], sign: str = "=") -> str:
-    return f" {sign} ".join(_names(pair))
-
-
-def _finding(what: str, examples: Sequence[str], number: int | None = None) -> str:
+def _finding(what: str, examples: Sequence[str], number: int | None = None) -> list[str]:
+    """Write a line about a finding; none if there is nothing."""
     number = len(examples) if number is None else number
-    shown = ", ".join(sanitize_text(example, 200) for example in _few(examples))
-    return f"- {what}: {number:,} ({shown}{', ...' if number > _EXAMPLES else ''})"
+    shown = ", ".join(sanitize_text(example, 200) for example in examples[:_NUM_EXAMPLES])
+    return [f"- {what}: {number:,} ({shown}{', ...' if number > _NUM_EXAMPLES else ''})"] if number else []
 
 
-def _number(number: int, noun: str) -> str:
+def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _few(items: Sequence[str]) -> Sequence[str]:
-    return items[:_EXAMPLES]
 
 
 def _names(paths: Iterable[str]) -> list[str]:
     return [os.path.basename(path) for path in paths]
+
+
+def _joined(groups: Sequence[Sequence[str]], sign: str) -> list[str]:
+    return [sign.join(_names(group[:_NUM_EXAMPLES])) for group in groups]

@@ -93,7 +93,7 @@ def prepare(config: TrainConfig, *, progress: Progress | None = None) -> Prepare
         readings[f"--eval-data {config.eval_data}"] = read_data(config.eval_data, split=config.eval_split)
     train, evaluation, name = _parts(config, readings)
     prints = hash_images([pair.image for pair in [*train, *evaluation]], progress=progress)
-    report = check_data(replace(readings[data], pairs=train), evaluation, prints=prints)
+    report = check_data(replace(readings[data], pairs=train), evaluation, hashes=prints)
     evaluation = merge_duplicates(evaluation, prints)
     train = merge_duplicates(drop_leaked(train, evaluation, prints), prints)
     if not name:
