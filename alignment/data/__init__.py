@@ -21,21 +21,16 @@ the pictures and counts what is left out or repaired. What is ambiguous is an er
 """
 
 from alignment.data.collector import AmbiguousImageNames, EmptyDataset, Pair
-from alignment.data.columns import CAPTION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS
 from alignment.data.deduplicate import ImageHash, drop_leaked, hash_images, merge_duplicates, near_duplicates
 from alignment.data.partition import Partition
 from alignment.data.reader import ReadResult, positive_mask, read_data, read_pairs
-from alignment.data.report import DataReport, Overlap, check_data, describe_issues, describe_truncated
+from alignment.data.report import DataReport, check_data, describe_issues, describe_truncated
 
 __all__ = [
-    "CAPTION_COLUMNS",
-    "ID_COLUMNS",
-    "IMAGE_COLUMNS",
     "AmbiguousImageNames",
     "DataReport",
     "EmptyDataset",
     "ImageHash",
-    "Overlap",
     "Pair",
     "Partition",
     "ReadResult",

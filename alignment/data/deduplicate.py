@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from alignment.ahead import ahead
 from alignment.data.collector import Pair
 from alignment.preprocess import InputError, message_with_option, open_image, sanitize_text
 
@@ -33,8 +34,6 @@ MAX_HAMMING_DISTANCE = 3
 MIN_TEXTURE = 32
 MIN_STEP = 2
 MAX_NEAR_DUPLICATES = 1_000_000  # pairs; the frames of a film would otherwise fill the memory
-
-_NUM_THREADS = 8
 
 
 class ImageHash(NamedTuple):
@@ -68,17 +67,13 @@ def hash_images(
     paths = list(dict.fromkeys(images))
     problems: list[str] = []
     hashes: dict[str, ImageHash | None] = {}
-    # Decoding and hashing both release the interpreter's lock, so threads are sufficient.
-    pool = ThreadPoolExecutor(min(_NUM_THREADS, os.cpu_count() or 1))
-    try:
-        for path, result in zip(paths, pool.map(_hash_image, paths), strict=True):
+    with closing(ahead(_hash_image, paths)) as results:
+        for path, result in zip(paths, results, strict=True):
             hashes[path] = result if isinstance(result, ImageHash) else None
             if isinstance(result, str):
                 problems.append(result)
             if progress:
                 progress(len(hashes), len(paths))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupted run does not open the rest
     if problems:
         listed = " ".join(problems[:3]) + (", ..." if len(problems) > 3 else "")
         logger.warning("Pictures that cannot be opened: %d, %s", len(problems), listed)

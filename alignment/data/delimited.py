@@ -37,20 +37,8 @@ class Row(NamedTuple):
     is_open: bool = False
 
 
-class Head(NamedTuple):
-    """What comes before the rows.
-
-    Attributes:
-        delimiter: between the fields.
-        skipped: number of lines before the first row: empty ones, comments, `sep=;`.
-    """
-
-    delimiter: str
-    skipped: int
-
-
-def read_file_head(lines: Iterable[str]) -> Head:
-    """Find the delimiter, and how many lines there are before the first row."""
+def read_file_head(lines: Iterable[str]) -> tuple[str, int]:
+    """Find the delimiter, and the number of lines before the first row: empty ones, comments, `sep=;`."""
     skipped, named = 0, ""
     for line in islice(lines, _MAX_LINES_OF_A_HEAD):
         text = line.strip("\ufeff \n")
@@ -58,10 +46,10 @@ def read_file_head(lines: Iterable[str]) -> Head:
             named = found[1]
         elif text.strip('",;|\t') and (not text.startswith("#") or _is_header(text)):
             if not named and _LISTED.match(text):
-                return Head(BLANK, skipped)
-            return Head(named or max(DELIMITERS, key=lambda mark: len(split_line(text, mark)[0])), skipped)
+                return BLANK, skipped
+            return named or max(DELIMITERS, key=lambda mark: len(split_line(text, mark)[0])), skipped
         skipped += 1
-    return Head(named or ",", skipped)
+    return named or ",", skipped
 
 
 def _is_header(comment: str) -> bool:

@@ -10,7 +10,6 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +65,7 @@ class ImageIndex:
 
     def has_stem(self, stem: str) -> bool:
         """Tell whether a picture has this name without its suffix."""
-        return nfc(stem) in self._by_stem
+        return nfc(stem) in self._groups["stem"]
 
     def names_image(self, value: object) -> bool:
         """Tell whether a value looks like the name of a picture, or is the stem of one in the index."""
@@ -85,13 +84,13 @@ class ImageIndex:
         """
         name = nfc(os.path.normpath(name).replace(os.sep, "/"))
         base = name.rpartition("/")[2]
-        paths = [path for path in self._by_name.get(base, ()) if self._relative(path).endswith(f"/{name}")]
+        paths = [path for path in self._groups["name"].get(base, ()) if self._relative(path).endswith(f"/{name}")]
         if not paths and os.path.splitext(base)[1].lower() not in IMAGE_SUFFIXES:
             paths = self._find_stem(name)
         if paths:
             return Matches(self._decide(paths, split, folder))
         ending = f"/{name}".casefold()
-        paths = self._by_folded_name.get(base.casefold(), [])
+        paths = self._groups["folded"].get(base.casefold(), [])
         paths = [path for path in paths if self._relative(path).casefold().endswith(ending)]
         return Matches(self._decide(paths, split, folder), bool(paths))
 
@@ -105,11 +104,11 @@ class ImageIndex:
 
     def _find_stem(self, name: str) -> list[str]:
         folder, _, stem = nfc(name).rpartition("/")
-        paths = self._by_stem.get(stem, [])
+        paths = self._groups["stem"].get(stem, [])
         if not paths:
             number = re.sub(r"^(\d+)\.0$", r"\1", stem, flags=re.ASCII)  # a column of numbers with a gap is written so
             if number.isascii() and number.isdigit():  # 139 stands for 000000000139.jpg
-                paths = self._by_number.get(number.lstrip("0"), [])
+                paths = self._groups["number"].get(number.lstrip("0"), [])
         return [path for path in paths if not folder or os.path.dirname(path).endswith(f"/{folder}")]
 
     def _decide(self, paths: list[str], split: str, folder: str) -> tuple[str, ...]:
@@ -121,21 +120,18 @@ class ImageIndex:
         return tuple(below if len(paths) > 1 and below else paths)
 
     @cached_property
-    def _by_name(self) -> dict[str, list[str]]:
-        return _group(self.paths, lambda path: nfc(os.path.basename(path)))
-
-    @cached_property
-    def _by_folded_name(self) -> dict[str, list[str]]:
-        return _group(self.paths, lambda path: nfc(os.path.basename(path)).casefold())
-
-    @cached_property
-    def _by_stem(self) -> dict[str, list[str]]:
-        return _group(self.paths, lambda path: nfc(os.path.splitext(os.path.basename(path))[0]))
-
-    @cached_property
-    def _by_number(self) -> dict[str, list[str]]:
-        stems = {stem: paths for stem, paths in self._by_stem.items() if stem.isascii() and stem.isdigit()}
-        return _group((path for paths in stems.values() for path in paths), lambda path: Path(path).stem.lstrip("0"))
+    def _groups(self) -> dict[str, defaultdict[str, list[str]]]:
+        """Pictures by "name", "folded" name, "stem", and "number" if the stem is one."""
+        groups = {kind: defaultdict[str, list[str]](list) for kind in ("name", "folded", "stem", "number")}
+        for path in self.paths:
+            name = nfc(os.path.basename(path))
+            stem = os.path.splitext(name)[0]
+            groups["name"][name].append(path)
+            groups["folded"][name.casefold()].append(path)
+            groups["stem"][stem].append(path)
+            if stem.isascii() and stem.isdigit():
+                groups["number"][stem.lstrip("0")].append(path)
+        return groups
 
     @cached_property
     def _splits(self) -> set[str]:
@@ -145,7 +141,7 @@ class ImageIndex:
     @cached_property
     def _names_repeat(self) -> bool:
         """Whether pictures of different splits have the same name."""
-        return any(len(set(map(self.split_of, paths))) > 1 for paths in self._by_name.values() if len(paths) > 1)
+        return any(len(set(map(self.split_of, paths))) > 1 for paths in self._groups["name"].values() if len(paths) > 1)
 
 
 def _is_denied(path: str) -> bool:
@@ -157,13 +153,6 @@ def _is_denied(path: str) -> bool:
     except (OSError, ValueError):
         pass
     return False
-
-
-def _group(paths: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
-    groups: defaultdict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        groups[key(path)].append(path)
-    return dict(groups)
 
 
 def nfc(name: str) -> str:

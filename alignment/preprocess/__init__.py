@@ -31,13 +31,12 @@ from alignment.preprocess.errors import InputError, message_with_option
 from alignment.preprocess.formats import IMAGE_SUFFIXES
 from alignment.preprocess.images import ImageSource, open_image
 from alignment.preprocess.preprocessor import Preprocessor
-from alignment.preprocess.tokenizer import MIN_VOCABULARY, TokenizerSpec
+from alignment.preprocess.tokenizer import TokenizerSpec
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_CAPTIONS",
     "MAX_CAPTION_CHARS",
-    "MIN_VOCABULARY",
     "ImageSource",
     "InputError",
     "Preprocessor",
