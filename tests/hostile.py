@@ -443,7 +443,7 @@ def peak_mb() -> float:
 def refusal(data: bytes, near: int | None = None) -> InputError | None:
     """Open a picture: None, or what is said instead; anything but an `InputError` is raised."""
     try:
-        image = open_image(data, near=near)
+        image = open_image(data, draft_size=near)
     except InputError as error:
         check_said(error)
         return error

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from alignment.data import Pair, positive_mask
 from alignment.evaluate import (
     ROUNDING,
     Estimate,
@@ -28,7 +29,6 @@ from alignment.evaluate import (
     retrieval_ranks,
 )
 from alignment.evaluate.embedding import Encoder, NamedProgress
-from alignment.pairs import Pair, positives_of
 from alignment.preprocess import InputError
 
 
@@ -431,8 +431,8 @@ def test_the_command_prints_a_table_and_writes_json(
 
 
 def test_the_scale_of_the_model_is_not_used(data: Path, checkpoint: Callable[[str], Path]) -> None:
+    from alignment.data import read_pairs
     from alignment.model import DualEncoder
-    from alignment.pairs import read_pairs
 
     encoder = DualEncoder.load(checkpoint("siglip"), device="cpu")
     before = evaluate_retrieval(encoder, read_pairs(data), resamples=0)
@@ -473,7 +473,7 @@ def test_the_table_shows_percent_with_intervals() -> None:
 def test_positives_of_agrees_with_the_report(data: Path) -> None:
     """The two ways to say who belongs to whom, a matrix and the flow over pairs, give one figure."""
     pairs = pairs_of(data, red=["a red car", "red"], green=["green grass"], blue=["blue sky", "green sea"])
-    positives, texts = positives_of(pairs)
+    positives, texts = positive_mask(pairs)
     encoder = ColourEncoder()
     similarity = encoder.encode_images([pair.image for pair in pairs]) @ encoder.encode_texts(texts).T
     report = evaluate_retrieval(encoder, pairs, resamples=0)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from alignment.data import Pair
 from alignment.evaluate import Embedded, eccv_metrics
 from alignment.evaluate.eccv import eccv_table, evaluate_eccv, read_eccv
-from alignment.pairs import Pair
 
 WIDTH = 12
 

@@ -19,13 +19,13 @@ from PIL import Image
 from test_kills import KILLED, Contents, Galleries, Trainings, galleries, paint, run, trainings
 
 from alignment.catalogue import Stamp
+from alignment.data import read_pairs
 from alignment.durable import LOCK, explain, sole_writer
 from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, build_gallery, is_whole, main, sides
 from alignment.gallery.unfinished import Unfinished
 from alignment.model import DualEncoder
 from alignment.model.graph_cache import GraphCache, ModelInfo
-from alignment.pairs import read_pairs
 from alignment.train.checkpoints import last_checkpoint
 from alignment.train.run_dir import SETTINGS, read_resume_state
 

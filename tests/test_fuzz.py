@@ -23,7 +23,7 @@ from alignment.engine import AlignmentEngine, trial
 from alignment.engine.albums import pack_album
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
-from alignment.preprocess import InputError, legible, open_image
+from alignment.preprocess import InputError, open_image, sanitize_text
 from alignment.ui.service import Service, Settings
 from alignment.ui.strings import error_text
 from alignment.ui.uploads import MAX_NAME
@@ -204,7 +204,7 @@ def visitor(address, uploads) -> Iterator[Callable[[str], Visitor]]:
 
 
 def said(name: str, error: InputError | None, lang: str) -> list[str]:
-    return [f"{legible(name, MAX_NAME)}: {error_text(lang, error)}"] if error else []
+    return [f"{sanitize_text(name, MAX_NAME)}: {error_text(lang, error)}"] if error else []
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

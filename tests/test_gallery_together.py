@@ -22,13 +22,13 @@ from PIL import Image
 from torch.distributed import HashStore
 
 from alignment.catalogue import CAPTIONS, PICTURES, FileState, Picture, Stamp
+from alignment.data import Partition
 from alignment.engine import AlignmentEngine
 from alignment.gallery import BuildReport, Gallery, build_gallery, main, together
 from alignment.gallery.building import embed_share
 from alignment.gallery.together import Together
 from alignment.gallery.unfinished import Unfinished
 from alignment.model import DualEncoder
-from alignment.pairs import Share
 
 ROOT = Path(__file__).parents[1]
 PER_SHARD = 50
@@ -152,7 +152,7 @@ def test_each_shard_is_unpacked_by_one_process_alone(
     counts = []
     for number in (1, 2):
         monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / f"cache {number}"))
-        embed_share(shards, tmp_path / "out", encoder, Share(number, 2))
+        embed_share(shards, tmp_path / "out", encoder, Partition(number, 2))
         counts.append(len(list((tmp_path / f"cache {number}" / "shards").iterdir())))
     assert counts == [2, 1]
     report = BuildReport()
@@ -190,7 +190,7 @@ def test_a_share_that_was_broken_off_goes_on_without_reading_again(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        embed_share(source, out, encoder, Share(1, 1), progress=ctrl_c)
+        embed_share(source, out, encoder, Partition(1, 1), progress=ctrl_c)
     opened: list[Path] = []
     read = Path.open
 
@@ -200,7 +200,7 @@ def test_a_share_that_was_broken_off_goes_on_without_reading_again(
 
     monkeypatch.setattr(Path, "open", noted)
     report = BuildReport()
-    embed_share(source, out, encoder, Share(1, 1), report=report)
+    embed_share(source, out, encoder, Partition(1, 1), report=report)
     kept = report.reused["pictures"]
     assert kept >= 8
     assert report.encoded["pictures"] == 40 - kept
@@ -220,7 +220,7 @@ def test_a_picture_that_changed_after_its_share_was_done_is_embedded_again(
     source.mkdir()
     for number in range(3):
         (source / f"{number}.png").write_bytes(photo(number))
-    embed_share(source, out, encoder, Share(1, 1))
+    embed_share(source, out, encoder, Partition(1, 1))
     (source / "1.png").write_bytes(photo(99))
     os.utime(source / "1.png", ns=(0, 10**18))
     (source / "2.png").unlink()
@@ -257,7 +257,7 @@ def test_two_processes_may_show_the_same_picture_at_once(tmp_path: Path) -> None
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shares_hold_everything_once(count: int) -> None:
     items = list(range(1000))
-    parts = [Share(number, count).of(items) for number in range(1, count + 1)]
+    parts = [Partition(number, count).select(items) for number in range(1, count + 1)]
     assert sorted(item for part in parts for item in part) == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 64
 
@@ -282,7 +282,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> HashStore:
 
 def test_the_first_process_hears_what_the_others_have_done(board: HashStore) -> None:
     first, second = (Together(board, rank, 2) for rank in (0, 1))
-    assert [(one.share, one.is_first) for one in (first, second)] == [(Share(1, 2), True), (Share(2, 2), False)]
+    assert [(one.share, one.is_first) for one in (first, second)] == [(Partition(1, 2), True), (Partition(2, 2), False)]
 
     def work() -> None:
         with second.alive():
@@ -348,7 +348,7 @@ def test_what_others_have_begun_is_left_to_them(tmp_path: Path, encoder: DualEnc
     (source / "a.png").write_bytes(photo(0))
     (out / ".building").mkdir(parents=True)
     (out / ".building" / "0123.safetensors").write_bytes(b"of somebody else")
-    embed_share(source, out, encoder, Share(1, 2))
+    embed_share(source, out, encoder, Partition(1, 2))
     assert (out / ".building" / "0123.safetensors").exists()
     build_gallery(source, out, encoder, calibrate=False)
     assert not (out / ".building").exists()

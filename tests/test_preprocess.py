@@ -12,7 +12,15 @@ import torch
 from PIL import Image, ImageFile
 from transformers import AutoProcessor, AutoTokenizer
 
-from alignment.preprocess import InputError, Preprocessor, TextRules, clean_caption, formats, open_image, parse_captions
+from alignment.preprocess import (
+    InputError,
+    Preprocessor,
+    TokenizerSpec,
+    clean_caption,
+    formats,
+    open_image,
+    parse_captions,
+)
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 # Four different quarters: every one of the eight orientations looks different.
@@ -637,22 +645,22 @@ def test_naflex_keeps_the_shape_of_a_picture(checkpoint: Callable) -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"model_type": "clip"}, TextRules(77)),
-        ({"model_type": "clip", "text_config": {"max_position_embeddings": 248}}, TextRules(248)),
-        ({"model_type": "siglip", "text_config": {}}, TextRules(64, pad_to_max=True, lower=True)),
-        ({"model_type": "chinese_clip", "text_config": {"max_position_embeddings": 512}}, TextRules(512, 0, 52)),
-        ({"model_type": "bert", "max_position_embeddings": 40}, TextRules(40)),
-        ({"model_type": "roberta", "max_position_embeddings": 514}, TextRules(512, 2)),
+        ({"model_type": "clip"}, TokenizerSpec(77)),
+        ({"model_type": "clip", "text_config": {"max_position_embeddings": 248}}, TokenizerSpec(248)),
+        ({"model_type": "siglip", "text_config": {}}, TokenizerSpec(64, pad_to_max=True, lower=True)),
+        ({"model_type": "chinese_clip", "text_config": {"max_position_embeddings": 512}}, TokenizerSpec(512, 0, 52)),
+        ({"model_type": "bert", "max_position_embeddings": 40}, TokenizerSpec(40)),
+        ({"model_type": "roberta", "max_position_embeddings": 514}, TokenizerSpec(512, 2)),
         (
             {"model_type": "vision-text-dual-encoder", "text_config": {"model_type": "siglip_text_model"}},
-            TextRules(64, pad_to_max=True, lower=True),
+            TokenizerSpec(64, pad_to_max=True, lower=True),
         ),
-        ({"model_type": "anything", "text_config": {"model_type": "new"}}, TextRules(512)),
-        ({}, TextRules()),
+        ({"model_type": "anything", "text_config": {"model_type": "new"}}, TokenizerSpec(512)),
+        ({}, TokenizerSpec()),
     ],
 )
-def test_text_rules_follow_from_the_config(config: dict, expected: TextRules) -> None:
-    assert TextRules.of(config) == expected
+def test_text_rules_follow_from_the_config(config: dict, expected: TokenizerSpec) -> None:
+    assert TokenizerSpec.from_config(config) == expected
 
 
 def test_a_caption_longer_than_the_tower_is_cut(checkpoint: Callable) -> None:

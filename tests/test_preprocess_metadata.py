@@ -11,8 +11,9 @@ import pytest
 from hostile import directory, saved, scene, sound, tiff
 from PIL import Image
 
-from alignment.preprocess import InputError, directories, metadata, open_image
-from alignment.preprocess.metadata import slim
+from alignment.preprocess import InputError, metadata, open_image
+from alignment.preprocess.metadata import strip_metadata
+from alignment.preprocess.tiff import MAX_NUMBERS, tile_pixels
 
 READ = [kind for kind, file in sound().items() if file.read]
 
@@ -25,13 +26,13 @@ def plainly(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize("kind", READ)
 def test_the_pixels_are_the_same_without_metadata(kind):
     data = sound()[kind].data
-    assert np.array_equal(plainly(slim(data)), plainly(data))
+    assert np.array_equal(plainly(strip_metadata(data)), plainly(data))
 
 
 @pytest.mark.parametrize("kind", READ)
 def test_what_has_been_slimmed_stays_as_it_is(kind):
-    once = slim(sound()[kind].data)
-    assert slim(once) == once
+    once = strip_metadata(sound()[kind].data)
+    assert strip_metadata(once) == once
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
@@ -43,7 +44,7 @@ def test_nothing_of_what_exif_says_reaches_pillow_but_the_orientation(format):
     data = saved(turned, format, exif=exif.tobytes(), **options)
     assert b"a secret place" in data
     if format in ("JPEG", "AVIF"):
-        with Image.open(BytesIO(slim(data))) as image:
+        with Image.open(BytesIO(strip_metadata(data))) as image:
             assert b"a secret place" not in image.info.get("exif", b"")
     far = np.abs(np.asarray(open_image(data), dtype=int) - np.asarray(scene(), dtype=int))
     assert far.mean() < 12
@@ -93,7 +94,7 @@ def test_anything_may_follow_a_png():
 
 def test_padding_between_the_markers_of_a_jpeg_is_skipped():
     data = sound()["JPEG"].data
-    assert np.array_equal(plainly(slim(data[:2] + b"\xff" * 30_000 + b"\0\0" + data[2:])), plainly(data))
+    assert np.array_equal(plainly(strip_metadata(data[:2] + b"\xff" * 30_000 + b"\0\0" + data[2:])), plainly(data))
 
 
 @pytest.mark.parametrize("name", ["MAX_PARTS", "MAX_SCANS"])
@@ -104,21 +105,21 @@ def test_the_limits_are_far_from_what_pictures_need(name, monkeypatch):
 
 
 def test_a_directory_that_names_its_bytes_again_and_again_is_refused():
-    assert directories.tile_pixels(BytesIO(sound()["TIFF"].data)) == 0
+    assert tile_pixels(BytesIO(sound()["TIFF"].data)) == 0
     for data in (directory(500_000), tiff((34665, 4, 1, 520), behind=directory(500_000))):
         with pytest.raises(InputError, match="damaged"):
-            directories.tile_pixels(BytesIO(data))
+            tile_pixels(BytesIO(data))
 
 
 def test_more_numbers_than_a_picture_needs_are_refused():
-    many = directories.MAX_NUMBERS
-    assert directories.tile_pixels(BytesIO(tiff((273, 4, many - 100, 512), behind=bytes(4 * many)))) == 0
+    many = MAX_NUMBERS
+    assert tile_pixels(BytesIO(tiff((273, 4, many - 100, 512), behind=bytes(4 * many)))) == 0
     with pytest.raises(InputError, match="damaged"):
-        directories.tile_pixels(BytesIO(tiff((273, 4, many, 512), behind=bytes(4 * many))))
+        tile_pixels(BytesIO(tiff((273, 4, many, 512), behind=bytes(4 * many))))
 
 
 def test_a_tile_is_as_large_as_it_says():
-    assert directories.tile_pixels(BytesIO(tiff((322, 4, 1, 300), (323, 3, 1, 200)))) == 60_000
+    assert tile_pixels(BytesIO(tiff((322, 4, 1, 300), (323, 3, 1, 200)))) == 60_000
 
 
 def test_any_bytes_are_looked_over():
@@ -126,6 +127,6 @@ def test_any_bytes_are_looked_over():
     dice = random.Random(1)
     for _ in range(2000):
         data = dice.choice(heads) + dice.randbytes(dice.randrange(400))
-        for look in (slim, lambda data: directories.tile_pixels(BytesIO(data))):
+        for look in (strip_metadata, lambda data: tile_pixels(BytesIO(data))):
             with suppress(InputError):
                 look(data)

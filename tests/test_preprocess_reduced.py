@@ -68,25 +68,25 @@ def test_a_jpeg_is_reduced_as_far_as_its_shorter_side_allows(
     size: tuple[int, int], near: int, expected: tuple[int, int], encoded: Callable
 ) -> None:
     data = encoded(smooth(size), "JPEG", quality=95)
-    assert open_image(data, near=near).size == expected
+    assert open_image(data, draft_size=near).size == expected
     assert open_image(data).size == size
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO"])
 def test_other_formats_keep_their_size(format: str, encoded: Callable) -> None:
     data = encoded(smooth((240, 160)), format)
-    np.testing.assert_array_equal(np.asarray(open_image(data, near=10)), np.asarray(open_image(data)))
+    np.testing.assert_array_equal(np.asarray(open_image(data, draft_size=10)), np.asarray(open_image(data)))
 
 
 def test_what_is_decoded_already_keeps_its_size() -> None:
     image = smooth((640, 480))
-    assert open_image(image, near=10).size == (640, 480)
-    assert open_image(np.asarray(image), near=10).size == (640, 480)
+    assert open_image(image, draft_size=10).size == (640, 480)
+    assert open_image(np.asarray(image), draft_size=10).size == (640, 480)
 
 
 def test_the_callers_picture_is_not_reduced(encoded: Callable) -> None:
     with Image.open(BytesIO(encoded(smooth((640, 480)), "JPEG"))) as image:  # opened, but not yet decoded
-        assert open_image(image, near=10).size == (640, 480)
+        assert open_image(image, draft_size=10).size == (640, 480)
         assert image.size == (640, 480)
 
 
@@ -96,7 +96,7 @@ def test_every_kind_of_file_is_reduced(source: str, tmp_path: Path, encoded: Cal
     path = tmp_path / "photo"
     path.write_bytes(data)
     with path.open("rb") as file:
-        picture = open_image({"path": path, "file": file, "bytes": data}[source], near=100)
+        picture = open_image({"path": path, "file": file, "bytes": data}[source], draft_size=100)
     assert (picture.size, picture.mode, picture.info) == ((160, 120), "RGB", {})
 
 
@@ -104,7 +104,7 @@ def test_every_kind_of_file_is_reduced(source: str, tmp_path: Path, encoded: Cal
 @pytest.mark.parametrize("scale", [2, 4, 8])
 def test_a_reduced_picture_lies_where_the_full_one_does(size: tuple[int, int], scale: int, encoded: Callable) -> None:
     data = encoded(smooth(size), "JPEG", quality=98, subsampling=0)
-    reduced, full = open_image(data, near=min(size) // scale), open_image(data)
+    reduced, full = open_image(data, draft_size=min(size) // scale), open_image(data)
     assert reduced.size == (size[0] // scale, size[1] // scale)
     assert difference(reduced, full.resize(reduced.size, Image.Resampling.BOX)) < 0.6
     # The decoder alone leaves its padding in; it is by this that the test can tell.
@@ -124,7 +124,7 @@ def test_a_reduced_picture_is_upright(orientation: int, encoded: Callable) -> No
     exif[0x0112] = orientation
     upright = smooth((806, 605))
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](np.asarray(upright))))
-    picture = open_image(encoded(stored, "JPEG", exif=exif, quality=95), near=150)
+    picture = open_image(encoded(stored, "JPEG", exif=exif, quality=95), draft_size=150)
     assert picture.size == (201, 151)
     assert difference(picture, upright.resize(picture.size, Image.Resampling.BOX)) < 2
     np.testing.assert_array_equal(np.asarray(open_image(picture)), np.asarray(picture))  # turned once
@@ -144,7 +144,7 @@ def test_every_kind_of_jpeg_is_reduced_to_the_same_picture(
     format: str, mode: str, options: dict, encoded: Callable
 ) -> None:
     data = encoded(smooth((800, 600)).convert(mode), format, quality=95, **options)
-    reduced, full = open_image(data, near=100), open_image(data)
+    reduced, full = open_image(data, draft_size=100), open_image(data)
     assert (reduced.size, full.size, reduced.mode) == ((200, 150), (800, 600), "RGB")
     assert difference(reduced, full.reduce(4)) < 2
 
@@ -160,7 +160,7 @@ def test_what_is_refused_in_full_is_refused_in_reduced_size(near: int | None, en
         (b"", "image.empty"),
     ):
         with pytest.raises(InputError) as caught:
-            open_image(data, near=near)
+            open_image(data, draft_size=near)
         assert caught.value.code == code
 
 
@@ -170,7 +170,7 @@ def test_the_compact_model_sees_the_same_in_twelve_megapixels(encoded: Callable)
     # The last two have sides that no scale divides.
     for name, size in zip(PHOTOGRAPHS, [(4000, 3000)] * 4 + [(4003, 2997)] * 2, strict=True):
         data = encoded(photograph(name, size), "JPEG", quality=90)
-        reduced = open_image(data, near=preprocessor.near)
+        reduced = open_image(data, draft_size=preprocessor.draft_size)
         assert max(reduced.size) <= 1000
         ours.append(preprocessor.images([reduced]))
         theirs.append(preprocessor.images([open_image(data)]))

@@ -680,7 +680,7 @@ def test_a_failure_is_logged_by_the_lines_of_code_without_what_it_says():
 
 
 def test_others_messages_are_cut_where_they_would_quote():
-    for name in ("PIL", "alignment.pairs.collection"):
+    for name in ("PIL", "alignment.data.collector"):
         line = Json().format(record(logging.WARNING, "Cannot read %s", ("ingrid.jpg",), name=name))
         assert json.loads(line)["event"] == f"{name}: Cannot read …"
     line = Json().format(record(logging.WARNING, "No %s", ("OpenVINO",), name="alignment.model.openvino"))

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from alignment.data import Pair
 from alignment.evaluate import main as evaluate
 from alignment.gallery import main as gallery
-from alignment.pairs import Pair
 from alignment.picture_limits import LIMITS, lift_limits
 from alignment.preprocess import Preprocessor
 from alignment.train.command import main as train

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from alignment.data import Pair
 from alignment.model import DualEncoder
-from alignment.pairs import Pair
 from alignment.preprocess import Preprocessor, open_image
 from alignment.train.dataset import MIN_CROP, Captions, ContrastiveDataset, _augmented
 from alignment.train.prepare import MIN_HELD_OUT, Prepared, prepare

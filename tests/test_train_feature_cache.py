@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 from test_train_presets import compact_like
 from torch import Tensor, nn
 
+from alignment.data import Pair
 from alignment.evaluate import embed_pairs, evaluate_embedded
 from alignment.model import DualEncoder
-from alignment.pairs import Pair
 from alignment.preprocess import open_image
 from alignment.train.dataset import Captions, ContrastiveDataset
 from alignment.train.feature_cache import CachedFeatures, find_freeze_point, random_window

@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, multiprocessing, nn
 
+from alignment.data import Pair
 from alignment.evaluate import embed_pairs, evaluate_embedded
 from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.model import DualEncoder
-from alignment.pairs import Pair
 from alignment.train import objective as objective_module
 from alignment.train.dataset import Captions
 from alignment.train.objective import Batch, Objective, gather

@@ -13,7 +13,7 @@ from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
 from alignment.model import DualEncoder
 from alignment.model.composition import ComposedConfig, ComposedModel
-from alignment.preprocess import Preprocessor, TextRules
+from alignment.preprocess import Preprocessor, TokenizerSpec
 from alignment.towers import EfficientNetLiteConfig, EfficientNetLiteModel, NgramTextConfig, NgramTextModel
 from alignment.train.presets import Preset, Towers, apply_preset, merge_lora, snapshot, trained_weights, weight_groups
 from alignment.train.scratch import MAX_TOKENS, SIZES, build_scratch, learn_tokenizer
@@ -74,7 +74,7 @@ def compact_like() -> DualEncoder:
         text_width=28,
     )
     processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    preprocessor = Preprocessor(processor, tokenizer, TextRules(positions=64))
+    preprocessor = Preprocessor(processor, tokenizer, TokenizerSpec(positions=64))
     return DualEncoder(ComposedModel(config, image, text), preprocessor, name="compact-like", device="cpu")
 
 

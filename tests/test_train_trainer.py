@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from alignment.data import Pair
 from alignment.model import DualEncoder
-from alignment.pairs import Pair
 from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
 from alignment.train.checkpoints import last_checkpoint, load_trained
 from alignment.train.dataset import Captions, ContrastiveDataset

@@ -11,10 +11,10 @@ import pytest
 from killing import obey_permissions
 from PIL import Image
 
+from alignment.data import read_data
 from alignment.evaluate import read_class_folders
 from alignment.gallery import BuildReport, Gallery, build_gallery, main
 from alignment.model import DualEncoder
-from alignment.pairs import read_data
 
 Shut = Callable[[Path, int], AbstractContextManager[None]]
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, SiglipImageProcessor
 from alignment.compact.recipe import Aligner
 from alignment.model import DualEncoder
 from alignment.model.composition import ComposedConfig, ComposedModel
-from alignment.preprocess import Preprocessor, TextRules
+from alignment.preprocess import Preprocessor, TokenizerSpec
 from alignment.towers import (
     AlignmentHead,
     EfficientNetLiteConfig,
@@ -48,7 +48,7 @@ def compact_preprocessor(tokenizer: PreTrainedTokenizerFast, image_size: int) ->
     image_processor = SiglipImageProcessor(
         size={"height": image_size, "width": image_size}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    return Preprocessor(image_processor, tokenizer, TextRules(positions=tokenizer.model_max_length))
+    return Preprocessor(image_processor, tokenizer, TokenizerSpec(positions=tokenizer.model_max_length))
 
 
 def assemble(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.pairs import Pair, read_pairs
+from alignment.data import Pair, read_pairs
 
 LANGUAGES = ("en", "zh")
 TABLES = {language: f"captions.{language}.jsonl" for language in LANGUAGES}

@@ -26,7 +26,7 @@ from alignment.engine.archives import Archive, open_archive
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
 from alignment.gallery import THUMBNAIL_PIXELS, Gallery, Picture
 from alignment.model import DualEncoder, chunk_size
-from alignment.preprocess import InputError, legible, open_image
+from alignment.preprocess import InputError, open_image, sanitize_text
 
 ALBUM = "my_photos"
 """Name of the zip and of the folder in it."""
@@ -189,7 +189,7 @@ def read_album(archive: Archive, folder: str, encoder: DualEncoder) -> tuple[lis
     if not isinstance(stamp, dict) or not isinstance(stamp.get("fingerprint"), str):
         raise _spoilt(_STAMP)
     if stamp["fingerprint"] != encoder.fingerprint:
-        theirs = legible(str(stamp.get("model", "")), _MAX_WORDS) or "?"
+        theirs = sanitize_text(str(stamp.get("model", "")), _MAX_WORDS) or "?"
         message = "These photos were embedded by the model {theirs}, but the one in use here is {ours}."
         raise InputError(message, "album.model", theirs=theirs, ours=Path(encoder.name).name)
     lines = _read(archive, folder + _PICTURES, _TEXT_MB).splitlines()
@@ -222,7 +222,7 @@ def _picture(line: Any) -> Picture:
     id, source = line.get("id"), line.get("source")
     if not isinstance(id, str) or not _ID.fullmatch(id) or not isinstance(source, str):
         raise _spoilt(_PICTURES)
-    return Picture(id, _plain(legible(source, _MAX_WORDS)))
+    return Picture(id, _plain(sanitize_text(source, _MAX_WORDS)))
 
 
 def _embeddings(data: bytes, count: int, encoder: DualEncoder) -> Tensor:

@@ -18,15 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.preprocess import InputError
+from alignment.preprocess import IMAGE_SUFFIXES, InputError
 
 MAX_ZIP_MB = 100
 MAX_INFLATED_MB = 400
 MAX_MEMBERS = 2000
 MAX_RATIO = 40
 """What a zip may unpack to, as a multiple of its size: photographs hardly shrink, and text some tenfold."""
-
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
 
 _FREE_MB = 20  # an archive that unpacks to less is no bomb, whatever its ratio
 _MAX_DIRECTORY = 2**20  # bytes; read in one piece when a zip file is opened
@@ -70,7 +68,7 @@ class Archive:
 
     def pictures(self) -> list[str]:
         """List the files that are called pictures."""
-        return [name for name in self.members if name.lower().endswith(PICTURE_ENDINGS)]
+        return [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
 
 
 class _Watched(io.FileIO):

@@ -92,7 +92,7 @@ class AlignmentEngine:
     def near(self) -> int | None:
         """How small a picture may be opened that is to be embedded and shown small; see `open_image`."""
         encoders = [self.encoder, self.second.encoder] if self.second else [self.encoder]
-        wanted = [encoder.preprocessor.near for encoder in encoders]
+        wanted = [encoder.preprocessor.draft_size for encoder in encoders]
         return None if None in wanted else max(side or 0 for side in wanted)
 
     def embed_image(self, image: ImageSource) -> Tensor:
@@ -123,7 +123,7 @@ class AlignmentEngine:
 
     def cut_captions(self, captions: Sequence[str]) -> list[str]:
         """List the captions that are longer than the model reads."""
-        return self.encoder.preprocessor.cut(captions)
+        return self.encoder.preprocessor.truncated(captions)
 
     def search_captions(self, image: ImageSource | Tensor, k: int = 10, lang: str | None = None) -> Found[Caption]:
         """Find the gallery's captions that fit a picture.
@@ -245,7 +245,7 @@ class AlignmentEngine:
                     raise InputError("This picture is there already.", "photo.duplicate")
                 if len(photos) + len(new) >= limit:
                     raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
-                new[id] = name, open_image(data, near=self.near)
+                new[id] = name, open_image(data, draft_size=self.near)
             except InputError as error:
                 skipped.append(Skipped(name, error))
         return self._extended(photos, new), skipped
@@ -345,4 +345,4 @@ def _make_thumbnail(picture: Picture, state: FileState | None, path: Path) -> by
     if not picture.package and path != picture.path and is_whole(path):
         with suppress(FileNotFoundError):  # a build may have taken it away just now
             return path.read_bytes()
-    return as_webp(open_image(picture.path, near=THUMBNAIL_PIXELS))
+    return as_webp(open_image(picture.path, draft_size=THUMBNAIL_PIXELS))

@@ -15,15 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from alignment.data import describe_issues
+from alignment.data.files import walk
 from alignment.durable import explain
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import Skipped
 from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
 from alignment.gallery.cached import Bar
 from alignment.model import DualEncoder
-from alignment.pairs import told
-from alignment.pairs.files import PICTURES, walk
-from alignment.preprocess import InputError, advised, legible
+from alignment.preprocess import IMAGE_SUFFIXES, InputError, message_with_option, sanitize_text
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class PhotoFolder:
             self._files = now
             both = before.keys() & now.keys()
             skipped = _skipped(report, self.source)
-            for line in told(report):
+            for line in describe_issues(report):
                 logger.warning("%s: %s", self.source, line)
             self.scan = Scan(
                 "done",
@@ -231,7 +231,7 @@ def photo_folder(source: str | os.PathLike[str]) -> str:
 
 def holds_pictures(folder: str) -> bool:
     """Tell whether a folder holds a file that is called like a picture."""
-    return any(path.suffix.lower() in PICTURES for path in walk(Path(folder)))
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in walk(Path(folder)))
 
 
 def _load(folder: Path, encoder: DualEncoder) -> Gallery | None:
@@ -253,13 +253,13 @@ def _skipped(report: BuildReport, source: str) -> tuple[Skipped, ...]:
 
 
 def _unread(reason: str) -> InputError:
-    return InputError("Its captions cannot be read: {reason}.", "photo.captions", reason=legible(reason, 200))
+    return InputError("Its captions cannot be read: {reason}.", "photo.captions", reason=sanitize_text(reason, 200))
 
 
 def _advised(error: InputError) -> InputError:
     """Say of a photo that is too large by which option the app takes it in."""
     code = _LIFTABLE.get(error.code)
-    return InputError(advised(error), code, **error.values) if code else error
+    return InputError(message_with_option(error), code, **error.values) if code else error
 
 
 def _files(gallery: Gallery) -> dict[str, str]:

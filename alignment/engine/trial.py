@@ -21,7 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.engine.archives import PICTURE_ENDINGS, Archive, open_archive
+from alignment.data import AmbiguousImageNames, EmptyDataset, ImageHash, Pair, ReadResult, merge_duplicates, read_data
+from alignment.data.tables import ClassLabelsOnly
+from alignment.engine.archives import Archive, open_archive
 from alignment.engine.photos import as_webp
 from alignment.evaluate import (
     KS,
@@ -34,9 +36,7 @@ from alignment.evaluate import (
 from alignment.evaluate.error_analysis import Example
 from alignment.gallery import Gallery
 from alignment.model import chunk_size
-from alignment.pairs import AmbiguousNames, ImagePrint, NothingLeft, Pair, Reading, merge_duplicates, read_data
-from alignment.pairs.tables import OnlyClasses
-from alignment.preprocess import ImageSource, InputError, legible, open_image
+from alignment.preprocess import IMAGE_SUFFIXES, ImageSource, InputError, open_image, sanitize_text
 
 MAX_TRIAL_PICTURES, MAX_TRIAL_CAPTIONS = 500, 5000
 FEWEST = 2
@@ -275,7 +275,7 @@ def _unpack(archive: Archive, folder: Path, left_out: defaultdict[str, list[str]
 
 def _kind(name: str) -> str:
     ending = Path(name).suffix.lower()
-    return "picture" if ending in PICTURE_ENDINGS else "table" if ending in _TABLES else ""
+    return "picture" if ending in IMAGE_SUFFIXES else "table" if ending in _TABLES else ""
 
 
 def _check_counts(archive: Archive) -> None:
@@ -326,23 +326,23 @@ def _check_causes(left_out: Mapping[str, Sequence[str]], unread: Iterable[str] =
         message = (
             "The file {name} cannot be read as captions; save it as CSV in UTF-8, with the columns image and caption."
         )
-        raise InputError(message, "trial.unread", name=legible(name, MAX_NAME))
-    for name in left_out.get(OnlyClasses.REASON, ()):
+        raise InputError(message, "trial.unread", name=sanitize_text(name, MAX_NAME))
+    for name in left_out.get(ClassLabelsOnly.REASON, ()):
         message = "The file {name} holds classes, not captions; to take them as captions, call the column caption."
-        raise InputError(message, "trial.classes", name=legible(name, MAX_NAME))
+        raise InputError(message, "trial.classes", name=sanitize_text(name, MAX_NAME))
     for name in left_out.get("missing pictures", ()):
         message = "The captions file names {name}, which is not in the zip file; compare the file names."
-        raise InputError(message, "trial.missing", name=legible(name, MAX_NAME))
+        raise InputError(message, "trial.missing", name=sanitize_text(name, MAX_NAME))
 
 
-def _reading(root: Path) -> Reading:
+def _reading(root: Path) -> ReadResult:
     try:
         return read_data(root, trusted=False)
-    except AmbiguousNames as error:
+    except AmbiguousImageNames as error:
         message = "{name} may mean several pictures in the zip file; write the folder before the names."
-        raise InputError(message, "trial.ambiguous", name=legible(error.names[0], MAX_NAME)) from error
+        raise InputError(message, "trial.ambiguous", name=sanitize_text(error.names[0], MAX_NAME)) from error
     except (ValueError, OSError, RecursionError, MemoryError, ArithmeticError, LookupError) as error:
-        if isinstance(error, NothingLeft):
+        if isinstance(error, EmptyDataset):
             _check_causes(error.left_out)
         message = "The captions file cannot be read as any of the forms listed; compare it with the example."
         raise InputError(message, "trial.unreadable") from error
@@ -350,10 +350,10 @@ def _reading(root: Path) -> Reading:
 
 def _without_doubles(pairs: list[Pair], root: Path, left_out: defaultdict[str, list[str]]) -> list[Pair]:
     """Merge pictures that are the same file under two names; else each counts as wrong for the other's captions."""
-    prints: dict[str, ImagePrint | None] = {}
+    prints: dict[str, ImageHash | None] = {}
     for pair in pairs:
         with open(pair.image, "rb") as file:
-            prints[pair.image] = ImagePrint(hashlib.file_digest(file, "sha256").hexdigest(), 0)
+            prints[pair.image] = ImageHash(hashlib.file_digest(file, "sha256").hexdigest(), 0)
     merged = merge_duplicates(pairs, prints)
     kept = {pair.image for pair in merged}
     left_out["doubles"] += [_name(pair.image, root) for pair in pairs if pair.image not in kept]
@@ -397,7 +397,7 @@ def _measure_pairs(
         torch.cat(image_embeds),
         torch.cat(text_embeds),
     )
-    shown = {reason: [legible(name, MAX_NAME) for name in names] for reason, names in left_out.items() if names}
+    shown = {reason: [sanitize_text(name, MAX_NAME) for name in names] for reason, names in left_out.items() if names}
     yield measure(embedded, lambda name: as_webp(open_image(root / name), THUMBNAIL_PIXELS), shown)
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
 
+from alignment.data import Pair, ReadResult, describe_issues, read_data
 from alignment.evaluate.class_folders import LabelledImages, read_class_folders, read_templates
 from alignment.evaluate.eccv import EccvData, read_eccv
 from alignment.model import find_device
-from alignment.pairs import Pair, Reading, read_data, told
 from alignment.picture_limits import add_size_options
 
 _EPILOG = """\
@@ -52,7 +52,7 @@ class Task:
     """
 
     pairs: Sequence[Pair] | None
-    reading: Reading | None
+    reading: ReadResult | None
     eccv: EccvData | None
     photos: LabelledImages | None
     templates: Sequence[str] | None
@@ -151,7 +151,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
         reading = read_data(arguments.data, format=arguments.format, split=arguments.split)
         pairs = reading.pairs
         if not any(pair.captions for pair in pairs):
-            why = "".join(f"\n- {line}" for line in told(reading))
+            why = "".join(f"\n- {line}" for line in describe_issues(reading))
             raise ValueError(f"{arguments.data}: there is no picture with a caption to measure on.{why}")
     if arguments.eccv and pairs is not None:
         eccv = read_eccv(pairs, Path(arguments.data))

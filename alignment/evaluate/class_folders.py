@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.pairs.files import PICTURES, UNLISTED, walk
+from alignment.data.files import UNLISTED, walk
+from alignment.preprocess import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def read_class_folders(folder: Path, class_names: Path | None = None) -> Labelle
     found: dict[str, list[str]] = {}
     for path in walk(folder, _raise_unlisted):
         name, *below = path.relative_to(folder).parts
-        if below and path.suffix.lower() in PICTURES:
+        if below and path.suffix.lower() in IMAGE_SUFFIXES:
             found.setdefault(name, []).append(str(path))
     if not found:
         raise ValueError(f"{folder} has no folder with pictures in it; zero-shot classification needs one per class.")

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from alignment.data import Pair, describe_issues, describe_truncated
 from alignment.durable import explain, write_file
 from alignment.evaluate.arguments import Task, check, parse, read_task
 from alignment.evaluate.bootstrap import Difference, Estimate
@@ -28,9 +29,8 @@ from alignment.evaluate.html_report import comparison_page, report_page
 from alignment.evaluate.retrieval import compare_retrieval, difference_table, evaluate_embedded, report_table
 from alignment.evaluate.zero_shot import class_ranks, compare_zero_shot, zero_shot_line, zero_shot_report
 from alignment.model import DualEncoder
-from alignment.pairs import Pair, told, told_cut
 from alignment.picture_limits import use_size_options
-from alignment.preprocess import few
+from alignment.preprocess import join_first
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _warn_of_repeated(pairs: Sequence[Pair]) -> None:
     if repeated := [caption for caption, times in images.items() if times > 1]:
         logger.warning(
             "%d of %d captions belong to several pictures (%s): ties count against the model, so recall@1 can be low, "
-            "or 0, whatever the model.", len(repeated), len(images), few(repeated),
+            "or 0, whatever the model.", len(repeated), len(images), join_first(repeated),
         )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _measure(name: str, task: Task, arguments: argparse.Namespace) -> Measured:
     options: dict[str, Any] = {"batch_size": arguments.batch_size, "progress": _Progress()}
     if task.pairs is not None:
         embedded = embed_pairs(encoder, task.pairs, **options)
-        cut = encoder.preprocessor.cut(embedded.texts)
+        cut = encoder.preprocessor.truncated(embedded.texts)
     if task.photos is not None:
         ranks = class_ranks(encoder, task.photos, templates=task.templates, **options)
     if task.eccv is not None and embedded is not None:
@@ -171,11 +171,11 @@ def _difference_json(found: Difference) -> dict[str, float]:
 
 def _finish(arguments: argparse.Namespace, task: Task, content: dict[str, Any], *measured: Measured) -> None:
     """Print and write how the data was read: left out, repaired, unread, truncated."""
-    lines = told(task.reading) if task.reading else []
+    lines = describe_issues(task.reading) if task.reading else []
     for found in measured:
         if unopened := _unopened(task, found):
-            lines.append(f"left out, pictures that cannot be opened: {len(unopened):,} ({few(unopened)})")
-        lines += told_cut(found.cut, found.max_length)
+            lines.append(f"left out, pictures that cannot be opened: {len(unopened):,} ({join_first(unopened)})")
+        lines += describe_truncated(found.cut, found.max_length)
     for line in dict.fromkeys(lines):
         print(f"- {line}")
     if task.reading is not None:

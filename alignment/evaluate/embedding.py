@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from alignment.data import Pair
 from alignment.evaluate.ranks import query_ranks
-from alignment.pairs import Pair
-from alignment.preprocess import InputError, advised, legible, open_image
+from alignment.preprocess import InputError, message_with_option, open_image, sanitize_text
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def embed_images(
         return images, encoder.encode_images(images, batch_size=batch_size, progress=report)
     except InputError:
         refused = {image: reason for image in images if (reason := _open_error(image))}
-        first = [f"{legible(os.path.basename(image))} ({reason})" for image, reason in islice(refused.items(), 3)]
+        first = [f"{sanitize_text(os.path.basename(image))} ({reason})" for image, reason in islice(refused.items(), 3)]
         more = ", ..." if len(refused) > len(first) else ""
         logger.warning("Left out %d %s that cannot be opened: %s%s", len(refused), name, " ".join(first), more)
         images = [image for image in images if image not in refused]
@@ -148,5 +148,5 @@ def _open_error(image: str) -> str:
     try:
         open_image(image)
     except InputError as error:
-        return advised(error)
+        return message_with_option(error)
     return ""

@@ -33,6 +33,7 @@ from alignment.catalogue import (
     read_captioned,
     read_hand_written,
 )
+from alignment.data import Partition, read_data
 from alignment.durable import sole_writer
 from alignment.gallery.judging import background_name, build_background, fit_calibration
 from alignment.gallery.looking import Look, Looker
@@ -41,8 +42,7 @@ from alignment.gallery.search import Gallery
 from alignment.gallery.storage import Rows, open_gallery, tidy, write_gallery
 from alignment.gallery.unfinished import THUMBNAILS, Unfinished
 from alignment.model import DualEncoder
-from alignment.pairs import Share, read_data
-from alignment.preprocess import InputError, legible
+from alignment.preprocess import InputError, sanitize_text
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def build_gallery(
         remote.check()
     report = report or BuildReport()
     pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split, report)
-    report.cut = encoder.preprocessor.cut(caption.text for caption in captions)
+    report.cut = encoder.preprocessor.truncated(caption.text for caption in captions)
     with sole_writer(out, patience=patience):
         finish_writing(out)
         arguments = progress or (lambda done, total: None), report, calibrate, remote
@@ -144,7 +144,7 @@ def embed_share(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     encoder: DualEncoder,
-    share: Share,
+    share: Partition,
     *,
     format: str | None = None,
     split: str | None = None,
@@ -175,7 +175,7 @@ def _read_source(
     format: str | None,
     split: str | None,
     report: BuildReport,
-    share: Share | None = None,
+    share: Partition | None = None,
 ) -> tuple[list[Picture], list[Caption], Stamp]:
     """List what is to be embedded, and report what is not; the stamp says where it comes from, a path or Hub id."""
     folder, gallery = Path(source), os.path.join(os.path.abspath(out), "")
@@ -188,8 +188,8 @@ def _read_source(
     )
     if folder.is_dir() and format is None and split is None and is_hand_written(folder):
         pictures, captions = read_hand_written(folder)
-        return (share.of(pictures), share.of(captions), stamp) if share else (pictures, captions, stamp)
-    reading = read_data(source, format=format, split=split, share=share)
+        return (share.select(pictures), share.select(captions), stamp) if share else (pictures, captions, stamp)
+    reading = read_data(source, format=format, split=split, partition=share)
     report.left_out, report.repaired = reading.left_out, reading.repaired
     report.unlisted, report.unread = reading.unlisted, reading.unread
     images = [(pair.image, pair.captions) for pair in reading.pairs if not pair.image.startswith(gallery)]
@@ -326,7 +326,7 @@ class _Builder:
                 self.report.skipped.append((look.picture.source, look.refusal))
                 if look.error:
                     self.report.errors[look.picture.source] = look.error
-                logger.warning("Skipped %s: %s", legible(look.picture.source), look.refusal)
+                logger.warning("Skipped %s: %s", sanitize_text(look.picture.source), look.refusal)
             else:
                 read.append(look.picture)
                 if look.picture.file is not before:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from alignment.catalogue import Picture, Stamp, read_hand_written
+from alignment.data.image_store import cache_folder
 from alignment.gallery.building import build_gallery
 from alignment.gallery.judging import background_name
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
-from alignment.pairs.store import cache_folder
 from alignment.shipped import GALLERY, shipped
 
 Bar: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from alignment.data import Partition, describe_issues, describe_truncated
 from alignment.durable import explain
 from alignment.gallery.building import BuildReport, build_gallery, embed_share
 from alignment.gallery.pushing import add_push
@@ -22,9 +23,8 @@ from alignment.gallery.search import Gallery
 from alignment.gallery.storage import check_gallery
 from alignment.gallery.together import Together, of_torchrun, own_device, stopping_politely
 from alignment.model import DualEncoder
-from alignment.pairs import Share, told, told_cut
 from alignment.picture_limits import add_size_options, use_size_options
-from alignment.preprocess import few
+from alignment.preprocess import join_first
 from alignment.shipped import MODEL, shipped
 
 Show: TypeAlias = Callable[[int, int], None]
@@ -135,9 +135,9 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _share(text: str) -> Share:
+def _share(text: str) -> Partition:
     try:
-        return Share.read(text)
+        return Partition.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -217,10 +217,10 @@ def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport, max
     for kind in ("pictures", "captions"):
         print(f"  {kind}: {report.encoded[kind]} encoded, {report.reused[kind]} reused")
     print(f"  match probabilities: {gallery.stamp.judged_by or 'not calibrated'}")
-    for line in [*told(report), *told_cut(report.cut, max_length)]:
+    for line in [*describe_issues(report), *describe_truncated(report.cut, max_length)]:
         print(f"  {line}")
     if report.held:
-        print(f"  not readable now, kept as they were: {len(report.held):,} ({few(report.held)})")
+        print(f"  not readable now, kept as they were: {len(report.held):,} ({join_first(report.held)})")
     print(f"  skipped: {len(report.skipped)}{', named above' if report.skipped else ''}")
     if report.is_complete:
         return 0

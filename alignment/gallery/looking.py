@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alignment.catalogue import FileState, Picture
 from alignment.gallery.unfinished import THUMBNAILS, Unfinished
-from alignment.preprocess import InputError, Preprocessor, advised, open_image
+from alignment.preprocess import InputError, Preprocessor, message_with_option, open_image
 
 THUMBNAIL_PIXELS = 320
 _READ_AT_ONCE = 64 * 2**20  # bytes of the largest file that is held in memory
@@ -69,7 +69,7 @@ class Looker:
         try:
             look, thumbnail = self._look(picture)
         except InputError as error:
-            return Look(picture, refusal=advised(error), error=error)
+            return Look(picture, refusal=message_with_option(error), error=error)
         except OSError as error:
             return Look(picture, refusal=error.strerror or str(error), is_shut=not isinstance(error, FileNotFoundError))
         if thumbnail is not None:
@@ -96,8 +96,8 @@ class Looker:
         known = self.is_known(sha256)
         if shown and known:
             return Look(seen), None
-        near = self.preprocessor.near and max(self.preprocessor.near, THUMBNAIL_PIXELS)
-        image = open_image(content, near=near)
+        near = self.preprocessor.draft_size and max(self.preprocessor.draft_size, THUMBNAIL_PIXELS)
+        image = open_image(content, draft_size=near)
         inputs = None if known else self.preprocessor.images([image])
         if shown:
             return Look(seen, inputs), None

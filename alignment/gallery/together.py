@@ -19,7 +19,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-from alignment.pairs import Share
+from alignment.data import Partition
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Together:
 
     def __init__(self, store: Any, rank: int, count: int) -> None:
         """Take a store that all of them see, and this one's place among them."""
-        self.share, self.is_first = Share(rank + 1, count), rank == 0
+        self.share, self.is_first = Partition(rank + 1, count), rank == 0
         self._store, self._rank, self._count = store, rank, count
 
     @contextmanager

@@ -1,21 +1,21 @@
-"""Floor 1, the door: turn what a person gives (file, image, text) into model inputs.
+"""Floor 1, input: turn files, pictures and texts from outside into model inputs.
 
-Place in the flow: `upload -> open_image / parse_captions -> Preprocessor (here) -> model`. Serving, building a gallery
-and training all come through this door, so a model sees the same pixels everywhere, and nowhere else is input doubted.
+Place in the flow: `upload -> open_image / parse_captions -> Preprocessor (here) -> model`. Serving, gallery builds and
+training all decode and tokenize here, so a model sees the same pixels everywhere; input is validated nowhere else.
 
-| module        | what it does |
-|---------------|--------------|
-| `refusal`     | the one error a person at the keyboard can mend |
-| `formats`     | judges a picture's file by its header, before any pixel is decoded |
-| `metadata`    | leaves out of a file what is beside its picture |
-| `directories` | looks through what a TIFF file names |
-| `images`      | decodes a picture to RGB as a person sees it |
-| `captions`    | cleans captions, and makes names fit to be shown |
-| `pixels`      | resizes and normalises, bit for bit as transformers does |
-| `tokens`      | tokenizes, id for id as transformers does |
-| `inputs`      | a checkpoint's image processor and tokenizer |
+| module            | what it does |
+|-------------------|--------------|
+| `errors`          | the error for input that the person at the keyboard can correct |
+| `formats`         | accepts or refuses a picture file by its header |
+| `metadata`        | removes metadata from a file, but for the orientation |
+| `tiff`            | checks the directories of TIFF files |
+| `images`          | decodes a picture to upright RGB |
+| `captions`        | cleans captions, and makes names safe to display |
+| `image_transform` | resizes and normalises, bit for bit as transformers |
+| `tokenizer`       | tokenizes, id for id as transformers |
+| `preprocessor`    | a checkpoint's image processor and tokenizer |
 
-transformers is imported where a checkpoint needs what is not known here, and not before: it costs seconds.
+transformers takes seconds to import, so it is imported only for checkpoints that need it.
 """
 
 from alignment.preprocess.captions import (
@@ -23,28 +23,29 @@ from alignment.preprocess.captions import (
     MAX_CAPTIONS,
     clean_caption,
     count_captions,
-    few,
-    legible,
+    join_first,
     parse_captions,
+    sanitize_text,
 )
+from alignment.preprocess.errors import InputError, message_with_option
+from alignment.preprocess.formats import IMAGE_SUFFIXES
 from alignment.preprocess.images import ImageSource, open_image
-from alignment.preprocess.inputs import Preprocessor
-from alignment.preprocess.refusal import InputError, advised
-from alignment.preprocess.tokens import MIN_VOCABULARY, TextRules
+from alignment.preprocess.preprocessor import Preprocessor
+from alignment.preprocess.tokenizer import TokenizerSpec
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "MAX_CAPTIONS",
     "MAX_CAPTION_CHARS",
-    "MIN_VOCABULARY",
     "ImageSource",
     "InputError",
     "Preprocessor",
-    "TextRules",
-    "advised",
+    "TokenizerSpec",
     "clean_caption",
     "count_captions",
-    "few",
-    "legible",
+    "join_first",
+    "message_with_option",
     "open_image",
     "parse_captions",
+    "sanitize_text",
 ]

@@ -1,4 +1,4 @@
-"""Judge a picture's file by its header: what it is, and whether its size can be borne, before any pixel is decoded."""
+"""Accept or refuse a picture file by its header: its format and its size, before any pixel is decoded."""
 
 import re
 import warnings
@@ -11,22 +11,25 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from alignment.picture_limits import LIMITS
-from alignment.preprocess.directories import tile_pixels
-from alignment.preprocess.metadata import slim
-from alignment.preprocess.refusal import InputError, damaged
+from alignment.preprocess.errors import InputError, damaged, empty, unsupported
+from alignment.preprocess.metadata import strip_metadata
+from alignment.preprocess.tiff import tile_pixels
 
-_PILLOWS = Image.MAX_IMAGE_PIXELS or 0
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` judges, and says it in words
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
+"""Suffixes, in small letters, by which files in folders and archives are taken for pictures."""
 
-# What may be opened at all; JPEG includes MPO. Formats that run a program (EPS, PDF) or rarely hold photos stay shut.
+_PILLOW_MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` raises an InputError instead
+
+# Formats that Pillow may open; JPEG includes MPO. Not EPS and PDF, which run programs, nor formats without photographs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
 _READABLE = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\x00|MM\x00\*|....ftypavi[fs]|P[1-7Ff]\s|\x00\x00\x01\x00",
     re.DOTALL,
 )
-_SLIMMED = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|....ftyp", re.DOTALL)
-_SLOW, _MAX_SLOW_PIXELS = ("ppm", "ppm_plain"), 2_000_000
-_MAX_ICON = 4 * 2**20  # bytes; what lies in it goes past `slim`
+_STRIPPED = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|....ftyp", re.DOTALL)
+_SLOW_CODECS, _MAX_SLOW_PIXELS = {"ppm", "ppm_plain"}, 2_000_000  # decoded number by number, in Python
+_MAX_ICON_BYTES = 4 * 2**20  # the pictures in an icon do not pass through `strip_metadata`
 _FOREIGN = {
     "HEIC": re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL),
     "PDF": re.compile(rb"%PDF"),
@@ -42,10 +45,10 @@ def open_path(path: Path) -> BinaryIO:
     """Open a file for reading.
 
     Raises:
-        InputError: when there is none, or it may not be read.
+        InputError: when it does not exist, is no regular file, or may not be read.
     """
     try:
-        if not path.is_file():  # a pipe or a device would never end
+        if not path.is_file():  # reading a pipe or a device might never end
             raise FileNotFoundError(path)
         return path.open("rb")
     except OSError as error:
@@ -54,11 +57,11 @@ def open_path(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def from_file(file: BinaryIO) -> Iterator[Image.Image]:
-    """Open a picture as far as its header; the file is closed afterwards.
+def read_header(file: BinaryIO) -> Iterator[Image.Image]:
+    """Open a picture without decoding it; the file is closed afterwards.
 
     Raises:
-        InputError: when it is empty, damaged, too large, or no picture that is read here.
+        InputError: when it is empty, damaged, too large, or not of a format that is read.
     """
     with file:
         head = file.read(64)
@@ -68,57 +71,25 @@ def from_file(file: BinaryIO) -> Iterator[Image.Image]:
             _check_icon(file)
         if head.startswith((b"II", b"MM")) and tile_pixels(file) > LIMITS["pixels"]:
             raise too_large()
-        Image.MAX_IMAGE_PIXELS = max(LIMITS["pixels"], _PILLOWS)  # beyond twice as many, Pillow refuses of itself
-        source = BytesIO(slim(head + file.read())) if _SLIMMED.match(head) else file
+        Image.MAX_IMAGE_PIXELS = max(LIMITS["pixels"], _PILLOW_MAX_PIXELS)  # Pillow raises beyond twice as many
+        source = BytesIO(strip_metadata(head + file.read())) if _STRIPPED.match(head) else file
         try:
             image = Image.open(source, formats=_FORMATS)
         except UnidentifiedImageError as error:
             raise _unidentified(head) from error
         with image:
-            _check_speed(image)
+            _check_codec(image)
             yield image
 
 
-def _check_speed(image: Image.Image) -> None:
-    """Refuse a large picture of the kinds that Pillow decodes number by number: numbers as text, or of odd depth."""
-    codecs = {tile[0] for tile in getattr(image, "tile", ())}
-    if "bmp_rle" in codecs:  # as slow, and as long as its author likes, whatever its size in pixels
-        raise unsupported("Run-length BMP files")
-    slow = bool(codecs & set(_SLOW))
-    if slow and image.width * image.height > _MAX_SLOW_PIXELS:
-        raise unsupported("PPM files")
-
-
-def _unidentified(head: bytes) -> InputError:
-    """Tell a broken picture, a format not read here and something else altogether apart by their first bytes."""
-    if _READABLE.match(head):
-        return damaged()
-    for name, magic in _FOREIGN.items():
-        if magic.match(head):
-            return unsupported(f"{name} files")
-    return InputError(
-        "This file is not a picture; choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.", "image.not_an_image"
-    )
-
-
-def empty() -> InputError:
-    """Say that there is nothing in it."""
-    return InputError("The file is empty; choose one with a picture in it.", "image.empty")
-
-
-def unsupported(kind: str) -> InputError:
-    """Say that a kind of picture is not read here."""
-    return InputError("{kind} cannot be read here; save the picture as JPEG or PNG.", "image.unsupported", kind=kind)
-
-
 def too_large() -> InputError:
-    """Say that it has too many pixels."""
+    """Make the error for a picture with more pixels than the limit."""
     limit = f"{LIMITS['pixels'] / 1e6:g}"
     return InputError("The picture has more than {limit} megapixels; make it smaller.", "image.too_large", limit=limit)
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse a picture by its size.
+    """Check the size of a picture in pixels.
 
     Raises:
         InputError: when it has no pixels, too many, or one side is too long for the other.
@@ -132,9 +103,29 @@ def check_size(width: int, height: int) -> None:
         raise InputError(message, "image.too_narrow", limit=LIMITS["aspect"])
 
 
+def _check_codec(image: Image.Image) -> None:
+    """Refuse codecs whose decoding time is out of proportion to the picture."""
+    codecs = {tile[0] for tile in getattr(image, "tile", ())}
+    if "bmp_rle" in codecs:  # the run-length data may be of any length, whatever the size in pixels
+        raise unsupported("Run-length BMP files")
+    if codecs & _SLOW_CODECS and image.width * image.height > _MAX_SLOW_PIXELS:
+        raise unsupported("PPM files")
+
+
+def _unidentified(head: bytes) -> InputError:
+    """Distinguish a damaged picture, a known format that is not read, and a file that is no picture."""
+    if _READABLE.match(head):
+        return damaged()
+    for name, magic in _FOREIGN.items():
+        if magic.match(head):
+            return unsupported(f"{name} files")
+    message = "This file is not a picture; choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file."
+    return InputError(message, "image.not_an_image")
+
+
 def _check_icon(file: BinaryIO) -> None:
-    """Check the pictures inside an icon: Pillow decodes one while it opens the file, before its size can be asked."""
-    if file.seek(0, 2) > _MAX_ICON:
+    """Check the sizes of the pictures in an icon: Pillow decodes one of them when it opens the file."""
+    if file.seek(0, 2) > _MAX_ICON_BYTES:
         raise unsupported("ICO files")
     file.seek(4)
     directory = file.read(2 + 16 * int.from_bytes(file.read(2), "little"))
@@ -143,7 +134,7 @@ def _check_icon(file: BinaryIO) -> None:
         header = file.read(24)
         if header.startswith(b"\x89PNG"):
             width, height = int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
-        else:  # a bitmap, its height doubled by the mask
+        else:  # a bitmap, whose height includes that of its mask
             sides = (header[4:6], header[6:8]) if header[:1] == b"\x0c" else (header[4:8], header[8:12])
             width, height = (abs(int.from_bytes(side, "little", signed=len(side) == 4)) for side in sides)
             height //= 2

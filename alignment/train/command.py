@@ -108,7 +108,7 @@ def _status(is_complete: bool) -> int:
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
-    from alignment.pairs import told_cut
+    from alignment.data import describe_truncated
     from alignment.preprocess import Preprocessor
     from alignment.shipped import MODEL, shipped
     from alignment.train.prepare import prepare
@@ -122,7 +122,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     model = arguments.text or arguments.model or shipped(MODEL)
     preprocessor = Preprocessor.load(model)
     captions = (caption for part in (prepared.train, prepared.evaluation) for pair in part for caption in pair.captions)
-    for line in told_cut(preprocessor.cut(captions), preprocessor.max_length):
+    for line in describe_truncated(preprocessor.truncated(captions), preprocessor.max_length):
         print(f"- {line} ({model})")
     print(
         f"A run would learn from {len(prepared.train)} pictures and be measured on {len(prepared.evaluation)} "

@@ -64,12 +64,10 @@ class TrainConfig:
     model: str | None = _option(START, "checkpoint folder or Hub id", **_PATH)
     vision: str | None = _option(START, "vision tower to join with --text: folder or Hub id", **_PATH)
     text: str | None = _option(START, "text tower", **_PATH)
-    scratch: ScratchSize | None = _option(
-        START, "a ViT and a BERT with random weights", choices=get_args(ScratchSize)
-    )
+    scratch: ScratchSize | None = _option(START, "a ViT and a BERT with random weights", choices=get_args(ScratchSize))
 
     data: str = _option(DATA, "folder, annotation file, shards or Hub id of captioned images", default=MISSING, **_PATH)
-    format: str | None = _option(DATA, "of the data, if the one found is wrong (see alignment/pairs)")
+    format: str | None = _option(DATA, "of the data, if the one found is wrong (see alignment/data)")
     split: str | None = _option(DATA, "what to learn from (train, and what is in no split)")
     eval_data: str | None = _option(
         DATA, "another data set to measure on (the dev split, else a part held out)", **_PATH

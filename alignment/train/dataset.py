@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from alignment.pairs import Pair
+from alignment.data import Pair
 from alignment.picture_limits import LIMITS, lift_limits
 from alignment.preprocess import Preprocessor, open_image
 from alignment.train.feature_cache import CachedFeatures
@@ -42,8 +42,8 @@ class Captions:
         first, count: (num_images,) number of an image's first caption, and how many it has.
     """
 
-    def __init__(self, pairs: Sequence[Pair], look_alikes: Sequence[tuple[int, int]] = ()) -> None:
-        """Assign numbers to the captions; `look_alikes` are pairs of near-duplicate images, by index."""
+    def __init__(self, pairs: Sequence[Pair], near_duplicates: Sequence[tuple[int, int]] = ()) -> None:
+        """Assign numbers to the captions; `near_duplicates` are pairs of near-duplicate images, by index."""
         self.texts = [caption for pair in pairs for caption in pair.captions]
         self.count = torch.tensor([len(pair.captions) for pair in pairs])
         if not len(pairs) or not bool(self.count.all()):
@@ -55,7 +55,7 @@ class Captions:
         self._keys = torch.nn.utils.rnn.pad_sequence(  # (num_images, most captions), padded with -1
             list(self._key.split(self.count.tolist())), batch_first=True, padding_value=-1
         )
-        self._group = torch.tensor(_components(len(pairs), look_alikes))
+        self._group = torch.tensor(_components(len(pairs), near_duplicates))
         group = self._group[self.image_of_text]
         in_group = self._group.bincount(minlength=len(pairs))[group] > 1
         self._group_keys = (group * len(self._key) + self._key)[in_group].unique()  # captions of each group

@@ -23,9 +23,9 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import set_seed
 
+from alignment.data import Pair
 from alignment.evaluate import Embedded
 from alignment.model import DualEncoder
-from alignment.pairs import Pair
 from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
 from alignment.train.checkpoints import last_checkpoint
 from alignment.train.config import TrainConfig
@@ -162,7 +162,7 @@ def load_setup(
     if state.recipe.gradient_checkpointing:
         checkpoint_activations(encoder)
     apply_preset(encoder, state.recipe.preset)
-    captions = Captions(prepared.train, prepared.look_alikes)
+    captions = Captions(prepared.train, prepared.near_duplicates)
     return Setup(state, prepared, folder, log, encoder, Towers(encoder), weights, captions)
 
 

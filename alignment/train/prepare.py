@@ -9,21 +9,21 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from alignment.pairs import (
+from alignment.data import (
     DataReport,
-    ImagePrint,
+    ImageHash,
     Pair,
-    Reading,
+    ReadResult,
     check_data,
-    fingerprint_images,
-    look_alikes,
+    describe_issues,
+    drop_leaked,
+    hash_images,
     merge_duplicates,
+    near_duplicates,
     read_data,
-    told,
-    without_overlap,
 )
-from alignment.pairs.files import canonical
-from alignment.preprocess import few
+from alignment.data.files import canonical_split
+from alignment.preprocess import join_first
 from alignment.train.config import TrainConfig
 
 HELD_OUT = 0.05  # of the pictures, where the data set has no validation split
@@ -37,7 +37,7 @@ class Prepared:
 
     Attributes:
         train, evaluation: pictures with captions, each once, none in both.
-        look_alikes: pairs of rows of `train` that are near-duplicates.
+        near_duplicates: pairs of rows of `train` that are near-duplicates.
         report: of the check.
         evaluation_name: source of the validation data, for people to read.
         second: another data set to measure on, or empty.
@@ -46,11 +46,11 @@ class Prepared:
 
     train: list[Pair]
     evaluation: list[Pair]
-    look_alikes: list[tuple[int, int]]
+    near_duplicates: list[tuple[int, int]]
     report: DataReport
     evaluation_name: str
     second: list[Pair]
-    readings: Mapping[str, Reading]
+    readings: Mapping[str, ReadResult]
 
     @property
     def is_complete(self) -> bool:
@@ -59,11 +59,13 @@ class Prepared:
 
     def summaries(self) -> list[str]:
         """List what was left out, repaired or not read of all data sets."""
-        return [*told(next(iter(self.readings.values()))), *self.other_summaries()]
+        return [*describe_issues(next(iter(self.readings.values()))), *self.other_summaries()]
 
     def other_summaries(self) -> list[str]:
         """List the same of --eval-data and --second-data, with the option before each line."""
-        return [f"{option}: {line}" for option in [*self.readings][1:] for line in told(self.readings[option])]
+        return [
+            f"{option}: {line}" for option in [*self.readings][1:] for line in describe_issues(self.readings[option])
+        ]
 
     @property
     def digest(self) -> str:
@@ -88,38 +90,38 @@ def prepare(config: TrainConfig, *, progress: Callable[[int, int], None] | None 
     if config.eval_data:
         readings[f"--eval-data {config.eval_data}"] = read_data(config.eval_data, split=config.eval_split)
     train, evaluation, name = _split(config, readings)
-    prints = fingerprint_images([pair.image for pair in [*train, *evaluation]], progress=progress)
-    report = check_data(replace(readings[data], pairs=train), evaluation, prints=prints)
+    prints = hash_images([pair.image for pair in [*train, *evaluation]], progress=progress)
+    report = check_data(replace(readings[data], pairs=train), evaluation, hashes=prints)
     evaluation = merge_duplicates(evaluation, prints)
-    train = merge_duplicates(without_overlap(train, evaluation, prints), prints)
+    train = merge_duplicates(drop_leaked(train, evaluation, prints), prints)
     if not name:
         train, evaluation, name = _hold_out(train, prints)
     for source, part, count in ((data, "learn from", len(train)), ([*readings][-1], "measure on", len(evaluation))):
         if count < MIN_IMAGES:
-            why = "".join(f" {line};" for line in told(readings[source])).rstrip(";")
+            why = "".join(f" {line};" for line in describe_issues(readings[source])).rstrip(";")
             raise ValueError(f"{source} leaves {count} captioned pictures to {part}; {MIN_IMAGES} are needed.{why}")
     second: list[Pair] = []
     if config.second_data:
         reading = read_data(config.second_data, split=config.second_split)
         readings[f"--second-data {config.second_data}"] = reading
-        second = merge_duplicates(reading.pairs, fingerprint_images(pair.image for pair in reading.pairs))
+        second = merge_duplicates(reading.pairs, hash_images(pair.image for pair in reading.pairs))
     rows = {pair.image: row for row, pair in enumerate(train)}
-    alike = [(rows[one], rows[other]) for one, other in look_alikes(prints) if one in rows and other in rows]
+    alike = [(rows[one], rows[other]) for one, other in near_duplicates(prints) if one in rows and other in rows]
     return Prepared(train, evaluation, alike, report, name, second, readings)
 
 
-def _split(config: TrainConfig, readings: Mapping[str, Reading]) -> tuple[list[Pair], list[Pair], str]:
+def _split(config: TrainConfig, readings: Mapping[str, ReadResult]) -> tuple[list[Pair], list[Pair], str]:
     """Select training and validation data, and name the latter; "" where it has to be held out."""
     pairs, *others = (reading.pairs for reading in readings.values())
     splits = {pair.split for pair in pairs}
     default = {"train", ""} if "train" in splits else splits - {"dev", "test"}
-    wanted = {canonical(config.split)} if config.split else default
+    wanted = {canonical_split(config.split)} if config.split else default
     if not wanted & splits:
         raise ValueError(_no_split(config.data, config.split or "train", splits))
     train = [pair for pair in pairs if pair.split in wanted]
     if others:
         return train, others[0], f"{config.eval_data}{f', split {config.eval_split}' if config.eval_split else ''}"
-    split = canonical(config.eval_split or "dev")
+    split = canonical_split(config.eval_split or "dev")
     evaluation = [pair for pair in pairs if pair.split == split]
     if config.eval_split and not evaluation:
         raise ValueError(_no_split(config.data, split, splits))
@@ -128,11 +130,11 @@ def _split(config: TrainConfig, readings: Mapping[str, Reading]) -> tuple[list[P
 
 def _no_split(data: str, split: str, splits: set[str]) -> str:
     names = sorted(filter(None, splits))
-    there = f"its splits are {few(names)}" if names else "it has no splits, so leave the option out"
+    there = f"its splits are {join_first(names)}" if names else "it has no splits, so leave the option out"
     return f"{data} has no split {split!r}; {there}."
 
 
-def _hold_out(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) -> tuple[list[Pair], list[Pair], str]:
+def _hold_out(pairs: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> tuple[list[Pair], list[Pair], str]:
     """Hold out a part by the hash of the pictures' content: the same pictures in every run, in any order."""
     count = min(MAX_HELD_OUT, max(MIN_HELD_OUT, round(HELD_OUT * len(pairs))), len(pairs) // 2)
 
@@ -143,6 +145,6 @@ def _hold_out(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) ->
     held = {pair.image for pair in sorted(pairs, key=content)[:count]}
     train = [pair for pair in pairs if pair.image not in held]
     # A near-duplicate of a training picture would be too easy a query.
-    duplicated = {image for pair in look_alikes(prints) for image in pair}
+    duplicated = {image for pair in near_duplicates(prints) for image in pair}
     evaluation = [pair for pair in pairs if pair.image in held - duplicated]
     return train, evaluation, f"{len(evaluation)} pictures held out"

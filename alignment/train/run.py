@@ -20,10 +20,10 @@ from typing import Any
 
 from accelerate import PartialState
 
+from alignment.data import describe_truncated
 from alignment.durable import foreign_errors, sole_writer, sync
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import find_device
-from alignment.pairs import told_cut
 from alignment.picture_limits import use_size_options
 from alignment.train.callbacks import GracefulStop
 from alignment.train.config import TrainConfig
@@ -115,7 +115,7 @@ def _train(
         cached = cache_features(setup)
     preprocessor = setup.encoder.preprocessor
     captions = (caption for pair in prepared.train for caption in pair.captions)
-    truncated = told_cut(preprocessor.cut(captions), preprocessor.max_length)
+    truncated = describe_truncated(preprocessor.truncated(captions), preprocessor.max_length)
     before = measure(cached)
     setup, plan = make_plan(setup, cached, before, deadline=None if saved else stop.deadline)
     if not saved and processes.is_main_process:

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTIma
 
 from alignment.model import DualEncoder
 from alignment.model.composition import ComposedConfig, ComposedModel
-from alignment.preprocess import Preprocessor, TextRules
+from alignment.preprocess import Preprocessor, TokenizerSpec
 from alignment.train.config import ScratchSize
 
 SIZES: dict[ScratchSize, tuple[int, int, int, int, int]] = {  # pixels of image and patch; width, depth, heads of both
@@ -53,7 +53,7 @@ def build_scratch(captions: Iterable[str], size: ScratchSize = "small", *, devic
         text_width=width,
     )
     processor = ViTImageProcessorPil(size={"height": image, "width": image})
-    preprocessor = Preprocessor(processor, tokenizer, TextRules(positions=MAX_TOKENS))
+    preprocessor = Preprocessor(processor, tokenizer, TokenizerSpec(positions=MAX_TOKENS))
     return DualEncoder(ComposedModel(config, vision, text), preprocessor, name=f"scratch-{size}", device=device)
 
 

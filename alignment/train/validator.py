@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed
 
+from alignment.data import Pair, positive_mask
 from alignment.evaluate import Embedded, evaluate_embedded
 from alignment.model import DualEncoder
-from alignment.pairs import Pair, positives_of
 from alignment.train.feature_cache import CachedFeatures
 from alignment.train.objective import gather
 
@@ -37,7 +37,7 @@ class Validator:
     _texts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        positives, self._texts = positives_of(self.pairs)
+        positives, self._texts = positive_mask(self.pairs)
         self._image_of_text = positives.int().argmax(dim=0)
 
     def metrics(self) -> dict[str, float]:

@@ -84,7 +84,7 @@ def opened(images: object, near: int | None = None) -> Iterator[Image.Image]:
     sent = _list(images, "images", MAX_PICTURES)
     for place, image in enumerate(sent, 1):
         try:
-            picture = open_image(_bytes(image), near=near)
+            picture = open_image(_bytes(image), draft_size=near)
         except InputError as error:
             raise (_at(f"Picture {place}", error) if len(sent) > 1 else error) from error
         yield picture

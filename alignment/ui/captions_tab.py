@@ -86,7 +86,7 @@ class CaptionsTab:
         for upload in uploads[:1]:
             try:
                 with spoken():
-                    image = open_image(take(upload, limit=1), near=PREVIEW_PIXELS)
+                    image = open_image(take(upload, limit=1), draft_size=PREVIEW_PIXELS)
                     photo = as_webp(image, PREVIEW_PIXELS)
                     asked = Asked(self.engine.embed_image(image), data_url(photo), upload.name, photo)
             except InputError as error:

@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any
 
 from alignment.engine import AlignmentEngine, Query, Term, parse_query, write_query
-from alignment.preprocess import InputError, legible
+from alignment.preprocess import InputError, sanitize_text
 from alignment.ui.sessions import Unchanging
 from alignment.ui.strings import text
 from alignment.ui.widgets import spoken
@@ -62,7 +62,7 @@ class Asked(Unchanging):
 
 def ask(engine: AlignmentEngine, caption: str, pictures: tuple[Added, ...] = ()) -> Asked:
     """Read and embed a query, or find out why it cannot be."""
-    caption = legible(caption)
+    caption = sanitize_text(caption)
     try:
         with spoken():
             terms = [*parse_query(caption), *(added.term for added in pictures)]

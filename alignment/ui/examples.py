@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from alignment.engine import AlignmentEngine, as_webp
 from alignment.gallery import Gallery, Picture
-from alignment.preprocess import InputError, legible, open_image
+from alignment.preprocess import InputError, open_image, sanitize_text
 from alignment.ui.strings import strings, text
 from alignment.ui.widgets import data_url
 
@@ -68,7 +68,7 @@ class Examples:
 
     def name(self, picture: Picture, lang: str) -> str:
         """Say what a picture is called: by its caption, else by its file where visitors may read that; "" if not."""
-        return picture.caption(lang) or (legible(picture.source) if self.engine.names_files else "")
+        return picture.caption(lang) or (sanitize_text(picture.source) if self.engine.names_files else "")
 
     @property
     def are_samples(self) -> bool:
@@ -96,6 +96,6 @@ class Examples:
 
     def _preview(self, picture: Picture) -> str:
         try:
-            return data_url(as_webp(open_image(picture.path, near=PREVIEW_PIXELS), PREVIEW_PIXELS))
+            return data_url(as_webp(open_image(picture.path, draft_size=PREVIEW_PIXELS), PREVIEW_PIXELS))
         except (InputError, OSError):  # of the user's own pictures only the thumbnail need be here
             return self.image_of(picture)

@@ -127,7 +127,7 @@ class PicturesTab:
 
     def _added(self, upload: Upload) -> Added:
         data = take(upload, limit=1)
-        image = open_image(data, near=self.engine.near)
+        image = open_image(data, draft_size=self.engine.near)
         term = Term(picture=hashlib.sha256(data).hexdigest(), embed=self.engine.embed_image(image))
         return Added(term, data_url(as_webp(image, TERM_PIXELS)), upload.name)
 

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from alignment.data.sidecars import UNUSED_SIDECARS
+from alignment.data.tables import ClassLabelsOnly
 from alignment.engine.trial import MAX_NAME, RESAMPLES, Suspect, Trial
 from alignment.evaluate import KS, Estimate
 from alignment.evaluate.error_analysis import Example
 from alignment.model import DualEncoder
-from alignment.pairs.sidecars import NOT_USED
-from alignment.pairs.tables import OnlyClasses
-from alignment.preprocess import legible
+from alignment.preprocess import sanitize_text
 from alignment.ui.results import Value, percent
 from alignment.ui.strings import text
 
@@ -46,12 +46,12 @@ LEFT_OUT = {
     "text files beside pictures that hold no words": "evaluate.left.no_words",
     "unreadable captions": "evaluate.left.unread",
     "other files of captions, whose path has to be given": "evaluate.left.other_files",
-    NOT_USED: "evaluate.left.other_files",
+    UNUSED_SIDECARS: "evaluate.left.other_files",
     "text files that may belong to several pictures": "evaluate.left.other_files",
     "text files beside which no picture of their name lies": "evaluate.left.other_files",
     "addresses on the network, which are not opened": "evaluate.left.outside",
     "further answers of a conversation": "evaluate.left.answers",
-    OnlyClasses.REASON: "evaluate.left.classes",
+    ClassLabelsOnly.REASON: "evaluate.left.classes",
     "cut": "evaluate.left.cut",
     "unread": "evaluate.left.unread",
 }
@@ -131,7 +131,7 @@ def _left_out(lang: str, trial: Trial) -> Value | None:
     for reason, names in trial.left_out.items():
         known = LEFT_OUT.get(reason) or ("evaluate.left.unopened" if "." in reason else "evaluate.left.other")
         more = "" if len(names) <= SHOWN_NAMES else text(lang, "drop.more", count=len(names) - SHOWN_NAMES)
-        shown = [legible(name, MAX_NAME) for name in names[:SHOWN_NAMES]]
+        shown = [sanitize_text(name, MAX_NAME) for name in names[:SHOWN_NAMES]]
         items.append({"reason": text(lang, known, count=len(names)), "names": shown, "more": more})
     return {"title": text(lang, "evaluate.left"), "items": items}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from alignment.gallery import Caption, Found, Match, Picture
-from alignment.preprocess import InputError, legible
+from alignment.preprocess import InputError, sanitize_text
 from alignment.ui.strings import error_text, text
 
 Value = dict[str, Any]
@@ -58,7 +58,7 @@ def pictures_value(
 
     def card(match: Match[Picture]) -> Value:
         picture = match.item
-        words = picture.source if own else picture.caption(lang) or (legible(picture.source) if named else "")
+        words = picture.source if own else picture.caption(lang) or (sanitize_text(picture.source) if named else "")
         known: Value = {"id": picture.id, "image": image_of(picture), "alt": words or picture.id, "text": words}
         known |= {"credit": picture.credit, "lang": lang if not own and lang in picture.captions else None}
         return known

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from alignment.engine import PhotoFolder, Scan
-from alignment.preprocess import legible
+from alignment.preprocess import sanitize_text
 from alignment.ui.results import Value
 from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, count_text, error_text, text
 
@@ -39,7 +39,7 @@ def scan_value(photos: PhotoFolder | None, lang: str, *, ready: bool = False) ->
         scan = replace(scan, state="starter")
     engine = photos.engine
     count = 0 if engine.gallery is engine.starter else len(engine.gallery.pictures)
-    numbers = {"folder": legible(Path(photos.source).name, 60), "count": f"{count:,}"}
+    numbers = {"folder": sanitize_text(Path(photos.source).name, 60), "count": f"{count:,}"}
     numbers |= {"done": f"{scan.done:,}", "total": f"{scan.total:,}"}
     value: Value = {"lang": lang, "version": version, "ready": ready, "running": scan.running, "url": SCAN_ROUTE}
     value |= {"text": text(lang, _stage(photos.source, scan, count), **numbers)}
@@ -47,7 +47,7 @@ def scan_value(photos: PhotoFolder | None, lang: str, *, ready: bool = False) ->
     if photos.source and scan.state == "starter":
         value["more"] += " " + text(lang, "scan.starter.then", **numbers)
     value |= {"button": text(lang, "scan.rescan") if photos.source else "", "done": scan.done, "total": scan.total}
-    shown = [[legible(skip.name, 200), error_text(lang, skip.error)] for skip in scan.skipped[:SHOWN_SKIPPED]]
+    shown = [[sanitize_text(skip.name, 200), error_text(lang, skip.error)] for skip in scan.skipped[:SHOWN_SKIPPED]]
     if rest := len(scan.skipped) - len(shown):
         shown.append(["…", text(lang, "drop.more", count=rest)])
     return value | {"skippedTitle": count_text(lang, "drop.skipped", len(scan.skipped)), "skipped": shown}

@@ -14,7 +14,7 @@ from gradio.utils import get_upload_folder
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
 from alignment.engine.albums import Added, add_archive
 from alignment.model import chunk_size
-from alignment.preprocess import InputError, legible
+from alignment.preprocess import InputError, sanitize_text
 from alignment.ui.service import refusals
 from alignment.ui.sessions import Unchanging
 from alignment.ui.strings import count_text, error_text, text
@@ -70,7 +70,7 @@ def uploads_of(data: object) -> list[Upload]:
     for file in files if isinstance(files, list) else []:
         if isinstance(file, dict):
             name, path, problem = (str(file.get(key) or "") for key in ("name", "path", "problem"))
-            uploads.append(Upload(legible(name, MAX_NAME) or "?", path, problem))
+            uploads.append(Upload(sanitize_text(name, MAX_NAME) or "?", path, problem))
     return uploads
 
 

@@ -76,7 +76,7 @@ class Task:
         self.inputs = [self.preprocessor.image(content) for content in self.contents]
         self.contenders: dict[str, Callable[[], None]] = {
             "full decode": partial(self._decode, None),
-            "decode": partial(self._decode, self.preprocessor.near),
+            "decode": partial(self._decode, self.preprocessor.draft_size),
             "prepare": lambda: _exhaust(ahead(self._prepare, paths)),
             "forward": lambda: _exhaust(encoder.encode_prepared(iter(self.inputs), batch_size=BATCH)),
             "build": self._build,
@@ -84,12 +84,12 @@ class Task:
         }
 
     def _decode(self, near: int | None) -> None:
-        _exhaust(ahead(lambda content: open_image(content, near=near).size, self.contents))
+        _exhaust(ahead(lambda content: open_image(content, draft_size=near).size, self.contents))
 
     def _prepare(self, path: Path) -> Mapping[str, Tensor]:
         content = path.read_bytes()
         hashlib.sha256(content).hexdigest()
-        image = open_image(content, near=self.preprocessor.near)
+        image = open_image(content, draft_size=self.preprocessor.draft_size)
         inputs = self.preprocessor.images([image])
         image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
         image.save(self.folder / f"{path.stem}.webp", quality=80, method=1)
@@ -202,11 +202,11 @@ def _rows(rounds: list[dict[str, Timed]]) -> list[dict[str, Any]]:
 def _profile(task: Task) -> None:
     """Show what a picture costs in processor time, stage by stage, one thread at a time."""
     spent: dict[str, list[float]] = {}
-    near = task.preprocessor.near
+    near = task.preprocessor.draft_size
     for path in task.paths[:BATCH]:
         content = _clocked(spent, "read", path.read_bytes)
         _clocked(spent, "hash", lambda content=content: hashlib.sha256(content).hexdigest())
-        image = _clocked(spent, "decode", lambda content=content: open_image(content, near=near))
+        image = _clocked(spent, "decode", lambda content=content: open_image(content, draft_size=near))
         _clocked(spent, "inputs", lambda image=image: task.preprocessor.images([image]))
         _clocked(spent, "shrink", lambda image=image: image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)))
         save = partial(image.save, task.folder / "one.webp", quality=80, method=1)

@@ -22,13 +22,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alignment.data import read_pairs
 from alignment.engine.queries import Query, Term, scores
 from alignment.evaluate import embed_pairs
 from alignment.evaluate.bootstrap import bootstrap, estimates
 from alignment.gallery import Gallery
 from alignment.gallery.search import NEARLY_SAME
 from alignment.model import DualEncoder
-from alignment.pairs import read_pairs
 from alignment.preprocess import open_image
 from alignment.similarity import cosines_within
 

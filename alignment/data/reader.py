@@ -1,0 +1,144 @@
+"""Read a whole data set: detect its format, read its annotations, and join them to the pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignment.data.collector import Collector, Pair
+from alignment.data.columns import UnreadableTable
+from alignment.data.files import UNLISTED, canonical_split, dataset_root
+from alignment.data.formats import FORMATS, detect_format, record_others
+from alignment.data.image_index import ImageIndex
+from alignment.data.partition import Partition
+
+_ABSOLUTE = ("csv", "jsonl", "parquet")  # formats in which a user writes absolute paths
+
+
+@dataclass(frozen=True)
+class ReadResult:
+    """The content of a data set, and what of it does not fit.
+
+    Attributes:
+        pairs: one for each picture, in the order of the data set.
+        format: the name it was read by.
+        left_out: reason -> what was left out for it.
+        unlisted: absolute paths of folders that could not be listed, so that their pictures are not known.
+        repaired: reason -> what was read although something is wrong with it.
+        unread: files of captions that could not be read -> why.
+    """
+
+    pairs: list[Pair]
+    format: str
+    left_out: Mapping[str, tuple[str, ...]]
+    unlisted: tuple[str, ...] = ()
+    repaired: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all folders could be listed and all files of captions could be read."""
+        return not (self.unlisted or self.unread)
+
+
+def read_data(
+    source: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    split: str | None = None,
+    trusted: bool = True,
+    partition: Partition | None = None,
+) -> ReadResult:
+    """Read the pictures of a data set, each once, with all captions that belong to it.
+
+    Missing pictures, empty captions and unreadable lines are left out, counted, and logged in one line. A picture
+    named without its folder is looked for in the whole data set. Names with ".." never lead out of the data set's
+    folder; absolute paths are opened only if a table of the user's own names them.
+
+    Args:
+        source: folder, annotation file, tar shard or pattern of shards, or Hub id.
+        format: a name from the package's table, where the detected one is wrong.
+        split: read only this one; "val" and "dev" mean the same.
+        trusted: whether the annotations are the user's own; absolute paths in those of others are not opened.
+        partition: read only this part, which may be empty. Of several shards, each belongs to one partition, so that
+            no process opens the shards of another.
+
+    Raises:
+        FileNotFoundError: when there is no such folder, file or Hub data set.
+        ValueError: when the format is unknown, the annotations cannot be read, or no picture is left.
+    """
+    source = Path(source)
+    index = ImageIndex(dataset_root(source))
+    name, files = detect_format(source, format, index)
+    by_file = partition is not None and FORMATS[name].in_parts and len(files) > 1
+    if partition is not None and by_file:
+        files = partition.select(files, block=1)
+    collector = Collector(
+        Path(index.root),
+        canonical_split(split or ""),
+        absolute=trusted and name in _ABSOLUTE,
+        trusted=trusted,
+        any_table=format != "folder",
+        index=index,
+    )
+    for file in files:
+        _read_file(file, name, collector)
+    if source.is_dir() and format is None and not FORMATS[name].is_exclusive:
+        record_others(source, files, collector)
+        for path in index.paths if not (split or partition) else ():
+            if path not in collector.annotations:
+                collector.skip("pictures that no caption names", collector.relative(path))
+    for folder in index.unlisted:
+        collector.leave_out(UNLISTED, Path(folder))
+    pairs = collector.pairs(f"{source} ({name})", may_be_empty=partition is not None)
+    if partition is not None and not by_file:
+        pairs = partition.select(pairs)
+    left_out, repaired = (
+        {reason: tuple(what) for reason, what in found.items()} for found in (collector.skipped, collector.repaired)
+    )
+    return ReadResult(pairs, name, left_out, tuple(collector.unlisted), repaired, collector.unread)
+
+
+def _read_file(file: Path, format: str, collector: Collector) -> None:
+    annotations = FORMATS[format].read(file, collector)
+    try:
+        for annotation in collector.check_file(file, annotations) if file.is_file() else annotations:
+            collector.add(annotation)
+    except UnreadableTable as error:
+        raise ValueError(f"{file} cannot be read as {format}: {error}.") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as {format} ({type(error).__name__}: {error}); "
+            "check that it is complete and saved as UTF-8, or name another format."
+        ) from error
+
+
+def read_pairs(
+    source: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    split: str | None = None,
+    partition: Partition | None = None,
+) -> list[Pair]:
+    """Read the pictures of a data set with their captions: the `pairs` of `read_data`."""
+    return read_data(source, format=format, split=split, partition=partition).pairs
+
+
+def positive_mask(pairs: Sequence[Pair]) -> tuple[Tensor, list[str]]:
+    """Flatten the captions of all pictures, and mark which belong to which picture.
+
+    Args:
+        pairs: in the order of the rows; one without captions is a row without a positive.
+
+    Returns:
+        Bool (num_images, num_texts), and the num_texts captions, picture by picture.
+    """
+    texts = [caption for pair in pairs for caption in pair.captions]
+    image_of_text = torch.repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs], dtype=torch.long))
+    return image_of_text == torch.arange(len(pairs))[:, None], texts

@@ -1,0 +1,264 @@
+"""Read tables: CSV and TSV, JSON lines, JSON documents, parquet, and the metadata of a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from alignment.data.collector import Collector, RawAnnotation
+from alignment.data.columns import Columns, TableSample, UnreadableTable, find_columns, fit_row
+from alignment.data.delimited import read_file_head, split_rows
+from alignment.data.encoding import open_text
+from alignment.data.files import is_image_name, read_head, split_from_path
+from alignment.data.image_index import ImageIndex
+from alignment.data.image_store import cache_folder, store_image
+from alignment.data.json_documents import as_record, read_document
+from alignment.data.records import read_record
+from alignment.data.unsupported import explain_unsupported, may_be_captions
+from alignment.preprocess import join_first, sanitize_text
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
+
+_NUM_SAMPLED = 50  # rows by which the columns are identified
+_SAMPLE_LINES = 5000  # lines in which these rows are looked for; a field may have 200
+_MIN_WIDTH_SHARE = 0.1  # of the rows that have a number of fields, for it to be that of the columns
+
+Records = Iterator[tuple[str, Mapping[str, Any], Columns]]
+"""Each with its place in the file, such as `captions.csv:7`, and what its columns mean."""
+
+
+class ClassLabelsOnly(UnreadableTable):
+    """A table has classes of pictures, as for image classification, and no captions.
+
+    Attributes:
+        column: of the classes.
+    """
+
+    REASON = "files of classes, not captions (to take them as captions, call their column caption)"
+
+    def __init__(self, column: str) -> None:
+        super().__init__("it holds classes, not captions", may_be_captions=False)
+        self.column = column
+
+
+def read_table(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
+    """Read the rows of a table; its name, or that of its folder, may say their split."""
+    for row in read_rows(file, collector):
+        yield row._replace(split=row.split or split_from_path(file, collector.root))
+
+
+def read_rows(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
+    """Read the rows of a table that name a picture.
+
+    Raises:
+        UnreadableTable: when the columns cannot be identified.
+    """
+    for _, record, columns in _read_records(file, collector):
+        yield read_record(record, columns)._replace(folder=file.parent)
+
+
+def check_table(file: Path, index: ImageIndex, *, trusted: bool = True) -> None:
+    """Read the beginning of a table.
+
+    Raises:
+        UnreadableTable: when it does not contain captions of pictures, or cannot be read.
+    """
+    collector = Collector(Path(index.root), trusted=trusted, index=index)
+    is_named_so = bool(re.search("caption|metadata|annotation|descri", file.name.lower()))
+    try:
+        first = list(islice(_read_records(file, collector), _NUM_SAMPLED))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
+        if is_named_so and _is_blank(file):
+            raise UnreadableTable("it is empty") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
+        is_meant_so = is_named_so
+        if isinstance(error, UnreadableTable):
+            is_meant_so = error.may_be_captions or "caption" in file.name.lower()
+        raise UnreadableTable(reason, may_be_captions=is_meant_so) from error
+    if not first:
+        reason = "no line of it can be read" if collector.skipped else "it is empty"
+        names_images = re.search(r"\.(jpe?g|png|webp)\b", read_head(file), re.IGNORECASE)
+        raise UnreadableTable(reason, may_be_captions=is_named_so or bool(names_images))
+    if classes := next((columns.classes for _, _, columns in first if columns.classes), None):
+        raise ClassLabelsOnly(classes)
+    if not any(columns.captions or read_record(record, columns).captions for _, record, columns in first):
+        raise UnreadableTable("it holds no captions", may_be_captions=False)
+
+
+def is_caption_table(file: Path, collector: Collector, *, is_metadata: bool = False) -> bool:
+    """Tell whether a file is a table of captions; one that seems meant so but cannot be read is recorded as unread.
+
+    Args:
+        file: of any kind.
+        collector: for the record.
+        is_metadata: whether the file is certainly meant as captions.
+    """
+    try:
+        if file.suffix.lower() in TABLE_SUFFIXES:
+            check_table(file, collector.index, trusted=collector.trusted)
+            return True
+        if may_be_captions(file, collector.index):
+            collector.refuse(file, explain_unsupported(file))
+    except ClassLabelsOnly as reason:
+        _record_classes(file, reason.column, collector)
+    except UnreadableTable as reason:
+        if reason.may_be_captions or is_metadata:
+            collector.refuse(file, str(reason))
+    return False
+
+
+def _record_classes(file: Path, column: str | None, collector: Collector) -> None:
+    if column:
+        name = f"{collector.relative(file)}, column {sanitize_text(column, 40)}"
+        collector.skip(ClassLabelsOnly.REASON, name)
+
+
+def _is_blank(file: Path) -> bool:
+    with suppress(OSError, ValueError), open_text(file) as lines:
+        return not any(line.strip() for line in lines)
+    return False
+
+
+# ---------------------------------------------------------------- records
+
+
+def _read_records(file: Path, collector: Collector) -> Records:
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        return _identify_columns(file, _read_parquet(file, collector), collector)
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return _identify_columns(file, _read_json(file, collector), collector)
+    return _read_delimited(file, collector)
+
+
+def _identify_columns(file: Path, records: Iterator[tuple[str, Mapping[str, Any]]], collector: Collector) -> Records:
+    """Identify the columns of each record by their names, else by the values of the first records."""
+    first = list(islice(records, _NUM_SAMPLED))
+    names = tuple(dict.fromkeys(name for _, record in first for name in record))
+    usual = find_columns(names)
+    if first and not (usual.image and usual.captions):
+        rows = [[_as_text(record.get(name)) for name in names] for _, record in first]
+        usual = TableSample(names, rows, collector.index.names_image).columns()
+        _record_classes(file, usual.classes, collector)
+    for where, record in chain(first, records):
+        columns = find_columns(tuple(record))
+        if columns.image is None and usual.image in record:
+            columns = usual
+        if columns.image is None:
+            collector.skip("lines whose columns name no image", f"{where}: {join_first(list(record))}")
+            continue
+        if not columns.captions:
+            columns = columns._replace(captions=usual.captions, classes=usual.classes)
+        yield where, record, columns
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, list) and value:
+        value = value[0]
+    return "" if value is None or isinstance(value, dict | list) else str(value)
+
+
+def _read_json(file: Path, collector: Collector) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Read one object a line, or a document of one of the forms in `json_documents`."""
+    head = read_head(file)
+    if (file.suffix.lower() == ".json" or head.startswith("[")) and not _is_json_lines(head):
+        yield from read_document(file, collector)
+        return
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            value: object = {}
+            with suppress(ValueError, RecursionError):
+                value = json.loads(line.lstrip("\ufeff")) if line.strip() else None
+            if record := as_record(value, collector.index.names_image):
+                yield f"{file.name}:{number}", record
+            elif value is not None:
+                collector.skip("unreadable lines", f"{file.name}:{number}")
+
+
+def _is_json_lines(head: str) -> bool:
+    """Distinguish JSON lines from a document by the first line."""
+    first, _, rest = head.partition("\n")
+    with suppress(ValueError, RecursionError):
+        return isinstance(json.loads(first), dict | list) and bool(rest.strip())
+    return False
+
+
+def _read_delimited(file: Path, collector: Collector) -> Records:
+    with open_text(file) as lines:
+        start = list(islice(lines, _SAMPLE_LINES))
+        delimiter, skipped = read_file_head(start)
+        del start[:skipped]
+        first = split_rows(start, delimiter, lambda fields: any(map(is_image_name, fields)), skipped + 1)
+        sample = _sample_table([row.fields for row in islice(first, _NUM_SAMPLED + 1)], collector.index.names_image)
+        columns, texts = sample.columns(), sample.texts
+        _record_classes(file, columns.classes, collector)
+        image = sample.names.index(str(columns.image))
+
+        def is_row(fields: Sequence[str]) -> bool:
+            return any(map(is_image_name, fields[image : image + 1]))
+
+        for row in split_rows(chain(start, lines), delimiter, is_row, skipped + 1):
+            where = f"{file.name}:{row.number}"
+            if row.number == skipped + 1 and sample.has_header:
+                continue
+            if (fields := fit_row(row.fields, sample.names, columns, delimiter, texts)) is None:
+                collector.skip("lines with more values than columns", where)
+                continue
+            if row.is_open:
+                collector.repair("lines with a quotation mark that is not closed", where)
+            if any(field.strip() for field in row.fields[len(fields) :]):
+                collector.repair("lines with a delimiter in a value without quotation marks", where)
+            yield where, dict(zip(sample.names, fields, strict=True)), columns
+
+
+def _sample_table(rows: Sequence[Sequence[str]], names_image: Callable[[object], bool]) -> TableSample:
+    """Take the names of the columns from the first row, unless that is one of values."""
+    if not rows:
+        raise UnreadableTable("it is empty", may_be_captions=False)
+    first = [name.strip().lstrip("# ") for name in rows[0]]
+    columns = find_columns(tuple(first))
+    named = [name for name in first if name]
+    is_numbered = named == [str(number) for number in range(len(named))]  # as pandas writes columns without names
+    has_header = is_numbered or bool(columns.image and columns.captions) or not any(map(names_image, first))
+    if not has_header:
+        first = first[: _usual_width(rows)]
+    names: list[str] = []
+    for number, name in enumerate(first, start=1):
+        name = name if has_header and name else f"column {number}"
+        names.append(f"{name}_{len(names)}" if name in names else name)  # two columns may have one name
+    body = rows[has_header:]
+    fitting = [row for row in body if len(row) == len(names)]
+    return TableSample(tuple(names), fitting or [[*row, *names][: len(names)] for row in body], names_image, has_header)
+
+
+def _usual_width(rows: Sequence[Sequence[str]]) -> int:
+    """Return the smallest common number of fields; rows with more have a delimiter in a value."""
+    widths = Counter(map(len, rows))
+    return min(width for width, times in widths.items() if times >= _MIN_WIDTH_SHARE * len(rows))
+
+
+def _read_parquet(file: Path, collector: Collector) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Read a parquet file; pictures in it are written to the image store."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        message = "reading parquet takes pyarrow: pip install '.[hub]', or save it as CSV"
+        raise UnreadableTable(message) from error
+    if not collector.trusted:
+        raise UnreadableTable("parquet is not read here; save it as CSV")
+    try:
+        batches = parquet.ParquetFile(file).iter_batches(batch_size=256)
+        for record in (record for batch in batches for record in batch.to_pylist()):
+            for name, value in record.items():
+                if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+                    suffix = Path(value.get("path") or "").suffix
+                    record = {**record, name: store_image(value["bytes"], suffix, cache_folder() / "pictures")}
+            yield file.name, record
+    except ArrowException as error:
+        raise UnreadableTable(f"it is damaged: {error}") from error

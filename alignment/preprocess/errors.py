@@ -1,0 +1,40 @@
+"""The error for input that the person at the keyboard can correct."""
+
+
+class InputError(ValueError):
+    """Input that the person at the keyboard can correct; `str(error)` is shown verbatim.
+
+    Args:
+        message: English template; `values` are filled in with `str.format`.
+        code: stable dotted key ("image.truncated") under which the page looks up the message in another language.
+        **values: numbers and names in the message, for that translation.
+    """
+
+    def __init__(self, message: str, code: str = "input.invalid", **values: object) -> None:
+        super().__init__(message.format(**values) if values else message)
+        self.code = code
+        self.values = values
+
+
+_OPTION_OF_CODE = {"image.too_large": "--max-megapixels N", "image.too_narrow": "--max-aspect-ratio N"}
+
+
+def message_with_option(error: InputError) -> str:
+    """Return the message, followed by the command-line option that would accept the picture, if there is one."""
+    option = _OPTION_OF_CODE.get(error.code)
+    return f"{error} Or say {option}." if option else str(error)
+
+
+def damaged() -> InputError:
+    """Make the error for a picture that cannot be decoded."""
+    return InputError("The picture is damaged or cut off; copy or download it again.", "image.truncated")
+
+
+def empty() -> InputError:
+    """Make the error for a file without content or a picture without pixels."""
+    return InputError("The file is empty; choose one with a picture in it.", "image.empty")
+
+
+def unsupported(kind: str) -> InputError:
+    """Make the error for a kind of picture that is not read."""
+    return InputError("{kind} cannot be read here; save the picture as JPEG or PNG.", "image.unsupported", kind=kind)
