@@ -45,6 +45,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from alignment.bundled import GALLERY, MODEL, bundled
 from alignment.durable import explain
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, PhotoFolder, SecondModel
 from alignment.engine.photo_folder import photo_folder
@@ -52,7 +53,6 @@ from alignment.gallery import Gallery, Remote, add_index_options, progress_bar, 
 from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import InputError
-from alignment.shipped import GALLERY, MODEL, shipped
 from alignment.ui.api import add_api, tame_tools
 from alignment.ui.api_input import Page
 from alignment.ui.captions_tab import CaptionsTab
@@ -118,11 +118,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or shipped(MODEL), metavar="PATH_OR_HUB_ID")
+    add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or bundled(MODEL), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
     searched = parser.add_mutually_exclusive_group()
     searched.add_argument(
-        "--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR"
+        "--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or bundled(GALLERY), metavar="DIR"
     )
     searched.add_argument(
         "--photos",
@@ -170,7 +170,7 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     remote = Remote.of(args.index, args.gallery, args.index_name)
     encoder = DualEncoder.load(args.model, revision=args.revision)
     second = SecondModel.load(args.compare) if args.compare else None
-    starts = args.photos or (remote is None and Path(args.gallery).resolve() == Path(shipped(GALLERY)).resolve())
+    starts = args.photos or (remote is None and Path(args.gallery).resolve() == Path(bundled(GALLERY)).resolve())
     gallery = starter_gallery(encoder) if starts else Gallery.load(args.gallery, encoder, remote)
     engine = AlignmentEngine(encoder, gallery, second, names_files=bool(args.photos))
     engine.warm_texts()

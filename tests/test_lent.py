@@ -22,10 +22,10 @@ import pytest
 import torch
 from PIL import Image
 
+from alignment.bundled import ROOT
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder, lent, together
 from alignment.model.lent import FEW, MANY, LentTower
-from alignment.shipped import ROOT
 
 Inputs = dict[str, torch.Tensor]
 

@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.ahead import ahead
 from alignment.catalogue import FileState
 from alignment.engine.batching import IMAGES_AT_ONCE, MORE_IMAGES, TEXTS_AT_ONCE, Batcher
 from alignment.engine.explaining import Explained, Scale, explain_match
@@ -29,6 +28,7 @@ from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_
 from alignment.engine.queries import Query, Term, check_count, search
 from alignment.gallery import THUMBNAIL_PIXELS, Caption, Found, Gallery, Picture, is_whole
 from alignment.model import DualEncoder, together
+from alignment.prefetch import prefetch_map as ahead
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
 
 Inputs = Mapping[str, Tensor]

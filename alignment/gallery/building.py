@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignment.ahead import ahead
 from alignment.calibration import Background
 from alignment.catalogue import (
     Caption,
@@ -42,6 +41,7 @@ from alignment.gallery.storage import Rows, open_gallery, tidy, write_gallery
 from alignment.gallery.unfinished import THUMBNAILS, Unfinished
 from alignment.model import DualEncoder
 from alignment.pairs import Share, read_data
+from alignment.prefetch import prefetch_map as ahead
 from alignment.preprocess import InputError, legible
 
 logger = logging.getLogger(__name__)

@@ -13,13 +13,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias
 
+from alignment.bundled import GALLERY
+from alignment.bundled import bundled as shipped
 from alignment.catalogue import Picture, Stamp, read_hand_written
 from alignment.gallery.building import build_gallery
 from alignment.gallery.judging import background_name
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
 from alignment.pairs.store import cache_folder
-from alignment.shipped import GALLERY, shipped
 
 Bar: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Opens a progress bar of that name; what it gives is called with (done, total) items."""

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from alignment.bundled import MODEL
+from alignment.bundled import bundled as shipped
 from alignment.durable import explain
 from alignment.gallery.building import BuildReport, build_gallery, embed_share
 from alignment.gallery.pushing import add_push
@@ -25,7 +27,6 @@ from alignment.model import DualEncoder
 from alignment.pairs import Share, told, told_cut
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import few
-from alignment.shipped import MODEL, shipped
 
 Show: TypeAlias = Callable[[int, int], None]
 

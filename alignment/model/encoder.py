@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alignment.ahead import ahead
 from alignment.durable import open_up
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
 from alignment.model.devices import best_device, find_device
@@ -38,6 +37,7 @@ from alignment.model.runtime import (
     openvino,
     probe_pictures,
 )
+from alignment.prefetch import prefetch_map
 from alignment.preprocess import ImageSource, Preprocessor, clean_caption
 
 if TYPE_CHECKING:  # what builds models is imported when one is built
@@ -288,7 +288,7 @@ class DualEncoder:
         if len(sources) < 2:
             inputs = (self.preprocessor.image(source) for source in sources)
         else:  # one picture is decoded while another is embedded
-            inputs = ahead(self.preprocessor.image, sources)
+            inputs = prefetch_map(self.preprocessor.image, sources)
         with closing(inputs), closing(self._batched(inputs, size)) as batches:
             return self._encode_batches("image", batches, len(sources), progress)
 
@@ -348,7 +348,7 @@ class DualEncoder:
         if self.device.type != "cuda":
             yield from map(_joined, groups)
             return
-        with closing(ahead(_pinned, groups, workers=1, depth=2)) as batches:
+        with closing(prefetch_map(_pinned, groups, workers=1, depth=2)) as batches:
             yield from batches
 
     def _encode_batches(

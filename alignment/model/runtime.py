@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alignment.ahead import ahead
+from alignment.prefetch import prefetch_map
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Tower:
         with self._lock:
             if self._side_by_side is None and streams > 1:
                 self._side_by_side = _Compiled(self._path, self._precision, streams)
-        return ahead(self._side_by_side or self._alone, batches, workers=streams, depth=2 * streams)
+        return prefetch_map(self._side_by_side or self._alone, batches, workers=streams, depth=2 * streams)
 
 
 class _Compiled:

@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 
+from alignment.bundled import GALLERY, MODEL, ROOT
+from alignment.bundled import bundled as shipped
 from alignment.hub import check_login
-from alignment.shipped import GALLERY, MODEL, ROOT, shipped
 from alignment.space.card import TITLE
 from alignment.space.checks import LARGE, check_folder, check_variables, private_paths
 from alignment.space.choice import choose_model

@@ -107,9 +107,10 @@ def _status(is_complete: bool) -> int:
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
+    from alignment.bundled import MODEL
+    from alignment.bundled import bundled as shipped
     from alignment.pairs import told_cut
     from alignment.preprocess import Preprocessor
-    from alignment.shipped import MODEL, shipped
     from alignment.train.prepare import prepare
     from alignment.train.settings import TrainConfig
 
