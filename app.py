@@ -45,6 +45,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from alignment.bundled import GALLERY, MODEL, bundled
 from alignment.durable import explain
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, PhotoFolder, SecondModel
 from alignment.engine.photo_folder import photo_folder
@@ -52,9 +53,23 @@ from alignment.gallery import Gallery, Remote, add_index_options, progress_bar, 
 from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import InputError
-from alignment.shipped import GALLERY, MODEL, shipped
-from alignment.ui.api import add_api, tame_tools
-from alignment.ui.api_input import Page
+from alignment.server import (
+    GuardedBlocks,
+    Service,
+    Settings,
+    UploadFolder,
+    add_options,
+    check_address,
+    check_gradio,
+    configure_logging,
+    harden_mcp,
+    host_in_url,
+    limit_arenas,
+    read_port,
+    redirect_server_logs,
+)
+from alignment.server.gradio_internals import event_data
+from alignment.ui.api import add_api
 from alignment.ui.captions_tab import CaptionsTab
 from alignment.ui.evaluate_tab import EvaluateTab
 from alignment.ui.examples import THUMBNAIL_ROUTE, Examples
@@ -64,21 +79,9 @@ from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
 from alignment.ui.scan import scan_route, scan_value
-from alignment.ui.service import (
-    Folder,
-    Service,
-    Settings,
-    add_options,
-    check_address,
-    host_in_url,
-    log_plainly,
-    log_the_servers_too,
-    read_port,
-    share_heaps,
-)
-from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, pick_language, strings, text
+from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, error_for_browser, pick_language, strings, text
 from alignment.ui.theme import theme
-from alignment.ui.widgets import ICON, Tab, listen, styles, widget
+from alignment.ui.widgets import ASSETS, ICON, Tab, listen, styles, widget
 
 ROOT = Path(__file__).resolve().parent
 PAGE_FIRST = 2.0
@@ -118,11 +121,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or shipped(MODEL), metavar="PATH_OR_HUB_ID")
+    add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or bundled(MODEL), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
     searched = parser.add_mutually_exclusive_group()
     searched.add_argument(
-        "--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or shipped(GALLERY), metavar="DIR"
+        "--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or bundled(GALLERY), metavar="DIR"
     )
     searched.add_argument(
         "--photos",
@@ -170,7 +173,7 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     remote = Remote.of(args.index, args.gallery, args.index_name)
     encoder = DualEncoder.load(args.model, revision=args.revision)
     second = SecondModel.load(args.compare) if args.compare else None
-    starts = args.photos or (remote is None and Path(args.gallery).resolve() == Path(shipped(GALLERY)).resolve())
+    starts = args.photos or (remote is None and Path(args.gallery).resolve() == Path(bundled(GALLERY)).resolve())
     gallery = starter_gallery(encoder) if starts else Gallery.load(args.gallery, encoder, remote)
     engine = AlignmentEngine(encoder, gallery, second, names_files=bool(args.photos))
     engine.warm_texts()
@@ -204,7 +207,7 @@ def build_page(
     searching: list[Tab] = [kind(engine, of_gallery, explanation) for kind in (CaptionsTab, PicturesTab)]
     own: list[Tab] = [kind(engine, of_starter, explanation) for kind in (MatrixTab, PhotosTab, EvaluateTab)]
     tabs = searching + own
-    with Page(title=text(lang, "title"), analytics_enabled=False) as page:
+    with GuardedBlocks(title=text(lang, "title"), analytics_enabled=False) as page:
         with gr.Row(elem_classes=["al-header"]):
             header = widget("plain", _header(lang), elem_id="header")
             choices = [(name, code) for code, name in LANGUAGES.items()]
@@ -267,7 +270,7 @@ def _wire_scan(
     """Let the page start scans, and show the gallery that has taken the old one's place; what is asked there stays."""
 
     def renew(event: gr.EventData, lang: str, *inputs: Any) -> list[Any]:
-        lang = pick_language(event._data if isinstance(event._data, dict) else {}, "", lang)
+        lang = pick_language(event_data(event), "", lang)
         first = status(lang)  # before the tabs: a gallery that comes meanwhile is asked for again
         return [*first, *_redrawn(tabs, lang, iter(inputs))]
 
@@ -311,7 +314,21 @@ def launch_options(
         "show_error": False,
         "quiet": True,
         "max_file_size": f"{MAX_ZIP_MB}mb",
-        **(service or Service()).launch_options(engine, *routes),
+        "head": "<link rel='icon' href='favicon.ico'>\n"
+        f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
+        **(service or Service()).launch_options(
+            partial(_health, engine), routes, translate=error_for_browser, max_file_mb=MAX_ZIP_MB
+        ),
+    }
+
+
+def _health(engine: AlignmentEngine) -> dict[str, Any]:
+    """Say what /healthz tells of the model and the gallery."""
+    return {
+        "model": Path(engine.encoder.name).name,
+        "fingerprint": engine.encoder.fingerprint,
+        "images": len(engine.gallery.pictures),
+        "captions": len(engine.gallery.captions),
     }
 
 
@@ -336,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = parse(argv)
     try:
+        check_gradio()
         if args.mcp and find_spec("mcp") is None:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
         args.photos = photo_folder(args.photos) if args.photos else None
@@ -343,9 +361,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_size_options(args.max_megapixels, args.max_aspect_ratio)
         engine = load_engine(args)
         photos = background_scan(engine, args)
-        with Folder() as folder:
-            service = Service(Settings.of(args), folder.path)
-            with service.running.until_told():  # from here on a signal ends nothing half-way
+        with UploadFolder() as folder:
+            service = Service(Settings.from_args(args), folder.path)
+            with service.lifecycle.handle_signals():  # from here on a signal stops the app in order
                 serve(engine, args, service, photos)
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
         print(f"error: {explain(error)}", file=sys.stderr)
@@ -369,7 +387,7 @@ def serve(
     Raises:
         OSError: when the port is taken.
     """
-    log_plainly(args.log)
+    configure_logging(args.log)
     page = build_page(engine, args.lang, args.queue, photos)
     options = {
         **launch_options(engine, service, photos),
@@ -377,9 +395,8 @@ def serve(
         "server_port": args.port,
     }
     _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
-    log_the_servers_too()
-    tame_tools(page)
-    service.let_tools_in(page)
+    redirect_server_logs()
+    harden_mcp(page)
     gc.freeze()
     gc.enable()
     print(f"Open {url}", flush=True)
@@ -394,7 +411,7 @@ def serve(
 
 
 if __name__ == "__main__":
-    share_heaps()
+    limit_arenas()
     status = main()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -1,6 +1,6 @@
-"""Floor 1, the Hugging Face Hub: names, logins and refusals, as sentences that say what to do.
+"""Floor 1, the Hugging Face Hub: repository names, login and error messages that say what to do.
 
-Place in the flow: whoever sends something there (`train`, `space`) does it inside `plain_errors`.
+Place in the flow: `train` and `space` upload inside `translate_hub_errors`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse a malformed name; raises ValueError."""
+    """Raise ValueError on a malformed repository name."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -24,23 +24,25 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_login(api: HfApi, again: str = "push again") -> None:
-    """Refuse to go on without a token, be it the client's or that of the login; raises ValueError."""
+    """Raise ValueError without a token, neither the client's nor that of the login."""
     if api.token is False or not (api.token or get_token()):
         raise ValueError(f"Not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN, and {again}.")
 
 
 @contextmanager
-def plain_errors(repo_id: str, again: str = "push again", refusals: Mapping[int, str] | None = None) -> Iterator[None]:
-    """Turn the Hub's answers into sentences.
+def translate_hub_errors(
+    repo_id: str, again: str = "push again", refusals: Mapping[int, str] | None = None
+) -> Iterator[None]:
+    """Turn the Hub's errors into built-in exceptions whose message says what to do.
 
     Args:
-        repo_id: what is written to.
+        repo_id: the repository that is written to.
         again: what to do once the cause is gone.
-        refusals: by HTTP status, sentences that know more than the general one.
+        refusals: HTTP status -> a message more specific than the general one.
 
     Raises:
         ValueError: when the Hub refuses.
-        ConnectionError: when it cannot be reached, breaks off or is out of order.
+        ConnectionError: when it cannot be reached, disconnects or fails.
     """
     try:
         yield

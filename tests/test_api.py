@@ -31,9 +31,9 @@ from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
-from alignment.ui.api import Api, add_api, tame_tools
+from alignment.server import Service, Settings, harden_mcp
+from alignment.ui.api import Api, add_api
 from alignment.ui.api_input import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS
-from alignment.ui.service import Service, Settings
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
 
 ENDPOINTS = {"search_images", "search_captions", "similarity_matrix", "embed_images", "embed_captions", "describe"}
@@ -62,7 +62,7 @@ def address(engine, uploads) -> Iterator[str]:
     page = app.build_page(engine, "en")
     options = app.launch_options(engine, Service(Settings(rate=0)))
     _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", mcp_server=True, **options)
-    tame_tools(page)
+    harden_mcp(page)
     yield url.rstrip("/")
     page.close()
 

@@ -20,10 +20,10 @@ from alignment.engine import AlignmentEngine, Skipped
 from alignment.gallery import Caption, Found, Gallery, Match, build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, clean_caption, open_image, parse_captions
+from alignment.server import Service, Settings, host_in_url
 from alignment.ui.api import Api
 from alignment.ui.examples import Examples
 from alignment.ui.results import captions_value, cosine, percent
-from alignment.ui.service import Service, Settings, host_in_url
 from alignment.ui.strings import count_text, error_text, pick_language, strings, text
 from alignment.ui.uploads import Shelf, Upload, fill, forget, shelf_drop_value, take, uploads_of
 from alignment.ui.widgets import spoken

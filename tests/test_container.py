@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 
 import pytest
 
-from alignment.shipped import ROOT
+from alignment.bundled import ROOT
 
 
 def instructions() -> Iterator[tuple[str, str]]:

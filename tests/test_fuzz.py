@@ -24,7 +24,7 @@ from alignment.engine.albums import pack_album
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, open_image, sanitize_text
-from alignment.ui.service import Service, Settings
+from alignment.server import Service, Settings
 from alignment.ui.strings import error_text
 from alignment.ui.uploads import MAX_NAME
 

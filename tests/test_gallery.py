@@ -444,7 +444,7 @@ def test_an_interrupted_build_leaves_the_old_gallery(
 
     with pytest.raises(KeyboardInterrupt):
         build(photos, tmp_path / "out", encoder, progress=ctrl_c)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
     now = snapshot(tmp_path / "out")
     kept = {name for name in now if name.startswith(".building")}
     assert {name: state for name, state in now.items() if name not in kept} == before
@@ -693,7 +693,7 @@ def test_of_a_build_that_fails_only_what_is_embedded_is_left(
     gallery, report = build(many, tmp_path / "out", encoder)
     assert report.encoded["pictures"] == 27 - 3
     assert len(gallery.pictures) == 28
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_progress_counts_up_to_the_end(photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:

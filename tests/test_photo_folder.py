@@ -272,8 +272,8 @@ def come_along(starter, tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "come along"
     shutil.copytree(small.stamp.source, folder / "sources")
     build_gallery(folder / "sources", folder, encoder, calibrate=False)
-    for module in (app, cached):
-        monkeypatch.setattr(module, "shipped", lambda name: str(folder))
+    for module, name in ((app, "bundled"), (cached, "bundled")):
+        monkeypatch.setattr(module, name, lambda name: str(folder))
     return folder
 
 

@@ -11,12 +11,13 @@ import torch
 from gradio_client import Client
 from torch import Tensor
 
-from alignment.ui.api_input import Page
-from alignment.ui.sessions import Sessions, Unchanging, kept, weight
+from alignment.server import GuardedBlocks
+from alignment.server.gradio_internals import LightSessions
+from alignment.server.sessions import Immutable, estimate_bytes, session_state
 
 
 @dataclass(frozen=True)
-class Basket(Unchanging):
+class Basket(Immutable):
     """Something heavy, with what a visitor put in."""
 
     weight: Tensor
@@ -32,24 +33,24 @@ def put(thing: str, basket: Basket) -> tuple[str, Basket]:
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch) -> Iterator[Page]:
+def page(tmp_path, monkeypatch) -> Iterator[GuardedBlocks]:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-    with Page(analytics_enabled=False) as page:
-        thing, said, basket = gr.Textbox(), gr.Textbox(), kept(FIRST)
+    with GuardedBlocks(analytics_enabled=False) as page:
+        thing, said, basket = gr.Textbox(), gr.Textbox(), session_state(FIRST)
         thing.submit(put, [thing, basket], [said, basket], api_name="put")
     page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
     yield page
     page.close()
 
 
-def call(page: Page, thing: str, **more: str) -> str:
+def call(page: GuardedBlocks, thing: str, **more: str) -> str:
     with httpx.Client(base_url=page.local_url, trust_env=False, timeout=60) as http:
         id = http.post("gradio_api/call/put", json={"data": [thing], **more}).json()["event_id"]
         return http.get(f"gradio_api/call/put/{id}").text
 
 
-def visitor(page: Page) -> Client:
+def visitor(page: GuardedBlocks) -> Client:
     return Client(page.local_url, verbose=False, analytics_enabled=False)
 
 
@@ -88,7 +89,7 @@ def test_a_session_does_not_hold_the_whole_page_again(page):
 def test_a_call_without_a_session_leaves_none(page):
     for _ in range(3):
         assert 'data: ["apple"' in call(page, "apple")
-    assert isinstance(page.app.state_holder, Sessions)
+    assert isinstance(page.app.state_holder, LightSessions)
     assert page.app.state_holder is page.state_holder
     assert not page.app.state_holder.session_data
     assert not page.app.state_holder.time_last_used
@@ -102,12 +103,12 @@ def test_the_initial_value_is_not_told_to_the_browser(page):
 
 def test_sessions_together_weigh_no_more_than_they_may(page):
     sessions = page.app.state_holder
-    sessions.most_bytes = 100
+    sessions.max_bytes = 100
     for name in ("anna", "bob", "carl"):
         call(page, "x" * 20, session_hash=name)
         call(page, "y", session_hash=name)  # it is weighed when it is used
     assert list(sessions.session_data) == ["carl"]
-    assert list(sessions._weights) == list(sessions.time_last_used) == ["carl"]
+    assert list(sessions.time_last_used) == ["carl"]
     assert 'data: ["x' in call(page, "z", session_hash="carl")
 
 
@@ -141,17 +142,17 @@ class Nothing:
     ],
 )
 def test_what_a_visitor_brought_is_weighed(value, bytes):
-    assert weight(value) == bytes
-    assert weight(Nothing(value)) == bytes
+    assert estimate_bytes(value) == bytes
+    assert estimate_bytes(Nothing(value)) == bytes
 
 
 def test_a_session_is_forgotten_with_all_that_was_shown_in_it(page):
     call(page, "apple", session_hash="anna")
     sessions = page.app.state_holder
-    assert isinstance(sessions, Sessions)
-    sessions.forget(60)
+    assert isinstance(sessions, LightSessions)
+    sessions.expire(60)
     assert list(sessions.session_data) == list(sessions.time_last_used) == ["anna"]
-    sessions.forget(0)
+    sessions.expire(0)
     assert not sessions.session_data
     assert not sessions.time_last_used
     assert 'data: ["pear"' in call(page, "pear", session_hash="anna")  # as if it were new

@@ -16,9 +16,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from alignment.bundled import ROOT
 from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
-from alignment.shipped import ROOT
 from alignment.space import Choice, Space, choose_model, lay_out, main
 from alignment.space.card import LONGEST_DESCRIPTION, card
 from alignment.space.checks import check_folder, check_variables, private_paths

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi
 
-from alignment.shipped import ROOT
+from alignment.bundled import ROOT
 from alignment.space import Choice, Space, main, publish
 
 # huggingface_hub hands large files to its HTTP client by an argument which that client has deprecated.

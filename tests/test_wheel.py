@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.shipped import ROOT
+from alignment.bundled import ROOT
 
 _NEEDED = ("app.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "alignment", "assets", "checkpoints")
 

@@ -22,10 +22,10 @@ import pytest
 import torch
 from PIL import Image
 
+from alignment.bundled import ROOT
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder, chunk_size, zerogpu
 from alignment.model.zerogpu import GPU_BATCH, MAX_CPU_PICTURES, ZeroGPUTower
-from alignment.shipped import ROOT
 
 Inputs = dict[str, torch.Tensor]
 

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alignment.ahead import ahead
 from alignment.data.collector import Pair
+from alignment.prefetch import prefetch_map
 from alignment.preprocess import InputError, message_with_option, open_image, sanitize_text
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def hash_images(
     paths = list(dict.fromkeys(images))
     problems: list[str] = []
     hashes: dict[str, ImageHash | None] = {}
-    with closing(ahead(_hash_image, paths)) as results:
+    with closing(prefetch_map(_hash_image, paths)) as results:
         for path, result in zip(paths, results, strict=True):
             hashes[path] = result if isinstance(result, ImageHash) else None
             if isinstance(result, str):

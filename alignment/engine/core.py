@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.ahead import ahead
 from alignment.catalogue import FileState
 from alignment.engine.batching import IMAGES_AT_ONCE, MORE_IMAGES, TEXTS_AT_ONCE, Batcher
 from alignment.engine.explaining import Explained, Scale, explain_match
@@ -29,6 +28,7 @@ from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_
 from alignment.engine.queries import Query, Term, check_count, search
 from alignment.gallery import THUMBNAIL_PIXELS, Caption, Found, Gallery, Picture, is_whole
 from alignment.model import DualEncoder, chunk_size
+from alignment.prefetch import prefetch_map
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
 
 Inputs = Mapping[str, Tensor]
@@ -109,7 +109,7 @@ class AlignmentEngine:
         if len(images) == 1:
             return self._encode_images([prepare(images[0])])
         embeds = [torch.empty(0, self.encoder.embed_dim)]
-        with closing(ahead(prepare, images)) as prepared:
+        with closing(prefetch_map(prepare, images)) as prepared:
             while some := list(islice(prepared, chunk_size(_PREPARED_AT_ONCE, 64))):
                 embeds.append(self._encode_images(some))
         return torch.cat(embeds)

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignment.ahead import ahead
 from alignment.calibration import Background
 from alignment.catalogue import (
     Caption,
@@ -42,6 +41,7 @@ from alignment.gallery.search import Gallery
 from alignment.gallery.storage import Rows, open_gallery, tidy, write_gallery
 from alignment.gallery.unfinished import THUMBNAILS, Unfinished
 from alignment.model import DualEncoder
+from alignment.prefetch import prefetch_map
 from alignment.preprocess import InputError, sanitize_text
 
 logger = logging.getLogger(__name__)
@@ -291,7 +291,7 @@ class _Builder:
         read: list[Picture] = []
         total = len(pictures) + num_captions
         looker = Looker(self.out, self.unfinished, self.files, self._is_known, self.encoder.preprocessor)
-        with closing(ahead(looker, pictures, depth=_AHEAD)) as looks:
+        with closing(prefetch_map(looker, pictures, depth=_AHEAD)) as looks:
             for row in self.encoder.encode_prepared(self._unseen(looks, read, total)):
                 sha256 = next(iter(self.waiting))
                 self.unfinished.add("rows", [sha256], [row.half()])

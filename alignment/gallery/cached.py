@@ -13,13 +13,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias
 
+from alignment.bundled import GALLERY, bundled
 from alignment.catalogue import Picture, Stamp, read_hand_written
 from alignment.data.image_store import cache_folder
 from alignment.gallery.building import build_gallery
 from alignment.gallery.judging import background_name
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
-from alignment.shipped import GALLERY, shipped
 
 Bar: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Opens a progress bar of that name; what it gives is called with (done, total) items."""
@@ -42,9 +42,9 @@ def starter_gallery(encoder: DualEncoder) -> Gallery:
         their own captions. `build_starter` makes the whole.
 
     Raises:
-        ValueError: when the shipped gallery is damaged, or its sources cannot be read.
+        ValueError: when the bundled gallery is damaged, or its sources cannot be read.
     """
-    come_along = Path(shipped(GALLERY))
+    come_along = Path(bundled(GALLERY))
     if _made_by(come_along) in ("", encoder.fingerprint):
         return Gallery.load(come_along, encoder)
     try:
@@ -54,7 +54,7 @@ def starter_gallery(encoder: DualEncoder) -> Gallery:
 
 
 def build_starter(encoder: DualEncoder, progress: Callable[[int, int], None]) -> Gallery:
-    """Embed the starter gallery with another model than the shipped one, once; it is kept in the cache folder.
+    """Embed the starter gallery with another model than the bundled one, once; it is kept in the cache folder.
 
     Args:
         encoder: the model in use.
@@ -86,7 +86,7 @@ def _is_there(picture: Picture) -> bool:
 
 
 def _sources() -> Path:
-    return Path(shipped(GALLERY)) / "sources"
+    return Path(bundled(GALLERY)) / "sources"
 
 
 def _starter_folder(encoder: DualEncoder) -> Path:

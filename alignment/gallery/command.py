@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from alignment.bundled import MODEL, bundled
 from alignment.data import Partition, describe_issues, describe_truncated
 from alignment.durable import explain
 from alignment.gallery.building import BuildReport, build_gallery, embed_share
@@ -25,7 +26,6 @@ from alignment.gallery.together import Together, of_torchrun, own_device, stoppi
 from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import join_first
-from alignment.shipped import MODEL, shipped
 
 Show: TypeAlias = Callable[[int, int], None]
 
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the gallery folder, new or to be brought up to date",
     )
     build.add_argument(
-        "--model", type=expanduser, default=shipped(MODEL), help="folder or Hub id (default: %(default)s)"
+        "--model", type=expanduser, default=bundled(MODEL), help="folder or Hub id (default: %(default)s)"
     )
     build.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     build.add_argument("--split", help="only this part of a data set, such as train, dev or test")

@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.ahead import ahead
 from alignment.durable import open_up
 from alignment.model import probes, zerogpu
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
@@ -32,6 +31,7 @@ from alignment.model.module import LazyModule
 from alignment.model.openvino import OpenVINOTower, export_tower, openvino
 from alignment.model.torch_tower import TorchTower, TracedSide, pinned
 from alignment.model.tower import Inputs, Kind, Tower, concatenate
+from alignment.prefetch import prefetch_map
 from alignment.preprocess import ImageSource, Preprocessor, clean_caption
 
 if TYPE_CHECKING:  # composition imports what builds models; serving does not need it
@@ -249,7 +249,7 @@ class DualEncoder:
         if len(sources) < 2:
             inputs = (self.preprocessor.image(source) for source in sources)
         else:  # one picture is decoded while another is embedded
-            inputs = ahead(self.preprocessor.image, sources)
+            inputs = prefetch_map(self.preprocessor.image, sources)
         with closing(inputs), closing(self._batched(inputs, size)) as batches:
             return self._encode_batches("image", batches, len(sources), progress)
 
@@ -354,7 +354,7 @@ class DualEncoder:
         if self.device.type != "cuda":
             yield from map(concatenate, groups)
             return
-        with closing(ahead(pinned, groups, workers=1, depth=2)) as batches:
+        with closing(prefetch_map(pinned, groups, workers=1, depth=2)) as batches:
             yield from batches
 
     def _encode_batches(self, kind: Kind, batches: Iterable[Inputs], total: int, progress: Progress | None) -> Tensor:

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alignment.ahead import ahead
 from alignment.model.tower import Inputs, Kind
+from alignment.prefetch import prefetch_map
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class OpenVINOTower:
             return
         streams = torch.get_num_threads()
         run = self._compiled_for(streams)
-        with closing(ahead(run, chain(two, stream), workers=streams, depth=2 * streams)) as embedded:
+        with closing(prefetch_map(run, chain(two, stream), workers=streams, depth=2 * streams)) as embedded:
             yield from embedded
 
     def _compiled_for(self, streams: int) -> _Compiled:

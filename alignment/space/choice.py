@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignment.bundled import MODEL, ROOT
 from alignment.model.checkpoints import checkpoint_files, checkpoint_folder
-from alignment.shipped import MODEL, ROOT
 
 
 @dataclass(frozen=True)

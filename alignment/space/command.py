@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 
+from alignment.bundled import GALLERY, MODEL, ROOT, bundled
 from alignment.hub import check_login
-from alignment.shipped import GALLERY, MODEL, ROOT, shipped
 from alignment.space.card import TITLE
 from alignment.space.checks import LARGE, check_folder, check_variables, private_paths
 from alignment.space.choice import choose_model
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--model",
         type=expanduser,
-        default=shipped(MODEL),
+        default=bundled(MODEL),
         metavar="PATH_OR_HUB_ID",
         help="what it runs (default: %(default)s)",
     )
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--gallery",
         type=expanduser,
-        default=shipped(GALLERY),
+        default=bundled(GALLERY),
         metavar="DIR",
         help="what it searches (default: %(default)s)",
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from alignment.shipped import GALLERY, MODEL, ROOT
+from alignment.bundled import GALLERY, MODEL, ROOT
 from alignment.space.card import THUMBNAIL, TITLE, card
 from alignment.space.choice import Choice, safe_name
 from alignment.space.gallery import copy_gallery

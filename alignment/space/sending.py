@@ -13,7 +13,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, SpaceInfo
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from alignment.hub import check_login, check_repo_id, plain_errors
+from alignment.hub import check_login, check_repo_id
+from alignment.hub import translate_hub_errors as plain_errors
 from alignment.space.folder import Space, contents
 
 AGAIN = "publish again"

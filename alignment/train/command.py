@@ -108,9 +108,9 @@ def _status(is_complete: bool) -> int:
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
+    from alignment.bundled import MODEL, bundled
     from alignment.data import describe_truncated
     from alignment.preprocess import Preprocessor
-    from alignment.shipped import MODEL, shipped
     from alignment.train.prepare import prepare
 
     use_size_options(arguments.max_megapixels, arguments.max_aspect_ratio)
@@ -119,7 +119,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     print(prepared.report.summary())
     for line in prepared.other_summaries():
         print(f"- {line}")
-    model = arguments.text or arguments.model or shipped(MODEL)
+    model = arguments.text or arguments.model or bundled(MODEL)
     preprocessor = Preprocessor.load(model)
     captions = (caption for part in (prepared.train, prepared.evaluation) for pair in part for caption in pair.captions)
     for line in describe_truncated(preprocessor.truncated(captions), preprocessor.max_length):

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from alignment.hub import check_login, check_repo_id, plain_errors
+from alignment.hub import check_login, check_repo_id
+from alignment.hub import translate_hub_errors as plain_errors
 from alignment.model import DualEncoder
 from alignment.train.record import REPOSITORY, RunRecord, is_local
 

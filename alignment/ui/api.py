@@ -6,7 +6,6 @@ tool by them. Errors are said in English.
 """
 
 import inspect
-import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -215,34 +214,3 @@ def _answering(endpoint: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(str(error), print_exception=False) from error
 
     return answer
-
-
-def tame_tools(page: gr.Blocks) -> None:
-    """Let a launched page's MCP tools answer in JSON, and open no file that an agent names.
-
-    Gradio's own answers are Python's `str`. And it uploads whatever lies under the path of a file, on this machine, in
-    the agent's name; here the path itself is passed on, and means an upload or nothing.
-    """
-    server: Any = page.mcp_server_obj
-    if server is None:
-        return
-    convert = server.convert_strings_to_filedata
-
-    def converted(value: Any, positions: list[list[str | int]]) -> Any:
-        return convert(_without_files(value), positions)
-
-    server.convert_strings_to_filedata = converted
-    content = server.types.TextContent
-
-    def written(data: Any, root_url: str) -> list[Any]:
-        return [content(type="text", text=json.dumps(answer, ensure_ascii=False)) for answer in data]
-
-    server.postprocess_output_data = written
-
-
-def _without_files(value: Any) -> Any:
-    """Put the bare path in the place of each file, however deep it lies."""
-    if isinstance(value, dict):
-        path = value.get("path")
-        return path if isinstance(path, str) else {name: _without_files(part) for name, part in value.items()}
-    return [_without_files(part) for part in value] if isinstance(value, list) else value

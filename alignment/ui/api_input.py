@@ -1,6 +1,6 @@
-"""Top floor, what programs send: read with the doubt that the tabs have for what a browser sends.
+"""Top floor, what programs send: validated as strictly as what a browser sends.
 
-Place in the flow: `request -> Page (no addresses) -> opened / read_* (here) -> api -> engine`.
+Place in the flow: `request -> GuardedBlocks (no URLs) -> opened / read_* (here) -> api -> engine`.
 """
 
 import base64
@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from typing import Any, TypedDict
 from urllib.parse import unquote
 
-import gradio as gr
 from PIL import Image
 
 from alignment.preprocess import InputError, clean_caption, open_image
-from alignment.ui.service.answers import Answers
-from alignment.ui.sessions import Sessions
-from alignment.ui.uploads import MAX_FILE_MB, Upload, forget, lost, take
+from alignment.server.errors import ServiceError
+from alignment.server.page import is_url
+from alignment.ui.uploads import MAX_FILE_MB, Upload, forget, take
 
 MAX_RESULTS = 100
 MAX_PICTURES = MAX_CAPTIONS = 64
@@ -35,37 +34,6 @@ class UploadedFile(TypedDict):
 
 SentPicture = str | UploadedFile
 """A picture in a request: a data URL, or what uploading it gave (a path, its address here, or a client's file)."""
-
-
-class Page(Answers):
-    """Gradio's page, but it fetches nothing from the network for a visitor, and its sessions are lighter.
-
-    Gradio downloads a file that is sent as an address, of any size and for any endpoint, before a function of ours is
-    asked. Here such a request ends before that.
-    """
-
-    def launch(self, *args: Any, **options: Any) -> Any:
-        """Do as Gradio does, with sessions of ours."""
-        served = super().launch(*args, **options)
-        self.app.state_holder = Sessions.instead_of(self.app.state_holder)
-        return served
-
-    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Refuse addresses, then do as Gradio does."""
-        if any(_is_address(path) for path in _paths(inputs)):
-            raise gr.Error(str(_foreign()), print_exception=False)
-        try:
-            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
-        except OSError as error:  # a name that no file can have
-            raise gr.Error(str(lost()), print_exception=False) from error
-
-
-def _paths(value: object) -> Iterator[object]:
-    """Find whatever could be taken for a file, however deep it lies."""
-    if isinstance(value, dict):
-        yield value.get("path")
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _paths(part)
 
 
 # ---------------------------------------------------------------- pictures
@@ -108,8 +76,8 @@ def _bytes(image: object) -> bytes:
     upload = _upload(image)
     if upload is None:
         raise InputError("A picture is a data URL or an uploaded file.", "api.image")
-    if _is_address(upload.path):
-        raise _foreign()
+    if is_url(upload.path):
+        raise ServiceError("api.address").error
     return take(upload, MAX_PICTURES)
 
 
@@ -133,16 +101,6 @@ def _decoded(url: str) -> bytes:
     if not data:
         raise InputError('A data URL has to look like "data:image/jpeg;base64,...".', "api.data_url")
     return data
-
-
-def _is_address(value: object) -> bool:
-    return isinstance(value, str) and value.startswith(("http://", "https://"))
-
-
-def _foreign() -> InputError:
-    return InputError(
-        "Addresses on the network are not opened here; upload the picture or send it as a data URL.", "api.address"
-    )
 
 
 # ---------------------------------------------------------------- captions and numbers

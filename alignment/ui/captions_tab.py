@@ -12,10 +12,11 @@ from torch import Tensor
 from alignment.engine import AlignmentEngine, as_webp
 from alignment.gallery import Picture
 from alignment.preprocess import InputError, open_image
+from alignment.server.gradio_internals import event_data
+from alignment.server.sessions import Immutable, session_state
 from alignment.ui.examples import PREVIEW_PIXELS, Examples
 from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.results import Value, captions_value, note_value, problem_value
-from alignment.ui.sessions import Unchanging, kept
 from alignment.ui.strings import error_text, text
 from alignment.ui.uploads import drop_value, forget, take, uploads_of
 from alignment.ui.widgets import data_url, listen, picked, spoken, widget
@@ -24,7 +25,7 @@ NUM_RESULTS = 10
 
 
 @dataclass(frozen=True)
-class Asked(Unchanging):
+class Asked(Immutable):
     """The picture in question.
 
     Attributes:
@@ -67,7 +68,7 @@ class CaptionsTab:
                 self.chips = widget("chips", self._chips(lang), elem_id="captions-examples")
             with gr.Column(scale=7, min_width=300):
                 self.results = widget("captions", self._results(lang, first), elem_id="captions-results")
-        self.asked = kept(first)
+        self.asked = session_state(first)
         self.inputs, self.outputs = [self.asked], [self.asked, self.drop, self.chips, self.results]
         self.arrival = [self.asked, self.drop, self.results]
         listen(self.drop.files, self._take, [language, self.asked], self.arrival, work="search")
@@ -82,7 +83,7 @@ class CaptionsTab:
         return [asked, self._drop(lang, asked), self._chips(lang), self._results(lang, asked)]
 
     def _take(self, lang: str, asked: Asked, event: gr.EventData) -> list[Any]:
-        uploads = uploads_of(event._data)
+        uploads = uploads_of(event_data(event))
         for upload in uploads[:1]:
             try:
                 with spoken():

@@ -12,7 +12,7 @@ from typing import Any
 
 from alignment.engine import AlignmentEngine, Query, Term, parse_query, write_query
 from alignment.preprocess import InputError, sanitize_text
-from alignment.ui.sessions import Unchanging
+from alignment.server.sessions import Immutable
 from alignment.ui.strings import text
 from alignment.ui.widgets import spoken
 
@@ -44,7 +44,7 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Asked(Unchanging):
+class Asked(Immutable):
     """The query in question.
 
     Attributes:

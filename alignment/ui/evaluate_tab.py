@@ -23,6 +23,8 @@ from alignment.engine.trial import (
     measure_archive,
 )
 from alignment.preprocess import InputError
+from alignment.server.gradio_internals import event_data
+from alignment.server.sessions import Immutable, session_state
 from alignment.ui.courier import Courier
 from alignment.ui.drawings import sample_zip
 from alignment.ui.examples import Examples
@@ -30,7 +32,6 @@ from alignment.ui.explanation import Explanation
 from alignment.ui.parts import Tasks, parts_value, run_of
 from alignment.ui.report import report_json, report_value
 from alignment.ui.results import Value
-from alignment.ui.sessions import Unchanging, kept
 from alignment.ui.strings import LANGUAGES, error_text, text
 from alignment.ui.uploads import Upload, arrived, drop_value, forget, uploads_of
 from alignment.ui.widgets import data_url, listen, spoken, widget
@@ -41,7 +42,7 @@ FORMS = ("evaluate.form.table", "evaluate.form.lines", "evaluate.form.beside", "
 
 
 @dataclass(frozen=True)
-class Measured(Unchanging):
+class Measured(Immutable):
     """What the tab shows.
 
     Attributes:
@@ -80,7 +81,7 @@ class EvaluateTab:
             with gr.Column(scale=8, min_width=300):
                 self.report = widget("evaluate", self._report(lang, first), elem_id="evaluate-results")
                 self.saving = widget("download", self._saving(lang, first), elem_id="evaluate-download")
-        self.measured = kept(first)
+        self.measured = session_state(first)
         self.inputs = [self.measured]
         self.outputs = [self.drop, self.help, self.sample, self.report, self.saving]
         self._wire(language)
@@ -116,7 +117,7 @@ class EvaluateTab:
     # ------------------------------------------------------------ events
 
     def _take(self, lang: str, measured: Measured, event: gr.EventData, request: gr.Request) -> Iterator[list[Any]]:
-        uploads, (run, _) = uploads_of(event._data)[:1], run_of(event._data)
+        uploads, (run, _) = uploads_of(event_data(event))[:1], run_of(event_data(event))
         measured = replace(measured, bad_file="", error=None)
         try:
             with self.tasks.begin(request.session_hash) as task:

@@ -16,8 +16,8 @@ from PIL import Image
 from alignment.engine import AlignmentEngine, Explained, as_webp
 from alignment.heatmap import heat_colours, patch_overlay
 from alignment.preprocess import InputError
+from alignment.server.sessions import Immutable, session_state
 from alignment.ui.results import Value, cosine
-from alignment.ui.sessions import Unchanging, kept
 from alignment.ui.strings import error_text, text
 from alignment.ui.widgets import data_url, listen, spoken, widget
 
@@ -47,7 +47,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Asked(Unchanging):
+class Asked(Immutable):
     """What the dialog is about, in no language yet; as it is while the answer is worked out.
 
     Attributes:
@@ -78,7 +78,7 @@ class Explanation:
     def build(self, lang: str) -> None:
         """Put the dialog on the page, closed."""
         self.dialog = widget("explain", self._value(lang, Asked()), elem_id="explanation")
-        self.asked = kept(Asked())
+        self.asked = session_state(Asked())
 
     def translate(self, lang: str, asked: Asked) -> Value:
         """Say everything again in another language; open stays open."""

@@ -19,10 +19,11 @@ from alignment.engine.explaining import Scale
 from alignment.engine.matrix import colour_limits, named_captions
 from alignment.heatmap import heat_colours
 from alignment.preprocess import InputError, count_captions, open_image, parse_captions
+from alignment.server.gradio_internals import event_data
+from alignment.server.sessions import Immutable, session_state
 from alignment.ui.examples import NUM_COMPARED, Examples
 from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.results import Value
-from alignment.ui.sessions import Unchanging, kept
 from alignment.ui.strings import LANGUAGES, error_text, strings, text
 from alignment.ui.uploads import Shelf, fill, progress_value, shelf_drop_value, uploads_of
 from alignment.ui.widgets import data_url, listen, picked, spoken, widget
@@ -40,7 +41,7 @@ _REACH = 3  # spreads of unrelated cosines that the strongest colours of the dif
 
 
 @dataclass(frozen=True)
-class Compared(Unchanging):
+class Compared(Immutable):
     """What the table shows.
 
     Attributes:
@@ -88,7 +89,7 @@ class MatrixTab:
             with gr.Column(scale=8, min_width=300):
                 parts = ("matrix_maths", "matrix_files")
                 self.table = widget("matrix", self._table(lang, first), parts, elem_id="matrix-table")
-        self.compared = kept(first)
+        self.compared = session_state(first)
         self.inputs = [self.captions, self.compared]
         self.outputs = [self.drop, self.captions, self.button, self.clear, self.compared, self.table]
         self.arrival = [self.captions, self.drop, self.compared, self.table]
@@ -127,7 +128,7 @@ class MatrixTab:
     # ------------------------------------------------------------ events
 
     def _take(self, lang: str, typed: str, compared: Compared, event: gr.EventData) -> Iterator[list[Any]]:
-        uploads = uploads_of(event._data)
+        uploads = uploads_of(event_data(event))
         shelf = compared.shelf
         for filled, done in fill(self.engine, shelf, uploads, MAX_PICTURES):
             shelf = filled
@@ -148,7 +149,7 @@ class MatrixTab:
         return self._shown(lang, self._compare(Shelf(photos, compared.shelf.sample), typed))
 
     def _why(self, lang: str, compared: Compared, event: gr.EventData) -> Pair | None:
-        sent = event._data if isinstance(event._data, dict) else {}
+        sent = event_data(event)
         row, shelf = sent.get("caption"), compared.shelf
         pictures = shelf.photos.gallery.pictures if compared.alignments else ()
         column = next((place for place, picture in enumerate(pictures) if picture.id == sent.get("picture")), None)

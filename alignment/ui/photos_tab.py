@@ -16,6 +16,8 @@ from alignment.engine import MAX_PHOTOS, AlignmentEngine, Term
 from alignment.engine.albums import ALBUM, pack_album
 from alignment.gallery import Picture
 from alignment.preprocess import InputError, open_image
+from alignment.server.gradio_internals import event_data
+from alignment.server.sessions import session_state
 from alignment.ui.composer import Added, Asked, ask, changed, composer_value, liked
 from alignment.ui.courier import Courier
 from alignment.ui.examples import Examples
@@ -23,7 +25,6 @@ from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.parts import Tasks, parts_value, run_of
 from alignment.ui.pictures_tab import SEARCH_BOX, query_chips, translated_query
 from alignment.ui.results import Value, pictures_value, problem_value
-from alignment.ui.sessions import kept
 from alignment.ui.strings import count_text, error_text, text
 from alignment.ui.uploads import Shelf, gather, progress_value, shelf_drop_value, uploads_of
 from alignment.ui.widgets import data_url, listen, picked, widget
@@ -64,8 +65,8 @@ class PhotosTab:
                 self.composer = widget("composer", self._composer(lang, first), elem_id="photos-composer")
                 self.chips = widget("chips", self._chips(lang, self.sample), elem_id="photos-examples")
                 self.results = widget("pictures", self._results(lang, first, self.sample), elem_id="photos-results")
-        self.asked = kept(first)
-        self.shelf = kept(self.sample)
+        self.asked = session_state(first)
+        self.shelf = session_state(self.sample)
         self.inputs = [self.query, self.asked, self.shelf]
         self.arrival = [self.query, self.asked, self.composer, self.results]
         self.outputs = [*self.arrival, self.drop, self.notes, self.album, self.clear, self.button, self.chips]
@@ -117,7 +118,7 @@ class PhotosTab:
     # ------------------------------------------------------------ photos come and go
 
     def _take(self, lang: str, shelf: Shelf, event: gr.EventData, request: gr.Request) -> Iterator[list[Any]]:
-        uploads, (run, first) = uploads_of(event._data), run_of(event._data)
+        uploads, (run, first) = uploads_of(event_data(event)), run_of(event_data(event))
         with self.tasks.begin(request.session_hash) as task:
             steps = gather(self.engine, shelf, uploads, MAX_PHOTOS, more=not first, stopped=lambda: task.stopped)
             for filled, done, total in steps:
@@ -163,7 +164,7 @@ class PhotosTab:
         return self._asked(lang, ask(self.engine, picked(event)), shelf)
 
     def _edit(self, lang: str, typed: str, asked: Asked, shelf: Shelf, event: gr.EventData) -> list[Any]:
-        caption, pictures = changed(Asked(typed, pictures=asked.pictures), event._data)
+        caption, pictures = changed(Asked(typed, pictures=asked.pictures), event_data(event))
         return self._asked(lang, ask(self.engine, caption, pictures), shelf)
 
     def _more(self, lang: str, typed: str, asked: Asked, shelf: Shelf, event: gr.EventData) -> list[Any]:

@@ -10,11 +10,12 @@ import torch
 
 from alignment.engine import AlignmentEngine, Term, as_webp
 from alignment.preprocess import InputError, open_image
+from alignment.server.gradio_internals import event_data
+from alignment.server.sessions import session_state
 from alignment.ui.composer import Added, Asked, ask, changed, composer_value, help_value, liked
 from alignment.ui.examples import Examples
 from alignment.ui.explanation import Explanation, Pair
 from alignment.ui.results import Value, note_value, pictures_value, problem_value
-from alignment.ui.sessions import kept
 from alignment.ui.strings import LANGUAGES, error_text, text
 from alignment.ui.uploads import Upload, drop_value, forget, take, uploads_of
 from alignment.ui.widgets import data_url, listen, picked, spoken, widget
@@ -46,7 +47,7 @@ class PicturesTab:
         self.chips = widget("chips", self._chips(lang), elem_id="pictures-examples")
         self.sample = widget("chips", self._sample(lang), elem_id="pictures-sample")
         self.results = widget("pictures", self._results(lang, first), elem_id="pictures-results")
-        self.asked = kept(first)
+        self.asked = session_state(first)
         self.inputs = [self.query, self.asked]
         self.arrival = [self.query, self.asked, self.composer, self.results]
         self.outputs = [*self.arrival, self.button, self.drop, self.help, self.chips, self.sample]
@@ -96,7 +97,7 @@ class PicturesTab:
         return self.arrive(lang, picked(event))
 
     def _edit(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
-        caption, pictures = changed(Asked(typed, pictures=asked.pictures), event._data)
+        caption, pictures = changed(Asked(typed, pictures=asked.pictures), event_data(event))
         return self._shown(lang, ask(self.engine, caption, pictures))
 
     def _more(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
@@ -115,7 +116,7 @@ class PicturesTab:
         return self._shown(lang, ask(self.engine, typed, pictures))
 
     def _take(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
-        uploads, pictures, problem = uploads_of(event._data), asked.pictures, ""
+        uploads, pictures, problem = uploads_of(event_data(event)), asked.pictures, ""
         for upload in uploads[:1]:
             try:
                 with spoken():

@@ -77,3 +77,8 @@ def pick_language(query: Mapping[str, str], accept_language: str, default: str =
         if short in LANGUAGES:
             return short
     return default
+
+
+def error_for_browser(accept_language: str, error: InputError) -> str:
+    """Say what is wrong in the language that an Accept-Language header asks for."""
+    return error_text(pick_language({}, accept_language), error)

@@ -9,14 +9,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from gradio.utils import get_upload_folder
-
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
 from alignment.engine.albums import Added, add_archive
 from alignment.model import chunk_size
 from alignment.preprocess import InputError, sanitize_text
-from alignment.ui.service import refusals
-from alignment.ui.sessions import Unchanging
+from alignment.server.errors import ServiceError
+from alignment.server.page import MAX_PATH
+from alignment.server.sessions import Immutable
+from alignment.server.uploads import upload_folder
 from alignment.ui.strings import count_text, error_text, text
 from alignment.ui.widgets import spoken
 
@@ -26,8 +26,6 @@ MAX_FILE_MB = 30
 MAX_NAME = 120
 CHUNK = 4  # pictures between two signs of progress
 SHOWN_PROBLEMS = 10
-
-_LONGEST_PATH = 4096  # characters; of ours none comes near
 
 _serial = count()  # the page redraws on a new value only, also when the same file is wrong twice
 
@@ -47,7 +45,7 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Shelf(Unchanging):
+class Shelf(Immutable):
     """Pictures beside each other, kept in the visitor's session.
 
     Attributes:
@@ -113,24 +111,18 @@ def arrived(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path
 
 
 def _refused(code: str) -> InputError:
-    """Say again what the service said of an upload it did not take; of the page only the code comes back."""
+    """Return the error of an upload that the service refused; the page sends back its code alone."""
     later = {
         "rate": InputError("Too many requests from your address; try again in a minute.", "upload.rate"),
         "waiting": InputError("There are too many files from your address waiting; try again soon.", "upload.waiting"),
     }
-    said = (
-        refusals.name_too_long(),
-        refusals.too_many_open(),
-        refusals.no_space(),
-        refusals.stopping(),
-        refusals.too_slow(),
-    )
-    return {**later, **{refusal.reason: refusal.error for refusal in said}}.get(code, lost())
+    known = map(ServiceError, ("upload.name", "service.open", "service.full", "service.stopping", "service.slow"))
+    return {**later, **{error.code: error.error for error in known}}.get(code, lost())
 
 
 def lost() -> InputError:
     """Say that a file is not where it should be."""
-    return InputError("The file did not arrive; try again.", "upload.lost")
+    return ServiceError("upload.lost").error
 
 
 def forget(uploads: Sequence[Upload]) -> None:
@@ -144,9 +136,9 @@ def forget(uploads: Sequence[Upload]) -> None:
 
 def _path(upload: Upload) -> Path:
     """Find the file of an upload; nothing but the upload folder is ever touched, whatever a page may send."""
-    if not 0 < len(upload.path) <= _LONGEST_PATH:  # to take a very long one apart takes minutes
+    if not 0 < len(upload.path) <= MAX_PATH:  # to resolve a very long one takes minutes
         raise ValueError("not an upload")
-    folder, path = Path(get_upload_folder()).resolve(), Path(upload.path).resolve()
+    folder, path = upload_folder(), Path(upload.path).resolve()
     if path == folder or not path.is_relative_to(folder):
         raise ValueError("not an upload")
     return path

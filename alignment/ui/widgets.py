@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import gradio as gr
 
 from alignment.preprocess import InputError
+from alignment.server.gradio_internals import event_data
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,7 @@ def listen(
 
 def picked(event: gr.EventData) -> str:
     """Tell the id that an event of our scripts is about; "" where there is none, for a page could send anything."""
-    data = event._data
-    return str(data.get("id", "")) if isinstance(data, dict) else ""
+    return str(event_data(event).get("id", ""))
 
 
 @contextmanager

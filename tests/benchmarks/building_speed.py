@@ -23,9 +23,9 @@ from encoding_task import GRAIN, QUALITY, photographs, write_pictures
 from PIL import Image
 from torch import Tensor
 
-from alignment.ahead import ahead, num_workers
 from alignment.gallery import THUMBNAIL_PIXELS, BuildReport, build_gallery
 from alignment.model import DualEncoder
+from alignment.prefetch import num_workers, prefetch_map
 from alignment.preprocess import open_image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,14 +77,14 @@ class Task:
         self.contenders: dict[str, Callable[[], None]] = {
             "full decode": partial(self._decode, None),
             "decode": partial(self._decode, self.preprocessor.draft_size),
-            "prepare": lambda: _exhaust(ahead(self._prepare, paths)),
+            "prepare": lambda: _exhaust(prefetch_map(self._prepare, paths)),
             "forward": lambda: _exhaust(encoder.encode_prepared(iter(self.inputs), batch_size=BATCH)),
             "build": self._build,
             "old way": self._old_way,
         }
 
     def _decode(self, near: int | None) -> None:
-        _exhaust(ahead(lambda content: open_image(content, draft_size=near).size, self.contents))
+        _exhaust(prefetch_map(lambda content: open_image(content, draft_size=near).size, self.contents))
 
     def _prepare(self, path: Path) -> Mapping[str, Tensor]:
         content = path.read_bytes()

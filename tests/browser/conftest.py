@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import app
 from alignment.gallery import Gallery, Picture
-from alignment.ui.service import Service, Settings
+from alignment.server import Service, Settings
 from alignment.ui.strings import pick_language, text
 
 SLOW = 30_000  # milliseconds; the machine may be busy

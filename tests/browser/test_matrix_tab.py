@@ -16,8 +16,8 @@ from alignment.engine import AlignmentEngine, SecondModel
 from alignment.evaluate import recall_at_k
 from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.model import DualEncoder
+from alignment.server import Service, Settings
 from alignment.ui.examples import FAVOURITES, NUM_COMPARED
-from alignment.ui.service import Service, Settings
 from alignment.ui.strings import text
 from alignment.ui.widgets import ASSETS
 

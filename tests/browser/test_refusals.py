@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 import app
-from alignment.ui.service import Service, Settings
+from alignment.server import Service, Settings
 from alignment.ui.strings import text
 
 SLOW = 30_000

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 
 import app
 from alignment.engine import AlignmentEngine, PhotoFolder
-from alignment.ui.service import Service, Settings
+from alignment.server import Service, Settings
 from alignment.ui.strings import text
 
 

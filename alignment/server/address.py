@@ -1,4 +1,4 @@
-"""Top floor, where the page is served: host and port are tried before a model is loaded, and what is wrong is said."""
+"""Server, address: check host and port before a model is loaded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import socket
 
 
 def read_port(text: str) -> int:
-    """Read a port's number; for argparse."""
+    """Parse a port number; for argparse."""
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: choose a number from 1 to 65535, such as 7860")
     return int(text)
 
 
 def host_in_url(host: str) -> str:
-    """Write a host as an address on the web has it: IPv6 in brackets."""
+    """Write a host as in a URL: IPv6 in brackets."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
@@ -28,9 +28,9 @@ def check_address(host: str, port: int) -> None:
     bare = host.strip("[]")
     try:
         family = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
-            tried.bind((bare, port))
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
+            probe.bind((bare, port))
     except OSError as error:
         raise ValueError(_reason(error, host, port)) from error
 

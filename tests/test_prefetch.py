@@ -1,4 +1,4 @@
-"""Work ahead: order, bounds, errors at their item, and nothing left running."""
+"""Prefetching: order, bounds, errors at their item, and nothing left running."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import closing
 
 import pytest
 
-from alignment.ahead import ahead, num_workers
+from alignment.prefetch import num_workers, prefetch_map
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")] == []
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")] == []
 
 
 def late(number: int) -> int:
@@ -27,8 +27,10 @@ def late(number: int) -> int:
 
 @pytest.mark.parametrize(("workers", "depth"), [(1, 1), (1, 5), (3, 1), (3, 3), (3, 50), (None, None)])
 def test_results_come_in_order(workers: int | None, depth: int | None) -> None:
-    assert list(ahead(late, range(20), workers=workers, depth=depth)) == [number * number for number in range(20)]
-    assert list(ahead(late, [], workers=workers, depth=depth)) == []
+    assert list(prefetch_map(late, range(20), workers=workers, depth=depth)) == [
+        number * number for number in range(20)
+    ]
+    assert list(prefetch_map(late, [], workers=workers, depth=depth)) == []
 
 
 def test_several_items_are_worked_on_at_once_and_no_more_than_there_are_threads() -> None:
@@ -44,7 +46,7 @@ def test_several_items_are_worked_on_at_once_and_no_more_than_there_are_threads(
             running -= 1
         return number
 
-    assert list(ahead(work, range(12), workers=3, depth=12)) == list(range(12))
+    assert list(prefetch_map(work, range(12), workers=3, depth=12)) == list(range(12))
     assert most == 3
 
 
@@ -57,7 +59,7 @@ def test_no_more_is_read_than_was_asked_for() -> None:
             taken += 1
             yield number
 
-    with closing(ahead(late, items(), workers=2, depth=5)) as results:
+    with closing(prefetch_map(late, items(), workers=2, depth=5)) as results:
         assert taken == 0  # nothing happens before the first is asked for
         for number in range(10):
             next(results)
@@ -71,7 +73,7 @@ def test_work_goes_on_while_the_consumer_is_busy() -> None:
         done.release()
         return number
 
-    with closing(ahead(work, range(9), workers=2, depth=6)) as results:
+    with closing(prefetch_map(work, range(9), workers=2, depth=6)) as results:
         next(results)
         for _ in range(6):  # all that fits the depth is done, though nobody asks for it
             assert done.acquire(timeout=60)
@@ -86,7 +88,7 @@ def test_an_error_comes_when_its_item_is_due_and_stops_the_rest() -> None:
             raise OSError(f"item {number}")
         return number
 
-    results = ahead(work, range(1000), workers=2, depth=8)
+    results = prefetch_map(work, range(1000), workers=2, depth=8)
     assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(OSError, match="item 4"):
         next(results)
@@ -100,7 +102,7 @@ def test_an_error_of_the_items_stops_the_threads() -> None:
         raise ValueError("no more")
 
     with pytest.raises(ValueError, match="no more"):
-        list(ahead(late, items(), workers=2, depth=4))
+        list(prefetch_map(late, items(), workers=2, depth=4))
 
 
 def test_closing_drops_what_has_not_begun_and_waits_for_what_has() -> None:
@@ -114,7 +116,7 @@ def test_closing_drops_what_has_not_begun_and_waits_for_what_has() -> None:
         return number
 
     def interrupted() -> None:
-        with closing(ahead(work, range(100), workers=2, depth=50)) as results:
+        with closing(prefetch_map(work, range(100), workers=2, depth=50)) as results:
             next(results)
             threading.Timer(0.05, go.set).start()
             raise KeyboardInterrupt
@@ -128,7 +130,7 @@ def test_closing_drops_what_has_not_begun_and_waits_for_what_has() -> None:
 @pytest.mark.parametrize(("workers", "depth"), [(0, 4), (2, 0), (-1, None)])
 def test_bounds_below_one_are_refused_at_once(workers: int, depth: int | None) -> None:
     with pytest.raises(ValueError, match="at least one thread"):
-        ahead(late, [1], workers=workers, depth=depth)
+        prefetch_map(late, [1], workers=workers, depth=depth)
 
 
 def test_there_is_a_thread_for_every_processor_this_process_may_use() -> None:

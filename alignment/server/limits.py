@@ -1,0 +1,107 @@
+"""Server, limits: token buckets and open requests per client address, in bounded memory."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+
+from starlette.types import Scope
+
+_MAX_ADDRESSES = 10_000  # beyond it the address that was idle for longest is forgotten
+_BURST = 0.5  # share of a minute's requests that may come at once
+
+
+class TokenBucket:
+    """Rate limit per client address: a bucket of half a minute's requests that refills steadily."""
+
+    def __init__(
+        self, per_minute: float, clock: Callable[[], float] = time.monotonic, max_addresses: int = _MAX_ADDRESSES
+    ) -> None:
+        """Make the limit.
+
+        Args:
+            per_minute: requests of an address; 0 for any number.
+            clock: returns seconds.
+            max_addresses: buckets that are kept.
+        """
+        self._per_second, self._capacity = per_minute / 60, max(1.0, per_minute * _BURST)
+        self._clock, self._max_addresses = clock, max_addresses
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # address -> tokens, as of this second
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def wait(self, address: str) -> float:
+        """Take a token; returns 0, or the seconds until there is one."""
+        if not self._per_second:
+            return 0.0
+        now = self._clock()
+        tokens, since = self._buckets.pop(address, (self._capacity, now))
+        tokens = min(self._capacity, tokens + (now - since) * self._per_second)
+        taken = tokens >= 1
+        self._buckets[address] = (tokens - taken, now)
+        if len(self._buckets) > self._max_addresses:
+            self._buckets.popitem(last=False)
+        return 0.0 if taken else (1 - tokens) / self._per_second
+
+
+class ConcurrencyLimiter:
+    """Open requests per client address; an address without any takes no memory."""
+
+    def __init__(self, limit: int) -> None:
+        """Make the limit; 0 for any number."""
+        self._limit, self._open = limit, Counter[str]()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @contextmanager
+    def request(self, address: str) -> Iterator[bool]:
+        """Count a request for as long as the context lasts; yields whether it is within the limit."""
+        if self._open[address] >= self._limit > 0:
+            yield False
+            return
+        self._open[address] += 1
+        try:
+            yield True
+        finally:
+            self._open[address] -= 1
+            if not self._open[address]:
+                del self._open[address]
+
+
+def client_address(scope: Scope, proxies: int) -> str:
+    """Return the address that a request counts for; of IPv6 its /64 network, which one household has.
+
+    Args:
+        scope: of the request.
+        proxies: trusted reverse proxies. Each appends its peer to X-Forwarded-For; private addresses are skipped, since
+            the servers of a host forward to each other.
+    """
+    peer = (scope.get("client") or ("",))[0]
+    if not proxies:
+        return _network(peer)
+    header = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for").decode("latin-1")
+    addresses = [address for part in header.split(",") if (address := _parse(part))]
+    public = [address for address in addresses if not address.is_private] or addresses
+    return _network(str(public[-min(proxies, len(public))])) if public else _network(peer)
+
+
+def _parse(text: str) -> IPv4Address | IPv6Address | None:
+    host = text.strip().rpartition(":")[0]  # some proxies append the port
+    for written in (text.strip(), host):
+        try:
+            return ip_address(written.strip("[]"))
+        except ValueError:
+            continue
+    return None
+
+
+def _network(text: str) -> str:
+    address = _parse(text)
+    if isinstance(address, IPv6Address):
+        return str(address.ipv4_mapped or ip_network((address, 64), strict=False).network_address)
+    return str(address or "")

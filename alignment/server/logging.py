@@ -1,0 +1,96 @@
+"""Server, logging: what was requested, how long it took and how it ended; never by which client, or its content.
+
+No address, file name, caption or session gets into the log, because none is passed to it. Of an exception only its type
+and the lines of code are logged: its message may quote what a client sent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+
+_FIELDS = "service"
+_SERVER_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
+_OURS = "alignment"
+_QUOTABLE = tuple(f"{_OURS}.{part}" for part in ("engine.photo_folder", "gallery", "index", "model", "server"))
+"""Loggers whose messages are about what the operator chose; messages of others may quote clients."""
+
+
+def log_event(logger: logging.Logger, event: str, **fields: object) -> None:
+    """Log an event.
+
+    Args:
+        logger: of the module.
+        event: a fixed word.
+        fields: numbers and fixed words.
+    """
+    logger.info(event, extra={_FIELDS: fields})
+
+
+def configure_logging(style: str) -> None:
+    """Send the log of the whole process to stderr.
+
+    Args:
+        style: "json" for a JSON object a line, "human" for a line of text.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if style == "json" else HumanFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger(_OURS).setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+def redirect_server_logs() -> None:
+    """Send the web server's log there too; it installs handlers of its own when it starts."""
+    for name in _SERVER_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+class HumanFormatter(logging.Formatter):
+    """A line of text for each event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one event."""
+        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        fields = "  ".join(f"{name} {value}" for name, value in _fields(record).items())
+        line = f"{time} {record.levelname.lower()}: {_message(record)}"
+        return "\n".join(part for part in (f"{line}  {fields}" if fields else line, _location(record)) if part)
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object for each event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one event."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"time": time, "level": record.levelname.lower(), "event": _message(record), **_fields(record)}
+        if location := _location(record):
+            line["error"] = location
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    return getattr(record, _FIELDS, {})
+
+
+def _message(record: logging.LogRecord) -> str:
+    """Return the message, of loggers that may quote clients only its fixed beginning."""
+    if record.name.startswith(_QUOTABLE) and not record.exc_info:
+        return record.getMessage()
+    return f"{record.name}: {record.msg}" if not record.args else f"{record.name}: {str(record.msg).split('%')[0]}…"
+
+
+def _location(record: logging.LogRecord) -> str:
+    if not record.exc_info or record.exc_info[0] is None:
+        return ""
+    kind, _, trace = record.exc_info
+    lines = [f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(trace)]
+    return " > ".join([*lines, kind.__name__])

@@ -1,0 +1,302 @@
+"""Server, middleware: every HTTP request passes here before Gradio sees it.
+
+Place in the flow: `request -> known route? -> stopping? -> rate, number, size -> Gradio -> our headers, a log line`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from alignment.server.errors import PAGE_LANGUAGE, ServiceError, Translate, in_english
+from alignment.server.gradio_internals import EventQueue, blocks_of
+from alignment.server.lifecycle import Lifecycle
+from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
+from alignment.server.logging import log_event
+from alignment.server.page import OWNERS, REQUEST_ID
+from alignment.server.routes import (
+    HEARTBEAT,
+    MCP,
+    QUEUE_DATA,
+    RouteKind,
+    called_endpoint,
+    log_name,
+    route_kind,
+    strip_root_path,
+)
+from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
+from alignment.server.settings import Settings
+from alignment.server.uploads import CLIENT, UPLOADS, UploadQuota
+
+logger = logging.getLogger(__name__)
+
+INTERNAL_TOKEN_HEADER = "x-alignment-internal"
+"""Carries a random token in requests that this process makes to itself for its MCP tools; they pass without limits."""
+
+BODY_TIMEOUT_S = 60.0
+"""For each megabyte of a body."""
+
+_MB = 2**20
+_MAX_BODIES = 4  # requests of the largest size that may be arriving at once
+_UPLOAD_RATE = 4  # times the rate: a client's photos come one by one
+_SMALL = 2**16  # bytes; bodies of other requests
+_HUB = "https://huggingface.co https://*.huggingface.co https://*.hf.space"
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    # Gradio's scripts need eval; nothing may be loaded from, or sent to, another host.
+    "Content-Security-Policy": (
+        "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+        "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'; "
+        f"connect-src 'self' data: blob:{f' {_HUB}' if os.environ.get('SPACE_ID') else ''}; "
+        f"frame-ancestors 'self' {_HUB}"
+    ),
+}
+
+
+@dataclass
+class RequestContext:
+    """One request on its way through; sizes in bytes."""
+
+    scope: Scope
+    kind: RouteKind | None
+    endpoints: set[str]
+    queue: EventQueue
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    begun: float = field(default_factory=time.monotonic)
+    received: int = 0
+    sent: int = 0
+    status: int = 0
+    error: ServiceError | None = None
+
+
+class RequestGuard:
+    """ASGI middleware with the limits of the service."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        lifecycle: Lifecycle,
+        uploads: UploadQuota,
+        token: str = "",
+        translate: Translate = in_english,
+    ) -> None:
+        """Wrap an app.
+
+        Args:
+            app: Gradio's.
+            settings: the limits.
+            lifecycle: whether the service is stopping.
+            uploads: quota, for the upload route.
+            token: of requests without limits, see `INTERNAL_TOKEN_HEADER`.
+            translate: says errors in the client's language.
+        """
+        self._app, self._settings, self._lifecycle, self._uploads = app, settings, lifecycle, uploads
+        self._token, self._translate = token or secrets.token_urlsafe(24), translate
+        self._rate, self._upload_rate = TokenBucket(settings.rate), TokenBucket(settings.rate * _UPLOAD_RATE)
+        self._open, self._owners = ConcurrencyLimiter(settings.at_once), SessionOwners()
+        self._arriving = 0  # bytes of bodies that are being read
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it here."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return  # nothing here answers a websocket
+        path = strip_root_path(self._settings.root_path, scope["path"])
+        if path is None:
+            query = scope["query_string"].decode("latin-1")
+            await RedirectResponse(f"{self._settings.root_path}/?{query}".rstrip("?"))(scope, receive, send)
+            return
+        scope.update(path=path, root_path="")  # Gradio has its root path from `launch`
+        context = self._context(scope)
+        with self._open.request(scope[CLIENT]) as has_room:
+            try:
+                self._check(context, has_room)
+                with self._lifecycle.request() if context.kind in ("call", "upload") else nullcontext():
+                    await self._app(scope, self._reading(context, receive), self._writing(context, send))
+            except Exception as error:
+                context.error = _service_error(error, context)
+                await self._refuse(context, receive, send)
+            finally:
+                self._arriving -= context.received if context.kind == "call" else 0
+                self._log(context)
+
+    def _context(self, scope: Scope) -> RequestContext:
+        page = blocks_of(scope)
+        endpoints = {str(fn.api_name) for fn in page.fns.values()}
+        context = RequestContext(scope, route_kind(scope["method"], scope["path"]), endpoints, EventQueue(page))
+        address = client_address(scope, self._settings.proxies)
+        scope.update({UPLOADS: self._uploads, CLIENT: address, REQUEST_ID: context.id, OWNERS: self._owners})
+        if scope["path"].startswith(MCP):
+            # Gradio passes an agent's headers on to its own requests for the tool: they have been counted here, and
+            # their session is shared by all agents.
+            headers = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
+            scope["headers"] = [*headers, (INTERNAL_TOKEN_HEADER.encode(), self._token.encode())]
+        return context
+
+    # ------------------------------------------------------------ admission
+
+    def _check(self, context: RequestContext, has_room: bool) -> None:
+        headers, kind = Headers(scope=context.scope), context.kind
+        if kind is None:
+            raise ServiceError("service.closed")
+        if kind == "health" or (self._is_internal(headers) and not context.scope["path"].startswith(MCP)):
+            return
+        if not has_room:
+            raise ServiceError("service.open")
+        if kind in ("call", "upload"):
+            if self._lifecycle.is_stopping:
+                raise ServiceError("service.stopping")
+            self._check_size(context, headers)
+        if kind in ("call", "upload", "page"):
+            rate = self._upload_rate if kind == "upload" else self._rate
+            if wait := rate.wait(context.scope[CLIENT]):
+                seconds = int(-(-wait // 1))
+                raise ServiceError("service.rate", retry_s=max(seconds, 1), seconds=seconds)
+        if kind == "call":
+            self._check_call(context)
+        if kind == "stream":
+            self._check_session(context)
+
+    def _is_internal(self, headers: Headers) -> bool:
+        return secrets.compare_digest(headers.get(INTERNAL_TOKEN_HEADER, "").encode(), self._token.encode())
+
+    def _check_size(self, context: RequestContext, headers: Headers) -> None:
+        announced = headers.get("content-length", "")
+        if context.kind == "call" and announced.isdecimal() and int(announced) > self._settings.request_mb * _MB:
+            raise ServiceError("service.size", limit=f"{self._settings.request_mb:g}")
+
+    def _check_call(self, context: RequestContext) -> None:
+        if context.queue.num_waiting >= self._settings.queue:
+            raise ServiceError("service.queue")
+        endpoint = called_endpoint(context.scope["path"])
+        if endpoint is not None and endpoint not in context.endpoints | {"predict"}:
+            raise ServiceError("service.closed")
+
+    def _check_session(self, context: RequestContext) -> None:
+        session = _requested_session(context)
+        if session is None:
+            return
+        is_known = HEARTBEAT in context.scope["path"] or context.queue.has_session(session)
+        if not is_known or not self._owners.admit(session, cookie_of(context.scope)):
+            raise ServiceError("service.closed")
+
+    # ------------------------------------------------------------ body
+
+    def _reading(self, context: RequestContext, receive: Receive) -> Receive:
+        is_whole, left = False, BODY_TIMEOUT_S
+
+        async def read() -> Message:
+            nonlocal is_whole, left
+            if is_whole:
+                return await receive()  # waits for the client to disconnect
+            begun, megabytes = time.monotonic(), context.received // _MB
+            try:
+                message = await asyncio.wait_for(receive(), left)
+                self._count(context, len(message.get("body", b"")))
+            except (TimeoutError, ServiceError) as error:
+                # The framework would answer in its own way; `_writing` raises this instead.
+                context.error = error if isinstance(error, ServiceError) else ServiceError("service.slow")
+                raise context.error from None
+            waited = time.monotonic() - begun
+            left = BODY_TIMEOUT_S if context.received // _MB > megabytes else left - waited
+            is_whole = not message.get("more_body")
+            return message
+
+        return read
+
+    def _count(self, context: RequestContext, size: int) -> None:
+        context.received += size
+        if context.kind == "upload":
+            return  # `UploadQuota` counts
+        limit = self._settings.request_mb * _MB
+        if context.kind == "call":
+            self._arriving += size
+            if self._arriving > _MAX_BODIES * limit:
+                raise ServiceError("service.queue")
+            if context.received > limit:
+                raise ServiceError("service.size", limit=f"{self._settings.request_mb:g}")
+        elif context.received > _SMALL:
+            raise ServiceError("service.request", status=413)
+
+    # ------------------------------------------------------------ answer
+
+    def _writing(self, context: RequestContext, send: Send) -> Send:
+        async def write(message: Message) -> None:
+            if context.error and not context.status:
+                raise context.error
+            if message["type"] == "http.response.start":
+                context.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers.update({**_HEADERS, "X-Request-ID": context.id})
+                if context.scope["path"] == "/" and not cookie_of(context.scope):
+                    headers.append("Set-Cookie", new_cookie(context.scope, self._settings.root_path))
+            context.sent += len(message.get("body", b""))
+            await send(message)
+
+        return write
+
+    async def _refuse(self, context: RequestContext, receive: Receive, send: Send) -> None:
+        error, headers = context.error, Headers(scope=context.scope)
+        if error is None or context.status:  # the answer has begun
+            return
+        if error.status == 503 and PAGE_LANGUAGE in headers:
+            error.status = 429  # for a 503 Gradio's page shows a message of its own, in English
+        context.error = None  # lets the answer pass
+        await error.response(headers, self._translate)(context.scope, receive, self._writing(context, send))
+        context.error = error
+
+    def _log(self, context: RequestContext) -> None:
+        if context.error is None and context.kind not in ("call", "upload") and context.status < 500:
+            return
+        outcome = context.error.code if context.error else "ok" if context.status < 400 else "error"
+        log_event(
+            logger,
+            "request",
+            id=context.id,
+            endpoint=log_name(context.scope["path"], context.endpoints) if context.kind else "none",
+            ms=round((time.monotonic() - context.begun) * 1000, 1),
+            outcome=outcome,
+            status=context.status,
+            received=context.received,
+            sent=context.sent,
+        )
+
+
+def _requested_session(context: RequestContext) -> str | None:
+    """Return the session whose messages a request asks for; None where it asks for none."""
+    path = context.scope["path"].rstrip("/")
+    if path == QUEUE_DATA:
+        return QueryParams(context.scope["query_string"]).get("session_hash", "")
+    if path.startswith(HEARTBEAT):
+        return str(path.rpartition("/")[2])
+    return context.queue.session_of(path.rpartition("/")[2]) if called_endpoint(path) is not None else None
+
+
+def _service_error(error: Exception, context: RequestContext) -> ServiceError:
+    """Tell the client's mistakes from failures of ours; Gradio lets both escape as exceptions.
+
+    Listeners do not fail here: `GuardedBlocks` answers for them. What escapes from a call before is Gradio failing to
+    read its arguments: an unknown function, an argument too many.
+    """
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, OSError) and context.kind == "asset":  # a name that no file can have
+        return ServiceError("service.closed")
+    if context.kind == "call" and not isinstance(error, OSError | RuntimeError | MemoryError):
+        logger.info("Gradio could not read a call", exc_info=error)
+        return ServiceError("service.request")
+    logger.exception("A request failed")
+    return ServiceError("internal")

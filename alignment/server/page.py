@@ -1,0 +1,87 @@
+"""Server, page: every event of the page and every API call passes here before Gradio touches its inputs.
+
+Place in the flow: `middleware -> Gradio's queue -> GuardedBlocks (owner, files, log) -> listener`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from alignment.preprocess import InputError
+from alignment.server.errors import ServiceError
+from alignment.server.gradio_internals import Event, EventBlocks
+from alignment.server.logging import log_event
+from alignment.server.sessions import SessionOwners, cookie_of
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID, OWNERS = "alignment.request", "alignment.owners"
+"""Keys of the ASGI scope under which the middleware passes the request's id and the owners of sessions on."""
+
+MAX_PATH = 4096  # characters
+_MAX_NAME = 255  # bytes of a part of a path
+
+
+class GuardedBlocks(EventBlocks):
+    """Gradio's page, but it fetches nothing from the network for a client, and fails without quoting the inputs."""
+
+    async def handle_event(self, event: Event, proceed: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+        """Check an event, let Gradio process it, and log how long it took and how it ended."""
+        outcome, answer = "cancelled", {}
+        try:
+            _check(event)
+            answer = await proceed()
+            outcome = "ok"
+            return answer
+        except InputError as error:
+            outcome = "refused"
+            raise gr.Error(str(error), print_exception=False) from error
+        except gr.Error as error:
+            outcome, error.print_exception = "refused", False
+            raise
+        except Exception as error:
+            outcome = "error"
+            logger.exception("A request failed")
+            raise gr.Error(str(ServiceError("internal").error), print_exception=False) from error
+        finally:
+            if not answer.get("is_generating"):
+                ms = round((time.monotonic() - event.queued_at) * 1000, 1)
+                request_id = event.scope.get(REQUEST_ID, "")
+                log_event(logger, "answer", id=request_id, endpoint=event.endpoint, ms=ms, outcome=outcome)
+
+
+def _check(event: Event) -> None:
+    """Raise InputError on another browser's session, and on files that Gradio would fetch or cannot look for."""
+    owners: SessionOwners | None = event.scope.get(OWNERS)
+    if owners and event.session and not owners.admit(event.session, cookie_of(event.scope)):
+        raise ServiceError("service.session").error
+    for path in _paths(event.inputs):
+        if is_url(path):
+            raise ServiceError("api.address").error
+        if isinstance(path, str) and not is_possible_path(path):
+            raise ServiceError("upload.lost").error
+
+
+def _paths(value: object) -> Iterator[object]:
+    """Yield what Gradio could take for a file's path, at any depth."""
+    if isinstance(value, dict):
+        yield value.get("path")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _paths(part)
+
+
+def is_url(value: object) -> bool:
+    """Tell whether Gradio would download this."""
+    return isinstance(value, str) and value.startswith(("http://", "https://"))
+
+
+def is_possible_path(path: str) -> bool:
+    """Tell whether a file system could have this path; to resolve one of a megabyte takes minutes."""
+    if len(path) > MAX_PATH or "\0" in path:
+        return False
+    return all(len(part.encode(errors="replace")) <= _MAX_NAME for part in path.split("/"))

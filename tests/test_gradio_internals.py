@@ -1,0 +1,274 @@
+"""Contract of `alignment.server.gradio_internals` with Gradio, Starlette and uvicorn: each test fails when an upgrade
+moves a private part that the module of this name relies on. `make upgrade-check` runs them with the newest releases."""
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import httpx
+import pytest
+import uvicorn
+from gradio import processing_utils
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+
+from alignment.bundled import ROOT
+from alignment.server import gradio_internals
+from alignment.server.gradio_internals import (
+    SUPPORTED_GRADIO,
+    Event,
+    EventBlocks,
+    EventQueue,
+    HeaderTimeoutProtocol,
+    LightSessions,
+    check_gradio,
+    event_data,
+    harden_mcp,
+    limit_connections,
+    set_temp_folder,
+)
+from alignment.server.lifecycle import QueueJanitor
+
+
+class Recorder(EventBlocks):
+    """A page that remembers its events."""
+
+    seen: list[Event]
+
+    async def handle_event(self, event: Event, proceed: Any) -> dict[str, Any]:
+        self.seen.append(event)
+        return await proceed()
+
+
+@pytest.fixture(scope="module")
+def gate() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture(scope="module")
+def page(gate, tmp_path_factory) -> Iterator[Recorder]:
+    """A launched page with an endpoint, one that waits, and tools for agents."""
+
+    def echo(value: str | dict[str, Any]) -> str:
+        return str(value)
+
+    def keep(value: Any, state: list) -> tuple[str, list]:
+        return str(value), [*(state or []), str(value)]
+
+    def wait(value: str) -> dict[str, str]:
+        assert gate.wait(60)
+        return {"said": value}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        patch.setenv("no_proxy", "127.0.0.1,localhost")
+        for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+            patch.delenv(name, raising=False)
+        with Recorder(analytics_enabled=False) as page:
+            page.seen = []
+            given, kept = gr.JSON(), gr.State()
+            given.change(keep, [given, kept], [gr.Textbox(), kept], api_name="keep", api_visibility="private")
+            gr.api(echo, api_name="echo")
+            gr.api(wait, api_name="wait")
+        limit_connections(0)
+        page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, mcp_server=True)
+        harden_mcp(page)
+        yield page
+        gate.set()
+        page.close()
+
+
+def call(page: gr.Blocks, name: str, *data: Any, **more: Any) -> str:
+    """Put an event into the queue; its id."""
+    url = f"{page.local_url}gradio_api/call/{name}"
+    return httpx.post(url, json={"data": data, **more}, trust_env=False).json()["event_id"]
+
+
+def fetch(page: gr.Blocks, name: str, id: str) -> str:
+    return httpx.get(f"{page.local_url}gradio_api/call/{name}/{id}", trust_env=False, timeout=60).text
+
+
+def until(true: Any) -> None:
+    for _ in range(6000):
+        if true():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("It never came true.")
+
+
+# ---------------------------------------------------------------- versions
+
+
+def test_an_unsupported_gradio_is_named_with_the_version_to_install():
+    first, last = SUPPORTED_GRADIO
+    check_gradio(first + ".0")
+    check_gradio(first + ".9rc1")
+    for wrong in ("5.50.0", "6.24.0", f"{last}.0", "7.0"):
+        with pytest.raises(ValueError, match=f"{re.escape(wrong)}.*gradio>={re.escape(first)},<{re.escape(last)}"):
+            check_gradio(wrong)
+
+
+def test_the_requirements_name_the_supported_versions():
+    bounds = f">={SUPPORTED_GRADIO[0]},<{SUPPORTED_GRADIO[1]}"
+    assert f"gradio{bounds}\n" in (ROOT / "requirements.txt").read_text("utf-8")
+    assert f'"gradio[mcp]{bounds}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_no_other_module_touches_a_private_part():
+    """Attributes of other objects that begin with "_", and public names of Gradio's inside."""
+    ours = r"(?<!self)(?<!cls)(?<!os)(?<!event)"
+    private = re.compile(rf"{ours}\._[a-z]\w*|state_holder|mcp_server_obj|get_blocks|HTTP_PROTOCOLS|gradio\.[a-z]")
+    files = [*(ROOT / "alignment" / "ui").rglob("*.py"), *(ROOT / "alignment" / "server").glob("*.py"), ROOT / "app.py"]
+    found = {file.name for file in files if private.search(file.read_text("utf-8"))}
+    assert found == {"gradio_internals.py"}
+
+
+# ---------------------------------------------------------------- events and queue
+
+
+def test_events_pass_through_the_hook_before_their_files_are_fetched(page, monkeypatch):
+    fetched: list[str] = []
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", lambda url, *_: fetched.append(url))
+
+    async def refuse(event: Event, proceed: Any) -> dict[str, Any]:
+        page.seen.append(event)
+        raise gr.Error("refused", print_exception=False)
+
+    monkeypatch.setattr(page, "handle_event", refuse)
+    sent = {"path": "http://127.0.0.1:1/a.png", "meta": {"_type": "gradio.FileData"}}
+    told = fetch(page, "echo", call(page, "echo", sent, session_hash="anna"))
+    event = page.seen[-1]
+    assert "refused" in told
+    assert fetched == []
+    assert (event.endpoint, event.session, event.inputs[0]["path"]) == ("echo", "anna", sent["path"])
+    assert event.scope["path"].endswith("/call/echo")
+
+
+def test_the_queue_tells_what_waits_and_forgets_only_what_is_over(page, gate):
+    gate.clear()
+    queue = EventQueue(page)
+    janitor = QueueJanitor(queue, max_age_s=3600, max_idle=1)
+    ids = [call(page, "wait", "x") for _ in range(3)]  # one runs, two wait
+    until(lambda: (queue.num_waiting, queue.num_unfinished) == (2, 3))
+    assert all(queue.has_session(queue.session_of(id)) for id in ids)
+    assert page.seen[-1].queued_at > 0
+    janitor.collect()
+    assert queue.session_of(ids[0])  # unfinished
+    gate.set()
+    until(lambda: not queue.num_unfinished)
+    assert queue.has_undelivered
+    janitor.collect()
+    janitor.collect()
+    assert [bool(queue.session_of(id)) for id in ids].count(True) == 1  # the newest is still waited for
+    assert "event: complete" in fetch(page, "wait", next(id for id in ids if queue.session_of(id)))
+    until(lambda: not queue.has_undelivered)
+    janitor.collect()
+    assert not queue.idle_sessions()
+    assert not queue.is_broken
+
+
+def test_what_a_script_sends_reaches_its_listener():
+    assert event_data(gr.EventData(None, {"id": "a"})) == {"id": "a"}
+    assert event_data(gr.EventData(None, None)) == event_data(gr.EventData(None, [1])) == {}
+
+
+# ---------------------------------------------------------------- sessions
+
+
+def test_sessions_describe_no_components_and_are_bounded(page):
+    sessions = page.state_holder
+    assert isinstance(sessions, LightSessions)
+    assert page.app.state_holder is sessions
+    assert "b" * 100 in fetch(page, "keep", call(page, "keep", "b" * 100, session_hash="bob"))
+    assert "bob" in sessions
+    assert len(list(sessions["bob"].components)) < len(page.blocks)
+    until(lambda: not EventQueue(page).num_unfinished)
+    sessions.expire(0)
+    assert "bob" not in sessions
+
+
+def test_a_call_without_a_session_opens_none(page):
+    page.state_holder.expire(0)
+    assert "event: complete" in fetch(page, "keep", call(page, "keep", "x"))
+    assert not page.state_holder.session_data
+
+
+# ---------------------------------------------------------------- tools
+
+
+def test_tools_answer_in_json_and_upload_no_file(page, gate, tmp_path):
+    gate.set()
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+
+    async def talk() -> list[Any]:
+        url = f"{page.local_url}gradio_api/mcp/"
+        async with streamable_http_client(url) as (read, write, _), ClientSession(read, write) as session:
+            await session.initialize()
+            names = [tool.name for tool in (await session.list_tools()).tools]
+            said = await session.call_tool(next(name for name in names if name.endswith("wait")), {"value": "狗"})
+            file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+            await session.call_tool(next(name for name in names if name.endswith("echo")), {"value": file})
+            return said.content
+
+    content = asyncio.run(talk())
+    assert [json.loads(part.text) for part in content] == [{"said": "狗"}]
+    given = [event.inputs[0] for event in page.seen if event.endpoint == "echo"][-1]
+    assert given == str(secret)  # and no file that has been read
+    assert not list(Path(page.GRADIO_CACHE).rglob("secret*"))
+
+
+def test_headers_of_an_agents_request_reach_the_tools_request(page, gate):
+    """The middleware puts a token into them, by which it knows the request that the tool makes."""
+    gate.set()
+
+    async def talk() -> None:
+        url, http = f"{page.local_url}gradio_api/mcp/", httpx.AsyncClient(headers={"x-token": "abc"}, trust_env=False)
+        async with (
+            http,
+            streamable_http_client(url, http_client=http) as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            names = [tool.name for tool in (await session.list_tools()).tools]
+            await session.call_tool(next(name for name in names if name.endswith("wait")), {"value": "x"})
+
+    asyncio.run(talk())
+    event = [event for event in page.seen if event.endpoint == "wait"][-1]
+    assert (b"x-token", b"abc") in event.scope["headers"]
+
+
+# ---------------------------------------------------------------- connections and folders
+
+
+def test_uvicorn_takes_the_protocol_and_closes_idle_connections():
+    limit_connections(3)
+    config = uvicorn.Config(lambda: None)
+    config.load()
+    protocol = config.http_protocol_class
+    assert issubclass(protocol, HeaderTimeoutProtocol)
+    assert protocol.limit == 3
+
+
+def test_gradio_makes_its_own_folders_where_it_is_told(tmp_path):
+    before = set_temp_folder(str(tmp_path))
+    try:
+        assert set_temp_folder(str(tmp_path)) == str(tmp_path)
+        with gr.Blocks(analytics_enabled=False) as page:
+            gr.Textbox()
+        gr.routes.App.create_app(page)
+        assert list(tmp_path.iterdir()) != []
+    finally:
+        set_temp_folder(before)
+
+
+def test_the_page_of_a_scope_is_found(page):
+    assert gradio_internals.blocks_of({"app": page.app}) is page
+    with pytest.raises((AttributeError, KeyError)):
+        gradio_internals.blocks_of({"app": SimpleNamespace()})
