@@ -16,6 +16,7 @@ from PIL import Image
 
 import app
 from alignment import preprocess
+from alignment.confidence import VERDICTS
 from alignment.engine import AlignmentEngine, Skipped
 from alignment.gallery import Caption, Found, Gallery, Match, build_gallery
 from alignment.model import DualEncoder
@@ -27,7 +28,6 @@ from alignment.ui.service import Service, Settings, host_in_url
 from alignment.ui.strings import count_text, error_text, pick_language, strings, text
 from alignment.ui.uploads import Shelf, Upload, fill, forget, shelf_drop_value, take, uploads_of
 from alignment.ui.widgets import spoken
-from alignment.verdicts import VERDICTS
 
 UI = Path(app.__file__).parent / "alignment" / "ui"
 

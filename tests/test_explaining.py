@@ -56,7 +56,7 @@ def folder(tmp_path) -> Path:
 
 
 def test_the_scale_is_what_unrelated_items_score(engine):
-    mean, spread = engine.gallery.judge.background.units["text_to_image"]
+    mean, spread = engine.gallery.judge.cohort.units["text_to_image"]
     scale = engine.scale
     assert (scale.unrelated, scale.spread) == (mean, spread)
     assert scale.accidents[0] < mean < scale.accidents[1] < scale.cosines[1] <= 1

@@ -25,8 +25,8 @@ from scipy import sparse
 from torch.nn import functional
 
 from alignment.catalogue import CAPTIONS, PICTURES, Caption, Picture, Stamp, read_hand_written
+from alignment.confidence import cohort_version
 from alignment.gallery import BuildReport, Gallery, build_gallery, looking, main
-from alignment.gallery.judging import background_name
 from alignment.model import DualEncoder
 from alignment.picture_limits import lift_limits
 from alignment.preprocess import open_image
@@ -717,7 +717,7 @@ def test_the_command_builds_and_sums_up(
         f"{tmp_path / 'out'}: 3 pictures and 0 captions, by {encoder.name}.",
         "  pictures: 3 encoded, 0 reused",
         "  captions: 0 encoded, 0 reused",
-        f"  match probabilities: borrowed from the compact model; background {background_name()}",
+        f"  match probabilities: borrowed from the compact model; background {cohort_version()}",
         "  skipped: 1, named above",
     ]
     assert main(arguments) == 0

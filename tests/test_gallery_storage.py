@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.calibration import BORROWED, Background
 from alignment.catalogue import Caption, FileState, Picture, Stamp
-from alignment.gallery import BuildReport, Gallery, Judge, build_gallery, sides, storage
+from alignment.confidence import DEFAULT_CALIBRATION, Cohort
+from alignment.gallery import BuildReport, Gallery, MatchCalibrator, build_gallery, sides, storage
 from alignment.gallery.storage import folders_of, item_ids
 from alignment.index import EXACT_ROWS, EmbeddedIndex
 from alignment.model import DualEncoder
@@ -49,9 +49,11 @@ def captions(count: int) -> list[Caption]:
 
 def gallery(count: int = MANY, logit_bias: float | None = None, *, judged: bool = False) -> Gallery:
     stamp = Stamp(Encoder.fingerprint, Encoder.name, 20.0, logit_bias)
-    judge = Judge(BORROWED, Background(unit(30, DIM, seed=8), unit(40, DIM, seed=9))) if judged else None
+    judge = (
+        MatchCalibrator(DEFAULT_CALIBRATION, Cohort(unit(30, DIM, seed=8), unit(40, DIM, seed=9))) if judged else None
+    )
     if judge:
-        stamp = replace(stamp, calibration=BORROWED.to_dict(), judged_by="borrowed")
+        stamp = replace(stamp, calibration=DEFAULT_CALIBRATION.to_dict(), judged_by="borrowed")
     embeds = unit(count, DIM).half(), unit(20, DIM, seed=1).half()
     return Gallery(pictures(count), captions(20), *embeds, stamp, judge=judge)
 

@@ -128,7 +128,7 @@ def test_one_caption_is_searched_as_ever(engine, text):
 @pytest.mark.parametrize("text", ["a lion", "the silhouette of a horse", "黑白照片"])
 def test_captions_and_pictures_are_brought_to_one_scale(engine, text):
     """Neither side drowns the other: over unrelated pictures each has mean 0 and spread 1."""
-    background = engine.gallery.judge.background.image_embeds
+    background = engine.gallery.judge.cohort.image_embeds
     outside = Term(picture="outside", embed=engine.embed_image(Image.effect_noise((99, 80), 90).convert("RGB")))
     for term in (engine.compose_query([Term(text)]).terms[0], outside):
         scored = scores(Query((term,)), background, background)
@@ -137,7 +137,7 @@ def test_captions_and_pictures_are_brought_to_one_scale(engine, text):
 
 def test_scores_are_the_weighted_sum_of_the_terms(engine):
     query = engine.compose_query([*parse_query("2 x a lion + a rock - 0.5 x running"), picture(engine, "cat", -1.5)])
-    background, pictures = engine.gallery.judge.background.image_embeds.double(), engine.gallery.image_embeds.double()
+    background, pictures = engine.gallery.judge.cohort.image_embeds.double(), engine.gallery.image_embeds.double()
     expected = torch.zeros(len(pictures)).double()
     for term in query.terms:
         unrelated = background @ term.embed.double()
@@ -175,7 +175,7 @@ def test_of_many_pictures_the_best_are_found_without_scoring_all(engine, text, m
 
 
 def test_a_minus_term_lifts_nobody(engine):
-    pictures, background = engine.gallery.image_embeds, engine.gallery.judge.background.image_embeds
+    pictures, background = engine.gallery.image_embeds, engine.gallery.judge.cohort.image_embeds
     plain = scores(engine.compose_query(parse_query("a wild animal")), pictures, background)
     minus = scores(engine.compose_query(parse_query("a wild animal - a lion")), pictures, background)
     assert (minus <= plain + 1e-5).all()

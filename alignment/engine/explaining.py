@@ -46,7 +46,7 @@ class Scale:
     def of(cls, gallery: Gallery) -> Scale:
         """Take it from a gallery's background, or from its own items, hardly any two of which belong together."""
         if gallery.judge is not None:
-            return cls(*gallery.judge.background.units["text_to_image"])
+            return cls(*gallery.judge.cohort.units["text_to_image"])
         cosines = cosine_similarity(gallery.images.some(), gallery.texts.some()).double()
         if min(cosines.shape) < 2:
             return cls(*_UNKNOWN)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.calibration import Judgement
-from alignment.gallery import Found, Gallery, Judge, Picture
+from alignment.confidence import MatchCalibrator, MatchConfidence
+from alignment.gallery import Found, Gallery, Picture
 from alignment.gallery.sides import Side, has_many
 from alignment.preprocess import InputError
 from alignment.similarity import cosine_similarity
@@ -175,15 +175,15 @@ def search(gallery: Gallery, query: Query, k: int) -> Found[Picture]:
         return gallery.search_images(embed_of(query.terms[0]), k)
     own = {term.picture for term in query.terms if term.picture}
     judge, senseless = gallery.judge, _senseless(query, gallery.judge)
-    background = judge.background.image_embeds if judge else gallery.images.some()
+    background = judge.cohort.image_embeds if judge else gallery.images.some()
     scored, looked_at = _best(gallery.images, query, background, k + len(own))
     others = len(gallery.pictures) - len(looked_at)
 
-    def judged(rows: Tensor, candidates: Tensor) -> Judgement | None:
+    def judged(rows: Tensor, candidates: Tensor) -> MatchConfidence | None:
         if judge is None or not query.wanted_captions:
             return None
         if senseless:
-            return Judgement.meaningless(len(rows))
+            return MatchConfidence.out_of_distribution(len(rows))
         return _judge(gallery.images, query, judge, rows, candidates, len(candidates) + others)
 
     found = gallery.rank_images(scored, looked_at, k, judged, without=own)
@@ -247,16 +247,18 @@ def _units(embed: Tensor, background: Tensor) -> tuple[float, float]:
     return others.mean().item(), max(others.std(correction=0).item(), _SMALLEST_SPREAD)
 
 
-def _senseless(query: Query, judge: Judge | None) -> tuple[str, ...]:
+def _senseless(query: Query, judge: MatchCalibrator | None) -> tuple[str, ...]:
     if judge is None or not query.captions:
         return ()
     embeds = torch.stack([embed_of(term) for term in query.captions])
-    nonsense = judge.background.is_senseless(embeds, "text_to_image").tolist()
+    nonsense = judge.cohort.is_out_of_distribution(embeds, "text_to_image").tolist()
     return tuple(term.text for term, is_nonsense in zip(query.captions, nonsense, strict=True) if is_nonsense)
 
 
-def _judge(pictures: Side, query: Query, judge: Judge, rows: Tensor, candidates: Tensor, competing: int) -> Judgement:
-    """Judge what is wanted as one caption, and each unwanted caption by itself, taken as independent.
+def _judge(
+    pictures: Side, query: Query, judge: MatchCalibrator, rows: Tensor, candidates: Tensor, competing: int
+) -> MatchConfidence:
+    """Rate what is wanted as one caption, and each unwanted caption by itself, taken as independent.
 
     Weights change the ranking only. Captions of one picture are anything but independent: multiplied, their
     probabilities say far too little of it.
@@ -265,17 +267,17 @@ def _judge(pictures: Side, query: Query, judge: Judge, rows: Tensor, candidates:
 
     def evidence(embed: Tensor) -> Tensor:
         similarity = cosine_similarity(embed[None], embeds)
-        return judge.background.evidence(similarity, embed[None], competing, "text_to_image")[0]
+        return judge.cohort.evidence(similarity, embed[None], competing, "text_to_image")[0]
 
     wanted = evidence(
         functional.normalize(torch.stack([embed_of(term) for term in query.wanted_captions]).sum(0), dim=0)
     )
     matches = curves.match["text_to_image"].probability(wanted)
-    fits = curves.fits["text_to_image"].probability(wanted)
+    fits = curves.any_match["text_to_image"].probability(wanted)
     for term in query.captions:
         if not term.wanted:
             spared = 1 - curves.match["text_to_image"].probability(evidence(embed_of(term)))
             matches, fits = matches * spared, fits * spared
     by_row = dict(zip(candidates.tolist(), matches.tolist(), strict=True))
     probabilities = torch.tensor([by_row[row] for row in rows.tolist()])
-    return Judgement.of(probabilities, float(fits.max()), curves.lines["text_to_image"])
+    return MatchConfidence.of(probabilities, float(fits.max()), curves.thresholds["text_to_image"])

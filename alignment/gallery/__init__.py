@@ -15,7 +15,6 @@ gallery knows which model made it and refuses to be searched with the embeddings
 | `together`   | lets the processes of a `torchrun` know of each other |
 | `looking`    | reads, hashes and decodes pictures in threads, ahead of the model |
 | `search`     | finds the pictures of a caption and the captions of a picture |
-| `judging`    | tells matches from accidents |
 | `remote`     | where embeddings lie on a Milvus server |
 | `pushing`    | moves them there and back |
 | `cached`     | galleries that the app makes for itself, in the cache folder |
@@ -26,7 +25,6 @@ from alignment.catalogue import Caption, Picture
 from alignment.gallery.building import BuildReport, build_gallery
 from alignment.gallery.cached import build_starter, cached_folder, starter_gallery
 from alignment.gallery.command import Show, main, progress_bar
-from alignment.gallery.judging import Judge
 from alignment.gallery.looking import THUMBNAIL_PIXELS, is_whole
 from alignment.gallery.remote import Remote, add_index_options
 from alignment.gallery.search import Found, Gallery, Match
@@ -37,7 +35,6 @@ __all__ = [
     "Caption",
     "Found",
     "Gallery",
-    "Judge",
     "Match",
     "Picture",
     "Remote",

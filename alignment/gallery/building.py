@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from alignment.ahead import ahead
-from alignment.calibration import Background
 from alignment.catalogue import (
     Caption,
     Catalogue,
@@ -33,8 +32,8 @@ from alignment.catalogue import (
     read_captioned,
     read_hand_written,
 )
+from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
 from alignment.durable import sole_writer
-from alignment.gallery.judging import background_name, build_background, fit_calibration
 from alignment.gallery.looking import Look, Looker
 from alignment.gallery.remote import Remote
 from alignment.gallery.search import Gallery
@@ -381,13 +380,13 @@ class _Builder:
 
     def _calibrated(self, new: Catalogue, images: Rows, texts: Rows) -> Catalogue:
         """Add what tells matches from accidents; the background of an earlier build is kept while it is the same."""
-        name = background_name()
+        name = cohort_version()
         if self.old is not None and self.old.background and self.old.stamp.judged_by.endswith(name):
-            background = Background(**{key: embeds.float() for key, embeds in self.old.background.items()})
+            background = Cohort(**{key: embeds.float() for key, embeds in self.old.background.items()})
         elif self.like is not None and self.like.judge and self.like.stamp.judged_by.endswith(name):
-            background = self.like.judge.background
+            background = self.like.judge.cohort
         else:
-            background = build_background(self.encoder)
+            background = build_cohort(self.encoder)
         calibration, how = fit_calibration(new.pictures, new.captions, images, texts, background)
         stamp = replace(new.stamp, calibration=calibration.to_dict(), judged_by=f"{how}; background {name}")
         return replace(new, stamp=stamp, background=background.tensors())

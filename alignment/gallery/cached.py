@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from alignment.catalogue import Picture, Stamp, read_hand_written
+from alignment.confidence import cohort_version
 from alignment.gallery.building import build_gallery
-from alignment.gallery.judging import background_name
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
 from alignment.pairs.store import cache_folder
@@ -104,4 +104,4 @@ def _made_by(folder: Path) -> str:
 def _version(sources: Path) -> str:
     """Name the sources and the background by their content: after an update of the code the gallery is made anew."""
     parts = [(sources / name).read_bytes() for name in ("pictures.jsonl", "captions.jsonl")]
-    return hashlib.sha256(b"\0".join([*parts, background_name().encode()])).hexdigest()[:12]
+    return hashlib.sha256(b"\0".join([*parts, cohort_version().encode()])).hexdigest()[:12]

@@ -19,17 +19,15 @@ from typing import Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from alignment.calibration import Direction, Judgement
 from alignment.catalogue import Caption, Catalogue, Picture, Stamp, place_of, read_catalogue, rebuild_command, settled
+from alignment.confidence import Direction, MatchCalibrator, MatchConfidence, Verdict
 from alignment.durable import sole_writer
-from alignment.gallery.judging import Judge
 from alignment.gallery.remote import Remote
 from alignment.gallery.sides import Side
 from alignment.gallery.storage import open_sides, tags_of, write_gallery
 from alignment.gallery.unfinished import THUMBNAILS
 from alignment.model import DualEncoder
 from alignment.similarity import fold_alike, top_k
-from alignment.verdicts import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ _FOLDED, _MOST_FOLDED = 4, 1000
 differ, and so many at the most.
 """
 
-Judged: TypeAlias = Callable[[Tensor, Tensor], Judgement | None]
+Judged: TypeAlias = Callable[[Tensor, Tensor], MatchConfidence | None]
 """Judges results: their rows and those of all candidates, best first -> what to think of them."""
 
 
@@ -66,7 +64,7 @@ class Match(Generic[Item]):
         rank: from 1.
         item: what was found.
         similarity: cosine, in [-1, 1]; of a composed query its score, see `alignment.engine.queries`.
-        probability: that this is a match, calibrated, see `Judge`; None where nothing tells.
+        probability: that this is a match, calibrated, see `MatchCalibrator`; None where nothing tells.
         verdict: what to think of that; None where nothing tells.
         shares: works out what `share` tells, for all results; None for a composed query.
     """
@@ -141,7 +139,7 @@ class Gallery:
         text_embeds: Tensor | Side,
         stamp: Stamp,
         *,
-        judge: Judge | None = None,
+        judge: MatchCalibrator | None = None,
         folder: Path | None = None,
     ) -> None:
         """Put the pieces together; embeddings may be half precision, or a side that was opened.
@@ -195,7 +193,7 @@ class Gallery:
         images, texts = open_sides(folder, stored, rows, remote)
         rebuild = rebuild_command(folder, encoder.name, stamp)
         try:
-            judge = Judge.restored(stamp.calibration, stored.background)
+            judge = MatchCalibrator.restored(stamp.calibration, stored.background)
         except ValueError as error:
             raise ValueError(f"The gallery in {folder} is damaged ({error}) Rebuild it with: {rebuild}") from error
         if judge is None:
@@ -208,7 +206,7 @@ class Gallery:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the gallery with its thumbnails; what lay there before stays usable until the last moment."""
         folder = Path(folder)
-        background = self.judge.background.tensors() if self.judge else {}
+        background = self.judge.cohort.tensors() if self.judge else {}
         none = torch.empty(0, self.images.index.embed_dim)
         catalogue = Catalogue(self.pictures, self.captions, none, none, self.stamp, background)
         with sole_writer(folder):
@@ -291,7 +289,7 @@ class Gallery:
         best, order = top_k(scores[kept], len(kept))
         ids = rows[kept][order]
 
-        def judge(places: list[int]) -> Judgement | None:
+        def judge(places: list[int]) -> MatchConfidence | None:
             return judged(ids[places], ids)
 
         return self._found(self.pictures, ids, best, k, self._folded(self.images, ids, k), judge)
@@ -325,8 +323,8 @@ class Gallery:
             found = side.search(query, k, max(len(rows), _HEAD), tag)[0]
             return side.shares(query, found, self.stamp.logit_scale, self.stamp.logit_bias, tag).tolist()
 
-        def judge(places: list[int]) -> Judgement | None:
-            return None if self.judge is None else self.judge.judge(scores[places], query, direction, count)
+        def judge(places: list[int]) -> MatchConfidence | None:
+            return None if self.judge is None else self.judge.assess(scores[places], query, direction, count)
 
         return self._found(items, rows, scores, k, groups, judge, shares)
 
@@ -337,7 +335,7 @@ class Gallery:
         scores: Tensor,
         k: int,
         groups: list[list[int]],
-        judge: Callable[[list[int]], Judgement | None],
+        judge: Callable[[list[int]], MatchConfidence | None],
         shares: Callable[[], Sequence[float]] | None = None,
     ) -> Found[Item]:
         """Put an answer together for a ranking; groups and what is judged are places in it."""
@@ -356,7 +354,7 @@ class Gallery:
         folded = tuple(tuple(matches[place] for place in group) for group in groups)
         if says is None:
             return Found(best, groups=folded)
-        return Found(best, says.verdict, says.something_fits, groups=folded)
+        return Found(best, says.verdict, says.p_any_match, groups=folded)
 
     def _folded(self, side: Side, rows: Tensor, k: int) -> list[list[int]]:
         """Fold items that are nearly the same; places in the ranking `rows`."""
@@ -371,7 +369,7 @@ class Gallery:
         """Cosine from which two items of a side are nearly the same; None where nothing tells."""
         if side is self.texts:
             return SAME_CAPTION
-        unrelated = self.judge.unrelated_pictures if self.judge else None
+        unrelated = self.judge.cohort.unrelated_pictures if self.judge else None
         return None if unrelated is None else 1 - NEARLY_SAME * (1 - unrelated)
 
 

@@ -5,11 +5,11 @@ from urllib.parse import quote
 
 from torch import Tensor
 
+from alignment.confidence import Verdict
 from alignment.engine import Alignment
 from alignment.gallery import Caption, Found, Match, Picture
 from alignment.similarity import match_probabilities
 from alignment.ui.examples import THUMBNAIL_ROUTE
-from alignment.verdicts import Verdict
 
 PLACES = 6  # of a number in an answer; single precision has no more to say
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import app
-from alignment.calibration import BORROWED, Background
 from alignment.catalogue import Caption, FileState, Picture, Stamp
+from alignment.confidence import DEFAULT_CALIBRATION, Cohort
 from alignment.engine.queries import parse_query
-from alignment.gallery import BuildReport, Gallery, Judge, build_gallery, main
+from alignment.gallery import BuildReport, Gallery, MatchCalibrator, build_gallery, main
 from alignment.gallery.remote import Remote
 from alignment.index import MilvusIndex, Server
 from alignment.model import DualEncoder
@@ -43,8 +43,10 @@ def made(count: int = MANY) -> Gallery:
         for row in range(count)
     ]
     captions = [Caption(f"c{row}", f"caption {row}", ("en", "zh", "")[row % 3]) for row in range(20)]
-    judge = Judge(BORROWED, Background(unit(30, DIM, seed=8), unit(40, DIM, seed=9)))
-    stamp = Stamp(Encoder.fingerprint, Encoder.name, 20.0, None, calibration=BORROWED.to_dict(), judged_by="borrowed")
+    judge = MatchCalibrator(DEFAULT_CALIBRATION, Cohort(unit(30, DIM, seed=8), unit(40, DIM, seed=9)))
+    stamp = Stamp(
+        Encoder.fingerprint, Encoder.name, 20.0, None, calibration=DEFAULT_CALIBRATION.to_dict(), judged_by="borrowed"
+    )
     return Gallery(pictures, captions, unit(count, DIM), unit(20, DIM, seed=1), stamp, judge=judge)
 
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from alignment.calibration import BORROWED, DIRECTIONS, Background
 from alignment.catalogue import Caption, Picture, read_catalogue, write_catalogue
-from alignment.gallery import Gallery, build_gallery, judging
+from alignment.confidence import DEFAULT_CALIBRATION, DIRECTIONS, Cohort, calibrator, cohort
+from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,9 +69,9 @@ def test_an_empty_picture_finds_nothing(compact, starter):
 
 
 def test_the_starter_gallerys_background_is_up_to_date(starter):
-    assert starter.stamp.judged_by.endswith(judging.background_name())
+    assert starter.stamp.judged_by.endswith(cohort.cohort_version())
     assert starter.judge is not None
-    assert starter.judge.calibration == BORROWED
+    assert starter.judge.calibration == DEFAULT_CALIBRATION
 
 
 def photos(folder: Path, count: int) -> Path:
@@ -93,15 +93,15 @@ def test_a_gallery_keeps_its_judge_and_a_second_build_its_background(checkpoint,
     loaded = Gallery.load(out, encoder)
     assert built.judge is not None
     assert loaded.judge is not None
-    for name, embeds in built.judge.background.tensors().items():
-        torch.testing.assert_close(loaded.judge.background.tensors()[name], embeds)
+    for name, embeds in built.judge.cohort.tensors().items():
+        torch.testing.assert_close(loaded.judge.cohort.tensors()[name], embeds)
     loaded.save(tmp_path / "copy")
     assert Gallery.load(tmp_path / "copy", encoder).stamp == loaded.stamp
 
     def again(*args: object) -> None:
         raise AssertionError("the background is embedded again")
 
-    monkeypatch.setattr("alignment.gallery.building.build_background", again)
+    monkeypatch.setattr("alignment.gallery.building.build_cohort", again)
     build_gallery(source, out, encoder)
 
 
@@ -138,20 +138,20 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
     return functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-@pytest.mark.parametrize(("count", "borrowed"), [(judging.MIN_FITTED - 1, True), (judging.MIN_FITTED, False)])
+@pytest.mark.parametrize(("count", "borrowed"), [(calibrator.MIN_FITTED - 1, True), (calibrator.MIN_FITTED, False)])
 def test_curves_are_fitted_where_there_are_pairs_enough_and_borrowed_elsewhere(count, borrowed):
     images = unit(count + 20, 32, seed=1)
     pictures = [Picture(f"p{row}", f"{row}.jpg") for row in range(count + 20)]  # twenty have no caption
     captions = [Caption(f"p{row}.en", f"number {row}", "en", f"p{row}") for row in range(count)]
     texts = functional.normalize(images[:count] + 0.8 * unit(count, 32, seed=2), dim=-1)
-    background = Background(unit(30, 32, seed=3), unit(100, 32, seed=4))
-    calibration, how = judging.fit_calibration(pictures, captions, images, texts, background)
-    assert (calibration == BORROWED) is borrowed
+    background = Cohort(unit(30, 32, seed=3), unit(100, 32, seed=4))
+    calibration, how = calibrator.fit_calibration(pictures, captions, images, texts, background)
+    assert (calibration == DEFAULT_CALIBRATION) is borrowed
     assert how.startswith("borrowed" if borrowed else f"fitted on {count} pictures")
-    assert set(calibration.lines) == set(DIRECTIONS)
+    assert set(calibration.thresholds) == set(DIRECTIONS)
 
 
 def test_borrowed_curves_of_the_compact_model_were_fitted_against_this_background():
-    paths, captions = judging.background_items()
+    paths, captions = cohort.cohort_items()
     assert len(paths) == 23
-    assert len(captions) == len(set(captions)) == judging.BACKGROUND_CAPTIONS
+    assert len(captions) == len(set(captions)) == cohort.COHORT_CAPTIONS
