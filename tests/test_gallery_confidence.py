@@ -37,7 +37,7 @@ def starter(compact) -> Gallery:
 def test_what_is_there_fits(compact, starter, query):
     found = starter.search_images(compact.encode_texts([query])[0], 5)
     assert found.fits
-    assert not found.senseless
+    assert not found.is_out_of_distribution
     probabilities = [match.probability for match in found.matches]
     assert probabilities == sorted(probabilities, reverse=True)
     assert probabilities[0] > 0.3 > probabilities[-1]
@@ -47,7 +47,7 @@ def test_what_is_there_fits(compact, starter, query):
 def test_what_is_not_there_does_not(compact, starter, query):
     found = starter.search_images(compact.encode_texts([query])[0], 5)
     assert not found.fits
-    assert not found.senseless
+    assert not found.is_out_of_distribution
     assert found.matches  # the least bad ones are there all the same
 
 
@@ -61,7 +61,7 @@ def test_an_empty_picture_finds_nothing(compact, starter):
     noise = np.random.default_rng(5).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     for image in (Image.new("RGB", (640, 480), "white"), Image.new("RGB", (640, 480), "navy"), Image.fromarray(noise)):
         found = starter.search_captions(compact.encode_images([image])[0], 5, lang="en")
-        assert (found.fits, found.senseless) == (False, True)
+        assert (found.fits, found.is_out_of_distribution) == (False, True)
         assert {match.probability for match in found.matches} == {0.0}
 
 
@@ -112,7 +112,7 @@ def test_a_gallery_from_before_is_searched_without_probabilities(checkpoint, tmp
     with caplog.at_level(logging.WARNING):
         found = Gallery.load(tmp_path / "out", encoder).search_images(encoder.encode_texts(["two cats"])[0], 3)
     assert "python -m alignment.gallery build" in caplog.text
-    assert (found.verdict, found.fits, found.something_fits) == (None, True, None)
+    assert (found.verdict, found.fits, found.p_any_match) == (None, True, None)
     assert {match.verdict for match in found.matches} == {None}
     assert [match.probability for match in found.matches] == [None] * 3
 

@@ -163,7 +163,7 @@ def test_results_are_those_of_a_gallery_in_memory(
         )
         probabilities = [match.probability for match in expected.matches]
         assert [match.probability for match in found.matches] == pytest.approx(probabilities, abs=0.01)
-        assert (found.fits, len(found.groups)) == (expected.fits, len(expected.groups))
+        assert (found.fits, len(found.duplicates)) == (expected.fits, len(expected.groups))
 
 
 def test_shares_are_estimated_without_favour(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +196,8 @@ def test_pictures_that_are_nearly_the_same_are_folded_even_if_they_are_very_many
     made = Gallery(made.pictures, made.captions, torch.cat([copies, others]), made.texts, made.stamp, judge=made.judge)
     made.save(tmp_path)
     found = load(tmp_path).search_images(unit(1, DIM)[0], 12)
-    assert len(found.groups) == 12  # though the best four hundred are one
-    first, *rest = [{match.item.id for match in group} for group in found.groups]
+    assert len(found.duplicates) == 12  # though the best four hundred are one
+    first, *rest = [{match.item.id for match in group} for group in found.duplicates]
     everywhere = {f"p{row}" for row in range(400)}
     assert first == everywhere
     assert not any(group & everywhere for group in rest)

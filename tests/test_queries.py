@@ -11,7 +11,7 @@ from alignment.gallery import Gallery, Picture, sides
 from alignment.gallery.sides import Side
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, open_image
-from alignment.similarity import fold_alike
+from alignment.similarity import group_near_duplicates
 from alignment.ui.strings import error_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,7 +264,7 @@ def test_captions_of_a_right_picture_back_each_other(engine):
 def test_without_a_caption_to_look_for_there_is_no_probability(engine):
     for terms in ([picture(engine, "lion")], [picture(engine, "lion"), *parse_query("- a rock")]):
         found = engine.search_images(engine.compose_query(terms), 3)
-        assert (found.composed, found.fits, found.something_fits) == (True, True, None)
+        assert (found.composed, found.fits, found.p_any_match) == (True, True, None)
         assert {match.probability for match in found.matches} == {None}
 
 
@@ -275,7 +275,7 @@ def test_a_composed_query_that_nothing_fits_says_so(engine):
 
 def test_nonsense_among_the_parts_is_named(engine):
     found = engine.search_images(engine.compose_query(parse_query("a cat + xqzt bvvk wpl")), 3)
-    assert (found.fits, found.senseless, found.nonsense) == (False, True, ("xqzt bvvk wpl",))
+    assert (found.fits, found.is_out_of_distribution, found.ood_captions) == (False, True, ("xqzt bvvk wpl",))
     assert {match.probability for match in found.matches} == {0.0}
 
 
@@ -286,9 +286,9 @@ def test_items_are_folded_under_the_best_ranked_one_they_resemble():
     a, b, c = torch.eye(3)
     again = torch.nn.functional.normalize(a + 0.1 * b, dim=0)
     ranked = torch.stack([a, b, again, c])
-    assert fold_alike(ranked, 2, 0.9) == [[0, 2], [1]]
-    assert fold_alike(ranked, 9, 0.999) == [[0], [1], [2], [3]]
-    assert fold_alike(ranked[:0], 2, 0.9) == []
+    assert group_near_duplicates(ranked, 2, 0.9) == [[0, 2], [1]]
+    assert group_near_duplicates(ranked, 9, 0.999) == [[0], [1], [2], [3]]
+    assert group_near_duplicates(ranked[:0], 2, 0.9) == []
 
 
 def test_copies_of_a_picture_are_folded_and_distinct_ones_are_not(engine):
@@ -306,9 +306,9 @@ def test_copies_of_a_picture_are_folded_and_distinct_ones_are_not(engine):
     files = [(f"{id}{number}", data) for id in ("cat", "coffee") for number, data in enumerate(copies(id))]
     photos, _ = engine.add_photos(engine.no_photos(), files)
     found = engine.search_images("a cat", 2, photos=photos)
-    assert [{match.item.source[:-1] for match in group} for group in found.groups] == [{"cat"}, {"coffee"}]
-    assert [len(group) for group in found.groups] == [3, 3]
+    assert [{match.item.source[:-1] for match in group} for group in found.duplicates] == [{"cat"}, {"coffee"}]
+    assert [len(group) for group in found.duplicates] == [3, 3]
     assert len(found.matches) == 2  # the ranking itself is as it was
-    ranks = [match.rank for match in found.groups[0]]
+    ranks = [match.rank for match in found.duplicates[0]]
     assert ranks == sorted(ranks)
     assert all(len(group) == 1 for group in engine.search_images("an animal", 23).groups)

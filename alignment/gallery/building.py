@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from alignment.ahead import ahead
+from alignment.atomic import exclusive_lock
+from alignment.calibration import Background
 from alignment.catalogue import (
     Caption,
     Catalogue,
@@ -32,8 +34,7 @@ from alignment.catalogue import (
     read_captioned,
     read_hand_written,
 )
-from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
-from alignment.durable import sole_writer
+from alignment.gallery.judging import background_name, build_background, fit_calibration
 from alignment.gallery.looking import Look, Looker
 from alignment.gallery.remote import Remote
 from alignment.gallery.search import Gallery
@@ -132,7 +133,7 @@ def build_gallery(
     report = report or BuildReport()
     pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split, report)
     report.cut = encoder.preprocessor.cut(caption.text for caption in captions)
-    with sole_writer(out, patience=patience):
+    with exclusive_lock(out, timeout=patience):
         finish_writing(out)
         arguments = progress or (lambda done, total: None), report, calibrate, remote
         _Builder(out, encoder, stamp, *arguments, growing=growing, like=like).build(pictures, captions)
@@ -380,13 +381,13 @@ class _Builder:
 
     def _calibrated(self, new: Catalogue, images: Rows, texts: Rows) -> Catalogue:
         """Add what tells matches from accidents; the background of an earlier build is kept while it is the same."""
-        name = cohort_version()
+        name = background_name()
         if self.old is not None and self.old.background and self.old.stamp.judged_by.endswith(name):
-            background = Cohort(**{key: embeds.float() for key, embeds in self.old.background.items()})
+            background = Background(**{key: embeds.float() for key, embeds in self.old.background.items()})
         elif self.like is not None and self.like.judge and self.like.stamp.judged_by.endswith(name):
-            background = self.like.judge.cohort
+            background = self.like.judge.background
         else:
-            background = build_cohort(self.encoder)
+            background = build_background(self.encoder)
         calibration, how = fit_calibration(new.pictures, new.captions, images, texts, background)
         stamp = replace(new.stamp, calibration=calibration.to_dict(), judged_by=f"{how}; background {name}")
         return replace(new, stamp=stamp, background=background.tensors())

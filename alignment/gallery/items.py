@@ -6,18 +6,15 @@ Place in the flow: `gallery.db -> records by position (here) -> modality -> sear
 from __future__ import annotations
 
 import logging
-import os
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from alignment.gallery.database import GalleryDatabase, Kind
-from alignment.gallery.records import Caption, Picture
+from alignment.gallery.records import Caption, Picture, folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +26,30 @@ _BATCH = 1024  # records fetched at a time where all are read
 class Records(Sequence[Item]):
     """Records by position, and their tags: the folders of a picture, the language of a caption."""
 
-    @abstractmethod
+    def __init__(self, items: Sequence[Item] = ()) -> None:
+        """Hold records in memory."""
+        self._items: tuple[Item, ...] = tuple(items)
+        self._positions: dict[str, int] = {item.id: position for position, item in enumerate(items)}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
     def fetch(self, positions: Sequence[int]) -> list[Item | None]:
         """Fetch records; None for one that another process has deleted since the gallery was opened."""
+        return [self._items[position] for position in positions]
 
-    @abstractmethod
     def position(self, name: str) -> int | None:
         """Find an item by its public name, the `id` of its record."""
+        return self._positions.get(name)
 
-    @abstractmethod
     def tags(self) -> Mapping[str, int]:
         """Count the items of each tag."""
+        return Counter(tag for item in self._items for tag in _tags(item))
 
-    @abstractmethod
     def tagged(self, tag: str) -> Tensor:
         """List the positions of the items of a tag, ascending."""
+        found = [position for position, item in enumerate(self._items) if tag in _tags(item)]
+        return torch.tensor(found, dtype=torch.int64)
 
     def find(self, name: str) -> Item | None:
         """Fetch the record of a public name."""
@@ -65,36 +71,8 @@ class Records(Sequence[Item]):
             yield from self[start : start + _BATCH]
 
 
-class MemoryRecords(Records[Item]):
-    """Records in memory."""
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        self._items = tuple(items)
-        self._positions: dict[str, int] = {item.id: position for position, item in enumerate(self._items)}
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def fetch(self, positions: Sequence[int]) -> list[Item | None]:
-        """See `Records`."""
-        return [self._items[position] for position in positions]
-
-    def position(self, name: str) -> int | None:
-        """See `Records`."""
-        return self._positions.get(name)
-
-    def tags(self) -> Mapping[str, int]:
-        """See `Records`."""
-        return Counter(tag for item in self._items for tag in _tags(item))
-
-    def tagged(self, tag: str) -> Tensor:
-        """See `Records`."""
-        found = [position for position, item in enumerate(self._items) if tag in _tags(item)]
-        return torch.tensor(found, dtype=torch.int64)
-
-
 class StoredRecords(Records[Item]):
-    """Records in a gallery's database; in memory are their ids only."""
+    """Records in a gallery's database; only their ids are in memory."""
 
     def __init__(self, database: GalleryDatabase, kind: Kind, ids: Tensor) -> None:
         """Take the items with these ids, (n,) int64."""
@@ -127,27 +105,26 @@ class StoredRecords(Records[Item]):
 
 
 def _tags(item: Picture | Caption) -> list[str]:
-    """List the folders around a picture, deepest first, none outside of the source; the language of a caption."""
+    """List the folders around a picture, or the language of a caption, "" if it is unknown."""
     if isinstance(item, Caption):
         return [item.lang]
-    if item.package or os.path.isabs(item.source):
-        return []
-    names = item.source.split("/")[:-1]
-    return ["/".join(names[:end]) for end in range(len(names), 0, -1)]
+    names = folder_of(item.source).split("/")
+    return ["/".join(names[:end]) for end in range(1, len(names) + 1) if names[0]]
 
 
 def missing_pictures(database: GalleryDatabase) -> list[int]:
     """List the ids of pictures inside packages that are not installed here; a warning counts them."""
     ids = database.packaged()
-    pictures = database.pictures(ids)
-    missing = {id: picture.package for id, picture in zip(ids, pictures, strict=True) if not _is_there(picture)}
+    missing = {
+        id: picture.package for id, picture in zip(ids, database.pictures(ids), strict=True) if _is_gone(picture)
+    }
     for package, count in Counter(missing.values()).items():
         logger.warning("%d pictures of the package %s are left out: it is not installed here.", count, package)
     return list(missing)
 
 
-def _is_there(picture: Picture) -> bool:
+def _is_gone(picture: Picture) -> bool:
     try:
-        return picture.path.is_file()
+        return not picture.path.is_file()
     except FileNotFoundError:
-        return False
+        return True

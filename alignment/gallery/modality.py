@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Generic
 
 import numpy as np
@@ -20,12 +18,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignment.gallery.database import GalleryDatabase, Kind
-from alignment.gallery.items import Item, MemoryRecords, Records, StoredRecords, missing_pictures
+from alignment.gallery.items import Item, Records, StoredRecords, missing_pictures
 from alignment.gallery.milvus_sync import Remote
 from alignment.index import EXACT_ROWS, LocalIndex, VectorIndex
 from alignment.similarity import logits_per_image, match_probabilities
 
 logger = logging.getLogger(__name__)
+
+INDEX_OF = {"picture": "image_embeds", "caption": "text_embeds"}
+"""Name of the index file of each kind."""
 
 LARGE = 4096
 """Candidates above which a query is not scored against all of them."""
@@ -65,7 +66,7 @@ class Modality(Generic[Item]):
         """
         if len(items) != len(embeds):
             raise ValueError(f"{len(items)} items have {len(embeds)} embeddings: each item needs one.")
-        records = items if isinstance(items, Records) else MemoryRecords(items)
+        records: Records[Item] = items if isinstance(items, Records) else Records(items)
         unit = functional.normalize(embeds.float(), dim=-1)
         modality = cls(records, LocalIndex(torch.arange(len(unit)), unit, tagged=records.tagged))
         modality.__dict__["embeds"] = unit
@@ -91,9 +92,12 @@ class Modality(Generic[Item]):
         items: StoredRecords[Item] = StoredRecords(database, kind, ids[positions])
         if remote is not None and len(ids):
             return cls(items, remote.open(kind, database.metadata.fingerprint, ids), ids[positions])
-        if len(ids) <= EXACT_ROWS:
-            return cls.in_memory(items, database.embeds(kind, ids[positions]))
-        return cls(items, _open_index(database, kind), None if len(positions) == len(ids) else positions)
+        try:
+            if len(ids) > EXACT_ROWS:
+                return cls(items, _open_index(database, kind), None if len(positions) == len(ids) else positions)
+        except OSError as error:
+            logger.warning("All embeddings are read into memory, as their index cannot be written: %s", error)
+        return cls.in_memory(items, database.embeds(kind, ids[positions]))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -202,7 +206,9 @@ class Modality(Generic[Item]):
         order = np.argsort(self._ids.numpy())
         return self._ids.numpy()[order], order
 
-    def _own(self, scores: NDArray[np.float32], ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _own(
+        self, scores: NDArray[np.float32], ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Keep the rows of items, and replace their ids by positions."""
         known, order = self._sorted
         places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
@@ -210,39 +216,24 @@ class Modality(Generic[Item]):
         return scores[own], order[places[own]]
 
 
-def is_large(count: int) -> bool:
-    """Whether so many candidates are too many to score them all for every query."""
-    return count > LARGE
-
-
 def _open_index(database: GalleryDatabase, kind: Kind) -> LocalIndex:
-    """Map the index of many items; write it first where it is missing, damaged or of other items.
-
-    Its ids are positions. A folder that cannot be written gets its index in the folder for temporary files.
-    """
-    ids = database.ids(kind)
-    path = database.folder / f"{'image' if kind == 'picture' else 'text'}_embeds.faiss"
+    """Map the index of many items, whose ids are positions; write it first if it is missing, damaged or outdated."""
+    ids, path = database.ids(kind), database.folder / f"{INDEX_OF[kind]}.faiss"
     stamp = hashlib.sha256(database.metadata.fingerprint.encode() + ids.numpy().tobytes()).hexdigest()
 
     def tagged(tag: str) -> Tensor:
         return torch.isin(ids, database.ids(kind, tag)).nonzero().flatten()
 
-    def opened(path: Path) -> LocalIndex:
+    try:
         return LocalIndex.open(path, torch.arange(len(ids)), stamp, tagged=tagged)
+    except (FileNotFoundError, ValueError) as error:
+        logger.info("The index %s is written (%s).", path, error)
+    rows = (embeds for _, embeds in database.batches(kind, _BATCH))
+    batches = zip(torch.arange(len(ids)).split(_BATCH), rows, strict=True)
+    LocalIndex.write(path, batches, len(ids), database.embed_dim, stamp)
+    return LocalIndex.open(path, torch.arange(len(ids)), stamp, tagged=tagged)
 
-    def written(path: Path) -> LocalIndex:
-        places = torch.arange(len(ids)).split(_BATCH)
-        rows = (embeds for _, embeds in database.batches(kind, _BATCH))
-        LocalIndex.write(path, zip(places, rows, strict=True), len(ids), database.embed_dim, stamp)
-        return opened(path)
 
-    try:
-        return opened(path)
-    except (FileNotFoundError, ValueError):
-        logger.info("The index %s is written anew.", path)
-    try:
-        return written(path)
-    except OSError as error:
-        logger.warning("The index %s cannot be written (%s): every start makes it anew.", path, error)
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            return written(Path(folder, path.name))
+def is_large(count: int) -> bool:
+    """Whether so many candidates are too many to score them all for every query."""
+    return count > LARGE

@@ -171,11 +171,11 @@ class Gallery:
         folder, metadata = database.folder, database.metadata
         rebuild = rebuild_command(folder, encoder.name, metadata)
         if metadata.fingerprint != encoder.fingerprint:
+            theirs, ours = metadata.fingerprint[:12], encoder.fingerprint[:12]
             raise ValueError(
-                f"The gallery in {folder} was made by the model {metadata.model} ({metadata.fingerprint[:12]}), but the "
-                f"one in use is {encoder.name} ({encoder.fingerprint[:12]}), and their embeddings cannot be compared. "
-                f"Open it with its own, --model {shlex.quote(metadata.model)}, or make it anew for this one. "
-                f"Rebuild it with: {rebuild}"
+                f"The gallery in {folder} was made by the model {metadata.model} ({theirs}), but the one in use is "
+                f"{encoder.name} ({ours}), and their embeddings cannot be compared. Open it with its own, --model "
+                f"{shlex.quote(metadata.model)}, or make it anew for this one. Rebuild it with: {rebuild}"
             )
         try:
             judge = MatchCalibrator.restored(metadata.calibration, database.cohort())
@@ -196,9 +196,7 @@ class Gallery:
         thumbnail = self.database.thumbnail if self.database else lambda picture: None
         width = self.images.index.embed_dim
         with exclusive_lock(Path(folder)):
-            write_gallery(
-                Path(folder), self.pictures, self.captions, embeds, width, self.metadata, cohort, thumbnail
-            )
+            write_gallery(Path(folder), self.pictures, self.captions, embeds, width, self.metadata, cohort, thumbnail)
 
     @property
     def pictures(self) -> Records[Picture]:
@@ -234,6 +232,10 @@ class Gallery:
     def folders(self) -> Mapping[str, int]:
         """Number of pictures in each folder, however deep; the tags that `search_images` takes."""
         return self.images.tags
+
+    def picture(self, name: str) -> Picture | None:
+        """Fetch the record of a picture by its public name."""
+        return self.pictures.find(name)
 
     def with_captions_of(self, other: Gallery) -> Gallery:
         """Combine these pictures with another gallery's captions, both embedded by the same model."""
