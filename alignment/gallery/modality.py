@@ -35,7 +35,7 @@ SAMPLED = 1024
 """Candidates that stand for the rest in the softmax over more than `LARGE`."""
 
 _BATCH = 16_384  # embeddings fetched at a time
-_CACHED_SAMPLES = 16  # of the tags used last
+_CACHED_TAGS = 16  # with the positions and the sample of each
 
 
 class Modality(Generic[Item]):
@@ -55,7 +55,7 @@ class Modality(Generic[Item]):
             ids: (n,) int64, id in the index by position; the positions themselves if left out.
         """
         self.items, self.index, self._ids = items, index, ids
-        self._sample = lru_cache(_CACHED_SAMPLES)(self._draw_sample)
+        self._sample = lru_cache(_CACHED_TAGS)(self._draw_sample)
 
     @classmethod
     def in_memory(cls, items: Records[Item] | Sequence[Item], embeds: Tensor) -> Modality[Item]:
@@ -68,7 +68,8 @@ class Modality(Generic[Item]):
             raise ValueError(f"{len(items)} items have {len(embeds)} embeddings: each item needs one.")
         records: Records[Item] = items if isinstance(items, Records) else Records(items)
         unit = functional.normalize(embeds.float(), dim=-1)
-        modality = cls(records, LocalIndex(torch.arange(len(unit)), unit, tagged=records.tagged))
+        tagged = lru_cache(_CACHED_TAGS)(records.tagged)
+        modality = cls(records, LocalIndex(torch.arange(len(unit)), unit, tagged=tagged))
         modality.__dict__["embeds"] = unit
         return modality
 
@@ -221,6 +222,7 @@ def _open_index(database: GalleryDatabase, kind: Kind) -> LocalIndex:
     ids, path = database.ids(kind), database.folder / f"{INDEX_OF[kind]}.faiss"
     stamp = hashlib.sha256(database.metadata.fingerprint.encode() + ids.numpy().tobytes()).hexdigest()
 
+    @lru_cache(_CACHED_TAGS)
     def tagged(tag: str) -> Tensor:
         return torch.isin(ids, database.ids(kind, tag)).nonzero().flatten()
 
