@@ -30,7 +30,8 @@ INDEX_TIMEOUT_S = 3600.0  # an index build without progress; Milvus reports whol
 PROVISIONAL_ROWS = 4096  # every row of smaller segments is compared; larger ones have a provisional index at first
 
 _MADE_BY, _FORMAT, _MARK = "image-text-alignment", 1, "_is_"
-_MIN_LIMIT, _ID_CHUNK = 64, 4096
+_MIN_LIMIT = 256  # the graph search of Milvus is as wide as its limit: recall@10 .76 at 64, .98 at 256
+_ID_CHUNK = 4096
 _SESSION, _STRONG = "Session", "Strong"  # a read sees the writes of this connection | of all, which takes longer
 
 Scores = NDArray[np.float32]
