@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from alignment.durable import ASIDE, sync, sync_tree
+from alignment.atomic import TEMP_PREFIX, fsync_path, fsync_tree
 from alignment.preprocess import InputError, clean_caption
 
 Result = TypeVar("Result")
@@ -403,7 +403,7 @@ def write_catalogue(folder: Path, catalogue: Catalogue, more: Path | None = None
     """Write the four files aside, then let all of them count at one stroke.
 
     Args:
-        folder: new or old; nobody else writes to it, see `alignment.durable.sole_writer`.
+        folder: new or old; nobody else writes to it, see `alignment.atomic.exclusive_lock`.
         catalogue: what to write.
         more: a folder in `folder`, of files that go with it and have the same places in there; it is moved.
 
@@ -423,7 +423,7 @@ def write_catalogue(folder: Path, catalogue: Catalogue, more: Path | None = None
     halves = {key: tensor.half().contiguous() for key, tensor in embeds.items()}
     # In one entry: several are written in any order, and the same gallery would be other bytes.
     metadata = {"build": " ".join((_digest(catalogue.stamp, lines), _seal(header, halves), *catalogue.elsewhere))}
-    with tempfile.TemporaryDirectory(prefix=ASIDE, dir=folder) as name:
+    with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=folder) as name:
         aside = Path(name, "all")
         if more is None:
             aside.mkdir()
@@ -433,9 +433,9 @@ def write_catalogue(folder: Path, catalogue: Catalogue, more: Path | None = None
             # surrogateescape: the name of a file need not be UTF-8
             (aside / file).write_text("".join(f"{text}\n" for text in texts), "utf-8", "surrogateescape", newline="\n")
         (aside / _EMBEDDINGS).write_bytes(save(halves, metadata))
-        sync_tree(aside)
+        fsync_tree(aside)
         os.rename(aside, folder / _READY)
-    sync(folder)
+    fsync_path(folder)
     finish_writing(folder)
 
 
@@ -449,7 +449,7 @@ def finish_writing(folder: Path) -> None:
             place = folder / path.relative_to(ready)
             place.parent.mkdir(exist_ok=True)
             os.replace(path, place)
-    sync(folder)
+    fsync_path(folder)
     shutil.rmtree(ready)
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import app
-from alignment.durable import sole_writer
+from alignment.atomic import exclusive_lock
 from alignment.engine import AlignmentEngine, PhotoFolder, Scan, Skipped
 from alignment.engine.photo_folder import photo_folder
 from alignment.gallery import Gallery, build_gallery, cached
@@ -153,7 +153,7 @@ def test_of_two_apps_on_a_folder_the_second_waits(engine, folder):
 
         photos = PhotoFolder(engine, folder, bar)
         photos.retry = 0.0
-        other.enter_context(sole_writer(photos.out))
+        other.enter_context(exclusive_lock(photos.out))
         photos.start()
         photos.wait()
     assert tries == ["running", "waiting"]

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from alignment.durable import explain
+from alignment.atomic import describe_error
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import Skipped
 from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
@@ -146,8 +146,8 @@ class PhotoFolder:
                 self.engine.show(self.engine.starter)
                 self.version += 1
         except (OSError, ValueError) as error:
-            logger.warning("The starter gallery could not be made: %s", explain(error))
-            after = after if self.source else Scan("failed", problem=explain(error))
+            logger.warning("The starter gallery could not be made: %s", describe_error(error))
+            after = after if self.source else Scan("failed", problem=describe_error(error))
         self.scan = after
 
     def _scan(self) -> None:
@@ -179,9 +179,9 @@ class PhotoFolder:
             )
         except (OSError, ValueError) as error:
             empty = isinstance(error, ValueError) and not holds_pictures(self.source)
-            logger.warning("The scan failed: %s", explain(error))
+            logger.warning("The scan failed: %s", describe_error(error))
             state: State = "empty" if empty else "failed"
-            self.scan = Scan(state, skipped=_skipped(report, self.source), problem=explain(error))
+            self.scan = Scan(state, skipped=_skipped(report, self.source), problem=describe_error(error))
 
     def _build(self, report: BuildReport) -> Gallery:
         """Build as soon as no other process does."""

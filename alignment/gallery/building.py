@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from alignment.ahead import ahead
+from alignment.atomic import exclusive_lock
 from alignment.calibration import Background
 from alignment.catalogue import (
     Caption,
@@ -33,7 +34,6 @@ from alignment.catalogue import (
     read_captioned,
     read_hand_written,
 )
-from alignment.durable import sole_writer
 from alignment.gallery.judging import background_name, build_background, fit_calibration
 from alignment.gallery.looking import Look, Looker
 from alignment.gallery.remote import Remote
@@ -133,7 +133,7 @@ def build_gallery(
     report = report or BuildReport()
     pictures, captions, stamp = _read_source(os.fspath(source), out, encoder, format, split, report)
     report.cut = encoder.preprocessor.cut(caption.text for caption in captions)
-    with sole_writer(out, patience=patience):
+    with exclusive_lock(out, timeout=patience):
         finish_writing(out)
         arguments = progress or (lambda done, total: None), report, calibrate, remote
         _Builder(out, encoder, stamp, *arguments, growing=growing, like=like).build(pictures, captions)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from alignment.durable import explain
+from alignment.atomic import describe_error
 from alignment.gallery.building import BuildReport, build_gallery, embed_share
 from alignment.gallery.pushing import add_push
 from alignment.gallery.remote import Remote, add_index_options
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from alignment.atomic import exclusive_lock
 from alignment.catalogue import Catalogue, read_catalogue
-from alignment.durable import sole_writer
 from alignment.gallery.remote import Remote, add_index_options
 from alignment.gallery.sides import Rows
 from alignment.gallery.storage import SIDES, fill, item_ids, items_of, open_gallery, open_sides, write_gallery
@@ -98,7 +98,7 @@ def _drop(catalogue: Catalogue, remote: Remote) -> int:
 
 def _pull(args: argparse.Namespace) -> int:
     folder, catalogue, remote = _opened(args)
-    with sole_writer(folder):
+    with exclusive_lock(folder):
         write_gallery(folder, replace(catalogue, elsewhere=()), open_sides(folder, catalogue, remote=remote))
     print(f"{folder}: {len(catalogue.pictures)} pictures and {len(catalogue.captions)} captions are here again")
     return 0

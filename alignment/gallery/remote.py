@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignment.durable import read_sealed, write_sealed
+from alignment.atomic import read_json_checksummed, write_json_checksummed
 from alignment.gallery.sides import Rows
 from alignment.index import MilvusIndex, Server
 
@@ -131,7 +131,7 @@ class Remote:
 
     def _owner(self) -> str:
         try:
-            return str(read_sealed(self.folder / _OWNER)["owner"])
+            return str(read_json_checksummed(self.folder / _OWNER)["owner"])
         except FileNotFoundError:
             return ""
         except (ValueError, KeyError) as error:
@@ -141,7 +141,7 @@ class Remote:
 
     def _new_owner(self) -> str:
         owner = secrets.token_hex(8)
-        write_sealed(self.folder / _OWNER, {"owner": owner})
+        write_json_checksummed(self.folder / _OWNER, {"owner": owner})
         return owner
 
     def sides(self, fingerprint: str, names: Sequence[str]) -> list[MilvusIndex]:

@@ -19,9 +19,9 @@ from typing import Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from alignment.atomic import exclusive_lock
 from alignment.calibration import Direction, Judgement
 from alignment.catalogue import Caption, Catalogue, Picture, Stamp, place_of, read_catalogue, rebuild_command, settled
-from alignment.durable import sole_writer
 from alignment.gallery.judging import Judge
 from alignment.gallery.remote import Remote
 from alignment.gallery.sides import Side
@@ -211,7 +211,7 @@ class Gallery:
         background = self.judge.background.tensors() if self.judge else {}
         none = torch.empty(0, self.images.index.embed_dim)
         catalogue = Catalogue(self.pictures, self.captions, none, none, self.stamp, background)
-        with sole_writer(folder):
+        with exclusive_lock(folder):
             write_gallery(folder, catalogue, (self.images, self.texts))
         if self.folder and (self.folder / THUMBNAILS).is_dir() and self.folder.resolve() != folder.resolve():
             shutil.copytree(self.folder / THUMBNAILS, folder / THUMBNAILS, dirs_exist_ok=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from alignment.atomic import remove_stale_temp
 from alignment.catalogue import (
     Caption,
     Catalogue,
@@ -30,7 +31,6 @@ from alignment.catalogue import (
     rebuild_command,
     write_catalogue,
 )
-from alignment.durable import sweep
 from alignment.gallery.remote import Filled, Remote
 from alignment.gallery.sides import Rows, Side, has_many
 from alignment.index import EmbeddedIndex
@@ -157,7 +157,7 @@ def write_gallery(
     """Write a gallery folder; what lay there before stays usable until the last moment.
 
     Args:
-        folder: new or old; nobody else writes to it, see `alignment.durable.sole_writer`.
+        folder: new or old; nobody else writes to it, see `alignment.atomic.exclusive_lock`.
         catalogue: all of it; the embeddings may be left empty if `rows` are given.
         rows: embeddings of pictures and captions.
         more: a folder of files that go with it, see `write_catalogue`.
@@ -225,7 +225,7 @@ def tidy(folder: Path, catalogue: Catalogue) -> None:
             there = index.ids()
             if index.delete(there[~torch.isin(there, item_ids(items))]):
                 index.save()
-    sweep(folder, age=0)
+    remove_stale_temp(folder, age=0)
 
 
 def _add(folder: Path, catalogue: Catalogue, name: str, rows: Rows) -> None:

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from alignment.atomic import atomic_write, write_file
 from alignment.catalogue import FileState, Picture, Stamp
-from alignment.durable import put_in_place, write_file
 from alignment.gallery.kept import Kept
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class Unfinished:
 
     def keep_thumbnail(self, picture: Picture, thumbnail: Image.Image) -> None:
         """Write a thumbnail; half of one is never found under its name."""
-        with put_in_place(self.thumbnail_of(picture), lasting=False) as fresh:
+        with atomic_write(self.thumbnail_of(picture), fsync=False) as fresh:
             # As sharp as by the default method, in 2 ms instead of 5, for a tenth more bytes.
             thumbnail.save(fresh, "WEBP", quality=80, method=1)
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.durable import ASIDE, foreign_errors, sync, write_file
+from alignment.atomic import TEMP_PREFIX, fsync_path, wrap_write_errors, write_file
 from alignment.index.codes import Codes, StoredCodes
 from alignment.index.exact import Positions
 from alignment.index.segment import Segment
@@ -146,7 +146,7 @@ def sweep(folder: Path, listing: Listing) -> None:
     """Delete files of ours that the list does not name; one that cannot be deleted yet stays until the next time."""
     named = {file.name for entry in listing.entries for file in entry.files}
     for path in folder.iterdir():
-        if (_OURS.fullmatch(path.name) and path.name not in named) or path.name.startswith(ASIDE):
+        if (_OURS.fullmatch(path.name) and path.name not in named) or path.name.startswith(TEMP_PREFIX):
             try:
                 path.unlink()
             except OSError:  # Windows: somebody has it mapped
@@ -195,11 +195,11 @@ def write_dead(folder: Path, dead: Positions) -> File:
 def _written(folder: Path, suffix: str, write: Callable[[Path], object]) -> File:
     """Have a file written under a name that nobody reads, and call it by its content."""
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / (ASIDE + secrets.token_hex(8))
+    fresh = folder / (TEMP_PREFIX + secrets.token_hex(8))
     try:
-        with foreign_errors(fresh):  # faiss has its own
+        with wrap_write_errors(fresh):  # faiss has its own
             write(fresh)
-        sync(fresh)
+        fsync_path(fresh)
         file = _describe(fresh, suffix)
         os.replace(fresh, folder / file.name)
     finally:

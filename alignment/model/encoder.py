@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alignment.ahead import ahead
-from alignment.durable import open_up
+from alignment.atomic import apply_umask
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
 from alignment.model.devices import best_device, find_device
 from alignment.model.graphs import Facts, Graphs
@@ -216,7 +216,7 @@ class DualEncoder:
         with without_progress_bar():
             self.module.save_pretrained(folder)
         for weights in Path(folder).glob("*.safetensors"):
-            open_up(weights)
+            apply_umask(weights)
         self.preprocessor.save(folder)
 
     @property

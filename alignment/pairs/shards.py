@@ -19,7 +19,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignment.durable import read_sealed, sha256_of, write_sealed
+from alignment.atomic import read_json_checksummed, sha256_of, write_json_checksummed
 from alignment.pairs.collection import Collection, Row
 from alignment.pairs.files import PICTURES, SPLITS, is_hidden, near, split_of
 from alignment.pairs.lookup import composed
@@ -137,14 +137,14 @@ def _indexed(file: Path, store: Path) -> Shard:
     facts = [_INDEX_VERSION, os.path.abspath(file), state.st_size, state.st_mtime_ns]
     index = cache_folder() / "shards" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
     try:
-        about = read_sealed(index)
+        about = read_json_checksummed(index)
         if all(_is_as_written(store / name, size, index.stat()) for name, size in about["sizes"].items()):
             return Shard(**about["shard"])
     except (OSError, ValueError, TypeError, KeyError):
         pass  # there is none, it was written by another version, or something is damaged
     shard = _unpack(file, store)
     sizes = {row[0]: (store / row[0]).stat().st_size for row in shard.rows}
-    write_sealed(index, {"shard": shard._asdict(), "sizes": sizes})
+    write_json_checksummed(index, {"shard": shard._asdict(), "sizes": sizes})
     return shard
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from alignment.durable import write_file
+from alignment.atomic import write_file
 
 
 def cache_folder() -> Path:
@@ -18,7 +18,7 @@ def stored(data: bytes, ending: str, store: Path) -> Path:
     """Write a picture out, unless it is there whole, so that one repeated for each caption is one picture."""
     file = store / f"{hashlib.sha256(data).hexdigest()}{ending.lower() or '.jpg'}"
     if not _holds(file, data):
-        write_file(file, data, lasting=False)  # who reads it looks whether it is whole
+        write_file(file, data, fsync=False)  # who reads it looks whether it is whole
     return file
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from os.path import expanduser
 from typing import Any
 
-from alignment.durable import explain
+from alignment.atomic import describe_error
 from alignment.picture_limits import add_size_options, use_size_options
 
 DESCRIPTION = """\
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"train: {error.name} is missing; install what training needs with: pip install '.[train]'"
         ) from error
     except (OSError, ValueError, FloatingPointError) as error:
-        raise SystemExit(f"train: {explain(error, _AGAIN)}") from error
+        raise SystemExit(f"train: {describe_error(error, _AGAIN)}") from error
     except KeyboardInterrupt as error:
         raise SystemExit("train: interrupted; if it was training already, go on with --resume") from error
 

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from alignment.durable import ASIDE, LOCK, read_sealed, write_sealed
+from alignment.atomic import LOCK, TEMP_PREFIX, read_json_checksummed, write_json_checksummed
 from alignment.model import best_device
 from alignment.train.prepare import Prepared
 from alignment.train.settings import Recipe, TrainConfig
@@ -41,7 +41,7 @@ class Interrupted:
 
     def write(self, folder: Path) -> None:
         """Note it down; whoever is killed meanwhile leaves no half of it."""
-        write_sealed(folder / SETTINGS, asdict(self))
+        write_json_checksummed(folder / SETTINGS, asdict(self))
 
     def check_options(self, config: TrainConfig) -> None:
         """Refuse options that differ from what the run began with; what is None was not given.
@@ -111,7 +111,7 @@ def claim(folder: Path, *, resume: bool) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    return path.name not in ("kept", LOCK) and not path.name.startswith(ASIDE)
+    return path.name not in ("kept", LOCK) and not path.name.startswith(TEMP_PREFIX)
 
 
 def clear_away(folder: Path) -> None:
@@ -128,7 +128,7 @@ def read_settings(folder: Path) -> Interrupted:
         ValueError: when the file is damaged.
     """
     try:
-        values = read_sealed(folder / SETTINGS)
+        values = read_json_checksummed(folder / SETTINGS)
         config, recipe = TrainConfig.from_dict(values["config"]), Recipe(**values["recipe"])
         return Interrupted(**values | {"config": config, "recipe": recipe})
     except (KeyError, TypeError, ValueError) as error:

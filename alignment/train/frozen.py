@@ -23,7 +23,14 @@ from PIL import ImageOps
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alignment.durable import read_sealed, sha256_of, sole_writer, sync, sync_tree, write_sealed
+from alignment.atomic import (
+    exclusive_lock,
+    fsync_path,
+    fsync_tree,
+    read_json_checksummed,
+    sha256_of,
+    write_json_checksummed,
+)
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
 
@@ -114,13 +121,13 @@ class KeptImages:
     def fill(self, *, batch_size: int = 16, progress: Callable[[int, int], None] | None = None) -> None:
         """Make the files, unless they are there and whole; what a killed run has begun is made anew."""
         if not self._is_whole():
-            with sole_writer(self.folder.parent, patience=-1):  # another run may be making the same
+            with exclusive_lock(self.folder.parent, timeout=-1):  # another run may be making the same
                 if not self._is_whole():
                     shutil.rmtree(self.folder, ignore_errors=True)
                     partial = self.folder.with_suffix(".partial")
                     self._write(partial, batch_size, progress)
                     partial.replace(self.folder)
-            sync(self.folder.parent)
+            fsync_path(self.folder.parent)
         self._kept = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
 
     def _write(self, folder: Path, batch_size: int, progress: Callable[[int, int], None] | None) -> None:
@@ -139,13 +146,13 @@ class KeptImages:
                     files[name].write(views.half().cpu().contiguous().numpy().data)
                 if progress is not None:
                     progress(rows.stop, len(self.images))
-        write_sealed(folder / _HASHES, {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))})
-        sync_tree(folder)
+        write_json_checksummed(folder / _HASHES, {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))})
+        fsync_tree(folder)
 
     def _is_whole(self) -> bool:
         """Whether the files are there, every byte as it was written."""
         try:
-            files = read_sealed(self.folder / _HASHES)
+            files = read_json_checksummed(self.folder / _HASHES)
             return all(sha256_of(self.folder / name) == sha256 for name, sha256 in files.items())
         except (OSError, ValueError) as error:
             if self.folder.exists():

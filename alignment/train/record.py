@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.durable import write_file
+from alignment.atomic import write_file
 
 REPOSITORY = "USER/NAME"
 """What a new model card loads; `push_to_hub` puts the repository's id in its place."""

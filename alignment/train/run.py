@@ -27,7 +27,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import set_seed
 
-from alignment.durable import foreign_errors, sole_writer, sync
+from alignment.atomic import exclusive_lock, fsync_path, wrap_write_errors
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import DualEncoder, find_device
 from alignment.pairs import told_cut
@@ -92,7 +92,7 @@ def train(
     with ExitStack() as held:
         if state.is_main_process:
             # Processes that read pictures outlive a killed run by some seconds, and hold its lock as long.
-            held.enter_context(sole_writer(folder, patience=_OUTLIVED if resume else 0))
+            held.enter_context(exclusive_lock(folder, timeout=_OUTLIVED if resume else 0))
             claim(folder, resume=resume)
         state.wait_for_everyone()
         return _train(config, state, folder, resume, say, command)
@@ -406,13 +406,13 @@ class Run:
 
     def write(self, record: RunRecord) -> None:
         """Write model, report and model card, and clear away what only training needed."""
-        with foreign_errors(self.folder):
+        with wrap_write_errors(self.folder):
             self.encoder.save(self.folder)
         write_report(record, self.folder)
         (self.folder / "README.md").write_text(model_card(record), encoding="utf-8")
         for path in self.folder.iterdir():
             if path.is_file():
-                sync(path)
+                fsync_path(path)
         record.to_json(self.folder / RECORD)  # from now on the run counts as finished
         clear_away(self.folder)
 

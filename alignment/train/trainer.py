@@ -28,7 +28,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from alignment.durable import foreign_errors, read_sealed, sha256_of, sync_tree, write_sealed
+from alignment.atomic import fsync_tree, read_json_checksummed, sha256_of, wrap_write_errors, write_json_checksummed
 from alignment.train.examples import Examples
 from alignment.train.objective import Batch, Objective, gather
 from alignment.train.presets import Towers, trained_names
@@ -140,12 +140,14 @@ class ContrastiveTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        with foreign_errors(folder):
+        with wrap_write_errors(folder):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            sync_tree(folder)
-            write_sealed(folder / _COMPLETE, {path.name: sha256_of(path) for path in sorted(folder.iterdir())})
+            fsync_tree(folder)
+            write_json_checksummed(
+                folder / _COMPLETE, {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+            )
             # Only now: were an older one half deleted at a kill, this one would stand for it.
             rotate_checkpoints(self.args.output_dir, _KEPT_CHECKPOINTS, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # else another process looks for the best weights before they count
@@ -196,7 +198,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether everything in it is as it was written."""
     try:
-        files = read_sealed(checkpoint / _COMPLETE)
+        files = read_json_checksummed(checkpoint / _COMPLETE)
         return all(sha256_of(checkpoint / name) == sha256 for name, sha256 in files.items())
     except (OSError, ValueError):
         return False
