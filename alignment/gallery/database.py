@@ -20,8 +20,9 @@ import sqlite3
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -37,24 +38,23 @@ Record: TypeAlias = tuple[Any, ...]
 DATABASE = "gallery.db"
 KINDS: tuple[Kind, Kind] = ("picture", "caption")
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta(key TEXT, value, crc INTEGER);
-CREATE TABLE IF NOT EXISTS embedding(id INTEGER PRIMARY KEY, key INTEGER UNIQUE, embeds BLOB, crc INTEGER);
-CREATE TABLE IF NOT EXISTS thumbnail(id INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, webp BLOB, crc INTEGER);
-CREATE TABLE IF NOT EXISTS picture(id INTEGER PRIMARY KEY, name TEXT, source BLOB, folder BLOB, captions TEXT,
+CREATE TABLE meta(key TEXT, value, crc INTEGER);
+CREATE TABLE embedding(id INTEGER PRIMARY KEY, key INTEGER UNIQUE, embeds BLOB, crc INTEGER);
+CREATE TABLE thumbnail(id INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, webp BLOB, crc INTEGER);
+CREATE TABLE picture(id INTEGER PRIMARY KEY, name TEXT, source BLOB, folder BLOB, captions TEXT,
     credit TEXT, size INTEGER, mtime_ns INTEGER, sha256 BLOB, embedding INTEGER, crc INTEGER);
-CREATE TABLE IF NOT EXISTS caption(id INTEGER PRIMARY KEY, name TEXT, text TEXT, lang TEXT, scene TEXT, topic TEXT,
+CREATE TABLE caption(id INTEGER PRIMARY KEY, name TEXT, text TEXT, lang TEXT, scene TEXT, topic TEXT,
     embedding INTEGER, crc INTEGER);
-CREATE TABLE IF NOT EXISTS scanned(source BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS picture_name ON picture(name);
-CREATE INDEX IF NOT EXISTS picture_folder ON picture(folder);
-CREATE INDEX IF NOT EXISTS caption_name ON caption(name);
-CREATE INDEX IF NOT EXISTS caption_lang ON caption(lang);
+CREATE TABLE scanned(source BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT) WITHOUT ROWID;
+CREATE INDEX picture_name ON picture(name);
 """
 VERSION = 1
 PAGE_BYTES = 65536  # 31 rows of 1,024 halves; a row of 2 kB wastes half of a page of 4,096
 _CACHE_KB = 16384
 _TIMEOUT_S = 60.0  # to wait for the commit of another process
 COHORT = "cohort."
+_TAGS_CACHED = 16  # eight bytes for each item
+_LIST = "(SELECT value FROM json_each(?))"
 _TAG = {"picture": "folder", "caption": "lang"}
 _NO_ROOM = 16 * 2**20
 _ERRNO = {
@@ -120,6 +120,7 @@ class GalleryDatabase:
         self.folder, self._path = folder, folder / DATABASE
         self.metadata = GalleryMetadata("", model, 1.0, None)  # until it is read
         self._lock = threading.Lock()
+        self._tagged = lru_cache(_TAGS_CACHED)(self._select_tagged)
         try:
             with sqlite_errors(self._path):
                 self._connection = _connect_recovered(self._path)
@@ -178,12 +179,22 @@ class GalleryDatabase:
                 raise self._damaged(f"the checksum of {key} is wrong")
         return {key: value for key, value, _ in rows}
 
-    def _query(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Record]:
+    @contextmanager
+    def _reading(self) -> Iterator[Callable[..., list[Record]]]:
+        """Yield a function that runs queries, all of which see the same state of the file."""
         try:
             with self._lock, sqlite_errors(self._path):
-                return self._connection.execute(sql, values).fetchall()
+                self._connection.execute("BEGIN")
+                try:
+                    yield lambda sql, values=(): self._connection.execute(sql, values).fetchall()
+                finally:
+                    self._connection.execute("ROLLBACK")
         except ValueError as error:
             raise self._damaged(error) from error
+
+    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Record]:
+        with self._reading() as read:
+            return read(sql, values)
 
     def _damaged(self, what: object) -> ValueError:
         command = rebuild_command(self.folder, self.metadata.model, self.metadata)
@@ -198,8 +209,9 @@ class GalleryDatabase:
             kind: of the items.
             tag: only pictures below this folder, however deep, or captions of this language.
         """
-        if tag is None:
-            return self._ids[kind]
+        return self._ids[kind] if tag is None else self._tagged(kind, tag)
+
+    def _select_tagged(self, kind: Kind, tag: str) -> Tensor:
         if kind == "caption":
             rows = self._query("SELECT id FROM caption WHERE lang = ?", (tag,))
         else:
@@ -232,14 +244,13 @@ class GalleryDatabase:
 
     def captions(self, ids: Sequence[int]) -> list[Caption]:
         """Fetch records; as `pictures`."""
-        return [Caption(*row[1:6]) for row in self._records("caption", ids)]
+        return [caption_from(row) for row in self._records("caption", ids)]
 
     def _records(self, kind: Kind, ids: Sequence[int]) -> list[Record]:
         if len(ids) == 1:
             rows = self._query(f"SELECT * FROM {kind} WHERE id = ?", (int(ids[0]),))
         else:
-            chosen = json.dumps([int(id) for id in ids])
-            rows = self._query(f"SELECT * FROM {kind} WHERE id IN (SELECT value FROM json_each(?))", (chosen,))
+            rows = self._query(f"SELECT * FROM {kind} WHERE id IN {_LIST}", (json.dumps([int(id) for id in ids]),))
         for row in rows:
             if row[-1] != crc_of(row[:-1]):
                 raise self._damaged(f"the checksum of {kind} {row[0]} is wrong")
@@ -248,7 +259,8 @@ class GalleryDatabase:
 
     def id_of(self, kind: Kind, name: str) -> int | None:
         """Look an item up by its public name; the first if there are several, None if there is none."""
-        rows = self._query(f"SELECT id FROM {kind} WHERE name = ? LIMIT 1", (name,))
+        short = "" if kind == "picture" else "OR (substr(name, 1, 1) = '.' AND scene || name = ?1)"
+        rows = self._query(f"SELECT id FROM {kind} WHERE name = ?1 {short} LIMIT 1", (name,))
         return int(rows[0][0]) if rows else None
 
     def thumbnail(self, picture: Picture) -> bytes | None:
@@ -273,15 +285,16 @@ class GalleryDatabase:
             ValueError: when a row is damaged.
         """
         wanted = ids.tolist()
-        # Both tables are read in the order of their row ids: random access to pages of 64 kB takes ten times as long.
-        chosen = "" if len(wanted) == len(self._ids[kind]) else "WHERE id IN (SELECT value FROM json_each(:ids))"
-        sql = f"WITH chosen(owner, row) AS MATERIALIZED (SELECT id, embedding FROM {kind} {chosen} ORDER BY 2) "
-        sql += "SELECT owner, key, embeds, crc FROM chosen LEFT JOIN embedding ON embedding.id = row"
-        rows = self._query(sql, {"ids": json.dumps(wanted)} if chosen else ())
-        if any(crc != crc_of_blob(key, embeds or b"") for _, key, embeds, crc in rows):
-            raise self._damaged("the checksum of an embedding is wrong")
-        places = {row[0]: place for place, row in enumerate(rows)}
-        return to_halves([row[2] for row in rows], self.embed_dim)[[places[id] for id in wanted]]
+        chosen = "" if len(wanted) == len(self._ids[kind]) else f"WHERE id IN {_LIST}"
+        with self._reading() as read:
+            rows = dict(read(f"SELECT id, embedding FROM {kind} {chosen}", (json.dumps(wanted),) if chosen else ()))
+            numbers = [rows[id] for id in wanted]
+            # In the order of the table: pages of 64 kB in random order take ten times as long.
+            found = read(f"SELECT id, key, embeds, crc FROM embedding WHERE id IN {_LIST}", (json.dumps(numbers),))
+        if any(crc != crc_of_blob(key, embeds) for _, key, embeds, crc in found) or len(found) < len(set(numbers)):
+            raise self._damaged("the checksum of an embedding is wrong, or it is missing")
+        places = {row[0]: place for place, row in enumerate(found)}
+        return to_halves([row[2] for row in found], self.embed_dim)[[places[number] for number in numbers]]
 
     def batches(self, kind: Kind, size: int = 16384) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all embeddings in order of position, as (ids, float16 rows)."""
@@ -339,6 +352,12 @@ def picture_from(row: Record, root: str) -> Picture:
     _, name, source, _, captions, credit, size, mtime_ns, sha256, *_ = row
     file = FileFingerprint(size, mtime_ns, sha256.hex()) if sha256 else None
     return Picture(name, os.fsdecode(source), json.loads(captions) if captions else {}, credit, root, file)
+
+
+def caption_from(row: Record) -> Caption:
+    """Make a caption of its row, whose name lacks a scene that it begins with."""
+    _, name, text, lang, scene, topic, *_ = row
+    return Caption(scene + name if name.startswith(".") else name, text, lang, scene, topic)
 
 
 def source_to_folder(folder: Path, source: str) -> str:

@@ -77,7 +77,7 @@ class GalleryWriter:
     def _prepare(self) -> None:
         self._connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
         self._connection.execute("PRAGMA cache_spill=OFF")  # readers are locked out for the commit only
-        if not self._connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'caption_lang'").fetchall():
+        if not self._connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'picture_name'").fetchall():
             self._connection.executescript(f"BEGIN; {SCHEMA}; PRAGMA user_version={VERSION}; COMMIT;")
 
     def close(self) -> None:
@@ -289,7 +289,10 @@ class GalleryWriter:
 
     def _caption_rows(self, ids: Tensor, captions: Sequence[Caption], rows: Mapping[int, int]) -> Iterator[Record]:
         for id, caption in zip(ids.tolist(), captions, strict=True):
-            yield id, *astuple(caption), rows[self.key_of("caption", caption.text)]
+            scene = caption.scene
+            name = caption.id.removeprefix(scene) if scene and caption.id.startswith(f"{scene}.") else caption.id
+            row = rows[self.key_of("caption", caption.text)]
+            yield id, name, caption.text, caption.lang, scene, caption.topic, row
 
     def _pack(self) -> None:
         """Rewrite the file without free space, where that is quick or worth it; skipped while it is being read."""
