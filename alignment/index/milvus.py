@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignment.index.server import SEARCH_TIMEOUT_S, Connection, Server
-from alignment.index.vector_index import VectorIndex
+from alignment.index.vector_index import Floats, Positions, VectorIndex, validate_embeds, validate_ids, validate_queries
 
 REQUEST_BYTES = 4 << 20  # of embeddings in one request or answer; every server accepts some megabytes more
 MAX_LIMIT = 16_384  # rows that Milvus returns in one answer
@@ -35,7 +35,6 @@ _ID_CHUNK = 4096
 _SESSION, _STRONG = "Session", "Strong"  # a read sees the writes of this connection | of all, which takes longer
 
 Scores = NDArray[np.float32]
-Ids = NDArray[np.int64]
 
 
 class MilvusIndex(VectorIndex):
@@ -97,7 +96,7 @@ class MilvusIndex(VectorIndex):
     def ids(self, tag: str | None = None) -> Tensor:
         """List the ids of all rows, or of those with a tag: (n,) int64, ascending."""
         condition = after = tag_filter(tag)
-        pages: list[Ids] = []
+        pages: list[Positions] = []
         while not pages or len(pages[-1]) == MAX_LIMIT:
             rows = self._query(after, "id", limit=MAX_LIMIT)  # the lowest ids, in any order
             pages.append(np.sort(np.array([row["id"] for row in rows], np.int64)))
@@ -106,7 +105,7 @@ class MilvusIndex(VectorIndex):
 
     def embeds(self, ids: Tensor) -> Tensor:
         """Fetch embeddings, (n, embed_dim) float32 in the order of the ids; ValueError on an id that is not there."""
-        wanted, places = np.unique(ids.numpy(), return_inverse=True)
+        wanted, places = np.unique(validate_ids(ids), return_inverse=True)
         rows, found = np.empty((len(wanted), self.embed_dim), np.float32), np.zeros(len(wanted), bool)
         for level in (_SESSION, _STRONG):  # wait for the writes of others only where a row seems to be missing
             for chunk in _chunks(wanted[~found], self._rows_per_request):
@@ -119,10 +118,7 @@ class MilvusIndex(VectorIndex):
 
     def search(self, queries: Tensor, k: int, *, tag: str | None = None, extra: int = 0) -> tuple[Tensor, Tensor]:
         """Find the k rows closest to each query, best first, ties by lower id; see `VectorIndex.search`."""
-        if queries.dim() != 2 or queries.shape[1] != self.embed_dim or k < 0 or extra < 0:
-            shape = f"{tuple(queries.shape)}, and k and extra are {k} and {extra}"
-            raise ValueError(f"Queries must be (num_queries, {self.embed_dim}) and k not negative, not {shape}.")
-        rows, wanted, found = queries.detach().cpu().float().numpy(), k + extra, None
+        rows, wanted, found = validate_queries(queries, self.embed_dim, k, extra), k + extra, None
         if not len(rows) or not wanted:
             return torch.empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64)
         if wanted <= MAX_LIMIT:
@@ -130,11 +126,13 @@ class MilvusIndex(VectorIndex):
         scores, ids = found or self._exact(rows, wanted, self.ids(tag).numpy())
         return torch.from_numpy(scores), torch.from_numpy(ids)
 
-    def _approximate(self, queries: Scores, k: int, wanted: int, condition: str) -> tuple[Scores, Ids] | None:
+    def _approximate(self, queries: Floats, k: int, wanted: int, condition: str) -> tuple[Scores, Positions] | None:
         """Let Milvus search; None if it returns fewer than k results though there are more."""
         limit = min(max(wanted + wanted // 8, _MIN_LIMIT), MAX_LIMIT)
         hits = self._hits(queries, limit, condition)
-        while limit < MAX_LIMIT and any(len(ids) == limit and scores[k - 1] == scores[-1] for scores, ids in hits):
+        while (
+            k and limit < MAX_LIMIT and any(len(ids) == limit and scores[k - 1] == scores[-1] for scores, ids in hits)
+        ):
             limit = min(limit * 4, MAX_LIMIT)  # rows beyond the limit may equal the k-th best and have lower ids
             hits = self._hits(queries, limit, condition)
         width = min(wanted, *(len(ids) for _, ids in hits))
@@ -142,17 +140,19 @@ class MilvusIndex(VectorIndex):
             return None
         return np.stack([scores[:width] for scores, _ in hits]), np.stack([ids[:width] for _, ids in hits])
 
-    def _hits(self, queries: Scores, limit: int, condition: str) -> list[tuple[Scores, Ids]]:
-        options = {"anns_field": "embed", "limit": limit, "filter": condition, "consistency_level": _SESSION}
-        options |= {"search_params": {"metric_type": "IP", "params": {}}, "timeout": SEARCH_TIMEOUT_S}
-        chunks = _chunks(queries, max(1, min(self._rows_per_request, REQUEST_BYTES // (16 * limit))))
-        answers = [self._connection.call("search", self.name, data=list(chunk), **options) for chunk in chunks]
-        return [order_hits(hits) for answer in answers for hits in answer]
+    def _hits(self, queries: Floats, limit: int, condition: str) -> list[tuple[Scores, Positions]]:
+        options: dict[str, Any] = {"anns_field": "embed", "limit": limit, "filter": condition}
+        options |= {"search_params": {"metric_type": "IP", "params": {}}, "consistency_level": _SESSION}
+        found = []
+        for chunk in _chunks(queries.astype(np.float32), max(1, REQUEST_BYTES // (16 * limit + 4 * self.embed_dim))):
+            options |= {"data": list(chunk), "timeout": SEARCH_TIMEOUT_S}
+            found += [order_hits(hits) for hits in self._connection.call("search", self.name, **options)]
+        return found
 
-    def _exact(self, queries: Scores, wanted: int, ids: Ids) -> tuple[Scores, Ids]:
+    def _exact(self, queries: Floats, wanted: int, ids: Positions) -> tuple[Scores, Positions]:
         """Fetch rows, by ascending ids, and rank them in float64."""
         rows = self.embeds(torch.from_numpy(ids)).double().numpy()
-        scores = (queries.astype(np.float64) @ rows.T).astype(np.float32)
+        scores = (queries @ rows.T).astype(np.float32)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
         return np.take_along_axis(scores, order, 1), ids[order]
 
@@ -164,7 +164,7 @@ class MilvusIndex(VectorIndex):
             embeds: (n, embed_dim), unit-norm, any floating type; ValueError if not finite or of another width.
             tags: of each row; none if left out.
         """
-        rows, texts = embeds.float().numpy(), [sorted(map(encode_tag, set(row))) for row in tags or [()] * len(ids)]
+        rows, texts = validate_embeds(embeds.float()), [sorted(map(encode_tag, row)) for row in tags or [()] * len(ids)]
         if rows.shape[1] != self.embed_dim or not np.isfinite(rows).all():
             raise ValueError(f"Embeddings must be finite and {self.embed_dim} wide, unlike {tuple(rows.shape)}.")
         columns = zip(ids.tolist(), rows, texts, strict=True)
@@ -240,13 +240,11 @@ def read_description(described: Mapping[str, Any], collection: str) -> tuple[dic
     """Read the texts and the width that a collection was created with; ValueError if another program made it."""
     try:
         about = json.loads(described["description"])
-        ours = (about.pop("made_by"), about.pop("format")) == (_MADE_BY, _FORMAT)
-        embed_dim = next(int(field["params"]["dim"]) for field in described["fields"] if field["name"] == "embed")
+        if (about.pop("made_by"), about.pop("format")) == (_MADE_BY, _FORMAT):
+            return about, next(int(field["params"]["dim"]) for field in described["fields"] if field["name"] == "embed")
     except (ValueError, KeyError, AttributeError, TypeError, StopIteration):
-        ours = False
-    if not ours:
-        raise ValueError(f"{collection} was made by another program, or another version of this; choose a name.")
-    return about, embed_dim
+        pass
+    raise ValueError(f"{collection} was made by another program, or another version of this; choose a name.")
 
 
 def tag_filter(tag: str | None) -> str:
@@ -262,7 +260,7 @@ def encode_tag(tag: str) -> str:
     return json.dumps(tag, ensure_ascii=False)[1:-1].encode("utf-8", "backslashreplace").decode()
 
 
-def order_hits(hits: Sequence[Mapping[str, Any]]) -> tuple[Scores, Ids]:
+def order_hits(hits: Sequence[Mapping[str, Any]]) -> tuple[Scores, Positions]:
     """Sort hits, best first; those within `SCORE_TOLERANCE` get the same score and are ordered by id."""
     scores, ids = np.array([hit["distance"] for hit in hits], np.float32), np.array([hit["id"] for hit in hits])
     best = np.argsort(-scores, kind="stable")
