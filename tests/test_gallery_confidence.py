@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from alignment.catalogue import Caption, Picture, read_catalogue, write_catalogue
 from alignment.confidence import DEFAULT_CALIBRATION, DIRECTIONS, Cohort, calibrator, cohort
-from alignment.gallery import Gallery, build_gallery
+from alignment.gallery import Caption, Gallery, Picture, build_gallery
+from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,7 @@ def test_an_empty_picture_finds_nothing(compact, starter):
 
 
 def test_the_starter_gallerys_background_is_up_to_date(starter):
-    assert starter.stamp.judged_by.endswith(cohort.cohort_version())
+    assert starter.metadata.judged_by.endswith(cohort.cohort_version())
     assert starter.judge is not None
     assert starter.judge.calibration == DEFAULT_CALIBRATION
 
@@ -96,12 +96,12 @@ def test_a_gallery_keeps_its_judge_and_a_second_build_its_background(checkpoint,
     for name, embeds in built.judge.cohort.tensors().items():
         torch.testing.assert_close(loaded.judge.cohort.tensors()[name], embeds)
     loaded.save(tmp_path / "copy")
-    assert Gallery.load(tmp_path / "copy", encoder).stamp == loaded.stamp
+    assert Gallery.load(tmp_path / "copy", encoder).metadata == loaded.metadata
 
     def again(*args: object) -> None:
         raise AssertionError("the background is embedded again")
 
-    monkeypatch.setattr("alignment.gallery.building.build_cohort", again)
+    monkeypatch.setattr("alignment.gallery.build.build_cohort", again)
     build_gallery(source, out, encoder)
 
 
@@ -117,16 +117,19 @@ def test_a_gallery_from_before_is_searched_without_probabilities(checkpoint, tmp
     assert [match.probability for match in found.matches] == [None] * 3
 
 
-@pytest.mark.parametrize("damage", ["curve", "background"])
+@pytest.mark.parametrize("damage", ["curve", "cohort"])
 def test_a_damaged_judge_is_an_error_that_says_what_to_run(checkpoint, tmp_path, damage):
     encoder = DualEncoder.load(checkpoint("clip"), device="cpu")
-    build_gallery(photos(tmp_path / "photos", 2), tmp_path / "out", encoder)
-    kept = read_catalogue(tmp_path / "out", encoder.name)
+    built = build_gallery(photos(tmp_path / "photos", 2), tmp_path / "out", encoder)
+    metadata, tensors = built.metadata, built.judge.cohort.tensors()
     if damage == "curve":
-        kept = replace(kept, stamp=replace(kept.stamp, calibration={"match": {}}))
+        metadata = replace(metadata, calibration={"match": {}})
     else:
-        kept = replace(kept, background={"image_embeds": kept.background["image_embeds"]})
-    write_catalogue(tmp_path / "out", kept)
+        tensors = {"image_embeds": tensors["image_embeds"]}
+    embeds = {"picture": [built.image_embeds], "caption": [built.text_embeds]}
+    write_gallery(
+        tmp_path / "out", built.pictures, built.captions, embeds, encoder.embed_dim, metadata, tensors, lambda picture: None
+    )
     with pytest.raises(ValueError, match=r"python -m alignment\.gallery build"):
         Gallery.load(tmp_path / "out", encoder)
 

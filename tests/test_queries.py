@@ -7,8 +7,8 @@ from PIL import Image
 
 from alignment.engine import MAX_TERMS, AlignmentEngine, Query, Term, parse_query, write_query
 from alignment.engine.queries import SPARED, scores, search
-from alignment.gallery import Gallery, Picture, sides
-from alignment.gallery.sides import Side
+from alignment.gallery import Gallery, Picture, modality
+from alignment.gallery.modality import Modality
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, open_image
 from alignment.similarity import group_near_duplicates
@@ -158,14 +158,14 @@ def test_of_many_pictures_the_best_are_found_without_scoring_all(engine, text, m
     noise = torch.randn(count, kinds.shape[1], generator=torch.Generator().manual_seed(0))
     embeds = torch.nn.functional.normalize(kinds + 0.08 * noise, dim=-1)
     pictures = [Picture(f"p{row}", f"{row}.jpg") for row in range(count)]
-    many = Gallery(pictures, (), embeds, embeds[:0], engine.gallery.stamp, judge=engine.gallery.judge)
+    many = Gallery(pictures, (), embeds, embeds[:0], engine.gallery.metadata, judge=engine.gallery.judge)
     query = engine.compose_query(parse_query(text))
     asked = []
-    look = Side.search
-    monkeypatch.setattr(Side, "search", lambda *args: asked.append(args[2]) or look(*args))
+    nearest = Modality.search
+    monkeypatch.setattr(Modality, "search", lambda *args: asked.append(args[2]) or nearest(*args))
     found = search(many, query, 12)
     assert max(asked) < count
-    monkeypatch.setattr(sides, "EXACT_ROWS", 10**6)  # everything is scored
+    monkeypatch.setattr(modality, "LARGE", 10**6)  # everything is scored
     expected = search(many, query, 12)
     assert [match.item.id for match in found.matches] == [match.item.id for match in expected.matches]
     for what in ("similarity", "probability"):
@@ -282,7 +282,7 @@ def test_nonsense_among_the_parts_is_named(engine):
 # ---------------------------------------------------------------- nearly the same
 
 
-def test_items_are_folded_under_the_best_ranked_one_they_resemble():
+def test_items_are_grouped_with_the_best_ranked_one_they_resemble():
     a, b, c = torch.eye(3)
     again = torch.nn.functional.normalize(a + 0.1 * b, dim=0)
     ranked = torch.stack([a, b, again, c])
@@ -291,7 +291,7 @@ def test_items_are_folded_under_the_best_ranked_one_they_resemble():
     assert group_near_duplicates(ranked[:0], 2, 0.9) == []
 
 
-def test_copies_of_a_picture_are_folded_and_distinct_ones_are_not(engine):
+def test_copies_of_a_picture_are_grouped_and_distinct_ones_are_not(engine):
     def copies(id: str) -> list[bytes]:
         image = open_image(next(item.path for item in engine.gallery.pictures if item.id == id))
         width, height = image.size
@@ -311,4 +311,4 @@ def test_copies_of_a_picture_are_folded_and_distinct_ones_are_not(engine):
     assert len(found.matches) == 2  # the ranking itself is as it was
     ranks = [match.rank for match in found.duplicates[0]]
     assert ranks == sorted(ranks)
-    assert all(len(group) == 1 for group in engine.search_images("an animal", 23).groups)
+    assert all(len(group) == 1 for group in engine.search_images("an animal", 23).duplicates)

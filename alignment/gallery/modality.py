@@ -55,7 +55,7 @@ class Modality(Generic[Item]):
             ids: (n,) int64, id in the index by position; the positions themselves if left out.
         """
         self.items, self.index, self._ids = items, index, ids
-        self._sample = lru_cache(_CACHED_TAGS)(self._draw_sample)
+        self.sample = lru_cache(_CACHED_TAGS)(self._sample)
 
     @classmethod
     def in_memory(cls, items: Records[Item] | Sequence[Item], embeds: Tensor) -> Modality[Item]:
@@ -125,11 +125,6 @@ class Modality(Generic[Item]):
         position = self.items.position(name)
         return None if position is None else self[torch.tensor([position])][0]
 
-    def sample(self) -> Tensor:
-        """Fetch embeddings that represent the items, (n, embed_dim): of many, `SAMPLED` at equal distances."""
-        count = SAMPLED if is_large(len(self)) else len(self)
-        return self[torch.linspace(0, len(self) - 1, count, dtype=torch.double).long()]
-
     @cached_property
     def tags(self) -> Mapping[str, int]:
         """Number of items of each tag: of each folder, or each language."""
@@ -184,7 +179,7 @@ class Modality(Generic[Item]):
         """
         count = self.count(tag)
         if bias is None and is_large(count) and len(found):
-            cosines = self._sample(tag) @ query
+            cosines = self.sample(tag) @ query
             rest = ((cosines - found[0]) * scale).exp()[cosines < found[-1]].sum() / len(cosines) * count
             weights = ((found - found[0]) * scale).exp()
             return weights / (weights.sum() + rest)
@@ -192,10 +187,13 @@ class Modality(Generic[Item]):
             found = self.search(query, count, count, tag)[0]
         return match_probabilities(logits_per_image(found[None], scale, bias), dim=1, logit_bias=bias)[0]
 
-    def _draw_sample(self, tag: str | None) -> Tensor:
-        """Draw the same items every time, (at most `SAMPLED`, embed_dim)."""
+    def _sample(self, tag: str | None = None) -> Tensor:
+        """Fetch embeddings that represent the items, (n, embed_dim): of many, the same `SAMPLED` random ones."""
         positions = torch.arange(len(self)) if tag is None else self.items.tagged(tag)
-        return self[positions[torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))[:SAMPLED]]]
+        if is_large(len(positions)):
+            order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
+            positions = positions[order[:SAMPLED]]
+        return self[positions]
 
     def _index_ids(self, positions: Tensor) -> Tensor:
         return positions if self._ids is None else self._ids[positions]

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.catalogue import read_hand_written
+from alignment.gallery.records import read_hand_written
 from alignment.compact.features import teacher_embeddings
 from alignment.compact.scenes import LANGUAGES, Photo, read_photos
 from alignment.confidence import (

@@ -27,10 +27,10 @@ import orjson
 import torch
 from torch.nn.functional import normalize
 
-from alignment.catalogue import Picture, Stamp
 from alignment.confidence import DEFAULT_CALIBRATION, Cohort, MatchCalibrator, cohort_items
 from alignment.engine import AlignmentEngine
-from alignment.gallery import Gallery
+from alignment.gallery import Gallery, Picture
+from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.ui.composer import Asked
 from alignment.ui.examples import Examples
@@ -139,14 +139,14 @@ def make_gallery(encoder: DualEncoder, count: int, scattered: bool) -> Gallery:
         for row in range(count)
     ]
     judge = MatchCalibrator(DEFAULT_CALIBRATION, Cohort(unit(24), unit(1024), unit(8), unit(64)))
-    stamp = Stamp(
+    metadata = GalleryMetadata(
         encoder.fingerprint,
         encoder.name,
         encoder.logit_scale,
         encoder.logit_bias,
         calibration=DEFAULT_CALIBRATION.to_dict(),
     )
-    return Gallery(pictures, (), embeds, torch.empty(0, encoder.embed_dim), stamp, judge=judge)
+    return Gallery(pictures, (), embeds, torch.empty(0, encoder.embed_dim), metadata, judge=judge)
 
 
 def save_clip(folder: Path) -> Path:
