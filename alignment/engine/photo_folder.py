@@ -19,7 +19,7 @@ from alignment.atomic import describe_error
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import Skipped
 from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
-from alignment.gallery.cached import Bar
+from alignment.gallery.starter import Bar
 from alignment.model import DualEncoder
 from alignment.pairs import told
 from alignment.pairs.files import PICTURES, walk

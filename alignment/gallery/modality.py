@@ -17,16 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.gallery.database import GalleryDatabase, Kind
+from alignment.gallery.database import INDEX_FILES, GalleryDatabase, Kind
 from alignment.gallery.items import Item, Records, StoredRecords, missing_pictures
 from alignment.gallery.milvus_sync import Remote
 from alignment.index import EXACT_ROWS, LocalIndex, VectorIndex
 from alignment.similarity import logits_per_image, match_probabilities
 
 logger = logging.getLogger(__name__)
-
-INDEX_OF = {"picture": "image_embeds", "caption": "text_embeds"}
-"""Name of the index file of each kind."""
 
 LARGE = 4096
 """Candidates above which a query is not scored against all of them."""
@@ -35,7 +32,7 @@ SAMPLED = 1024
 """Candidates that stand for the rest in the softmax over more than `LARGE`."""
 
 _BATCH = 16_384  # embeddings fetched at a time
-_CACHED_TAGS = 16  # with the positions and the sample of each
+_CACHED_SAMPLES = 16  # of the tags used last
 
 
 class Modality(Generic[Item]):
@@ -54,8 +51,9 @@ class Modality(Generic[Item]):
             index: may hold other rows, which searches skip.
             ids: (n,) int64, id in the index by position; the positions themselves if left out.
         """
-        self.items, self.index, self._ids = items, index, ids
-        self.sample = lru_cache(_CACHED_TAGS)(self._sample)
+        self.items: Records[Item] = items
+        self.index, self._ids = index, ids
+        self.sample = lru_cache(_CACHED_SAMPLES)(self._sample)
 
     @classmethod
     def in_memory(cls, items: Records[Item] | Sequence[Item], embeds: Tensor) -> Modality[Item]:
@@ -68,8 +66,7 @@ class Modality(Generic[Item]):
             raise ValueError(f"{len(items)} items have {len(embeds)} embeddings: each item needs one.")
         records: Records[Item] = items if isinstance(items, Records) else Records(items)
         unit = functional.normalize(embeds.float(), dim=-1)
-        tagged = lru_cache(_CACHED_TAGS)(records.tagged)
-        modality = cls(records, LocalIndex(torch.arange(len(unit)), unit, tagged=tagged))
+        modality = cls(records, LocalIndex(torch.arange(len(unit)), unit, tagged=records.tagged))
         modality.__dict__["embeds"] = unit
         return modality
 
@@ -87,18 +84,18 @@ class Modality(Generic[Item]):
             ValueError: when it is damaged, or the server holds other items.
             OSError: when the server does not answer.
         """
-        ids = database.ids(kind)
-        chosen = ~torch.isin(ids, torch.tensor(missing_pictures(database))) if kind == "picture" else ids >= 0
-        positions = chosen.nonzero().flatten()
-        items: StoredRecords[Item] = StoredRecords(database, kind, ids[positions])
+        ids, missing = database.ids(kind), missing_pictures(database) if kind == "picture" else []
+        positions = (~torch.isin(ids, torch.tensor(missing))).nonzero().flatten() if missing else None
+        chosen = ids if positions is None else ids[positions]
+        items: StoredRecords[Item] = StoredRecords(database, kind, chosen)
         if remote is not None and len(ids):
-            return cls(items, remote.open(kind, database.metadata.fingerprint, ids), ids[positions])
+            return cls(items, remote.open(kind, database.metadata.fingerprint, ids), chosen)
         try:
             if len(ids) > EXACT_ROWS:
-                return cls(items, _open_index(database, kind), None if len(positions) == len(ids) else positions)
+                return cls(items, _open_index(database, kind), positions)
         except OSError as error:
             logger.warning("All embeddings are read into memory, as their index cannot be written: %s", error)
-        return cls.in_memory(items, database.embeds(kind, ids[positions]))
+        return cls.in_memory(items, database.embeds(kind, chosen))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -217,10 +214,9 @@ class Modality(Generic[Item]):
 
 def _open_index(database: GalleryDatabase, kind: Kind) -> LocalIndex:
     """Map the index of many items, whose ids are positions; write it first if it is missing, damaged or outdated."""
-    ids, path = database.ids(kind), database.folder / f"{INDEX_OF[kind]}.faiss"
+    ids, path = database.ids(kind), database.folder / INDEX_FILES[kind]
     stamp = hashlib.sha256(database.metadata.fingerprint.encode() + ids.numpy().tobytes()).hexdigest()
 
-    @lru_cache(_CACHED_TAGS)
     def tagged(tag: str) -> Tensor:
         return torch.isin(ids, database.ids(kind, tag)).nonzero().flatten()
 

@@ -57,7 +57,7 @@ class LocalIndex(VectorIndex):
             ValueError: on another shape or type, or ids that do not fit.
         """
         self._ids, self._rows = validate_ids(ids), validate_embeds(embeds)
-        self._order = np.argsort(self._ids)
+        self._order = np.argsort(self._ids, kind="stable")  # quick where they are sorted
         if len(self._ids) != len(self._rows) or not np.diff(self._ids[self._order]).all():
             raise ValueError(f"{len(self._rows)} embeddings need as many distinct ids.")
         self._tagged = tagged or (lambda tag: torch.empty(0, dtype=torch.int64))
