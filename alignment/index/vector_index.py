@@ -83,7 +83,7 @@ def validate_ids(ids: Tensor) -> Positions:
     """
     if ids.dim() != 1 or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"Ids are one-dimensional integers, not {ids.dtype} of shape {tuple(ids.shape)}.")
-    return np.asarray(ids.detach().cpu().long().numpy())
+    return np.ascontiguousarray(ids.detach().cpu().long().numpy())
 
 
 def validate_queries(queries: Tensor, embed_dim: int, k: int, extra: int) -> NDArray[np.float64]:
