@@ -154,9 +154,10 @@ class Remote:
         with exclusive_lock(self.folder), closing(GalleryDatabase.open(self.folder)) as old:
             pictures = old.pictures(old.ids("picture").tolist())
             captions = old.captions(old.ids("caption").tolist())
+            sides: dict[Kind, Sequence[Picture] | Sequence[Caption]] = {"picture": pictures, "caption": captions}
             with closing(GalleryWriter(self.folder / DATABASE, old.metadata.fingerprint, old.embed_dim)) as writer:
                 writer.repair()
-                for kind, items in zip(KINDS, (pictures, captions), strict=True):
+                for kind, items in sides.items():
                     if items:
                         with closing(self.open(kind, old.metadata.fingerprint, item_ids(items))) as index:
                             _fetch(index, kind, items, writer, progress)
