@@ -18,7 +18,7 @@ import app
 from alignment import preprocess
 from alignment.confidence import VERDICTS
 from alignment.engine import AlignmentEngine, Skipped
-from alignment.gallery import Caption, SearchResult, Gallery, Match, build_gallery
+from alignment.gallery import Caption, Gallery, Match, SearchResult, build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, clean_caption, open_image, parse_captions
 from alignment.ui.api import Api

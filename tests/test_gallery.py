@@ -25,8 +25,8 @@ from scipy import sparse
 from torch.nn import functional
 
 from alignment.catalogue import CAPTIONS, PICTURES, Caption, Picture, Stamp, read_hand_written
-from alignment.confidence import cohort_version
 from alignment.gallery import BuildReport, Gallery, build_gallery, looking, main
+from alignment.gallery.judging import background_name
 from alignment.model import DualEncoder
 from alignment.picture_limits import lift_limits
 from alignment.preprocess import open_image
@@ -125,8 +125,8 @@ def test_captions_that_say_the_same_are_folded_and_the_list_stays_full() -> None
     captions = [Caption(f"c{row}", f"{row}", "en") for row in range(len(embeds))]
     gallery = Gallery([], captions, embeds[:0], embeds, Stamp("f", "m", 2.0, None))
     found = gallery.search_captions(torch.tensor([1.0, 0.0]), 4)
-    assert [len(group) for group in found.duplicates[:2]] == [60, 10]  # 0.45 rad have a cosine of 0.900, 0.5 rad of 0.878
-    assert [group[0].item.id for group in found.duplicates] == ["c0", "c60", "c70"]
+    assert [len(group) for group in found.groups[:2]] == [60, 10]  # 0.45 rad have a cosine of 0.900, 0.5 rad of 0.878
+    assert [group[0].item.id for group in found.groups] == ["c0", "c60", "c70"]
     assert [match.item.id for match in found.matches] == ["c0", "c1", "c2", "c3"]  # the ranking itself is as it was
 
 
@@ -717,7 +717,7 @@ def test_the_command_builds_and_sums_up(
         f"{tmp_path / 'out'}: 3 pictures and 0 captions, by {encoder.name}.",
         "  pictures: 3 encoded, 0 reused",
         "  captions: 0 encoded, 0 reused",
-        f"  match probabilities: borrowed from the compact model; background {cohort_version()}",
+        f"  match probabilities: borrowed from the compact model; background {background_name()}",
         "  skipped: 1, named above",
     ]
     assert main(arguments) == 0

@@ -128,7 +128,14 @@ def test_a_damaged_judge_is_an_error_that_says_what_to_run(checkpoint, tmp_path,
         tensors = {"image_embeds": tensors["image_embeds"]}
     embeds = {"picture": [built.image_embeds], "caption": [built.text_embeds]}
     write_gallery(
-        tmp_path / "out", built.pictures, built.captions, embeds, encoder.embed_dim, metadata, tensors, lambda picture: None
+        tmp_path / "out",
+        built.pictures,
+        built.captions,
+        embeds,
+        encoder.embed_dim,
+        metadata,
+        tensors,
+        lambda picture: None,
     )
     with pytest.raises(ValueError, match=r"python -m alignment\.gallery build"):
         Gallery.load(tmp_path / "out", encoder)

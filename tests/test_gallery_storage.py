@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from alignment.calibration import BORROWED, Background
 from alignment.catalogue import Caption, FileState, Picture, Stamp
-from alignment.confidence import DEFAULT_CALIBRATION, Cohort
-from alignment.gallery import BuildReport, Gallery, MatchCalibrator, build_gallery, sides, storage
+from alignment.gallery import BuildReport, Gallery, Judge, build_gallery, sides, storage
 from alignment.gallery.storage import folders_of, item_ids
 from alignment.index import EXACT_ROWS, EmbeddedIndex
 from alignment.model import DualEncoder
@@ -49,11 +49,9 @@ def captions(count: int) -> list[Caption]:
 
 def gallery(count: int = MANY, logit_bias: float | None = None, *, judged: bool = False) -> Gallery:
     stamp = Stamp(Encoder.fingerprint, Encoder.name, 20.0, logit_bias)
-    judge = (
-        MatchCalibrator(DEFAULT_CALIBRATION, Cohort(unit(30, DIM, seed=8), unit(40, DIM, seed=9))) if judged else None
-    )
+    judge = Judge(BORROWED, Background(unit(30, DIM, seed=8), unit(40, DIM, seed=9))) if judged else None
     if judge:
-        stamp = replace(stamp, calibration=DEFAULT_CALIBRATION.to_dict(), judged_by="borrowed")
+        stamp = replace(stamp, calibration=BORROWED.to_dict(), judged_by="borrowed")
     embeds = unit(count, DIM).half(), unit(20, DIM, seed=1).half()
     return Gallery(pictures(count), captions(20), *embeds, stamp, judge=judge)
 
@@ -163,7 +161,7 @@ def test_results_are_those_of_a_gallery_in_memory(
         )
         probabilities = [match.probability for match in expected.matches]
         assert [match.probability for match in found.matches] == pytest.approx(probabilities, abs=0.01)
-        assert (found.fits, len(found.duplicates)) == (expected.fits, len(expected.groups))
+        assert (found.fits, len(found.groups)) == (expected.fits, len(expected.groups))
 
 
 def test_shares_are_estimated_without_favour(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +194,8 @@ def test_pictures_that_are_nearly_the_same_are_folded_even_if_they_are_very_many
     made = Gallery(made.pictures, made.captions, torch.cat([copies, others]), made.texts, made.stamp, judge=made.judge)
     made.save(tmp_path)
     found = load(tmp_path).search_images(unit(1, DIM)[0], 12)
-    assert len(found.duplicates) == 12  # though the best four hundred are one
-    first, *rest = [{match.item.id for match in group} for group in found.duplicates]
+    assert len(found.groups) == 12  # though the best four hundred are one
+    first, *rest = [{match.item.id for match in group} for group in found.groups]
     everywhere = {f"p{row}" for row in range(400)}
     assert first == everywhere
     assert not any(group & everywhere for group in rest)

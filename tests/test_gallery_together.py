@@ -108,7 +108,7 @@ def same(one: Path, other: Path, encoder: DualEncoder) -> None:
     torch.testing.assert_close(first.text_embeds, second.text_embeds, **LAST_BIT)
     assert first.judge is not None
     assert second.judge is not None
-    backgrounds = [gallery.judge.cohort.tensors() for gallery in (first, second) if gallery.judge]
+    backgrounds = [gallery.judge.background.tensors() for gallery in (first, second) if gallery.judge]
     for name in backgrounds[0]:
         torch.testing.assert_close(backgrounds[0][name], backgrounds[1][name], **LAST_BIT)
     thumbnails = [{path.name: path.read_bytes() for path in (f / "thumbnails").iterdir()} for f in (one, other)]

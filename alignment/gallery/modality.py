@@ -25,6 +25,9 @@ from alignment.similarity import logits_per_image, match_probabilities
 
 logger = logging.getLogger(__name__)
 
+IN_MEMORY_ROWS = 20_000
+"""Embeddings that are read into memory where a build has not written their index; writing it takes seconds."""
+
 LARGE = 4096
 """Candidates above which a query is not scored against all of them."""
 
@@ -72,7 +75,7 @@ class Modality(Generic[Item]):
 
     @classmethod
     def open(cls, database: GalleryDatabase, kind: Kind, remote: Remote | None = None) -> Modality[Item]:
-        """Open the items of a gallery: up to `EXACT_ROWS` embeddings are read, of more the index is mapped.
+        """Open the items of a gallery; the index of more than `EXACT_ROWS` is mapped, fewer embeddings are read.
 
         Args:
             database: of the gallery.
@@ -91,10 +94,12 @@ class Modality(Generic[Item]):
         if remote is not None and len(ids):
             return cls(items, remote.open(kind, database.metadata.fingerprint, ids), chosen)
         try:
+            if len(ids) > IN_MEMORY_ROWS:
+                write_index(database, kind)
             if len(ids) > EXACT_ROWS:
                 return cls(items, _open_index(database, kind), positions)
-        except OSError as error:
-            logger.warning("All embeddings are read into memory, as their index cannot be written: %s", error)
+        except (OSError, ValueError) as error:
+            logger.info("The embeddings of %d %ss are read into memory: %s", len(ids), kind, error)
         return cls.in_memory(items, database.embeds(kind, chosen))
 
     def __len__(self) -> int:
@@ -213,21 +218,43 @@ class Modality(Generic[Item]):
 
 
 def _open_index(database: GalleryDatabase, kind: Kind) -> LocalIndex:
-    """Map the index of many items, whose ids are positions; write it first if it is missing, damaged or outdated."""
-    ids, path = database.ids(kind), database.folder / INDEX_FILES[kind]
-    stamp = hashlib.sha256(database.metadata.fingerprint.encode() + ids.numpy().tobytes()).hexdigest()
+    """Map the index of many items, whose ids are their positions.
+
+    Raises:
+        FileNotFoundError: when it was not written yet.
+        ValueError: when it is damaged, or of another state of the gallery.
+    """
+    ids = database.ids(kind)
 
     def tagged(tag: str) -> Tensor:
         return torch.isin(ids, database.ids(kind, tag)).nonzero().flatten()
 
-    try:
-        return LocalIndex.open(path, torch.arange(len(ids)), stamp, tagged=tagged)
-    except (FileNotFoundError, ValueError) as error:
-        logger.info("The index %s is written (%s).", path, error)
-    rows = (embeds for _, embeds in database.batches(kind, _BATCH))
-    batches = zip(torch.arange(len(ids)).split(_BATCH), rows, strict=True)
-    LocalIndex.write(path, batches, len(ids), database.embed_dim, stamp)
+    path, stamp = database.folder / INDEX_FILES[kind], _stamp(database, kind)
     return LocalIndex.open(path, torch.arange(len(ids)), stamp, tagged=tagged)
+
+
+def write_index(database: GalleryDatabase, kind: Kind) -> None:
+    """Write the index of more than `EXACT_ROWS` items, unless it is up to date; delete that of fewer items.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    path, count = database.folder / INDEX_FILES[kind], len(database.ids(kind))
+    if count <= EXACT_ROWS:
+        path.unlink(missing_ok=True)
+        return
+    try:
+        _open_index(database, kind)
+    except (FileNotFoundError, ValueError):
+        rows = (embeds for _, embeds in database.batches(kind, _BATCH))
+        batches = zip(torch.arange(count).split(_BATCH), rows, strict=True)
+        LocalIndex.write(path, batches, count, database.embed_dim, _stamp(database, kind))
+
+
+def _stamp(database: GalleryDatabase, kind: Kind) -> str:
+    """Hash what the embeddings depend on: the model, and the items in their order."""
+    content = database.metadata.fingerprint.encode() + database.ids(kind).numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def is_large(count: int) -> bool:

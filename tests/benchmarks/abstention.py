@@ -27,7 +27,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.gallery.records import read_hand_written
 from alignment.compact.features import teacher_embeddings
 from alignment.compact.scenes import LANGUAGES, Photo, read_photos
 from alignment.confidence import (
@@ -42,6 +41,7 @@ from alignment.confidence import (
     draw_searches,
     logistic_regression,
 )
+from alignment.gallery.records import read_hand_written
 from alignment.model import DualEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
