@@ -45,8 +45,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from alignment.atomic import describe_error
 from alignment.bundled import GALLERY, MODEL, bundled
-from alignment.durable import explain
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, PhotoFolder, SecondModel
 from alignment.engine.photo_folder import photo_folder
 from alignment.gallery import Gallery, Remote, add_index_options, progress_bar, starter_gallery
@@ -366,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with service.lifecycle.handle_signals():  # from here on a signal stops the app in order
                 serve(engine, args, service, photos)
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before it served, or for the second time
         return 130

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from alignment.catalogue import (
     CAPTIONS,
     PICTURES,

@@ -288,7 +288,7 @@ def test_what_is_still_there_to_show_is_told_without_opening_it(engine, tmp_path
     (tmp_path / "there.png").write_bytes(b"of any kind")
     embeds = engine.gallery.image_embeds[[0, 1, 2]]
     none = torch.empty(0, engine.encoder.embed_dim)
-    other = AlignmentEngine(engine.encoder, Gallery(pictures, (), embeds, none, engine.gallery.stamp))
+    other = AlignmentEngine(engine.encoder, Gallery(pictures, (), embeds, none, engine.gallery.metadata))
     assert [other.can_show(picture.id) for picture in pictures] == [True, False, False]
 
 

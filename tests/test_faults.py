@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from alignment.catalogue import Stamp
+from alignment.gallery.unfinished import Unfinished
 from killing import FEW, Fault, Runner
 from PIL import Image
 from test_kills import KILLED, Contents, Galleries, Trainings, galleries, paint, run, trainings
 
-from alignment.catalogue import Stamp
+from alignment.atomic import LOCK, describe_error, exclusive_lock
 from alignment.data import read_pairs
-from alignment.durable import LOCK, explain, sole_writer
 from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, build_gallery, is_whole, main, sides
-from alignment.gallery.unfinished import Unfinished
 from alignment.model import DualEncoder
 from alignment.model.graph_cache import GraphCache, ModelInfo
 from alignment.train.checkpoints import last_checkpoint
@@ -110,7 +110,7 @@ def test_every_file_of_a_gallery_that_is_damaged_is_found_and_mended_by_the_comm
         if harm == "a folder":
             with pytest.raises(IsADirectoryError) as met:
                 rebuild(folder, whole.parent, encoder)
-            assert f"{folder / name} is in the way (Is a directory): move it" in explain(met.value)
+            assert f"{folder / name} is in the way (Is a directory): move it" in describe_error(met.value)
             (folder / name).rmdir()
         rebuild(folder, whole.parent, encoder)
         mended = Contents.of(folder, encoder)
@@ -223,7 +223,7 @@ def test_a_folder_that_may_not_be_written_is_told(run: Runner, checkpoint: Check
 
 def test_two_builds_of_one_gallery_do_not_mix(galleries: Galleries, tmp_path: Path) -> None:
     folder = galleries.copy("shared")
-    with sole_writer(folder):
+    with exclusive_lock(folder):
         assert galleries.build(folder) == 2
         assert f"error: Another process ({os.getpid()} on " in galleries.run.said
         assert f"is writing to {folder} now: wait until it is done" in galleries.run.said
@@ -319,8 +319,8 @@ def test_a_damaged_note_of_a_run_is_told(harm: str, killed: Path, tmp_path: Path
     with pytest.raises((ValueError, IsADirectoryError)) as met:
         read_resume_state(tmp_path)
     wanted = "is in the way (Is a directory)" if harm == "a folder" else "start a new run with another --output"
-    assert str(tmp_path / SETTINGS) in explain(met.value)
-    assert wanted in explain(met.value)
+    assert str(tmp_path / SETTINGS) in describe_error(met.value)
+    assert wanted in describe_error(met.value)
 
 
 @pytest.mark.parametrize("size", [60_000])
@@ -337,7 +337,7 @@ def test_a_training_on_a_full_disk_says_so_and_can_be_gone_on_with(
 
 def test_a_second_training_does_not_write_into_the_folder_of_the_first(trainings: Trainings, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with sole_writer(folder):
+    with exclusive_lock(folder):
         assert trainings.begin(folder) == 1
         assert f"train: Another process ({os.getpid()} on " in trainings.run.said
         assert [path.name for path in folder.iterdir()] == [LOCK]

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from alignment.catalogue import CAPTIONS, PICTURES, Caption, Picture, Stamp, read_hand_written
+from alignment.gallery.judging import background_name
 from PIL import Image
 from scipy import sparse
 from torch.nn import functional
 
-from alignment.catalogue import CAPTIONS, PICTURES, Caption, Picture, Stamp, read_hand_written
 from alignment.gallery import BuildReport, Gallery, build_gallery, looking, main
-from alignment.gallery.judging import background_name
 from alignment.model import DualEncoder
 from alignment.picture_limits import lift_limits
 from alignment.preprocess import open_image
@@ -585,7 +585,7 @@ def test_a_file_is_read_once_and_decoded_once(
 
     def noted_picture(data: bytes, near: int) -> Image.Image:
         decoded.append(data)
-        return open_picture(data, near=near)
+        return open_picture(data, draft_size=near)
 
     monkeypatch.setattr(Path, "open", noted_path)
     monkeypatch.setattr(looking, "open_image", noted_picture)
@@ -664,7 +664,7 @@ def test_a_large_photo_is_decoded_in_reduced_size_and_looks_the_same(
     open_picture = looking.open_image
 
     def noted(data: bytes, near: int) -> Image.Image:
-        image = open_picture(data, near=near)
+        image = open_picture(data, draft_size=near)
         sizes.append(image.size)
         return image
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from alignment.gallery.remote import Remote, add_index_options, default_name, digest
 
 import app
 from alignment.gallery import main
-from alignment.gallery.remote import Remote, add_index_options, default_name, digest
 from alignment.index import Server
 
 ASSETS = Path(app.__file__).parent / "assets" / "gallery"

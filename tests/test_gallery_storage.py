@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alignment.calibration import BORROWED, Background
+from alignment.catalogue import Caption, FileState, Picture, Stamp
+from alignment.gallery.storage import folders_of, item_ids
 from PIL import Image
 from torch import Tensor
 
-from alignment.calibration import BORROWED, Background
-from alignment.catalogue import Caption, FileState, Picture, Stamp
 from alignment.gallery import BuildReport, Gallery, Judge, build_gallery, sides, storage
-from alignment.gallery.storage import folders_of, item_ids
 from alignment.index import EXACT_ROWS, EmbeddedIndex
 from alignment.model import DualEncoder
 

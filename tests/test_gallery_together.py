@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch.distributed import HashStore
-
 from alignment.catalogue import CAPTIONS, PICTURES, FileState, Picture, Stamp
-from alignment.data import Partition
-from alignment.engine import AlignmentEngine
-from alignment.gallery import BuildReport, Gallery, build_gallery, main, together
 from alignment.gallery.building import embed_share
 from alignment.gallery.together import Together
 from alignment.gallery.unfinished import Unfinished
+from PIL import Image
+from torch.distributed import HashStore
+
+from alignment.data import Partition
+from alignment.engine import AlignmentEngine
+from alignment.gallery import BuildReport, Gallery, build_gallery, main, together
 from alignment.model import DualEncoder
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +133,10 @@ def test_two_processes_make_the_gallery_of_one(shards: Path, cache: Path, tmp_pa
     assert texts == ["picture number 7", "第7张照片", "picture number 70", "第70张照片"]
     # Each did a share, the first one summed up, and both told of what cannot be read.
     lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in sorted(lines) if line.startswith("Share")] == ["Share 1/2", "Share 2/2"]
+    assert [line.split(":")[0] for line in sorted(lines) if line.startswith("Partition")] == [
+        "Partition 1/2",
+        "Partition 2/2",
+    ]
     told = f"{len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {encoder.name}."
     (first,) = (number for number, line in enumerate(lines) if line.endswith(told))
     # The one in two shards is embedded by both, unless one of them sees in time that the other has.
@@ -168,7 +171,7 @@ def test_shares_and_a_command_without_one_make_the_gallery_too(
     for number in range(1, 5):  # a fourth share of three shards is empty
         assert main([*common, "--share", f"{number}/4"]) == 0
     shared = capsys.readouterr().out.splitlines()
-    assert shared[3].startswith("Share 4/4: 0 pictures and 0 captions encoded.")
+    assert shared[3].startswith("Partition 4/4: 0 pictures and 0 captions encoded.")
     assert not (tmp_path / "out" / "gallery.json").exists()
     assert main(common) == 0
     assert "  pictures: 0 encoded" in capsys.readouterr().out

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alignment.index.codes import Codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from alignment.index import EXACT_ROWS, EmbeddedIndex, codes, exact, segment
-from alignment.index.codes import Codes
 
 MANY = EXACT_ROWS + 2000
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alignment.catalogue import Caption, Picture
 from killing import FEW, NEVER, Fault, Runner, runner
 from PIL import Image
 from test_train_run import paint as paint_flags
 from test_train_run import record_of, same
 from torch import Tensor
 
-from alignment.catalogue import Caption, Picture
 from alignment.gallery import Gallery, sides
 from alignment.model import DualEncoder
 from alignment.train.run_dir import RECORD, SETTINGS

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alignment.catalogue import read_hand_written
+from alignment.gallery.records import read_hand_written
 from alignment.model import DualEncoder, probes
 from alignment.model.graph_cache import MAX_ENTRIES, checkpoint_digest
 from alignment.model.openvino import MIN_COSINE

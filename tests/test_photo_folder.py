@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import app
-from alignment.durable import sole_writer
+from alignment.atomic import exclusive_lock
 from alignment.engine import AlignmentEngine, PhotoFolder, Scan, Skipped
 from alignment.engine.photo_folder import photo_folder
 from alignment.gallery import Gallery, build_gallery, cached
@@ -153,7 +153,7 @@ def test_of_two_apps_on_a_folder_the_second_waits(engine, folder):
 
         photos = PhotoFolder(engine, folder, bar)
         photos.retry = 0.0
-        other.enter_context(sole_writer(photos.out))
+        other.enter_context(exclusive_lock(photos.out))
         photos.start()
         photos.wait()
     assert tries == ["running", "waiting"]
@@ -270,7 +270,7 @@ def come_along(starter, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
     encoder, small = starter
     folder = tmp_path / "come along"
-    shutil.copytree(small.stamp.source, folder / "sources")
+    shutil.copytree(small.metadata.source, folder / "sources")
     build_gallery(folder / "sources", folder, encoder, calibrate=False)
     for module, name in ((app, "bundled"), (cached, "bundled")):
         monkeypatch.setattr(module, name, lambda name: str(folder))
@@ -292,7 +292,7 @@ def test_any_model_makes_its_starter_gallery_once_while_the_page_is_there(
     assert "Embedding the starter gallery" in capsys.readouterr().err
     assert (scan.scan.state, scan.version, scan_value(scan, "en")["button"]) == ("none", 1, "")
     assert engine.gallery is engine.starter
-    assert engine.gallery.stamp.fingerprint == engine.encoder.fingerprint != starter[0].fingerprint
+    assert engine.gallery.metadata.fingerprint == engine.encoder.fingerprint != starter[0].fingerprint
     assert [caption.text for caption in engine.gallery.captions] == [caption.text for caption in starter[1].captions]
     assert engine.gallery.judge is not None
     again = app.load_engine(args)

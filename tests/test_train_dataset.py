@@ -343,7 +343,7 @@ def test_equal_pictures_are_one_with_the_captions_of_both(tmp_path: Path) -> Non
     found = prepared(data_set(tmp_path, entries))
     assert names(found.train) == ["0", "1", "2", "3", "4", "3-anew"]
     assert found.train[2].captions == ("caption 2", "another")
-    assert [sorted(names([found.train[row] for row in pair])) for pair in found.look_alikes] == [["3", "3-anew"]]
+    assert [sorted(names([found.train[row] for row in pair])) for pair in found.near_duplicates] == [["3", "3-anew"]]
     assert found.evaluation[-1].captions == ("caption 13", "more")
 
 

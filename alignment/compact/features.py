@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
+from alignment.atomic import atomic_write
 from alignment.compact.convert import MAX_TOKENS, teacher_folder
-from alignment.durable import put_in_place
 from alignment.preprocess import Preprocessor, open_image
 from alignment.towers import HEAD_CHANNELS, EfficientNetLiteModel, NgramTextModel
 
@@ -188,7 +188,7 @@ def teacher_embeddings(teacher: str, texts: Sequence[str], cache: Path) -> Tenso
                 logger.info("%s: %d of %d texts, %.0f s", teacher, start, len(order), time.monotonic() - started)
         embeddings = torch.cat(parts)
         embeddings[torch.tensor(order)] = embeddings.clone()
-        with put_in_place(path) as fresh:
+        with atomic_write(path) as fresh:
             save_file({"embeddings": embeddings}, fresh)
     return load_file(path)["embeddings"]
 

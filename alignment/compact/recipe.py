@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from alignment.atomic import atomic_write
 from alignment.compact.features import VIEWS, ImageFeatures, TextFeatures
-from alignment.durable import put_in_place
 from alignment.losses import softmax_loss
 from alignment.towers import AlignmentHead, ResidualMLP, Tail, join_parts
 
@@ -439,7 +439,7 @@ class Optimiser:
         state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for number, moments in self.adam.state_dict()["state"].items():
             state |= {f"adam.{number}.{name}": value for name, value in moments.items()}
-        with put_in_place(path) as fresh:
+        with atomic_write(path) as fresh:
             save_file({name: value.contiguous() for name, value in state.items()}, fresh, {"count": str(self.count)})
 
     def load(self, path: Path) -> None:

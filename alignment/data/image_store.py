@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from alignment.durable import write_file
+from alignment.atomic import write_file
 
 
 def cache_folder() -> Path:
@@ -22,5 +22,5 @@ def store_image(data: bytes, suffix: str, folder: Path) -> Path:
     except OSError:
         is_whole = False
     if not is_whole:
-        write_file(file, data, lasting=False)  # not synced: a file cut off by a crash is found here
+        write_file(file, data, fsync=False)  # not synced: a file cut off by a crash is found here
     return file

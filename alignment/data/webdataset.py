@@ -19,13 +19,13 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignment.atomic import read_json_checksummed, sha256_of, write_json_checksummed
 from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.encoding import decode_text
 from alignment.data.files import SPLITS, find_files, is_hidden, split_from_path
 from alignment.data.image_index import nfc
 from alignment.data.image_store import cache_folder, store_image
 from alignment.data.records import TEXT_PARTS, read_record
-from alignment.durable import read_sealed, sha256_of, write_sealed
 from alignment.preprocess import IMAGE_SUFFIXES
 
 MAX_PICTURE_BYTES = 128 * 2**20
@@ -141,14 +141,14 @@ def _read_indexed(file: Path, store: Path) -> Shard:
     identity = [_INDEX_VERSION, os.path.abspath(file), state.st_size, state.st_mtime_ns]
     index = cache_folder() / "shards" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.json"
     try:
-        content = read_sealed(index)
+        content = read_json_checksummed(index)
         if all(_is_unchanged(store / name, size, index.stat()) for name, size in content["sizes"].items()):
             return Shard(**content["shard"])
     except (OSError, ValueError, TypeError, KeyError):
         pass  # there is no index, it is of another version, or something is damaged
     shard = _unpack(file, store)
     sizes = {name: (store / name).stat().st_size for name, *_ in shard.rows}
-    write_sealed(index, {"shard": shard._asdict(), "sizes": sizes})
+    write_json_checksummed(index, {"shard": shard._asdict(), "sizes": sizes})
     return shard
 
 

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from alignment.atomic import describe_error
 from alignment.data import describe_issues
 from alignment.data.files import walk
-from alignment.durable import explain
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import Skipped
 from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
-from alignment.gallery.cached import Bar
+from alignment.gallery.starter import Bar
 from alignment.model import DualEncoder
 from alignment.preprocess import IMAGE_SUFFIXES, InputError, message_with_option, sanitize_text
 
@@ -95,10 +95,9 @@ class PhotoFolder:
         self.out = cached_folder(engine.encoder, self.source)
         self.scan, self.version = Scan(), 0
         self._lock, self._stopping, self._thread = threading.Lock(), threading.Event(), threading.Thread()
-        self._files: dict[str, str] | None = None  # of the last scan: what each picture's file holds, by its source
-        if self.source and (found := _load(self.out, engine.encoder)) is not None:
-            self._show(found)
-            self._files = _files(found)
+        self._last = _load(self.out, engine.encoder) if self.source else None  # gallery of the last scan
+        if self._last is not None:
+            self._show(self._last)
 
     def start(self) -> bool:
         """Begin a scan in the background; False where one is under way already."""
@@ -146,17 +145,17 @@ class PhotoFolder:
                 self.engine.show(self.engine.starter)
                 self.version += 1
         except (OSError, ValueError) as error:
-            logger.warning("The starter gallery could not be made: %s", explain(error))
-            after = after if self.source else Scan("failed", problem=explain(error))
+            logger.warning("The starter gallery could not be made: %s", describe_error(error))
+            after = after if self.source else Scan("failed", problem=describe_error(error))
         self.scan = after
 
     def _scan(self) -> None:
         report = BuildReport()
         try:
-            gallery = self._build(report)
-            self._show(gallery)
-            before, now = self._files or {}, _files(gallery)
-            self._files = now
+            before = _files(self._last) if self._last else {}  # now: the build deletes records of the last one
+            self._last = self._build(report)
+            self._show(self._last)
+            now = _files(self._last)
             both = before.keys() & now.keys()
             skipped = _skipped(report, self.source)
             for line in describe_issues(report):
@@ -179,9 +178,9 @@ class PhotoFolder:
             )
         except (OSError, ValueError) as error:
             empty = isinstance(error, ValueError) and not holds_pictures(self.source)
-            logger.warning("The scan failed: %s", explain(error))
+            logger.warning("The scan failed: %s", describe_error(error))
             state: State = "empty" if empty else "failed"
-            self.scan = Scan(state, skipped=_skipped(report, self.source), problem=explain(error))
+            self.scan = Scan(state, skipped=_skipped(report, self.source), problem=describe_error(error))
 
     def _build(self, report: BuildReport) -> Gallery:
         """Build as soon as no other process does."""
@@ -194,7 +193,7 @@ class PhotoFolder:
                         self.engine.encoder,
                         progress=partial(self._go_on, "running", show),
                         report=report,
-                        growing=self._show if self._files is None else None,
+                        growing=None if self._last else self._show,
                         like=self.engine.starter,
                     )
             except BlockingIOError:
@@ -263,4 +262,5 @@ def _advised(error: InputError) -> InputError:
 
 
 def _files(gallery: Gallery) -> dict[str, str]:
+    """Map each picture's source to the SHA-256 of its file."""
     return {picture.source: picture.file.sha256 if picture.file else "" for picture in gallery.pictures}

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from alignment.atomic import describe_error, write_file
 from alignment.data import Pair, describe_issues, describe_truncated
-from alignment.durable import explain, write_file
 from alignment.evaluate.arguments import Task, check, parse, read_task
 from alignment.evaluate.bootstrap import Difference, Estimate
 from alignment.evaluate.eccv import eccv_table, evaluate_eccv
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _report(arguments, task)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"evaluate: {explain(error)}") from error
+        raise SystemExit(f"evaluate: {describe_error(error)}") from error
     if task.reading is None or task.reading.is_complete:
         return 0
     print("Not all of the data could be read, see above.", file=sys.stderr)

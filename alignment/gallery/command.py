@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,19 +15,19 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from alignment.atomic import describe_error
 from alignment.bundled import MODEL, bundled
 from alignment.data import Partition, describe_issues, describe_truncated
-from alignment.durable import explain
-from alignment.gallery.building import BuildReport, build_gallery, embed_share
-from alignment.gallery.pushing import add_push
-from alignment.gallery.remote import Remote, add_index_options
+from alignment.gallery.build import BuildReport, build_gallery, embed_share
+from alignment.gallery.database import KINDS, GalleryDatabase
+from alignment.gallery.distributed import WorkerGroup, own_device, sigterm_as_interrupt, worker_group
+from alignment.gallery.milvus_sync import Remote, add_index_options, add_push
 from alignment.gallery.search import Gallery
-from alignment.gallery.storage import check_gallery
-from alignment.gallery.together import Together, of_torchrun, own_device, stopping_politely
 from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import join_first
 
+_LATER = " Once all are done, finish with the command without --share."
 Show: TypeAlias = Callable[[int, int], None]
 
 _HELP = """\
@@ -51,8 +52,8 @@ examples:
 Run the same command again after pictures came, went or changed: only new ones are encoded. A gallery belongs to the
 model that made it; with another --model everything is encoded again. Pictures that cannot be read are named and
 skipped, and until the end of a build the old gallery stays as it is. A build that was killed, or ran out of room, is
-gone on with by the same command. Your pictures are not copied; DIR gets small thumbnails. Those in shards are unpacked
-once, below $ALIGNMENT_CACHE.
+resumed by the same command. Your pictures are not copied; DIR/gallery.db holds small thumbnails. Those in shards are
+unpacked once, below $ALIGNMENT_CACHE.
 
 exit status: 0; 1 if a captions file could not be read, a folder not listed, or pictures that the gallery holds not be
 read now, all of which are named; 2 if no gallery was made
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
 
 
@@ -114,12 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--no-calibration",
         action="store_true",
-        help="leave out the background that tells when nothing fits; saves embedding some 1,100 texts and pictures",
+        help="leave out the cohort that tells when nothing fits; saves embedding some 1,100 texts and pictures",
     )
     add_size_options(build)
     add_index_options(build)
     build.set_defaults(run=_build)
-    text = "read every byte of a gallery but its thumbnails, and say whether it is as it was written"
+    text = "read every byte of a gallery and say whether it is as it was written"
     check = commands.add_parser("check", help=text, description=text.capitalize() + ".")
     check.add_argument("folder", type=expanduser, metavar="DIR", help="the gallery folder")
     add_index_options(check)
@@ -129,9 +130,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> int:
-    remote = Remote.of(args.index, args.folder, args.index_name)
-    catalogue = check_gallery(Path(args.folder), remote=remote)
-    print(f"{args.folder}: {len(catalogue.pictures)} pictures and {len(catalogue.captions)} captions, as written.")
+    """Check every byte of the database, and whether the server, if one is named, holds all of it."""
+    with closing(GalleryDatabase.open(Path(args.folder))) as database:
+        if faults := database.check():
+            raise database.damaged("; ".join([*faults[:3], *[f"and {len(faults) - 3} more"][: len(faults) > 3]]))
+        metadata = database.metadata
+        if (remote := Remote.of(args.index, args.folder, args.index_name)) is not None:
+            for kind in KINDS:
+                if len(ids := database.ids(kind)):
+                    remote.open(kind, metadata.fingerprint, ids).close()
+    print(f"{args.folder}: {metadata.num_pictures} pictures and {metadata.num_captions} captions, as written.")
     return 0
 
 
@@ -144,54 +152,39 @@ def _share(text: str) -> Partition:
 
 def _build(args: argparse.Namespace) -> int:
     use_size_options(args.max_megapixels, args.max_aspect_ratio)
-    with stopping_politely():
-        if (together := of_torchrun()) is not None:
-            return _build_together(args, together)
-        encoder = DualEncoder.load(args.model, revision=args.revision)
-        report = BuildReport()
-        if args.share:
-            with progress_bar(f"Embedding {args.share}") as show:
-                embed_share(args.source, args.out, encoder, args.share, progress=show, report=report, **_data(args))
-            print(f"Share {args.share}: {_counts(report)}. Once all are done, finish with the command without --share.")
-            return 0
+    data = {"format": args.format, "split": args.split}
+    report = BuildReport()
+    with sigterm_as_interrupt(), worker_group() as group:
+        encoder = DualEncoder.load(args.model, revision=args.revision, device=own_device() if group else None)
+        if group or args.share:
+            _embed_share(args, encoder, data, report, group)
+            if not group or group.rank:
+                return 0
+        before, report = report, BuildReport()
         with progress_bar() as show:
-            gallery = _finish(args, encoder, show, report)
+            gallery = build_gallery(
+                args.source, args.out, encoder, calibrate=not args.no_calibration, progress=show, report=report,
+                remote=Remote.of(args.index, args.out, args.index_name), **data,
+            )  # fmt: skip
+        if group:
+            report.encoded, report.reused = before.encoded + report.encoded, before.reused
     return _sum_up(args, gallery, report, encoder.preprocessor.max_length)
 
 
-def _build_together(args: argparse.Namespace, together: Together) -> int:
-    """Do this process's share; the first process then waits for the others and finishes the gallery."""
-    report = BuildReport()
-    with together.alive():
-        encoder = DualEncoder.load(args.model, revision=args.revision, device=own_device())
-        together.agree(encoder.fingerprint)
-        with progress_bar(f"Embedding {together.share}", quiet=not together.is_first) as show:
-            embed_share(args.source, args.out, encoder, together.share, progress=show, report=report, **_data(args))
-        print(f"Share {together.share}: {_counts(report)}.", flush=True)
-        together.done(encoded=report.encoded, reused=report.reused)
-        if not together.is_first:
-            return 0
-        for _, told in together.others():
-            report.encoded.update(told["encoded"])
-            report.reused.update(told["reused"])
-        last = BuildReport()
-        with progress_bar() as show:
-            gallery = _finish(args, encoder, show, last)
-    last.encoded.update(report.encoded)
-    last.reused = report.reused
-    return _sum_up(args, gallery, last, encoder.preprocessor.max_length)
-
-
-def _data(args: argparse.Namespace) -> dict[str, Any]:
-    remote = Remote.of(args.index, args.out, args.index_name)
-    return {"format": args.format, "split": args.split, "remote": remote}
-
-
-def _finish(args: argparse.Namespace, encoder: DualEncoder, show: Show, report: BuildReport) -> Gallery:
-    calibrate = not args.no_calibration
-    return build_gallery(
-        args.source, args.out, encoder, calibrate=calibrate, progress=show, report=report, **_data(args)
-    )
+def _embed_share(
+    args: argparse.Namespace, encoder: DualEncoder, data: dict[str, Any], report: BuildReport, group: WorkerGroup | None
+) -> None:
+    """Embed one share; among the processes of a torchrun, add up what all of them did."""
+    share = group.share if group else args.share
+    if group:
+        group.check_same_model(encoder.fingerprint)
+    with progress_bar(f"Embedding {share}", quiet=bool(group and group.rank)) as show:
+        embed_share(args.source, args.out, encoder, share, progress=show, report=report, **data)
+    counts = f"{report.encoded['pictures']} pictures and {report.encoded['captions']} captions encoded"
+    print(f"Share {share}: {counts}." + ("" if group else _LATER), flush=True)
+    if group:
+        encoded, reused = zip(*group.gather((report.encoded, report.reused)), strict=True)
+        report.encoded, report.reused = sum(encoded, Counter()), sum(reused, Counter())
 
 
 @contextmanager
@@ -206,17 +199,13 @@ def progress_bar(what: str = "Embedding", *, quiet: bool = False) -> Iterator[Sh
         yield show
 
 
-def _counts(report: BuildReport) -> str:
-    return f"{report.encoded['pictures']} pictures and {report.encoded['captions']} captions encoded"
-
-
 def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport, max_length: int) -> int:
     """Say what was read and what was not; returns the exit status."""
-    stamp = gallery.stamp
-    print(f"{args.out}: {len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {stamp.model}.")
+    metadata = gallery.metadata
+    print(f"{args.out}: {len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {metadata.model}.")
     for kind in ("pictures", "captions"):
         print(f"  {kind}: {report.encoded[kind]} encoded, {report.reused[kind]} reused")
-    print(f"  match probabilities: {gallery.stamp.judged_by or 'not calibrated'}")
+    print(f"  match probabilities: {metadata.judged_by or 'not calibrated'}")
     for line in [*describe_issues(report), *describe_truncated(report.cut, max_length)]:
         print(f"  {line}")
     if report.held:

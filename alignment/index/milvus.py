@@ -1,19 +1,17 @@
-"""The index on a Milvus server: one collection, for galleries that outgrow one machine.
+"""Vector index on a Milvus server: one collection, for galleries that outgrow one machine.
 
-Place in the flow: as `embedded`, behind the same face; several processes may use one collection. A row is an id, an
-embedding and its tags, an array of texts. Only what every Milvus from 2.3 on does the same way is asked of it: its own
-choice of an index, filters written out, no request larger than `REQUEST`.
+A row is an id, an embedding and its tags, an array of texts. Only requests that every Milvus from 2.3 on answers alike
+are used: its own choice of an index, literal filters, no message above `REQUEST_BYTES`.
 
-Searches are approximate where Milvus has built its index, as for any database; what they return are cosines as float32
-adds them up, and rows whose cosines differ by less than `TIE` count as equal and go by their ids. Where Milvus is of
-no help, for a subset or for more results than it returns, the rows are fetched piece by piece and ranked here.
+Searches are approximate. Their cosines are float32 sums, so those that differ by less than `SCORE_TOLERANCE` count as
+equal and are ordered by id. Where Milvus returns too few results, the embeddings are fetched and ranked here.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,112 +19,71 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alignment.index.exact import Positions, rank
-from alignment.index.face import Index
-from alignment.index.incoming import integers, new_rows, query_rows, refuse_unknown, subset_ids
-from alignment.index.server import SEARCHING, Server
+from alignment.index.server import SEARCH_TIMEOUT_S, Connection, Server
+from alignment.index.vector_index import Floats, Positions, VectorIndex, validate_embeds, validate_ids, validate_queries
 
-REQUEST = 4 << 20
-"""Bytes of embeddings in one request or answer; the least that servers take is some megabytes more."""
+REQUEST_BYTES = 4 << 20  # of embeddings in one request or answer; every server accepts some megabytes more
+MAX_LIMIT = 16_384  # rows that Milvus returns in one answer
+SCORE_TOLERANCE = 5e-7  # the observed rounding error of float32 sums
+LOAD_TIMEOUT_S = 600.0  # to load a collection into the memory of the server
+INDEX_TIMEOUT_S = 3600.0  # an index build without progress; Milvus reports whole segments, of up to 512 MB each
+PROVISIONAL_ROWS = 4096  # every row of smaller segments is compared; larger ones have a provisional index at first
 
-MOST = 16_384
-"""Rows that Milvus returns at most."""
+_MADE_BY, _FORMAT, _MARK = "image-text-alignment", 1, "_is_"
+_MIN_LIMIT = 256  # the graph search of Milvus is as wide as its limit: recall@10 .76 at 64, .98 at 256
+_ID_CHUNK = 4096
+_SESSION, _STRONG = "Session", "Strong"  # a read sees the writes of this connection | of all, which takes longer
 
-TIE = 5e-7
-"""Cosines that lie closer are equal: what float32 may be off by in practice."""
-
-LOADING = 600.0
-"""Seconds in which a collection has to be loaded into the server's memory."""
-
-_LEAST, _DEEPER = 64, 4  # rows asked for at least, and times as many where a tie reaches beyond them
-_IDS_AT_ONCE = 4096  # in a filter
-_TAG_BYTES, _TAGS = 65_535, 4096  # as long, and as many to a row, as Milvus allows
-_UNLISTED = 2**63 - 1  # by 2.3, where no filter is given
-_MARK = "_is_"
-_OURS = "image-text-alignment"
-_OWN, _ALL = "Session", "Strong"  # a read sees the writes made through this object, or everybody's, which takes longer
+Scores = NDArray[np.float32]
 
 
-class MilvusIndex(Index):
-    """A collection on a Milvus server.
+class MilvusIndex(VectorIndex):
+    """A collection on a Milvus server; several processes may use it at once.
 
-    Changes are kept as soon as a call returns. A search sees the changes made through this object; those of others
-    after a moment.
+    Attributes:
+        name: of the collection.
+        about: texts stored with the collection when it was created.
     """
 
     def __init__(self, server: Server, name: str) -> None:
-        """Open a collection and have it loaded.
-
-        Args:
-            server: where it lies.
-            name: of the collection.
+        """Open a collection and have the server load it.
 
         Raises:
-            FileNotFoundError: when there is none.
-            ValueError: when somebody else made it, or pymilvus is missing.
-            OSError: when the server does not answer or refuses us.
+            FileNotFoundError: if there is none.
+            ValueError: if another program made it, or pymilvus is not installed.
+            OSError: if the server does not answer or rejects the credentials.
         """
-        self.name = name
-        self._server = server.connect()
+        self.name, self._connection = name, Connection(server)
         try:
-            described = self._server.ask("describe_collection", name)
-            self._about, self._embed_dim = _read(described, name, server)
-            self._server.ask("load_collection", name, patience=LOADING)
+            described = self._connection.call("describe_collection", name)
+            self.about, self._embed_dim = read_description(described, f"The collection {name} at {server.uri}")
+            self._connection.call("load_collection", name, timeout=LOAD_TIMEOUT_S)
         except BaseException:
-            self._server.close()
+            self.close()
             raise
 
     @classmethod
     def create(cls, server: Server, name: str, embed_dim: int, about: Mapping[str, str]) -> MilvusIndex:
-        """Make an empty collection and open it.
-
-        Args:
-            server: where to.
-            name: letters, digits and underscores, no digit first.
-            embed_dim: width of the embeddings.
-            about: kept beside it for good.
-        """
+        """Create an empty collection, with texts that cannot be changed later, and open it."""
+        connection = Connection(server)
         from pymilvus import DataType, MilvusClient
 
-        connection = server.connect()
+        description = json.dumps({"made_by": _MADE_BY, "format": _FORMAT, **about})
+        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=description)
+        schema.add_field("id", DataType.INT64, is_primary=True)
+        schema.add_field("embed", DataType.FLOAT_VECTOR, dim=embed_dim)
+        schema.add_field("tags", DataType.ARRAY, element_type=DataType.VARCHAR, max_capacity=4096, max_length=65_535)
+        index = MilvusClient.prepare_index_params()
+        index.add_index("embed", index_type="AUTOINDEX", metric_type="IP", params={})
         try:
-            described = json.dumps({"made_by": _OURS, "format": 1, **about})
-            schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=described)
-            schema.add_field("id", DataType.INT64, is_primary=True)
-            schema.add_field("embed", DataType.FLOAT_VECTOR, dim=embed_dim)
-            tags = {"element_type": DataType.VARCHAR, "max_capacity": _TAGS, "max_length": _TAG_BYTES}
-            schema.add_field("tags", DataType.ARRAY, **tags)
-            index = MilvusClient.prepare_index_params()
-            index.add_index("embed", index_type="AUTOINDEX", metric_type="IP", params={})
-            connection.ask("create_collection", name, schema=schema, index_params=index, patience=LOADING)
+            connection.call("create_collection", name, schema=schema, index_params=index, timeout=LOAD_TIMEOUT_S)
         finally:
             connection.close()
         return cls(server, name)
 
-    @staticmethod
-    def exists(server: Server, name: str) -> bool:
-        """Whether there is a collection of this name."""
-        connection = server.connect()
-        try:
-            return bool(connection.ask("has_collection", name))
-        finally:
-            connection.close()
-
-    def drop(self) -> None:
-        """Delete the collection with all that is in it."""
-        self.unmark()
-        self._server.ask("drop_collection", self.name)
-
     def close(self) -> None:
-        """Let go of the server; nothing may be asked afterwards."""
-        self._server.close()
-
-    # ------------------------------------------------------------ reading
-
-    @property
-    def about(self) -> Mapping[str, str]:
-        """What its owner had written down beside it."""
-        return self._about
+        """Close the connection; the index cannot be used afterwards."""
+        self._connection.close()
 
     @property
     def embed_dim(self) -> int:
@@ -134,249 +91,184 @@ class MilvusIndex(Index):
         return self._embed_dim
 
     def __len__(self) -> int:
-        return self._count("")
+        return self._count("", _STRONG)
 
     def ids(self, tag: str | None = None) -> Tensor:
         """List the ids of all rows, or of those with a tag: (n,) int64, ascending."""
-        return torch.from_numpy(self._ids(_carries(tag)))
-
-    def tags(self) -> dict[str, int]:
-        """Count the rows of each tag, in order of the tags; reads the tags of every row."""
-        counts = Counter(tag for page in self._pages("", "tags") for row in page for tag in row["tags"])
-        named = {_read_tag(tag): count for tag, count in counts.items()}
-        return {tag: named[tag] for tag in sorted(named)}
+        condition = after = tag_filter(tag)
+        pages: list[Positions] = []
+        while not pages or len(pages[-1]) == MAX_LIMIT:
+            rows = self._query(after, "id", limit=MAX_LIMIT)  # the lowest ids, in any order
+            pages.append(np.sort(np.array([row["id"] for row in rows], np.int64)))
+            after = " and ".join(filter(None, [condition, f"id > {pages[-1][-1] if rows else 0}"]))
+        return torch.from_numpy(np.concatenate(pages))
 
     def embeds(self, ids: Tensor) -> Tensor:
-        """Fetch embeddings, (n, embed_dim) float32 in the order of the ids.
+        """Fetch embeddings, (n, embed_dim) float32 in the order of the ids; ValueError on an id that is not there."""
+        wanted, places = np.unique(validate_ids(ids), return_inverse=True)
+        rows, found = np.empty((len(wanted), self.embed_dim), np.float32), np.zeros(len(wanted), bool)
+        for level in (_SESSION, _STRONG):  # wait for the writes of others only where a row seems to be missing
+            for chunk in _chunks(wanted[~found], self._rows_per_request):
+                for row in self._query(f"id in {chunk.tolist()}", "id", "embed", level=level):
+                    place = np.searchsorted(wanted, row["id"])
+                    rows[place], found[place] = row["embed"], True
+        if not found.all():
+            raise ValueError(f"The index has no row with the id {wanted[~found][0]}.")
+        return torch.from_numpy(rows[places])
 
-        Raises:
-            ValueError: on an id that is not there.
-        """
-        distinct, places = np.unique(integers(ids), return_inverse=True)
-        found, there = np.empty((len(distinct), self.embed_dim), np.float32), np.zeros(len(distinct), bool)
-        for level in (_OWN, _ALL):  # to wait for what others write only where something seems to be missing
-            for part in _pieces(distinct[~there], self._rows_at_once):
-                for row in self._query(_among(part), "id", "embed", level=level):
-                    place = np.searchsorted(distinct, row["id"])
-                    found[place], there[place] = row["embed"], True
-        refuse_unknown(distinct[~there])
-        return torch.from_numpy(found[places])
+    def search(self, queries: Tensor, k: int, *, tag: str | None = None, extra: int = 0) -> tuple[Tensor, Tensor]:
+        """Find the k rows closest to each query, best first, ties by lower id; see `VectorIndex.search`."""
+        rows, wanted, found = validate_queries(queries, self.embed_dim, k, extra), k + extra, None
+        if not len(rows) or not wanted:
+            return torch.empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64)
+        if wanted <= MAX_LIMIT:
+            found = self._approximate(rows, k, wanted, tag_filter(tag))
+        scores, ids = found or self._exact(rows, wanted, self.ids(tag).numpy())
+        return torch.from_numpy(scores), torch.from_numpy(ids)
 
-    def search(
-        self, queries: Tensor, k: int, *, tag: str | None = None, subset: Tensor | None = None, extra: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Find the k rows closest to each query, best first, ties by lower id; see `Index.search`."""
-        rows, wanted = query_rows(queries, self.embed_dim, k, extra), k + extra
-        if subset is not None:
-            chosen = subset_ids(subset, lambda: self._ids(""))
-            refuse_unknown(np.setdiff1d(chosen, self._there(chosen)))
-            found = self._rank(rows, wanted, self._there(chosen, _carries(tag)))
-        elif not len(rows) or not wanted:
-            width = min(wanted, self._count(_carries(tag), _OWN)) if wanted else 0
-            found = np.empty((len(rows), width), np.float32), np.empty((len(rows), width), np.int64)
-        else:
-            found = self._nearest(rows, k, wanted, _carries(tag)) or self._rank(rows, wanted, self._ids(_carries(tag)))
-        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
-
-    def _nearest(
-        self, queries: NDArray[np.float64], k: int, wanted: int, condition: str
-    ) -> tuple[NDArray[np.float32], Positions] | None:
-        """Ask Milvus; None where it returns less than there is."""
-        if wanted > MOST:
+    def _approximate(self, queries: Floats, k: int, wanted: int, condition: str) -> tuple[Scores, Positions] | None:
+        """Let Milvus search; None if it returns fewer than k results though there are more."""
+        limit = min(max(wanted + wanted // 8, _MIN_LIMIT), MAX_LIMIT)
+        hits = self._hits(queries, limit, condition)
+        while (
+            k and limit < MAX_LIMIT and any(len(ids) == limit and scores[k - 1] == scores[-1] for scores, ids in hits)
+        ):
+            limit = min(limit * 4, MAX_LIMIT)  # rows beyond the limit may equal the k-th best and have lower ids
+            hits = self._hits(queries, limit, condition)
+        width = min(wanted, *(len(ids) for _, ids in hits))
+        if width < k and width < self._count(condition, _SESSION):
             return None
-        limit = min(max(wanted + wanted // 8, _LEAST), MOST)
-        found = self._hits(queries, limit, condition)
-        while limit < MOST and any(len(ids) == limit and _tied(scores, k) for scores, ids in found):
-            limit = min(limit * _DEEPER, MOST)
-            found = self._hits(queries, limit, condition)
-        width = min(wanted, *(len(ids) for _, ids in found)) if found else wanted
-        if width < wanted and width < min(k, self._count(condition, _OWN)):
-            return None
-        return np.stack([scores[:width] for scores, _ in found]), np.stack([ids[:width] for _, ids in found])
+        return np.stack([scores[:width] for scores, _ in hits]), np.stack([ids[:width] for _, ids in hits])
 
-    def _hits(
-        self, queries: NDArray[np.float64], limit: int, condition: str
-    ) -> list[tuple[NDArray[np.float32], Positions]]:
+    def _hits(self, queries: Floats, limit: int, condition: str) -> list[tuple[Scores, Positions]]:
+        options: dict[str, Any] = {"anns_field": "embed", "limit": limit, "filter": condition}
+        options |= {"search_params": {"metric_type": "IP", "params": {}}, "consistency_level": _SESSION}
         found = []
-        for part in _pieces(queries.astype(np.float32), max(1, min(self._rows_at_once, REQUEST // (16 * limit)))):
-            answers = self._server.ask(
-                "search",
-                self.name,
-                data=list(part),
-                anns_field="embed",
-                limit=limit,
-                filter=condition,
-                search_params={"metric_type": "IP", "params": {}},
-                consistency_level=_OWN,
-                patience=SEARCHING,
-            )
-            for hits in answers:
-                scores = np.array([hit["distance"] for hit in hits], np.float32)
-                found.append(_in_order(scores, np.array([hit["id"] for hit in hits], np.int64)))
+        for chunk in _chunks(queries.astype(np.float32), max(1, REQUEST_BYTES // (16 * limit + 4 * self.embed_dim))):
+            options |= {"data": list(chunk), "timeout": SEARCH_TIMEOUT_S}
+            found += [order_hits(hits) for hits in self._connection.call("search", self.name, **options)]
         return found
 
-    def _rank(self, queries: NDArray[np.float64], wanted: int, ids: Positions) -> tuple[NDArray[np.float32], Positions]:
-        """Rank rows exactly; they are fetched piece by piece."""
-        scores, best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        for part in _pieces(ids, self._rows_at_once):
-            more, places = rank(self.embeds(torch.from_numpy(part)).numpy(), queries, wanted)
-            scores, best = np.concatenate([scores, more], 1), np.concatenate([best, part[places]], 1)
-            order = np.lexsort((best, -scores), axis=1)[:, :wanted]
-            scores, best = np.take_along_axis(scores, order, 1), np.take_along_axis(best, order, 1)
-        return scores, best
-
-    # ------------------------------------------------------------ changing
+    def _exact(self, queries: Floats, wanted: int, ids: Positions) -> tuple[Scores, Positions]:
+        """Fetch rows, by ascending ids, and rank them in float64."""
+        rows = self.embeds(torch.from_numpy(ids)).double().numpy()
+        scores = (queries @ rows.T).astype(np.float32)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
+        return np.take_along_axis(scores, order, 1), ids[order]
 
     def upsert(self, ids: Tensor, embeds: Tensor, tags: Sequence[Collection[str]] | None = None) -> None:
-        """Add rows; one whose id is there already takes the place of the old one; see `Index.upsert`."""
-        numbers, rows, names = new_rows(ids, embeds, tags, self.embed_dim)
-        if len(numbers) and numbers[-1] == _UNLISTED:
-            raise ValueError(f"Milvus does not list a row with the id {_UNLISTED}; choose another.")
-        written = [_written_tags(row) for row in names] if names is not None else [[] for _ in numbers]
-        for places in _pieces(np.arange(len(numbers)), self._rows_at_once):
-            wide = rows[places].astype(np.float32)
-            data = [
-                {"id": int(numbers[place]), "embed": row, "tags": written[place]}
-                for place, row in zip(places.tolist(), wide, strict=True)
-            ]
-            self._server.ask("upsert", self.name, data=data)
-
-    def delete(self, ids: Tensor) -> int:
-        """Take rows out; ids that are not there do no harm. Returns how many went."""
-        there = self._there(np.unique(integers(ids)))
-        for part in _pieces(there, _IDS_AT_ONCE):
-            self._server.ask("delete", self.name, filter=_among(part))
-        return len(there)
-
-    def mark(self, text: str) -> None:
-        """Put a mark on the collection, besides those it has.
-
-        Whoever fills it marks what is in it, once all of that is, so that nobody has to look. A mark is an alias of the
-        collection: every server knows these.
+        """Add rows, or replace those whose id is there already; they are durable when the call returns.
 
         Args:
-            text: letters and digits.
+            ids: (n,) int64, each once.
+            embeds: (n, embed_dim), unit-norm, any floating type; ValueError if not finite or of another width.
+            tags: of each row; none if left out.
         """
-        if text not in self.marks:
-            self._server.ask("create_alias", self.name, self.name + _MARK + text)
+        rows, texts = validate_embeds(embeds.float()), [sorted(map(encode_tag, row)) for row in tags or [()] * len(ids)]
+        if rows.shape[1] != self.embed_dim or not np.isfinite(rows).all():
+            raise ValueError(f"Embeddings must be finite and {self.embed_dim} wide, unlike {tuple(rows.shape)}.")
+        columns = zip(ids.tolist(), rows, texts, strict=True)
+        data = [{"id": number, "embed": row, "tags": tags} for number, row, tags in columns]
+        for start in range(0, len(data), self._rows_per_request):
+            self._connection.call("upsert", self.name, data=data[start : start + self._rows_per_request])
 
-    def unmark(self, but: str = "") -> None:
-        """Take the marks off, but for one."""
-        for mark in self.marks:
-            if mark != but:
-                self._server.ask("drop_alias", self.name + _MARK + mark)
+    def delete(self, ids: Tensor) -> None:
+        """Delete rows; ids that are not there are ignored."""
+        for chunk in _chunks(ids.numpy(), _ID_CHUNK):
+            self._connection.call("delete", self.name, filter=f"id in {chunk.tolist()}")
+
+    def drop(self) -> None:
+        """Delete the collection with all its rows."""
+        self.unmark()
+        self._connection.call("drop_collection", self.name)
+
+    def wait_until_indexed(self, progress: Callable[[int], object] = lambda rows: None) -> None:
+        """Wait until the server has built its own index; before, recall@10 of 20,000 rows was .83 (Milvus 2.3.5).
+
+        `progress` is called every second with the number of rows that are not indexed yet. ConnectionError if nothing
+        was indexed for `INDEX_TIMEOUT_S`.
+        """
+        fewest, end = 0, 0.0
+        while (left := self._unindexed()) > PROVISIONAL_ROWS:
+            if not end:  # Milvus builds no index on segments that still grow
+                self._connection.call("flush", self.name, timeout=LOAD_TIMEOUT_S)
+            if not end or left < fewest:
+                fewest, end = left, time.monotonic() + INDEX_TIMEOUT_S
+            if time.monotonic() > end:
+                raise ConnectionError(f"{self.name}: the server does not index {left} rows; run the command again.")
+            progress(left)
+            time.sleep(1.0)
+
+    def _unindexed(self) -> int:
+        """Count rows in large segments without an index: not built yet | built, not loaded yet | still growing."""
+        pending = int(self._connection.call("describe_index", self.name, "embed")["pending_index_rows"])
+        loaded = [(each.num_rows, each.index_id) for each in self._connection.call("list_loaded_segments", self.name)]
+        unused = sum(rows for rows, index in loaded if not index and rows > PROVISIONAL_ROWS)
+        return max(pending, unused, len(self) - sum(rows for rows, _ in loaded))
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The marks that it carries."""
-        described = self._server.ask("describe_collection", self.name)
+        """Texts that the collection is marked with: aliases, which every server supports."""
+        aliases = self._connection.call("describe_collection", self.name).get("aliases", ())
         start = self.name + _MARK
-        return tuple(alias.removeprefix(start) for alias in described.get("aliases", ()) if alias.startswith(start))
+        return tuple(alias.removeprefix(start) for alias in aliases if alias.startswith(start))
 
-    # ------------------------------------------------------------ requests
+    def mark(self, text: str) -> None:
+        """Add a mark, letters and digits, such as a digest of the rows once all of them are there."""
+        if text not in self.marks:
+            self._connection.call("create_alias", self.name, self.name + _MARK + text)
+
+    def unmark(self, keep: str = "") -> None:
+        """Remove all marks, or all but one."""
+        for mark in self.marks:
+            if mark != keep:
+                self._connection.call("drop_alias", self.name + _MARK + mark)
 
     @property
-    def _rows_at_once(self) -> int:
-        return max(1, min(_IDS_AT_ONCE, REQUEST // (4 * self.embed_dim)))
+    def _rows_per_request(self) -> int:
+        return max(1, min(_ID_CHUNK, REQUEST_BYTES // (4 * self.embed_dim)))
 
-    def _query(self, condition: str, *fields: str, level: str = _ALL, **options: Any) -> list[dict[str, Any]]:
-        asked = {"filter": condition, "output_fields": list(fields), "consistency_level": level, **options}
-        return list(self._server.ask("query", self.name, **asked))
+    def _query(self, condition: str, *fields: str, level: str = _STRONG, **options: Any) -> list[dict[str, Any]]:
+        options |= {"filter": condition, "output_fields": list(fields), "consistency_level": level}
+        return list(self._connection.call("query", self.name, **options))
 
-    def _count(self, condition: str, level: str = _ALL) -> int:
+    def _count(self, condition: str, level: str) -> int:
         return int(self._query(condition, "count(*)", level=level)[0]["count(*)"])
 
-    def _pages(self, condition: str, *fields: str) -> Iterator[list[dict[str, Any]]]:
-        """Read rows in the order of their ids, some thousand at a time."""
-        after = condition
-        while True:
-            page = sorted(self._query(after, "id", *fields, limit=MOST), key=lambda row: row["id"])
-            yield page
-            if len(page) < MOST:
-                return
-            after = " and ".join(filter(None, [condition, f"id > {page[-1]['id']}"]))
 
-    def _ids(self, condition: str) -> Positions:
-        pages = [np.array([row["id"] for row in page], np.int64) for page in self._pages(condition)]
-        return np.concatenate(pages)
-
-    def _there(self, ids: Positions, condition: str = "") -> Positions:
-        """Tell which of these ids have a row, ascending."""
-        none = np.empty(0, np.int64)
-        parts = []
-        for part in _pieces(ids, _IDS_AT_ONCE):
-            rows = self._query(" and ".join(filter(None, [_among(part), condition])), "id")
-            parts.append(np.array([row["id"] for row in rows], np.int64))
-        return np.sort(np.concatenate([none, *parts]))
-
-
-def _read(described: Mapping[str, Any], name: str, server: Server) -> tuple[dict[str, str], int]:
-    """Read what a collection says of itself."""
+def read_description(described: Mapping[str, Any], collection: str) -> tuple[dict[str, str], int]:
+    """Read the texts and the width that a collection was created with; ValueError if another program made it."""
     try:
         about = json.loads(described["description"])
-        if about.pop("made_by") != _OURS:
-            raise ValueError
-        widths = [field["params"]["dim"] for field in described["fields"] if field["name"] == "embed"]
-        form = about.pop("format")
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"The collection {name} at {server.uri} was made by another program; choose a name.") from None
-    if form != 1:
-        raise ValueError(f"The collection {name} at {server.uri} has the format {form}, and this version reads 1.")
-    return about, int(widths[0])
+        if (about.pop("made_by"), about.pop("format")) == (_MADE_BY, _FORMAT):
+            return about, next(int(field["params"]["dim"]) for field in described["fields"] if field["name"] == "embed")
+    except (ValueError, KeyError, AttributeError, TypeError, StopIteration):
+        pass
+    raise ValueError(f"{collection} was made by another program, or another version of this; choose a name.")
 
 
-# ---------------------------------------------------------------- filters
+def tag_filter(tag: str | None) -> str:
+    """Return the filter expression for rows with a tag; "" for None."""
+    if tag is None:
+        return ""
+    literal = encode_tag(tag).replace("\\", "\\\\").replace('"', '\\"')
+    return f'array_contains(tags, "{literal}")'
 
 
-def _carries(tag: str | None) -> str:
-    """Write the filter for a tag; empty for None."""
-    return "" if tag is None else f"array_contains(tags, {_quoted(_write_tag(tag))})"
-
-
-def _among(ids: Positions) -> str:
-    """Write the filter for some ids."""
-    return f"id in [{', '.join(map(str, ids.tolist()))}]"
-
-
-def _write_tag(tag: str) -> str:
-    """Write any text as one without control characters, which may hold what is no Unicode: names of files do."""
+def encode_tag(tag: str) -> str:
+    """Escape control characters and lone surrogates, which names of files may contain, as JSON does."""
     return json.dumps(tag, ensure_ascii=False)[1:-1].encode("utf-8", "backslashreplace").decode()
 
 
-def _read_tag(written: str) -> str:
-    """Undo `_write_tag`."""
-    return str(json.loads(f'"{written}"'))
-
-
-def _quoted(text: str) -> str:
-    """Quote a text for a filter; after `_write_tag` only backslashes and quotes mean anything."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _written_tags(tags: Collection[str]) -> list[str]:
-    written = sorted({_write_tag(tag) for tag in tags})
-    if len(written) > _TAGS or any(len(tag.encode()) > _TAG_BYTES for tag in written):
-        raise ValueError(f"Milvus keeps {_TAGS} tags of {_TAG_BYTES} bytes to a row, and this one has more.")
-    return written
-
-
-# ---------------------------------------------------------------- order
-
-
-def _in_order(scores: NDArray[np.float32], ids: Positions) -> tuple[NDArray[np.float32], Positions]:
-    """Sort results, best first, equal ones by id and with equal scores."""
+def order_hits(hits: Sequence[Mapping[str, Any]]) -> tuple[Scores, Positions]:
+    """Sort hits, best first; those within `SCORE_TOLERANCE` get the same score and are ordered by id."""
+    scores, ids = np.array([hit["distance"] for hit in hits], np.float32), np.array([hit["id"] for hit in hits])
     best = np.argsort(-scores, kind="stable")
-    scores, ids = scores[best], ids[best]
-    groups = np.concatenate([[0], np.cumsum(scores[:-1] - scores[1:] > TIE)]).astype(np.int64)[: len(scores)]
-    order = np.lexsort((ids, groups))
-    return scores[np.searchsorted(groups, groups)], ids[order]
+    scores, ids = scores[best], ids[best].astype(np.int64)
+    groups = np.concatenate([[0], np.cumsum(scores[:-1] - scores[1:] > SCORE_TOLERANCE)])[: len(scores)]
+    return scores[np.searchsorted(groups, groups)], ids[np.lexsort((ids, groups))]
 
 
-def _tied(scores: NDArray[np.float32], k: int) -> bool:
-    """Whether the k-th best is as good as the last one, so that others may be as good."""
-    return 0 < k <= len(scores) and bool(scores[k - 1] == scores[-1])
-
-
-def _pieces(array: NDArray, size: int) -> Iterator[NDArray]:
+def _chunks(array: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
     for start in range(0, len(array), size):
         yield array[start : start + size]

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.durable import open_up
+from alignment.atomic import apply_umask
 from alignment.model import probes, zerogpu
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
 from alignment.model.devices import best_device, find_device
@@ -194,7 +194,7 @@ class DualEncoder:
         with without_progress_bar():
             self.module.save_pretrained(folder)
         for weights in Path(folder).glob("*.safetensors"):
-            open_up(weights)
+            apply_umask(weights)
         self.preprocessor.save(folder)
 
     @property

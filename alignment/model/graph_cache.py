@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.durable import put_in_place, read_sealed, sha256_of, sweep, write_sealed
+from alignment.atomic import atomic_write, read_json_checksummed, remove_stale_temp, sha256_of, write_json_checksummed
 from alignment.model.openvino import OpenVINOTower, native_precision, openvino
 from alignment.model.tower import Kind
 
@@ -77,7 +77,7 @@ class GraphCache:
     def info(self) -> ModelInfo | None:
         """Read what is known of the model."""
         try:
-            return ModelInfo(**read_sealed(self.entry / "facts.json")) if self.entry else None
+            return ModelInfo(**read_json_checksummed(self.entry / "facts.json")) if self.entry else None
         except (OSError, ValueError, TypeError):
             return None
 
@@ -90,7 +90,7 @@ class GraphCache:
         if self.entry is None or not (self.entry / f"{kind}.json").is_file() or openvino() is None:
             return None
         try:
-            about = read_sealed(self.entry / f"{kind}.json")
+            about = read_json_checksummed(self.entry / f"{kind}.json")
             files = {name: sha256_of(self.entry / name) for name in about["files"]}
             if files != about["files"] or about["made_by"] != _version_token():
                 return None
@@ -132,9 +132,9 @@ class GraphCache:
         }
         try:
             self.entry.mkdir(parents=True, exist_ok=True)
-            sweep(self.entry)
+            remove_stale_temp(self.entry)
             for part in parts:
-                with put_in_place(self.entry / part.name) as fresh:  # another process may be reading the old file
+                with atomic_write(self.entry / part.name) as fresh:  # another process may be reading the old file
                     shutil.copyfile(part, fresh)
         except OSError as error:
             logger.warning("The %s graph is not kept for the next start, which takes longer: %s", kind, error)
@@ -147,7 +147,7 @@ class GraphCache:
         if self.entry is None:
             return
         try:
-            write_sealed(self.entry / name, content)
+            write_json_checksummed(self.entry / name, content)
         except OSError as error:
             logger.warning("%s is not kept for the next start, which takes longer: %s", name, error)
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignment.durable import read_sealed, sha256_of, sync_tree, write_sealed
+from alignment.atomic import fsync_tree, read_json_checksummed, sha256_of, write_json_checksummed
 
 
 def write_checksums(folder: Path, name: str) -> None:
     """Flush a folder to disk and write the sha256 of its files to the file `name` in it."""
-    sync_tree(folder)
-    write_sealed(folder / name, {path.name: sha256_of(path) for path in sorted(folder.iterdir())})
+    fsync_tree(folder)
+    write_json_checksummed(folder / name, {path.name: sha256_of(path) for path in sorted(folder.iterdir())})
 
 
 def verify_checksums(folder: Path, name: str) -> None:
@@ -23,6 +23,6 @@ def verify_checksums(folder: Path, name: str) -> None:
         OSError: when a file is missing or cannot be read.
         ValueError: when a file has changed.
     """
-    for file, sha256 in read_sealed(folder / name).items():
+    for file, sha256 in read_json_checksummed(folder / name).items():
         if sha256_of(folder / file) != sha256:
             raise ValueError(f"{file} is not as it was written")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from alignment.durable import explain
+from alignment.atomic import describe_error
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.train.config import DATA, RESULT, TrainConfig
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"train: {error.name} is missing; install what training needs with: pip install '.[train]'"
         ) from error
     except (OSError, ValueError, FloatingPointError) as error:
-        raise SystemExit(f"train: {explain(error, _RETRY)}") from error
+        raise SystemExit(f"train: {describe_error(error, _RETRY)}") from error
     except KeyboardInterrupt as error:
         raise SystemExit("train: interrupted; if it was training already, go on with --resume") from error
 

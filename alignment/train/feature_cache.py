@@ -22,7 +22,7 @@ from PIL import ImageOps
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alignment.durable import sole_writer, sync
+from alignment.atomic import exclusive_lock, fsync_path
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
 from alignment.train.checksums import verify_checksums, write_checksums
@@ -117,13 +117,13 @@ class CachedFeatures:
     def fill(self, *, batch_size: int = 16, progress: Progress | None = None) -> None:
         """Compute the features, unless the files are there and intact; an interrupted computation starts again."""
         if not self._is_intact():
-            with sole_writer(self.folder.parent, patience=-1):  # another run may be computing the same features
+            with exclusive_lock(self.folder.parent, timeout=-1):  # another run may be computing the same features
                 if not self._is_intact():
                     shutil.rmtree(self.folder, ignore_errors=True)
                     partial = self.folder.with_suffix(".partial")
                     self._write(partial, batch_size, progress)
                     partial.replace(self.folder)
-            sync(self.folder.parent)
+            fsync_path(self.folder.parent)
         self._maps = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
 
     def _write(self, folder: Path, batch_size: int, progress: Progress | None) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.durable import write_file
+from alignment.atomic import write_file
 
 REPOSITORY = "USER/NAME"
 """Placeholder in a model card; `push_to_hub` replaces it with the repository's id."""

@@ -20,8 +20,8 @@ from typing import Any
 
 from accelerate import PartialState
 
+from alignment.atomic import exclusive_lock, fsync_path, wrap_write_errors
 from alignment.data import describe_truncated
-from alignment.durable import foreign_errors, sole_writer, sync
 from alignment.evaluate import Difference, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import find_device
 from alignment.picture_limits import use_size_options
@@ -79,7 +79,7 @@ def train(
     processes = PartialState(cpu=_is_on_cpu(config, folder, resume), timeout=_COLLECTIVE_TIMEOUT)
     with ExitStack() as held:
         if processes.is_main_process:
-            held.enter_context(sole_writer(folder, patience=_LOCK_TIMEOUT if resume else 0))
+            held.enter_context(exclusive_lock(folder, timeout=_LOCK_TIMEOUT if resume else 0))
             acquire(folder, resume=resume)
         processes.wait_for_everyone()
         log = log if processes.is_main_process else _discard
@@ -193,12 +193,12 @@ def _hub_id(name: str | None) -> str | None:
 def _write(setup: Setup, record: RunRecord) -> None:
     """Write model, report and model card, then delete what only training needs."""
     folder = setup.folder
-    with foreign_errors(folder):
+    with wrap_write_errors(folder):
         setup.encoder.save(folder)
     write_report(record, folder)
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     for path in folder.iterdir():
         if path.is_file():
-            sync(path)
+            fsync_path(path)
     record.to_json(folder / RECORD)  # from now on the run counts as finished
     clear_away(folder)

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from alignment.durable import ASIDE, LOCK, read_sealed, write_sealed
+from alignment.atomic import LOCK, TEMP_PREFIX, read_json_checksummed, write_json_checksummed
 from alignment.model import best_device
 from alignment.train.config import TrainConfig
 from alignment.train.prepare import Prepared
@@ -44,7 +44,7 @@ class ResumeState:
 
     def write(self, folder: Path) -> None:
         """Write `settings.json` atomically."""
-        write_sealed(folder / SETTINGS, asdict(self))
+        write_json_checksummed(folder / SETTINGS, asdict(self))
 
     def resume(self, config: TrainConfig) -> ResumeState:
         """Return the state to resume with: as saved, but for the folder and the minutes of `config`.
@@ -107,7 +107,7 @@ def acquire(folder: Path, *, resume: bool) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    return path.name not in (FEATURES, LOCK) and not path.name.startswith(ASIDE)
+    return path.name not in (FEATURES, LOCK) and not path.name.startswith(TEMP_PREFIX)
 
 
 def clear_away(folder: Path) -> None:
@@ -120,7 +120,7 @@ def clear_away(folder: Path) -> None:
 def read_resume_state(folder: Path) -> ResumeState:
     """Read the state of an interrupted run; raises ValueError when the file is damaged."""
     try:
-        values = read_sealed(folder / SETTINGS)
+        values = read_json_checksummed(folder / SETTINGS)
         config, recipe = TrainConfig.from_dict(values["config"]), Recipe(**values["recipe"])
         return ResumeState(**values | {"config": config, "recipe": recipe})
     except (KeyError, TypeError, ValueError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from alignment.durable import foreign_errors
+from alignment.atomic import wrap_write_errors
 
 
 class CheckpointHook(Trainer):
@@ -24,6 +24,6 @@ class CheckpointHook(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        with foreign_errors(folder):
+        with wrap_write_errors(folder):
             super()._save_checkpoint(model, trial)
         self.finish_checkpoint(folder)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 from milvus_server import MilvusServer
-from pymilvus import MilvusClient
 
 from alignment.index import Server
 
@@ -25,10 +24,3 @@ def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
 @pytest.fixture
 def place(milvus: MilvusServer) -> Server:
     return Server.at(milvus.uri, {})
-
-
-@pytest.fixture(scope="session")
-def milvus_client(milvus: MilvusServer) -> Iterator[MilvusClient]:
-    client = MilvusClient(uri=milvus.uri, dedicated=True)
-    yield client
-    client.close()

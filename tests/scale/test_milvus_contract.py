@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import count
 
 import pytest
 import torch
-from index_contract import IndexContract, NewIndex, Reopen, unit
+from index_contract import IndexContract, NewIndex, unit
+from torch import Tensor
 
-from alignment.index import Index, MilvusIndex, Server
+from alignment.index import MilvusIndex, Server, VectorIndex
 
 NUMBERS = count()
 
@@ -18,8 +19,9 @@ NUMBERS = count()
 def new_index(place: Server) -> Iterator[NewIndex]:
     made: list[MilvusIndex] = []
 
-    def new(dim: int) -> Index:
-        made.append(MilvusIndex.create(place, f"contract_{next(NUMBERS)}", dim, {}))
+    def new(ids: Tensor, embeds: Tensor, tags: Sequence[Collection[str]] | None = None) -> VectorIndex:
+        made.append(MilvusIndex.create(place, f"contract_{next(NUMBERS)}", embeds.shape[1], {}))
+        made[-1].upsert(ids, embeds, tags)
         return made[-1]
 
     yield new
@@ -28,23 +30,9 @@ def new_index(place: Server) -> Iterator[NewIndex]:
         index.close()
 
 
-@pytest.fixture
-def reopen(place: Server) -> Iterator[Reopen]:
-    opened: list[MilvusIndex] = []
-
-    def again(index: Index) -> Index:
-        assert isinstance(index, MilvusIndex)
-        opened.append(MilvusIndex(place, index.name))
-        return opened[-1]
-
-    yield again
-    for index in opened:
-        index.close()
-
-
 @pytest.fixture(scope="module")
-def kept(milvus) -> Iterator[Index]:
-    index = MilvusIndex.create(Server.at(milvus.uri, {}), "contract_untouched", 16, {})
+def kept(milvus) -> Iterator[VectorIndex]:
+    index = MilvusIndex.create(Server.at(milvus.uri, {}), "contract_small", 16, {})
     index.upsert(torch.arange(20), unit(20))
     yield index
     index.drop()
@@ -52,7 +40,7 @@ def kept(milvus) -> Iterator[Index]:
 
 
 @pytest.fixture
-def untouched(kept: Index) -> Index:
+def small(kept: VectorIndex) -> VectorIndex:
     return kept
 
 

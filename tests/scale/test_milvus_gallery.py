@@ -1,115 +1,123 @@
-"""A gallery whose embeddings lie on a Milvus server: pushed, served, brought up to date, fetched back."""
+"""A gallery on a Milvus server: pushed, brought up to date, fetched back, and kept apart from other galleries."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import shutil
-from collections.abc import Callable, Iterator
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torch import Tensor
 
-import app
-from alignment.calibration import BORROWED, Background
-from alignment.catalogue import Caption, FileState, Picture, Stamp
-from alignment.engine.queries import parse_query
-from alignment.gallery import BuildReport, Gallery, Judge, build_gallery, main
-from alignment.gallery.remote import Remote
+from alignment.gallery.database import DATABASE, GalleryDatabase
+from alignment.gallery.milvus_sync import Remote, add_push
+from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture
+from alignment.gallery.writer import write_gallery
 from alignment.index import MilvusIndex, Server
-from alignment.model import DualEncoder
+from alignment.index.server import Connection
 
-MANY, DIM = 4500, 24
+DIM, COUNT = 24, 3000
+FINGERPRINT = "f00d" * 16
 NUMBERS = count()
 
 
-class Encoder:
-    """What `Gallery.load` wants to know of the model."""
-
-    name, fingerprint = "some/model", "f00d" * 16
-
-
-def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+def unit(*shape: int, seed: int = 0) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def made(count: int = MANY) -> Gallery:
-    pictures = [
-        Picture(f"p{row}", f"trip {row % 3}/{row // 100}/{row}.jpg", file=FileState(1, 1, f"sha{row}"))
+def pictures(count: int = COUNT, prefix: str = "p") -> list[Picture]:
+    return [
+        Picture(
+            f"{prefix}{row}",
+            f"trip {row % 3}/{row // 100}/{row}.jpg",
+            file=FileFingerprint(1, 1, f"{ord(prefix[0]):02x}{row:062x}"),
+        )
         for row in range(count)
     ]
-    captions = [Caption(f"c{row}", f"caption {row}", ("en", "zh", "")[row % 3]) for row in range(20)]
-    judge = Judge(BORROWED, Background(unit(30, DIM, seed=8), unit(40, DIM, seed=9)))
-    stamp = Stamp(Encoder.fingerprint, Encoder.name, 20.0, None, calibration=BORROWED.to_dict(), judged_by="borrowed")
-    return Gallery(pictures, captions, unit(count, DIM), unit(20, DIM, seed=1), stamp, judge=judge)
+
+
+CAPTIONS = [Caption(f"c{row}", f"caption {row}", ("en", "zh", "")[row % 3]) for row in range(20)]
+
+
+def write(
+    folder: Path, items: Sequence[Picture], embeds: Tensor | None = None, captions: Sequence[Caption] = CAPTIONS, **more
+) -> None:
+    metadata = replace(GalleryMetadata(FINGERPRINT, "some/model", 20.0, None), **more)
+    rows = unit(len(items), DIM) if embeds is None else embeds
+    write_gallery(folder, items, captions, {"picture": [rows], "caption": [unit(20, DIM, seed=1)]}, DIM, metadata, {})
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A gallery folder whose name nobody else has on the server."""
+    """A gallery folder; no other gallery on the server has its name."""
     folder = tmp_path / f"album_{next(NUMBERS)}"
-    made().save(folder)
+    write(folder, pictures())
     return folder
 
 
 @pytest.fixture
 def remote(folder: Path, place: Server) -> Iterator[Remote]:
-    """Where it goes; deleted afterwards."""
+    """Its collections on the server; deleted afterwards."""
     remote = Remote(place, folder.name, folder)
     yield remote
-    for index in remote.sides(Encoder.fingerprint, ("image_embeds", "text_embeds")):
-        index.drop()
-        index.close()
+    remote.drop(FINGERPRINT)
 
 
-def load(folder: Path, remote: Remote | None = None) -> Gallery:
-    return Gallery.load(folder, Encoder(), remote)  # type: ignore[arg-type]
+def run(command: str, folder: Path, remote: Remote, *options: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_push(parser.add_subparsers())
+    args = parser.parse_args([command, str(folder), "--index", remote.server.uri, *options])
+    assert args.run(args) == 0
 
 
-def push(folder: Path, remote: Remote, *options: str) -> int:
-    return main(["push", str(folder), "--index", remote.server.uri, *options])
+def push(folder: Path, remote: Remote, *options: str) -> None:
+    run("push", folder, remote, *options)
 
 
-def test_results_are_those_of_the_folder(folder: Path, remote: Remote) -> None:
-    assert push(folder, remote) == 0
-    here, there = load(folder), load(folder, remote)
-    shutil.rmtree(next(folder.glob("image_embeds-*")))  # it is not needed any more
-    assert there.pictures == here.pictures
-    assert there.folders == here.folders
-    assert "embeds" not in vars(there.images)
-    for query in unit(6, DIM, seed=5):
-        for tag in (None, "trip 1", "trip 1/7", "nowhere"):
-            one, other = here.search_images(query, 12, tag=tag), there.search_images(query, 12, tag=tag)
-            assert [match.item.id for match in other.matches] == [match.item.id for match in one.matches]
-            for what in ("similarity", "share", "probability"):
-                said = [[getattr(match, what) for match in found.matches] for found in (one, other)]
-                near = 0.25 if what == "share" else 0.01  # shares are estimates, see `Side.shares`
-                assert said[1] == pytest.approx(said[0], rel=near, abs=2e-3)
-            assert (other.fits, len(other.groups)) == (one.fits, len(one.groups))
-        one, other = here.search_captions(query, 5, lang="zh"), there.search_captions(query, 5, lang="zh")
-        assert [match.item.id for match in other.matches] == [match.item.id for match in one.matches]
-    rows = torch.tensor([4000, 3, 3, 17])
-    torch.testing.assert_close(there.images[rows], made().images[rows], atol=1e-3, rtol=0)
+def opened(folder: Path, remote: Remote) -> MilvusIndex:
+    """Open the pictures' collection as the app does."""
+    with closing(GalleryDatabase.open(folder)) as database:
+        return replace(remote, folder=folder).open("picture", database.metadata.fingerprint, database.ids("picture"))
+
+
+def exists(place: Server, name: str) -> bool:
+    with closing(Connection(place)) as connection:
+        return bool(connection.call("has_collection", name))
 
 
 def test_a_push_says_what_it_does_and_a_second_one_does_nothing(
     folder: Path, remote: Remote, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = f"{folder.name}_image_embeds_f00df00df00d"
-    assert push(folder, remote, "--dry-run") == 0
-    assert f"{name}: {MANY} rows, {MANY} to be sent, 0 to be taken out" in capsys.readouterr().out
-    assert not MilvusIndex.exists(remote.server, name)
-    assert push(folder, remote) == 0
-    assert f"{name}: {MANY} rows, {MANY} sent, 0 were there, 0 taken out" in capsys.readouterr().out
-    assert push(folder, remote) == 0
-    assert f"{name}: {MANY} rows, 0 sent, {MANY} were there, 0 taken out" in capsys.readouterr().out
-    assert push(folder, remote, "--drop") == 0
-    assert f"{name}: deleted, {MANY} rows" in capsys.readouterr().out
-    assert not MilvusIndex.exists(remote.server, name)
+    push(folder, remote, "--dry-run")
+    assert f"{name}: {COUNT} rows, {COUNT} to be sent, 0 to be taken out" in capsys.readouterr().out
+    assert not exists(remote.server, name)
+    push(folder, remote)
+    assert f"{name}: {COUNT} rows, {COUNT} sent, 0 were there, 0 taken out" in capsys.readouterr().out
+    push(folder, remote)
+    assert f"{name}: {COUNT} rows, 0 sent, {COUNT} were there, 0 taken out" in capsys.readouterr().out
+    push(folder, remote, "--drop")
+    assert f"{name}: deleted, {COUNT} rows" in capsys.readouterr().out
+    assert not exists(remote.server, name)
+
+
+def test_rows_and_tags_of_the_folder_are_on_the_server(folder: Path, remote: Remote) -> None:
+    push(folder, remote)
+    with closing(GalleryDatabase.open(folder)) as database, closing(opened(folder, remote)) as index:
+        ids = database.ids("picture")
+        torch.testing.assert_close(index.embeds(ids), database.embeds("picture", ids).float())
+        for tag in (None, "trip 1", "trip 1/7", "trip", "nowhere"):
+            assert index.ids(tag).equal(database.ids("picture", tag).sort().values)
+        ids = database.ids("caption")
+        with closing(remote.open("caption", FINGERPRINT, ids)) as captions:
+            for lang in ("zh", ""):
+                assert captions.ids(lang).equal(database.ids("caption", lang).sort().values)
 
 
 def test_a_push_that_was_interrupted_goes_on(
@@ -117,206 +125,120 @@ def test_a_push_that_was_interrupted_goes_on(
 ) -> None:
     upsert = MilvusIndex.upsert
 
-    def half(index: MilvusIndex, ids: torch.Tensor, embeds: torch.Tensor, tags: list) -> None:
+    def half(index: MilvusIndex, ids: Tensor, embeds: Tensor, tags: list) -> None:
         upsert(index, ids[:2000], embeds[:2000], tags[:2000])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(MilvusIndex, "upsert", half)
-    assert push(folder, remote) == 130
-    assert "The same command goes on from here" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        push(folder, remote)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=rf"is not what .* says\. .*gallery push {folder} --index"):
-        load(folder, remote)
-    assert push(folder, remote) == 0
-    assert f"{MANY} rows, {MANY - 2000} sent, 2000 were there" in capsys.readouterr().out
-    assert (
-        load(folder, remote).images.search(unit(DIM), 3, 3)[1].tolist()
-        == made().images.search(unit(DIM), 3, 3)[1].tolist()
-    )
+    with pytest.raises(ValueError, match=f"gallery push {folder} --index"):
+        opened(folder, remote)
+    push(folder, remote)
+    assert f"{COUNT} rows, {COUNT - 2000} sent, 2000 were there" in capsys.readouterr().out
+    opened(folder, remote).close()
 
 
-def test_what_changed_in_the_gallery_is_pushed_and_the_old_app_goes_on(folder: Path, remote: Remote) -> None:
-    assert push(folder, remote) == 0
-    old, gallery = load(folder, remote), made()
-    pictures = [*gallery.pictures[3:], *(Picture(f"new{row}", f"new/{row}.jpg") for row in range(4))]
-    pictures[10] = replace(pictures[10], file=FileState(2, 2, "other"))
-    embeds = torch.cat([gallery.image_embeds[3:], unit(4, DIM, seed=7)])
-    embeds[10] = unit(DIM, seed=8)
-    Gallery(pictures, gallery.captions, embeds, gallery.texts, gallery.stamp, judge=gallery.judge).save(folder)
-    with pytest.raises(ValueError, match="bring the server up to date"):
-        load(folder, remote)
-    assert push(folder, remote) == 0
-    new = load(folder, remote)
-    assert len(new.images.index) == len(pictures) == len(new.pictures)
-    assert new.search_images(unit(DIM, seed=8), 1).matches[0].item == pictures[10]
-    assert new.folders["new"] == 4
-    for query in unit(4, DIM, seed=7):  # the new pictures' own embeddings
-        assert new.search_images(query, 1).matches[0].item.id.startswith("new")
-        found = old.search_images(query, 12).matches
-        assert len(found) == 12
-        assert not any(match.item.id.startswith("new") for match in found)
+def test_a_changed_gallery_is_brought_up_to_date(folder: Path, remote: Remote) -> None:
+    push(folder, remote)
+    with closing(opened(folder, remote)) as old:
+        items = [*pictures()[3:], *pictures(4, "new")]
+        items[10] = replace(items[10], file=FileFingerprint(2, 2, "ab" * 32))
+        write(folder, items, torch.cat([unit(COUNT, DIM)[3:], unit(4, DIM, seed=7)]))
+        with pytest.raises(ValueError, match="bring the server up to date"):
+            opened(folder, remote)
+        push(folder, remote)
+        with closing(GalleryDatabase.open(folder)) as database, closing(opened(folder, remote)) as new:
+            ids = database.ids("picture")
+            assert new.ids().equal(ids.sort().values)
+            assert old.search(unit(4, DIM, seed=7), 1)[1].flatten().equal(ids[-4:])
 
 
-def test_another_gallery_of_the_same_name_is_not_written_over(
-    folder: Path, remote: Remote, tmp_path: Path, capsys
+def test_a_gallery_that_was_never_pushed_says_how(folder: Path, remote: Remote) -> None:
+    with pytest.raises(ValueError, match=f"gallery push {folder} --index {remote.server.uri}"):
+        opened(folder, remote)
+
+
+def test_rows_that_were_deleted_on_the_server_are_sent_again(folder: Path, remote: Remote) -> None:
+    push(folder, remote)
+    with closing(opened(folder, remote)) as index:
+        index.delete(index.ids()[:1])
+        with pytest.raises(ValueError, match="bring the server up to date"):
+            opened(folder, remote)
+        push(folder, remote)
+        assert len(index) == COUNT
+
+
+def test_damaged_rows_are_not_sent_and_can_be_fetched_back(
+    folder: Path, remote: Remote, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert push(folder, remote) == 0
+    push(folder, remote)
+    with closing(GalleryDatabase.open(folder)) as database:
+        expected = database.embeds("picture", database.ids("picture"))
+    with closing(sqlite3.connect(folder / DATABASE)) as connection:
+        connection.execute("UPDATE embedding SET embeds = zeroblob(?) WHERE id IN (5, 7)", (2 * DIM,))
+        connection.execute("DELETE FROM embedding WHERE id > 2000")
+        connection.commit()
+    with closing(GalleryDatabase.open(folder)) as database:
+        assert database.check()
+    with pytest.raises(ValueError, match="damaged"):
+        push(folder, Remote(remote.server, "elsewhere", folder), "--index-name", "elsewhere")
+    Remote(remote.server, "elsewhere", folder).drop(FINGERPRINT)
+    run("pull", folder, remote)
+    assert f"{COUNT} pictures and {len(CAPTIONS)} captions are here again" in capsys.readouterr().out
+    with closing(GalleryDatabase.open(folder)) as database:
+        assert database.check() == []
+        assert database.embeds("picture", database.ids("picture")).equal(expected)
+
+
+@pytest.mark.parametrize("prefix", ["p", "x"], ids=["with a picture in both", "of other pictures"])
+def test_another_gallery_of_the_same_name_is_not_changed(
+    prefix: str, folder: Path, remote: Remote, tmp_path: Path
+) -> None:
+    push(folder, remote)
     other = tmp_path / "elsewhere" / folder.name
-    gallery = made(50)
-    foreign = [replace(picture, id=f"x{picture.id}") for picture in gallery.pictures]
-    Gallery(foreign, (), gallery.images, torch.empty(0, DIM), gallery.stamp).save(other)
-    assert push(other, remote) == 2
-    assert f"holds {MANY} rows of another gallery" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="is not what"):
-        load(other, Remote(remote.server, remote.name, other))
-
-
-def test_another_gallery_of_the_same_name_is_not_touched_though_a_picture_is_in_both(
-    folder: Path, remote: Remote, tmp_path: Path, capsys
-) -> None:
-    assert push(folder, remote) == 0
-    here, other, copy = load(folder, remote), tmp_path / "elsewhere" / folder.name, tmp_path / "copy" / folder.name
-    made(50).save(other)
+    write(other, pictures(50, prefix))
     for options in ((), ("--dry-run",)):
-        assert push(other, remote, *options) == 2
-        assert f"holds {MANY} rows of another gallery" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=f"holds {COUNT} rows of another gallery"):
+            push(other, remote, *options)
+    with pytest.raises(ValueError, match="is not what"):
+        opened(other, remote)
+    assert len(opened(folder, remote)) == COUNT
+
+
+def test_a_copy_of_the_folder_belongs_to_the_same_gallery(
+    folder: Path, remote: Remote, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(folder, remote)
+    copy = tmp_path / "copy" / folder.name
     shutil.copytree(folder, copy)
-    assert push(copy, remote) == 0
-    assert "0 sent" in capsys.readouterr().out
-    assert len(here.images) == MANY
-    load(folder, remote)
+    push(copy, remote)
+    assert "0 sent" in capsys.readouterr().out.splitlines()[-2]
+    opened(copy, remote).close()
 
 
-def test_what_an_earlier_model_left_is_told_and_deleted(folder: Path, remote: Remote, capsys) -> None:
-    assert push(folder, remote) == 0
-    old = remote.collection("image_embeds", Encoder.fingerprint)
-    gallery = made(30)
-    other = replace(gallery.stamp, fingerprint="beef" * 16)
+def test_collections_of_an_earlier_model_are_named_and_deleted(
+    folder: Path, remote: Remote, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(folder, remote)
+    old, new = (remote.collection("picture", fingerprint) for fingerprint in (FINGERPRINT, "beef" * 16))
     foreign = MilvusIndex.create(remote.server, f"{remote.name}_image_embeds_0123456789ab", DIM, {"owner": "else"})
-    Gallery(gallery.pictures, (), gallery.images, torch.empty(0, DIM), other).save(folder)
-    capsys.readouterr()
+    write(folder, pictures(30), fingerprint="beef" * 16)
     try:
-        assert push(folder, remote) == 0
-        assert f"there is still {old} ({MANY} rows)" in capsys.readouterr().out
-        assert push(folder, remote, "--drop") == 0
-        assert not MilvusIndex.exists(remote.server, old)
-        assert not MilvusIndex.exists(remote.server, remote.collection("image_embeds", "beef" * 16))
-        assert MilvusIndex.exists(remote.server, foreign.name)
+        push(folder, remote)
+        assert f"there is still {old} ({COUNT} rows)" in capsys.readouterr().out
+        push(folder, remote, "--drop")
+        assert [exists(remote.server, name) for name in (old, new, foreign.name)] == [False, False, True]
     finally:
         foreign.drop()
         foreign.close()
 
 
-def test_damaged_rows_are_not_sent(folder: Path, remote: Remote, capsys) -> None:
-    rows = max(next(folder.glob("image_embeds-*")).rglob("*.safetensors"), key=lambda path: path.stat().st_size)
-    content = bytearray(rows.read_bytes())
-    content[len(content) // 2] ^= 1
-    rows.write_bytes(content)
-    assert push(folder, remote) == 2
-    assert "is damaged" in capsys.readouterr().err
-
-
-def test_a_gallery_that_was_never_pushed_says_how(folder: Path, remote: Remote) -> None:
-    with pytest.raises(ValueError, match=rf"has no collection .*gallery push {folder} --index {remote.server.uri}"):
-        load(folder, remote)
-
-
 def test_a_collection_of_another_model_is_refused(folder: Path, remote: Remote) -> None:
-    name = remote.collection("image_embeds", Encoder.fingerprint)
-    MilvusIndex.create(remote.server, name, DIM, {"fingerprint": "beef" * 16})
-    try:
-        with pytest.raises(ValueError, match="made by another model"):
-            load(folder, remote)
-        assert push(folder, remote) == 2
-    finally:
-        MilvusIndex(remote.server, name).drop()
-
-
-def test_embeddings_of_another_width_are_refused(folder: Path, remote: Remote, capsys) -> None:
-    name = remote.collection("image_embeds", Encoder.fingerprint)
-    MilvusIndex.create(remote.server, name, DIM + 1, {"fingerprint": Encoder.fingerprint})
-    assert push(folder, remote) == 2
-    assert f"{DIM + 1} wide" in capsys.readouterr().err
-
-
-def test_rows_that_somebody_took_out_are_missed(folder: Path, remote: Remote) -> None:
-    assert push(folder, remote) == 0
-    index = MilvusIndex(remote.server, remote.collection("image_embeds", Encoder.fingerprint))
-    index.delete(index.ids()[:1])
-    with pytest.raises(ValueError, match="bring the server up to date"):
-        load(folder, remote)
-    assert push(folder, remote) == 0
-    assert len(load(folder, remote).images) == MANY
-
-
-def test_it_is_fetched_back(folder: Path, remote: Remote, capsys) -> None:
-    expected = load(folder).images.embeds
-    assert push(folder, remote) == 0
-    place = next(folder.glob("image_embeds-*"))
-    shutil.rmtree(place)
-    with pytest.raises(ValueError, match="If it lies on a Milvus server, say --index"):
-        load(folder)
-    assert push(folder, remote) == 0  # nothing is missing there, so nothing is looked for here
-    assert main(["pull", str(folder), "--index", remote.server.uri]) == 0
-    assert f"{MANY} pictures and 20 captions are here again" in capsys.readouterr().out
-    torch.testing.assert_close(load(folder).images.embeds, expected, atol=1e-3, rtol=0)
-
-
-# ---------------------------------------------------------------- built and served by a model
-
-
-def test_a_gallery_is_built_onto_the_server_and_served_from_it(
-    checkpoint: Callable[[str], Path], place: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = DualEncoder.load(checkpoint("clip"), device="cpu")
-    source, out = tmp_path / "photos", tmp_path / f"built_{next(NUMBERS)}"
-    source.mkdir()
-    rng = np.random.default_rng(0)
-    for row in range(6):
-        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((48, 48)).save(source / f"{row}.png")
-    remote = Remote.of(place.uri, out)
-    assert remote is not None
-    build_gallery(source, out, encoder, calibrate=False, remote=remote)
-    assert not list(out.glob("*_embeds-*"))
-    assert (out / "embeddings.safetensors").stat().st_size < 1000
-    (source / "0.png").unlink()
-    Image.new("RGB", (48, 48), "red").save(source / "red.png")
-    report = BuildReport()
-    again = build_gallery(source, out, encoder, calibrate=False, report=report, remote=remote)
-    assert (report.encoded["pictures"], report.reused["pictures"]) == (1, 5)
-    expected = encoder.encode_images([picture.path for picture in again.pictures])
-    torch.testing.assert_close(again.image_embeds, expected, atol=1e-3, rtol=0)
-    assert len(again.images.index) == 6
-    assert json.loads((out / "gallery.json").read_text())["num_pictures"] == 6
-
-    monkeypatch.setenv("ALIGNMENT_INDEX", place.uri)
-    engine = app.load_engine(app.parse(["--model", str(checkpoint("clip")), "--gallery", str(out)]))
-    assert isinstance(engine.gallery.images.index, MilvusIndex)
-    found = engine.search_images("a dog", 6)
-    assert [match.rank for match in found.matches] == list(range(1, 7))
-    assert sum(match.share for match in found.matches) == pytest.approx(1, abs=1e-4)
-    composed = engine.compose_query(parse_query("a dog + a cat - a tree"))
-    assert len(engine.search_images(composed, 4).matches) == 4
-    kept = torch.stack([engine.picture_embed(picture.id) for picture in again.pictures])
-    torch.testing.assert_close(kept, expected, atol=1e-3, rtol=0)
-    assert main(["push", str(out), "--drop"]) == 0
-
-
-def test_the_starter_gallery_is_served_from_the_server(place: Server, tmp_path: Path) -> None:
-    folder = tmp_path / f"starter_{next(NUMBERS)}"
-    shutil.copytree(app.ROOT / "assets" / "gallery", folder)
-    assert main(["push", str(folder), "--index", place.uri]) == 0
-    ours = ["--model", str(app.ROOT / "checkpoints/compact"), "--gallery", str(folder)]
-    local, served = (app.load_engine(app.parse([*ours, *more])) for more in ([], ["--index", place.uri]))
-    for caption in ("a cat", "a cup of coffee", "一只猫"):
-        one, other = (engine.search_images(caption, 8) for engine in (local, served))
-        assert [match.item.id for match in other.matches] == [match.item.id for match in one.matches]
-        assert [match.share for match in other.matches] == pytest.approx(
-            [match.share for match in one.matches], abs=1e-3
-        )
-        assert other.fits == one.fits
-    cat = local.gallery.pictures[0].id
-    one, other = (engine.search_captions(engine.picture_image(cat), 5) for engine in (local, served))
-    assert [match.item.id for match in other.matches] == [match.item.id for match in one.matches]
-    assert main(["push", str(folder), "--index", place.uri, "--drop"]) == 0
+    name = remote.collection("picture", FINGERPRINT)
+    with closing(MilvusIndex.create(remote.server, name, DIM, {"fingerprint": "f00df00df00d" + "0" * 52})) as index:
+        for attempt in (opened, push):
+            with pytest.raises(ValueError, match="made by another model"):
+                attempt(folder, remote)
+        index.drop()

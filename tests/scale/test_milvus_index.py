@@ -1,121 +1,152 @@
-"""What only the index on a Milvus server has: collections, marks, other programs, many rows, several objects."""
+"""What only the index on a Milvus server has: collections, writes, marks, waiting for the index, many rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 
 import pytest
 import torch
 from index_contract import unit
-from milvus_server import MilvusServer
 
-from alignment.index import MilvusIndex, Server, milvus
+from alignment.index import MilvusIndex, Server
+from alignment.index.milvus import MAX_LIMIT, PROVISIONAL_ROWS
+from alignment.index.server import Connection
 
 NUMBERS = count()
 
 
 @pytest.fixture
-def name(place: Server) -> Iterator[str]:
-    """A name for a collection, which is dropped afterwards."""
+def connection(place: Server) -> Iterator[Connection]:
+    with closing(Connection(place)) as connection:
+        yield connection
+
+
+@pytest.fixture
+def name(connection: Connection) -> Iterator[str]:
+    """A name for a collection, which is deleted afterwards."""
     name = f"own_{next(NUMBERS)}"
     yield name
-    if MilvusIndex.exists(place, name):
-        index = MilvusIndex(place, name)
-        index.drop()
-        index.close()
+    if connection.call("has_collection", name):
+        for alias in connection.call("describe_collection", name)["aliases"]:
+            connection.call("drop_alias", alias)
+        connection.call("drop_collection", name)
 
 
-def test_a_collection_is_made_opened_and_deleted(place: Server, name: str) -> None:
+def test_a_collection_is_created_opened_and_deleted(place: Server, name: str) -> None:
     with pytest.raises(FileNotFoundError, match=name):
         MilvusIndex(place, name)
-    index = MilvusIndex.create(place, name, 8, {"fingerprint": "f00d"})
-    assert index.about == {"fingerprint": "f00d"}
-    assert MilvusIndex(place, name).embed_dim == 8
-    assert MilvusIndex.exists(place, name)
-    index.mark("one")
-    index.drop()
-    assert not MilvusIndex.exists(place, name)
+    with closing(MilvusIndex.create(place, name, 8, {"fingerprint": "f00d"})) as index:
+        assert index.about == {"fingerprint": "f00d"}
+        with closing(MilvusIndex(place, name)) as again:
+            assert again.embed_dim == 8
+        index.mark("one")
+        index.drop()
+    with pytest.raises(FileNotFoundError):
+        MilvusIndex(place, name)
 
 
-def test_marks_come_and_go(place: Server, name: str) -> None:
-    index = MilvusIndex.create(place, name, 8, {})
-    assert index.marks == ()
-    index.mark("a1")
-    index.mark("b2")
-    index.mark("a1")
-    assert sorted(MilvusIndex(place, name).marks) == ["a1", "b2"]
-    index.unmark(but="b2")
-    assert index.marks == ("b2",)
-    index.unmark()
-    assert index.marks == ()
+def test_marks_are_added_and_removed(place: Server, name: str) -> None:
+    with closing(MilvusIndex.create(place, name, 8, {})) as index:
+        assert index.marks == ()
+        for mark in ("a1", "b2", "a1"):
+            index.mark(mark)
+        with closing(MilvusIndex(place, name)) as again:
+            assert sorted(again.marks) == ["a1", "b2"]
+        index.unmark(keep="b2")
+        assert index.marks == ("b2",)
+        index.unmark()
+        assert index.marks == ()
 
 
-def test_a_collection_of_another_program_is_left_alone(milvus: MilvusServer, place: Server, name: str) -> None:
-    from pymilvus import MilvusClient
-
-    client = MilvusClient(uri=milvus.uri)
-    try:
-        client.create_collection(name, dimension=8)
-        with pytest.raises(ValueError, match="made by another program"):
-            MilvusIndex(place, name)
-        client.drop_collection(name)
-    finally:
-        client.close()
+def test_a_collection_of_another_program_is_refused(place: Server, connection: Connection, name: str) -> None:
+    connection.call("create_collection", name, dimension=8)
+    with pytest.raises(ValueError, match="made by another program"):
+        MilvusIndex(place, name)
 
 
-def test_what_milvus_finds_fault_with_is_said(place: Server) -> None:
+def test_what_the_server_rejects_is_an_error(place: Server) -> None:
     with pytest.raises(ValueError, match="refuses a request"):
         MilvusIndex.create(place, "no name", 8, {})
 
 
-def test_two_objects_see_what_the_other_did(place: Server, name: str) -> None:
-    one = MilvusIndex.create(place, name, 16, {})
-    two = MilvusIndex(place, name)
-    one.upsert(torch.arange(10), unit(10), [{"a"}] * 10)
-    assert two.ids().tolist() == list(range(10))
-    two.delete(torch.tensor([3]))
-    assert len(one) == 9
-    assert one.tags() == {"a": 9}
-    assert one.search(unit(10)[3:4], 10)[1].shape == (1, 9)
-    one.close()
-    two.close()
+def test_rows_are_replaced_and_deleted(place: Server, name: str) -> None:
+    with closing(MilvusIndex.create(place, name, 16, {})) as index:
+        index.upsert(torch.arange(20), unit(20), [["old"]] * 20)
+        index.upsert(torch.tensor([3, 99]), unit(2, seed=5), [["new"], ["new", "old"]])
+        assert index.ids("new").tolist() == [3, 99]
+        assert 3 not in index.ids("old")
+        assert index.search(unit(2, seed=5), 1)[1].tolist() == [[3], [99]]
+        index.delete(torch.tensor([4, 5, 77]))
+        assert len(index) == 19
+        assert not {4, 5} & set(index.search(unit(20)[4:6], 20)[1].flatten().tolist())
+        with pytest.raises(ValueError, match="no row with the id 4"):
+            index.embeds(torch.tensor([3, 4]))
 
 
-def test_many_rows_in_many_pieces(place: Server, name: str, milvus_client) -> None:
-    """More rows than one answer holds, in segments whose ids are mixed, with the index built."""
-    rows = milvus.MOST + 4000
-    index, embeds = MilvusIndex.create(place, name, 64, {}), unit(rows, 64)
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
-    tags = [{"third"} if row % 3 == 0 else set() for row in range(rows)]
-    for part in order.split(rows // 3):
-        index.upsert(part * 7 - 5000, embeds[part], [tags[row] for row in part.tolist()])
-        milvus_client.flush(name)
-    ids = [row * 7 - 5000 for row in range(rows)]
-    assert index.ids().tolist() == ids
-    assert index.ids("third").tolist() == ids[::3]
-    assert index.tags() == {"third": len(ids[::3])}
-    some = torch.arange(0, rows, 5)
-    torch.testing.assert_close(index.embeds(some * 7 - 5000), embeds[some])
-    queries = unit(50, 64, seed=9)
-    found = (index.search(queries, 10)[1] + 5000) // 7
-    exact = (queries @ embeds.T).topk(10).indices
-    recall = (found[:, :, None] == exact[:, None]).any(2).float().mean().item()
-    print(f"\nrecall@10 among {rows} rows: {recall:.4f}")
-    assert recall > 0.95
-    third = index.search(queries[:5], 10, tag="third")[1]
-    assert (third.add(5000) % 21 == 0).all()
-    every = index.search(queries[:1], rows)[1]
-    assert sorted(every[0].tolist()) == ids
-    assert index.delete(torch.tensor(ids[: milvus.MOST])) == milvus.MOST
-    assert index.ids().tolist() == ids[milvus.MOST :]
+@pytest.mark.parametrize(
+    ("ids", "embeds", "message"),
+    [
+        (torch.arange(2), unit(2, 17), "16 wide"),
+        (torch.arange(1), torch.full((1, 16), torch.nan), "finite"),
+        (torch.arange(1), unit(2), "shorter|longer"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(
+    ids: torch.Tensor, embeds: torch.Tensor, message: str, place: Server, name: str
+) -> None:
+    with closing(MilvusIndex.create(place, name, 16, {})) as index:
+        with pytest.raises(ValueError, match=message):
+            index.upsert(ids, embeds)
+        assert len(index) == 0
 
 
-def test_ties_beyond_what_was_asked_for_go_by_id(place: Server, name: str) -> None:
-    index = MilvusIndex.create(place, name, 16, {})
-    ids = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
-    for part in ids.split(700):
-        index.upsert(part, unit(1).expand(len(part), 16))
-    scores, found = index.search(unit(1), 12)
-    assert found[0].tolist() == list(range(12))
-    assert len(scores.unique()) == 1
+def test_two_connections_see_each_others_writes(place: Server, name: str) -> None:
+    with closing(MilvusIndex.create(place, name, 16, {})) as one, closing(MilvusIndex(place, name)) as two:
+        one.upsert(torch.arange(10), unit(10), [["a"]] * 10)
+        assert two.ids("a").tolist() == list(range(10))
+        two.delete(torch.tensor([3]))
+        assert len(one) == 9
+        assert one.search(unit(10)[3:4], 10)[1].shape == (1, 9)
+
+
+def test_many_rows_are_listed_searched_and_indexed(place: Server, name: str) -> None:
+    """More rows than one answer holds, in several segments that ids are spread over."""
+    rows = MAX_LIMIT + 4000
+    embeds, ids = unit(rows, 64), torch.arange(rows) * 7 - 5000
+    with closing(MilvusIndex.create(place, name, 64, {})) as index:
+        for part in torch.randperm(rows, generator=torch.Generator().manual_seed(1)).split(rows // 3):
+            index.upsert(ids[part], embeds[part], [["third"] if row % 3 == 0 else [] for row in part.tolist()])
+        queries = unit(50, 64, seed=9)
+        exact = (queries @ embeds.T).topk(10).indices
+
+        def recall() -> float:
+            found = (index.search(queries, 10)[1] + 5000) // 7
+            return (found[:, :, None] == exact[:, None]).any(2).float().mean().item()
+
+        before, waited = recall(), []
+        index.wait_until_indexed(waited.append)
+        print(f"\nrecall@10 among {rows} rows: {before:.3f}, with its index after {len(waited)} s {recall():.3f}")
+        assert recall() > 0.95
+        assert all(PROVISIONAL_ROWS < left <= rows for left in waited)
+        index.wait_until_indexed(pytest.fail)
+        assert index.ids().equal(ids)
+        assert index.ids("third").equal(ids[::3])
+        torch.testing.assert_close(index.embeds(ids[::5]), embeds[::5])
+        assert ((index.search(queries[:5], 10, tag="third")[1] + 5000) % 21 == 0).all()
+        scores, every = index.search(queries[:1], rows)
+        assert every[0].sort().values.equal(ids)
+        torch.testing.assert_close(scores[0], (embeds @ queries[0])[(every[0] + 5000) // 7], atol=2e-6, rtol=0)
+        index.delete(ids[:MAX_LIMIT])
+        assert index.ids().equal(ids[MAX_LIMIT:])
+
+
+def test_ties_beyond_the_limit_are_ordered_by_id(place: Server, name: str) -> None:
+    with closing(MilvusIndex.create(place, name, 16, {})) as index:
+        index.upsert(
+            torch.randperm(3000, generator=torch.Generator().manual_seed(0)), unit(1).expand(3000, 16).contiguous()
+        )
+        scores, found = index.search(unit(1), 12)
+        assert found[0].tolist() == list(range(12))
+        assert len(scores.unique()) == 1

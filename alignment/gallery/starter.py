@@ -6,25 +6,25 @@ Place in the flow: `model + photos or starter captions -> build_gallery -> $ALIG
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import TypeAlias
 
 from alignment.bundled import GALLERY, bundled
-from alignment.catalogue import Picture, Stamp, read_hand_written
+from alignment.confidence import cohort_version
 from alignment.data.image_store import cache_folder
-from alignment.gallery.building import build_gallery
-from alignment.gallery.judging import background_name
+from alignment.gallery.build import build_gallery
+from alignment.gallery.database import GalleryDatabase
+from alignment.gallery.records import GalleryMetadata, Picture, read_hand_written
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
 
 Bar: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Opens a progress bar of that name; what it gives is called with (done, total) items."""
 
-_PATIENCE = 600.0  # seconds to wait for another process that makes the same starter gallery
+_TIMEOUT_S = 600.0  # to wait for another process that builds the same starter gallery
 
 
 def cached_folder(encoder: DualEncoder, source: str | os.PathLike[str]) -> Path:
@@ -64,7 +64,7 @@ def build_starter(encoder: DualEncoder, progress: Callable[[int, int], None]) ->
         ValueError: when its sources cannot be read.
         OSError: when the cache folder cannot be written.
     """
-    return build_gallery(_sources(), _starter_folder(encoder), encoder, progress=progress, patience=_PATIENCE)
+    return build_gallery(_sources(), _starter_folder(encoder), encoder, progress=progress, timeout=_TIMEOUT_S)
 
 
 def _begin_starter(encoder: DualEncoder) -> Gallery:
@@ -74,8 +74,8 @@ def _begin_starter(encoder: DualEncoder) -> Gallery:
     own = [caption for caption in captions if caption.scene in scenes]
     images = encoder.encode_images([os.fspath(picture.path) for picture in shown])
     texts = encoder.encode_texts([caption.text for caption in own])
-    stamp = Stamp(encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias, os.fspath(_sources()), "")
-    return Gallery(shown, own, images, texts, stamp)
+    model = encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias
+    return Gallery(shown, own, images, texts, GalleryMetadata(*model, os.fspath(_sources())))
 
 
 def _is_there(picture: Picture) -> bool:
@@ -94,14 +94,15 @@ def _starter_folder(encoder: DualEncoder) -> Path:
 
 
 def _made_by(folder: Path) -> str:
-    """Read the fingerprint of the model that made a gallery; "" where nothing tells."""
+    """Read the fingerprint of the model that made a gallery; "" where there is none, or it is damaged."""
     try:
-        return str(json.loads((folder / "gallery.json").read_text("utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+        with closing(GalleryDatabase.open(folder)) as database:
+            return database.metadata.fingerprint
+    except (OSError, ValueError):
         return ""
 
 
 def _version(sources: Path) -> str:
     """Name the sources and the background by their content: after an update of the code the gallery is made anew."""
     parts = [(sources / name).read_bytes() for name in ("pictures.jsonl", "captions.jsonl")]
-    return hashlib.sha256(b"\0".join([*parts, background_name().encode()])).hexdigest()[:12]
+    return hashlib.sha256(b"\0".join([*parts, cohort_version().encode()])).hexdigest()[:12]

@@ -19,18 +19,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignment.durable import (
-    ASIDE,
+from alignment.atomic import (
     LOCK,
-    explain,
-    foreign_errors,
-    put_in_place,
-    read_sealed,
-    sole_writer,
-    sweep,
-    sync_tree,
+    TEMP_PREFIX,
+    atomic_write,
+    describe_error,
+    exclusive_lock,
+    fsync_tree,
+    read_json_checksummed,
+    remove_stale_temp,
+    wrap_write_errors,
     write_file,
-    write_sealed,
+    write_json_checksummed,
 )
 
 FULL = Path("/dev/full")  # whoever writes to it is told that there is no room left
@@ -43,7 +43,7 @@ def test_a_file_takes_the_place_of_another_only_when_it_is_whole(tmp_path: Path)
     write_file(tmp_path / "new" / "a", "old")
 
     def break_off() -> None:
-        with put_in_place(tmp_path / "new" / "a") as fresh:
+        with atomic_write(tmp_path / "new" / "a") as fresh:
             fresh.write_text("half")
             assert (tmp_path / "new" / "a").read_text() == "old"
             raise KeyboardInterrupt
@@ -58,7 +58,7 @@ def test_a_file_takes_the_place_of_another_only_when_it_is_whole(tmp_path: Path)
 
 def test_whoever_the_umask_lets_may_read_it(tmp_path: Path) -> None:
     (tmp_path / "as usual").touch()
-    with put_in_place(tmp_path / "a.safetensors") as fresh:
+    with atomic_write(tmp_path / "a.safetensors") as fresh:
         save_file({"a": torch.zeros(3)}, fresh)
     write_file(tmp_path / "b", "b")
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
@@ -81,7 +81,7 @@ def test_it_is_on_the_disk_before_it_gets_its_name(
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "replace", note_replace)
-    write_file(tmp_path / "a", "content", lasting=lasting)
+    write_file(tmp_path / "a", "content", fsync=lasting)
     file, folder = (tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino
     expected = [("sync", file), ("replace", file), ("sync", folder)]
     assert happened == (expected if lasting else [("replace", file)])
@@ -92,14 +92,14 @@ def test_a_tree_is_synced_to_its_last_file(tmp_path: Path, monkeypatch: pytest.M
         write_file(tmp_path / name, name)
     synced = set()
     monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
-    sync_tree(tmp_path)
+    fsync_tree(tmp_path)
     assert synced == {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))}
 
 
 def test_a_sealed_object_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:
     content = {"scale": 12.5, "name": "雪", "none": None, "list": [1, 2, {"deep": True}]}
-    write_sealed(tmp_path / "a.json", content)
-    assert read_sealed(tmp_path / "a.json") == content
+    write_json_checksummed(tmp_path / "a.json", content)
+    assert read_json_checksummed(tmp_path / "a.json") == content
     whole = (tmp_path / "a.json").read_bytes()
     for place in range(len(whole)):
         for bit in range(8):
@@ -107,21 +107,21 @@ def test_a_sealed_object_is_read_as_it_was_written_or_not_at_all(tmp_path: Path)
             data[place] ^= 1 << bit
             (tmp_path / "a.json").write_bytes(data)
             with suppress(ValueError):
-                assert read_sealed(tmp_path / "a.json") == content  # only white space has changed
+                assert read_json_checksummed(tmp_path / "a.json") == content  # only white space has changed
     for damaged in (b"", b"{}", b"[]", whole[: len(whole) // 2], b"\0" * len(whole)):
         (tmp_path / "a.json").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"written|Expecting|column"):
-            read_sealed(tmp_path / "a.json")
+            read_json_checksummed(tmp_path / "a.json")
 
 
 def test_what_was_left_behind_is_swept_but_not_what_is_being_written(tmp_path: Path) -> None:
-    for name in (f"{ASIDE}old", f"{ASIDE}new", "mine"):
+    for name in (f"{TEMP_PREFIX}old", f"{TEMP_PREFIX}new", "mine"):
         (tmp_path / name).touch()
-    (tmp_path / f"{ASIDE}folder").mkdir()
-    os.utime(tmp_path / f"{ASIDE}old", (0, 0))
-    sweep(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {f"{ASIDE}new", f"{ASIDE}folder", "mine"}
-    sweep(tmp_path, age=0)
+    (tmp_path / f"{TEMP_PREFIX}folder").mkdir()
+    os.utime(tmp_path / f"{TEMP_PREFIX}old", (0, 0))
+    remove_stale_temp(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{TEMP_PREFIX}new", f"{TEMP_PREFIX}folder", "mine"}
+    remove_stale_temp(tmp_path, age=0)
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}
 
 
@@ -129,7 +129,7 @@ def test_what_was_left_behind_is_swept_but_not_what_is_being_written(tmp_path: P
 
 
 def hold(folder: Path, pipe: Connection) -> None:
-    with sole_writer(folder):
+    with exclusive_lock(folder):
         pipe.send("mine")
         pipe.recv()
 
@@ -139,9 +139,9 @@ def test_a_folder_has_one_writer_who_is_named_and_whose_end_frees_it(tmp_path: P
     process = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path / "a", there))
     process.start()
     assert here.recv() == "mine"
-    with pytest.raises(BlockingIOError) as refused, sole_writer(tmp_path / "a"):
+    with pytest.raises(BlockingIOError) as refused, exclusive_lock(tmp_path / "a"):
         pass
-    message = explain(refused.value)
+    message = describe_error(refused.value)
     assert re.fullmatch(
         rf"Another process \({process.pid} on .+, since \d{{4}}-.+\) is writing to {tmp_path / 'a'} now: "
         "wait until it is done, or choose another folder.",
@@ -151,7 +151,7 @@ def test_a_folder_has_one_writer_who_is_named_and_whose_end_frees_it(tmp_path: P
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert (tmp_path / "a" / LOCK).exists()  # it could not clear away, and does no harm
-    with sole_writer(tmp_path / "a"):
+    with exclusive_lock(tmp_path / "a"):
         assert json.loads((tmp_path / "a" / LOCK).read_text())["process"] == os.getpid()
     assert not (tmp_path / "a" / LOCK).exists()
     process.close()
@@ -164,7 +164,7 @@ def test_who_is_patient_gets_the_folder_after_the_other(tmp_path: Path) -> None:
     assert here.recv() == "mine"
     here.send("go")
     began = time.monotonic()
-    with sole_writer(tmp_path, patience=60):
+    with exclusive_lock(tmp_path, timeout=60):
         pass
     assert time.monotonic() - began < 60
     process.join()
@@ -172,10 +172,10 @@ def test_who_is_patient_gets_the_folder_after_the_other(tmp_path: Path) -> None:
 
 
 def test_a_folder_made_for_nothing_is_taken_away_again(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), sole_writer(tmp_path / "new"):
+    with pytest.raises(ZeroDivisionError), exclusive_lock(tmp_path / "new"):
         raise ZeroDivisionError
     assert not (tmp_path / "new").exists()
-    with sole_writer(tmp_path / "new"):
+    with exclusive_lock(tmp_path / "new"):
         (tmp_path / "new" / "a").touch()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
 
@@ -199,21 +199,21 @@ def faiss_index() -> faiss.Index:
     ids=["python", "torch", "faiss"],
 )
 def test_a_full_disk_is_told_in_the_same_words_whoever_meets_it(write: Callable[[], object]) -> None:
-    with pytest.raises(OSError, match=r"full|No space") as met, foreign_errors(FULL):
+    with pytest.raises(OSError, match=r"full|No space") as met, wrap_write_errors(FULL):
         write()
     assert met.value.errno in (errno.ENOSPC, errno.EIO)  # PyTorch does not say why
-    assert str(FULL) in explain(met.value) or "no room left" in explain(met.value)
+    assert str(FULL) in describe_error(met.value) or "no room left" in describe_error(met.value)
 
 
 def test_safetensors_errors_are_errors_of_the_file_system(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    with pytest.raises(OSError, match="a'") as met, foreign_errors(tmp_path / "a"):
+    with pytest.raises(OSError, match="a'") as met, wrap_write_errors(tmp_path / "a"):
         save_file({"x": torch.zeros(3)}, tmp_path / "a")
     assert met.value.errno == errno.EISDIR
 
 
 def test_other_errors_of_libraries_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="CUDA out of memory"), foreign_errors(FULL):
+    with pytest.raises(RuntimeError, match="CUDA out of memory"), wrap_write_errors(FULL):
         raise RuntimeError("CUDA out of memory")
 
 
@@ -229,5 +229,5 @@ def test_other_errors_of_libraries_stay_what_they_are() -> None:
     ],
 )
 def test_errors_say_what_mends_them(code: int, words: str) -> None:
-    assert explain(OSError(code, os.strerror(code), "/x/y"), "try it again").startswith(words)
-    assert explain(ValueError("just this")) == "just this"
+    assert describe_error(OSError(code, os.strerror(code), "/x/y"), "try it again").startswith(words)
+    assert describe_error(ValueError("just this")) == "just this"

@@ -1,0 +1,229 @@
+"""Floor 1: write files atomically and lock a folder for one writer.
+
+Place in the flow: below every module that writes files. A file is written under a temporary name, flushed to the disk
+and renamed; the rename is flushed as well. A name therefore always stands for a complete file, also after a kill or a
+power cut.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TEMP_PREFIX = ".writing-"
+"""Prefix of the names of files that are being written; readers ignore them."""
+
+LOCK = ".lock"
+"""Name of the lock file in a folder; it holds process, host and time as JSON."""
+
+_CHECKSUM = "sha256"  # key of the checksum in a JSON object
+_STALE_AFTER_S = 3600.0
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_ROOM = 16 * 2**20  # bytes; PyTorch's write errors do not carry the error number
+_WRITE_ERROR = re.compile(r"writ|inline_container|iostream")  # in the messages of PyTorch and faiss
+_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+
+
+@contextmanager
+def atomic_write(path: Path, *, fsync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path and rename it to `path` at the end; after an error nothing has changed.
+
+    Args:
+        path: the file to write.
+        fsync: whether it must survive a power cut; takes some milliseconds.
+    """
+    temp = path.with_name(TEMP_PREFIX + secrets.token_hex(8))
+    try:
+        yield temp
+        apply_umask(temp)
+        if fsync:
+            fsync_path(temp)
+        os.replace(temp, path)
+    except BaseException:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+        raise
+    if fsync:
+        fsync_path(path.parent)
+
+
+def apply_umask(path: Path) -> None:
+    """Give a new file the permissions of the user's umask; safetensors writes 0600."""
+    path.chmod(_mode())
+
+
+@cache
+def _mode() -> int:
+    mask = os.umask(0o077)  # the only way to read it
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def write_file(path: Path, content: bytes | str, *, fsync: bool = True) -> None:
+    """Write a file atomically and make its parent folders; text is UTF-8. See `atomic_write`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, fsync=fsync) as temp:
+        # surrogateescape: a file name in the text need not be UTF-8
+        temp.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+
+
+def write_json_checksummed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as JSON together with its SHA-256."""
+    content = json.loads(json.dumps(content))  # as it will be read
+    write_file(path, json.dumps({**content, _CHECKSUM: _digest(content)}, indent=1) + "\n")
+
+
+def read_json_checksummed(path: Path) -> dict[str, Any]:
+    """Read what `write_json_checksummed` wrote.
+
+    Raises:
+        OSError: when the file is missing or cannot be read.
+        ValueError: when its content differs from what was written.
+    """
+    content = json.loads(path.read_text("utf-8"))
+    if not isinstance(content, dict) or content.pop(_CHECKSUM, "") != _digest(content):
+        raise ValueError("its content is not what was written")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file, or the list of names in a folder, to the disk."""
+    folder = path.is_dir()
+    if folder and os.name != "posix":
+        return  # Windows cannot flush folders
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush a folder and everything below it to the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            fsync_path(Path(parent, name))
+        fsync_path(Path(parent))
+
+
+def remove_stale_temp(folder: Path, age: float = _STALE_AFTER_S) -> None:
+    """Delete temporary files that killed processes left behind at least `age` seconds ago."""
+    for path in folder.glob(f"{TEMP_PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime < age:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
+    """Hold the write lock of a folder, which is created if needed; the end of the process releases it.
+
+    Args:
+        folder: the file `.lock` lies in it meanwhile.
+        timeout: seconds to wait for another process; negative: for ever.
+
+    Raises:
+        BlockingIOError: when another process holds the lock; names process, host and time.
+    """
+    from filelock import FileLock, Timeout
+
+    new = not folder.exists()
+    path = folder / LOCK
+    lock = FileLock(path, timeout=timeout)
+    while not lock.is_locked:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BlockingIOError(
+                f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
+            ) from None
+        except FileNotFoundError:  # another process removed the empty folder in between
+            continue
+    try:
+        with suppress(OSError):  # a full disk
+            since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            path.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}), "utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # before the release: a waiting process notices that the file is gone
+            path.unlink()
+        lock.release()
+        if new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _holder(path: Path) -> str:
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        return f"Another process ({about['process']} on {about['host']}, since {about['since']})"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "Another process"
+
+
+@contextmanager
+def wrap_write_errors(path: Path) -> Iterator[None]:
+    """Turn the write errors of safetensors, PyTorch and faiss into an `OSError` that names the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not _WRITE_ERROR.search(text):
+            raise
+        code = _error_number(text, path)
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def _error_number(text: str, path: Path) -> int:
+    if found := _RUST_ERRNO.search(text):
+        return int(found[1])
+    full = shutil.disk_usage(path.parent).free < _NO_ROOM
+    named = (code for code in (*_FULL, *_FORBIDDEN) if os.strerror(code) in text)
+    return next(named, errno.ENOSPC if full else errno.EIO)
+
+
+def describe_error(error: Exception, again: str = "run the same command again") -> str:
+    """Say for the user of a command what went wrong and, for a file error, what mends it."""
+    if not isinstance(error, OSError):
+        return str(error)
+    place = error.filename2 or error.filename
+    if error.errno in _FULL:
+        where = f" where {place} lies" if place else ""
+        return (
+            f"There is no room left{where}: free some, or choose another folder, and {again}. What was "
+            "there before is as it was."
+        )
+    if error.errno in _FORBIDDEN and place:
+        return f"{place} may not be read or written ({error.strerror}): change its permissions, or choose another one."
+    if error.errno in _IN_THE_WAY and place:
+        return f"{place} is in the way ({error.strerror}): move it, or choose another folder, and {again}."
+    return str(error)

@@ -1,0 +1,444 @@
+"""Embed pictures and captions into a gallery folder; what has not changed is kept.
+
+Place in the flow: `SOURCE -> records (pairs, records) -> embeddings (here) -> gallery.db`. Threads scan files ahead of
+the model. Embeddings and thumbnails go into the database as they are made, so that a build that was killed is
+resumed by the next one; the records are replaced at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignment.atomic import exclusive_lock, remove_stale_temp
+from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
+from alignment.data import Partition, read_data
+from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
+from alignment.gallery.milvus_sync import Remote
+from alignment.gallery.modality import write_index
+from alignment.gallery.old_format import import_gallery
+from alignment.gallery.records import (
+    Caption,
+    GalleryMetadata,
+    Picture,
+    is_hand_written,
+    read_captioned,
+    read_hand_written,
+)
+from alignment.gallery.scan import ImageScanner, ScannedImage
+from alignment.gallery.search import Gallery
+from alignment.gallery.writer import GalleryWriter, content_of
+from alignment.model import DualEncoder
+from alignment.prefetch import prefetch_map
+from alignment.preprocess import InputError, sanitize_text
+
+logger = logging.getLogger(__name__)
+
+COMMIT_S = 2.0
+"""Seconds between two commits: what was embedded since then is lost if the process is killed."""
+
+_CAPTION_BATCH = 4096
+_MIN_GROWING = 32  # pictures from which a growing gallery is shown
+_AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; only those under way are held decoded
+
+
+@dataclass
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        encoded: how many "pictures" and "captions" went through the model.
+        reused: how many kept the embedding they had.
+        skipped: name and reason of each picture that could not be read.
+        errors: what was raised for those whose file is to blame, by their name.
+        left_out: reason -> what reading the source left out for it.
+        repaired: what was read although something is wrong with it -> where.
+        unread: files of captions in the source of which nothing could be read -> why.
+        cut: captions that are longer than the model reads.
+        unlisted: folders of the source that could not be listed.
+        held: pictures, in those folders or not readable now, that the gallery keeps as they were.
+    """
+
+    encoded: Counter[str] = field(default_factory=Counter)
+    reused: Counter[str] = field(default_factory=Counter)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    errors: dict[str, InputError] = field(default_factory=dict)
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
+    cut: Sequence[str] = ()
+    unlisted: Sequence[str] = ()
+    held: list[str] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the source could be looked at."""
+        return not (self.unlisted or self.held or self.unread)
+
+
+def build_gallery(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    encoder: DualEncoder,
+    *,
+    format: str | None = None,
+    split: str | None = None,
+    calibrate: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    report: BuildReport | None = None,
+    remote: Remote | None = None,
+    growing: Callable[[Gallery], None] | None = None,
+    like: Gallery | None = None,
+    timeout: float = 0,
+) -> Gallery:
+    """Embed pictures and captions into a gallery folder; what is in it already and has not changed is kept.
+
+    A file counts as unchanged by size and time, then by content. Nothing is kept of another model. A picture that
+    cannot be read is skipped, logged and reported; one that may not be read now, or lies in a folder that cannot be
+    listed, stays as it was in the gallery. Until all is embedded, readers see the gallery that was there before; a
+    build that was killed, or ran out of room, is resumed by the next one.
+
+    Args:
+        source: a folder of pictures, whatever `read_pairs` reads, or a hand-written list (see `read_hand_written`).
+        out: the gallery folder, new or old.
+        encoder: embeds.
+        format: of the data set, where the found one is wrong.
+        split: only this one of the data set.
+        calibrate: embed the cohort too, so that the gallery can tell when nothing fits.
+        progress: called with (done, total) items.
+        report: filled in as the build goes.
+        remote: the server that gets a copy of the embeddings and searches them.
+        growing: called now and then with a gallery in memory of the pictures that are embedded so far.
+        like: a gallery of the same model; its cohort is taken over.
+        timeout: seconds to wait while another process builds there.
+
+    Raises:
+        FileNotFoundError: when there is no such source.
+        ValueError: when it cannot be read, holds nothing that can, or is the gallery folder itself.
+        BlockingIOError: when another process is building there.
+        OSError: when the gallery cannot be written, or the server does not answer.
+    """
+    out, report = Path(out), report or BuildReport()
+    if remote is not None:
+        remote.check()
+    pictures, captions, metadata = _read_source(os.fspath(source), out, encoder, format, split, report)
+    report.cut = encoder.preprocessor.truncated(caption.text for caption in captions)
+    with exclusive_lock(out, timeout=timeout):
+        import_gallery(out)
+        remove_stale_temp(out, age=0)
+        writer = _open_writer(out / DATABASE, encoder)
+        try:
+            for share in sorted(out.glob("share-*.db")):
+                _merge(writer, share)
+            build = _Build(writer, encoder, metadata, report, progress, growing, like)
+            build.finish(*build.embed(*build.with_unlisted(pictures, captions)), calibrate)
+        finally:
+            empty = writer.is_empty()
+            writer.close()
+            if empty:  # a first build that read nothing
+                _delete(out / DATABASE)
+    with closing(GalleryDatabase.open(out, encoder.name)) as database:
+        if remote is not None:
+            remote.push(database)
+        else:
+            for kind in KINDS:
+                write_index(database, kind)
+    return Gallery.load(out, encoder, remote)
+
+
+def embed_share(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    encoder: DualEncoder,
+    share: Partition,
+    *,
+    format: str | None = None,
+    split: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    report: BuildReport | None = None,
+) -> None:
+    """Embed a share of a source into a file of its own, which the next `build_gallery` merges into the gallery.
+
+    Several processes may do so at once, on several machines as well if these see the same folders. A share that was
+    killed is resumed by running it again. Arguments and errors are those of `build_gallery`.
+    """
+    out, report = Path(out), report or BuildReport()
+    pictures, captions, metadata = _read_source(os.fspath(source), out, encoder, format, split, report, share)
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"share-{share.number}-of-{share.count}.db"
+    with closing(_open_writer(out / name, encoder, base=out / DATABASE)) as writer:
+        _Build(writer, encoder, metadata, report, progress).embed(pictures, captions)
+
+
+def _read_source(
+    source: str,
+    out: Path,
+    encoder: DualEncoder,
+    format: str | None,
+    split: str | None,
+    report: BuildReport,
+    share: Partition | None = None,
+) -> tuple[list[Picture], list[Caption], GalleryMetadata]:
+    """List what is to be embedded, and report what is not; the metadata say where it comes from, a path or Hub id."""
+    folder, gallery = Path(source), os.path.join(os.path.abspath(out), "")
+    origin = os.path.abspath(folder) if folder.exists() else source
+    if os.path.join(origin, "") == gallery:
+        raise ValueError(f"{source} cannot be the source and the gallery at once: choose another folder for --out.")
+    options = [word for name, value in (("--format", format), ("--split", split)) if value for word in (name, value)]
+    model = encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias
+    metadata = GalleryMetadata(*model, origin, shlex.join(options))
+    if folder.is_dir() and format is None and split is None and is_hand_written(folder):
+        pictures, captions = read_hand_written(folder)
+        return (share.select(pictures), share.select(captions), metadata) if share else (pictures, captions, metadata)
+    reading = read_data(source, format=format, split=split, partition=share)
+    report.left_out, report.repaired = reading.left_out, reading.repaired
+    report.unlisted, report.unread = reading.unlisted, reading.unread
+    images = [(pair.image, pair.captions) for pair in reading.pairs if not pair.image.startswith(gallery)]
+    if inside := [pair.id for pair in reading.pairs if pair.image.startswith(gallery)]:
+        if not images:
+            raise ValueError(f"All pictures of {source} lie in the gallery folder {out}: choose another one for --out.")
+        report.left_out = {**report.left_out, "pictures in the folder of the gallery itself": inside}
+    return *read_captioned(images, origin if folder.is_dir() else ""), metadata
+
+
+def _open_writer(path: Path, encoder: DualEncoder, base: Path | None = None) -> GalleryWriter:
+    """Open a database and delete damaged rows, which are made again; one damaged beyond that is made anew."""
+    try:
+        writer = GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
+        try:
+            faults = writer.repair()
+        except BaseException:
+            writer.close()
+            raise
+    except ValueError as error:
+        logger.warning("%s is damaged (%s), and built anew.", path, error)
+        _delete(path)
+        return GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
+    if faults:
+        logger.warning("%s is damaged in %d places, which are made again: %s", path, len(faults), faults[0])
+    if base is None and (count := writer.count_unused()):
+        logger.warning("%d embeddings that were made before are taken over.", count)
+    return writer
+
+
+def _merge(writer: GalleryWriter, share: Path) -> None:
+    try:
+        writer.merge(share)
+    except ValueError as error:
+        logger.warning("%s is damaged (%s): what it holds is embedded again.", share, error)
+    _delete(share)
+
+
+def _delete(path: Path) -> None:
+    for name in (path, path.with_name(f"{path.name}-journal")):
+        name.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Previous:
+    """What the gallery in the folder holds, if this model made it: records of all pictures and captions."""
+
+    metadata: GalleryMetadata
+    pictures: Sequence[Picture] = ()
+    captions: Sequence[Caption] = ()
+    cohort: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path, encoder: DualEncoder) -> _Previous:
+        nothing = cls(GalleryMetadata("", "", 1.0, None))
+        try:
+            with closing(GalleryDatabase.open(folder, encoder.name)) as database:
+                if database.metadata.fingerprint != encoder.fingerprint:
+                    return nothing
+                pictures = database.pictures(database.ids("picture").tolist())
+                captions = database.captions(database.ids("caption").tolist())
+                return cls(database.metadata, pictures, captions, database.cohort())
+        except FileNotFoundError:
+            return nothing
+        except (ValueError, KeyError) as error:
+            logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
+            return nothing
+
+
+class _Build:
+    """Embeds a source into one database; what is there already, or in the gallery, is not embedded again."""
+
+    def __init__(
+        self,
+        writer: GalleryWriter,
+        encoder: DualEncoder,
+        metadata: GalleryMetadata,
+        report: BuildReport,
+        progress: Callable[[int, int], None] | None,
+        growing: Callable[[Gallery], None] | None = None,
+        like: Gallery | None = None,
+    ) -> None:
+        self.writer, self.encoder, self.metadata, self.report = writer, encoder, metadata, report
+        self.progress = progress or (lambda done, total: None)
+        self.growing, self.like, self.grown = growing, like, 0  # number of pictures shown last
+        self.before = _Previous.read(writer.path.parent, encoder)
+        same_source = self.before.metadata.source == metadata.source
+        self.files = {picture.source: picture.file for picture in self.before.pictures if picture.file and same_source}
+        self.scanned = {**self.files, **writer.scanned()}
+        self.waiting: dict[str, int] = {}  # number of a picture that is with the model, by the hash of its file
+        self.num_scanned = 0
+        self.committed = time.monotonic()
+
+    def with_unlisted(
+        self, pictures: Sequence[Picture], captions: Sequence[Caption]
+    ) -> tuple[Sequence[Picture], Sequence[Caption]]:
+        """Add what the gallery holds of folders that cannot be listed now."""
+        if not self.files or self.before.metadata.options != self.metadata.options:
+            return pictures, captions
+        listed = {picture.source for picture in pictures}
+        away = [picture for picture in self.before.pictures if self._is_away(picture) and picture.source not in listed]
+        scenes = {picture.id for picture in away}
+        return [*pictures, *away], [*captions, *(each for each in self.before.captions if each.scene in scenes)]
+
+    def _is_away(self, picture: Picture) -> bool:
+        """Whether a picture lies in a folder that could not be listed."""
+        return not picture.package and any(picture.path.is_relative_to(folder) for folder in self.report.unlisted)
+
+    def embed(
+        self, pictures: Sequence[Picture], captions: Sequence[Caption]
+    ) -> tuple[Sequence[Picture], Sequence[Caption]]:
+        """Embed everything; returns what could be read, and the captions that do not belong to what could not."""
+        try:
+            read = self._encode_pictures(pictures, len(captions))
+            lost = {picture.id for picture in pictures} - {picture.id for picture in read}
+            kept = [caption for caption in captions if caption.scene not in lost]
+            self._encode_captions(kept, len(read))
+        except BaseException:
+            with suppress(OSError, ValueError):  # the first error is the one to report
+                self.writer.commit()
+            raise
+        self.writer.commit()
+        return read, kept
+
+    def _commit_sometimes(self) -> None:
+        if time.monotonic() - self.committed >= COMMIT_S:
+            self.writer.commit()
+            self.committed = time.monotonic()
+
+    def _encode_pictures(self, pictures: Sequence[Picture], num_captions: int) -> list[Picture]:
+        """Embed those that can be read and return them, each with the state of its file."""
+        read: list[Picture] = []
+        total = len(pictures) + num_captions
+        has_thumbnail = self.writer.has_thumbnail
+        scanner = ImageScanner(self.scanned, self._is_known, has_thumbnail, self.encoder.preprocessor)
+        with closing(prefetch_map(scanner, pictures, depth=_AHEAD)) as scans:
+            for row in self.encoder.encode_prepared(self._unseen(scans, read, total)):
+                sha256 = next(iter(self.waiting))
+                self.writer.add("picture", [sha256], row[None])
+                del self.waiting[sha256]
+                self._commit_sometimes()
+                self.report.encoded["pictures"] += 1
+                self.progress(next(iter(self.waiting.values()), self.num_scanned), total)
+                self._show_growth(read)
+        self.report.reused["pictures"] = len(read) - self.report.encoded["pictures"] - len(self.report.held)
+        return read
+
+    def _unseen(self, scans: Iterable[ScannedImage], read: list[Picture], total: int) -> Iterator[Mapping[str, Tensor]]:
+        """Pass on the inputs of pictures that no embedding is known of; list in `read` those that can be read."""
+        for number, scan in enumerate(scans):
+            self.num_scanned = number + 1
+            picture, file = scan.picture, scan.picture.file
+            before = self.files.get(picture.source)
+            if before and (scan.unreadable_now or (scan.refusal and self._is_away(picture))):
+                self.report.held.append(picture.source)
+                read.append(replace(picture, file=before))
+            elif scan.refusal or file is None:
+                self.report.skipped.append((picture.source, scan.refusal))
+                if scan.error:
+                    self.report.errors[picture.source] = scan.error
+                logger.warning("Skipped %s: %s", sanitize_text(picture.source), scan.refusal)
+            else:
+                read.append(picture)
+                if file.mtime_ns and file != self.scanned.get(picture.source):
+                    self.writer.add_scanned(picture.source, file)
+                if scan.thumbnail is not None:
+                    self.writer.add_thumbnail(file.sha256, scan.thumbnail)
+                # Of two files with the same content, both may have been opened before the first came here.
+                if scan.inputs is not None and not self._is_known(file.sha256):
+                    self.waiting[file.sha256] = number
+                    yield scan.inputs
+                    continue
+            self._commit_sometimes()
+            if not self.waiting:
+                self.progress(self.num_scanned, total)
+
+    def _is_known(self, sha256: str) -> bool:
+        return sha256 in self.waiting or self.writer.has("picture", sha256)
+
+    def _show_growth(self, read: Sequence[Picture]) -> None:
+        """Show what can be searched already, each time it has grown by half."""
+        ready = len(read) - len(self.waiting)
+        if self.growing is None or ready < max(_MIN_GROWING, 1.5 * self.grown):
+            return
+        self.grown = ready
+        known = [picture for picture in read if picture.file and picture.file.sha256 not in self.waiting]
+        images = self.writer.embeds("picture", [content_of(picture) for picture in known])
+        judge = self.like.judge if self.like else None
+        none = torch.empty(0, self.encoder.embed_dim)
+        self.growing(Gallery(known, (), images, none, self.metadata, judge=judge))
+
+    def _encode_captions(self, captions: Sequence[Caption], num_pictures: int) -> None:
+        texts = dict.fromkeys(caption.text for caption in captions)
+        fresh = [text for text in texts if not self.writer.has("caption", text)]
+        done, total = num_pictures + len(captions) - len(fresh), num_pictures + len(captions)
+        for start in range(0, len(fresh), _CAPTION_BATCH):
+            batch = fresh[start : start + _CAPTION_BATCH]
+
+            def show(count: int, _: int, done: int = done + start) -> None:
+                self.progress(done + count, total)
+
+            self.writer.add("caption", batch, self.encoder.encode_texts(batch, progress=show))
+            self.writer.commit()
+        self.report.encoded["captions"] = len(fresh)
+        self.report.reused["captions"] = len(captions) - len(fresh)
+        self.progress(total, total)
+
+    def finish(self, pictures: Sequence[Picture], captions: Sequence[Caption], calibrate: bool) -> None:
+        """Replace the records of the gallery."""
+        if not pictures and not captions:
+            raise ValueError(f"Nothing in {self.metadata.source} could be read, so no gallery was made.")
+        metadata = replace(self.metadata, built=datetime.now(UTC).isoformat(timespec="seconds"))
+        cohort: Mapping[str, Tensor] = {}
+        if calibrate:
+            found = self._cohort()
+            rows = (_Rows(self.writer, "picture", pictures), _Rows(self.writer, "caption", captions))
+            calibration, how = fit_calibration(pictures, captions, *rows, found)
+            judged_by = f"{how}; background {cohort_version()}"
+            metadata = replace(metadata, calibration=calibration.to_dict(), judged_by=judged_by)
+            cohort = found.tensors()
+        self.writer.finish(pictures, captions, metadata, cohort)
+
+    def _cohort(self) -> Cohort:
+        """Take over the cohort of the gallery, or of the one that lends it, while it is up to date."""
+        version, lender = cohort_version(), self.like
+        if self.before.cohort and self.before.metadata.judged_by.endswith(version):
+            return Cohort(**{name: embeds.float() for name, embeds in self.before.cohort.items()})
+        if lender is not None and lender.judge and lender.metadata.judged_by.endswith(version):
+            return lender.judge.cohort
+        return build_cohort(self.encoder)
+
+
+class _Rows:
+    """Embeddings of items by position."""
+
+    def __init__(self, writer: GalleryWriter, kind: Kind, items: Sequence[Picture | Caption]) -> None:
+        self._writer, self._kind, self._items = writer, kind, items
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return self._writer.embeds(self._kind, [content_of(self._items[row]) for row in positions.tolist()])

@@ -1,0 +1,398 @@
+"""Read `gallery.db`, the SQLite file that a gallery is.
+
+Place in the flow: `build -> gallery.db (here) -> index, search`. Tables:
+
+- `picture`, `caption`: one record a row; `id` as in every index, `embedding` names a row of that table;
+- `embedding`: half-precision vectors by a hash of model and content; `thumbnail`: WebP by the SHA-256 of the picture;
+- `meta`: metadata, ids in order of position, cohort; `scanned`: files that an unfinished build has hashed.
+
+Embeddings and thumbnails are committed as they are made. Records and metadata are replaced in one transaction, so a
+reader sees the old gallery or the new one. Every row has a CRC: SQLite does not notice a flipped bit in a value.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sqlite3
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignment.atomic import exclusive_lock
+from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture, rebuild_command
+
+Kind: TypeAlias = Literal["picture", "caption"]
+Row: TypeAlias = tuple[Any, ...]
+
+DATABASE = "gallery.db"
+KINDS: tuple[Kind, Kind] = ("picture", "caption")
+INDEX_FILES: dict[Kind, str] = {"picture": "image_embeds.faiss", "caption": "text_embeds.faiss"}
+VERSION = 1
+SCHEMA = """
+CREATE TABLE meta(key TEXT, value, crc INTEGER);
+CREATE TABLE embedding(id INTEGER PRIMARY KEY, key INTEGER UNIQUE, embeds BLOB, crc INTEGER);
+CREATE TABLE thumbnail(id INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, webp BLOB, crc INTEGER);
+CREATE TABLE picture(id INTEGER PRIMARY KEY, name TEXT, source BLOB, folder BLOB, captions TEXT, credit TEXT,
+    size INTEGER, mtime_ns INTEGER, sha256 BLOB, embedding INTEGER, crc INTEGER);
+CREATE TABLE caption(id INTEGER PRIMARY KEY, name TEXT, text TEXT, lang TEXT, scene TEXT, topic TEXT,
+    embedding INTEGER, crc INTEGER);
+CREATE INDEX picture_name ON picture(name);
+"""
+COHORT = "cohort."
+_TIMEOUT_S = 60.0  # to wait for the commit of another process
+_CACHE_KB = 16384
+_OLD_FORMAT, _IMPORT_TIMEOUT_S = "gallery.json", 600.0
+_TAGS_CACHED = 16  # eight bytes for each item
+_CHOSEN = "(SELECT value FROM json_each(?))"
+_NO_ROOM = 16 * 2**20
+_ERRNO = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_BUSY: errno.EAGAIN,
+}
+
+
+class SQLiteFile:
+    """A connection to a database file, which several threads use in turn; transactions are begun explicitly.
+
+    Raises:
+        OSError: from every method, naming the file.
+        ValueError: from every method, when its content is damaged.
+    """
+
+    def __init__(self, path: Path, mode: Literal["ro", "rw", "rwc"]) -> None:
+        """Open a file; after a kill, a file opened for reading has to be recovered first, see `open_recovered`."""
+        self.path, self._lock = path, threading.RLock()
+        uri = f"{path.absolute().as_uri()}?mode={mode}"
+        try:
+            options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False, "uri": True}
+            self._connection = sqlite3.connect(uri, _TIMEOUT_S, **options)
+        except sqlite3.Error as error:
+            raise self._translated(error) from error
+        try:
+            self(f"PRAGMA cache_size=-{_CACHE_KB}")
+            self("SELECT 1 FROM sqlite_schema")
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> list[Row]:
+        """Run a statement, once or with each of `many` values; returns the rows that it finds."""
+        try:
+            with self._lock:
+                if many is not None:
+                    return self._connection.executemany(sql, many).fetchall()
+                return self._connection.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._translated(error) from error
+
+    def each(self, sql: str) -> Iterator[Row]:
+        """Run a query whose rows do not fit into memory; no other thread may use the file meanwhile."""
+        try:
+            yield from self._connection.execute(sql)
+        except sqlite3.Error as error:
+            raise self._translated(error) from error
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether there are changes that are not committed."""
+        return self._connection.in_transaction
+
+    def close(self) -> None:
+        """Close the file; changes that are not committed are undone."""
+        self._connection.close()
+
+    def _translated(self, error: sqlite3.Error) -> OSError | ValueError:
+        number = _ERRNO.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+        if number is None:
+            return ValueError(str(error))
+        if number == errno.EACCES and self.path.is_dir():
+            number = errno.EISDIR
+        elif number == errno.EIO and shutil.disk_usage(self.path.parent).free < _NO_ROOM:
+            number = errno.ENOSPC
+        return OSError(number, os.strerror(number), str(self.path))
+
+    def faults(self) -> Iterator[str]:
+        """Read every byte, and name damaged rows as "table id: ..."."""
+        yield from (text for (text,) in self("PRAGMA integrity_check") if text != "ok")
+        for table in ("meta", *KINDS):
+            for row in self.each(f"SELECT rowid, * FROM {table}"):
+                if row[-1] != crc_of(row[1:-1]):
+                    yield f"{table} {row[0]}: wrong checksum"
+        for table in ("embedding", "thumbnail"):
+            for id, key, blob, crc in self.each(f"SELECT * FROM {table}"):
+                if crc != crc_of_blob(key, blob):
+                    yield f"{table} {id}: wrong checksum"
+
+
+def open_recovered(path: Path) -> SQLiteFile:
+    """Open a file for reading; the transaction of a killed process is undone first, which takes write access."""
+    try:
+        return SQLiteFile(path, "ro")
+    except PermissionError:
+        SQLiteFile(path, "rw").close()
+        return SQLiteFile(path, "ro")
+
+
+def crc_of(row: Row) -> int:
+    """Compute the checksum of values; signed, as SQLite stores that in four bytes."""
+    return zlib.crc32(repr(row).encode("utf-8", "surrogatepass")) - 2**31
+
+
+def crc_of_blob(key: object, blob: object) -> int:
+    """Compute the checksum of a blob and of the key that it belongs to."""
+    return zlib.crc32(blob if isinstance(blob, bytes) else b"", zlib.crc32(repr(key).encode())) - 2**31
+
+
+def to_array(blobs: Sequence[bytes], kind: Literal["<f2", "<i8"], *shape: int) -> Tensor:
+    """Decode halves or ids."""
+    data = np.frombuffer(b"".join(blobs), kind).astype(kind[1:])
+    return torch.from_numpy(data.reshape(shape or -1))
+
+
+class GalleryDatabase:
+    """A finished gallery, read-only. Methods may be called from several threads.
+
+    Attributes:
+        folder: the gallery's.
+        metadata: which model made it, from what.
+        embed_dim: width of its embeddings.
+        build: a token that changes with every finished build.
+    """
+
+    def __init__(self, folder: Path, model: str) -> None:
+        """Open a gallery; see `open`."""
+        self.folder, self.metadata = folder, GalleryMetadata("", model, 1.0, None)  # until it is read
+        try:
+            self._file = open_recovered(folder / DATABASE)
+        except ValueError as error:
+            raise self.damaged(error) from error
+        try:
+            self._read_meta()
+        except (TypeError, KeyError) as error:
+            self.close()
+            raise self.damaged(error) from error
+        except BaseException:
+            self.close()
+            raise
+        self._tagged = lru_cache(_TAGS_CACHED)(self._select_tagged)
+
+    @classmethod
+    def open(cls, folder: Path, model: str = "MODEL") -> GalleryDatabase:
+        """Open the gallery in a folder, whichever model made it; one of the previous format is converted first.
+
+        Args:
+            folder: with `gallery.db`.
+            model: name of the one in use, for the advice in the errors.
+
+        Raises:
+            FileNotFoundError: when there is no finished gallery.
+            PermissionError: when it may not be read.
+            ValueError: when it is damaged. All say what to run.
+        """
+        path = folder / DATABASE
+        if not path.exists() and (folder / _OLD_FORMAT).exists():
+            from alignment.gallery.old_format import import_gallery
+
+            with exclusive_lock(folder, timeout=_IMPORT_TIMEOUT_S):
+                import_gallery(folder)
+        try:
+            with path.open("rb"):  # for the operating system's own errors
+                return cls(folder, model)
+        except (FileNotFoundError, NotADirectoryError):
+            command = rebuild_command(folder, model)
+            raise FileNotFoundError(f"There is no gallery in {folder}. Build one: {command}") from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _read_meta(self) -> None:
+        if (version := self._query("PRAGMA user_version")[0][0]) > VERSION:
+            raise self.damaged(f"it has the format {version} of a later version of this program")
+        tables = self._query("SELECT 1 FROM sqlite_schema WHERE name = 'meta'")
+        meta = self._meta("key NOT LIKE 'cohort.%'") if tables else {}
+        if "metadata" not in meta:
+            raise FileNotFoundError(errno.ENOENT, "no finished gallery", str(self.folder))
+        header = json.loads(meta["metadata"])
+        self.metadata = GalleryMetadata(**{**header, "source": source_from_folder(self.folder, header["source"])})
+        self.embed_dim, self.build = int(meta["embed_dim"]), str(meta["build"])
+        self._ids = {kind: to_array([meta[kind]], "<i8") for kind in KINDS}
+        self._packaged = to_array([meta["packaged"]], "<i8").tolist()
+
+    def _meta(self, where: str) -> dict[str, Any]:
+        rows = self._query(f"SELECT key, value, crc FROM meta WHERE {where}")
+        self._verify("meta", (crc == crc_of(row) for *row_, crc in rows for row in [tuple(row_)]))
+        return {key: value for key, value, _ in rows}
+
+    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+        try:
+            return self._file(sql, values)
+        except ValueError as error:
+            raise self.damaged(error) from error
+
+    def _verify(self, what: str, sound: Iterable[bool]) -> None:
+        if not all(sound):
+            raise self.damaged(f"a wrong checksum in {what}")
+
+    def damaged(self, what: object) -> ValueError:
+        """Make an error that says what is damaged and what to run."""
+        command = rebuild_command(self.folder, self.metadata.model, self.metadata)
+        return ValueError(f"The gallery in {self.folder} is damaged ({what}). Rebuild it with: {command}")
+
+    # ------------------------------------------------------------ records
+
+    def ids(self, kind: Kind, tag: str | None = None) -> Tensor:
+        """List ids in order of position, (n,) int64.
+
+        Args:
+            kind: of the items.
+            tag: only pictures below this folder, however deep, or captions of this language.
+        """
+        return self._ids[kind] if tag is None else self._tagged(kind, tag)
+
+    def _select_tagged(self, kind: Kind, tag: str) -> Tensor:
+        if kind == "caption":
+            rows = self._query("SELECT id FROM caption WHERE lang = ?", (tag,))
+        else:
+            folder = os.fsencode(tag)
+            values = folder, folder + b"/", folder + b"0"  # "0" follows "/"
+            rows = self._query("SELECT id FROM picture WHERE folder = ? OR (folder > ? AND folder < ?)", values)
+        found = torch.tensor([id for (id,) in rows], dtype=torch.int64)
+        return self._ids[kind][torch.isin(self._ids[kind], found)]
+
+    def tags(self, kind: Kind) -> dict[str, int]:
+        """Count the pictures below each folder, or the captions of each language ("" if unknown)."""
+        counts: Counter[str] = Counter()
+        column = "folder" if kind == "picture" else "lang"
+        for tag, count in self._query(f"SELECT {column}, count(*) FROM {kind} GROUP BY 1"):
+            names = os.fsdecode(tag).split("/") if kind == "picture" else [tag]
+            counts.update({"/".join(names[: end + 1]): count for end in range(len(names))})
+        if kind == "picture":
+            counts.pop("", None)
+        return dict(sorted(counts.items()))
+
+    def packaged(self) -> list[int]:
+        """List the ids of the pictures that lie inside installed packages."""
+        return list(self._packaged)
+
+    def pictures(self, ids: Sequence[int]) -> list[Picture]:
+        """Fetch records, in the order of their ids.
+
+        Raises:
+            KeyError: when one is gone, as the gallery was replaced meanwhile.
+            ValueError: when one is damaged.
+        """
+        return [_picture(row, self.metadata.source) for row in self._records("picture", ids)]
+
+    def captions(self, ids: Sequence[int]) -> list[Caption]:
+        """Fetch records; as `pictures`."""
+        return [_caption(row) for row in self._records("caption", ids)]
+
+    def _records(self, kind: Kind, ids: Sequence[int]) -> list[Row]:
+        wanted = [int(id) for id in ids]
+        which = ("= ?", wanted) if len(wanted) == 1 else (f"IN {_CHOSEN}", (json.dumps(wanted),))
+        rows = self._query(f"SELECT * FROM {kind} WHERE id {which[0]}", which[1])
+        self._verify(kind, (row[-1] == crc_of(row[:-1]) for row in rows))
+        found = {row[0]: row for row in rows}
+        return [found[id] for id in wanted]
+
+    def id_of(self, kind: Kind, name: str) -> int | None:
+        """Look an item up by its public name; None if there is none. Captions are searched one by one."""
+        short = "" if kind == "picture" else "OR (substr(name, 1, 1) = '.' AND scene || name = ?1)"
+        rows = self._query(f"SELECT id FROM {kind} WHERE name = ?1 {short} LIMIT 1", (name,))
+        return int(rows[0][0]) if rows else None
+
+    def thumbnail(self, picture: Picture) -> bytes | None:
+        """Fetch the thumbnail of a picture, WebP; None if there is none, ValueError if it is damaged."""
+        sha256 = bytes.fromhex(picture.file.sha256) if picture.file else b""
+        rows = self._query("SELECT webp, crc FROM thumbnail WHERE sha256 = ?", (sha256,))
+        self._verify("thumbnail", (crc == crc_of_blob(sha256, webp) for webp, crc in rows))
+        return rows[0][0] if rows else None
+
+    # ------------------------------------------------------------ embeddings
+
+    def embeds(self, kind: Kind, ids: Tensor) -> Tensor:
+        """Fetch embeddings, (n, embed_dim) float16, in the order of the ids.
+
+        Raises:
+            KeyError: when an item is gone, as the gallery was replaced meanwhile.
+            ValueError: when a row is damaged.
+        """
+        wanted = ids.tolist()
+        # In the order of the table: pages of 64 kB in random order take ten times as long.
+        sql = f"WITH c(owner, row) AS MATERIALIZED (SELECT id, embedding FROM {kind} WHERE id IN {_CHOSEN} ORDER BY 2)"
+        sql += " SELECT owner, key, embeds, crc FROM c LEFT JOIN embedding ON embedding.id = row"
+        rows = self._query(sql, (json.dumps(wanted),))
+        self._verify("embedding", (crc == crc_of_blob(key, embeds) for _, key, embeds, crc in rows))
+        places = {row[0]: place for place, row in enumerate(rows)}
+        found = to_array([row[2] for row in rows], "<f2", len(rows), self.embed_dim)
+        return found[[places[id] for id in wanted]]
+
+    def batches(self, kind: Kind, size: int = 16384) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all embeddings in order of position, as (ids, float16 rows)."""
+        for ids in filter(len, self.ids(kind).split(size)):
+            yield ids, self.embeds(kind, ids)
+
+    def cohort(self) -> dict[str, Tensor]:
+        """Fetch the embeddings of the cohort by name, (n, embed_dim) float16; empty if there is none."""
+        blobs = self._meta("key LIKE 'cohort.%'")
+        width = 2 * self.embed_dim
+        shaped = ((key, blob, len(blob) // width) for key, blob in blobs.items())
+        return {key.removeprefix(COHORT): to_array([blob], "<f2", n, self.embed_dim) for key, blob, n in shaped}
+
+    # ------------------------------------------------------------ check
+
+    def check(self) -> list[str]:
+        """Read every byte of the gallery and list the faults; empty if it is sound."""
+        try:
+            return [*self._file.faults(), *self._wrong_references()]
+        except ValueError as error:
+            return [str(error)]
+
+    def _wrong_references(self) -> Iterator[str]:
+        for kind, count in zip(KINDS, (self.metadata.num_pictures, self.metadata.num_captions), strict=True):
+            there = {id for (id,) in self._query(f"SELECT id FROM {kind}")}
+            if there != set(self._ids[kind].tolist()) or len(self._ids[kind]) != count:
+                yield f"there are {len(there)} records of {kind}s instead of {count}"
+            sql = f"SELECT count(*) FROM {kind} WHERE embedding NOT IN (SELECT id FROM embedding)"
+            if missing := self._query(sql)[0][0]:
+                yield f"{missing} {kind}s have no embedding"
+
+
+def _picture(row: Row, root: str) -> Picture:
+    _, name, source, _, captions, credit, size, mtime_ns, sha256, *_ = row
+    file = FileFingerprint(size, mtime_ns, sha256.hex()) if sha256 else None
+    return Picture(name, os.fsdecode(source), json.loads(captions) if captions else {}, credit, root, file)
+
+
+def _caption(row: Row) -> Caption:
+    _, name, text, lang, scene, topic, *_ = row
+    return Caption(scene + name if name.startswith(".") else name, text, lang, scene, topic)  # see `GalleryWriter`
+
+
+def source_to_folder(folder: Path, source: str) -> str:
+    """Name a source in, beside or around the gallery relative to it: the two may move together."""
+    here = Path(os.path.abspath(folder))
+    if not os.path.isabs(source) or not Path(source).is_relative_to(here.parent):
+        return source  # elsewhere, or a Hub id
+    return "./" + os.path.relpath(source, here).replace(os.sep, "/")
+
+
+def source_from_folder(folder: Path, source: str) -> str:
+    """Undo `source_to_folder`."""
+    return os.path.abspath(folder / source) if source.startswith("./") else source

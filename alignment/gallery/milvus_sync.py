@@ -1,0 +1,312 @@
+"""Copy the embeddings of a gallery to a Milvus server and back, for galleries that outgrow one machine.
+
+    python -m alignment.gallery push GALLERY --index http://host:19530
+    python -m alignment.gallery pull GALLERY --index http://host:19530
+
+Place in the flow: `gallery.db -> collections on the server (here) -> search`. There is one collection for pictures and
+one for captions, named by gallery, side and model: `my_photos_image_embeds_0123456789ab`. Rows have the ids of the
+gallery, so an interrupted push sends only what is missing. When all rows are there and indexed, the collection is
+marked with a digest of their ids, so that an app need not list millions of them. Only then are rows deleted that the
+gallery has no more: a kill leaves rows too many, which searches ignore.
+
+Two galleries may have the same name. A collection therefore stores an owner, random letters that also lie in the file
+`milvus.json` of the gallery folder and of its copies; the rows of another owner are never changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from os.path import expanduser
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from alignment.atomic import exclusive_lock, read_json_checksummed, write_json_checksummed
+from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
+from alignment.gallery.records import Caption, Picture, folder_of, item_ids
+from alignment.gallery.writer import GalleryWriter, content_of
+from alignment.index import MilvusIndex, Server
+from alignment.index.server import Connection
+
+INDEX, INDEX_NAME, OWNER_FILE = "ALIGNMENT_INDEX", "ALIGNMENT_INDEX_NAME", "milvus.json"
+_SIDES: dict[Kind, str] = {"picture": "image_embeds", "caption": "text_embeds"}
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+_BATCH_ROWS = 16_384
+
+Progress: TypeAlias = Callable[[str, int, int], object]  # what is done, rows done, rows in all
+
+
+class SyncPlan(NamedTuple):
+    """What a push changes in a collection: ids to send, in the order of the gallery, and ids to delete."""
+
+    name: str
+    num_items: int
+    missing: Tensor
+    stale: Tensor
+
+
+@dataclass(frozen=True)
+class Remote:
+    """The collections of a gallery on a server: which server, the gallery's name there, and its folder here."""
+
+    server: Server
+    name: str
+    folder: Path
+
+    @classmethod
+    def of(cls, uri: str | None, folder: str | os.PathLike[str], name: str | None = None) -> Remote | None:
+        """Read the options of a command; None without an address, ValueError if Milvus does not accept them."""
+        if name and not _NAME.fullmatch(name):
+            raise ValueError(f"--index-name takes letters, digits and underscores, no digit first, not {name}")
+        return cls(Server.at(uri), name or default_name(folder), Path(folder)) if uri else None
+
+    def check(self) -> None:
+        """Connect; OSError or ValueError if the server cannot be used."""
+        Connection(self.server).close()
+
+    def collection(self, kind: Kind, fingerprint: str) -> str:
+        """Return the name of a collection."""
+        return f"{self.name}_{_SIDES[kind]}_{fingerprint[:12]}"
+
+    def push_command(self) -> str:
+        """Return the command that brings the server up to date."""
+        own = "" if self.name == default_name(self.folder) else f" --index-name {self.name}"
+        return f"python -m alignment.gallery push {self.folder} --index {self.server.uri}{own}"
+
+    def open(self, kind: Kind, fingerprint: str, ids: Tensor) -> MilvusIndex:
+        """Open a collection that holds the rows of all ids, and perhaps others.
+
+        Raises:
+            ValueError: if it does not; names the command that helps.
+            OSError: if the server does not answer or rejects the credentials.
+        """
+        where = f"the collection {self.collection(kind, fingerprint)}"
+        if (index := self._find(kind, fingerprint)) is None:
+            raise ValueError(f"{self.server.uri} lacks {where}. Put the gallery there with: {self.push_command()}")
+        if digest(ids) in index.marks and len(index) >= len(ids):
+            return index
+        index.close()
+        raise ValueError(
+            f"At {self.server.uri}, {where} is not what {self.folder} says. If this folder is an older copy, copy it "
+            f"anew; else bring the server up to date with: {self.push_command()}"
+        )
+
+    def push(
+        self, database: GalleryDatabase, progress: Progress = lambda *done: None, *, dry_run: bool = False
+    ) -> list[SyncPlan]:
+        """Bring the server up to date with a gallery, or only tell what that takes.
+
+        Raises:
+            ValueError: if a collection belongs to another gallery or model, or the gallery is replaced meanwhile.
+            OSError: if the server does not answer or rejects the credentials.
+        """
+        plans, fingerprint = [], database.metadata.fingerprint
+        for kind in (kind for kind in KINDS if len(database.ids(kind))):
+            index, ids = self._find(kind, fingerprint), database.ids(kind)
+            existing = ids[:0] if index is None else index.ids()
+            if index is not None and index.about.get("owner", "") != self._owner():
+                raise ValueError(
+                    f"The collection {index.name} at {self.server.uri} holds {len(existing)} rows of another gallery. "
+                    f"Choose another --index-name, or delete it with: {self.push_command()} --drop"
+                )
+            missing, stale = ids[~torch.isin(ids, existing)], existing[~torch.isin(existing, ids)]
+            plans.append(SyncPlan(self.collection(kind, fingerprint), len(ids), missing, stale))
+            if not dry_run:
+                with closing(index or self._create(kind, database)) as index:
+                    self._apply(plans[-1], index, kind, database, progress)
+        return plans
+
+    def _apply(self, plan: SyncPlan, index: MilvusIndex, kind: Kind, database: GalleryDatabase, show: Progress) -> None:
+        count, done, mark = plan.num_items, plan.num_items - len(plan.missing), digest(database.ids(kind))
+        for ids in filter(len, plan.missing.split(_BATCH_ROWS)):
+            try:
+                index.upsert(ids, database.embeds(kind, ids), _tags(kind, database, ids.tolist()))
+            except KeyError:
+                raise ValueError(f"{self.folder} was rebuilt meanwhile. Run the command again.") from None
+            show(index.name, done := done + len(ids), count)
+        index.wait_until_indexed(lambda left: show(f"{index.name}: index", max(0, count - left), count))
+        index.mark(mark)
+        index.unmark(keep=mark)
+        index.delete(plan.stale)
+        if len(index) != count:
+            raise ValueError(f"{index.name} has {len(index)} rows instead of {count}. Run the command again.")
+
+    def pull(self, progress: Progress = lambda *done: None) -> tuple[int, int]:
+        """Fetch the embeddings that are missing or damaged in the gallery folder.
+
+        Returns:
+            Number of pictures and of captions in the gallery.
+
+        Raises:
+            ValueError: if the server does not hold this gallery, or the folder is damaged in another way.
+            OSError: if the server does not answer, or another process writes to the folder.
+        """
+        with exclusive_lock(self.folder), closing(GalleryDatabase.open(self.folder)) as old:
+            pictures = old.pictures(old.ids("picture").tolist())
+            captions = old.captions(old.ids("caption").tolist())
+            sides: dict[Kind, Sequence[Picture] | Sequence[Caption]] = {"picture": pictures, "caption": captions}
+            with closing(GalleryWriter(self.folder / DATABASE, old.metadata.fingerprint, old.embed_dim)) as writer:
+                writer.repair()
+                for kind, items in sides.items():
+                    if items:
+                        with closing(self.open(kind, old.metadata.fingerprint, item_ids(items))) as index:
+                            _fetch(index, kind, items, writer, progress)
+                writer.finish(pictures, captions, old.metadata, old.cohort())
+            return len(pictures), len(captions)
+
+    def drop(self, fingerprint: str) -> dict[str, int]:
+        """Delete all collections of a gallery; returns how many rows each had."""
+        now, dropped = [self._find(kind, fingerprint) for kind in KINDS], {}
+        for index in filter(None, [*now, *self.of_other_models(fingerprint)]):
+            with closing(index):
+                dropped[index.name] = len(index)
+                index.drop()
+        return dropped
+
+    def of_other_models(self, fingerprint: str) -> list[MilvusIndex]:
+        """Open the collections that this gallery had for other models."""
+        with closing(Connection(self.server)) as connection:
+            names = sorted(connection.call("list_collections"))
+        ours = re.compile(rf"{re.escape(self.name)}_({'|'.join(_SIDES.values())})_(?!{fingerprint[:12]})[0-9a-f]{{12}}")
+        found, owner = [MilvusIndex(self.server, name) for name in names if ours.fullmatch(name)], self._owner()
+        return [index for index in found if owner and index.about.get("owner") == owner]
+
+    def _find(self, kind: Kind, fingerprint: str) -> MilvusIndex | None:
+        try:
+            index = MilvusIndex(self.server, self.collection(kind, fingerprint))
+        except FileNotFoundError:
+            return None
+        if index.about.get("fingerprint") != fingerprint:
+            index.close()
+            raise ValueError(f"The collection {index.name} at {self.server.uri} was made by another model.")
+        return index
+
+    def _create(self, kind: Kind, database: GalleryDatabase) -> MilvusIndex:
+        fingerprint, owner = database.metadata.fingerprint, self._owner() or secrets.token_hex(8)
+        write_json_checksummed(self.folder / OWNER_FILE, {"owner": owner})
+        about = {"fingerprint": fingerprint, "owner": owner}
+        return MilvusIndex.create(self.server, self.collection(kind, fingerprint), database.embed_dim, about)
+
+    def _owner(self) -> str:
+        path = self.folder / OWNER_FILE
+        try:
+            return str(read_json_checksummed(path)["owner"]) if path.exists() else ""
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error}): copy it from a copy of the gallery.") from error
+
+
+def _fetch(
+    index: MilvusIndex, kind: Kind, items: Sequence[Picture | Caption], writer: GalleryWriter, show: Progress
+) -> None:
+    contents, ids = [content_of(item) for item in items], item_ids(items)
+    missing = [row for row, content in enumerate(contents) if not writer.has(kind, content)]
+    for start in range(0, len(missing), _BATCH_ROWS):
+        rows = missing[start : start + _BATCH_ROWS]
+        writer.add(kind, [contents[row] for row in rows], index.embeds(ids[rows]))
+        writer.commit()
+        show(index.name, start + len(rows), len(missing))
+
+
+def _tags(kind: Kind, database: GalleryDatabase, ids: Sequence[int]) -> list[Collection[str]]:
+    """List the tags of items: the folders around a picture ("a" and "a/b" for "a/b/c.jpg"), a caption's language."""
+    if kind == "caption":
+        return [[caption.lang] for caption in database.captions(ids)]
+    folders = (folder_of(picture.source).split("/") for picture in database.pictures(ids))
+    return [["/".join(names[:end]) for end in range(1, len(names) + 1) if names[0]] for names in folders]
+
+
+def default_name(folder: str | os.PathLike[str]) -> str:
+    """Make a name that Milvus accepts of a folder's; where characters are replaced, a hash of the whole is added."""
+    given = Path(os.path.abspath(folder)).name
+    name = re.sub(r"[^A-Za-z0-9_]+", "_", given).strip("_")[:60]
+    if name == given and _NAME.fullmatch(name):
+        return name
+    return f"gallery_{name}_{_hash(given.encode('utf-8', 'surrogatepass'))[:8]}".replace("__", "_")
+
+
+def digest(ids: Tensor) -> str:
+    """Hash a set of ids, in whatever order."""
+    return _hash(ids.sort().values.numpy().tobytes())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def add_index_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the options for a server; `Remote.of(args.index, folder, args.index_name)` reads them."""
+    uri, name = os.environ.get(INDEX) or None, os.environ.get(INDEX_NAME) or None
+    text = f"a Milvus server for the embeddings, such as http://localhost:19530 (or {INDEX})"
+    parser.add_argument("--index", metavar="URI", default=uri, required=required and not uri, help=text)
+    text = f"of the gallery there, if not that of its folder (or {INDEX_NAME})"
+    parser.add_argument("--index-name", metavar="NAME", default=name, help=text)
+
+
+def add_push(commands: Any) -> None:
+    """Add the commands `push` and `pull`."""
+    text = "Copy the embeddings and tags of a gallery to a Milvus server, and wait until it has indexed them. "
+    text += "The gallery folder stays as it is and is still needed. Run the command again after an interruption, or "
+    text += "when the gallery has changed: only what is missing is sent, and what the gallery has no more is deleted "
+    text += "at the end. User and password, or an API key, are read from the environment: ALIGNMENT_INDEX_TOKEN."
+    push = commands.add_parser("push", help="copy the embeddings to a Milvus server", description=text)
+    push.add_argument("--dry-run", action="store_true", help="say what would be sent and taken out, and change nothing")
+    push.add_argument("--drop", action="store_true", help="delete the gallery's collections on the server instead")
+    text = "fetch embeddings that are missing or damaged in the gallery folder back from a Milvus server"
+    pull = commands.add_parser("pull", help=text)
+    for parser, run in ((push, _run_push), (pull, _run_pull)):
+        parser.add_argument("gallery", type=expanduser, metavar="GALLERY", help="the gallery folder")
+        add_index_options(parser, required=True)
+        parser.set_defaults(run=run)
+
+
+def _run_push(args: argparse.Namespace) -> int:
+    with closing(GalleryDatabase.open(Path(args.gallery))) as database:
+        remote, fingerprint = Remote.of(args.index, args.gallery, args.index_name), database.metadata.fingerprint
+        assert remote is not None  # the option is required
+        if args.drop:
+            for name, count in remote.drop(fingerprint).items():
+                print(f"{name}: deleted, {count} rows")
+            return 0
+        with _progress_bar(args.dry_run) as show:
+            plans = remote.push(database, show, dry_run=args.dry_run)
+    for name, count, missing, stale in plans:
+        sent, there, gone = len(missing), count - len(missing), len(stale)
+        plan, did = (
+            f"{sent} to be sent, {gone} to be taken out; nothing was changed",
+            f"{sent} sent, {there} were there",
+        )
+        print(f"{name}: {count} rows, {plan if args.dry_run else f'{did}, {gone} taken out'}")
+    if old := remote.of_other_models(fingerprint):
+        names = ", ".join(f"{index.name} ({len(index)} rows)" for index in old)
+        print(f"Of earlier models there is still {names}: push --drop deletes all, and the next push sends anew.")
+    return 0
+
+
+def _run_pull(args: argparse.Namespace) -> int:
+    remote = Remote.of(args.index, args.gallery, args.index_name)
+    assert remote is not None  # the option is required
+    with _progress_bar() as show:
+        pictures, captions = remote.pull(show)
+    print(f"{args.gallery}: {pictures} pictures and {captions} captions are here again")
+    return 0
+
+
+@contextmanager
+def _progress_bar(quiet: bool = False) -> Iterator[Progress]:
+    with tqdm(unit=" rows", dynamic_ncols=True, disable=quiet) as bar:
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.desc, bar.n, bar.total = what, done, total
+            bar.refresh()
+
+        yield show

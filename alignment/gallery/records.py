@@ -1,0 +1,280 @@
+"""Records of a gallery: pictures, captions, the metadata of the build, and how they are listed from a source.
+
+Place in the flow: `data set or hand-written list -> records (here) -> embeddings (build) -> gallery.db (database)`. No
+picture is opened and nothing is embedded here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.preprocess import InputError, clean_caption
+
+PICTURES, CAPTIONS = "pictures.jsonl", "captions.jsonl"
+_PACKAGE = "package:"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?")
+_HAN, _KANA_OR_HANGUL = re.compile(r"[\u4e00-\u9fff]"), re.compile(r"[\u3040-\u30ff\uac00-\ud7af]")
+
+
+@dataclass(frozen=True)
+class FileFingerprint:
+    """State of a file when it was embedded; `mtime_ns` is 0 for files of an installed package."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that can be found.
+
+    Attributes:
+        id: public name; unique in a gallery.
+        source: "relative/path.jpg" below `root`, an absolute path, or "package:NAME/PATH" inside an installed package.
+        captions: language -> text, "" for an unknown language; may be empty.
+        credit: author and licence.
+        root: the folder that a relative source lies below.
+        file: the file that was embedded; None before that.
+    """
+
+    id: str
+    source: str
+    captions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    credit: str = ""
+    root: str = field(default="", compare=False)
+    file: FileFingerprint | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def package(self) -> str:
+        """Name of the installed package it belongs to; "" for the user's own pictures."""
+        return self.source.removeprefix(_PACKAGE).split("/")[0] if self.source.startswith(_PACKAGE) else ""
+
+    @property
+    def path(self) -> Path:
+        """Path of the file on this machine; a package is found without importing it.
+
+        Raises:
+            FileNotFoundError: when the package is not installed.
+        """
+        if not self.package:
+            return Path(self.root, self.source)
+        spec = importlib.util.find_spec(self.package) if self.package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError(f"The package {self.package} is not installed.")
+        return Path(spec.submodule_search_locations[0], self.source.partition("/")[2])
+
+    def caption(self, lang: str = "en") -> str:
+        """Return its caption in this language, else in any other, else ""."""
+        return self.captions.get(lang) or next(iter(self.captions.values()), "")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption that can be found.
+
+    Attributes:
+        id: public name; unique in a gallery.
+        text: the caption itself.
+        lang: "en", "zh", ... or "" for unknown.
+        scene: shared by captions of the same scene, such as the two languages of it; the picture's id if there is one.
+        topic: category of the scene.
+    """
+
+    id: str
+    text: str
+    lang: str = ""
+    scene: str = ""
+    topic: str = ""
+
+
+@dataclass(frozen=True)
+class GalleryMetadata:
+    """Which model made a gallery, from what, and when.
+
+    Attributes:
+        fingerprint: of the model's weights.
+        model: folder or Hub id that the model was loaded from.
+        logit_scale: the model's, already exponentiated.
+        logit_bias: the model's; None for a softmax model.
+        source: the absolute path or the Hub id it was built from.
+        options: of the command that built it, beside source, folder and model.
+        num_pictures: number of pictures.
+        num_captions: number of captions.
+        built: UTC, ISO 8601.
+        calibration: of match probabilities, see `Calibration.to_dict`; None in galleries built without.
+        judged_by: what the calibration was fitted on, and the name of its cohort.
+    """
+
+    fingerprint: str
+    model: str
+    logit_scale: float
+    logit_bias: float | None
+    source: str = ""
+    options: str = ""
+    num_pictures: int = 0
+    num_captions: int = 0
+    built: str = ""
+    calibration: Mapping[str, Any] | None = field(default=None, hash=False)
+    judged_by: str = ""
+
+
+def rebuild_command(folder: Path, model: str, metadata: GalleryMetadata | None = None) -> str:
+    """Return the command that rebuilds the gallery in a folder for a model, as far as its metadata says."""
+    source = metadata.source if metadata and metadata.source else "SOURCE"
+    if os.path.isabs(source) and Path(source).is_relative_to(Path.cwd()):
+        source = os.path.relpath(source)
+    words = ["python", "-m", "alignment.gallery", "build", source, "--out", str(folder), "--model", model]
+    try:
+        return shlex.join(words + shlex.split(metadata.options if metadata else ""))
+    except ValueError:  # damaged options
+        return shlex.join(words)
+
+
+def item_ids(items: Iterable[Picture | Caption]) -> Tensor:
+    """Compute the ids of items in indexes: (n,) int64, not negative, one for each item, from names and content.
+
+    The chance of a collision among a million items is one in twenty million.
+    """
+    seen: Counter[str] = Counter()
+    ids = []
+    for item in items:
+        if isinstance(item, Picture):
+            text = f"{item.id}\0{item.source}\0{item.file.sha256 if item.file else ''}"
+        else:
+            text = f"{item.id}\0{item.lang}\0{item.text}"
+        seen[text] += 1
+        digest = hashlib.blake2b(f"{seen[text]}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        ids.append(int.from_bytes(digest, "big") >> 1)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def folder_of(source: str) -> str:
+    """Return the folder of a picture, relative to the source of the gallery; "" for packages and absolute paths."""
+    return "" if os.path.isabs(source) or source.startswith(_PACKAGE) else source.rpartition("/")[0]
+
+
+# ---------------------------------------------------------------- captioned data sets
+
+
+def read_captioned(images: Iterable[tuple[str, Sequence[str]]], root: str = "") -> tuple[list[Picture], list[Caption]]:
+    """List a data set, given as image files with their captions.
+
+    Args:
+        images: (absolute path, captions), the captions clean; none for a folder of photos.
+        root: pictures below this folder are named relative to it, so that the two may move together.
+    """
+    pictures: list[Picture] = []
+    captions: list[Caption] = []
+    for path, texts in images:
+        source = os.path.relpath(path, root).replace(os.sep, "/") if root and Path(path).is_relative_to(root) else path
+        scene = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        own = [Caption(f"{scene}.{row}", text, language_of(text), scene) for row, text in enumerate(texts)]
+        first = {caption.lang: caption.text for caption in reversed(own)}
+        pictures.append(Picture(scene, source, first, root=root))
+        captions += own
+    return pictures, captions
+
+
+def language_of(text: str) -> str:
+    """Return "zh" for Chinese and "" for anything else; Han characters beside kana or hangul are not Chinese."""
+    return "zh" if _HAN.search(text) and not _KANA_OR_HANGUL.search(text) else ""
+
+
+# ---------------------------------------------------------------- hand-written lists
+
+
+def is_hand_written(folder: Path) -> bool:
+    """Whether `read_hand_written` reads this folder; `captions.jsonl` may also be the table of a captioned data set."""
+    for name, field_of_ours in ((PICTURES, "source"), (CAPTIONS, "topic")):
+        if os.path.isfile(folder / name) and field_of_ours in next(_lines(folder / name), ("", {}))[1]:
+            return True
+    return False
+
+
+def read_hand_written(folder: Path) -> tuple[list[Picture], list[Caption]]:
+    """Read `pictures.jsonl`, `captions.jsonl` or both; the pictures' captions are candidates as well.
+
+    A picture's line: {"id": "cat", "source": "package:skimage/data/chelsea.png", "en": "A tabby cat.", "credit": ""};
+    a scene's: {"id": "pets-01", "topic": "pets", "en": "A cat sleeps.", "zh": "..."}. Every other key is a language.
+
+    Raises:
+        ValueError: naming file and line, when a line is not of this form.
+    """
+    pictures: list[Picture] = []
+    captions: list[Caption] = []
+    for where, line in _lines(folder / PICTURES):
+        source, credit = _string(line, "source", where), _string(line, "credit", where, "")
+        texts = _texts(line, ("id", "source", "credit"), where)
+        pictures.append(Picture(_id(line, where), source, texts, credit, root=os.path.abspath(folder)))
+    for where, line in _lines(folder / CAPTIONS):
+        scene, topic = _id(line, where), _string(line, "topic", where, "")
+        captions += _scene(scene, _texts(line, ("id", "topic"), where), topic)
+    for picture in pictures:
+        captions += _scene(picture.id, picture.captions)
+    for ids in ([picture.id for picture in pictures], [caption.id for caption in captions]):
+        if twice := [name for name, count in Counter(ids).items() if count > 1]:
+            raise ValueError(f"{folder} uses an id more than once: {', '.join(twice[:5])}.")
+    return pictures, captions
+
+
+def _scene(scene: str, texts: Mapping[str, str], topic: str = "") -> list[Caption]:
+    return [Caption(f"{scene}.{lang}", text, lang, scene, topic) for lang, text in texts.items()]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a file, which may be missing, each with its place for error messages."""
+    lines = path.read_text("utf-8").split("\n") if path.exists() else []
+    for number, text in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        try:
+            line = json.loads(text or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}.") from error
+        if not isinstance(line, dict):
+            raise ValueError(f'{where} must be an object like {{"id": ...}}.')
+        if line:
+            yield where, line
+
+
+def _string(line: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+    value = line.get(key, default)
+    if not isinstance(value, str) or (default is None and not value):
+        raise ValueError(f'{where} needs a text for "{key}".')
+    return value
+
+
+def _id(line: Mapping[str, Any], where: str) -> str:
+    value = _string(line, "id", where)
+    if not _ID.fullmatch(value):
+        raise ValueError(f"{where}: the id {value!r} may only hold letters, digits, '.', '_' and '-'.")
+    return value
+
+
+def _texts(line: Mapping[str, Any], fields: Sequence[str], where: str) -> dict[str, str]:
+    """Read the captions of a line: every key that is no field has to be a language."""
+    texts = {}
+    for key in line:
+        if key in fields:
+            continue
+        if not _LANGUAGE.fullmatch(key):
+            raise ValueError(f'{where}: "{key}" is neither {", ".join(fields)} nor a language such as "en".')
+        try:
+            texts[key] = clean_caption(_string(line, key, where))
+        except InputError as error:
+            raise ValueError(f'{where}, "{key}": {error}') from error
+    return texts
