@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from alignment.model import DualEncoder
 from alignment.train import phases, run
+from alignment.train.config import TrainConfig
 from alignment.train.dataset import Captions, ContrastiveDataset
-from alignment.train.settings import TrainConfig
 
 HEADS = {  # of the 6,091 training pictures of Flickr8k 47 batches of 128 make a pass
     "rows": {"batch_size": 128, "captions_per_image": 1},

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
+from alignment.train.config import TrainConfig
 from alignment.train.run import train
-from alignment.train.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple")
