@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from alignment.catalogue import Caption, Picture
 from killing import FEW, NEVER, Fault, Runner, runner
 from PIL import Image
 from test_train_run import paint as paint_flags
