@@ -60,7 +60,7 @@ class Task:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; `html` is the path of the page, if there is to be one."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     if arguments.html is True or (arguments.compare and arguments.data and arguments.html is None):
         arguments.html = Path("comparison.html" if arguments.compare else "evaluation.html")
     return arguments
@@ -70,7 +70,8 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Lay out the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alignment.evaluate",
         description="Say what a model is worth on your data, or what one model gains over another.",

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with the reason, when it fails.
     """
-    parser = _parser()
+    parser = build_parser()
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -180,7 +180,8 @@ def _between(lowest: float, highest: float, kind: type = float) -> Any:
     return read
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Lay out the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alignment.train",
         description=DESCRIPTION,
