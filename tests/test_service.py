@@ -637,25 +637,6 @@ def test_a_session_is_the_browsers_that_began_it():
     assert owners.admits("program", "later")
 
 
-def test_the_readmes_list_what_is_served_with_its_limits(serve):
-    served = {name.strip("/") for name in serve().get("/gradio_api/info").json()["named_endpoints"]}
-    for name in ("README.md", "README.zh-CN.md"):
-        section = (app.ROOT / name).read_text("utf-8").split("\n## API\n", 1)[1].split("\n## ", 1)[0]
-        rows = re.findall(r"^\| `(\w+)` \|(?:[^|\n]*\|){2} ([^|\n]+) \|$", section, re.MULTILINE)
-        assert {endpoint for endpoint, limits in rows if limits.strip()} == served, name
-
-
-def test_the_readmes_say_every_default(serve):
-    for name in ("README.md", "README.zh-CN.md"):
-        text = (app.ROOT / name).read_text("utf-8")
-        for setting in Settings.__dataclass_fields__:
-            assert f"--{setting.replace('_', '-')}" in text, (name, setting)
-        rows = dict(re.findall(r"^\| `--([\w-]+)`[^|]*\| ([\d, 、]+) \|", text, re.MULTILINE))
-        for setting, said in rows.items():
-            assert str(getattr(Settings, setting.replace("-", "_"))) in re.split(r"[, 、]+", said), (name, setting)
-        assert len(rows) == 9
-
-
 # ---------------------------------------------------------------- the log
 
 
