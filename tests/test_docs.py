@@ -183,6 +183,23 @@ def figures(text: str) -> list[str]:
     return sorted(re.findall(r"\d+\.\d+|\d+(?= ?%)|\d{1,3}(?:,\d{3})+", prose(text)))
 
 
+# ---------------------------------------------------------------- the code that pages name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    named = re.findall(r"`((?:alignment|assets|checkpoints|docs|tests)/[\w./-]+)`", prose(text_of(page)))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", [DOCS / "architecture.md", CHINESE / "architecture.md"], ids=name_of)
+def test_every_name_in_the_architecture_is_in_the_code(page: Path) -> None:
+    sources = [ROOT / "app.py", *(ROOT / "alignment").rglob("*.py")]
+    known = set(re.findall(r"\w+", "".join(source.read_text("utf-8") for source in sources)))
+    named = re.findall(r"`([A-Za-z_]+)`", prose(text_of(page)))
+    assert [name for name in named if name not in known] == []
+
+
 # ---------------------------------------------------------------- commands
 
 
