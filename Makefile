@@ -16,7 +16,7 @@ MILVUS_STAMP := $(MILVUS)/.milvus
 
 # PYTHON: the interpreter behind .venv; the first of these that is new enough.
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.14 python
-# TORCH_INDEX: where to take PyTorch from, if not from where pip looks anyway; the README says when that is worth it.
+# TORCH_INDEX: where to take PyTorch from, if not from where pip looks anyway; docs/install.md says when that is worth it.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 # ARGS: passed on to the command, as in `make app ARGS="--photos ~/Pictures"`.
@@ -27,7 +27,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help app test test-long test-scale upgrade-check lint audit format gallery compact bench bench-train
+.PHONY: help app test test-long test-scale upgrade-check lint audit format docs gallery compact bench bench-train
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ audit: $(TEST_STAMP)  ## look the packages up among the known vulnerabilities; w
 format: $(TEST_STAMP)  ## mend what ruff can mend
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
+
+docs: $(APP_STAMP)  ## write the tables of the documentation that repeat the code
+	$(BIN)/python docs/tables.py
 
 gallery: $(APP_STAMP)  ## rebuild the starter gallery after the model has changed
 	$(BIN)/python -m alignment.gallery build assets/gallery/sources --out assets/gallery $(ARGS)

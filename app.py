@@ -114,8 +114,8 @@ A gallery of captioned data, or one to be copied and published, is built by a co
 """
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line, then the environment."""
+def build_parser() -> argparse.ArgumentParser:
+    """Lay out the command line; the environment gives the defaults."""
     env = os.environ.get
     parser = argparse.ArgumentParser(
         description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,6 +153,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
     add_size_options(parser)
     add_options(parser)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, then the environment."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.photos and args.index:
         parser.error("--photos keeps its gallery in the cache folder; --index goes with --gallery.")

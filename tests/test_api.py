@@ -37,7 +37,8 @@ from alignment.ui.api_input import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
 
 ENDPOINTS = {"search_images", "search_captions", "similarity_matrix", "embed_images", "embed_captions", "describe"}
-HERE = "http://127.0.0.1:7860"  # what the READMEs say
+HERE = "http://127.0.0.1:7860"  # what the documentation says
+PAGES = ("docs/api.md", "docs/zh-CN/api.md")
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +117,8 @@ def test_programs_wait_in_the_queues_of_the_page(engine):
 
 def test_the_limits_are_said_where_one_looks_for_them(ask):
     limits = ask("describe")["limits"]
-    for name in ("README.md", "README.zh-CN.md"):
-        said = api_section(name)
+    for name in PAGES:
+        said = page(name)
         for limit in limits.values():
             assert re.search(rf"\b{limit}\b|{limit // 100}00 万", said), (name, limit)
     for name in ("search_images", "search_captions"):
@@ -500,16 +501,15 @@ def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, capsys
     assert capsys.readouterr().err == 'error: --mcp needs one more package; run: pip install -e ".[mcp]"\n'
 
 
-# ---------------------------------------------------------------- the READMEs
+# ---------------------------------------------------------------- the documentation
 
 
-def api_section(name: str) -> str:
-    text = (app.ROOT / name).read_text("utf-8")
-    return text.split("\n## API\n", 1)[1].split("\n## ", 1)[0]
+def page(name: str) -> str:
+    return (app.ROOT / name).read_text("utf-8")
 
 
 def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", api_section(name), re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", page(name), re.DOTALL)
 
 
 @pytest.fixture
@@ -528,8 +528,14 @@ def shell(address, photo, tmp_path) -> Callable[..., str]:
     return run
 
 
-@pytest.mark.parametrize(("name", "words"), [("README.md", ("cat",)), ("README.zh-CN.md", ("猫", "没有合适的描述"))])
-def test_the_python_of_the_readme_runs(shell, address, name, words):
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_python_of_the_readme_runs(shell, address, name):
+    (code,) = blocks(name, "python")
+    assert "\n1 cat 0." in shell(sys.executable, "-c", code.replace(HERE, address))
+
+
+@pytest.mark.parametrize(("name", "words"), [(PAGES[0], ("cat",)), (PAGES[1], ("猫", "没有合适的描述"))])
+def test_the_python_of_the_page_runs(shell, address, name, words):
     (code,) = blocks(name, "python")
     said = shell(sys.executable, "-c", code.replace(HERE, address))
     assert "1 cat 0." in said
@@ -537,8 +543,8 @@ def test_the_python_of_the_readme_runs(shell, address, name, words):
     assert re.search(r"\[\[0\.\d+, 0\.\d+\]\] \[0\]$", said.strip())  # the cat, not the coffee
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_curl_of_the_readme_runs(shell, address, uploads, name):
+@pytest.mark.parametrize("name", PAGES)
+def test_the_curl_of_the_page_runs(shell, address, uploads, name):
     searches = [code for code in blocks(name, "sh") if "curl" in code]
     assert len(searches) == 2
     answers = [shell("bash", "-euc", code.replace(HERE, address)) for code in searches]
@@ -548,9 +554,9 @@ def test_the_curl_of_the_readme_runs(shell, address, uploads, name):
     assert files(uploads) == []
 
 
-def test_the_agents_configuration_of_the_readme_works(shell, address, photo, tmp_path):
+def test_the_agents_configuration_of_the_page_works(shell, address, photo, tmp_path):
     shell("true")  # lays photo.jpg down
-    (config,) = blocks("README.md", "json")
+    (config,) = blocks(PAGES[0], "json")
     config = config.replace(HERE, address).replace("/path/to/pictures", str(tmp_path))
     servers = json.loads(config.replace(".venv/bin/gradio", str(Path(sys.executable).with_name("gradio"))))
     upload = StdioServerParameters(**servers["mcpServers"]["upload-pictures"], env={"no_proxy": "127.0.0.1"})
@@ -567,16 +573,8 @@ def test_the_agents_configuration_of_the_readme_works(shell, address, photo, tmp
     assert "cat" in finished(run()).content[0].text
 
 
-def test_both_readmes_say_the_same():
-    def bare(code: str) -> str:
-        return re.sub(
-            r"[\u4e00-\u9fff]+|a cat with green eyes|nothing fits|a cat|a cup of coffee|\b(en|zh)\b|path/to/pictures",
-            "",
-            code,
-        )
-
-    for language in ("python", "sh", "json"):
-        english, chinese = blocks("README.md", language), blocks("README.zh-CN.md", language)
-        assert [bare(code) for code in english] == [bare(code) for code in chinese]
-    for section in (api_section("README.md"), api_section("README.zh-CN.md")):
-        assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) - {"k"} == ENDPOINTS
+def test_the_pages_list_what_is_served_with_its_limits(address):
+    info = httpx.get(f"{address}/gradio_api/info", trust_env=False).json()["named_endpoints"]
+    for name in PAGES:
+        rows = re.findall(r"^\| `(\w+)` \|(?:[^|\n]*\|){2} ([^|\n]+) \|$", page(name), re.MULTILINE)
+        assert {endpoint for endpoint, limits in rows if limits.strip()} == {key.strip("/") for key in info}, name

@@ -39,9 +39,9 @@ def test_what_it_copies_is_there_and_is_all_that_the_app_needs() -> None:
         assert target == "./" or sources == [target]  # the content of a folder would be copied, not the folder
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_it_installs_as_the_readme_says(readme: str) -> None:
-    text = (ROOT / readme).read_text("utf-8")
+@pytest.mark.parametrize("page", ["docs/install.md", "docs/zh-CN/install.md"])
+def test_it_installs_as_the_documentation_says(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
     commands = [command.strip() for words in told("RUN") for command in words.split("&&") if "pip" in command]
     assert len(commands) == 2
     for command in commands:

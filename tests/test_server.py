@@ -93,17 +93,6 @@ def test_the_version_is_that_of_the_package():
     assert alignment.__version__ == declared
 
 
-def test_the_readmes_say_every_default():
-    for name in ("README.md", "README.zh-CN.md"):
-        text = (app.ROOT / name).read_text("utf-8")
-        for setting in Settings.__dataclass_fields__:
-            assert f"--{setting.replace('_', '-')}" in text, (name, setting)
-        rows = dict(re.findall(r"^\| `--([\w-]+)`[^|]*\| ([\d, 、]+) \|", text, re.MULTILINE))
-        for setting, said in rows.items():
-            assert str(getattr(Settings, setting.replace("-", "_"))) in re.split(r"[, 、]+", said), (name, setting)
-        assert len(rows) == 9
-
-
 # ---------------------------------------------------------------- limits and sessions
 
 

@@ -145,14 +145,6 @@ def test_a_root_path_without_its_slash_redirects(serve):
     assert client.get("/searching").status_code == 404
 
 
-def test_the_readmes_list_what_is_served_with_its_limits(serve):
-    served = {name.strip("/") for name in serve().get("/gradio_api/info").json()["named_endpoints"]}
-    for name in ("README.md", "README.zh-CN.md"):
-        section = (app.ROOT / name).read_text("utf-8").split("\n## API\n", 1)[1].split("\n## ", 1)[0]
-        rows = re.findall(r"^\| `(\w+)` \|(?:[^|\n]*\|){2} ([^|\n]+) \|$", section, re.MULTILINE)
-        assert {endpoint for endpoint, limits in rows if limits.strip()} == served, name
-
-
 # ---------------------------------------------------------------- connections and slow senders
 
 UPLOAD = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"

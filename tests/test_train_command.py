@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 from PIL import Image
 
-from alignment.train.command import _parser, main
+from alignment.train.command import build_parser, main
 from alignment.train.objective import LOSSES, Loss
 from alignment.train.presets import Preset
 from alignment.train.record import RunRecord
@@ -23,7 +23,7 @@ from alignment.train.settings import Precision, TrainConfig
 
 
 def options() -> dict[str, argparse.Action]:
-    return {action.dest: action for action in _parser()._actions}
+    return {action.dest: action for action in build_parser()._actions}
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_choices_are_those_of_the_code() -> None:
 
 
 def test_what_is_not_given_is_left_to_be_chosen() -> None:
-    told = vars(_parser().parse_args(["--data", "d", "--output", "o", "--model", "m"]))
+    told = vars(build_parser().parse_args(["--data", "d", "--output", "o", "--model", "m"]))
     given = {name for name, value in told.items() if value is not None}
     assert given == {"data", "output", "model", "check", "resume", "private"}
     assert not any(told[name] for name in ("check", "resume", "private"))
@@ -85,7 +85,7 @@ def test_what_is_not_given_is_left_to_be_chosen() -> None:
 def test_a_home_is_found_behind_an_equals_sign_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ("model", "vision", "text", "data", "eval-data", "second-data", "kept-folder", "output")
-    told = vars(_parser().parse_args([f"--{name}=~/x" for name in names]))
+    told = vars(build_parser().parse_args([f"--{name}=~/x" for name in names]))
     assert {told[name.replace("-", "_")] for name in names} == {str(tmp_path / "x")}
 
 

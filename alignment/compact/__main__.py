@@ -73,7 +73,7 @@ EMBED_DIM = 512
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the whole recipe, stage by stage."""
-    arguments = _arguments(argv)
+    arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     started = time.monotonic()
     try:
@@ -328,7 +328,8 @@ def _recipe(text: str) -> Recipe:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """Lay out the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alignment.compact",
         description="Convert the pretrained towers and align them on a captioned data set.",
@@ -352,7 +353,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="{}",
         help=f"JSON to vary: {', '.join(field.name for field in fields(Recipe))}",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

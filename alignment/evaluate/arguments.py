@@ -60,7 +60,7 @@ class Task:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `html` becomes the path of the page, or None."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     if arguments.html is True or (arguments.compare and arguments.data and arguments.html is None):
         arguments.html = Path("comparison.html" if arguments.compare else "evaluation.html")
     return arguments
@@ -70,7 +70,8 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Lay out the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alignment.evaluate",
         description="Measure retrieval and zero-shot accuracy of a model on your data, or compare two models.",

@@ -71,7 +71,7 @@ or without torchrun, each wherever and whenever you like, and the last one when 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         return int(args.run(args))
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Lay out the command line."""
     parser = argparse.ArgumentParser(prog="python -m alignment.gallery", description="Make galleries to search.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     build = commands.add_parser(

@@ -40,7 +40,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         _publish(args)
     except KeyboardInterrupt:
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Lay out the command line."""
     parser = argparse.ArgumentParser(prog="python -m alignment.space", description="Put the app on a Space.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser(

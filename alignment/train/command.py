@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with the reason, when it fails.
     """
-    parser = _parser()
+    parser = build_parser()
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -150,7 +150,8 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         parser.error("name one start: --model, or --vision with --text, or --scratch")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Lay out the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alignment.train",
         description=DESCRIPTION,
