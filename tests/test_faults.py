@@ -26,7 +26,7 @@ from alignment.gallery.unfinished import Unfinished
 from alignment.model import DualEncoder
 from alignment.model.graphs import Facts, Graphs
 from alignment.pairs import read_pairs
-from alignment.train.folder import SETTINGS, read_settings
+from alignment.train.run_dir import SETTINGS, read_resume_state
 from alignment.train.trainer import last_checkpoint
 
 __all__ = ["galleries", "run", "trainings"]
@@ -314,10 +314,10 @@ def test_of_damaged_checkpoints_the_one_before_is_gone_on_with(
 @pytest.mark.parametrize("harm", [name for name in HARMS if name != "missing"])
 def test_a_damaged_note_of_a_run_is_told(harm: str, killed: Path, tmp_path: Path) -> None:
     shutil.copy(killed / SETTINGS, tmp_path)
-    assert read_settings(tmp_path).recipe.max_steps == 12
+    assert read_resume_state(tmp_path).recipe.max_steps == 12
     HARMS[harm](tmp_path / SETTINGS)
     with pytest.raises((ValueError, IsADirectoryError)) as met:
-        read_settings(tmp_path)
+        read_resume_state(tmp_path)
     wanted = "is in the way (Is a directory)" if harm == "a folder" else "start a new run with another --output"
     assert str(tmp_path / SETTINGS) in explain(met.value)
     assert wanted in explain(met.value)

@@ -25,7 +25,7 @@ from torch import Tensor
 from alignment.catalogue import Caption, Picture
 from alignment.gallery import Gallery, sides
 from alignment.model import DualEncoder
-from alignment.train.folder import RECORD, SETTINGS
+from alignment.train.run_dir import RECORD, SETTINGS
 
 KILLED = (-signal.SIGKILL, -signal.SIGXFSZ)
 

@@ -18,7 +18,7 @@ from alignment.pairs import Pair
 from alignment.picture_limits import LIMITS, lift_limits
 from alignment.preprocess import Preprocessor
 from alignment.train.command import main as train
-from alignment.train.examples import Captions, Examples
+from alignment.train.dataset import Captions, ContrastiveDataset
 
 PAIR = Pair("a.png", ("a dog",))
 LONG = " ".join(["dog"] * 80)  # of which the tiny models read 77 tokens or fewer
@@ -131,7 +131,7 @@ def test_a_worker_that_is_started_afresh_has_the_same_limits(checkpoint: Callabl
     captions, preprocessor = Captions([PAIR], []), Preprocessor.load(checkpoint("clip"))
     try:
         lift_limits(108_000_000, 60)
-        examples = Examples([PAIR], captions, preprocessor, batch_size=1, num_steps=1)
+        examples = ContrastiveDataset([PAIR], captions, preprocessor, batch_size=1, num_steps=1)
         lift_limits()
         copy.copy(examples)  # by the way in which it is sent to another process
         assert LIMITS == {"pixels": 108_000_000, "aspect": 60}

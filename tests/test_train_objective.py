@@ -22,10 +22,10 @@ from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.model import DualEncoder
 from alignment.pairs import Pair
 from alignment.train import objective as objective_module
-from alignment.train.examples import Captions
-from alignment.train.measure import Measure
+from alignment.train.dataset import Captions
 from alignment.train.objective import Batch, Objective, gather
 from alignment.train.presets import Towers, apply_preset
+from alignment.train.validator import Validator
 
 Checkpoint = Callable[[str], Path]
 
@@ -118,7 +118,7 @@ def plainly(objective: Objective, batch: Batch, size: int) -> float:
 
 
 def objective_of(towers: Towers, name: str, chunk_size: int | None = None) -> Objective:
-    return Objective(towers, captions_of_data().relate, loss=LOSSES[name], chunk_size=chunk_size)
+    return Objective(towers, captions_of_data().positive_mask, loss=LOSSES[name], chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("name", ["siglip", "siglip2", "vit-bert"])
@@ -180,7 +180,7 @@ def test_kept_images_go_through_chunks(size: int | None, checkpoint: Checkpoint)
     batch = whole_batch(encoder)
     loss = objective_of(towers, "vit-bert").backward(batch)
     expected = gradients(towers)
-    cut = towers.keep_images(augment=True)
+    cut = towers.cache_features(augment=True)
     assert cut is not None
     with torch.no_grad():
         kept = Batch(cut.before(batch.images), batch.texts, batch.rows, batch.captions)
@@ -241,12 +241,14 @@ def _process(rank: int, folder: str, folders: dict[str, str]) -> None:
     each = len(CAPTIONS) // PROCESSES
     for number, (name, preset, size) in enumerate(CASES):
         encoder, towers = build(Path(folders[name]), preset)
-        objective = Objective(towers, captions_of_data().relate, loss=LOSSES.get(name, "softmax"), chunk_size=size)
+        objective = Objective(
+            towers, captions_of_data().positive_mask, loss=LOSSES.get(name, "softmax"), chunk_size=size
+        )
         loss = objective.backward(part_of(whole_batch(encoder), rank * each, (rank + 1) * each))
         save_file({"loss": loss, **gradients(towers)}, Path(folder, f"{number}-{rank}.safetensors"))
     gathered = gather(torch.full((1, 2), rank + 1.0, requires_grad=True))
     assert gathered[:, 0].tolist() == [1.0, 2.0]
-    measure = Measure(DualEncoder.load(folders["clip"], device="cpu"), measured_pairs(Path(folder)))
+    measure = Validator(DualEncoder.load(folders["clip"], device="cpu"), measured_pairs(Path(folder)))
     embedded = measure.embedded()
     save_file(
         {"images": embedded.image_embeds, "texts": embedded.text_embeds}, Path(folder, f"embeds-{rank}.safetensors")
@@ -292,7 +294,7 @@ def test_two_processes_give_the_gradient_of_the_joint_batch(
 ) -> None:
     name, preset, _ = CASES[number]
     encoder, towers = build(checkpoint(name), preset)
-    objective = Objective(towers, captions_of_data().relate, loss=LOSSES.get(name, "softmax"))
+    objective = Objective(towers, captions_of_data().positive_mask, loss=LOSSES.get(name, "softmax"))
     loss = objective.backward(whole_batch(encoder))
     expected: dict[str, Any] = gradients(towers)
     for parameter in ("module.logit_scale", *(["module.logit_bias"] if name == "siglip" else [])):
@@ -306,7 +308,7 @@ def test_two_processes_give_the_gradient_of_the_joint_batch(
 def test_a_caption_of_another_process_counts_as_positive(checkpoint: Checkpoint) -> None:
     """The joint batch above holds such captions and look-alikes, and they make a difference."""
     rows, captions = torch.arange(len(CAPTIONS)), torch.arange(EACH * len(CAPTIONS))
-    positives, ignored = captions_of_data().relate(rows, captions)
+    positives, ignored = captions_of_data().positive_mask(rows, captions)
     half, columns = len(rows) // 2, len(captions) // 2
     for mask in (positives, ignored):
         assert mask[:half, columns:].any()
@@ -314,7 +316,7 @@ def test_a_caption_of_another_process_counts_as_positive(checkpoint: Checkpoint)
     encoder, towers = build(checkpoint("vit-bert"))
     with_them = objective_of(towers, "vit-bert").backward(whole_batch(encoder))
     alone = Captions([Pair(f"{row}.png", (f"{row} a", f"{row} b")) for row in range(len(CAPTIONS))])
-    without = Objective(towers, alone.relate).backward(whole_batch(encoder))
+    without = Objective(towers, alone.positive_mask).backward(whole_batch(encoder))
     assert abs(with_them - without) > 1e-2
 
 

@@ -15,7 +15,7 @@ from alignment.model import DualEncoder
 from alignment.model.composition import ComposedConfig, ComposedModel
 from alignment.preprocess import Preprocessor, TextRules
 from alignment.towers import EfficientNetLiteConfig, EfficientNetLiteModel, NgramTextConfig, NgramTextModel
-from alignment.train.presets import Preset, Towers, apply_preset, merge_lora, start_of, trained_names, weight_groups
+from alignment.train.presets import Preset, Towers, apply_preset, merge_lora, snapshot, trained_names, weight_groups
 from alignment.train.scratch import MAX_TOKENS, SIZES, build_scratch, learn_tokenizer
 
 Checkpoint = Callable[[str], Path]
@@ -141,7 +141,7 @@ def test_adapters_are_trained_then_merged(
     family: str, checkpoint: Checkpoint, pictures: Pictures, tmp_path: Path
 ) -> None:
     encoder = load(checkpoint(family))
-    names, start, before = list(encoder.module.state_dict()), start_of(encoder.module), embeds(encoder, pictures)
+    names, start, before = list(encoder.module.state_dict()), snapshot(encoder.module), embeds(encoder, pictures)
     apply_preset(encoder, "lora")
     torch.testing.assert_close(embeds(encoder, pictures), before)  # an adapter begins as nothing
     trained = trained_names(encoder.module)
@@ -322,7 +322,7 @@ def test_heads_have_their_own_rate_and_vectors_no_decay(preset: Preset, checkpoi
 def test_the_start_is_a_copy(checkpoint: Checkpoint, pictures: Pictures) -> None:
     encoder = load(checkpoint("clip"))
     expected = {name: weight.detach().clone() for name, weight in encoder.module.named_parameters()}
-    start = start_of(encoder.module)
+    start = snapshot(encoder.module)
     apply_preset(encoder, "full")
     step(encoder, pictures)
     assert start.keys() == expected.keys()

@@ -29,10 +29,10 @@ from torch import Tensor
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.train.command import main
-from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, read_settings
 from alignment.train.prepare import prepare
 from alignment.train.record import RunRecord
 from alignment.train.run import Run, train
+from alignment.train.run_dir import RECORD, SETTINGS, ResumeState, acquire, read_resume_state
 from alignment.train.settings import ALPHAS, TrainConfig, complete
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange", "cyan", "brown")
@@ -88,7 +88,7 @@ def test_a_model_learns_from_scratch_and_the_folder_holds_all_that_is_promised(t
     config = TrainConfig(
         data=str(data), output=str(folder), scratch="tiny", device="cpu", batch_size=16, epochs=10, augment=False
     )
-    record = train(config, say=said.append)
+    record = train(config, log=said.append)
 
     before, after, gain = (part["recall_sum"] for part in (record.before, record.after, record.difference or {}))
     assert after["value"] > before["value"] + 1.5
@@ -194,7 +194,7 @@ def test_the_scale_is_the_checkpoints_and_a_fresh_one_elsewhere(
 def moved(config: TrainConfig) -> Run:
     """Come back with a run whose weights are no longer those of the start, as after training."""
     run = Run(config, prepare(config), Path(config.output), None, str)
-    run.keep_images()
+    run.cache_features()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in run.encoder.module.parameters():
@@ -219,7 +219,7 @@ def test_the_weights_between_start_and_end_that_measure_best_are_kept(
         return {"recall_sum": float(sums[len(seen) - 1])}
 
     run.measure.figures = figures  # type: ignore[method-assign]
-    run.choose()
+    run.interpolate_weights()
     assert torch.equal(seen[0], start)
     assert torch.equal(seen[-1], end)
     assert not torch.equal(start, end)
@@ -261,7 +261,7 @@ def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_gradient(
         for tower in (run.encoder.module.vision_model, run.encoder.module.text_model):
             first = next(layer for layer in tower.modules() if type(layer).__name__.endswith("Attention"))
             first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        run.keep_images()
+        run.cache_features()
         trainer = run._trainer()
         trainer.model.train()
         torch.manual_seed(3)
@@ -441,7 +441,7 @@ def interrupted(config: TrainConfig, at: str) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        train(config, say=say)
+        train(config, log=say)
 
 
 def test_other_data_or_another_start_model_are_refused(checkpoint: Checkpoint, flags: Path, tmp_path: Path) -> None:
@@ -472,10 +472,10 @@ def test_other_data_or_another_start_model_are_refused(checkpoint: Checkpoint, f
 
 
 @pytest.fixture(scope="module")
-def begun(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+def begun(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> ResumeState:
     told = config(Path("data"), Path("o"), checkpoint("clip"), seed=5, device=None)
     recipe = complete(told, DualEncoder.load(checkpoint("clip"), device="cpu"), 24)
-    return Interrupted(told, recipe, "", "", "", "")
+    return ResumeState(told, recipe, "", "", "", "")
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ def begun(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> I
     ],
     ids=str,
 )  # fmt: skip
-def test_a_resumed_run_refuses_what_it_did_not_begin_with(other: dict[str, Any], begun: Interrupted) -> None:
+def test_a_resumed_run_refuses_what_it_did_not_begin_with(other: dict[str, Any], begun: ResumeState) -> None:
     (name, value), *_ = other.items()
     with pytest.raises(ValueError, match="--resume goes on") as refused:
         begun.check_options(replace(begun.config, **other))
@@ -495,7 +495,7 @@ def test_a_resumed_run_refuses_what_it_did_not_begin_with(other: dict[str, Any],
     assert str(refused.value).count("--") == 3  # only this one differs
 
 
-def test_a_resumed_run_takes_what_it_began_with_or_chose(begun: Interrupted) -> None:
+def test_a_resumed_run_takes_what_it_began_with_or_chose(begun: ResumeState) -> None:
     begun.check_options(begun.config)
     begun.check_options(TrainConfig(data="", output="moved", minutes=3))
     begun.check_options(TrainConfig(data=os.path.abspath("data"), output="o", loss="softmax", warmup=0.1, augment=True))
@@ -524,7 +524,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_invented(
     for damaged in ("{", json.dumps(settings | {"recipe": {}}), json.dumps(settings | {"more": 1}), "[]"):
         (tmp_path / "o" / SETTINGS).write_text(damaged)
         with pytest.raises(ValueError, match=r"settings.json is damaged .*; start a new run with another --output\.$"):
-            read_settings(tmp_path / "o")
+            read_resume_state(tmp_path / "o")
 
 
 def test_a_run_killed_before_its_first_step_is_begun_again_with_its_kept_images(
@@ -534,13 +534,13 @@ def test_a_run_killed_before_its_first_step_is_begun_again_with_its_kept_images(
     interrupted(told, "Fine-tuning")
     kept = {path.name for path in (tmp_path / "o").rglob("*.npy")}
     assert kept == {"embeds.npy"}
-    claim(tmp_path / "o", resume=False)
+    acquire(tmp_path / "o", resume=False)
     (tmp_path / "o" / "holiday.txt").touch()
     with pytest.raises(FileExistsError, match="is not an empty folder"):
-        claim(tmp_path / "o", resume=False)
+        acquire(tmp_path / "o", resume=False)
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="file is not an empty folder"):
-        claim(tmp_path / "file", resume=False)
+        acquire(tmp_path / "file", resume=False)
 
 
 # ---------------------------------------------------------------- two processes

@@ -19,15 +19,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alignment.model import DualEncoder
 from alignment.pairs import Pair
-from alignment.train.examples import Captions, Examples
+from alignment.train.dataset import Captions, ContrastiveDataset
 from alignment.train.objective import Batch, Objective
 from alignment.train.presets import Preset, Towers, apply_preset, weight_groups
 from alignment.train.trainer import (
     METRIC,
+    ConsoleLogger,
     ContrastiveTrainer,
-    Journal,
-    Patience,
-    StopRequests,
+    EarlyStopping,
+    GracefulStop,
     duration,
     last_checkpoint,
     load_trained,
@@ -50,7 +50,7 @@ class Setting:
         self.module, self.towers, self.said = self.encoder.module, Towers(self.encoder), list[str]()
         captions = Captions(PAIRS)
         objective = options.pop("objective", None)
-        self.stop = StopRequests(options.pop("deadline", None))
+        self.stop = GracefulStop(options.pop("deadline", None))
         rates = {"rate": options.pop("rate", 1e-3), "head_rate": options.pop("head_rate", 1e-3)}
         measure = options.pop("measure", rising())
         patience, more = options.pop("patience", 99), options.pop("callbacks", [])
@@ -58,7 +58,7 @@ class Setting:
         self.trainer = ContrastiveTrainer(
             self.towers,
             training_arguments(folder, num_steps=steps, **(arguments | options)),
-            examples=Examples(
+            examples=ContrastiveDataset(
                 PAIRS,
                 captions,
                 self.encoder.preprocessor,
@@ -66,10 +66,10 @@ class Setting:
                 num_steps=steps,
                 kept=lambda row, *_, **__: {"pixel_values": PIXELS[row]},
             ),
-            objective=objective(self.towers) if objective else Objective(self.towers, captions.relate),
+            objective=objective(self.towers) if objective else Objective(self.towers, captions.positive_mask),
             measure=measure,
             groups=weight_groups(self.module, weight_decay=0.0, **rates),
-            callbacks=[self.stop, Patience(patience), Journal(self.said.append), *more],
+            callbacks=[self.stop, EarlyStopping(patience), ConsoleLogger(self.said.append), *more],
         )
 
     @property

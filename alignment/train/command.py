@@ -88,7 +88,7 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     push, private = options.pop("push_to_hub", None), options.pop("private")
     options.pop("check")
     options.setdefault("data", "")
-    record = train(TrainConfig.from_dict(options), resume=resume, say=_say, command=command)
+    record = train(TrainConfig.from_dict(options), resume=resume, log=_say, command=command)
     if int(os.environ.get("RANK", "0")):
         return 0
     print(f"Model and report: {arguments.output} (report.md, plots/, run.json)")

@@ -55,7 +55,7 @@ class Objective:
     Args:
         towers: embeds `(images, texts)` as unit-norm float32 `(image_embeds, text_embeds)`; its attributes
             `logit_scale` (a logarithm) and `logit_bias` (or None) are parameters.
-        relate: says of image rows and caption numbers which pairs are `(positives, ignored)`, both bool
+        positive_mask: says of image rows and caption numbers which pairs are `(positives, ignored)`, both bool
             (num_images, num_texts).
         loss: "softmax" or "sigmoid".
         chunk_size: images in memory together; the whole batch when None.
@@ -64,13 +64,13 @@ class Objective:
     def __init__(
         self,
         towers: Any,
-        relate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        positive_mask: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         *,
         loss: Loss = "softmax",
         chunk_size: int | None = None,
     ) -> None:
         self.towers = towers
-        self.relate = relate
+        self.positive_mask = positive_mask
         self.loss = LOSSES[loss]
         self.chunk_size = chunk_size
 
@@ -109,7 +109,7 @@ class Objective:
     def score(self, image_embeds: Tensor, text_embeds: Tensor, batch: Batch) -> Tensor:
         """Return the loss of everybody's embeddings; those of this process carry their graph."""
         images, texts = gather(image_embeds), gather(text_embeds)
-        positives, ignored = self.relate(gather(batch.rows), gather(batch.captions))
+        positives, ignored = self.positive_mask(gather(batch.rows), gather(batch.captions))
         logits = images @ texts.T * self.towers.logit_scale.exp()
         if self.towers.logit_bias is not None:
             logits = logits + self.towers.logit_bias

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.model import DualEncoder
-from alignment.train.frozen import Cut, latest_cut, random_window
+from alignment.train.feature_cache import FreezePoint, find_freeze_point, random_window
 
 Preset = Literal["full", "lit", "heads", "lora"]
 
@@ -115,7 +115,7 @@ class Towers(nn.Module):
         super().__init__()
         self.module = encoder.module
         self._encoder = encoder
-        self._cut: Cut | None = None
+        self._cut: FreezePoint | None = None
         self._augment = False
 
     @property
@@ -130,9 +130,9 @@ class Towers(nn.Module):
         bias: Tensor | None = getattr(self.module, "logit_bias", None)
         return bias
 
-    def keep_images(self, *, augment: bool) -> Cut | None:
+    def cache_features(self, *, augment: bool) -> FreezePoint | None:
         """From now on expect kept images, if some beginning of the image side is frozen; return where it was cut."""
-        self._cut, self._augment = latest_cut(self._encoder), augment
+        self._cut, self._augment = find_freeze_point(self._encoder), augment
         return self._cut
 
     def forward(self, images: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ def trained_names(module: nn.Module) -> Sequence[str]:
     return [name for name, weight in module.named_parameters() if weight.requires_grad]
 
 
-def start_of(module: nn.Module) -> dict[str, Tensor]:
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Copy the weights to the CPU, to come back to."""
     with torch.no_grad():
         return {name: weight.detach().cpu().clone() for name, weight in module.named_parameters()}

@@ -32,29 +32,29 @@ from alignment.evaluate import Difference, Estimate, compare_retrieval, differen
 from alignment.model import DualEncoder, find_device
 from alignment.pairs import told_cut
 from alignment.picture_limits import use_size_options
-from alignment.train.examples import Captions, Examples
-from alignment.train.folder import RECORD, SETTINGS, Interrupted, claim, clear_away, read_settings
-from alignment.train.frozen import Cut, KeptImages
-from alignment.train.measure import Measure
+from alignment.train.dataset import Captions, ContrastiveDataset
+from alignment.train.feature_cache import CachedFeatures, FreezePoint
 from alignment.train.objective import Objective, gather
 from alignment.train.plan import Plan, plan_text
 from alignment.train.prepare import Prepared, prepare
-from alignment.train.presets import Towers, apply_preset, checkpoint_activations, merge_lora, start_of, weight_groups
+from alignment.train.presets import Towers, apply_preset, checkpoint_activations, merge_lora, snapshot, weight_groups
 from alignment.train.record import Interval, RunRecord
 from alignment.train.report import model_card, write_report
+from alignment.train.run_dir import RECORD, SETTINGS, ResumeState, acquire, clear_away, read_resume_state
 from alignment.train.scratch import build_scratch
 from alignment.train.settings import ALPHAS, TrainConfig, complete
 from alignment.train.trainer import (
     METRIC,
+    ConsoleLogger,
     ContrastiveTrainer,
-    Journal,
-    Patience,
-    StopRequests,
+    EarlyStopping,
+    GracefulStop,
     duration,
     last_checkpoint,
-    stopping_on_signals,
+    stop_on_signals,
     training_arguments,
 )
+from alignment.train.validator import Validator
 
 logger = logging.getLogger(__name__)
 
@@ -63,18 +63,18 @@ _OUTLIVED = 10.0  # seconds
 _LONGEST = timedelta(hours=12)  # that processes wait for one which keeps the pictures of all; torchrun sees who dies
 _SHARE_OF_TIME = 0.85  # of the minutes given goes into steps; the rest into the choice of weights and the report
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, say: Say = logger.info, command: Sequence[str] | None = None
+    config: TrainConfig, *, resume: bool = False, log: Log = logger.info, command: Sequence[str] | None = None
 ) -> RunRecord:
     """Fine-tune a dual encoder on captioned images.
 
     Args:
         config: what to do; what is None is chosen.
         resume: go on with the run whose folder `config.output` is.
-        say: takes each line that a person should see.
+        log: takes each line that a person should see.
         command: the arguments it was called with, for the report; those of this process if left out.
 
     Returns:
@@ -93,9 +93,9 @@ def train(
         if state.is_main_process:
             # Processes that read pictures outlive a killed run by some seconds, and hold its lock as long.
             held.enter_context(sole_writer(folder, patience=_OUTLIVED if resume else 0))
-            claim(folder, resume=resume)
+            acquire(folder, resume=resume)
         state.wait_for_everyone()
-        return _train(config, state, folder, resume, say, command)
+        return _train(config, state, folder, resume, log, command)
 
 
 def _on_cpu(config: TrainConfig, folder: Path, resume: bool) -> bool:
@@ -106,7 +106,7 @@ def _on_cpu(config: TrainConfig, folder: Path, resume: bool) -> bool:
     """
     device = config.device
     if device is None and resume and (folder / SETTINGS).exists():
-        device = read_settings(folder).config.device
+        device = read_resume_state(folder).config.device
     return find_device(device).type == "cpu"
 
 
@@ -115,36 +115,36 @@ def _train(
     state: PartialState,
     folder: Path,
     resume: bool,
-    say: Say,
+    log: Log,
     command: Sequence[str] | None,
 ) -> RunRecord:
     started = time.monotonic()
-    saved = read_settings(folder) if resume else None
+    saved = read_resume_state(folder) if resume else None
     if saved:
         saved.check_options(config)
-        config = saved.continued(config)
+        config = saved.resume_config(config)
     use_size_options(config.max_megapixels, config.max_aspect_ratio)
     if state.num_processes > 1 and state.device.type == "cpu":
         config = replace(config, device="cpu")  # else Trainer looks for GPUs, finds none and lets each train alone
-    say = say if state.is_main_process else _nothing
-    prepared = prepare(config, progress=_progress(say, "checking pictures"))
-    say(prepared.report.summary())
-    run = Run(config, prepared, folder, saved, say, sys.argv[1:] if command is None else command)
+    log = log if state.is_main_process else _nothing
+    prepared = prepare(config, progress=_progress(log, "checking pictures"))
+    log(prepared.report.summary())
+    run = Run(config, prepared, folder, saved, log, sys.argv[1:] if command is None else command)
     if config.minutes is not None:
         run.stop.deadline = started + 60 * config.minutes
     with state.main_process_first():
-        run.keep_images()
+        run.cache_features()
     captions = (caption for pair in prepared.train for caption in pair.captions)
     cut = told_cut(run.encoder.preprocessor.cut(captions), run.encoder.preprocessor.max_length)
     run.measure_start()
     run.plan()
-    run.learn(resume)
-    run.choose()
+    run.fit(resume)
+    run.interpolate_weights()
     record = run.record(started)
     if state.is_main_process:
         run.write(record)
     for line in [*prepared.told(), *cut]:
-        say(f"- {line}")
+        log(f"- {line}")
     state.wait_for_everyone()
     return record
 
@@ -157,11 +157,11 @@ class Run:
         config: TrainConfig,
         prepared: Prepared,
         folder: Path,
-        saved: Interrupted | None,
-        say: Say,
+        saved: ResumeState | None,
+        log: Log,
         command: Sequence[str] = (),
     ) -> None:
-        self.prepared, self.folder, self.say, self.saved = prepared, folder, say, saved
+        self.prepared, self.folder, self.log, self.saved = prepared, folder, log, saved
         set_seed(config.seed or 0)
         self.encoder = _start(config, prepared)
         self.encoder.module.to(memory_format=torch.channels_last)  # convolutions run up to twice as fast
@@ -169,43 +169,43 @@ class Run:
         self.config = config
         self.recipe = complete(config, self.encoder, len(prepared.train), num_processes=PartialState().num_processes)
         if config.batch_size and self.recipe.batch_size < config.batch_size:
-            say(f"--batch-size {config.batch_size} is more than there are: {self.recipe.batch_size} pictures a step.")
+            log(f"--batch-size {config.batch_size} is more than there are: {self.recipe.batch_size} pictures a step.")
         self.command = shlex.join(["python", "-m", "alignment.train", *command])
         self.since = datetime.now(UTC).isoformat(timespec="seconds")
         if saved is not None:
             saved.check(prepared, self.base_fingerprint)
             self.recipe, self.since, self.command = saved.recipe, saved.started, saved.command
-        self.start = start_of(self.encoder.module)
+        self.start = snapshot(self.encoder.module)
         if self.recipe.gradient_checkpointing:
             checkpoint_activations(self.encoder)
         apply_preset(self.encoder, self.recipe.preset)
         self.towers = Towers(self.encoder)
         self.captions = Captions(prepared.train, prepared.look_alikes)
-        self.kept: dict[str, KeptImages] = {}
-        self.stop = StopRequests()
+        self.kept: dict[str, CachedFeatures] = {}
+        self.stop = GracefulStop()
         self.interpolation: list[dict[str, float | None]] = []
         self.alpha: float | None = None
 
     # ------------------------------------------------------------ before training
 
-    def keep_images(self) -> None:
+    def cache_features(self) -> None:
         """Compute what is frozen of the image side, once for every picture."""
-        cut = self.towers.keep_images(augment=self.recipe.augment) if self.recipe.keep_images else None
+        cut = self.towers.cache_features(augment=self.recipe.augment) if self.recipe.keep_images else None
         if cut is None and (self.config.keep_images or self.config.kept_folder):
-            self.say(
+            self.log(
                 "--keep-images and --kept-folder have no effect: with this preset no part of the image side is frozen."
             )
         if cut is not None:
             self.kept["train"] = self._keep(cut, self.prepared.train, augment=self.recipe.augment, what="training")
             self.kept["eval"] = self._keep(cut, self.prepared.evaluation, augment=False, what="validation")
         second = self.prepared.second
-        self.measure = Measure(self.encoder, self.prepared.evaluation, self.kept.get("eval"))
-        self.second = Measure(self.encoder, second, None) if second else None
+        self.measure = Validator(self.encoder, self.prepared.evaluation, self.kept.get("eval"))
+        self.second = Validator(self.encoder, second, None) if second else None
 
-    def _keep(self, cut: Cut, pairs: Sequence[Any], *, augment: bool, what: str) -> KeptImages:
+    def _keep(self, cut: FreezePoint, pairs: Sequence[Any], *, augment: bool, what: str) -> CachedFeatures:
         folder = Path(self.config.kept_folder or self.folder / "kept")
-        kept = KeptImages(cut, self.encoder, [pair.image for pair in pairs], folder, augment=augment)
-        kept.fill(progress=_progress(self.say, f"{what} pictures: {cut.name}"))
+        kept = CachedFeatures(cut, self.encoder, [pair.image for pair in pairs], folder, augment=augment)
+        kept.fill(progress=_progress(self.log, f"{what} pictures: {cut.name}"))
         return kept
 
     def measure_start(self) -> None:
@@ -244,13 +244,13 @@ class Run:
             estimated_seconds=each * recipe.max_steps,
             peak_memory_bytes=memory,
         )
-        self.say(plan_text(self.planned, self.recipe, self.encoder.name, self.prepared.evaluation_name))
+        self.log(plan_text(self.planned, self.recipe, self.encoder.name, self.prepared.evaluation_name))
 
     def _probe(self) -> tuple[float, int]:
         """Time one step and take the memory it needs; weights and random numbers are as before."""
         few = min(_PROBE_IMAGES, self.recipe.chunk_size)
         examples = self._examples(batch_size=few, steps=2)
-        objective = Objective(self.towers, self.captions.relate, loss=self.recipe.loss)
+        objective = Objective(self.towers, self.captions.positive_mask, loss=self.recipe.loss)
         self.towers.train()
         with torch.random.fork_rng():
             for step in range(2):  # the first one warms up
@@ -266,13 +266,13 @@ class Run:
 
     # ------------------------------------------------------------ training
 
-    def learn(self, resume: bool) -> None:
+    def fit(self, resume: bool) -> None:
         """Train to the end, to the best or to the deadline, and come back with the best weights."""
         if self.saved is None:
             self._note_settings()  # before anything else is written: from here on there is a run to go on with
         trainer = self._trainer()
         checkpoint = last_checkpoint(Path(trainer.args.output_dir)) if resume else None
-        with stopping_on_signals(self.stop), _threads_log_errors():
+        with stop_on_signals(self.stop), _threads_log_errors():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.history = trainer.state.log_history
         self.best_step = trainer.state.best_global_step or trainer.state.global_step
@@ -280,7 +280,7 @@ class Run:
         self.stopped = self.stop.reason or (
             "the validation recall sum had stopped rising" if early else "all steps done"
         )
-        self.say(f"Training ended: {self.stopped}. Best weights: step {self.best_step}.")
+        self.log(f"Training ended: {self.stopped}. Best weights: step {self.best_step}.")
 
     def _trainer(self) -> ContrastiveTrainer:
         recipe = self.recipe
@@ -301,7 +301,9 @@ class Run:
             self.towers,
             arguments,
             examples=self._examples(batch_size=recipe.batch_size, steps=recipe.max_steps),
-            objective=Objective(self.towers, self.captions.relate, loss=recipe.loss, chunk_size=recipe.chunk_size),
+            objective=Objective(
+                self.towers, self.captions.positive_mask, loss=recipe.loss, chunk_size=recipe.chunk_size
+            ),
             measure=self.measure.figures,
             groups=weight_groups(
                 self.encoder.module,
@@ -309,11 +311,11 @@ class Run:
                 head_rate=recipe.head_learning_rate,
                 weight_decay=recipe.weight_decay,
             ),
-            callbacks=[self.stop, Patience(recipe.patience), Journal(self.say)],
+            callbacks=[self.stop, EarlyStopping(recipe.patience), ConsoleLogger(self.log)],
         )
 
-    def _examples(self, *, batch_size: int, steps: int) -> Examples:
-        return Examples(
+    def _examples(self, *, batch_size: int, steps: int) -> ContrastiveDataset:
+        return ContrastiveDataset(
             self.prepared.train,
             self.captions,
             self.encoder.preprocessor,
@@ -327,14 +329,14 @@ class Run:
 
     def _note_settings(self) -> None:
         if PartialState().is_main_process:
-            Interrupted(
+            ResumeState(
                 self.config, self.recipe, self.since, self.command, self.prepared.digest, self.base_fingerprint
             ).write(self.folder)
         PartialState().wait_for_everyone()
 
     # ------------------------------------------------------------ after training
 
-    def choose(self) -> None:
+    def interpolate_weights(self) -> None:
         """Go from the start weights to the tuned ones and stay where validation is best.
 
         Source: WiSE-FT, Wortsman et al. 2022.
@@ -355,9 +357,9 @@ class Run:
         self._mix(weights, end, alpha)
         self.alpha = alpha
         curve = ", ".join(f"{alpha:g}: {100 * sums[alpha]:.1f}" for alpha in ALPHAS)
-        self.say(f"Recall sum on validation from start (0) to tuned weights (1): {curve}. Kept: {self.alpha:g}.")
+        self.log(f"Recall sum on validation from start (0) to tuned weights (1): {curve}. Kept: {self.alpha:g}.")
         if alpha == 0:
-            self.say("No tuned weights do better there than the start's, so the result is the start model.")
+            self.log("No tuned weights do better there than the start's, so the result is the start model.")
 
     @torch.no_grad()
     def _mix(self, weights: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> None:
@@ -370,7 +372,7 @@ class Run:
         after = self.measure.embedded()
         second = self.second.embedded() if self.second else None
         gained = compare_retrieval(self.before, after).metrics
-        self.say(f"Validation, before (A) and after (B):\n{difference_table(gained)}")
+        self.log(f"Validation, before (A) and after (B):\n{difference_table(gained)}")
         return RunRecord(
             command=self.command,
             started=self.since,
@@ -442,8 +444,8 @@ def _hub_id(name: str | None) -> str | None:
     return name if name and name.count("/") == 1 and not Path(name).exists() else None
 
 
-def _progress(say: Say, what: str) -> Callable[[int, int], None]:
-    """Say every ten seconds how far a slow thing is."""
+def _progress(log: Log, what: str) -> Callable[[int, int], None]:
+    """Log every ten seconds how far a slow thing is."""
     began = told = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -451,7 +453,7 @@ def _progress(say: Say, what: str) -> Callable[[int, int], None]:
         now = time.monotonic()
         if now - told > 10:
             told = now
-            say(f"{what}: {done} of {total}, {duration((now - began) / done * (total - done))} left")
+            log(f"{what}: {done} of {total}, {duration((now - began) / done * (total - done))} left")
 
     return progress
 
@@ -468,4 +470,4 @@ def _threads_log_errors() -> Iterator[None]:
 
 
 def _nothing(_: str) -> None:
-    """Say nothing: another process does."""
+    """Log nothing: another process does."""

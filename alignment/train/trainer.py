@@ -29,7 +29,7 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from alignment.durable import foreign_errors, read_sealed, sha256_of, sync_tree, write_sealed
-from alignment.train.examples import Examples
+from alignment.train.dataset import ContrastiveDataset
 from alignment.train.objective import Batch, Objective, gather
 from alignment.train.presets import Towers, trained_names
 
@@ -56,7 +56,7 @@ class ContrastiveTrainer(Trainer):
         towers: Towers,
         args: TrainingArguments,
         *,
-        examples: Examples,
+        examples: ContrastiveDataset,
         objective: Objective,
         measure: Callable[[], Mapping[str, float]],
         groups: list[dict[str, Any]],
@@ -74,7 +74,7 @@ class ContrastiveTrainer(Trainer):
             data_collator=examples.collate,
             callbacks=[_CountEpochs(examples.steps_per_epoch), _ClampScale(towers), *callbacks],
         )
-        self.remove_callback(PrinterCallback)  # `Journal` speaks instead
+        self.remove_callback(PrinterCallback)  # `ConsoleLogger` speaks instead
         if args.should_log:
             self.add_callback(TensorBoardCallback(SummaryWriter(str(Path(args.output_dir).with_name("logs")))))
 
@@ -230,7 +230,7 @@ class _ClampScale(TrainerCallback):
         self.towers.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
-class Patience(EarlyStoppingCallback):
+class EarlyStopping(EarlyStoppingCallback):
     """Stop once the validation recall sum has not risen for some measurements."""
 
     def on_train_begin(
@@ -248,7 +248,7 @@ class Patience(EarlyStoppingCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
 
-class StopRequests(TrainerCallback):
+class GracefulStop(TrainerCallback):
     """End the run in good order when its time is up or a person asks for it; what is learnt by then is kept.
 
     Attributes:
@@ -275,7 +275,7 @@ class StopRequests(TrainerCallback):
 
 
 @contextmanager
-def stopping_on_signals(stop: StopRequests) -> Iterator[None]:
+def stop_on_signals(stop: GracefulStop) -> Iterator[None]:
     """Let the first Ctrl-C or polite kill end training in good order; the second one ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -294,11 +294,11 @@ def stopping_on_signals(stop: StopRequests) -> Iterator[None]:
             signal.signal(name, handler)
 
 
-class Journal(TrainerCallback):
+class ConsoleLogger(TrainerCallback):
     """One line a measurement or log, for people."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.log = log
         self.started = time.monotonic()
         self.first_step = 0
 
@@ -316,7 +316,7 @@ class Journal(TrainerCallback):
         if "loss" in logs:
             done = state.global_step - self.first_step
             left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
-            self.say(
+            self.log(
                 f"{place}  epoch {state.epoch:.1f}  loss {logs['loss']:.3f}  scale {logs['logit_scale']:.1f}  "
                 f"{duration(left)} left"
             )
@@ -325,7 +325,7 @@ class Journal(TrainerCallback):
                 f"{name.replace('_', ' ')} R@1 {100 * logs[f'eval_{name}_recall@1']:.1f}"
                 for name in ("image_to_text", "text_to_image")
             )
-            self.say(f"{place}  validation: {sides}  recall sum {100 * logs[f'eval_{METRIC}']:.1f}")
+            self.log(f"{place}  validation: {sides}  recall sum {100 * logs[f'eval_{METRIC}']:.1f}")
 
 
 def duration(seconds: float) -> str:

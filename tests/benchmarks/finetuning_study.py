@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from alignment.model import DualEncoder
 from alignment.train import run as runs
-from alignment.train.examples import Captions, Examples
+from alignment.train.dataset import Captions, ContrastiveDataset
 from alignment.train.settings import TrainConfig
 
 HEADS = {  # of the 6,091 training pictures of Flickr8k 47 batches of 128 make a pass
@@ -44,13 +44,13 @@ HEADS = {  # of the 6,091 training pictures of Flickr8k 47 batches of 128 make a
 class RowCaptions(Captions):
     """Only the caption that was drawn with a picture fits it."""
 
-    def relate(self, rows: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
+    def positive_mask(self, rows: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
         own = torch.eye(len(rows), dtype=torch.bool)
         return own, torch.zeros_like(own)
 
 
-class RowExamples(Examples):
-    """Examples are captions, not pictures: one picture may come several times in a batch."""
+class RowDataset(ContrastiveDataset):
+    """ContrastiveDataset are captions, not pictures: one picture may come several times in a batch."""
 
     def pick(self, number: int, rng: np.random.Generator) -> tuple[int, list[int]]:
         count = len(self.captions.texts)
@@ -80,9 +80,9 @@ def trained(config: TrainConfig, *, rows: bool = False) -> dict:
     if not record.exists():
         print(f"--- {config.output}", flush=True)
         resume = Path(config.output, "settings.json").exists()
-        kinds = {"Captions": RowCaptions, "Examples": RowExamples} if rows else {}
+        kinds = {"Captions": RowCaptions, "ContrastiveDataset": RowDataset} if rows else {}
         with patch.multiple(runs, **kinds) if rows else nullcontext():
-            runs.train(config, resume=resume, say=lambda line: print(line, flush=True))
+            runs.train(config, resume=resume, log=lambda line: print(line, flush=True))
     return json.loads(record.read_text(encoding="utf-8"))
 
 

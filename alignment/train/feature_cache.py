@@ -38,7 +38,7 @@ _SMALLEST_WINDOW = 0.75  # of the side of a kept map
 
 
 @dataclass(frozen=True)
-class Cut:
+class FreezePoint:
     """A place in the image side before which nothing is trained.
 
     Attributes:
@@ -52,20 +52,20 @@ class Cut:
     after: Callable[[Inputs], Tensor]
 
 
-def latest_cut(encoder: DualEncoder) -> Cut | None:
+def find_freeze_point(encoder: DualEncoder) -> FreezePoint | None:
     """Find the last place before which the image side is frozen; None where its first layers are trained."""
     module = encoder.module
     trained = tuple(
         name for name, weight in module.named_parameters() if weight.requires_grad and not name.startswith(_TEXT_SIDE)
     )
     if not trained:
-        return Cut(
+        return FreezePoint(
             "finished embeddings",
             lambda inputs: {"embeds": encoder.embed_images(inputs)},
             lambda kept: kept["embeds"].to(encoder.device),
         )
     if all(name.startswith("visual_projection.") for name in trained):
-        return Cut(
+        return FreezePoint(
             "features before the projection",
             lambda inputs: {"features": _input_of(module.visual_projection, encoder, inputs)},
             lambda kept: _projected(module.visual_projection, kept["features"].to(encoder.device)),
@@ -74,7 +74,7 @@ def latest_cut(encoder: DualEncoder) -> Cut | None:
     aligned = hasattr(tower, "until") and tower.config.embed_dim  # the plain tower has no concepts to keep
     if aligned and not any(name.startswith(_TRUNK) for name in trained):
         stage = "last_maps" if all(name.startswith("vision_model.head.") for name in trained) else "trunk_maps"
-        return Cut(
+        return FreezePoint(
             "maps before the trained layers",
             lambda inputs: tower.until(stage, inputs["pixel_values"].to(encoder.device)),
             encoder.embed_images,
@@ -97,7 +97,7 @@ def _input_of(projection: nn.Module, encoder: DualEncoder, inputs: Mapping[str, 
     return seen[0]
 
 
-class KeptImages:
+class CachedFeatures:
     """What the frozen part made of every image, as it is and mirrored, in files on disk.
 
     Half-precision memory maps: 1 to 3 KB an image for embeddings and features, 70 to 210 KB for the compact model's
@@ -105,7 +105,9 @@ class KeptImages:
     them and no other run is given them by mistake.
     """
 
-    def __init__(self, cut: Cut, encoder: DualEncoder, images: Sequence[str], folder: Path, *, augment: bool) -> None:
+    def __init__(
+        self, cut: FreezePoint, encoder: DualEncoder, images: Sequence[str], folder: Path, *, augment: bool
+    ) -> None:
         self.cut, self.encoder, self.images = cut, encoder, list(images)
         self.views = 2 if augment else 1
         self.folder = folder / f"{self._key()}"

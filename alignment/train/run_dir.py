@@ -20,7 +20,7 @@ _FREE = ("output", "minutes")  # options that may change when a run is gone on w
 
 
 @dataclass(frozen=True)
-class Interrupted:
+class ResumeState:
     """What a run noted down at its start, so that it can be gone on with.
 
     Attributes:
@@ -63,7 +63,7 @@ class Interrupted:
                 "out, or start a new run with another --output."
             )
 
-    def continued(self, config: TrainConfig) -> TrainConfig:
+    def resume_config(self, config: TrainConfig) -> TrainConfig:
         """Return the settings to go on with: all as they were, but for the folder and the minutes."""
         return replace(self.config, output=config.output, minutes=config.minutes)
 
@@ -86,7 +86,7 @@ def _is_same(one: object, other: object) -> bool:
     )
 
 
-def claim(folder: Path, *, resume: bool) -> None:
+def acquire(folder: Path, *, resume: bool) -> None:
     """Make the result folder, or make sure that it holds a run to go on with.
 
     Raises:
@@ -121,7 +121,7 @@ def clear_away(folder: Path) -> None:
     (folder / SETTINGS).unlink(missing_ok=True)
 
 
-def read_settings(folder: Path) -> Interrupted:
+def read_resume_state(folder: Path) -> ResumeState:
     """Read what an interrupted run noted down.
 
     Raises:
@@ -130,6 +130,6 @@ def read_settings(folder: Path) -> Interrupted:
     try:
         values = read_sealed(folder / SETTINGS)
         config, recipe = TrainConfig.from_dict(values["config"]), Recipe(**values["recipe"])
-        return Interrupted(**values | {"config": config, "recipe": recipe})
+        return ResumeState(**values | {"config": config, "recipe": recipe})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / SETTINGS} is damaged ({error}); start a new run with another --output.") from error

@@ -14,14 +14,14 @@ from torch import Tensor, distributed
 from alignment.evaluate import Embedded, RetrievalReport, evaluate_embedded
 from alignment.model import DualEncoder
 from alignment.pairs import Pair, positives_of
-from alignment.train.frozen import KeptImages
+from alignment.train.feature_cache import CachedFeatures
 from alignment.train.objective import gather
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass
-class Measure:
+class Validator:
     """Retrieval on one data set by whatever the model's weights are at the moment.
 
     Attributes:
@@ -32,7 +32,7 @@ class Measure:
 
     encoder: DualEncoder
     pairs: Sequence[Pair]
-    kept: KeptImages | None = None
+    kept: CachedFeatures | None = None
     batch_size: int = 16
     progress: Progress | None = None
     _owners: Tensor = field(init=False)

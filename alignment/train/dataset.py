@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, get_worker_info
 from alignment.pairs import Pair
 from alignment.picture_limits import LIMITS, lift_limits
 from alignment.preprocess import Preprocessor, open_image
-from alignment.train.frozen import KeptImages
+from alignment.train.feature_cache import CachedFeatures
 from alignment.train.objective import Batch
 
 MIN_CROP = 0.8  # of the area; smaller crops lose what the caption speaks of
@@ -60,7 +60,7 @@ class Captions:
         alike = (self._look.bincount(minlength=len(pairs)) > 1)[self._look[self.owner]]
         self._alike = (self._look[self.owner] * len(keys) + self._key)[alike].unique()  # what look-alikes have
 
-    def relate(self, rows: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
+    def positive_mask(self, rows: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
         """Say which pairs belong together and which must not be held apart.
 
         Args:
@@ -77,14 +77,14 @@ class Captions:
         alike = torch.isin(self._look[rows][:, None] * len(self._key) + self._key[captions], self._alike)
         return positives, alike & ~positives
 
-    def draw(self, row: int, each: int, rng: np.random.Generator) -> list[int]:
+    def sample(self, row: int, each: int, rng: np.random.Generator) -> list[int]:
         """Choose `each` captions of an image, none twice while they last."""
         first, count = int(self.first[row]), int(self.count[row])
         rounds = [rng.permutation(count) for _ in range(-(-each // count))]
         return [first + int(number) for number in np.concatenate(rounds)[:each]]
 
 
-class Examples(Dataset[dict[str, Any]]):
+class ContrastiveDataset(Dataset[dict[str, Any]]):
     """Number p -> an image's inputs and its captions' numbers; ready for a DataLoader that counts from 0.
 
     Args:
@@ -110,7 +110,7 @@ class Examples(Dataset[dict[str, Any]]):
         captions_per_image: int = 1,
         augment: bool = True,
         seed: int = 0,
-        kept: KeptImages | None = None,
+        kept: CachedFeatures | None = None,
     ) -> None:
         self.pairs = pairs
         self.captions = captions
@@ -161,7 +161,7 @@ class Examples(Dataset[dict[str, Any]]):
         """Say which image example `number` shows, and draw its captions."""
         epoch, place = divmod(number, self.steps_per_epoch * self.batch_size)
         row = int(self._order(epoch)[place])
-        return row, self.captions.draw(row, self.captions_per_image, rng)
+        return row, self.captions.sample(row, self.captions_per_image, rng)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make a batch of examples: the fields of `Batch`."""

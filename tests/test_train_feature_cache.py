@@ -17,11 +17,11 @@ from alignment.evaluate import evaluate_retrieval
 from alignment.model import DualEncoder
 from alignment.pairs import Pair
 from alignment.preprocess import open_image
-from alignment.train.examples import Captions, Examples
-from alignment.train.frozen import KeptImages, latest_cut, random_window
-from alignment.train.measure import Measure
+from alignment.train.dataset import Captions, ContrastiveDataset
+from alignment.train.feature_cache import CachedFeatures, find_freeze_point, random_window
 from alignment.train.objective import Batch, Objective
 from alignment.train.presets import Preset, Towers, apply_preset
+from alignment.train.validator import Validator
 
 Checkpoint = Callable[[str], Path]
 
@@ -67,10 +67,10 @@ Build = Callable[..., tuple[DualEncoder, Towers]]
 
 def keep(
     encoder: DualEncoder, pairs: list[Pair], folder: Path, *, augment: bool = False, batch_size: int = 4
-) -> KeptImages:
-    cut = latest_cut(encoder)
+) -> CachedFeatures:
+    cut = find_freeze_point(encoder)
     assert cut is not None
-    kept = KeptImages(cut, encoder, [pair.image for pair in pairs], folder, augment=augment)
+    kept = CachedFeatures(cut, encoder, [pair.image for pair in pairs], folder, augment=augment)
     kept.fill(batch_size=batch_size)
     return kept
 
@@ -100,12 +100,12 @@ def test_kept_images_stand_for_the_pictures(
     assert expected.std(dim=0).max() > 0.02
     captions = Captions(pairs)
     options: dict[str, Any] = {"batch_size": 6, "num_steps": 1, "augment": False, "captions_per_image": 2}
-    plain = Examples(pairs, captions, encoder.preprocessor, **options).batch(0)
-    objective = Objective(towers, captions.relate)
+    plain = ContrastiveDataset(pairs, captions, encoder.preprocessor, **options).batch(0)
+    objective = Objective(towers, captions.positive_mask)
     towers.train()
     loss = objective.backward(plain)
     slopes = gradients(encoder)
-    cut = towers.keep_images(augment=False)
+    cut = towers.cache_features(augment=False)
     assert cut is not None
     assert cut.name == CUTS[name, preset]
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_kept_images_stand_for_the_pictures(
     torch.testing.assert_close(kept.embed([4, 1]), expected[[4, 1]], **HALF)
     assert kept.embed([]).shape == (0, encoder.embed_dim)
     towers.train()
-    batch = Examples(pairs, captions, encoder.preprocessor, **options, kept=kept).batch(0)
+    batch = ContrastiveDataset(pairs, captions, encoder.preprocessor, **options, kept=kept).batch(0)
     assert torch.equal(batch.rows, plain.rows)
     assert batch.images.keys() == exactly.images.keys()
     for part, value in exactly.images.items():
@@ -134,15 +134,15 @@ def test_kept_images_stand_for_the_pictures(
 )
 def test_there_is_no_cut_where_the_first_layers_are_trained(name: str, preset: Preset, build: Build) -> None:
     encoder, towers = build(name, preset)
-    assert latest_cut(encoder) is None
-    assert towers.keep_images(augment=True) is None
+    assert find_freeze_point(encoder) is None
+    assert towers.cache_features(augment=True) is None
 
 
 def test_a_plain_tower_of_ours_has_nothing_to_keep_before_its_tail(checkpoint: Checkpoint, build: Build) -> None:
     """Composed anew, EfficientNet-Lite has no concepts beside its maps."""
     encoder, _ = build(COMPACT, "full")
     encoder.module.vision_model.config.embed_dim = 0
-    assert latest_cut(encoder) is None
+    assert find_freeze_point(encoder) is None
 
 
 @pytest.mark.parametrize(("preset", "name"), [("full", "trunk_maps"), ("heads", "last_maps")])
@@ -181,7 +181,7 @@ def test_no_kept_mirror_image_makes_a_liar_of_a_caption(build: Build, pairs: lis
     encoder, _ = build("clip", "lit")
     kept = keep(encoder, pairs, tmp_path, augment=True)
     plain = encoder.encode_images([pair.image for pair in pairs])
-    examples = Examples(pairs, Captions(pairs), encoder.preprocessor, batch_size=6, num_steps=10, kept=kept)
+    examples = ContrastiveDataset(pairs, Captions(pairs), encoder.preprocessor, batch_size=6, num_steps=10, kept=kept)
     mirrored = set()
     for number in range(len(examples)):
         example = examples[number]
@@ -212,7 +212,7 @@ def test_windows_are_squares_of_three_quarters_at_least() -> None:
 
 def test_windows_are_cut_in_training_alone(build: Build, pairs: list[Pair], tmp_path: Path) -> None:
     encoder, towers = build(COMPACT, "full")
-    towers.keep_images(augment=True)
+    towers.cache_features(augment=True)
     kept = keep(encoder, pairs, tmp_path)
     images = kept._batch(range(6), 0)
     texts = encoder.preprocessor.texts(["a dog"])
@@ -223,7 +223,7 @@ def test_windows_are_cut_in_training_alone(build: Build, pairs: list[Pair], tmp_
     towers.train()
     views = [towers(wide, texts)[0].detach() for _ in range(6)]
     assert any((view - views[0]).abs().max() > 1e-4 for view in views)
-    towers.keep_images(augment=False)
+    towers.cache_features(augment=False)
     assert torch.equal(towers(wide, texts)[0], towers(wide, texts)[0])
 
 
@@ -235,9 +235,9 @@ def test_a_second_run_finds_the_files(
 ) -> None:
     heard: list[tuple[int, int]] = []
     encoder, _ = build("clip", "heads")
-    cut = latest_cut(encoder)
+    cut = find_freeze_point(encoder)
     assert cut is not None
-    kept = KeptImages(cut, encoder, [pair.image for pair in pairs], tmp_path, augment=True)
+    kept = CachedFeatures(cut, encoder, [pair.image for pair in pairs], tmp_path, augment=True)
     kept.fill(batch_size=4, progress=lambda done, total: heard.append((done, total)))
     assert heard == [(4, 6), (6, 6)]
     assert [path.name for path in tmp_path.iterdir()] == [kept.folder.name]
@@ -247,7 +247,7 @@ def test_a_second_run_finds_the_files(
         again.module.visual_projection.weight.mul_(2)
         again.module.text_model.final_layer_norm.weight.mul_(2)
         again.module.logit_scale.zero_()
-    monkeypatch.setattr(KeptImages, "_compute", lambda *_: pytest.fail("nothing is computed again"))
+    monkeypatch.setattr(CachedFeatures, "_compute", lambda *_: pytest.fail("nothing is computed again"))
     found = keep(again, pairs, tmp_path, augment=True)
     assert found.folder == kept.folder
     assert {path: path.stat().st_mtime_ns for path in kept.folder.iterdir()} == written
@@ -259,16 +259,16 @@ def test_what_a_killed_run_has_begun_is_made_anew(
     build: Build, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder, _ = build("clip", "lit")
-    compute, calls = KeptImages._compute, []
+    compute, calls = CachedFeatures._compute, []
 
-    def dying(self: KeptImages, rows: Any) -> dict[str, Tensor]:
+    def dying(self: CachedFeatures, rows: Any) -> dict[str, Tensor]:
         calls.append(rows)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return compute(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptImages, "_compute", dying)
+        patch.setattr(CachedFeatures, "_compute", dying)
         with pytest.raises(KeyboardInterrupt):
             keep(encoder, pairs, tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
@@ -286,9 +286,9 @@ def test_other_weights_images_or_views_have_a_folder_of_their_own(
         if change:
             with torch.no_grad():
                 encoder.module.get_parameter(change).view(-1)[-1] += 1e-3
-        cut = latest_cut(encoder)
+        cut = find_freeze_point(encoder)
         assert cut is not None
-        return KeptImages(cut, encoder, [pair.image for pair in pairs], tmp_path, augment=augment).folder
+        return CachedFeatures(cut, encoder, [pair.image for pair in pairs], tmp_path, augment=augment).folder
 
     first = folder("lit", pairs)
     assert folder("lit", pairs) == first
@@ -315,7 +315,7 @@ def test_measured_figures_are_those_of_an_evaluation(
     encoder, towers = build(name, "lit")
     expected = evaluate_retrieval(encoder, pairs, resamples=20)
     heard: list[tuple[str, int, int]] = []
-    measure = Measure(encoder, pairs, batch_size=4, progress=lambda *told: heard.append(told))
+    measure = Validator(encoder, pairs, batch_size=4, progress=lambda *told: heard.append(told))
     towers.train()
     assert measure.figures() == {figure: estimate.value for figure, estimate in expected.metrics.items()}
     assert towers.module.training, "a measurement in the middle of training leaves it at that"
@@ -327,13 +327,13 @@ def test_measured_figures_are_those_of_an_evaluation(
     assert embedded.texts == [text for pair in pairs for text in pair.captions]
     assert embedded.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     torch.testing.assert_close(embedded.text_embeds, encoder.encode_texts(embedded.texts))
-    kept = Measure(encoder, pairs, keep(encoder, pairs, tmp_path)).embedded()
+    kept = Validator(encoder, pairs, keep(encoder, pairs, tmp_path)).embedded()
     torch.testing.assert_close(kept.image_embeds, embedded.image_embeds, **HALF)
 
 
 def test_a_measurement_follows_the_weights(build: Build, pairs: list[Pair]) -> None:
     encoder, _ = build("clip", "full")
-    measure = Measure(encoder, pairs)
+    measure = Validator(encoder, pairs)
     before = measure.embedded().text_embeds
     with torch.no_grad():
         encoder.module.text_projection.weight.neg_()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from alignment.model import DualEncoder
 from alignment.pairs import Pair
 from alignment.preprocess import Preprocessor, open_image
-from alignment.train.examples import MIN_CROP, Captions, Examples, _augmented
+from alignment.train.dataset import MIN_CROP, Captions, ContrastiveDataset, _augmented
 from alignment.train.prepare import MIN_HELD_OUT, Prepared, prepare
 from alignment.train.settings import TrainConfig
 
@@ -32,7 +32,7 @@ def captioned(*captions: Sequence[str]) -> list[Pair]:
 
 
 def related(captions: Captions, rows: Sequence[int], numbers: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
-    positives, ignored = captions.relate(torch.tensor(rows), torch.tensor(numbers))
+    positives, ignored = captions.positive_mask(torch.tensor(rows), torch.tensor(numbers))
     assert positives.dtype == ignored.dtype == torch.bool
     return positives.int().tolist(), ignored.int().tolist()
 
@@ -104,14 +104,14 @@ def test_an_image_without_a_caption_is_refused(pairs: list[Pair]) -> None:
 
 def test_captions_are_drawn_without_repeats_while_they_last() -> None:
     captions = Captions(captioned(["x"], list("abc"), list("de")))
-    draws = [captions.draw(1, 2, np.random.default_rng(seed)) for seed in range(60)]
+    draws = [captions.sample(1, 2, np.random.default_rng(seed)) for seed in range(60)]
     assert all(set(draw) <= {1, 2, 3} and len(set(draw)) == 2 for draw in draws)
     assert {tuple(draw) for draw in draws} == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3) if a != b}
     for seed in range(20):
-        assert sorted(captions.draw(1, 3, np.random.default_rng(seed))) == [1, 2, 3]
-        assert sorted(Counter(captions.draw(1, 7, np.random.default_rng(seed))).values()) == [2, 2, 3]
-        assert sorted(captions.draw(2, 4, np.random.default_rng(seed))) == [4, 4, 5, 5]
-        assert captions.draw(0, 2, np.random.default_rng(seed)) == [0, 0]
+        assert sorted(captions.sample(1, 3, np.random.default_rng(seed))) == [1, 2, 3]
+        assert sorted(Counter(captions.sample(1, 7, np.random.default_rng(seed))).values()) == [2, 2, 3]
+        assert sorted(captions.sample(2, 4, np.random.default_rng(seed))) == [4, 4, 5, 5]
+        assert captions.sample(0, 2, np.random.default_rng(seed)) == [0, 0]
 
 
 # ---------------------------------------------------------------- the series
@@ -137,18 +137,18 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
 
 
 @pytest.fixture
-def series(pairs: list[Pair], preprocessor: Preprocessor) -> Callable[..., Examples]:
-    def build(pairs: list[Pair] = pairs, **options: Any) -> Examples:
+def series(pairs: list[Pair], preprocessor: Preprocessor) -> Callable[..., ContrastiveDataset]:
+    def build(pairs: list[Pair] = pairs, **options: Any) -> ContrastiveDataset:
         settings = {"batch_size": 4, "num_steps": 5, "captions_per_image": 2, "seed": 3} | options
-        return Examples(pairs, Captions(pairs), preprocessor, **settings)
+        return ContrastiveDataset(pairs, Captions(pairs), preprocessor, **settings)
 
     return build
 
 
-Series = Callable[..., Examples]
+Series = Callable[..., ContrastiveDataset]
 
 
-def rows_of(examples: Examples) -> list[list[int]]:
+def rows_of(examples: ContrastiveDataset) -> list[list[int]]:
     return [examples.batch(step).rows.tolist() for step in range(examples.num_steps)]
 
 
