@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from base64 import b64decode
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -27,8 +28,8 @@ from alignment.evaluate import (
     suspected_false_negatives,
     worst_queries,
 )
-from alignment.evaluate.examples import Example, FalseNegative
-from alignment.evaluate.page import THUMBNAIL, comparison_page, report_page
+from alignment.evaluate.error_analysis import Example, FalseNegative
+from alignment.evaluate.html_report import THUMBNAIL, comparison_page, report_page
 
 
 def random_embeds(*shape: int, seed: int = 0) -> Tensor:
@@ -57,7 +58,7 @@ def slow_comparison(before: Embedded, after: Embedded, name: str, resamples: int
         values = []
         for model in (before, after):
             ranks = model.ranks[direction]
-            of = torch.arange(len(ranks)) if direction == "image_to_text" else model.owners
+            of = torch.arange(len(ranks)) if direction == "image_to_text" else model.image_of_text
             sample = torch.cat([ranks[of == image] for image in drawn])
             k = int(figure.removeprefix("recall@")) if figure != "median" else 0
             values.append((sample <= k).double().mean().item() if k else sample.median().item())
@@ -75,7 +76,7 @@ def test_the_paired_bootstrap_equals_the_slow_one(name: str) -> None:
     low, high = gains.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-12), pytest.approx(high, abs=1e-12))
     better = gains < 0 if "rank" in name else gains > 0
-    assert found.not_better == pytest.approx(1 - better.double().mean().item())
+    assert found.p_not_better == pytest.approx(1 - better.double().mean().item())
     assert found.low < found.high
 
 
@@ -93,7 +94,7 @@ def test_the_figures_are_those_of_the_two_reports() -> None:
 def test_a_model_gains_nothing_over_itself() -> None:
     side = embedded(30, 2, noise=2.0)
     for found in compare_retrieval(side, embedded(30, 2, noise=2.0), resamples=50).metrics.values():
-        assert (found.value, found.low, found.high, found.not_better) == (0.0, 0.0, 0.0, 1.0)
+        assert (found.value, found.low, found.high, found.p_not_better) == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_pairing_narrows_the_interval() -> None:
@@ -109,15 +110,17 @@ def test_a_clear_gain_is_sure_and_turned_round_it_is_a_loss() -> None:
     gain = compare_retrieval(before, after, resamples=100).metrics
     loss = compare_retrieval(after, before, resamples=100).metrics
     assert gain["recall_sum"].low > 0
-    assert gain["recall_sum"].not_better == gain["text_to_image_median_rank"].not_better == 0.0
+    assert gain["recall_sum"].p_not_better == gain["text_to_image_median_rank"].p_not_better == 0.0
     assert gain["text_to_image_median_rank"].value < 0, "ranks fall"
-    assert loss["recall_sum"].not_better == 1.0
+    assert loss["recall_sum"].p_not_better == 1.0
     assert loss["recall_sum"].low == pytest.approx(-gain["recall_sum"].high)
 
 
 def test_only_the_same_data_can_be_compared() -> None:
     side = embedded(10, 2, noise=1.0)
-    renamed = Embedded([*side.images[:-1], "other.jpg"], side.texts, side.owners, side.image_embeds, side.text_embeds)
+    renamed = Embedded(
+        [*side.images[:-1], "other.jpg"], side.texts, side.image_of_text, side.image_embeds, side.text_embeds
+    )
     with pytest.raises(ValueError, match="different images or captions"):
         compare_retrieval(side, renamed)
     with pytest.raises(ValueError, match="different images or captions"):
@@ -169,7 +172,7 @@ def test_worst_queries_by_hand() -> None:
 def test_examples_agree_with_the_whole_matrix() -> None:
     before, after = embedded(200, 3, noise=3.0), embedded(200, 3, noise=3.0, seed=7)
     similarity = [side.image_embeds @ side.text_embeds.T for side in (before, after)]
-    positives = before.owners == torch.arange(200)[:, None]
+    positives = before.image_of_text == torch.arange(200)[:, None]
     better, worse = changed_queries(before, after, count=10)
     assert len(better) == len(worse) == 20
     for example in [*better, *worse]:
@@ -212,7 +215,7 @@ def test_a_missing_label_is_found() -> None:
 def test_suspects_equal_the_slow_search() -> None:
     side = embedded(120, 3, noise=3.0)
     scores = (side.image_embeds @ side.text_embeds.T).tolist()
-    owners = side.owners.tolist()
+    owners = side.image_of_text.tolist()
     slow = {}
     for image, row in enumerate(scores):
         own = max(score for score, owner in zip(row, owners, strict=True) if owner == image)

@@ -20,7 +20,7 @@ from alignment.explain import (
     split_words,
     word_contributions,
 )
-from alignment.explain.erasing import erased, filling, shrunk
+from alignment.explain.masking import filling, masked, shrunk
 from alignment.explain.occlusion import UNIT, windows
 from alignment.gallery import Picture
 from alignment.model import DualEncoder
@@ -218,7 +218,7 @@ def test_erasing_touches_nothing_else(fill: str, pictures: list[Image.Image]) ->
     picture = pictures[0]
     cells = np.zeros((4, 4), dtype=bool)
     cells[0, 3] = True
-    before, after = np.asarray(picture), np.asarray(erased(picture, filling(picture, fill), cells))
+    before, after = np.asarray(picture), np.asarray(masked(picture, filling(picture, fill), cells))
     height, width = before.shape[0] // 4, before.shape[1] // 4
     changed = (before != after).any(-1)
     assert changed[:height, -width:].mean() > 0.9
@@ -258,7 +258,7 @@ def test_curves_are_the_cosines_of_the_erased(checkpoint: Checkpoint, pictures: 
     last[3], first[0] = True, True
     everything = np.ones((4, 4), dtype=bool)
     instead = filling(picture, "mean")
-    embeds = encoder.encode_images([picture, *(erased(picture, instead, hole) for hole in (last, first, everything))])
+    embeds = encoder.encode_images([picture, *(masked(picture, instead, hole) for hole in (last, first, everything))])
     whole, most, least, nothing = (embeds @ text).tolist()
     assert (found.whole, found.fractions) == (pytest.approx(whole, abs=1e-5), (0.25, 1.0))
     assert found.most == pytest.approx((most, nothing), abs=1e-5)

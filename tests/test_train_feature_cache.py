@@ -325,7 +325,7 @@ def test_measured_figures_are_those_of_an_evaluation(
     assert report.metrics == expected.metrics
     embedded = measure.embedded()
     assert embedded.texts == [text for pair in pairs for text in pair.captions]
-    assert embedded.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert embedded.image_of_text.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     torch.testing.assert_close(embedded.text_embeds, encoder.encode_texts(embedded.texts))
     kept = Validator(encoder, pairs, keep(encoder, pairs, tmp_path)).embedded()
     torch.testing.assert_close(kept.image_embeds, embedded.image_embeds, **HALF)

@@ -31,7 +31,7 @@ from alignment.evaluate import (
     suspected_false_negatives,
     worst_queries,
 )
-from alignment.evaluate.examples import Example
+from alignment.evaluate.error_analysis import Example
 from alignment.gallery import Gallery
 from alignment.model import together
 from alignment.pairs import AmbiguousNames, ImagePrint, NothingLeft, Pair, Reading, merge_duplicates, read_data
@@ -152,7 +152,7 @@ def measure(
         report.num_images,
         report.num_texts,
         report.metrics,
-        chance_level(embedded.owners.bincount().tolist()),
+        chance_level(embedded.image_of_text.bincount().tolist()),
         left_out or {},
         worst,
         suspects,
@@ -182,7 +182,7 @@ def chance_level(captions: Sequence[int]) -> dict[str, float]:
 
 def _suspects(embedded: Embedded) -> list[Suspect]:
     owners: defaultdict[str, list[str]] = defaultdict(list)
-    for text, owner in zip(embedded.texts, embedded.owners.tolist(), strict=True):
+    for text, owner in zip(embedded.texts, embedded.image_of_text.tolist(), strict=True):
         owners[text].append(embedded.images[owner])
     found = []
     for negative in suspected_false_negatives(embedded, SHOWN):

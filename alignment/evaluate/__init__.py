@@ -27,7 +27,7 @@ from alignment.evaluate.command import main
 from alignment.evaluate.compare import Comparison, compare_retrieval, difference_table
 from alignment.evaluate.eccv import eccv_metrics
 from alignment.evaluate.embedding import Embedded, Encoder, embed_pairs
-from alignment.evaluate.examples import changed_queries, suspected_false_negatives, worst_queries
+from alignment.evaluate.error_analysis import changed_queries, suspected_false_negatives, worst_queries
 from alignment.evaluate.ranks import KS, ROUNDING, recall_at_k, retrieval_ranks
 from alignment.evaluate.retrieval import (
     RetrievalReport,

@@ -39,7 +39,7 @@ class Difference:
         value: after minus before; of a median rank, a gain is negative.
         low: lower end of the paired 95 % bootstrap interval of `value`.
         high: its upper end.
-        not_better: share of resamples in which B is no better than A, in [0, 1]. Without resamples 0 or 1.
+        p_not_better: share of resamples in which B is no better than A, in [0, 1]. Without resamples 0 or 1.
     """
 
     before: float
@@ -47,7 +47,7 @@ class Difference:
     value: float
     low: float
     high: float
-    not_better: float
+    p_not_better: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,14 +24,14 @@ from alignment.evaluate.bootstrap import Difference, Estimate
 from alignment.evaluate.compare import Comparison, compare_retrieval, difference_table
 from alignment.evaluate.eccv import eccv_table, evaluate_eccv
 from alignment.evaluate.embedding import Embedded, embed_pairs
-from alignment.evaluate.examples import (
+from alignment.evaluate.error_analysis import (
     Example,
     FalseNegative,
     changed_queries,
     suspected_false_negatives,
     worst_queries,
 )
-from alignment.evaluate.page import comparison_page, report_page
+from alignment.evaluate.html_report import comparison_page, report_page
 from alignment.evaluate.retrieval import evaluate_embedded, report_table
 from alignment.evaluate.zero_shot import class_ranks, compare_zero_shot, zero_shot_line, zero_shot_report
 from alignment.model import DualEncoder
@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _warn_of_repeated(pairs: Sequence[Pair]) -> None:
     """Say that several pictures have the same caption: it finds one at most, and ties count against the model."""
-    owners = Counter(caption for pair in pairs for caption in set(pair.captions))
-    if repeated := [caption for caption, times in owners.items() if times > 1]:
+    images = Counter(caption for pair in pairs for caption in set(pair.captions))
+    if repeated := [caption for caption, times in images.items() if times > 1]:
         logger.warning(
             "%d of %d captions belong to several pictures (%s): ties count against the model, so recall@1 can be low, "
-            "or 0, whatever the model.", len(repeated), len(owners), few(repeated),
+            "or 0, whatever the model.", len(repeated), len(images), few(repeated),
         )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def _compare(arguments: argparse.Namespace, task: Task) -> None:
     if before.class_ranks is not None and after.class_ranks is not None:
         metrics |= compare_zero_shot(before.class_ranks, after.class_ranks, **options)
     print(difference_table(metrics))
-    content["metrics"] = {name: asdict(found) for name, found in metrics.items()}
+    content["metrics"] = {name: _difference_json(found) for name, found in metrics.items()}
     if before.eccv is not None and after.eccv is not None:
         content["eccv"] = [dict(before.eccv), dict(after.eccv)]
         print(f"\nModel A\n{eccv_table(before.eccv)}\n\nModel B\n{eccv_table(after.eccv)}")
@@ -172,6 +172,12 @@ def _compare(arguments: argparse.Namespace, task: Task) -> None:
     if arguments.html:
         names = (arguments.compare[0], arguments.compare[1])
         _write_page(arguments.html, comparison_page(names, _facts(arguments, task), metrics, *looked_at))
+
+
+def _difference_json(found: Difference) -> dict[str, float]:
+    """Return the fields by the names that readers of --json know."""
+    values = asdict(found)
+    return {**values, "not_better": values.pop("p_not_better")}
 
 
 def _say_reading(task: Task, *measured: Measured) -> None:

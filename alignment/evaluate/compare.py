@@ -47,10 +47,10 @@ def compare_retrieval(before: Embedded, after: Embedded, *, resamples: int = 100
         ValueError: when the two hold different images or captions, or embeddings that are not finite.
     """
     alike = list(before.images) == list(after.images) and list(before.texts) == list(after.texts)
-    if not alike or not torch.equal(before.owners, after.owners):
+    if not alike or not torch.equal(before.image_of_text, after.image_of_text):
         raise ValueError("The two models were given different images or captions; compare them on the same.")
     measured = (
-        retrieval_bootstrap(side.ranks, side.owners, resamples=resamples, seed=seed) for side in (before, after)
+        retrieval_bootstrap(side.ranks, side.image_of_text, resamples=resamples, seed=seed) for side in (before, after)
     )
     return Comparison(len(before.images), len(before.texts), differences(*measured))
 
@@ -62,7 +62,7 @@ def difference_table(metrics: Mapping[str, Difference]) -> str:
         before, after, *gains = difference_cells(name, found)
         interval = f"[{gains[1]}, {gains[2]}]"
         lines.append(
-            f"{metric_title(name):26}{before:>8}{after:>8}{gains[0]:>8}   {interval:18}{found.not_better:>12.1%}"
+            f"{metric_title(name):26}{before:>8}{after:>8}{gains[0]:>8}   {interval:18}{found.p_not_better:>12.1%}"
         )
     return "\n".join(lines)
 

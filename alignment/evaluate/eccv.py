@@ -80,7 +80,7 @@ def evaluate_eccv(embedded: Embedded, data: EccvData) -> dict[str, float]:
     image_ids = {pair.image: int(pair.id) for pair in data.pairs}
     rows = [
         (row, number)
-        for row, (text, owner) in enumerate(zip(embedded.texts, embedded.owners.tolist(), strict=True))
+        for row, (text, owner) in enumerate(zip(embedded.texts, embedded.image_of_text.tolist(), strict=True))
         for number in data.caption_ids[embedded.images[owner], text]
     ]
     texts = embedded.text_embeds[[row for row, _ in rows]]

@@ -43,21 +43,21 @@ class Embedded:
     Attributes:
         images: paths.
         texts: captions, image by image.
-        owners: (num_texts,) index of the image that each caption describes.
+        image_of_text: (num_texts,) index of the image that each caption describes.
         image_embeds: (num_images, embed_dim).
         text_embeds: (num_texts, embed_dim).
     """
 
     images: Sequence[str]
     texts: Sequence[str]
-    owners: Tensor
+    image_of_text: Tensor
     image_embeds: Tensor
     text_embeds: Tensor
 
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
         """Rank of every query's best positive, see `query_ranks`."""
-        return query_ranks(self.image_embeds, self.text_embeds, self.owners)
+        return query_ranks(self.image_embeds, self.text_embeds, self.image_of_text)
 
 
 def embed_pairs(
@@ -81,8 +81,8 @@ def embed_pairs(
     images, image_embeds = embed_pictures(encoder, list(captioned), batch_size=batch_size, progress=progress)
     texts = [caption for image in images for caption in captioned[image]]
     text_embeds = encoder.encode_texts(texts, progress=named(progress, "captions"))
-    owners = torch.repeat_interleave(torch.tensor([len(captioned[image]) for image in images]))
-    return Embedded(images, texts, owners, image_embeds, text_embeds)
+    image_of_text = torch.repeat_interleave(torch.tensor([len(captioned[image]) for image in images]))
+    return Embedded(images, texts, image_of_text, image_embeds, text_embeds)
 
 
 def embed_pictures(

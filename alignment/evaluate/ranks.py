@@ -83,7 +83,7 @@ def recall_at_k(similarity: Tensor, positives: Tensor, ks: Sequence[int] = KS) -
     return {k: (ranks <= k).double().mean().item() for k in ks}
 
 
-def query_ranks(image_embeds: Tensor, text_embeds: Tensor, owners: Tensor) -> dict[str, Tensor]:
+def query_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> dict[str, Tensor]:
     """Rank the best positive of every query among the strangers, in both directions.
 
     Cosines within `ROUNDING` of each other are ties.
@@ -91,7 +91,7 @@ def query_ranks(image_embeds: Tensor, text_embeds: Tensor, owners: Tensor) -> di
     Args:
         image_embeds: (num_images, embed_dim).
         text_embeds: (num_texts, embed_dim).
-        owners: (num_texts,) index of the image that each text describes; every image needs a text.
+        image_of_text: (num_texts,) index of the image that each text describes; every image needs a text.
 
     Returns:
         For each of `DIRECTIONS` the ranks from 1, int64: (num_images,) and (num_texts,).
@@ -100,9 +100,13 @@ def query_ranks(image_embeds: Tensor, text_embeds: Tensor, owners: Tensor) -> di
         ValueError: when the embeddings are not finite, none, or an image has no text.
     """
     everyone = torch.arange(len(image_embeds))
-    if len(everyone) == 0 or len(owners) != len(text_embeds) or owners.unique().tolist() != everyone.tolist():
+    if (
+        len(everyone) == 0
+        or len(image_of_text) != len(text_embeds)
+        or image_of_text.unique().tolist() != everyone.tolist()
+    ):
         raise ValueError("Every text must belong to an image and every image must own a text, and there must be some.")
-    images, texts = (image_embeds, everyone), (text_embeds, owners)
+    images, texts = (image_embeds, everyone), (text_embeds, image_of_text)
     return {
         direction: torch.cat([retrieval_ranks(*block, tolerance=ROUNDING) for _, *block in scored_blocks(*sides)])
         for direction, sides in zip(DIRECTIONS, ((images, texts), (texts, images)), strict=True)

@@ -70,12 +70,12 @@ def evaluate_retrieval(
 
 def evaluate_embedded(embedded: Embedded, *, resamples: int = 1000, seed: int = 0) -> RetrievalReport:
     """Measure recall in both directions on a data set that is embedded already, see `evaluate_embeddings`."""
-    measured = retrieval_bootstrap(embedded.ranks, embedded.owners, resamples=resamples, seed=seed)
+    measured = retrieval_bootstrap(embedded.ranks, embedded.image_of_text, resamples=resamples, seed=seed)
     return RetrievalReport(len(embedded.images), len(embedded.texts), estimates(measured))
 
 
 def evaluate_embeddings(
-    image_embeds: Tensor, text_embeds: Tensor, owners: Tensor, *, resamples: int = 1000, seed: int = 0
+    image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, *, resamples: int = 1000, seed: int = 0
 ) -> RetrievalReport:
     """Measure recall in both directions between embeddings.
 
@@ -84,31 +84,31 @@ def evaluate_embeddings(
     Args:
         image_embeds: (num_images, embed_dim).
         text_embeds: (num_texts, embed_dim).
-        owners: (num_texts,) index of the image that each text describes; every image needs a text.
+        image_of_text: (num_texts,) index of the image that each text describes; every image needs a text.
         resamples: bootstrap samples; images are drawn with their texts, the candidates stay. 0 gives no interval.
         seed: of the bootstrap; the same draws for every model, so that two reports can be compared.
 
     Raises:
         ValueError: when the embeddings are not finite, none, or an image has no text.
     """
-    ranks = query_ranks(image_embeds, text_embeds, owners)
-    measured = retrieval_bootstrap(ranks, owners, resamples=resamples, seed=seed)
-    return RetrievalReport(len(image_embeds), len(owners), estimates(measured))
+    ranks = query_ranks(image_embeds, text_embeds, image_of_text)
+    measured = retrieval_bootstrap(ranks, image_of_text, resamples=resamples, seed=seed)
+    return RetrievalReport(len(image_embeds), len(image_of_text), estimates(measured))
 
 
-def retrieval_bootstrap(ranks: Mapping[str, Tensor], owners: Tensor, *, resamples: int, seed: int) -> Bootstrap:
+def retrieval_bootstrap(ranks: Mapping[str, Tensor], image_of_text: Tensor, *, resamples: int, seed: int) -> Bootstrap:
     """Compute the metrics of a `RetrievalReport` as they are and over resampled images.
 
     Args:
         ranks: of `query_ranks`.
-        owners: (num_texts,) index of the image that each text describes.
+        image_of_text: (num_texts,) index of the image that each text describes.
         resamples: bootstrap samples.
         seed: of the bootstrap.
     """
     everyone = torch.arange(len(ranks["image_to_text"]))
     directions = [
         _Direction("image_to_text", ranks["image_to_text"], everyone),
-        _Direction("text_to_image", ranks["text_to_image"], owners),
+        _Direction("text_to_image", ranks["text_to_image"], image_of_text),
     ]
 
     def statistics(draws: Tensor) -> dict[str, float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.explain.erasing import Fill, erased, filling, shrunk
+from alignment.explain.masking import Fill, filling, masked, shrunk
 from alignment.model import DualEncoder
 from alignment.preprocess import ImageSource, open_image
 from alignment.similarity import cosine_similarity
@@ -82,7 +82,7 @@ def deletion_curves(
     orders = [best_first, best_first[::-1], *(rng.permutation(relevance.size) for _ in range(random_orders))]
     holes = [_first(order, fraction, relevance.shape) for order in orders for fraction in fractions]
     instead = filling(picture, fill)
-    embeds = encoder.encode_images([picture, *(erased(picture, instead, hole) for hole in holes)])
+    embeds = encoder.encode_images([picture, *(masked(picture, instead, hole) for hole in holes)])
     cosines = cosine_similarity(embeds, encoder.encode_texts([caption]))[:, 0].double().numpy()
     most, least, *others = cosines[1:].reshape(len(orders), len(fractions))
     random = np.mean(others, axis=0)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from alignment.explain.erasing import Fill, erased, filling, shrunk
+from alignment.explain.masking import Fill, filling, masked, shrunk
 from alignment.model import DualEncoder
 from alignment.similarity import cosine_similarity
 
@@ -39,7 +39,7 @@ def occlusion(encoder: DualEncoder, image: Image.Image, text_embeds: Tensor, res
     """
     image = shrunk(image)
     instead, masks = filling(image, fill), windows(resolution)
-    embeds = encoder.encode_images([image, *(erased(image, instead, mask) for mask in masks)])
+    embeds = encoder.encode_images([image, *(masked(image, instead, mask) for mask in masks)])
     cosines = cosine_similarity(embeds, text_embeds)
     cover = torch.from_numpy(masks).float()
     losses = (cosines[:1] - cosines[1:]) * (UNIT / cover.mean((1, 2)))[:, None]

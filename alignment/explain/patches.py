@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alignment.explain.erasing import Fill
 from alignment.explain.gradient import gradient
+from alignment.explain.masking import Fill
 from alignment.explain.occlusion import occlusion
 from alignment.model import DualEncoder
 from alignment.preprocess import ImageSource, open_image

@@ -35,12 +35,12 @@ class Validator:
     kept: CachedFeatures | None = None
     batch_size: int = 16
     progress: Progress | None = None
-    _owners: Tensor = field(init=False)
+    _image_of_text: Tensor = field(init=False)
     _texts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         positives, self._texts = positives_of(self.pairs)
-        self._owners = positives.int().argmax(dim=0)
+        self._image_of_text = positives.int().argmax(dim=0)
 
     def report(self, *, resamples: int = 1000) -> RetrievalReport:
         """Measure recall in both directions, with intervals."""
@@ -54,7 +54,7 @@ class Validator:
         """Embed images and captions; every process takes its share."""
         images = _shared(range(len(self.pairs)), self._embed_images, self.encoder.embed_dim)
         texts = _shared(range(len(self._texts)), self._embed_texts, self.encoder.embed_dim)
-        return Embedded([pair.image for pair in self.pairs], self._texts, self._owners, images, texts)
+        return Embedded([pair.image for pair in self.pairs], self._texts, self._image_of_text, images, texts)
 
     def _embed_images(self, rows: Sequence[int]) -> Tensor:
         if self.kept is not None:

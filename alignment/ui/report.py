@@ -10,7 +10,7 @@ from typing import Any
 
 from alignment.engine.trial import MAX_NAME, RESAMPLES, Suspect, Trial
 from alignment.evaluate import KS, Estimate
-from alignment.evaluate.examples import Example
+from alignment.evaluate.error_analysis import Example
 from alignment.model import DualEncoder
 from alignment.pairs.sidecars import NOT_USED
 from alignment.pairs.tables import OnlyClasses

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from alignment.evaluate.bootstrap import LOWER_IS_BETTER, Difference, Estimate
 from alignment.evaluate.compare import difference_cells, metric_title
-from alignment.evaluate.examples import Example, FalseNegative
+from alignment.evaluate.error_analysis import Example, FalseNegative
 from alignment.preprocess import InputError, open_image
 
 THUMBNAIL = 160  # pixels of the longer side
@@ -113,7 +113,7 @@ def _difference_row(name: str, found: Difference) -> str:
     before, after = difference_cells(name, found)[:2]
     value, interval, verdict = _gain(name, found)
     gain = f"<td class='{verdict}'><b>{value}</b> <small>{interval}</small>"
-    return f"<td>{before}<td>{after}{gain}<td>{found.not_better:.1%}"
+    return f"<td>{before}<td>{after}{gain}<td>{found.p_not_better:.1%}"
 
 
 def _tile(name: str, value: str, interval: str, verdict: str) -> str:

@@ -1,6 +1,6 @@
 """Take parts out of a picture: what occlusion and the deletion test have in common.
 
-Place in the flow: `picture + places -> erased pictures (here) -> encoder`. It happens in the picture, before any
+Place in the flow: `picture + places -> masked pictures (here) -> encoder`. It happens in the picture, before any
 preprocessing, so it means the same to every family, whatever it crops and whatever its tokens are.
 """
 
@@ -37,7 +37,7 @@ def filling(image: Image.Image, fill: Fill) -> Image.Image:
     raise ValueError(f"There is no filling {fill!r}: choose 'blur' or 'mean'.")
 
 
-def erased(image: Image.Image, instead: Image.Image, cells: NDArray[np.bool_]) -> Image.Image:
+def masked(image: Image.Image, instead: Image.Image, cells: NDArray[np.bool_]) -> Image.Image:
     """Replace the cells that are True, (rows, columns) over the whole picture, by another picture of the same size."""
     mask = Image.fromarray(cells.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(instead, image, mask)

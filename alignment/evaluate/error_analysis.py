@@ -96,9 +96,9 @@ def suspected_false_negatives(embedded: Embedded, count: int) -> list[FalseNegat
     Returns:
         By margin, the widest first.
     """
-    sides = (embedded.image_embeds, torch.arange(len(embedded.images))), (embedded.text_embeds, embedded.owners)
+    sides = (embedded.image_embeds, torch.arange(len(embedded.images))), (embedded.text_embeds, embedded.image_of_text)
     units = [functional.normalize(embeds.float(), dim=-1) for embeds, _ in sides]
-    of_texts = (units[0][embedded.owners] * units[1]).sum(dim=-1)
+    of_texts = (units[0][embedded.image_of_text] * units[1]).sum(dim=-1)
     found = [_rivals(scores, positives, of_texts) for _, scores, positives in scored_blocks(*sides)]
     margins, owns, rivals = (torch.cat(parts).tolist() for parts in zip(*found, strict=True))
     return [
@@ -143,7 +143,7 @@ def _examples(direction: str, queries: Sequence[int], models: Sequence[Embedded]
 
 def _answers(direction: str, rows: Tensor, model: Embedded) -> tuple[list[int], list[int]]:
     """For some queries: the best right candidate, and the best of all (among equals a wrong one, as ranks count)."""
-    images, texts = (model.image_embeds, torch.arange(len(model.images))), (model.text_embeds, model.owners)
+    images, texts = (model.image_embeds, torch.arange(len(model.images))), (model.text_embeds, model.image_of_text)
     (embeds, of), candidates = (images, texts) if direction == "image_to_text" else (texts, images)
     right: list[int] = []
     tops: list[int] = []
