@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from base64 import b64decode
 from collections.abc import Callable
-from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -333,8 +332,8 @@ def test_the_comparison_shows_ranks_differences_and_suspects(picture: str) -> No
     assert "B’s first, right too狗在海滩上" in text, "another of its captions"
     assert "Right, A’s first, B’s first" in text, "each answer is shown once"
     assert "margin 0.123" in text
-    assert "<td>38.8<td>41.2<td class='up'><b>+2.4</b> <small>[+0.1, +5.0]</small><td>0.0%" in html
-    assert "<td class='down'><b>+1</b> <small>[+1, +2]</small>" in html, "a rank that rises is a loss"
+    assert "<td>38.8<td>41.2<td class='better'><b>+2.4</b> <small>[+0.1, +5.0]</small><td>0.0%" in html
+    assert "<td class='worse'><b>+1</b> <small>[+1, +2]</small>" in html, "a rank that rises is a loss"
     assert "<td class=''><b>+10.0</b> <small>[-10.0, +30.0]</small>" in html, "neither is sure"
 
 

@@ -43,7 +43,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_holds_all_that_the_app_reads(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
-    patterns = ("alignment/**/*.py", "assets/ui/**/*", "assets/gallery/**/*", "assets/*.*", "checkpoints/**/*")
+    patterns = (
+        "alignment/**/*.py",
+        "alignment/**/templates/*",
+        "assets/ui/**/*",
+        "assets/gallery/**/*",
+        "assets/*.*",
+        "checkpoints/**/*",
+    )
     files = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
     assert names == {"app.py", *(path.relative_to(ROOT).as_posix() for path in files)}
 

@@ -7,5 +7,5 @@ if __name__ == "__main__":
         from alignment.evaluate.command import main
 
         sys.exit(main())
-    except KeyboardInterrupt:  # while all was being imported
+    except KeyboardInterrupt:  # during the imports
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Pictures sorted into class folders, the names of the classes, and templates for them, read from files.
+"""Pictures in class folders, class names and templates, read from files.
 
 Place in the flow: `folder of class folders -> read_class_folders (here) -> zero_shot`.
 """
@@ -16,12 +16,12 @@ from alignment.pairs.files import PICTURES, UNLISTED, walk
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Pictures and the class each belongs to.
+    """Pictures with their classes.
 
     Attributes:
         images: paths.
-        labels: for each the index of its class.
-        class_names: for each class all names it goes by.
+        labels: index of each picture's class.
+        class_names: all names of each class.
     """
 
     images: Sequence[str]
@@ -33,18 +33,19 @@ def read_class_folders(folder: Path, class_names: Path | None = None) -> Labelle
     """Read a folder that holds a folder of pictures for each class.
 
     Args:
-        folder: the name of a folder in it is the name of its class, underscores for spaces.
-        class_names: file with better names, see `read_class_names`; its classes are the candidates then, also those
-            without pictures, and every folder must be among them.
+        folder: a folder in it is named like its class, with underscores for spaces.
+        class_names: file with other names, see `read_class_names`; its classes are the candidates, also those without
+            pictures, and every folder must be among them.
 
     Raises:
         FileNotFoundError: when there is no such folder or file.
+        PermissionError: when a folder cannot be listed; accuracy on a part of a class would mislead.
         ValueError: when no class folder holds a picture, or the file does not name one of them.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} to classify.")
     found: dict[str, list[str]] = {}
-    for path in walk(folder, _refuse_unlisted):
+    for path in walk(folder, _raise_unlisted):
         name, *below = path.relative_to(folder).parts
         if below and path.suffix.lower() in PICTURES:
             found.setdefault(name, []).append(str(path))
@@ -54,18 +55,19 @@ def read_class_folders(folder: Path, class_names: Path | None = None) -> Labelle
     unnamed = [name for name in found if name not in names]
     if unnamed:
         raise ValueError(f"{class_names} has no name for the folder {unnamed[0]} (and {len(unnamed) - 1} more).")
-    labels = {name: label for label, name in enumerate(names)}
-    images = [(picture, labels[name]) for name, pictures in found.items() for picture in pictures]
-    return LabelledImages([image for image, _ in images], [label for _, label in images], list(names.values()))
+    images = [picture for pictures in found.values() for picture in pictures]
+    index = {name: label for label, name in enumerate(names)}
+    labels = [index[name] for name, pictures in found.items() for _ in pictures]
+    return LabelledImages(images, labels, list(names.values()))
 
 
-def _refuse_unlisted(reason: str, folder: Path) -> None:
-    if reason == UNLISTED:  # accuracy without some of a class would be that of another data set
+def _raise_unlisted(reason: str, folder: Path) -> None:
+    if reason == UNLISTED:
         raise PermissionError(errno.EACCES, "its pictures cannot be listed", str(folder))
 
 
 def read_class_names(file: Path) -> dict[str, list[str]]:
-    """Read the names of classes: JSON {folder: name or [names]}, or lines of folder, name, more names parted by tabs.
+    """Read class names: JSON {folder: name or [names]}, or lines of folder and names separated by tabs.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -88,15 +90,14 @@ def read_class_names(file: Path) -> dict[str, list[str]]:
 
 
 def read_templates(file: Path) -> list[str]:
-    """Read templates, one a line, {} where the name goes; empty lines are left out.
+    """Read templates, one per line, with {} once for the class name; empty lines are left out.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when there is none in it, or one without {}.
+        ValueError: when it has no template, or one without {}.
     """
     templates = [line.strip() for line in _read(file).splitlines() if line.strip()]
-    wrong = [template for template in templates if template.count("{}") != 1]
-    if wrong or not templates:
+    if not templates or any(template.count("{}") != 1 for template in templates):
         raise ValueError(f"{file} must hold a template a line, with {{}} once where the class name goes.")
     return templates
 

@@ -1,7 +1,7 @@
-"""The command: measure one model or compare two, print the figures, write JSON and a page.
+"""The command: measure one model or compare two, print the metrics, write JSON and a page.
 
-Place in the flow: `read_pairs, read_class_folders, DualEncoder -> command (here) -> terminal, files`. Everything that
-can be wrong with what was typed is found before the first picture is encoded.
+Place in the flow: `arguments, DualEncoder -> command (here) -> terminal, files`. All options are checked before the
+first picture is encoded.
 """
 
 from __future__ import annotations
@@ -21,16 +21,10 @@ from torch import Tensor
 from alignment.durable import explain, write_file
 from alignment.evaluate.arguments import Task, check, parse, read_task
 from alignment.evaluate.bootstrap import Difference, Estimate
-from alignment.evaluate.compare import Comparison, compare_retrieval, difference_table
+from alignment.evaluate.compare import compare_retrieval, difference_table
 from alignment.evaluate.eccv import eccv_table, evaluate_eccv
 from alignment.evaluate.embedding import Embedded, embed_pairs
-from alignment.evaluate.error_analysis import (
-    Example,
-    FalseNegative,
-    changed_queries,
-    suspected_false_negatives,
-    worst_queries,
-)
+from alignment.evaluate.error_analysis import changed_queries, suspected_false_negatives, worst_queries
 from alignment.evaluate.html_report import comparison_page, report_page
 from alignment.evaluate.retrieval import evaluate_embedded, report_table
 from alignment.evaluate.zero_shot import class_ranks, compare_zero_shot, zero_shot_line, zero_shot_report
@@ -46,13 +40,13 @@ EXAMPLES = 12  # of each kind and direction on the page
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of a model on a `Task`.
+    """The output of a model on a `Task`.
 
     Attributes:
         fingerprint: of the weights.
         embedded: the captioned images.
         class_ranks: of the pictures with classes.
-        eccv: the figures of `eccv_metrics`.
+        eccv: see `eccv_metrics`.
         cut: captions longer than the model reads.
         max_length: tokens it reads.
     """
@@ -66,7 +60,7 @@ class Measured:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate a model, or compare two, and print the figures; returns the exit status.
+    """Evaluate a model, or compare two, and print the metrics; returns the exit status.
 
     Raises:
         SystemExit: with the reason, when nothing is measured.
@@ -91,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _warn_of_repeated(pairs: Sequence[Pair]) -> None:
-    """Say that several pictures have the same caption: it finds one at most, and ties count against the model."""
+    """Warn of captions that several pictures share: each finds one picture at most."""
     images = Counter(caption for pair in pairs for caption in set(pair.captions))
     if repeated := [caption for caption, times in images.items() if times > 1]:
         logger.warning(
@@ -100,11 +94,8 @@ def _warn_of_repeated(pairs: Sequence[Pair]) -> None:
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------- one model, two models
-
-
 def _measure(name: str, task: Task, arguments: argparse.Namespace) -> Measured:
-    """Load a model and let it encode everything; it is let go before the next one comes."""
+    """Load a model and encode the data; its memory is freed before the next model is loaded."""
     encoder = DualEncoder.load(name, revision=arguments.revision, device=arguments.device)
     embedded = ranks = eccv = None
     cut: Sequence[str] = ()
@@ -131,34 +122,35 @@ def _report(arguments: argparse.Namespace, task: Task) -> None:
         content |= asdict(report)
         metrics |= report.metrics
     if found.class_ranks is not None and task.photos is not None:
-        named = zero_shot_report(found.class_ranks, len(task.photos.class_names), **options)
-        print(zero_shot_line(named))
-        content["zero_shot"] = asdict(named)
-        metrics |= named.metrics
+        zero_shot = zero_shot_report(found.class_ranks, len(task.photos.class_names), **options)
+        print(zero_shot_line(zero_shot))
+        content["zero_shot"] = asdict(zero_shot)
+        metrics |= zero_shot.metrics
     if found.eccv is not None:
         print(eccv_table(found.eccv))
         content["eccv"] = dict(found.eccv)
-    _say_reading(task, found)
-    content |= _reading(task, found)
-    _write_json(arguments.json, content)
+    _finish(arguments, task, content, found)
     if arguments.html:
-        looked_at = _worst(found.embedded) if found.embedded else ()
-        _write_page(arguments.html, report_page(arguments.model, _facts(arguments, task), metrics, *looked_at))
+        side = found.embedded
+        shown = (worst_queries(side, EXAMPLES), suspected_false_negatives(side, 2 * EXAMPLES)) if side else ()
+        _write_page(arguments.html, report_page(arguments.model, _facts(arguments, task), metrics, *shown))
 
 
 def _compare(arguments: argparse.Namespace, task: Task) -> None:
-    """Measure two models on the same and subtract."""
+    """Measure two models on the same data and subtract."""
     before, after = (_measure(name, task, arguments) for name in arguments.compare)
     options = _resampling(arguments)
     content: dict[str, Any] = {"compare": list(arguments.compare)} | _settings(arguments)
     content["fingerprints"] = [before.fingerprint, after.fingerprint]
     metrics: dict[str, Difference] = {}
-    looked_at: tuple[Any, ...] = ()
+    shown: tuple[Any, ...] = ()
     if before.embedded is not None and after.embedded is not None:
         comparison = compare_retrieval(before.embedded, after.embedded, **options)
         content |= {"num_images": comparison.num_images, "num_texts": comparison.num_texts}
         metrics |= comparison.metrics
-        looked_at = _changed(before.embedded, after.embedded, comparison)
+        better = after.embedded if comparison["recall_sum"] >= 0 else before.embedded
+        changed = changed_queries(before.embedded, after.embedded, EXAMPLES)
+        shown = changed, suspected_false_negatives(better, 2 * EXAMPLES)
     if before.class_ranks is not None and after.class_ranks is not None:
         metrics |= compare_zero_shot(before.class_ranks, after.class_ranks, **options)
     print(difference_table(metrics))
@@ -166,22 +158,20 @@ def _compare(arguments: argparse.Namespace, task: Task) -> None:
     if before.eccv is not None and after.eccv is not None:
         content["eccv"] = [dict(before.eccv), dict(after.eccv)]
         print(f"\nModel A\n{eccv_table(before.eccv)}\n\nModel B\n{eccv_table(after.eccv)}")
-    _say_reading(task, before, after)
-    content |= _reading(task, before, after)
-    _write_json(arguments.json, content)
+    _finish(arguments, task, content, before, after)
     if arguments.html:
         names = (arguments.compare[0], arguments.compare[1])
-        _write_page(arguments.html, comparison_page(names, _facts(arguments, task), metrics, *looked_at))
+        _write_page(arguments.html, comparison_page(names, _facts(arguments, task), metrics, *shown))
 
 
 def _difference_json(found: Difference) -> dict[str, float]:
-    """Return the fields by the names that readers of --json know."""
+    """Return the fields by the keys of the JSON format."""
     values = asdict(found)
     return {**values, "not_better": values.pop("p_not_better")}
 
 
-def _say_reading(task: Task, *measured: Measured) -> None:
-    """Say what of the data was left out, repaired, not read or cut."""
+def _finish(arguments: argparse.Namespace, task: Task, content: dict[str, Any], *measured: Measured) -> None:
+    """Print and write how the data was read: left out, repaired, unread, truncated."""
     lines = told(task.reading) if task.reading else []
     for found in measured:
         if unopened := _unopened(task, found):
@@ -189,63 +179,42 @@ def _say_reading(task: Task, *measured: Measured) -> None:
         lines += told_cut(found.cut, found.max_length)
     for line in dict.fromkeys(lines):
         print(f"- {line}")
+    if task.reading is not None:
+        content |= {name: dict(getattr(task.reading, name)) for name in ("left_out", "repaired", "unread")}
+        content["cut"] = [{"max_tokens": found.max_length, "captions": len(found.cut)} for found in measured]
+    if arguments.json is not None:
+        write_file(arguments.json, json.dumps(content, indent=2) + "\n")
 
 
 def _unopened(task: Task, found: Measured) -> list[str]:
-    """List the pictures with captions that could not be opened."""
+    """List the captioned pictures that could not be opened."""
     if task.pairs is None or found.embedded is None:
         return []
     opened = set(found.embedded.images)
     return list(dict.fromkeys(pair.id for pair in task.pairs if pair.captions and pair.image not in opened))
 
 
-def _reading(task: Task, *measured: Measured) -> dict[str, Any]:
-    """Lay out for programs what `_say_reading` says."""
-    if task.reading is None:
-        return {}
-    read = {name: dict(getattr(task.reading, name)) for name in ("left_out", "repaired", "unread")}
-    return {**read, "cut": [{"max_tokens": found.max_length, "captions": len(found.cut)} for found in measured]}
-
-
-def _worst(embedded: Embedded) -> tuple[Sequence[Example], Sequence[FalseNegative]]:
-    return worst_queries(embedded, EXAMPLES), suspected_false_negatives(embedded, 2 * EXAMPLES)
-
-
-def _changed(
-    before: Embedded, after: Embedded, comparison: Comparison
-) -> tuple[tuple[Sequence[Example], Sequence[Example]], Sequence[FalseNegative]]:
-    """Find what changed, and the labels that the better of the two misses."""
-    judge = after if comparison["recall_sum"] >= 0 else before
-    return changed_queries(before, after, EXAMPLES), suspected_false_negatives(judge, 2 * EXAMPLES)
-
-
 def _resampling(arguments: argparse.Namespace) -> dict[str, int]:
     return {"resamples": arguments.resamples, "seed": arguments.seed}
 
 
-# ---------------------------------------------------------------- what is told
-
-
 class _Progress:
-    """Say how far it is on standard error: in place on a terminal, elsewhere a line at every tenth."""
+    """Print progress on standard error: in place on a terminal, else one line per tenth."""
 
     def __init__(self) -> None:
-        self.told = ("", -1)
+        self.printed = ("", -1)
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Say that `done` of `total` are through."""
         if sys.stderr.isatty():
             print(f"\r{what} {done:,}/{total:,}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        elif self.told != (what, done * 10 // total):
-            self.told = (what, done * 10 // total)
+        elif self.printed != (what, done * 10 // total):
+            self.printed = (what, done * 10 // total)
             print(f"{what} {done:,}/{total:,}", file=sys.stderr, flush=True)
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    paths = {"zero_shot_folder": arguments.zero_shot} if arguments.zero_shot else {}
-    return {name: getattr(arguments, name) for name in ("data", "split", "resamples", "seed")} | {
-        name: str(path) for name, path in paths.items()
-    }
+    settings = {name: getattr(arguments, name) for name in ("data", "split", "resamples", "seed")}
+    return settings | ({"zero_shot_folder": str(arguments.zero_shot)} if arguments.zero_shot else {})
 
 
 def _facts(arguments: argparse.Namespace, task: Task) -> dict[str, str]:
@@ -257,13 +226,7 @@ def _facts(arguments: argparse.Namespace, task: Task) -> dict[str, str]:
     if task.photos is not None:
         size = f"{len(task.photos.images):,} pictures, {len(task.photos.class_names):,} classes"
         facts["Zero-shot"] = f"{arguments.zero_shot}: {size}"
-    facts["Intervals"] = f"{arguments.resamples:,} resamples, seed {arguments.seed}"
-    return facts
-
-
-def _write_json(out: Path | None, content: Mapping[str, Any]) -> None:
-    if out is not None:
-        write_file(out, json.dumps(content, indent=2) + "\n")
+    return facts | {"Intervals": f"{arguments.resamples:,} resamples, seed {arguments.seed}"}
 
 
 def _write_page(out: Path, page: str) -> None:

@@ -1,9 +1,9 @@
-"""COCO with the labels it lacks: ECCV Caption's mAP@R and CxC's recall, through the package `eccv_caption`.
+"""COCO with additional labels: ECCV Caption's mAP@R and CxC's recall, through the package `eccv_caption`.
 
-Place in the flow: `COCO's test split, embedded -> evaluate_eccv (here) -> report`. COCO calls only the five captions
-of a picture right, and counts it against a model that it finds another that fits as well. ECCV Caption (Chun et al.
-2022) and CxC (Parekh et al. 2021) add pairs that people have looked at. The package (extra `coco`) holds their labels
-and computes the figures; ours is to rank what it asks for.
+Place in the flow: `COCO's test split, embedded -> evaluate_eccv (here) -> report`. COCO labels only the five captions
+of a picture as right, although captions of other pictures often fit as well. ECCV Caption (Chun et al. 2022) and CxC
+(Parekh et al. 2021) add pairs judged by people. The package (extra `coco`) holds their labels and computes the metrics
+from the rankings made here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,13 @@ from alignment.pairs import Pair
 from alignment.preprocess import InputError, clean_caption
 
 _FILES = ("dataset_coco.json", "captions_val2014.json")
-_SIDES = dict(zip(DIRECTIONS, ("i2t", "t2i"), strict=True))  # as the package calls them
-_ASKED = ("coco_5k_recalls", "cxc_recalls", "eccv_map_at_r", "eccv_rprecision", "eccv_r1")
-_SPLIT = "the 5,000 pictures of Karpathy's COCO test split with five captions each"
+_SIDES = dict(zip(DIRECTIONS, ("i2t", "t2i"), strict=True))  # the package's names
+_METRICS = ("coco_5k_recalls", "cxc_recalls", "eccv_map_at_r", "eccv_rprecision", "eccv_r1")
 
 
 @dataclass(frozen=True)
 class EccvData:
-    """COCO's test split, with the ids by which ECCV Caption knows its captions.
+    """COCO's test split with the caption ids that ECCV Caption uses.
 
     Attributes:
         pairs: the pictures; their `id` is COCO's.
@@ -45,10 +45,10 @@ class EccvData:
 
 
 def read_eccv(pairs: Sequence[Pair], source: Path) -> EccvData:
-    """Keep the pictures that ECCV Caption knows, and look up the ids of their captions.
+    """Keep the pictures of ECCV Caption, and look up the ids of their captions.
 
     Args:
-        pairs: COCO, as `read_pairs` gave it.
+        pairs: COCO, as `read_pairs` returned it.
         source: where it was read from: `dataset_coco.json`, `captions_val2014.json`, or a folder that holds one.
 
     Raises:
@@ -56,50 +56,43 @@ def read_eccv(pairs: Sequence[Pair], source: Path) -> EccvData:
         FileNotFoundError: when there is no such annotation file.
         ValueError: when it is not COCO's, or pictures or captions of the test split are missing.
     """
-    known = _package().coco_gts["i2t"]
-    ids = _caption_ids(_annotations(source))
-    kept = [pair for pair in pairs if pair.id.isdecimal() and int(pair.id) in known]
+    labels = _package().coco_gts["i2t"]
+    ids = _caption_ids(_annotation_file(source))
+    kept = [pair for pair in pairs if pair.id.isdecimal() and int(pair.id) in labels]
     found = {(pair.image, text): ids.get((int(pair.id), text), []) for pair in kept for text in pair.captions}
-    _check_complete(known, {int(pair.id) for pair in kept}, {number for of in found.values() for number in of})
+    _check_complete(labels, {int(pair.id) for pair in kept}, set(chain.from_iterable(found.values())))
     return EccvData(kept, found)
 
 
 def evaluate_eccv(embedded: Embedded, data: EccvData) -> dict[str, float]:
-    """Measure a model on COCO's test split with the extended labels.
-
-    Args:
-        embedded: `data.pairs` by the model.
-        data: of `read_eccv`.
-
-    Returns:
-        The figures of `eccv_metrics`.
+    """Compute `eccv_metrics` of `data.pairs` as embedded by a model.
 
     Raises:
         ValueError: when a picture was left out because it cannot be opened.
     """
     image_ids = {pair.image: int(pair.id) for pair in data.pairs}
-    rows = [
+    captions = [
         (row, number)
-        for row, (text, owner) in enumerate(zip(embedded.texts, embedded.image_of_text.tolist(), strict=True))
-        for number in data.caption_ids[embedded.images[owner], text]
+        for row, (text, image) in enumerate(zip(embedded.texts, embedded.image_of_text.tolist(), strict=True))
+        for number in data.caption_ids[embedded.images[image], text]
     ]
-    texts = embedded.text_embeds[[row for row, _ in rows]]
+    texts = embedded.text_embeds[[row for row, _ in captions]]
     images = [image_ids[image] for image in embedded.images]
-    return eccv_metrics(embedded.image_embeds, texts, images, [number for _, number in rows])
+    return eccv_metrics(embedded.image_embeds, texts, images, [number for _, number in captions])
 
 
 def eccv_metrics(
     image_embeds: Tensor, text_embeds: Tensor, image_ids: Sequence[int], caption_ids: Sequence[int]
 ) -> dict[str, float]:
-    """Compute ECCV Caption's, CxC's and COCO's figures from embeddings.
+    """Compute ECCV Caption's, CxC's and COCO's metrics from embeddings.
 
-    Cosines within `ROUNDING` of each other are ties, and what is labelled right comes last among them.
+    Cosines within `ROUNDING` of each other are ties, and labelled candidates come last among them.
 
     Args:
         image_embeds: (num_images, embed_dim).
         text_embeds: (num_texts, embed_dim).
-        image_ids: COCO's id of each image; the package's 5,000 are needed, others are left out.
-        caption_ids: COCO's id of each caption; its 25,000 are needed, others are left out.
+        image_ids: COCO's id of each image; the package's 5,000 are required, others are left out.
+        caption_ids: COCO's id of each caption; its 25,000 are required, others are left out.
 
     Returns:
         For both directions `image_to_text` and `text_to_image`: `..._eccv_map@r`, `..._eccv_r_precision`,
@@ -110,45 +103,44 @@ def eccv_metrics(
         ValueError: when images or captions are missing.
     """
     package = _package()
-    known = package.coco_gts["i2t"]
-    _check_complete(known, set(image_ids), set(caption_ids))
-    images = _known(image_embeds, image_ids, set(known))
-    texts = _known(text_embeds, caption_ids, {number for numbers in known.values() for number in numbers})
-    retrieved = {
-        "i2t": _retrieve(images, texts, [package.eccv_gts["i2t"], package.cxc_gts["i2t"], known]),
-        "t2i": _retrieve(texts, images, [package.eccv_gts["t2i"], package.cxc_gts["t2i"], package.coco_gts["t2i"]]),
-    }
-    with redirect_stderr(io.StringIO()):  # it draws progress bars, wanted or not
-        figures = package.compute_all_metrics(retrieved["i2t"], retrieved["t2i"], target_metrics=_ASKED, Ks=(1, 5, 10))
+    coco = package.coco_gts["i2t"]
+    _check_complete(coco, set(image_ids), set(caption_ids))
+    images = _select(image_embeds, image_ids, set(coco))
+    texts = _select(text_embeds, caption_ids, set(chain.from_iterable(coco.values())))
+    retrieved = [
+        _retrieve(*sides, [labels[side] for labels in (package.eccv_gts, package.cxc_gts, package.coco_gts)])
+        for side, sides in (("i2t", (images, texts)), ("t2i", (texts, images)))
+    ]
+    with redirect_stderr(io.StringIO()):  # the package always prints progress bars
+        found = package.compute_all_metrics(*retrieved, target_metrics=_METRICS, Ks=(1, 5, 10))
     return {
-        f"{direction}_{_named(name)}": float(figures[name][side])
+        f"{direction}_{_metric_name(name)}": float(found[name][side])
         for direction, side in _SIDES.items()
-        for name in sorted(figures, key=lambda name: not name.startswith("eccv"))
+        for name in sorted(found, key=lambda name: not name.startswith("eccv"))
     }
 
 
 def eccv_table(metrics: Mapping[str, float]) -> str:
-    """Lay the figures of `eccv_metrics` out as text, in percent."""
+    """Format `eccv_metrics` as text, in percent."""
     prefix = f"{DIRECTIONS[0]}_"
-    names = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
     lines = [f"{'COCO test, extended':22}" + "".join(f"{direction.replace('_', ' '):>16}" for direction in DIRECTIONS)]
-    for name in names:
+    for name in (name.removeprefix(prefix) for name in metrics if name.startswith(prefix)):
         title = name.replace("recall@", "R@").replace("map@r", "mAP@R").replace("_", " ")
         lines.append(f"{title:22}" + "".join(f"{metrics[f'{side}_{name}']:>16.1%}" for side in DIRECTIONS))
     return "\n".join(lines)
 
 
-def _named(theirs: str) -> str:
+def _metric_name(name: str) -> str:
     """Rename `coco_5k_r1` to coco_recall@1, `eccv_map_at_r` to eccv_map@r."""
-    source, _, figure = theirs.replace("coco_5k", "coco").partition("_")
-    ours = {"map_at_r": "map@r", "rprecision": "r_precision"}
-    return f"{source}_{ours.get(figure) or figure.replace('r', 'recall@')}"
+    source, _, metric = name.replace("coco_5k", "coco").partition("_")
+    renamed = {"map_at_r": "map@r", "rprecision": "r_precision"}
+    return f"{source}_{renamed.get(metric) or metric.replace('r', 'recall@')}"
 
 
 def _package() -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it regrets that json is not ujson
+            warnings.simplefilter("ignore")  # it warns that it uses json instead of ujson
             from eccv_caption import Metrics
     except ImportError as error:
         raise ModuleNotFoundError(
@@ -158,45 +150,40 @@ def _package() -> Any:
     return Metrics()
 
 
-def _check_complete(known: Mapping[int, Sequence[int]], image_ids: set[int], caption_ids: set[int]) -> None:
-    images = len(set(known) - image_ids)
-    captions = len({number for numbers in known.values() for number in numbers} - caption_ids)
+def _check_complete(labels: Mapping[int, Sequence[int]], image_ids: set[int], caption_ids: set[int]) -> None:
+    images, captions = len(set(labels) - image_ids), len(set(chain.from_iterable(labels.values())) - caption_ids)
     if images or captions:
         raise ValueError(
-            f"ECCV Caption is measured on {_SPLIT}; {images:,} of the pictures and {captions:,} of the captions are "
-            "missing here."
+            "ECCV Caption is measured on the 5,000 pictures of Karpathy's COCO test split with five captions each; "
+            f"{images:,} of the pictures and {captions:,} of the captions are missing here."
         )
 
 
-def _known(embeds: Tensor, ids: Sequence[int], known: set[int]) -> tuple[Tensor, Tensor]:
-    """Keep what the package knows: the embeddings, and their ids as (n,) int64."""
-    rows = [row for row, number in enumerate(ids) if number in known]
+def _select(embeds: Tensor, ids: Sequence[int], wanted: set[int]) -> tuple[Tensor, Tensor]:
+    """Keep the embeddings of some ids, with the ids as (n,) int64."""
+    rows = [row for row, number in enumerate(ids) if number in wanted]
     return embeds[rows], torch.tensor(ids)[rows]
 
 
 def _retrieve(
-    queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor], labels: Iterable[Mapping[int, Sequence[int]]]
+    queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor], labels: Sequence[Mapping[int, Sequence[int]]]
 ) -> dict[int, list[int]]:
-    """Rank the candidates for each query as far down as any label set looks."""
-    labels = list(labels)
-    depth = max(10, *(len(right) for of in labels for right in of.values()))
-    place = {number: column for column, number in enumerate(candidates[1].tolist())}
+    """Rank the candidates of each query as deep as any label set needs."""
+    depth = max(10, *(len(positives) for labelled in labels for positives in labelled.values()))
+    column_of = {number: column for column, number in enumerate(candidates[1].tolist())}
     retrieved: dict[int, list[int]] = {}
     for rows, scores, _ in scored_blocks(queries, candidates):
         numbers = queries[1][rows].tolist()
         for row, number in enumerate(numbers):
-            right = {other for of in labels for other in of.get(number, ())}
-            # Two of ECCV's labels are captions beyond the 25,000.
-            scores[row, [place[other] for other in right if other in place]] -= ROUNDING
-        best = scores.topk(depth, dim=1).indices
-        retrieved |= dict(zip(numbers, candidates[1][best].tolist(), strict=True))
+            positives = {other for labelled in labels for other in labelled.get(number, ())}
+            # Two of ECCV Caption's labels are captions beyond the 25,000.
+            scores[row, [column_of[other] for other in positives if other in column_of]] -= ROUNDING
+        top = scores.topk(depth, dim=1).indices
+        retrieved |= dict(zip(numbers, candidates[1][top].tolist(), strict=True))
     return retrieved
 
 
-# ---------------------------------------------------------------- COCO's ids
-
-
-def _annotations(source: Path) -> Path:
+def _annotation_file(source: Path) -> Path:
     if source.is_file():
         return source
     for name in _FILES:
@@ -213,11 +200,8 @@ def _caption_ids(file: Path) -> dict[tuple[int, str], list[int]]:
         if "annotations" in content:
             rows = [(entry["image_id"], entry["id"], entry["caption"]) for entry in content["annotations"]]
         else:
-            rows = [
-                (image["cocoid"], entry["sentid"], entry["raw"])
-                for image in content["images"]
-                for entry in image["sentences"]
-            ]
+            images = content["images"]
+            rows = [(image["cocoid"], item["sentid"], item["raw"]) for image in images for item in image["sentences"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not COCO's annotation of captions ({type(error).__name__}: {error}).") from error
     ids: dict[tuple[int, str], list[int]] = {}
@@ -225,5 +209,5 @@ def _caption_ids(file: Path) -> dict[tuple[int, str], list[int]]:
         try:
             ids.setdefault((int(image), clean_caption(text)), []).append(int(number))
         except InputError:
-            continue  # an empty caption; if it is one of the 25,000, it is counted as missing
+            continue  # an empty caption; if it is one of the 25,000, it counts as missing
     return ids

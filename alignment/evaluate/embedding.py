@@ -1,6 +1,6 @@
-"""A captioned data set as embeddings: encoded once, measured as often as one likes.
+"""A captioned data set as embeddings: encoded once, measured any number of times.
 
-Place in the flow: `pairs + encoder -> embed_pairs (here) -> retrieval, compare, examples`.
+Place in the flow: `data + encoder -> embed_pairs (here) -> retrieval, compare, error_analysis`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NamedProgress = Callable[[str, int, int], None]
 
 
 class Encoder(Protocol):
-    """What is measured; `DualEncoder` is one."""
+    """The interface that evaluation needs; `DualEncoder` has it."""
 
     def encode_images(self, images: Sequence[str], *, batch_size: int = 16, progress: Progress | None = None) -> Tensor:
         """Embed images, (n, embed_dim) float32 on the CPU."""
@@ -38,7 +38,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Images and captions with what one model makes of them.
+    """Images and captions with the embeddings of one model.
 
     Attributes:
         images: paths.
@@ -59,14 +59,18 @@ class Embedded:
         """Rank of every query's best positive, see `query_ranks`."""
         return query_ranks(self.image_embeds, self.text_embeds, self.image_of_text)
 
+    @property
+    def sides(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Images and texts as `scored_blocks` takes them: embeddings, and the index of each one's image."""
+        return (self.image_embeds, torch.arange(len(self.images))), (self.text_embeds, self.image_of_text)
+
 
 def embed_pairs(
     encoder: Encoder, pairs: Sequence[Pair], *, batch_size: int = 16, progress: NamedProgress | None = None
 ) -> Embedded:
     """Embed the images of a data set and all their captions.
 
-    An image given twice is one with the captions of both; images without captions or that cannot be opened are left
-    out and logged.
+    Pairs of the same image are merged; images without captions or that cannot be opened are left out and logged.
 
     Args:
         encoder: the model.
@@ -77,58 +81,57 @@ def embed_pairs(
     Raises:
         ValueError: when no image with a caption is left.
     """
-    captioned = _captioned(pairs)
-    images, image_embeds = embed_pictures(encoder, list(captioned), batch_size=batch_size, progress=progress)
-    texts = [caption for image in images for caption in captioned[image]]
-    text_embeds = encoder.encode_texts(texts, progress=named(progress, "captions"))
-    image_of_text = torch.repeat_interleave(torch.tensor([len(captioned[image]) for image in images]))
+    captions = _captions_by_image(pairs)
+    images, image_embeds = embed_images(encoder, list(captions), batch_size=batch_size, progress=progress)
+    texts = [caption for image in images for caption in captions[image]]
+    text_embeds = encoder.encode_texts(texts, progress=with_name(progress, "captions"))
+    image_of_text = torch.repeat_interleave(torch.tensor([len(captions[image]) for image in images]))
     return Embedded(images, texts, image_of_text, image_embeds, text_embeds)
 
 
-def embed_pictures(
+def embed_images(
     encoder: Encoder,
     images: Sequence[str],
     *,
     batch_size: int = 16,
     progress: NamedProgress | None = None,
-    called: str = "images",
+    name: str = "images",
 ) -> tuple[list[str], Tensor]:
-    """Embed pictures; if one cannot be opened, find and drop all of that kind and start again.
+    """Embed images; when one cannot be opened, drop all of that kind and start again.
 
     Args:
         encoder: the model.
         images: paths.
         batch_size: images per forward pass.
-        progress: called with (`called`, done, total).
-        called: what `progress` hears they are.
+        progress: called with (`name`, done, total).
+        name: of the images in `progress` and in the log.
 
     Returns:
-        The pictures that are left, and their embeddings (n, embed_dim).
+        The images that are left, and their embeddings (n, embed_dim).
 
     Raises:
         ValueError: when none can be opened.
     """
-    images, report = list(images), named(progress, called)
+    images, report = list(images), with_name(progress, name)
     try:
         return images, encoder.encode_images(images, batch_size=batch_size, progress=report)
     except InputError:
-        refused = {image: reason for image in images if (reason := _refusal(image))}
-        some = [f"{legible(os.path.basename(image))} ({reason})" for image, reason in islice(refused.items(), 3)]
-        more = ", ..." if len(refused) > len(some) else ""
-        logger.warning("Left out %d %s that cannot be opened: %s%s", len(refused), called, " ".join(some), more)
+        refused = {image: reason for image in images if (reason := _open_error(image))}
+        first = [f"{legible(os.path.basename(image))} ({reason})" for image, reason in islice(refused.items(), 3)]
+        more = ", ..." if len(refused) > len(first) else ""
+        logger.warning("Left out %d %s that cannot be opened: %s%s", len(refused), name, " ".join(first), more)
         images = [image for image in images if image not in refused]
     if not images:
-        raise ValueError(f"None of the images can be opened; check the data set. {some[0]}")
+        raise ValueError(f"None of the images can be opened; check the data set. {first[0]}")
     return images, encoder.encode_images(images, batch_size=batch_size, progress=report)
 
 
-def named(progress: NamedProgress | None, name: str) -> Progress | None:
-    """Say what it is that progresses."""
+def with_name(progress: NamedProgress | None, name: str) -> Progress | None:
+    """Bind the name of what progresses."""
     return None if progress is None else lambda done, total: progress(name, done, total)
 
 
-def _captioned(pairs: Sequence[Pair]) -> dict[str, list[str]]:
-    """Map each image that has captions to all of them."""
+def _captions_by_image(pairs: Sequence[Pair]) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
     for pair in pairs:
         captions.setdefault(pair.image, []).extend(pair.captions)
@@ -140,8 +143,8 @@ def _captioned(pairs: Sequence[Pair]) -> dict[str, list[str]]:
     return captioned
 
 
-def _refusal(image: str) -> str:
-    """Say why a picture cannot be opened; "" if it can."""
+def _open_error(image: str) -> str:
+    """Return why an image cannot be opened; "" if it can."""
     try:
         open_image(image)
     except InputError as error:

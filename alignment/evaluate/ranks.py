@@ -15,24 +15,23 @@ from alignment.similarity import cosine_similarity
 
 KS = (1, 5, 10)
 ROUNDING = 1e-6
-"""Cosines closer than this are ties: float32 gives equal embeddings scores that differ in the last bits."""
+"""Cosines closer than this are ties: in float32, equal embeddings get scores that differ in the last bits."""
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-"""The query comes first."""
+"""The query is named first."""
 
-_QUERIES_AT_ONCE = 1024  # rows of the similarity matrix that are in memory together
+_QUERIES_AT_ONCE = 1024  # rows of the similarity matrix in memory at a time
 
 
 def retrieval_ranks(similarity: Tensor, positives: Tensor, *, tolerance: float = 0.0) -> Tensor:
-    """Rank of each query's best positive among the candidates that are none, from 1.
+    """Rank each query's best positive among the negatives, from 1.
 
-    Ties count against the query: every foreign candidate that scores no less stands before it. The query's other
-    positives do not stand in its way.
+    Every negative that scores no less counts as ranked before it; other positives of the query do not.
 
     Args:
         similarity: (num_queries, num_candidates), any monotone score, higher is closer.
         positives: same shape, bool; several positives per query are allowed.
-        tolerance: scores that differ by no more are ties, too.
+        tolerance: scores that differ by no more than this are ties.
 
     Returns:
         (num_queries,) int64.
@@ -49,15 +48,15 @@ def retrieval_ranks(similarity: Tensor, positives: Tensor, *, tolerance: float =
         raise ValueError("The scores hold NaN or infinity; the model or its precision is broken.")
     if not positives.any(dim=1).all():
         raise ValueError("A query has no positive among the candidates; leave it out, it can never be found.")
-    own = similarity.where(positives, -torch.inf).amax(dim=1, keepdim=True)
-    return ((similarity >= own - tolerance) & ~positives).sum(dim=1) + 1
+    best_positive = similarity.where(positives, -torch.inf).amax(dim=1, keepdim=True)
+    return ((similarity >= best_positive - tolerance) & ~positives).sum(dim=1) + 1
 
 
 def recall_at_k(similarity: Tensor, positives: Tensor, ks: Sequence[int] = KS) -> dict[int, float]:
     """Share of queries that find at least one of their positives among the top k.
 
     Ties count against the model: a collapsed encoder that scores every pair equally earns 0, not 1. Two queries over
-    four candidates, where the first finds its positive second and the other ties with a stranger for the third place:
+    four candidates, where the first finds its positive second and the other ties with a negative for third:
 
         scores      .9  .8  .1  .0       positives   0 1 0 0       rank 2
                     .7  .6  .5  .5                   0 0 0 1       rank 4
@@ -72,8 +71,7 @@ def recall_at_k(similarity: Tensor, positives: Tensor, ks: Sequence[int] = KS) -
         k -> recall in [0, 1].
 
     Raises:
-        ValueError: on shapes that differ, non-finite scores, a query without a positive, no query at all, or a k
-            below 1.
+        ValueError: as `retrieval_ranks`, and without a query or with a k below 1.
 
     Source: hit-rate convention of CLIP_benchmark.
     """
@@ -84,9 +82,7 @@ def recall_at_k(similarity: Tensor, positives: Tensor, ks: Sequence[int] = KS) -
 
 
 def query_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> dict[str, Tensor]:
-    """Rank the best positive of every query among the strangers, in both directions.
-
-    Cosines within `ROUNDING` of each other are ties.
+    """Rank the best positive of every query in both directions; cosines within `ROUNDING` are ties.
 
     Args:
         image_embeds: (num_images, embed_dim).
@@ -97,16 +93,13 @@ def query_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor
         For each of `DIRECTIONS` the ranks from 1, int64: (num_images,) and (num_texts,).
 
     Raises:
-        ValueError: when the embeddings are not finite, none, or an image has no text.
+        ValueError: on non-finite embeddings, no embeddings, or an image without a text.
     """
-    everyone = torch.arange(len(image_embeds))
-    if (
-        len(everyone) == 0
-        or len(image_of_text) != len(text_embeds)
-        or image_of_text.unique().tolist() != everyone.tolist()
-    ):
+    rows = torch.arange(len(image_embeds))
+    is_covered = len(image_of_text) == len(text_embeds) and image_of_text.unique().tolist() == rows.tolist()
+    if len(rows) == 0 or not is_covered:
         raise ValueError("Every text must belong to an image and every image must own a text, and there must be some.")
-    images, texts = (image_embeds, everyone), (text_embeds, image_of_text)
+    images, texts = (image_embeds, rows), (text_embeds, image_of_text)
     return {
         direction: torch.cat([retrieval_ranks(*block, tolerance=ROUNDING) for _, *block in scored_blocks(*sides)])
         for direction, sides in zip(DIRECTIONS, ((images, texts), (texts, images)), strict=True)
@@ -116,11 +109,11 @@ def query_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor
 def scored_blocks(
     queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Score the queries block by block; a query and a candidate belong together if they belong to one image.
+    """Score the queries block by block; a candidate of the same image is a positive.
 
     Args:
-        queries: embeddings (num_queries, embed_dim), and the image each belongs to (num_queries,).
-        candidates: the same.
+        queries: embeddings (num_queries, embed_dim), and the index of each one's image (num_queries,).
+        candidates: the same of the candidates.
 
     Yields:
         Indices of the block's queries, their similarity to all candidates, and the positives, bool of that shape.

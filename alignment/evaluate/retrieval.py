@@ -1,8 +1,8 @@
 """Recall in both directions over a data set, with intervals.
 
 Place in the flow: `embedding -> ranks -> retrieval (here) -> report`. One query per image and one per caption, all
-captions and images of the split as candidates, no prompt, no logit scale (it would change no rank). Figures that
-trainers print over a batch, or with one caption per image, are easier to reach and cannot be compared with these.
+captions and images of the split as candidates, no prompt, no logit scale (it would change no rank). Recalls over a
+batch, or with one caption per image, are higher and cannot be compared with these.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from alignment.evaluate.bootstrap import Bootstrap, Estimate, bootstrap, estimates
 from alignment.evaluate.embedding import Embedded, Encoder, NamedProgress, embed_pairs
-from alignment.evaluate.ranks import KS, query_ranks
+from alignment.evaluate.ranks import DIRECTIONS, KS, query_ranks
 from alignment.pairs import Pair
 
 
 @dataclass(frozen=True)
 class RetrievalReport:
-    """How well images and captions of a data set find each other.
+    """Retrieval metrics of a data set.
 
     Attributes:
         num_images: images that were queries and candidates.
@@ -48,15 +48,12 @@ def evaluate_retrieval(
     batch_size: int = 16,
     progress: NamedProgress | None = None,
 ) -> RetrievalReport:
-    """Measure recall in both directions over a data set.
-
-    An image given twice is one with the captions of both; images without captions or that cannot be opened are left
-    out and logged.
+    """Embed a data set with `embed_pairs` and measure recall in both directions.
 
     Args:
         encoder: the model.
         pairs: all of them are candidates, so pass one split.
-        resamples: bootstrap samples behind the intervals, see `evaluate_embeddings`; 0 is quick.
+        resamples: bootstrap samples for the intervals; 0 for none.
         seed: of the bootstrap.
         batch_size: images per forward pass.
         progress: called with ("images" or "captions", done, total).
@@ -69,9 +66,8 @@ def evaluate_retrieval(
 
 
 def evaluate_embedded(embedded: Embedded, *, resamples: int = 1000, seed: int = 0) -> RetrievalReport:
-    """Measure recall in both directions on a data set that is embedded already, see `evaluate_embeddings`."""
-    measured = retrieval_bootstrap(embedded.ranks, embedded.image_of_text, resamples=resamples, seed=seed)
-    return RetrievalReport(len(embedded.images), len(embedded.texts), estimates(measured))
+    """Measure recall in both directions on an embedded data set, see `evaluate_embeddings`."""
+    return _report(embedded.ranks, embedded.image_of_text, resamples, seed)
 
 
 def evaluate_embeddings(
@@ -89,38 +85,31 @@ def evaluate_embeddings(
         seed: of the bootstrap; the same draws for every model, so that two reports can be compared.
 
     Raises:
-        ValueError: when the embeddings are not finite, none, or an image has no text.
+        ValueError: on non-finite embeddings, no embeddings, or an image without a text.
     """
-    ranks = query_ranks(image_embeds, text_embeds, image_of_text)
+    return _report(query_ranks(image_embeds, text_embeds, image_of_text), image_of_text, resamples, seed)
+
+
+def _report(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> RetrievalReport:
     measured = retrieval_bootstrap(ranks, image_of_text, resamples=resamples, seed=seed)
-    return RetrievalReport(len(image_embeds), len(image_of_text), estimates(measured))
+    return RetrievalReport(len(ranks[DIRECTIONS[0]]), len(image_of_text), estimates(measured))
 
 
 def retrieval_bootstrap(ranks: Mapping[str, Tensor], image_of_text: Tensor, *, resamples: int, seed: int) -> Bootstrap:
-    """Compute the metrics of a `RetrievalReport` as they are and over resampled images.
-
-    Args:
-        ranks: of `query_ranks`.
-        image_of_text: (num_texts,) index of the image that each text describes.
-        resamples: bootstrap samples.
-        seed: of the bootstrap.
-    """
-    everyone = torch.arange(len(ranks["image_to_text"]))
-    directions = [
-        _Direction("image_to_text", ranks["image_to_text"], everyone),
-        _Direction("text_to_image", ranks["text_to_image"], image_of_text),
-    ]
+    """Compute the metrics of a `RetrievalReport` and of resampled images, from the ranks of `query_ranks`."""
+    num_images = len(ranks[DIRECTIONS[0]])
+    images = (torch.arange(num_images), image_of_text)
+    directions = [_Direction(name, ranks[name], of) for name, of in zip(DIRECTIONS, images, strict=True)]
 
     def statistics(draws: Tensor) -> dict[str, float]:
-        figures = dict(item for direction in directions for item in direction.statistics(draws))
-        figures["recall_sum"] = sum(figures[f"{direction.name}_recall_sum"] for direction in directions)
-        return figures
+        found = dict(item for direction in directions for item in direction.statistics(draws))
+        return found | {"recall_sum": sum(found[f"{name}_recall_sum"] for name in DIRECTIONS)}
 
-    return bootstrap(statistics, len(everyone), resamples=resamples, seed=seed)
+    return bootstrap(statistics, num_images, resamples=resamples, seed=seed)
 
 
 class _Direction:
-    """Ranks of one direction in ascending order, ready to be weighed again and again."""
+    """Ranks of one direction in ascending order, so that a resample costs one cumulative sum."""
 
     def __init__(self, name: str, ranks: Tensor, images: Tensor) -> None:
         self.name = name
@@ -129,7 +118,7 @@ class _Direction:
         self.within = {k: int((ranks <= k).sum()) for k in KS}
 
     def statistics(self, draws: Tensor) -> Iterator[tuple[str, float]]:
-        """Name the figures when image i is drawn `draws[i]` times, each with all its queries."""
+        """Yield (name, metric) when image i is drawn `draws[i]` times, each with all its queries."""
         cumulative = draws[self.images].cumsum(0)
         total = int(cumulative[-1])
         recalls = {k: int(cumulative[count - 1]) / total if count else 0.0 for k, count in self.within.items()}
@@ -141,19 +130,19 @@ class _Direction:
 
 
 def report_table(report: RetrievalReport) -> str:
-    """Lay a report out as text: recalls in percent with their 95 % intervals."""
-    columns = [f"R@{k}" for k in KS]
-    lines = [f"{'':14}" + "".join(f"{column:>21}" for column in [*columns, "sum", "median rank"])]
-    for direction in ("image_to_text", "text_to_image"):
-        cells = [_cell(report.metrics[f"{direction}_recall@{k}"], 100) for k in KS]
-        cells.append(_cell(report.metrics[f"{direction}_recall_sum"], 100))
-        cells.append(_cell(report.metrics[f"{direction}_median_rank"], 1, places=0))
+    """Format a report as text: recalls in percent with their 95 % intervals."""
+    columns = [*(f"R@{k}" for k in KS), "sum", "median rank"]
+    lines = [f"{'':14}" + "".join(f"{column:>21}" for column in columns)]
+    for direction in DIRECTIONS:
+        names = [*(f"recall@{k}" for k in KS), "recall_sum", "median_rank"]
+        cells = [_cell(report.metrics[f"{direction}_{name}"], is_rank=name == "median_rank") for name in names]
         lines.append(f"{direction.replace('_', ' '):14}" + "".join(f"{cell:>21}" for cell in cells))
-    lines.append(f"recall sum    {_cell(report.metrics['recall_sum'], 100):>21}")
+    lines.append(f"recall sum    {_cell(report.metrics['recall_sum']):>21}")
     lines.append(f"{report.num_images} images, {report.num_texts} captions; in brackets 95 % intervals over images")
     return "\n".join(lines)
 
 
-def _cell(estimate: Estimate, factor: int, places: int = 1) -> str:
+def _cell(estimate: Estimate, *, is_rank: bool = False) -> str:
+    factor, places = (1, 0) if is_rank else (100, 1)
     value, low, high = (f"{number * factor:.{places}f}" for number in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"

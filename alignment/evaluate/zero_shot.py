@@ -1,7 +1,9 @@
-"""Zero-shot classification: which of the class names fits the picture?
+"""Zero-shot classification: the class whose names lie closest to the picture.
 
 Place in the flow: `folder of class folders + encoder -> zero_shot (here) -> report`. A class is the normalised mean of
-the normalised embeddings of all its names in all templates, as in the CLIP paper; no picture of it is trained on.
+the normalised embeddings of all its names in all templates, as in the CLIP paper.
+
+Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, section 3.1.4.
 """
 
 from __future__ import annotations
@@ -16,18 +18,14 @@ from torch.nn import functional
 
 from alignment.evaluate.bootstrap import Bootstrap, Difference, Estimate, bootstrap, differences, estimates
 from alignment.evaluate.class_folders import LabelledImages
-from alignment.evaluate.embedding import Encoder, NamedProgress, embed_pictures, named
+from alignment.evaluate.embedding import Encoder, NamedProgress, embed_images, with_name
 from alignment.evaluate.ranks import ROUNDING, retrieval_ranks
 from alignment.similarity import cosine_similarity
 
 ENGLISH_TEMPLATES = (
-    "{}",
-    "a photo of a {}",
-    "a picture of the {}",
-    "a close-up of a {}",
-    "a {} seen from afar",
+    "{}", "a photo of a {}", "a picture of the {}", "a close-up of a {}", "a {} seen from afar",
     "several {} in one picture",
-)
+)  # fmt: skip
 CHINESE_TEMPLATES = ("{}", "一张{}的照片", "图片里有{}", "{}的特写", "远处的{}", "这是{}")
 
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
@@ -36,7 +34,7 @@ _TOPS = (1, 5)
 
 @dataclass(frozen=True)
 class ZeroShotReport:
-    """How well a model names pictures.
+    """Zero-shot accuracy.
 
     Attributes:
         num_images: pictures classified.
@@ -66,24 +64,8 @@ def classify_zero_shot(
 ) -> ZeroShotReport:
     """Measure how often a picture lies closest to the names of its own class.
 
-    Classes that score equally with the right one count as closer.
-
-    Args:
-        encoder: the model.
-        images: paths, each once; those that cannot be opened are left out and logged.
-        labels: index of each one's class.
-        class_names: all names of each class, at least one.
-        templates: sentences with {} where the name goes; if left out, each name takes the Chinese or the English ones
-            by its script.
-        resamples: bootstrap samples over images behind the intervals; 0 gives none.
-        seed: of the bootstrap.
-        batch_size: images per forward pass.
-        progress: called with ("pictures" or "class names", done, total).
-
-    Raises:
-        ValueError: when there is nothing to classify, a label has no class, a class no name, or a template no {}.
-
-    Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, section 3.1.4.
+    `images`, `labels` and `class_names` are those of `LabelledImages`; `resamples` (0 for no intervals) and `seed` are
+    for the bootstrap over images; the other arguments and the errors are those of `class_ranks`.
     """
     data = LabelledImages(images, labels, class_names)
     ranks = class_ranks(encoder, data, templates=templates, batch_size=batch_size, progress=progress)
@@ -98,19 +80,29 @@ def class_ranks(
     batch_size: int = 16,
     progress: NamedProgress | None = None,
 ) -> Tensor:
-    """Rank each picture's class among all, from 1; arguments and errors as for `classify_zero_shot`.
+    """Rank each picture's class among all classes, from 1; ties count against the model.
+
+    Args:
+        encoder: the model.
+        data: pictures, each path once; those that cannot be opened are left out and logged.
+        templates: sentences with {} for the name; by default Chinese or English ones by the script of each name.
+        batch_size: images per forward pass.
+        progress: called with ("pictures" or "class names", done, total).
 
     Returns:
-        (num_images,) int64, pictures that cannot be opened left out.
+        (num_images,) int64.
+
+    Raises:
+        ValueError: without pictures, on a label without a class, a class without a name, or a template without {}.
     """
     label_of = dict(zip(data.images, data.labels, strict=True))
     if not label_of or not set(data.labels) <= set(range(len(data.class_names))):
         raise ValueError("Zero-shot classification needs pictures, and a class for each of their labels.")
     classes = class_embeddings(encoder, data.class_names, templates, progress)
-    images, embeds = embed_pictures(encoder, data.images, batch_size=batch_size, progress=progress, called="pictures")
+    images, embeds = embed_images(encoder, data.images, batch_size=batch_size, progress=progress, name="pictures")
     labels = torch.tensor([label_of[image] for image in images])
-    right = functional.one_hot(labels, len(classes)).bool()
-    return retrieval_ranks(cosine_similarity(embeds, classes), right, tolerance=ROUNDING)
+    positives = functional.one_hot(labels, len(classes)).bool()
+    return retrieval_ranks(cosine_similarity(embeds, classes), positives, tolerance=ROUNDING)
 
 
 def class_embeddings(
@@ -119,7 +111,7 @@ def class_embeddings(
     templates: Sequence[str] | None = None,
     progress: NamedProgress | None = None,
 ) -> Tensor:
-    """Embed classes by their names: (num_classes, embed_dim), unit norm; arguments as for `classify_zero_shot`."""
+    """Embed classes by their names: (num_classes, embed_dim), unit norm; arguments as for `class_ranks`."""
     if any(isinstance(names, str) or not names for names in class_names):
         raise ValueError("Give a list of names for every class, with at least one in it.")
     if templates is not None and not (templates and all(template.count("{}") == 1 for template in templates)):
@@ -128,11 +120,10 @@ def class_embeddings(
         [template.replace("{}", name) for name in names for template in templates or _templates_for(name)]
         for names in class_names
     ]
-    embeds = encoder.encode_texts(
-        [text for texts in sentences for text in texts], progress=named(progress, "class names")
-    )
-    parts = functional.normalize(embeds, dim=-1).split([len(texts) for texts in sentences])
-    return functional.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=-1)
+    texts = [text for group in sentences for text in group]
+    embeds = functional.normalize(encoder.encode_texts(texts, progress=with_name(progress, "class names")), dim=-1)
+    groups = embeds.split([len(group) for group in sentences])
+    return functional.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
 
 
 def _templates_for(name: str) -> Sequence[str]:
@@ -140,13 +131,22 @@ def _templates_for(name: str) -> Sequence[str]:
 
 
 def zero_shot_report(ranks: Tensor, num_classes: int, *, resamples: int = 1000, seed: int = 0) -> ZeroShotReport:
-    """Sum up the ranks of `class_ranks`."""
-    metrics = estimates(zero_shot_bootstrap(ranks, resamples=resamples, seed=seed))
-    return ZeroShotReport(len(ranks), num_classes, metrics)
+    """Compute the accuracy from the ranks of `class_ranks`."""
+    return ZeroShotReport(len(ranks), num_classes, estimates(_bootstrap(ranks, resamples, seed)))
 
 
-def zero_shot_bootstrap(ranks: Tensor, *, resamples: int, seed: int) -> Bootstrap:
-    """Compute the metrics of a `ZeroShotReport` as they are and over resampled images."""
+def compare_zero_shot(before: Tensor, after: Tensor, *, resamples: int = 1000, seed: int = 0) -> dict[str, Difference]:
+    """Compare model A (`before`) with model B (`after`) by their `class_ranks` of the same pictures.
+
+    Raises:
+        ValueError: when the two have different numbers of pictures.
+    """
+    if before.shape != after.shape:
+        raise ValueError("The two models were given different pictures; compare them on the same.")
+    return differences(_bootstrap(before, resamples, seed), _bootstrap(after, resamples, seed))
+
+
+def _bootstrap(ranks: Tensor, resamples: int, seed: int) -> Bootstrap:
     hits = {f"zero_shot_top{k}": ranks <= k for k in _TOPS}
 
     def statistics(draws: Tensor) -> dict[str, float]:
@@ -155,25 +155,8 @@ def zero_shot_bootstrap(ranks: Tensor, *, resamples: int, seed: int) -> Bootstra
     return bootstrap(statistics, len(ranks), resamples=resamples, seed=seed)
 
 
-def compare_zero_shot(before: Tensor, after: Tensor, *, resamples: int = 1000, seed: int = 0) -> dict[str, Difference]:
-    """Compare two models by the ranks they give the classes of the same pictures.
-
-    Args:
-        before: of `class_ranks`, by model A.
-        after: by model B.
-        resamples: samples of the paired bootstrap over images; 0 gives no interval.
-        seed: of the draws.
-
-    Raises:
-        ValueError: when the two were given different numbers of pictures.
-    """
-    if before.shape != after.shape:
-        raise ValueError("The two models were given different pictures; compare them on the same.")
-    return differences(*(zero_shot_bootstrap(ranks, resamples=resamples, seed=seed) for ranks in (before, after)))
-
-
 def zero_shot_line(report: ZeroShotReport) -> str:
-    """Write a report as one line of text, in percent."""
+    """Format a report as one line of text, in percent."""
     shown = [
         f"top-{name.removeprefix('zero_shot_top')} {found.value:.1%} [{found.low:.1%}, {found.high:.1%}]"
         for name, found in report.metrics.items()
