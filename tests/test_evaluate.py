@@ -17,14 +17,17 @@ from torch.nn import functional
 
 from alignment.evaluate import (
     ROUNDING,
+    Estimate,
     RetrievalReport,
+    embed_pairs,
+    evaluate_embedded,
     evaluate_embeddings,
-    evaluate_retrieval,
     main,
     recall_at_k,
     report_table,
     retrieval_ranks,
 )
+from alignment.evaluate.embedding import Encoder, NamedProgress
 from alignment.pairs import Pair, positives_of
 from alignment.preprocess import InputError
 
@@ -331,6 +334,12 @@ def data(tmp_path: Path) -> Path:
 
 def pairs_of(data: Path, **captions: Sequence[str]) -> list[Pair]:
     return [Pair(str(data / f"{name}.png"), tuple(texts)) for name, texts in captions.items()]
+
+
+def evaluate_retrieval(
+    encoder: Encoder, pairs: Sequence[Pair], *, progress: NamedProgress | None = None, **options: int
+) -> RetrievalReport[Estimate]:
+    return evaluate_embedded(embed_pairs(encoder, pairs, progress=progress), **options)
 
 
 def test_retrieval_by_hand(data: Path) -> None:

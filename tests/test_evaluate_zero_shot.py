@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.evaluate import classify_zero_shot, read_class_folders
+from alignment.evaluate import LabelledImages, ZeroShotReport, read_class_folders
 from alignment.evaluate.class_folders import read_class_names, read_templates
+from alignment.evaluate.embedding import Encoder
 from alignment.evaluate.zero_shot import (
     CHINESE_TEMPLATES,
     ENGLISH_TEMPLATES,
@@ -21,10 +23,24 @@ from alignment.evaluate.zero_shot import (
     class_ranks,
     compare_zero_shot,
     zero_shot_line,
+    zero_shot_report,
 )
 from alignment.preprocess import InputError
 
 WORDS = {"red": 0, "rose": 0, "红": 0, "green": 1, "绿": 1, "blue": 2, "photo": 3, "照片": 3}
+
+
+def classify_zero_shot(
+    encoder: Encoder,
+    images: Sequence[str],
+    labels: Sequence[int],
+    class_names: Sequence[Sequence[str]],
+    *,
+    resamples: int = 1000,
+    **options: Any,
+) -> ZeroShotReport:
+    ranks = class_ranks(encoder, LabelledImages(images, labels, class_names), **options)
+    return zero_shot_report(ranks, len(class_names), resamples=resamples)
 
 
 class ColourEncoder:

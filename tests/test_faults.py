@@ -26,8 +26,8 @@ from alignment.gallery.unfinished import Unfinished
 from alignment.model import DualEncoder
 from alignment.model.graphs import Facts, Graphs
 from alignment.pairs import read_pairs
+from alignment.train.checkpoints import last_checkpoint
 from alignment.train.run_dir import SETTINGS, read_resume_state
-from alignment.train.trainer import last_checkpoint
 
 __all__ = ["galleries", "run", "trainings"]
 

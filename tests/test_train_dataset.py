@@ -43,7 +43,7 @@ def related(captions: Captions, rows: Sequence[int], numbers: Sequence[int]) -> 
 def test_all_captions_of_an_image_are_its_positives() -> None:
     captions = Captions(captioned(["a", "b"], ["c"], ["d", "e", "f"]))
     assert captions.texts == ["a", "b", "c", "d", "e", "f"]
-    assert captions.owner.tolist() == [0, 0, 1, 2, 2, 2]
+    assert captions.image_of_text.tolist() == [0, 0, 1, 2, 2, 2]
     positives, ignored = related(captions, [2, 0, 1], [0, 5, 3, 2, 1])
     assert positives == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1], [0, 0, 0, 1, 0]]
     assert not np.any(ignored)
@@ -184,7 +184,7 @@ def test_a_batch_holds_pictures_with_their_captions(series: Series, pairs: list[
     pictures = [open_image(pairs[row].image) for row in batch.rows.tolist()]
     expected = examples.preprocessor.images(pictures)["pixel_values"]
     assert torch.equal(batch.images["pixel_values"], expected)
-    assert examples.captions.owner[batch.captions].tolist() == batch.rows.repeat_interleave(2).tolist()
+    assert examples.captions.image_of_text[batch.captions].tolist() == batch.rows.repeat_interleave(2).tolist()
     texts = examples.preprocessor.texts([examples.captions.texts[number] for number in batch.captions.tolist()])
     assert all(torch.equal(batch.texts[name], texts[name]) for name in texts)
     chunks = list(batch.chunks(3))

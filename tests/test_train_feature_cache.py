@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from test_train_presets import compact_like
 from torch import Tensor, nn
 
-from alignment.evaluate import evaluate_retrieval
+from alignment.evaluate import embed_pairs, evaluate_embedded
 from alignment.model import DualEncoder
 from alignment.pairs import Pair
 from alignment.preprocess import open_image
@@ -117,7 +117,7 @@ def test_kept_images_stand_for_the_pictures(
     torch.testing.assert_close(kept.embed([4, 1]), expected[[4, 1]], **HALF)
     assert kept.embed([]).shape == (0, encoder.embed_dim)
     towers.train()
-    batch = ContrastiveDataset(pairs, captions, encoder.preprocessor, **options, kept=kept).batch(0)
+    batch = ContrastiveDataset(pairs, captions, encoder.preprocessor, **options, cache=kept).batch(0)
     assert torch.equal(batch.rows, plain.rows)
     assert batch.images.keys() == exactly.images.keys()
     for part, value in exactly.images.items():
@@ -181,7 +181,7 @@ def test_no_kept_mirror_image_makes_a_liar_of_a_caption(build: Build, pairs: lis
     encoder, _ = build("clip", "lit")
     kept = keep(encoder, pairs, tmp_path, augment=True)
     plain = encoder.encode_images([pair.image for pair in pairs])
-    examples = ContrastiveDataset(pairs, Captions(pairs), encoder.preprocessor, batch_size=6, num_steps=10, kept=kept)
+    examples = ContrastiveDataset(pairs, Captions(pairs), encoder.preprocessor, batch_size=6, num_steps=10, cache=kept)
     mirrored = set()
     for number in range(len(examples)):
         example = examples[number]
@@ -214,7 +214,7 @@ def test_windows_are_cut_in_training_alone(build: Build, pairs: list[Pair], tmp_
     encoder, towers = build(COMPACT, "full")
     towers.cache_features(augment=True)
     kept = keep(encoder, pairs, tmp_path)
-    images = kept._batch(range(6), 0)
+    images = kept.batch(range(6))
     texts = encoder.preprocessor.texts(["a dog"])
     towers.eval()
     torch.testing.assert_close(towers(images, texts)[0], kept.embed(range(6)))
@@ -313,28 +313,26 @@ def test_measured_figures_are_those_of_an_evaluation(
     name: str, build: Build, pairs: list[Pair], tmp_path: Path
 ) -> None:
     encoder, towers = build(name, "lit")
-    expected = evaluate_retrieval(encoder, pairs, resamples=20)
-    heard: list[tuple[str, int, int]] = []
-    measure = Validator(encoder, pairs, batch_size=4, progress=lambda *told: heard.append(told))
+    expected = evaluate_embedded(embed_pairs(encoder, pairs), resamples=20)
+    measure = Validator(encoder, pairs, batch_size=4)
     towers.train()
-    assert measure.figures() == {figure: estimate.value for figure, estimate in expected.metrics.items()}
+    assert measure.metrics() == {figure: estimate.value for figure, estimate in expected.metrics.items()}
     assert towers.module.training, "a measurement in the middle of training leaves it at that"
-    assert heard == [("images", 4, 6), ("images", 6, 6), ("captions", 12, 12)]
-    report = measure.report(resamples=20)
+    report = evaluate_embedded(measure.embed(), resamples=20)
     assert (report.num_images, report.num_texts) == (6, 12)
     assert report.metrics == expected.metrics
-    embedded = measure.embedded()
+    embedded = measure.embed()
     assert embedded.texts == [text for pair in pairs for text in pair.captions]
     assert embedded.image_of_text.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     torch.testing.assert_close(embedded.text_embeds, encoder.encode_texts(embedded.texts))
-    kept = Validator(encoder, pairs, keep(encoder, pairs, tmp_path)).embedded()
+    kept = Validator(encoder, pairs, keep(encoder, pairs, tmp_path)).embed()
     torch.testing.assert_close(kept.image_embeds, embedded.image_embeds, **HALF)
 
 
 def test_a_measurement_follows_the_weights(build: Build, pairs: list[Pair]) -> None:
     encoder, _ = build("clip", "full")
     measure = Validator(encoder, pairs)
-    before = measure.embedded().text_embeds
+    before = measure.embed().text_embeds
     with torch.no_grad():
         encoder.module.text_projection.weight.neg_()
-    torch.testing.assert_close(measure.embedded().text_embeds, -before)
+    torch.testing.assert_close(measure.embed().text_embeds, -before)

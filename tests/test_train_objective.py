@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, multiprocessing, nn
 
-from alignment.evaluate import evaluate_retrieval
+from alignment.evaluate import embed_pairs, evaluate_embedded
 from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.model import DualEncoder
 from alignment.pairs import Pair
@@ -253,7 +253,7 @@ def _process(rank: int, folder: str, folders: dict[str, str]) -> None:
     save_file(
         {"images": embedded.image_embeds, "texts": embedded.text_embeds}, Path(folder, f"embeds-{rank}.safetensors")
     )
-    Path(folder, f"figures-{rank}.json").write_text(json.dumps(dict(measure.figures())), encoding="utf-8")
+    Path(folder, f"figures-{rank}.json").write_text(json.dumps(dict(measure.metrics())), encoding="utf-8")
     distributed.barrier()  # the first to end closes its connections: the other must be through with them
     distributed.destroy_process_group()
 
@@ -324,7 +324,7 @@ def test_a_caption_of_another_process_counts_as_positive(checkpoint: Checkpoint)
 def test_two_processes_measure_what_one_measures(two_processes: Path, checkpoint: Checkpoint) -> None:
     encoder, pairs = DualEncoder.load(checkpoint("clip"), device="cpu"), measured_pairs(two_processes)
     texts = [text for pair in pairs for text in pair.captions]
-    report = evaluate_retrieval(encoder, pairs, resamples=0)
+    report = evaluate_embedded(embed_pairs(encoder, pairs), resamples=0)
     for rank in range(PROCESSES):
         found = load_file(two_processes / f"embeds-{rank}.safetensors")
         torch.testing.assert_close(found["images"], encoder.encode_images([pair.image for pair in pairs]))

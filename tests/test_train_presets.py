@@ -15,7 +15,7 @@ from alignment.model import DualEncoder
 from alignment.model.composition import ComposedConfig, ComposedModel
 from alignment.preprocess import Preprocessor, TextRules
 from alignment.towers import EfficientNetLiteConfig, EfficientNetLiteModel, NgramTextConfig, NgramTextModel
-from alignment.train.presets import Preset, Towers, apply_preset, merge_lora, snapshot, trained_names, weight_groups
+from alignment.train.presets import Preset, Towers, apply_preset, merge_lora, snapshot, trained_weights, weight_groups
 from alignment.train.scratch import MAX_TOKENS, SIZES, build_scratch, learn_tokenizer
 
 Checkpoint = Callable[[str], Path]
@@ -128,7 +128,7 @@ def test_a_step_changes_what_the_preset_trains(
     beginnings = {"full": ("",), "lit": TEXT_SIDE, "heads": HEADS[family]}[preset]
     expected = {name for name in names if name.startswith(beginnings)}
     apply_preset(encoder, preset)
-    assert set(trained_names(encoder.module)) == expected
+    assert set(trained_weights(encoder.module)) == expected
     changed = step(encoder, pictures)
     assert changed <= expected
     still = {name for name in expected - changed if not name.endswith(BLIND)}
@@ -144,7 +144,7 @@ def test_adapters_are_trained_then_merged(
     names, start, before = list(encoder.module.state_dict()), snapshot(encoder.module), embeds(encoder, pictures)
     apply_preset(encoder, "lora")
     torch.testing.assert_close(embeds(encoder, pictures), before)  # an adapter begins as nothing
-    trained = trained_names(encoder.module)
+    trained = list(trained_weights(encoder.module))
     assert {name for name in trained if "lora_" not in name} == {
         n for n in names if n.startswith(HEADS[family]) and n in start
     }
@@ -179,7 +179,7 @@ def test_a_preset_replaces_the_one_before(checkpoint: Checkpoint) -> None:
     encoder = load(checkpoint("siglip"))
     apply_preset(encoder, "heads")
     apply_preset(encoder, "full")
-    assert len(trained_names(encoder.module)) == len(list(encoder.module.parameters()))
+    assert len(trained_weights(encoder.module)) == len(list(encoder.module.parameters()))
 
 
 @pytest.mark.parametrize("preset", ["heads", "full"])
@@ -209,7 +209,7 @@ def test_the_compact_model_holds_what_a_million_pictures_made(
     encoder = compact_like()
     apply_preset(encoder, preset)
     expected = {name for name, _ in encoder.module.named_parameters() if name.startswith(parts)}
-    assert set(trained_names(encoder.module)) == expected
+    assert set(trained_weights(encoder.module)) == expected
     changed = step(encoder, pictures)
     assert changed <= expected
     assert {name for name in expected - changed if not name.endswith(".key.bias")} == set()
@@ -315,7 +315,7 @@ def test_heads_have_their_own_rate_and_vectors_no_decay(preset: Preset, checkpoi
             assert group["lr"] == (1e-3 if head else 1e-5), name
             assert group["weight_decay"] == (0.1 if weight.ndim > 1 else 0.0), name
             seen.append(name)
-    assert sorted(seen) == sorted(trained_names(encoder.module))
+    assert sorted(seen) == sorted(trained_weights(encoder.module))
     assert len({group["lr"] for group in groups}) == (2 if preset == "full" else 1)
 
 
@@ -345,7 +345,7 @@ def test_a_small_model_is_built_saved_and_loaded(size: str, pictures: Pictures, 
     torch.manual_seed(0)
     encoder = build_scratch(CAPTIONS, size, device="cpu")
     assert encoder.name == f"scratch-{size}"
-    assert encoder.embed_dim == SIZES[size]["hidden_size"]
+    assert encoder.embed_dim == SIZES[size][2]
     found = embeds(encoder, pictures)
     assert found.shape == (6, encoder.embed_dim)
     alone = torch.cat([encoder.encode_texts([text]) for text in TEXTS])
@@ -382,5 +382,5 @@ def test_a_small_model_trains_everything_but_unused_poolers(pictures: Pictures) 
     encoder = build_scratch([*CAPTIONS, *TEXTS], "tiny", device="cpu")
     apply_preset(encoder, "full")
     changed = step(encoder, pictures)
-    still = {name for name in trained_names(encoder.module) if name not in changed and not name.endswith(BLIND)}
+    still = {name for name in trained_weights(encoder.module) if name not in changed and not name.endswith(BLIND)}
     assert all(".pooler." in name for name in still), still

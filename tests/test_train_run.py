@@ -29,11 +29,14 @@ from torch import Tensor
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.train.command import main
+from alignment.train.objective import Objective
+from alignment.train.phases import Cached, Setup, interpolate_weights, load_setup
 from alignment.train.prepare import prepare
 from alignment.train.record import RunRecord
-from alignment.train.run import Run, train
+from alignment.train.run import train
 from alignment.train.run_dir import RECORD, SETTINGS, ResumeState, acquire, read_resume_state
 from alignment.train.settings import ALPHAS, TrainConfig, complete
+from alignment.train.validator import Validator
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange", "cyan", "brown")
 # Some sixty short steps with all that is random: dropout of the text tower, crops, chunks, drawn captions.
@@ -184,22 +187,21 @@ def test_the_scale_is_the_checkpoints_and_a_fresh_one_elsewhere(
         "joined": replace(kept, model=None, vision=str(checkpoint("vit")), text=str(checkpoint("distilbert"))),
         "scratch": replace(kept, model=None, scratch="tiny"),
     }
-    scales = {name: Run(one, prepared, tmp_path, None, str).encoder.logit_scale for name, one in starts.items()}
+    scales = {name: load_setup(one, prepared, tmp_path, str).encoder.logit_scale for name, one in starts.items()}
     assert scales == pytest.approx({"kept": math.exp(2.5), "joined": 1 / 0.07, "scratch": 1 / 0.07})
 
 
 # ---------------------------------------------------------------- between start and end
 
 
-def moved(config: TrainConfig) -> Run:
-    """Come back with a run whose weights are no longer those of the start, as after training."""
-    run = Run(config, prepare(config), Path(config.output), None, str)
-    run.cache_features()
+def moved(config: TrainConfig) -> Setup:
+    """Come back with a model whose weights are no longer those of the start, as after training."""
+    setup = load_setup(config, prepare(config), Path(config.output), str)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for weight in run.encoder.module.parameters():
+        for weight in setup.encoder.module.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-    return run
+    return setup
 
 
 @pytest.mark.parametrize(
@@ -209,24 +211,25 @@ def moved(config: TrainConfig) -> Run:
 def test_the_weights_between_start_and_end_that_measure_best_are_kept(
     checkpoint: Checkpoint, flags: Path, tmp_path: Path, sums: Sequence[float], chosen: float
 ) -> None:
-    run, texts = moved(config(flags, tmp_path, checkpoint("clip"))), ["red over green", "blue over white"]
+    setup, texts = moved(config(flags, tmp_path, checkpoint("clip"))), ["red over green", "blue over white"]
     start = DualEncoder.load(checkpoint("clip"), device="cpu").encode_texts(texts)
-    end = run.encoder.encode_texts(texts)
+    end = setup.encoder.encode_texts(texts)
     seen: list[Tensor] = []
 
-    def figures() -> dict[str, float]:
-        seen.append(run.encoder.encode_texts(texts))
-        return {"recall_sum": float(sums[len(seen) - 1])}
+    class Scripted(Validator):
+        def metrics(self) -> dict[str, float]:
+            seen.append(self.encoder.encode_texts(texts))
+            return {"recall_sum": float(sums[len(seen) - 1])}
 
-    run.measure.figures = figures  # type: ignore[method-assign]
-    run.interpolate_weights()
+    scripted = Scripted(setup.encoder, setup.prepared.evaluation)
+    mixed = interpolate_weights(setup, Cached(None, scripted, None))
     assert torch.equal(seen[0], start)
     assert torch.equal(seen[-1], end)
     assert not torch.equal(start, end)
-    assert [point["alpha"] for point in run.interpolation] == list(ALPHAS)
-    assert [point["recall_sum"] for point in run.interpolation] == list(sums)
-    assert run.alpha == chosen
-    assert torch.equal(run.encoder.encode_texts(texts), seen[ALPHAS.index(chosen)])
+    assert [point["alpha"] for point in mixed.points] == list(ALPHAS)
+    assert [point["recall_sum"] for point in mixed.points] == list(sums)
+    assert mixed.alpha == chosen
+    assert torch.equal(setup.encoder.encode_texts(texts), seen[ALPHAS.index(chosen)])
 
 
 def test_both_curves_are_in_the_record_and_validation_is_never_worse_than_at_the_start(
@@ -256,19 +259,20 @@ def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_gradient(
     gradients, passes = [], []
     for checkpointing in (False, True):
         options = {"gradient_checkpointing": checkpointing, "augment": False, "interpolate": False}
-        run = Run(told := config(flags, tmp_path, checkpoint(model), **options), prepare(told), tmp_path, None, str)
+        told = config(flags, tmp_path, checkpoint(model), **options)
+        setup = load_setup(told, prepare(told), tmp_path, str)
         calls: list[int] = []
-        for tower in (run.encoder.module.vision_model, run.encoder.module.text_model):
+        for tower in (setup.encoder.module.vision_model, setup.encoder.module.text_model):
             first = next(layer for layer in tower.modules() if type(layer).__name__.endswith("Attention"))
             first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        run.cache_features()
-        trainer = run._trainer()
-        trainer.model.train()
+        setup.towers.train()
         torch.manual_seed(3)
-        trainer.objective.backward(trainer.train_dataset.batch(0))
-        gradients.append({name: weight.grad for name, weight in run.encoder.module.named_parameters()})
+        dataset = setup.dataset(
+            Cached(None, Validator(setup.encoder, setup.prepared.evaluation), None), batch_size=8, num_steps=1
+        )
+        Objective(setup.towers, setup.captions.positive_mask).backward(dataset.batch(0))
+        gradients.append({name: weight.grad for name, weight in setup.encoder.module.named_parameters()})
         passes.append(len(calls))
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     assert passes == [2, 4]
     plain, checkpointed = gradients
     assert any(gradient is not None and bool(gradient.any()) for gradient in plain.values())
@@ -282,7 +286,7 @@ def test_a_model_that_cannot_is_told_how_else_to_save_memory(flags: Path, tmp_pa
     compact = Path(__file__).parents[1] / "checkpoints" / "compact"
     told = config(flags, tmp_path, compact, gradient_checkpointing=True)
     with pytest.raises(ValueError, match=r"compact cannot compute its layers twice; .* with --chunk-size"):
-        Run(told, prepare(told), tmp_path, None, str)
+        load_setup(told, prepare(told), tmp_path, str)
 
 
 # ---------------------------------------------------------------- killed and resumed, in processes of their own
@@ -490,15 +494,15 @@ def begun(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> R
 def test_a_resumed_run_refuses_what_it_did_not_begin_with(other: dict[str, Any], begun: ResumeState) -> None:
     (name, value), *_ = other.items()
     with pytest.raises(ValueError, match="--resume goes on") as refused:
-        begun.check_options(replace(begun.config, **other))
+        begun.resume(replace(begun.config, **other))
     assert f"--{name.replace('_', '-')} {value} (" in str(refused.value)
     assert str(refused.value).count("--") == 3  # only this one differs
 
 
 def test_a_resumed_run_takes_what_it_began_with_or_chose(begun: ResumeState) -> None:
-    begun.check_options(begun.config)
-    begun.check_options(TrainConfig(data="", output="moved", minutes=3))
-    begun.check_options(TrainConfig(data=os.path.abspath("data"), output="o", loss="softmax", warmup=0.1, augment=True))
+    begun.resume(begun.config)
+    begun.resume(TrainConfig(data="", output="moved", minutes=3))
+    begun.resume(TrainConfig(data=os.path.abspath("data"), output="o", loss="softmax", warmup=0.1, augment=True))
 
 
 def test_half_precision_asked_for_is_used_without_a_gpu_too(

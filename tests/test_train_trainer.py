@@ -19,20 +19,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alignment.model import DualEncoder
 from alignment.pairs import Pair
+from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
+from alignment.train.checkpoints import last_checkpoint, load_trained
 from alignment.train.dataset import Captions, ContrastiveDataset
 from alignment.train.objective import Batch, Objective
+from alignment.train.plan import format_duration
 from alignment.train.presets import Preset, Towers, apply_preset, weight_groups
-from alignment.train.trainer import (
-    METRIC,
-    ConsoleLogger,
-    ContrastiveTrainer,
-    EarlyStopping,
-    GracefulStop,
-    duration,
-    last_checkpoint,
-    load_trained,
-    training_arguments,
-)
+from alignment.train.trainer import ContrastiveTrainer, training_arguments
 
 IMAGES, BATCH = 8, 4
 PAIRS = [Pair(f"{n}.jpg", (f"picture number {'abcdefgh'[n]}",), id=str(n)) for n in range(IMAGES)]
@@ -58,16 +51,16 @@ class Setting:
         self.trainer = ContrastiveTrainer(
             self.towers,
             training_arguments(folder, num_steps=steps, **(arguments | options)),
-            examples=ContrastiveDataset(
+            dataset=ContrastiveDataset(
                 PAIRS,
                 captions,
                 self.encoder.preprocessor,
                 batch_size=BATCH,
                 num_steps=steps,
-                kept=lambda row, *_, **__: {"pixel_values": PIXELS[row]},
+                cache=lambda row, *_, **__: {"pixel_values": PIXELS[row]},
             ),
             objective=objective(self.towers) if objective else Objective(self.towers, captions.positive_mask),
-            measure=measure,
+            validate=measure,
             groups=weight_groups(self.module, weight_decay=0.0, **rates),
             callbacks=[self.stop, EarlyStopping(patience), ConsoleLogger(self.said.append), *more],
         )
@@ -173,8 +166,8 @@ def test_a_request_ends_the_run_after_the_step_measured_and_saved(make: Make, tm
     class Ask(TrainerCallback):
         def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
             if state.global_step == 2:
-                setting.stop.ask("enough")
-                setting.stop.ask("the first reason stands")
+                setting.stop.request("enough")
+                setting.stop.request("the first reason stands")
 
     setting = make(steps=20, measure_every=10, callbacks=[Ask()])
     setting.trainer.train()
@@ -333,18 +326,18 @@ def test_a_checkpoint_without_its_mark_is_removed_and_the_one_before_taken(
     assert last_checkpoint(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("part", ["_save", "_save_optimizer_and_scheduler", "_save_rng_state"])
+@pytest.mark.parametrize("part", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
 def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     setting = make(steps=4)
     write = getattr(setting.trainer, part)
 
-    def killed(output_dir: str, *rest: Any) -> None:
+    def killed(output_dir: str, *rest: Any, **options: Any) -> None:
         if setting.trainer.state.global_step == 3:
             Path(output_dir).mkdir(exist_ok=True)
             raise KeyboardInterrupt
-        write(output_dir, *rest)
+        write(output_dir, *rest, **options)
 
     monkeypatch.setattr(setting.trainer, part, killed)
     with pytest.raises(KeyboardInterrupt):
@@ -386,8 +379,8 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(make: Make, tmp_pat
 def test_a_checkpoint_of_another_preset_is_refused(make: Make, tmp_path: Path) -> None:
     make("one", steps=1, preset="lit").trainer.train()
     other = make("other", steps=1, preset="full")
-    with pytest.raises(ValueError, match="checkpoint-1 is of a run with another model or preset; choose"):
-        load_trained(other.module, tmp_path / "one" / "checkpoints" / "checkpoint-1")
+    with pytest.raises(ValueError, match="another model or preset; choose another --output"):
+        load_trained(other.towers, tmp_path / "one" / "checkpoints" / "checkpoint-1")
 
 
 # ---------------------------------------------------------------- what is said and logged
@@ -413,7 +406,7 @@ def test_each_run_logs_for_tensorboard_below_its_own_folder(make: Make, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (89.4, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h")]
+    ("seconds", "text"), [(0.4, "0 s"), (89.4, "89 s"), (90, "2 min"), (5300, "88 min"), (5400, "1 h 30 min")]
 )
 def test_a_time_in_words(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text

@@ -1,6 +1,6 @@
 """Bootstrap intervals over images, of a metric and of the difference between two models.
 
-Place in the flow: `ranks -> bootstrap (here) -> retrieval, zero_shot, compare`. Images are resampled, each with all its
+Place in the flow: `ranks -> bootstrap (here) -> retrieval, zero_shot`. Images are resampled, each with all its
 queries; the candidates stay. A seed gives the same draws for every model, so two models measured on one data set are
 paired, and the interval of their difference is narrower than their own intervals suggest.
 """

@@ -21,12 +21,11 @@ from torch import Tensor
 from alignment.durable import explain, write_file
 from alignment.evaluate.arguments import Task, check, parse, read_task
 from alignment.evaluate.bootstrap import Difference, Estimate
-from alignment.evaluate.compare import compare_retrieval, difference_table
 from alignment.evaluate.eccv import eccv_table, evaluate_eccv
 from alignment.evaluate.embedding import Embedded, embed_pairs
 from alignment.evaluate.error_analysis import changed_queries, suspected_false_negatives, worst_queries
 from alignment.evaluate.html_report import comparison_page, report_page
-from alignment.evaluate.retrieval import evaluate_embedded, report_table
+from alignment.evaluate.retrieval import compare_retrieval, difference_table, evaluate_embedded, report_table
 from alignment.evaluate.zero_shot import class_ranks, compare_zero_shot, zero_shot_line, zero_shot_report
 from alignment.model import DualEncoder
 from alignment.pairs import Pair, told, told_cut

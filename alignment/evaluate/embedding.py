@@ -1,6 +1,6 @@
 """A captioned data set as embeddings: encoded once, measured any number of times.
 
-Place in the flow: `data + encoder -> embed_pairs (here) -> retrieval, compare, error_analysis`.
+Place in the flow: `data + encoder -> embed_pairs (here) -> retrieval, error_analysis`.
 """
 
 from __future__ import annotations

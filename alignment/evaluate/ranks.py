@@ -1,6 +1,6 @@
 """Ranks and recall at k as pure functions of the scores.
 
-Place in the flow: `embeddings -> ranks (here) -> retrieval, zero_shot, compare`. The convention is CLIP_benchmark's,
+Place in the flow: `embeddings -> ranks (here) -> retrieval, zero_shot`. The convention is CLIP_benchmark's,
 the hit rate over unit-norm embeddings compared in float32, but ties count against the query.
 """
 

@@ -1,4 +1,4 @@
-"""Recall in both directions over a data set, with intervals.
+"""Recall in both directions over a data set, with intervals, and the difference between two models.
 
 Place in the flow: `embedding -> ranks -> retrieval (here) -> report`. One query per image and one per caption, all
 captions and images of the split as candidates, no prompt, no logit scale (it would change no rank). Recalls over a
@@ -7,25 +7,34 @@ batch, or with one caption per image, are higher and cannot be compared with the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from alignment.evaluate.bootstrap import Bootstrap, Estimate, bootstrap, estimates
-from alignment.evaluate.embedding import Embedded, Encoder, NamedProgress, embed_pairs
+from alignment.evaluate.bootstrap import (
+    LOWER_IS_BETTER,
+    Bootstrap,
+    Difference,
+    Estimate,
+    bootstrap,
+    differences,
+    estimates,
+)
+from alignment.evaluate.embedding import Embedded
 from alignment.evaluate.ranks import DIRECTIONS, KS, query_ranks
-from alignment.pairs import Pair
+
+Metric = TypeVar("Metric", Estimate, Difference)
 
 
 @dataclass(frozen=True)
-class RetrievalReport:
-    """Retrieval metrics of a data set.
+class RetrievalReport(Generic[Metric]):
+    """Retrieval metrics of one model (`Estimate`), or the differences between two (`Difference`).
 
     Attributes:
-        num_images: images that were queries and candidates.
-        num_texts: the same for captions.
+        num_images, num_texts: images and captions that were queries and candidates.
         metrics: for both directions `image_to_text` and `text_to_image` (the query comes first): `..._recall@1`, `@5`,
             `@10` in [0, 1], `..._recall_sum` of these, `..._median_rank` from 1; and `recall_sum`, of all six, in
             [0, 6] (papers print 100 times that).
@@ -33,46 +42,15 @@ class RetrievalReport:
 
     num_images: int
     num_texts: int
-    metrics: Mapping[str, Estimate]
+    metrics: Mapping[str, Metric]
 
     def __getitem__(self, name: str) -> float:
         return self.metrics[name].value
 
 
-def evaluate_retrieval(
-    encoder: Encoder,
-    pairs: Sequence[Pair],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-    batch_size: int = 16,
-    progress: NamedProgress | None = None,
-) -> RetrievalReport:
-    """Embed a data set with `embed_pairs` and measure recall in both directions.
-
-    Args:
-        encoder: the model.
-        pairs: all of them are candidates, so pass one split.
-        resamples: bootstrap samples for the intervals; 0 for none.
-        seed: of the bootstrap.
-        batch_size: images per forward pass.
-        progress: called with ("images" or "captions", done, total).
-
-    Raises:
-        ValueError: when no image with a caption is left, or the embeddings are not finite.
-    """
-    embedded = embed_pairs(encoder, pairs, batch_size=batch_size, progress=progress)
-    return evaluate_embedded(embedded, resamples=resamples, seed=seed)
-
-
-def evaluate_embedded(embedded: Embedded, *, resamples: int = 1000, seed: int = 0) -> RetrievalReport:
-    """Measure recall in both directions on an embedded data set, see `evaluate_embeddings`."""
-    return _report(embedded.ranks, embedded.image_of_text, resamples, seed)
-
-
 def evaluate_embeddings(
     image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, *, resamples: int = 1000, seed: int = 0
-) -> RetrievalReport:
+) -> RetrievalReport[Estimate]:
     """Measure recall in both directions between embeddings.
 
     Cosines within `ROUNDING` of each other are ties, and ties count against the model.
@@ -90,13 +68,32 @@ def evaluate_embeddings(
     return _report(query_ranks(image_embeds, text_embeds, image_of_text), image_of_text, resamples, seed)
 
 
-def _report(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> RetrievalReport:
-    measured = retrieval_bootstrap(ranks, image_of_text, resamples=resamples, seed=seed)
+def evaluate_embedded(embedded: Embedded, *, resamples: int = 1000, seed: int = 0) -> RetrievalReport[Estimate]:
+    """Measure recall in both directions on an embedded data set, see `evaluate_embeddings`."""
+    return _report(embedded.ranks, embedded.image_of_text, resamples, seed)
+
+
+def compare_retrieval(
+    before: Embedded, after: Embedded, *, resamples: int = 1000, seed: int = 0
+) -> RetrievalReport[Difference]:
+    """Subtract model A (`before`) from model B (`after`), by the same draws of a paired bootstrap.
+
+    Raises:
+        ValueError: on different images or captions, or embeddings that are not finite.
+    """
+    is_same = list(before.images) == list(after.images) and list(before.texts) == list(after.texts)
+    if not is_same or not torch.equal(before.image_of_text, after.image_of_text):
+        raise ValueError("The two models were given different images or captions; compare them on the same.")
+    measured = (_bootstrap(model.ranks, model.image_of_text, resamples, seed) for model in (before, after))
+    return RetrievalReport(len(before.images), len(before.texts), differences(*measured))
+
+
+def _report(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> RetrievalReport[Estimate]:
+    measured = _bootstrap(ranks, image_of_text, resamples, seed)
     return RetrievalReport(len(ranks[DIRECTIONS[0]]), len(image_of_text), estimates(measured))
 
 
-def retrieval_bootstrap(ranks: Mapping[str, Tensor], image_of_text: Tensor, *, resamples: int, seed: int) -> Bootstrap:
-    """Compute the metrics of a `RetrievalReport` and of resampled images, from the ranks of `query_ranks`."""
+def _bootstrap(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> Bootstrap:
     num_images = len(ranks[DIRECTIONS[0]])
     images = (torch.arange(num_images), image_of_text)
     directions = [_Direction(name, ranks[name], of) for name, of in zip(DIRECTIONS, images, strict=True)]
@@ -129,7 +126,7 @@ class _Direction:
         yield f"{self.name}_median_rank", float(self.ranks[torch.searchsorted(cumulative, (total + 1) // 2)])
 
 
-def report_table(report: RetrievalReport) -> str:
+def report_table(report: RetrievalReport[Estimate]) -> str:
     """Format a report as text: recalls in percent with their 95 % intervals."""
     columns = [*(f"R@{k}" for k in KS), "sum", "median rank"]
     lines = [f"{'':14}" + "".join(f"{column:>21}" for column in columns)]
@@ -146,3 +143,29 @@ def _cell(estimate: Estimate, *, is_rank: bool = False) -> str:
     factor, places = (1, 0) if is_rank else (100, 1)
     value, low, high = (f"{number * factor:.{places}f}" for number in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
+
+
+def difference_table(metrics: Mapping[str, Difference]) -> str:
+    """Format differences as text, shares in percent: A, B, B - A with its interval, and `p_not_better`."""
+    lines = [f"{'':26}{'A':>8}{'B':>8}{'B - A':>8}   {'95 % interval':18}{'B not better':>12}"]
+    for name, found in metrics.items():
+        before, after, gain, low, high = difference_cells(name, found)
+        interval = f"[{low}, {high}]"
+        lines.append(
+            f"{metric_title(name):26}{before:>8}{after:>8}{gain:>8}   {interval:18}{found.p_not_better:>12.1%}"
+        )
+    return "\n".join(lines)
+
+
+def difference_cells(name: str, found: Difference) -> list[str]:
+    """Format A, B, the difference and the ends of its interval, shares in percent."""
+    factor, places = (1, 0) if name.endswith(LOWER_IS_BETTER) else (100, 1)
+    values = [f"{number * factor:.{places}f}" for number in (found.before, found.after)]
+    # Adding zero turns -0.0 into 0.0.
+    gains = [f"{round(number * factor, places) + 0.0:+.{places}f}" for number in (found.value, found.low, found.high)]
+    return values + gains
+
+
+def metric_title(name: str) -> str:
+    """Return the display name of a metric: `image_to_text_recall@1` is "image to text R@1"."""
+    return name.replace("recall@", "R@").replace("zero_shot_top", "zero-shot top-").replace("_", " ")

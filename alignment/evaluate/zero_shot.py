@@ -50,28 +50,6 @@ class ZeroShotReport:
         return self.metrics[name].value
 
 
-def classify_zero_shot(
-    encoder: Encoder,
-    images: Sequence[str],
-    labels: Sequence[int],
-    class_names: Sequence[Sequence[str]],
-    *,
-    templates: Sequence[str] | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    batch_size: int = 16,
-    progress: NamedProgress | None = None,
-) -> ZeroShotReport:
-    """Measure how often a picture lies closest to the names of its own class.
-
-    `images`, `labels` and `class_names` are those of `LabelledImages`; `resamples` (0 for no intervals) and `seed` are
-    for the bootstrap over images; the other arguments and the errors are those of `class_ranks`.
-    """
-    data = LabelledImages(images, labels, class_names)
-    ranks = class_ranks(encoder, data, templates=templates, batch_size=batch_size, progress=progress)
-    return zero_shot_report(ranks, len(class_names), resamples=resamples, seed=seed)
-
-
 def class_ranks(
     encoder: Encoder,
     data: LabelledImages,

@@ -399,7 +399,7 @@ class DualEncoder:
         if tower is not None:
             return tower(inputs)
         embed = self.embed_images if kind == "image" else self.embed_texts
-        with self._evaluating(), torch.no_grad():
+        with self.evaluating(), torch.no_grad():
             embeds = embed(inputs) if self.device.type == "cpu" else _in_half(embed, inputs, self.device.type)
             return embeds.cpu()
 
@@ -453,7 +453,7 @@ class DualEncoder:
         return export_tower(kind, _Half(self._built(), kind, list(probes[0])).eval(), probes, path)
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Switch dropout off, and back on if this is the middle of training."""
         module = self._built()
         training = module.training

@@ -1,1 +1,1 @@
-"""Floor 4, learning: fine-tune a dual encoder, and say honestly what it brought."""
+"""Floor 4, training: fine-tune a dual encoder and measure the gain."""

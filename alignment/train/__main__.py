@@ -1,4 +1,4 @@
-"""Run `python -m alignment.train`."""
+"""Run the command: `python -m alignment.train --help`."""
 
 import sys
 
@@ -7,5 +7,5 @@ if __name__ == "__main__":
         from alignment.train.command import main
 
         sys.exit(main())
-    except KeyboardInterrupt:  # while all was being imported
+    except KeyboardInterrupt:  # during the imports
         sys.exit(130)

@@ -1,4 +1,7 @@
-"""The command line of fine-tuning: options in, a run, the result in words."""
+"""The command line of fine-tuning.
+
+Place in the flow: `argv -> command (here) -> run`. The options of a run are declared in `config`.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from os.path import expanduser
-from typing import Any
+from dataclasses import fields
 
 from alignment.durable import explain
 from alignment.picture_limits import add_size_options, use_size_options
+from alignment.train.config import DATA, RESULT, TrainConfig
 
 DESCRIPTION = """\
 Fine-tune a dual encoder (CLIP, SigLIP, Chinese-CLIP, the compact model, or any vision and text tower) on captioned
-images, and report what it brought. The result folder is a model: the app, the gallery builder and alignment.evaluate
-take it, and report.md in it shows the recall before and after with plots.
+images, and report the gain. The result folder is a model: the app, the gallery builder and alignment.evaluate take it,
+and report.md in it shows the recall before and after with plots.
 """
 
-EXAMPLES = """\
+EPILOG = """\
 examples:
   look at the data first:
     python -m alignment.train --data my_photos --check
@@ -27,7 +30,7 @@ examples:
     python -m alignment.train --model checkpoints/compact --data my_photos --output tuned --minutes 30
   it was killed; go on:
     python -m alignment.train --output tuned --resume
-  what did it bring, picture by picture? (on a data set with a dev split; what was held out of others is in report.md)
+  the gain, picture by picture (on a data set with a dev split; for others report.md has what was held out):
     python -m alignment.evaluate --compare checkpoints/compact tuned --data flickr8k --split dev
   use it:
     python -m alignment.gallery build my_photos --model tuned --out my_gallery
@@ -44,14 +47,12 @@ examples:
 
 my_photos is a folder of pictures with metadata.csv or metadata.jsonl (columns file_name, caption), a CSV or JSON-lines
 file, Flickr8k, Flickr30k, COCO, WebDataset shards, or OWNER/NAME on the Hub.
-"""
 
-STATUS = """
 exit status: 0; 1 if a captions file could not be read or a folder not listed, which is named (training and --check go
 on with the rest), or if nothing was made
 """
 
-_AGAIN = "go on with --resume, or, if it had not begun to train, with the same command"
+_RETRY = "go on with --resume, or, if it had not begun to train, with the same command"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,22 +74,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"train: {error.name} is missing; install what training needs with: pip install '.[train]'"
         ) from error
     except (OSError, ValueError, FloatingPointError) as error:
-        raise SystemExit(f"train: {explain(error, _AGAIN)}") from error
+        raise SystemExit(f"train: {explain(error, _RETRY)}") from error
     except KeyboardInterrupt as error:
         raise SystemExit("train: interrupted; if it was training already, go on with --resume") from error
 
 
 def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
-    _warn_nothing()
-    from alignment.train.run import train
-    from alignment.train.settings import TrainConfig
+    import transformers
 
+    from alignment.train.run import train
+
+    transformers.utils.logging.set_verbosity_error()  # only the lines of `_log` are printed
+    transformers.utils.logging.disable_progress_bar()
     options = {name: value for name, value in vars(arguments).items() if value is not None}
-    resume = options.pop("resume")
-    push, private = options.pop("push_to_hub", None), options.pop("private")
-    options.pop("check")
+    resume, push, private, _ = (options.pop(name, None) for name in ("resume", "push_to_hub", "private", "check"))
     options.setdefault("data", "")
-    record = train(TrainConfig.from_dict(options), resume=resume, log=_say, command=command)
+    record = train(TrainConfig.from_dict(options), resume=resume, log=_log, command=command)
     if int(os.environ.get("RANK", "0")):
         return 0
     print(f"Model and report: {arguments.output} (report.md, plots/, run.json)")
@@ -111,13 +112,12 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from alignment.preprocess import Preprocessor
     from alignment.shipped import MODEL, shipped
     from alignment.train.prepare import prepare
-    from alignment.train.settings import TrainConfig
 
     use_size_options(arguments.max_megapixels, arguments.max_aspect_ratio)
     names = ("data", "format", "split", "eval_data", "eval_split", "second_data", "second_split")
     prepared = prepare(TrainConfig(output="", **{name: getattr(arguments, name) for name in names}))
     print(prepared.report.summary())
-    for line in prepared.told_of_others():
+    for line in prepared.other_summaries():
         print(f"- {line}")
     model = arguments.text or arguments.model or shipped(MODEL)
     preprocessor = Preprocessor.load(model)
@@ -131,16 +131,8 @@ def _check_data(arguments: argparse.Namespace) -> int:
     return _status(prepared.is_complete)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _warn_nothing() -> None:
-    """Let our own lines be the only ones."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -153,106 +145,29 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         parser.error("--vision and --text go together: name both towers")
     for option, other in (("second_split", "second_data"), ("private", "push_to_hub")):
         if getattr(arguments, option) and not getattr(arguments, other):
-            parser.error(f"--{option.replace('_', '-')} goes with --{other.replace('_', '-')}, which is missing")
+            parser.error(f"--{option} goes with --{other}, which is missing".replace("_", "-"))
     if not (arguments.check or arguments.resume) and sum(starts) != 1:
         parser.error("name one start: --model, or --vision with --text, or --scratch")
-
-
-def _positive(kind: type) -> Any:
-    def read(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    read.__name__ = "number"
-    return read
-
-
-def _between(lowest: float, highest: float, kind: type = float) -> Any:
-    def read(text: str) -> Any:
-        value = kind(text)
-        if not lowest <= value <= highest:
-            raise argparse.ArgumentTypeError(f"{text} is not between {lowest:g} and {highest:g}")
-        return value
-
-    read.__name__ = "number"
-    return read
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m alignment.train",
         description=DESCRIPTION,
-        epilog=EXAMPLES + STATUS,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    start = parser.add_argument_group("start (one of three)")
-    start.add_argument("--model", type=expanduser, help="checkpoint folder or Hub id")
-    start.add_argument("--vision", type=expanduser, help="vision tower to join with --text: folder or Hub id")
-    start.add_argument("--text", type=expanduser, help="text tower")
-    start.add_argument("--scratch", choices=["tiny", "small"], help="a ViT and a BERT with random weights")
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", type=expanduser, help="folder, annotation file, shards or Hub id of captioned images")
-    data.add_argument("--format", help="of the data, if the one found is wrong (see alignment/pairs)")
-    data.add_argument("--split", help="what to learn from (train, and what is in no split)")
-    data.add_argument(
-        "--eval-data", type=expanduser, help="another data set to measure on (the dev split, else a part held out)"
-    )
-    data.add_argument("--eval-split", help="its split, or that of --data")
-    data.add_argument(
-        "--second-data",
-        type=expanduser,
-        help="a data set of another kind: what does fine-tuning make the model forget?",
-    )
-    data.add_argument("--second-split", help="its split")
-    data.add_argument("--check", action="store_true", help="only check the data and say what is in them")
-    add_size_options(data)
-
-    how = parser.add_argument_group("training (what is left out is chosen by model, data and machine)")
-    how.add_argument(
-        "--preset",
-        choices=["full", "lit", "heads", "lora"],
-        help="train everything, all but the image tower, the projections, or low-rank adapters",
-    )
-    how.add_argument("--loss", choices=["softmax", "sigmoid"], help="CLIP's or SigLIP's; as the model was trained")
-    how.add_argument("--minutes", type=_positive(float), help="end within this time, with the best weights so far")
-    how.add_argument("--epochs", type=_positive(float), help="passes over the pictures")
-    how.add_argument("--max-steps", type=_positive(int), help="optimiser steps at most")
-    how.add_argument("--batch-size", type=_positive(int), help="pictures contrasted with each other (up to 256)")
-    how.add_argument("--chunk-size", type=_positive(int), help="pictures in memory together; same result, less memory")
-    how.add_argument("--captions-per-image", type=_positive(int), help="captions of a picture in one step")
-    how.add_argument("--learning-rate", type=_positive(float), help="peak, of the towers")
-    how.add_argument("--head-learning-rate", type=_positive(float), help="peak, of projections and adapters")
-    how.add_argument("--weight-decay", type=_between(0, 10), help="of matrices (0.05)")
-    how.add_argument("--warmup", type=_between(0, 1), help="share of the steps in which the learning rate rises (0.1)")
-    how.add_argument("--patience", type=_positive(int), help="measurements without a better recall sum (5)")
-    how.add_argument("--measure-every", type=_positive(int), help="steps between measurements, each with a checkpoint")
-    how.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crop and mirror pictures (yes)")
-    how.add_argument(
-        "--interpolate",
-        action=argparse.BooleanOptionalAction,
-        help="afterwards choose between start and end weights, WiSE-FT (yes for pretrained models)",
-    )
-    how.add_argument("--seed", type=_between(0, 2**32 - 1, int), help="of everything random (0)")
-
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=["cuda", "mps", "cpu"], help="the best there is")
-    machine.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="bf16 on a GPU that has it")
-    machine.add_argument("--workers", type=_between(0, 1024, int), help="processes that read pictures")
-    machine.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more time")
-    machine.add_argument(
-        "--keep-images",
-        action=argparse.BooleanOptionalAction,
-        help="compute the frozen part of the image side once (yes where that saves time)",
-    )
-    machine.add_argument(
-        "--kept-folder", type=expanduser, help="where to keep it, for several runs to share (below --output)"
-    )
-
-    result = parser.add_argument_group("result")
-    result.add_argument("--output", type=expanduser, help="folder for model, report, plots and logs; must be new")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in fields(TrainConfig):
+        if group := option.metadata.get("group"):
+            if group not in groups:
+                groups[group] = parser.add_argument_group(group)
+            groups[group].add_argument(
+                f"--{option.name.replace('_', '-')}", default=None, **option.metadata["argument"]
+            )
+    groups[DATA].add_argument("--check", action="store_true", help="only check the data and print what is in them")
+    add_size_options(groups[DATA])
+    result = groups[RESULT]
     result.add_argument("--resume", action="store_true", help="go on with the run in --output")
     result.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result with its model card")
     result.add_argument("--private", action="store_true", help="as a private repository")

@@ -1,8 +1,8 @@
-"""The training examples: a captioned data set as a numbered series of pictures with freshly drawn captions.
+"""The training data as a numbered series of images with sampled captions.
 
-Place in the flow: `pairs -> examples (here) -> objective`. Example number p belongs to a known pass over the data, and
-all that is random about it (its picture, captions, crop, mirroring) follows from the seed and p alone: a run that is
-resumed, or shared among any number of workers, sees just what an undisturbed one sees.
+Place in the flow: `data -> dataset (here) -> objective`. Example number p belongs to a known epoch, and all that is
+random about it (image, captions, crop, mirroring) follows from the seed and p alone: a run that is resumed, or split
+among any number of workers, sees the same examples as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ from alignment.preprocess import Preprocessor, open_image
 from alignment.train.feature_cache import CachedFeatures
 from alignment.train.objective import Batch
 
-MIN_CROP = 0.8  # of the area; smaller crops lose what the caption speaks of
-_SIDES = re.compile(r"\b(left|right)\b|左|右", re.IGNORECASE)  # a mirror image would make a liar of the caption
+MIN_CROP = 0.8  # of the area; smaller crops lose what the caption describes
+_SIDES = re.compile(r"\b(left|right)\b|左|右", re.IGNORECASE)  # mirroring the image would make the caption wrong
 
 
 class Captions:
-    """Every caption of the training images, numbered, and which image it fits.
+    """The captions of the training images, numbered, and the images each one fits.
 
-    Two captions with the same words are one: an image that has it is a positive for it, whoever it was drawn from.
+    Captions with the same words count as one: every image that has it is a positive.
 
     Attributes:
         texts: captions, image by image.
-        owner: (num_captions,) the image each belongs to.
-        first, count: (num_images,) where an image's captions begin and how many they are.
+        image_of_text: (num_captions,) index of each caption's image.
+        first, count: (num_images,) number of an image's first caption, and how many it has.
     """
 
     def __init__(self, pairs: Sequence[Pair], look_alikes: Sequence[tuple[int, int]] = ()) -> None:
-        """Give numbers to the captions; `look_alikes` are pairs of images too much alike to be told apart."""
+        """Assign numbers to the captions; `look_alikes` are pairs of near-duplicate images, by index."""
         self.texts = [caption for pair in pairs for caption in pair.captions]
         self.count = torch.tensor([len(pair.captions) for pair in pairs])
         if not len(pairs) or not bool(self.count.all()):
             raise ValueError("There must be images to train on, and each needs a caption.")
-        self.owner = torch.arange(len(pairs)).repeat_interleave(self.count)
+        self.image_of_text = torch.arange(len(pairs)).repeat_interleave(self.count)
         self.first = self.count.cumsum(0) - self.count
         known: dict[str, int] = {}
-        keys = [known.setdefault(_words(text), len(known)) for text in self.texts]
-        self._key = torch.tensor(keys)
-        self._keys = torch.nn.utils.rnn.pad_sequence(  # (num_images, most captions), -1 beyond an image's own
+        self._key = torch.tensor([known.setdefault(_normalize(text), len(known)) for text in self.texts])
+        self._keys = torch.nn.utils.rnn.pad_sequence(  # (num_images, most captions), padded with -1
             list(self._key.split(self.count.tolist())), batch_first=True, padding_value=-1
         )
-        self._look = torch.tensor(_components(len(pairs), look_alikes))
-        alike = (self._look.bincount(minlength=len(pairs)) > 1)[self._look[self.owner]]
-        self._alike = (self._look[self.owner] * len(keys) + self._key)[alike].unique()  # what look-alikes have
+        self._group = torch.tensor(_components(len(pairs), look_alikes))
+        group = self._group[self.image_of_text]
+        in_group = self._group.bincount(minlength=len(pairs))[group] > 1
+        self._group_keys = (group * len(self._key) + self._key)[in_group].unique()  # captions of each group
 
     def positive_mask(self, rows: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
-        """Say which pairs belong together and which must not be held apart.
+        """Find the positive pairs, and the pairs with captions of near-duplicates, which are not contrasted.
 
         Args:
-            rows: (num_images,) images.
-            captions: (num_texts,) captions.
+            rows: (num_images,) image indices.
+            captions: (num_texts,) caption numbers.
 
         Returns:
             positives and ignored, bool (num_images, num_texts).
@@ -74,29 +74,29 @@ class Captions:
         positives = torch.zeros(len(rows), len(captions), dtype=torch.bool)
         for keys in self._keys[rows].unbind(1):
             positives |= keys[:, None] == self._key[captions]
-        alike = torch.isin(self._look[rows][:, None] * len(self._key) + self._key[captions], self._alike)
-        return positives, alike & ~positives
+        of_group = torch.isin(self._group[rows][:, None] * len(self._key) + self._key[captions], self._group_keys)
+        return positives, of_group & ~positives
 
-    def sample(self, row: int, each: int, rng: np.random.Generator) -> list[int]:
-        """Choose `each` captions of an image, none twice while they last."""
+    def sample(self, row: int, num: int, rng: np.random.Generator) -> list[int]:
+        """Sample `num` captions of an image, without repeats while they last."""
         first, count = int(self.first[row]), int(self.count[row])
-        rounds = [rng.permutation(count) for _ in range(-(-each // count))]
-        return [first + int(number) for number in np.concatenate(rounds)[:each]]
+        rounds = [rng.permutation(count) for _ in range(-(-num // count))]
+        return [first + int(number) for number in np.concatenate(rounds)[:num]]
 
 
 class ContrastiveDataset(Dataset[dict[str, Any]]):
-    """Number p -> an image's inputs and its captions' numbers; ready for a DataLoader that counts from 0.
+    """Maps a number to an image's inputs and the numbers of its captions; for a DataLoader that counts from 0.
 
     Args:
-        pairs: images with captions; the same that `captions` was made of.
+        pairs: images with captions, the same that `captions` was made of.
         captions: their captions.
         preprocessor: of the model.
-        batch_size: images a step, over all processes; no image comes twice in one.
+        batch_size: images per step, over all processes; no image comes twice in a batch.
         num_steps: length of the run.
-        captions_per_image: drawn for each image of a step.
-        augment: crop a little and mirror.
+        captions_per_image: sampled for each image of a step.
+        augment: crop slightly and mirror.
         seed: of everything random.
-        kept: what a frozen part of the image side made of the images (see `frozen`), in place of the pictures.
+        cache: features to return in place of the pixels, see `feature_cache`.
     """
 
     def __init__(
@@ -110,28 +110,23 @@ class ContrastiveDataset(Dataset[dict[str, Any]]):
         captions_per_image: int = 1,
         augment: bool = True,
         seed: int = 0,
-        kept: CachedFeatures | None = None,
+        cache: CachedFeatures | None = None,
     ) -> None:
-        self.pairs = pairs
-        self.captions = captions
-        self.preprocessor = preprocessor
-        self.batch_size = min(batch_size, len(pairs))
-        self.num_steps = num_steps
-        self.captions_per_image = captions_per_image
-        self.augment = augment
-        self.seed = seed
-        self.kept = kept
-        self._pass: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self.pairs, self.captions, self.preprocessor = pairs, captions, preprocessor
+        self.batch_size, self.num_steps = min(batch_size, len(pairs)), num_steps
+        self.captions_per_image, self.augment, self.seed = captions_per_image, augment, seed
+        self.cache = cache
+        self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self._limits = dict(LIMITS)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Take the limits of pictures over with the rest, in a worker process that was started afresh."""
+        """Restore the limits of picture sizes too, in a worker process started by spawn."""
         self.__dict__.update(state)
         lift_limits(*self._limits.values())
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in one pass; what is left over has its turn in another pass."""
+        """Whole batches in one epoch; the remaining images come in other epochs."""
         return len(self.pairs) // self.batch_size
 
     def __len__(self) -> int:
@@ -139,32 +134,30 @@ class ContrastiveDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, 1, number])
-        row, chosen = self.pick(number, rng)
+        row, captions = self.pick(number, rng)
         mirror = not any(map(_SIDES.search, self.pairs[row].captions))
         images: Mapping[str, Tensor]
-        if self.kept is not None:
-            images = self.kept(row, rng, mirror=mirror)
+        if self.cache is not None:
+            images = self.cache(row, rng, mirror=mirror)
         else:
             image = open_image(self.pairs[row].image)
-            if self.augment:
-                image = _augmented(image, rng, mirror=mirror)
-            images = self.preprocessor.images([image])
-        return {"images": images, "row": row, "captions": chosen}
+            images = self.preprocessor.images([_augmented(image, rng, mirror=mirror) if self.augment else image])
+        return {"images": images, "row": row, "captions": captions}
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        if self.kept is not None or get_worker_info() is not None:
+        if self.cache is not None or get_worker_info() is not None:
             return [self[number] for number in numbers]
-        with ThreadPoolExecutor() as pool:  # decoding and resizing let go of the interpreter's lock
+        with ThreadPoolExecutor() as pool:  # decoding and resizing release the GIL
             return list(pool.map(self.__getitem__, numbers))
 
     def pick(self, number: int, rng: np.random.Generator) -> tuple[int, list[int]]:
-        """Say which image example `number` shows, and draw its captions."""
+        """Return the image of example `number`, and sample its captions."""
         epoch, place = divmod(number, self.steps_per_epoch * self.batch_size)
         row = int(self._order(epoch)[place])
         return row, self.captions.sample(row, self.captions_per_image, rng)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make a batch of examples: the fields of `Batch`."""
+        """Join examples to the fields of a `Batch`."""
         numbers = [number for example in examples for number in example["captions"]]
         images = [example["images"] for example in examples]
         return {
@@ -180,14 +173,15 @@ class ContrastiveDataset(Dataset[dict[str, Any]]):
         return Batch(**self.collate(self.__getitems__(range(first, first + self.batch_size))))
 
     def _order(self, epoch: int) -> np.ndarray:
-        known = self._pass  # looked at once: threads of one batch may be at two passes
-        if known[0] != epoch:
-            known = self._pass = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.pairs))
-        return known[1]
+        shuffled = self._shuffled  # read once: threads of one batch may be in two epochs
+        if shuffled[0] != epoch:
+            rng = np.random.default_rng([self.seed, 0, epoch])
+            shuffled = self._shuffled = epoch, rng.permutation(len(self.pairs))
+        return shuffled[1]
 
 
 def _augmented(image: Image.Image, rng: np.random.Generator, *, mirror: bool) -> Image.Image:
-    """Cut a little off the edges, the same share of width and height, and mirror every other picture."""
+    """Crop the same share of width and height, and mirror with probability 1/2."""
     share = rng.uniform(MIN_CROP, 1.0) ** 0.5
     width, height = (max(1, round(side * share)) for side in image.size)
     left, top = (int(rng.integers(spare + 1)) for spare in (image.width - width, image.height - height))
@@ -195,8 +189,8 @@ def _augmented(image: Image.Image, rng: np.random.Generator, *, mirror: bool) ->
     return ImageOps.mirror(image) if mirror and rng.random() < 0.5 else image
 
 
-def _words(text: str) -> str:
-    """Leave out case and punctuation; a caption of nothing else is left as it is."""
+def _normalize(text: str) -> str:
+    """Drop case and punctuation; a caption of punctuation alone stays as it is."""
     return " ".join(text.casefold().translate(_punctuation()).split()) or text
 
 
@@ -207,7 +201,7 @@ def _punctuation() -> Mapping[int, str]:
 
 
 def _components(count: int, links: Sequence[tuple[int, int]]) -> list[int]:
-    """Give things numbers so that linked ones share theirs."""
+    """Label connected components by union-find: linked items get the same number."""
     parent = list(range(count))
 
     def root(item: int) -> int:

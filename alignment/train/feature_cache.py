@@ -1,8 +1,8 @@
-"""What training leaves alone is computed once: the frozen beginning of the image side, kept for every picture.
+"""A cache of the features that the frozen layers of the image side compute.
 
-Place in the flow: between `presets`, which say what is trained, and `examples`. A locked image tower costs one pass
-over the pictures instead of one an epoch, which makes a locked tower, or heads alone, a matter of minutes on a laptop.
-The price is that a kept picture comes in a few fixed views instead of endlessly many.
+Place in the flow: between `presets`, which freeze layers, and `dataset`. Frozen layers run once per image instead of
+once per epoch, so a locked tower, or training the heads alone, takes minutes on a laptop. The price is that a cached
+image comes in one or two fixed views instead of a random crop each time.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,28 +22,30 @@ from PIL import ImageOps
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alignment.durable import read_sealed, sha256_of, sole_writer, sync, sync_tree, write_sealed
+from alignment.durable import sole_writer, sync
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
+from alignment.train.checksums import verify_checksums, write_checksums
 
 logger = logging.getLogger(__name__)
 
 Inputs = Mapping[str, Tensor]
+Progress = Callable[[int, int], None]
 
 _TEXT_SIDE = ("text_model.", "text_projection.", "logit_")
-_TRUNK = ("vision_model.stem.", "vision_model.trunk.", "vision_model.concept.")  # of our own compact model
-_HASHES = "kept.json"
-_SMALLEST_WINDOW = 0.75  # of the side of a kept map
+_TRUNK = ("vision_model.stem.", "vision_model.trunk.", "vision_model.concept.")  # of the compact model
+_CHECKSUMS = "kept.json"
+_MIN_WINDOW = 0.75  # of the side of a cached feature map
 
 
 @dataclass(frozen=True)
 class FreezePoint:
-    """A place in the image side before which nothing is trained.
+    """A point in the image side before which no weight is trained.
 
     Attributes:
-        name: what is kept, for people to read.
-        before: preprocessor output -> what is kept of the images, by name, (n, ...) each.
-        after: the rest of the way, to (n, embed_dim) unit norm.
+        name: of the cached features, for people to read.
+        before: preprocessor output -> cached features by name, (n, ...) each.
+        after: cached features -> embeddings, (n, embed_dim) unit norm.
     """
 
     name: str
@@ -53,7 +54,7 @@ class FreezePoint:
 
 
 def find_freeze_point(encoder: DualEncoder) -> FreezePoint | None:
-    """Find the last place before which the image side is frozen; None where its first layers are trained."""
+    """Find the last point before which the image side is frozen; None where its first layers are trained."""
     module = encoder.module
     trained = tuple(
         name for name, weight in module.named_parameters() if weight.requires_grad and not name.startswith(_TEXT_SIDE)
@@ -62,17 +63,17 @@ def find_freeze_point(encoder: DualEncoder) -> FreezePoint | None:
         return FreezePoint(
             "finished embeddings",
             lambda inputs: {"embeds": encoder.embed_images(inputs)},
-            lambda kept: kept["embeds"].to(encoder.device),
+            lambda cached: cached["embeds"].to(encoder.device),
         )
     if all(name.startswith("visual_projection.") for name in trained):
         return FreezePoint(
             "features before the projection",
             lambda inputs: {"features": _input_of(module.visual_projection, encoder, inputs)},
-            lambda kept: _projected(module.visual_projection, kept["features"].to(encoder.device)),
+            lambda cached: _projected(module.visual_projection, cached["features"].to(encoder.device)),
         )
     tower = module.vision_model
-    aligned = hasattr(tower, "until") and tower.config.embed_dim  # the plain tower has no concepts to keep
-    if aligned and not any(name.startswith(_TRUNK) for name in trained):
+    has_stages = hasattr(tower, "until") and tower.config.embed_dim  # EfficientNet-Lite alone has no concept features
+    if has_stages and not any(name.startswith(_TRUNK) for name in trained):
         stage = "last_maps" if all(name.startswith("vision_model.head.") for name in trained) else "trunk_maps"
         return FreezePoint(
             "maps before the trained layers",
@@ -86,8 +87,8 @@ def _projected(projection: nn.Module, features: Tensor) -> Tensor:
     return functional.normalize(projection(features).float(), dim=-1)
 
 
-def _input_of(projection: nn.Module, encoder: DualEncoder, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Embed images and return what the projection was given."""
+def _input_of(projection: nn.Module, encoder: DualEncoder, inputs: Inputs) -> Tensor:
+    """Embed images and return the input of the projection."""
     seen: list[Tensor] = []
     handle = projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
@@ -98,122 +99,111 @@ def _input_of(projection: nn.Module, encoder: DualEncoder, inputs: Mapping[str, 
 
 
 class CachedFeatures:
-    """What the frozen part made of every image, as it is and mirrored, in files on disk.
+    """The features of every image at a freeze point, plain and mirrored, in files on disk.
 
     Half-precision memory maps: 1 to 3 KB an image for embeddings and features, 70 to 210 KB for the compact model's
-    maps, twice that with mirror images. They are named after the frozen weights and the images, so a resumed run finds
-    them and no other run is given them by mistake.
+    maps, twice that with mirror images. The folder is named by a hash of the frozen weights and the images, so a
+    resumed run finds it and no other run reads it by mistake.
     """
 
     def __init__(
-        self, cut: FreezePoint, encoder: DualEncoder, images: Sequence[str], folder: Path, *, augment: bool
+        self, point: FreezePoint, encoder: DualEncoder, images: Sequence[str], folder: Path, *, augment: bool
     ) -> None:
-        self.cut, self.encoder, self.images = cut, encoder, list(images)
+        self.point, self.encoder, self.images = point, encoder, list(images)
         self.views = 2 if augment else 1
-        self.folder = folder / f"{self._key()}"
-        self._kept: dict[str, np.ndarray] = {}
+        self.folder = folder / self._key()
+        self._maps: dict[str, np.ndarray] = {}
 
-    def fill(self, *, batch_size: int = 16, progress: Callable[[int, int], None] | None = None) -> None:
-        """Make the files, unless they are there and whole; what a killed run has begun is made anew."""
-        if not self._is_whole():
-            with sole_writer(self.folder.parent, patience=-1):  # another run may be making the same
-                if not self._is_whole():
+    def fill(self, *, batch_size: int = 16, progress: Progress | None = None) -> None:
+        """Compute the features, unless the files are there and intact; an interrupted computation starts again."""
+        if not self._is_intact():
+            with sole_writer(self.folder.parent, patience=-1):  # another run may be computing the same features
+                if not self._is_intact():
                     shutil.rmtree(self.folder, ignore_errors=True)
                     partial = self.folder.with_suffix(".partial")
                     self._write(partial, batch_size, progress)
                     partial.replace(self.folder)
             sync(self.folder.parent)
-        self._kept = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
+        self._maps = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
 
-    def _write(self, folder: Path, batch_size: int, progress: Callable[[int, int], None] | None) -> None:
+    def _write(self, folder: Path, batch_size: int, progress: Progress | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with ExitStack() as opened:
             files = {}
-            for name, view in self._compute([0]).items():
+            for name, views in self._compute([0]).items():
                 files[name] = opened.enter_context((folder / f"{name}.npy").open("wb"))
-                shape = (len(self.images), *view.shape[1:])
-                about = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False}
-                np.lib.format.write_array_header_1_0(files[name], about | {"shape": shape})
+                header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False}
+                shape = (len(self.images), *views.shape[1:])
+                np.lib.format.write_array_header_1_0(files[name], header | {"shape": shape})
             for start in range(0, len(self.images), batch_size):
                 rows = range(start, min(start + batch_size, len(self.images)))
                 for name, views in self._compute(rows).items():
                     files[name].write(views.half().cpu().contiguous().numpy().data)
                 if progress is not None:
                     progress(rows.stop, len(self.images))
-        write_sealed(folder / _HASHES, {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))})
-        sync_tree(folder)
+        write_checksums(folder, _CHECKSUMS)
 
-    def _is_whole(self) -> bool:
-        """Whether the files are there, every byte as it was written."""
+    def _is_intact(self) -> bool:
         try:
-            files = read_sealed(self.folder / _HASHES)
-            return all(sha256_of(self.folder / name) == sha256 for name, sha256 in files.items())
+            verify_checksums(self.folder, _CHECKSUMS)
         except (OSError, ValueError) as error:
             if self.folder.exists():
                 logger.warning("%s is damaged and is made again: %s", self.folder, error)
             return False
+        return True
 
     def __call__(self, row: int, rng: np.random.Generator, *, mirror: bool = True) -> Inputs:
-        """Return one view of an image as a batch of one; the image as it is unless it may be mirrored."""
-        return self._batch([row], int(rng.integers(self.views)) if mirror else 0)
+        """Return one view of an image as a batch of one; the plain view unless it may be mirrored."""
+        return self.batch([row], int(rng.integers(self.views)) if mirror else 0)
 
     @torch.no_grad()
     def embed(self, rows: Sequence[int], batch_size: int = 64) -> Tensor:
-        """Finish images as they are: (n, embed_dim) float32, CPU, unit norm."""
-        with _evaluating(self.encoder.module):
+        """Embed the plain views: (n, embed_dim) float32, CPU, unit norm."""
+        with self.encoder.evaluating():
             parts = [
-                self.cut.after(self._batch(rows[start : start + batch_size], 0)).cpu()
+                self.point.after(self.batch(rows[start : start + batch_size])).cpu()
                 for start in range(0, len(rows), batch_size)
             ]
         return torch.cat([torch.empty(0, self.encoder.embed_dim), *parts])
 
-    def _batch(self, rows: Sequence[int], view: int) -> Inputs:
-        assert self._kept, "fill() comes first"
+    def batch(self, rows: Sequence[int], view: int = 0) -> Inputs:
+        """Read one view of several images; `fill` comes first."""
+        assert self._maps
         return {
-            name: torch.from_numpy(np.stack([kept[row, view] for row in rows]).astype(np.float32))
-            for name, kept in self._kept.items()
+            name: torch.from_numpy(np.stack([maps[row, view] for row in rows]).astype(np.float32))
+            for name, maps in self._maps.items()
         }
 
     @torch.no_grad()
     def _compute(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return (n, views, ...) by name."""
-        with _evaluating(self.encoder.module):
-            pictures = [open_image(self.images[row]) for row in rows]
-            mirrored = [ImageOps.mirror(picture) for picture in pictures] if self.views > 1 else []
+        with self.encoder.evaluating():
+            images = [open_image(self.images[row]) for row in rows]
+            mirrored = [ImageOps.mirror(image) for image in images] if self.views > 1 else []
             prepare = self.encoder.preprocessor.images
-            views = [self.cut.before(prepare(view)) for view in (pictures, mirrored) if view]
+            views = [self.point.before(prepare(view)) for view in (images, mirrored) if view]
         return {name: torch.stack([view[name] for view in views], dim=1) for name in views[0]}
 
     def _key(self) -> str:
-        """Tell apart what may differ: where it was cut, the pictures, how they are prepared, the frozen weights."""
+        """Hash everything that the features depend on: freeze point, images, preprocessing, frozen weights."""
         trained = {name for name, weight in self.encoder.module.named_parameters() if weight.requires_grad}
         files = [(image, os.stat(image).st_size, os.stat(image).st_mtime_ns) for image in self.images]
         prepared = self.encoder.preprocessor.image_processor.to_json_string()
-        digest = hashlib.sha256(f"{self.cut.name} {self.views} {files} {prepared}".encode())
+        digest = hashlib.sha256(f"{self.point.name} {self.views} {files} {prepared}".encode())
         for name, value in self.encoder.module.state_dict().items():
             if name not in trained and not name.startswith(_TEXT_SIDE):
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
 
-def random_window(kept: Inputs) -> Inputs:
-    """Cut one square window out of kept maps (n, channels, side, side), the same for all; the rest stays as it is."""
-    cut = dict(kept)
-    for name, maps in kept.items():
+def random_window(features: Inputs) -> Inputs:
+    """Crop one random square window from all feature maps (n, channels, side, side); other features stay."""
+    cropped = dict(features)
+    for name, maps in features.items():
         if maps.ndim == 4:
             side = maps.shape[-1]
-            width = int(torch.randint(round(_SMALLEST_WINDOW * side), side + 1, ()))
+            width = int(torch.randint(round(_MIN_WINDOW * side), side + 1, ()))
             top, left = (int(torch.randint(side - width + 1, ())) for _ in range(2))
-            cut[name] = maps[:, :, top : top + width, left : left + width]
-    return cut
-
-
-@contextmanager
-def _evaluating(module: Any) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
+            cropped[name] = maps[:, :, top : top + width, left : left + width]
+    return cropped

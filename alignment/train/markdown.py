@@ -1,17 +1,21 @@
-"""Markdown that nobody else's name can break, and the table of before and after with its plain reading.
+"""Markdown with untrusted text, and the comparison of metrics before and after.
 
-Place in the flow: `record -> markdown (here) -> report, model card`. Names, captions and paths are other people's text:
-they are shown as code or escaped, never as markup.
+Place in the flow: `record -> markdown (here) -> report, model card`. Names, captions and paths are untrusted: they are
+shown as code or escaped, never as markup. `templates/` holds the documents.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from alignment.train.plan import format_duration
 from alignment.train.record import Interval
 
 Verdict = Literal["better", "worse", "within the interval", "the same"]
@@ -25,17 +29,28 @@ LABELS = {
 }
 
 
-# ---------------------------------------------------------------- other people's text
+def render(template: str, **values: Any) -> str:
+    """Render a file of `templates/`; nothing is escaped but by the filters `code`, `plain`, `block` and `number`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    filters = {"code": code, "plain": plain, "block": block, "number": number, "duration": format_duration}
+    environment.filters |= filters
+    return environment.get_template(template).render(reading=reading, **values)
+
+
+# ---------------------------------------------------------------- untrusted text
 
 
 def one_line(text: object) -> str:
-    """Put a text on one line, without control and direction marks."""
+    """Put a text on one line, without control and direction characters."""
     kept = (" " if unicodedata.category(mark)[0] in "CZ" else mark for mark in str(text))
     return " ".join("".join(kept).split())
 
 
 def code(text: object) -> str:
-    """Show a name or a path as code; also safe in a table."""
+    """Format a name or a path as a code span that is also safe in a table."""
     line = one_line(text) or "–"
     fence = _fence(line, 1)
     space = " " if line.startswith("`") or line.endswith("`") else ""
@@ -43,22 +58,16 @@ def code(text: object) -> str:
 
 
 def plain(text: object) -> str:
-    """Show a sentence with nothing in it read as markup, a link or an address."""
+    """Escape a sentence so that nothing in it is markup, a link or an address."""
     return re.sub(r"([\\`*_{}\[\]<>()#|~$&!@:])", r"\\\1", one_line(text)).replace("www.", r"www\.")
 
 
 def block(text: str, language: str = "") -> str:
-    """Show several lines as they are."""
+    """Format several lines as a code block."""
     lines = ("".join(mark for mark in line if unicodedata.category(mark)[0] != "C") for line in text.splitlines())
     inner = "\n".join(lines)
     fence = _fence(inner, 3)
     return f"{fence}{language}\n{inner}\n{fence}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay cells out, which are markdown already, as a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _fence(text: str, least: int) -> str:
@@ -66,21 +75,29 @@ def _fence(text: str, least: int) -> str:
     return "`" * max(least, longest + 1)
 
 
+def number(value: Any) -> str:
+    """Format a number with thousands separators; other values as code."""
+    if value is None:
+        return "an unknown number of"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return code(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
 # ---------------------------------------------------------------- before and after
 
 
 @dataclass(frozen=True)
 class Change:
-    """A figure before and after, what lies between, and how to read it.
+    """A metric before and after, for people to read.
 
     Attributes:
         metric: its name in `RetrievalReport.metrics`.
-        label: its name for people.
-        before: in per cent (a median rank as it is) with the 95 % interval.
-        after: the same.
-        difference: after minus before, with its interval where the two were measured as pairs.
-        gained: whether the figure is better than before, be it by chance.
-        verdict: better or worse only where the interval leaves no doubt.
+        label: its display name.
+        before, after: in per cent (a median rank as it is) with the 95 % interval.
+        difference: after minus before, with its interval if measured by a paired bootstrap.
+        gained: whether the metric is better than before, including by chance.
+        verdict: better or worse only where the interval excludes chance.
     """
 
     metric: str
@@ -95,15 +112,10 @@ class Change:
 def changes(
     before: Mapping[str, Interval], after: Mapping[str, Interval], difference: Mapping[str, Interval] | None = None
 ) -> list[Change]:
-    """Set before and after side by side, in the order of the table.
+    """Compare the metrics that both sides have, in the order of `LABELS`.
 
-    With a paired difference, a figure is better or worse when the difference's interval leaves zero out. Without one,
-    it is when the interval after leaves the value before out, a rougher reading.
-
-    Args:
-        before: metric -> value, low, high.
-        after: the same; what only one of them has is left out.
-        difference: after minus before, metric -> value, low, high.
+    With a paired difference, a metric is better or worse when the interval of the difference excludes zero. Without
+    one, it is when the interval after excludes the value before, a rougher test.
     """
     return [
         _change(metric, before[metric], after[metric], (difference or {}).get(metric))
@@ -116,51 +128,41 @@ def _change(metric: str, before: Interval, after: Interval, difference: Interval
     gap = difference or {"value": after["value"] - before["value"]}
     gained = (gap["value"] < 0) == metric.endswith("median_rank")
     if difference is not None:
-        clear = difference["low"] > 0 or difference["high"] < 0
+        is_clear = difference["low"] > 0 or difference["high"] < 0
     else:
-        clear = not after["low"] <= before["value"] <= after["high"]
-    verdict: Verdict = "better" if gained else "worse"
-    if not clear:
-        verdict = "within the interval" if gap["value"] else "the same"
-    cells = (interval(metric, before), interval(metric, after), interval(metric, gap, sign="+"))
+        is_clear = not after["low"] <= before["value"] <= after["high"]
+    verdict: Verdict = "within the interval" if gap["value"] else "the same"
+    if is_clear:
+        verdict = "better" if gained else "worse"
+    cells = (_interval(metric, before), _interval(metric, after), _interval(metric, gap, sign="+"))
     return Change(metric, LABELS[metric], *cells, gained, verdict)
 
 
-def interval(metric: str, figure: Interval, *, sign: str = "") -> str:
-    """Print a figure as papers do: `38.8 [35.9, 41.7]` in per cent, a median rank as it is."""
-    numbers = [_number(metric, figure[name], sign) for name in ("value", "low", "high") if figure.get(name) is not None]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]" if len(numbers) == 3 else "".join(numbers[:1]) or "–"
-
-
-def changes_table(found: Iterable[Change]) -> str:
-    """Lay before and after out as a table, the reading beside."""
-    rows = ([change.label, change.before, change.after, change.difference, change.verdict] for change in found)
-    return table(["", "before", "after", "difference", "reading"], rows)
+def _interval(metric: str, found: Interval, *, sign: str = "") -> str:
+    """Format `38.8 [35.9, 41.7]` in per cent, a median rank as it is."""
+    values = [found[name] for name in ("value", "low", "high") if found.get(name) is not None]
+    if metric.endswith("median_rank"):
+        cells = [f"{value:{sign}g}" for value in values]
+    else:
+        cells = [f"{100 * value + 0.0:{sign}.1f}" for value in values]
+    return f"{cells[0]} [{cells[1]}, {cells[2]}]" if len(cells) == 3 else "".join(cells[:1]) or "–"
 
 
 def reading(found: Sequence[Change]) -> str:
-    """Say in sentences what got better and what got worse, one after the other."""
-    lines = list(_sentences(found))
+    """List in words which metrics got better and which got worse."""
+    chance = "but the difference is within the interval and may be chance:"
+    groups: dict[str, tuple[Verdict, bool | None]] = {
+        "**Better:**": ("better", None),
+        "**Worse:**": ("worse", None),
+        f"A little better, {chance}": ("within the interval", True),
+        f"A little worse, {chance}": ("within the interval", False),
+        "The same:": ("the same", None),
+    }
+    lines = []
+    for words, (verdict, gained) in groups.items():
+        group = [change for change in found if change.verdict == verdict and gained in (None, change.gained)]
+        if group:
+            lines.append(f"- {words} {', '.join(f'{change.label} ({change.difference})' for change in group)}.")
     if found and not any(change.verdict == "worse" for change in found):
         lines.append("- No figure got clearly worse.")
     return "\n".join(lines)
-
-
-def _sentences(found: Sequence[Change]) -> Iterator[str]:
-    chance = "but the difference is within the interval and may be chance:"
-    groups = {
-        "**Better:**": [change for change in found if change.verdict == "better"],
-        "**Worse:**": [change for change in found if change.verdict == "worse"],
-        f"A little better, {chance}": [c for c in found if c.verdict == "within the interval" and c.gained],
-        f"A little worse, {chance}": [c for c in found if c.verdict == "within the interval" and not c.gained],
-        "The same:": [change for change in found if change.verdict == "the same"],
-    }
-    for words, group in groups.items():
-        if group:
-            yield f"- {words} {', '.join(f'{change.label} ({change.difference})' for change in group)}."
-
-
-def _number(metric: str, value: float, sign: str = "") -> str:
-    if metric.endswith("median_rank"):
-        return f"{value:{sign}g}"
-    return f"{100 * value + 0.0:{sign}.1f}"

@@ -1,8 +1,8 @@
-"""The contrastive step: embed a batch, gather it across processes, score it, send the gradient back.
+"""The contrastive step: embed a batch, gather it across processes, compute the loss, backpropagate.
 
-Place in the flow: `examples -> objective (here) -> optimiser`, called by `trainer` once a step. Two things make batches
-large: every process contrasts its part with everybody's (`gather`), and a batch too large for the memory is embedded in
-chunks, twice (`backward`), which gives the very gradient of the whole.
+Place in the flow: `dataset -> objective (here) -> optimiser`, called by `trainer` once a step. Two methods make large
+batches possible: every process contrasts its part with those of all (`gather`), and a batch too large for memory is
+embedded in chunks, twice (`Objective.backward`), which gives the exact gradient of the whole batch.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import FunctionCtx
 
 from alignment.losses import sigmoid_loss, softmax_loss
+from alignment.train.config import Loss
 
-Loss = Literal["softmax", "sigmoid"]
 LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process embeds in one step.
+    """The part of a batch that one process embeds.
 
     Attributes:
         images: inputs of the image side, num_images rows each.
-        texts: inputs of the text side, num_texts rows each; a whole number of texts an image, image by image.
-        rows: (num_images,) int64, which image of the data set each is.
-        captions: (num_texts,) int64, which caption of the data set each is.
+        texts: inputs of the text side, num_texts rows each; the same number of texts for every image, image by image.
+        rows: (num_images,) int64, index of each image in the data set.
+        captions: (num_texts,) int64, number of each caption in the data set.
     """
 
     images: Mapping[str, Tensor]
@@ -39,10 +39,11 @@ class Batch:
     captions: Tensor
 
     def chunks(self, size: int) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
-        """Part the inputs into `size` images and their texts at a time."""
-        each = len(self.captions) // len(self.rows)
+        """Split the inputs into `size` images and their texts at a time."""
+        texts_per_image = len(self.captions) // len(self.rows)
         for start in range(0, len(self.rows), size):
-            images, texts = slice(start, start + size), slice(start * each, (start + size) * each)
+            images = slice(start, start + size)
+            texts = slice(start * texts_per_image, (start + size) * texts_per_image)
             yield (
                 {name: value[images] for name, value in self.images.items()},
                 {name: value[texts] for name, value in self.texts.items()},
@@ -50,12 +51,12 @@ class Batch:
 
 
 class Objective:
-    """The loss of a batch, and how its gradient reaches the weights.
+    """The loss of a batch and its backward pass.
 
     Args:
         towers: embeds `(images, texts)` as unit-norm float32 `(image_embeds, text_embeds)`; its attributes
             `logit_scale` (a logarithm) and `logit_bias` (or None) are parameters.
-        positive_mask: says of image rows and caption numbers which pairs are `(positives, ignored)`, both bool
+        positive_mask: returns `(positives, ignored)` of image rows and caption numbers, both bool
             (num_images, num_texts).
         loss: "softmax" or "sigmoid".
         chunk_size: images in memory together; the whole batch when None.
@@ -80,15 +81,15 @@ class Objective:
         backward: Callable[[Tensor], None] = Tensor.backward,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
-        """Add the gradient of the joint batch of all processes to the weights, averaged over nothing.
+        """Add the gradient of the joint batch of all processes to the weights.
 
-        A batch of several chunks is embedded without a graph, the loss differentiated down to the embeddings, and each
-        chunk embedded again, with the same dropout, to take its share of that gradient on to the weights.
+        With several chunks, the batch is embedded without a graph, the loss is differentiated down to the embeddings,
+        and each chunk is embedded again, with the same dropout, to backpropagate its part of that gradient.
 
         Args:
             batch: this process's part.
-            backward: how a loss is differentiated; the place for a gradient scaler.
-            precision: context in which the towers run; the loss is always float32.
+            backward: differentiates a loss; a gradient scaler goes here.
+            precision: autocast context of the towers; the loss is always float32.
 
         Returns:
             The loss, a scalar without a graph; the same on every process.
@@ -103,11 +104,11 @@ class Objective:
             backward(loss)
         else:
             loss = self._in_chunks(chunks, batch, backward, precision)
-        self._share_gradients()
+        self._average_gradients()
         return loss.detach()
 
     def score(self, image_embeds: Tensor, text_embeds: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of everybody's embeddings; those of this process carry their graph."""
+        """Return the loss over the embeddings of all processes; those of this process carry their graph."""
         images, texts = gather(image_embeds), gather(text_embeds)
         positives, ignored = self.positive_mask(gather(batch.rows), gather(batch.captions))
         logits = images @ texts.T * self.towers.logit_scale.exp()
@@ -127,23 +128,28 @@ class Objective:
             for chunk in chunks:
                 states.append(_random_state())
                 embedded.append(self.towers(*chunk))
-        images, texts = (torch.cat(side).requires_grad_() for side in zip(*embedded, strict=True))
-        loss = self.score(images, texts, batch)
+        joint = [torch.cat(side).requires_grad_() for side in zip(*embedded, strict=True)]
+        loss = self.score(joint[0], joint[1], batch)
         backward(loss)
-        starts = (0, 0)
-        for chunk, state in zip(chunks, states, strict=True):
+        sizes = [[len(side) for side in part] for part in embedded]
+        gradients = [
+            whole.grad.split(lengths)  # type: ignore[union-attr]
+            for whole, lengths in zip(joint, zip(*sizes, strict=True), strict=True)
+        ]
+        for chunk, state, *parts in zip(chunks, states, *gradients, strict=True):
             with _replayed(state), precision():
                 again = self.towers(*chunk)
-            ends = (starts[0] + len(again[0]), starts[1] + len(again[1]))
-            _pass_on(again, (images.grad[starts[0] : ends[0]], texts.grad[starts[1] : ends[1]]))  # type: ignore[index]
-            starts = ends
+            # A frozen side has no graph.
+            trained = [(side, part) for side, part in zip(again, parts, strict=True) if side.requires_grad]
+            if trained:
+                torch.autograd.backward([side for side, _ in trained], [part for _, part in trained])
         return loss
 
-    def _share_gradients(self) -> None:
-        """Average the weights' gradients over processes.
+    def _average_gradients(self) -> None:
+        """Average the gradients over processes.
 
-        Each process differentiates the joint loss down to its own embeddings; `gather` adds what all of them say of
-        these, so the average over processes is the gradient of the joint batch.
+        Each process differentiates the joint loss down to its own embeddings, and `gather` sums these gradients over
+        the processes; their average over processes is the gradient of the joint batch.
         """
         if _num_processes() == 1:
             return
@@ -155,15 +161,8 @@ class Objective:
                 parameter.grad /= _num_processes()
 
 
-def _pass_on(embeds: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Send the gradients of embeddings on to the weights; a side that is not trained has no use for them."""
-    live = [(side, gradient) for side, gradient in zip(embeds, gradients, strict=True) if side.requires_grad]
-    if live:
-        torch.autograd.backward([side for side, _ in live], [gradient for _, gradient in live])
-
-
 def gather(tensor: Tensor) -> Tensor:
-    """Stack a tensor's (n, ...) of every process, in their order; all must have the same n. Gradients flow back."""
+    """Concatenate a tensor (n, ...) of all processes by rank, n being equal on all; gradients flow back."""
     if _num_processes() == 1:
         return tensor
     gathered: Tensor = _Gather.apply(tensor)
@@ -196,13 +195,13 @@ def _random_state() -> tuple[Tensor, list[Tensor]]:
 
 @contextmanager
 def _replayed(state: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
-    """Draw the same random numbers again, then go on where we were."""
-    now = _random_state()
+    """Set an earlier random state, and restore the present one afterwards."""
+    present = _random_state()
     try:
         _set_random_state(state)
         yield
     finally:
-        _set_random_state(now)
+        _set_random_state(present)
 
 
 def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:

@@ -1,6 +1,6 @@
-"""What a run will do, worked out before it begins and said in a few lines.
+"""The plan of a run, made from the data, the recipe and a step tried out, printed before training and recorded.
 
-Place in the flow: `run` makes it from the data, the recipe and a step tried out; it lands in the record too.
+Place in the flow: `phases` makes it; `record` keeps it.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignment.train.settings import Recipe
-from alignment.train.trainer import duration
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, as it is printed at the start; all of it lands in the report.
+    """The sizes and the estimated cost of a run.
 
     Attributes:
-        estimated_seconds: of training with its measurements, from a step tried out beforehand.
+        estimated_seconds: of training with its validations, from a step tried out beforehand.
         peak_memory_bytes: of this process (the GPU's, where there is one) after that step.
     """
 
@@ -37,31 +36,29 @@ class Plan:
     peak_memory_bytes: int
 
 
-def plan_text(plan: Plan, recipe: Recipe, model: str, evaluation: str) -> str:
-    """Say the plan to a person.
+_TRAINED = {"full": "both sides", "lit": "the text side", "heads": "the heads", "lora": "low-rank adapters"}
 
-    Args:
-        plan: the plan.
-        recipe: what it was made for.
-        model: name of the start.
-        evaluation: where the validation data come from.
-    """
-    what = {"full": "both sides", "lit": "the text side", "heads": "the heads", "lora": "low-rank adapters"}
-    together = (
-        f"{plan.chunk_size} at a time in memory" if plan.chunk_size < plan.batch_size else "all in memory at once"
+
+def plan_text(plan: Plan, recipe: Recipe, model: str, evaluation: str) -> str:
+    """Format the plan; `model` is the start model, `evaluation` the source of the validation data."""
+    chunks = f"{plan.chunk_size} at a time in memory" if plan.chunk_size < plan.batch_size else "all in memory at once"
+    heads = f", heads {recipe.head_learning_rate:g}" if recipe.head_learning_rate != recipe.learning_rate else ""
+    processes = f", {plan.processes} processes" if plan.processes > 1 else ""
+    return (
+        f"Fine-tuning {model} ({recipe.preset}: {_TRAINED[recipe.preset]}, {plan.trainable_parameters / 1e6:.1f} of "
+        f"{plan.total_parameters / 1e6:.1f} million weights), {recipe.loss} loss, "
+        f"learning rate {recipe.learning_rate:g}{heads}\n"
+        f"  learns from  {plan.train_images} pictures, {plan.train_captions} captions\n"
+        f"  measured on  {plan.eval_images} pictures, {plan.eval_captions} captions ({evaluation})\n"
+        f"  steps        {plan.steps} ({plan.epochs:g} passes) of {plan.batch_size} pictures, {chunks}{processes}\n"
+        f"  takes about  {format_duration(plan.estimated_seconds)} on {plan.device} in {plan.precision}, measured "
+        f"every {recipe.measure_every} steps; {plan.peak_memory_bytes / 2**30:.1f} GiB of memory in a trial step"
     )
-    rates = f"{recipe.learning_rate:g}" + (
-        f", heads {recipe.head_learning_rate:g}" if recipe.head_learning_rate != recipe.learning_rate else ""
-    )
-    return "\n".join(
-        [
-            f"Fine-tuning {model} ({recipe.preset}: {what[recipe.preset]}, {plan.trainable_parameters / 1e6:.1f} of "
-            f"{plan.total_parameters / 1e6:.1f} million weights), {recipe.loss} loss, learning rate {rates}",
-            f"  learns from  {plan.train_images} pictures, {plan.train_captions} captions",
-            f"  measured on  {plan.eval_images} pictures, {plan.eval_captions} captions ({evaluation})",
-            f"  steps        {plan.steps} ({plan.epochs:g} passes) of {plan.batch_size} pictures, {together}"
-            + (f", {plan.processes} processes" if plan.processes > 1 else ""),
-            f"  takes about  {duration(plan.estimated_seconds)} on {plan.device} in {plan.precision}, measured every "
-            f"{recipe.measure_every} steps; {plan.peak_memory_bytes / 2**30:.1f} GiB of memory in a trial step",
-        ]
-    )
+
+
+def format_duration(seconds: float) -> str:
+    """Format a time as 42 s, 12 min or 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,11 +1,11 @@
-"""Curves of a fine-tuning as PNG files: loss, validation recall, learned scale, interpolated weights.
+"""Curves of a run as PNG files: loss, validation recall, learned scale, interpolated weights.
 
-Place in the flow: `record -> plots (here) -> report`. Drawn without pyplot, so nothing global is touched.
+Place in the flow: `record -> plots (here) -> report`. Drawn without pyplot, so no global state is changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,29 +20,28 @@ from alignment.train.record import RunRecord
 DIRECTIONS = {"image_to_text": "picture to captions", "text_to_image": "caption to pictures"}
 KS = (1, 5, 10)
 
-# Okabe and Ito's colours, told apart by every kind of colour vision; markers and labels say the same again.
+# The palette of Okabe and Ito, distinct in all types of colour vision; markers and labels repeat the distinction.
 BLUE, ORANGE, GREEN, INK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#8A8A8A"
 _WINDOW = 20  # steps of the running mean, at least a tenth of what was logged
 
 
 def write_plots(record: RunRecord, folder: Path) -> list[str]:
-    """Draw what the record holds.
+    """Draw the curves that were logged.
 
     Args:
-        record: the run; a curve that was not logged gives no plot.
-        folder: created if need be.
+        record: the run.
+        folder: created if needed; plots of an earlier run in it are replaced or deleted.
 
     Returns:
         The names of the files, among loss.png, recall.png, scale.png and interpolation.png.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"loss": _loss, "recall": _recall, "scale": _scale, "interpolation": _interpolation}
     written = []
-    for name, draw in figures.items():
-        path = folder / f"{name}.png"
+    for draw in (_loss, _recall, _scale, _interpolation):
+        path = folder / f"{draw.__name__.removeprefix('_')}.png"
         figure = draw(record)
         if figure is None:
-            path.unlink(missing_ok=True)  # of an earlier run in this folder
+            path.unlink(missing_ok=True)
             continue
         FigureCanvasAgg(figure).print_png(path)
         written.append(path.name)
@@ -50,7 +49,7 @@ def write_plots(record: RunRecord, folder: Path) -> list[str]:
 
 
 def _series(record: RunRecord, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Find the steps and values logged under a name; of a step logged twice (before and after a resume) the last."""
+    """Return the steps and values logged under a name; of a step logged twice (around a resume) the last."""
     logged = {entry["step"]: entry[key] for entry in record.history if entry.get(key) is not None and "step" in entry}
     steps = sorted(logged)
     return np.array(steps, dtype=float), np.array([logged[step] for step in steps], dtype=float)
@@ -73,8 +72,7 @@ def _loss(record: RunRecord) -> Figure | None:
         title = "Training loss"
     axes.set_title(title, loc="left")
     axes.set_ylabel("loss (nats)")
-    _best_step(axes, record.best_step)
-    _step_axis(axes)
+    _finish_steps(axes, record.best_step)
     return figure
 
 
@@ -82,25 +80,24 @@ def _recall(record: RunRecord) -> Figure | None:
     curves = {(side, k): _series(record, f"eval_{side}_recall@{k}") for side in DIRECTIONS for k in KS}
     if not any(len(steps) for steps, _ in curves.values()):
         return None
-    figure, panels = _panels(2, share="y")
+    figure, panels = _panels(2, share_y=True)
     for axes, (side, title) in zip(panels, DIRECTIONS.items(), strict=True):
         for k, color, marker in zip(KS, (BLUE, ORANGE, GREEN), "os^", strict=True):
             steps, values = curves[side, k]
             if len(steps):
                 axes.plot(steps, 100 * values, color=color, marker=marker, markersize=5, linewidth=1.6)
-                _label_end(axes, steps[-1], 100 * values[-1], f"R@{k}", color)
+                end, offset = (steps[-1], 100 * values[-1]), {"xytext": (7, 0), "textcoords": "offset points"}
+                axes.annotate(f"R@{k}", end, **offset, color=color, va="center", fontsize=10)  # type: ignore[arg-type]
         axes.margins(x=0.1)  # room for the labels
         axes.set_title(f"Validation: {title}", loc="left")
-        _best_step(axes, record.best_step)
-        _step_axis(axes)
+        _finish_steps(axes, record.best_step)
     panels[0].set_ylabel("recall (%)")
     return figure
 
 
 def _scale(record: RunRecord) -> Figure | None:
     named = {"logit_scale": "learned scale (multiplies the cosine)", "logit_bias": "learned bias (added)"}
-    curves = {label: _series(record, key) for key, label in named.items()}
-    curves = {label: curve for label, curve in curves.items() if len(curve[0])}
+    curves = {label: curve for key, label in named.items() if len((curve := _series(record, key))[0])}
     if not curves:
         return None
     figure, panels = _panels(len(curves))
@@ -111,8 +108,7 @@ def _scale(record: RunRecord) -> Figure | None:
         if "scale" in label and values.max() > 80:
             axes.axhline(100, color=GREY, linestyle="--", linewidth=1)
             axes.annotate("held below 100", (steps[0], 100), (0, 3), textcoords="offset points", color=GREY, fontsize=9)
-        _best_step(axes, record.best_step)
-        _step_axis(axes)
+        _finish_steps(axes, record.best_step)
     return figure
 
 
@@ -124,26 +120,21 @@ def _interpolation(record: RunRecord) -> Figure | None:
         return None
     figure, panels = _panels(len(named))
     for axes, (key, title), color in zip(panels, named.items(), (BLUE, ORANGE), strict=False):
-        known = [(point["alpha"] or 0.0, 100 * value) for point in points if (value := point.get(key)) is not None]
-        axes.plot(*zip(*known, strict=True), color=color, marker="o", linewidth=1.6)
-        chosen = [(alpha, value) for alpha, value in known if alpha == record.alpha]
-        for alpha, value in chosen:
-            axes.plot(alpha, value, marker="*", markersize=15, color=color, markeredgecolor=INK, zorder=4)
-            _dotted(axes, alpha)
-            _note(axes, alpha, f"chosen: {alpha:g}", right=alpha < 0.5)
+        known = {point["alpha"] or 0.0: 100 * value for point in points if (value := point.get(key)) is not None}
+        axes.plot(list(known), list(known.values()), color=color, marker="o", linewidth=1.6)
+        if record.alpha in known:
+            axes.plot(record.alpha, known[record.alpha], marker="*", markersize=15, color=color, mec=INK, zorder=4)
+            _mark(axes, record.alpha, f"chosen: {record.alpha:g}", right=record.alpha < 0.5)
         axes.set_title(title, loc="left")
         axes.set_xlabel("alpha (0: start weights, 1: tuned weights)")
         axes.set_ylabel("recall sum (%, of 600)")
     return figure
 
 
-# ---------------------------------------------------------------- style
-
-
-def _panels(count: int, share: str = "") -> tuple[Figure, Sequence[Axes]]:
-    """Lay out one or two panels side by side in one style."""
+def _panels(count: int, *, share_y: bool = False) -> tuple[Figure, Sequence[Axes]]:
+    """Create one or two panels side by side."""
     figure = Figure(figsize=(6.4 if count == 1 else 10.4, 3.8), dpi=144, layout=ConstrainedLayoutEngine(wspace=0.06))
-    panels = figure.subplots(1, count, squeeze=False, sharey=share == "y")[0]
+    panels = figure.subplots(1, count, squeeze=False, sharey=share_y)[0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GREY)
@@ -154,35 +145,23 @@ def _panels(count: int, share: str = "") -> tuple[Figure, Sequence[Axes]]:
     return figure, list(panels)
 
 
-def _step_axis(axes: Axes) -> None:
+def _finish_steps(axes: Axes, best_step: int) -> None:
+    """Label the axis of steps, and mark the best step on it and on the last curve of each colour."""
+    curves = {str(line.get_color()): line for line in axes.get_lines() if line.get_color() != GREY}
+    for color, line in curves.items():
+        steps, values = (np.asarray(data, dtype=float) for data in (line.get_xdata(), line.get_ydata()))
+        if steps[0] <= best_step <= steps[-1]:
+            y = float(np.interp(best_step, steps, values))
+            axes.plot(best_step, y, marker="*", markersize=14, color=color, mec=INK, mew=0.7, zorder=4)
+    left, right = axes.get_xlim()
+    _mark(axes, best_step, f"best step: {best_step}", right=best_step < (left + right) / 2)
     axes.set_xlabel("training step (updates of the weights)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
-def _best_step(axes: Axes, step: int) -> None:
-    """Mark the step whose weights were kept, on its curves and on the axis."""
-    for x, y, color in _points_at(axes, step):
-        axes.plot(x, y, marker="*", markersize=14, color=color, markeredgecolor=INK, markeredgewidth=0.7, zorder=4)
-    _dotted(axes, step)
-    left, right = axes.get_xlim()
-    _note(axes, step, f"best step: {step}", right=step < (left + right) / 2)
-
-
-def _dotted(axes: Axes, x: float) -> None:
+def _mark(axes: Axes, x: float, text: str, *, right: bool) -> None:
+    """Draw a dotted vertical line, with a text at the top of the panel to one side of it."""
     axes.axvline(x, color=INK, linestyle=":", linewidth=1.2, zorder=1)
-
-
-def _points_at(axes: Axes, step: int) -> Iterator[tuple[float, float, str]]:
-    """Where the curves (the last one drawn in each colour) stand at a step."""
-    curves = {str(line.get_color()): line for line in axes.get_lines() if line.get_color() != GREY}
-    for color, line in curves.items():
-        steps = np.asarray(line.get_xdata(), dtype=float)
-        if steps[0] <= step <= steps[-1]:
-            yield step, float(np.interp(step, steps, np.asarray(line.get_ydata(), dtype=float))), color
-
-
-def _note(axes: Axes, x: float, text: str, *, right: bool) -> None:
-    """Write beside a vertical place, at the top of the panel and inside it."""
     axes.annotate(
         text,
         (x, 1),
@@ -195,7 +174,3 @@ def _note(axes: Axes, x: float, text: str, *, right: bool) -> None:
         color=INK,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )
-
-
-def _label_end(axes: Axes, x: float, y: float, text: str, color: str) -> None:
-    axes.annotate(text, (x, y), (7, 0), textcoords="offset points", color=color, va="center", fontsize=10)

@@ -1,6 +1,6 @@
-"""The data of a run: read, checked, parted into what is learnt from and what is measured on.
+"""The data of a run: read, checked, split into training and validation data.
 
-Place in the flow: `pairs -> prepare (here) -> run`. `--check` ends here.
+Place in the flow: `data -> prepare (here) -> run`; `--check` ends here.
 """
 
 from __future__ import annotations
@@ -24,26 +24,24 @@ from alignment.pairs import (
 )
 from alignment.pairs.files import canonical
 from alignment.preprocess import few
-from alignment.train.settings import TrainConfig
+from alignment.train.config import TrainConfig
 
-HELD_OUT = 0.05  # of the pictures, where the data set has no split to measure on
+HELD_OUT = 0.05  # of the pictures, where the data set has no validation split
 MIN_HELD_OUT, MAX_HELD_OUT = 20, 1000
-MIN_IMAGES = 4  # with fewer there is nothing to contrast
-
-Progress = Callable[[int, int], None]
+MIN_IMAGES = 4  # fewer cannot be contrasted
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run learns from and what it is measured on.
+    """Training and validation data.
 
     Attributes:
         train, evaluation: pictures with captions, each once, none in both.
-        look_alikes: rows of `train` that are one photograph saved in two ways.
-        report: what the check found.
-        evaluation_name: where the evaluation part comes from, in words.
-        second: another data set to measure on, or nothing.
-        readings: option and data set -> how it was read.
+        look_alikes: pairs of rows of `train` that are near-duplicates.
+        report: of the check.
+        evaluation_name: source of the validation data, for people to read.
+        second: another data set to measure on, or empty.
+        readings: option and data set -> result of reading it.
     """
 
     train: list[Pair]
@@ -56,40 +54,40 @@ class Prepared:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of the data could be looked at, as in a build."""
+        """Whether all folders could be listed and all files of captions be read."""
         return all(reading.is_complete for reading in self.readings.values())
 
-    def told(self) -> list[str]:
-        """Say what became of the data sets: of --data in bare lines, of the others by their options."""
-        return [*told(next(iter(self.readings.values()))), *self.told_of_others()]
+    def summaries(self) -> list[str]:
+        """List what was left out, repaired or not read of all data sets."""
+        return [*told(next(iter(self.readings.values()))), *self.other_summaries()]
 
-    def told_of_others(self) -> list[str]:
-        """Say what became of --eval-data and --second-data."""
+    def other_summaries(self) -> list[str]:
+        """List the same of --eval-data and --second-data, with the option before each line."""
         return [f"{option}: {line}" for option in [*self.readings][1:] for line in told(self.readings[option])]
 
     @property
     def digest(self) -> str:
-        """Tell two data sets apart: sha256 over names and captions."""
-        said = [(pair.id, pair.captions) for part in (self.train, self.evaluation) for pair in part]
-        return hashlib.sha256(repr(said).encode()).hexdigest()
+        """sha256 over names and captions."""
+        content = [(pair.id, pair.captions) for part in (self.train, self.evaluation) for pair in part]
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-def prepare(config: TrainConfig, *, progress: Progress | None = None) -> Prepared:
+def prepare(config: TrainConfig, *, progress: Callable[[int, int], None] | None = None) -> Prepared:
     """Read and check the data of a run.
 
     Args:
-        config: what to read.
+        config: the options.
         progress: called with (done, total) while pictures are opened.
 
     Raises:
-        FileNotFoundError: when something named is not there.
+        FileNotFoundError: when a data set is missing.
         ValueError: when too few pictures are left.
     """
     data = f"--data {config.data}"
     readings = {data: read_data(config.data, format=config.format)}
     if config.eval_data:
         readings[f"--eval-data {config.eval_data}"] = read_data(config.eval_data, split=config.eval_split)
-    train, evaluation, name = _parts(config, readings)
+    train, evaluation, name = _split(config, readings)
     prints = fingerprint_images([pair.image for pair in [*train, *evaluation]], progress=progress)
     report = check_data(replace(readings[data], pairs=train), evaluation, prints=prints)
     evaluation = merge_duplicates(evaluation, prints)
@@ -102,26 +100,25 @@ def prepare(config: TrainConfig, *, progress: Progress | None = None) -> Prepare
             raise ValueError(f"{source} leaves {count} captioned pictures to {part}; {MIN_IMAGES} are needed.{why}")
     second: list[Pair] = []
     if config.second_data:
-        reading = readings[f"--second-data {config.second_data}"] = read_data(
-            config.second_data, split=config.second_split
-        )
+        reading = read_data(config.second_data, split=config.second_split)
+        readings[f"--second-data {config.second_data}"] = reading
         second = merge_duplicates(reading.pairs, fingerprint_images(pair.image for pair in reading.pairs))
     rows = {pair.image: row for row, pair in enumerate(train)}
     alike = [(rows[one], rows[other]) for one, other in look_alikes(prints) if one in rows and other in rows]
     return Prepared(train, evaluation, alike, report, name, second, readings)
 
 
-def _parts(config: TrainConfig, readings: Mapping[str, Reading]) -> tuple[list[Pair], list[Pair], str]:
-    """Find what to learn from and what to measure on; no name for the second where it has to be held out."""
+def _split(config: TrainConfig, readings: Mapping[str, Reading]) -> tuple[list[Pair], list[Pair], str]:
+    """Select training and validation data, and name the latter; "" where it has to be held out."""
     pairs, *others = (reading.pairs for reading in readings.values())
     splits = {pair.split for pair in pairs}
-    usual = {"train", ""} if "train" in splits else splits - {"dev", "test"}
-    wanted = {canonical(config.split)} if config.split else usual
+    default = {"train", ""} if "train" in splits else splits - {"dev", "test"}
+    wanted = {canonical(config.split)} if config.split else default
     if not wanted & splits:
         raise ValueError(_no_split(config.data, config.split or "train", splits))
     train = [pair for pair in pairs if pair.split in wanted]
-    for evaluation in others:
-        return train, evaluation, f"{config.eval_data}{f', split {config.eval_split}' if config.eval_split else ''}"
+    if others:
+        return train, others[0], f"{config.eval_data}{f', split {config.eval_split}' if config.eval_split else ''}"
     split = canonical(config.eval_split or "dev")
     evaluation = [pair for pair in pairs if pair.split == split]
     if config.eval_split and not evaluation:
@@ -130,22 +127,22 @@ def _parts(config: TrainConfig, readings: Mapping[str, Reading]) -> tuple[list[P
 
 
 def _no_split(data: str, split: str, splits: set[str]) -> str:
-    named = sorted(filter(None, splits))
-    there = f"its splits are {few(named)}" if named else "it has no splits, so leave the option out"
+    names = sorted(filter(None, splits))
+    there = f"its splits are {few(names)}" if names else "it has no splits, so leave the option out"
     return f"{data} has no split {split!r}; {there}."
 
 
 def _hold_out(pairs: Sequence[Pair], prints: Mapping[str, ImagePrint | None]) -> tuple[list[Pair], list[Pair], str]:
-    """Set a part aside by the pictures' content: the same ones in every run, however the data are sorted."""
+    """Hold out a part by the hash of the pictures' content: the same pictures in every run, in any order."""
     count = min(MAX_HELD_OUT, max(MIN_HELD_OUT, round(HELD_OUT * len(pairs))), len(pairs) // 2)
 
-    def place(pair: Pair) -> str:
+    def content(pair: Pair) -> str:
         found = prints[pair.image]
         return found.content if found else ""
 
-    held = {pair.image for pair in sorted(pairs, key=place)[:count]}
+    held = {pair.image for pair in sorted(pairs, key=content)[:count]}
     train = [pair for pair in pairs if pair.image not in held]
-    # A look-alike of a picture to learn from would be too easy a question.
-    seen_twice = {one for pair in look_alikes(prints) for one in pair}
-    evaluation = [pair for pair in pairs if pair.image in held and pair.image not in seen_twice]
+    # A near-duplicate of a training picture would be too easy a query.
+    duplicated = {image for pair in look_alikes(prints) for image in pair}
+    evaluation = [pair for pair in pairs if pair.image in held - duplicated]
     return train, evaluation, f"{len(evaluation)} pictures held out"

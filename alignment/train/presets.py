@@ -1,61 +1,56 @@
-"""What is trained: everything, everything but the image tower, heads alone, or low-rank adapters.
+"""Which weights are trained: all, all but the image tower, the heads, or low-rank adapters.
 
-Place in the flow: `model -> presets (here) -> trainer`. The dual encoder goes in whole and comes out with some of its
-weights frozen, behind the one module (`Towers`) that the training loop sees.
+Place in the flow: `model -> presets (here) -> trainer`. `apply_preset` freezes weights of the dual encoder, and
+`Towers` wraps it for the training loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignment.model import DualEncoder
+from alignment.train.config import Preset
 from alignment.train.feature_cache import FreezePoint, find_freeze_point, random_window
-
-Preset = Literal["full", "lit", "heads", "lora"]
 
 _IMAGE_SIDE = ("vision_model.", "visual_projection.")
 # Heads: the layers after the towers. Those of the compact model and SigLIP's pooling lie inside the tower.
 _HEADS = ("visual_projection.", "text_projection.", "vision_model.head.", "text_model.head.", "logit_")
 _LORA_RANK = 8
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def apply_preset(encoder: DualEncoder, preset: Preset) -> None:
-    """Freeze what the preset does not train.
+    """Freeze the weights that the preset does not train.
 
-    - full: all weights, but for those that a tower of ours holds as they are (`held` in `towers`);
-    - lit: the text side alone, against a locked image tower;
-    - heads: the projections (or what stands for them) and the scale;
-    - lora: low-rank adapters in every linear layer of both towers, and the heads; `merge_lora` ends it.
+    - full: trains all weights, except those that a tower always freezes (`held` in `towers`);
+    - lit: the text side, with a locked image tower;
+    - heads: the projections (or the layers in their place) and the scale;
+    - lora: low-rank adapters in every linear layer of both towers, and the heads; `merge_lora` merges them.
 
     Raises:
-        ValueError: when the model has nothing of the kind to train.
+        ValueError: when the model has no such weights.
 
     Source: LiT, Zhai et al. 2022; LoRA, Hu et al. 2021.
     """
     module = encoder.module
     held = _held(module)
     for name, weight in module.named_parameters():
-        weight.requires_grad_(_is_trained(name, preset) and not name.startswith(held))
+        is_in_preset = preset == "full" or (
+            not name.startswith(_IMAGE_SIDE) if preset == "lit" else name.startswith(_HEADS)
+        )
+        weight.requires_grad_(is_in_preset and not name.startswith(held))
     if preset == "lora":
         _add_lora(module)
-    if not any(weight.requires_grad for name, weight in module.named_parameters() if not name.startswith("logit_")):
+    if all(name.startswith("logit_") for name in trained_weights(module)):
         raise ValueError(f"{encoder.name} has no weights that preset {preset!r} would train; choose another preset.")
 
 
-def _is_trained(name: str, preset: Preset) -> bool:
-    if preset == "full":
-        return True
-    if preset == "lit":
-        return not name.startswith(_IMAGE_SIDE)
-    return name.startswith(_HEADS)
-
-
 def _held(module: Any) -> tuple[str, ...]:
-    """List the beginnings of the names of what the towers hold as it is."""
+    """List the name prefixes of the weights that the towers always freeze."""
     sides = {side: module.get_submodule(side) for side in ("vision_model", "text_model")}
     return tuple(f"{side}.{name}" for side, tower in sides.items() for name in getattr(tower, "held", ()))
 
@@ -70,15 +65,14 @@ def _add_lora(module: Any) -> None:
     ]
     if not linear:
         raise ValueError("This model has no linear layers outside its heads; choose another preset than 'lora'.")
-    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    heads = trained_weights(module)
     inject_adapter_in_model(LoraConfig(r=_LORA_RANK, lora_alpha=2 * _LORA_RANK, target_modules=linear), module)
-    for name, weight in module.named_parameters():  # peft froze the heads
-        if name in trained:
-            weight.requires_grad_(True)
+    for weight in heads.values():  # peft froze them
+        weight.requires_grad_(True)
 
 
 def merge_lora(module: Any) -> None:
-    """Add the adapters to the weights they adapt and take them away; a module without any is left alone."""
+    """Add the adapters to the weights they adapt and remove them; does nothing without adapters."""
     for name, layer in list(module.named_modules()):
         if hasattr(layer, "merge") and hasattr(layer, "get_base_layer"):
             layer.merge()
@@ -87,10 +81,10 @@ def merge_lora(module: Any) -> None:
 
 
 def checkpoint_activations(encoder: DualEncoder) -> None:
-    """Keep less of the forward pass and compute it again on the way back.
+    """Turn gradient checkpointing on: less memory, since the backward pass runs the layers again.
 
     Raises:
-        ValueError: when the model has no layers that can.
+        ValueError: when the model does not support it.
     """
     module = encoder.module
     try:
@@ -106,16 +100,16 @@ def checkpoint_activations(encoder: DualEncoder) -> None:
 class Towers(nn.Module):
     """The dual encoder as the training loop sees it: a batch in, two sets of embeddings out.
 
-    Frozen parts stay in evaluation mode, and so does batch normalisation everywhere: its pretrained statistics are
-    better than those of a small batch, and a gradient in chunks would not be that of the whole with statistics of its
-    own for each chunk.
+    Frozen layers stay in evaluation mode, and so does all batch normalisation: its pretrained statistics are better
+    than those of a small batch, and statistics per chunk would change the gradient. `state_dict` holds the trained
+    weights alone, which is what a checkpoint needs.
     """
 
     def __init__(self, encoder: DualEncoder) -> None:
         super().__init__()
         self.module = encoder.module
         self._encoder = encoder
-        self._cut: FreezePoint | None = None
+        self._freeze_point: FreezePoint | None = None
         self._augment = False
 
     @property
@@ -126,55 +120,67 @@ class Towers(nn.Module):
 
     @property
     def logit_bias(self) -> Tensor | None:
-        """What is added to the logits, if the model has it."""
+        """Bias of the logits, if the model has one."""
         bias: Tensor | None = getattr(self.module, "logit_bias", None)
         return bias
 
     def cache_features(self, *, augment: bool) -> FreezePoint | None:
-        """From now on expect kept images, if some beginning of the image side is frozen; return where it was cut."""
-        self._cut, self._augment = find_freeze_point(self._encoder), augment
-        return self._cut
+        """Take cached features as image inputs from now on; returns the freeze point, None if there is none."""
+        self._freeze_point, self._augment = find_freeze_point(self._encoder), augment
+        return self._freeze_point
 
     def forward(self, images: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Embed both sides of a batch, each (n, embed_dim), unit norm."""
         return self._embed_images(images), self._encoder.embed_texts(texts)
 
     def _embed_images(self, images: Mapping[str, Tensor]) -> Tensor:
-        if self._cut is None:
+        if self._freeze_point is None:
             return self._encoder.embed_images(images)
-        return self._cut.after(random_window(images) if self._augment and self.training else images)
+        return self._freeze_point.after(random_window(images) if self._augment and self.training else images)
 
     def train(self, mode: bool = True) -> Towers:
-        """Switch dropout on in what is trained."""
+        """Switch the trained layers to training mode."""
         super().train(mode)
         for layer in self.modules():
             weights = list(layer.parameters())
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) or (
-                weights and not any(weight.requires_grad for weight in weights)
-            ):
+            is_frozen = bool(weights) and not any(weight.requires_grad for weight in weights)
+            if is_frozen or isinstance(layer, _BATCH_NORMS):
                 layer.eval()
         return self
 
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Copy the trained weights to the CPU, by their names in the model."""
+        return {name: weight.detach().cpu().contiguous() for name, weight in trained_weights(self.module).items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Replace the trained weights.
+
+        Raises:
+            ValueError: when they are of another model or preset.
+        """
+        if state_dict.keys() != trained_weights(self.module).keys():
+            raise ValueError("The checkpoint is of a run with another model or preset; choose another --output.")
+        self.module.load_state_dict(state_dict, strict=False, assign=assign)
+        return nn.Module().load_state_dict({})  # neither missing nor unexpected keys
+
 
 def weight_groups(module: nn.Module, *, rate: float, head_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Part the trained weights by learning rate and decay; vectors and scalars (norms, biases, the scale) have none."""
+    """Group the trained weights by learning rate and decay; vectors and scalars (norms, biases, scale) get no decay."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, weight in module.named_parameters():
-        if weight.requires_grad:
-            head = name.startswith(_HEADS) or "lora_" in name
-            groups.setdefault((head, weight.ndim > 1), []).append(weight)
+    for name, weight in trained_weights(module).items():
+        groups.setdefault((name.startswith(_HEADS) or "lora_" in name, weight.ndim > 1), []).append(weight)
     return [
-        {"params": weights, "lr": head_rate if head else rate, "weight_decay": weight_decay if decayed else 0.0}
-        for (head, decayed), weights in groups.items()
+        {"params": weights, "lr": head_rate if is_head else rate, "weight_decay": weight_decay if is_matrix else 0.0}
+        for (is_head, is_matrix), weights in groups.items()
     ]
 
 
-def trained_names(module: nn.Module) -> Sequence[str]:
-    """List the weights that training changes."""
-    return [name for name, weight in module.named_parameters() if weight.requires_grad]
+def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights that training changes, by name."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """Copy the weights to the CPU, to come back to."""
+    """Copy all weights to the CPU."""
     with torch.no_grad():
         return {name: weight.detach().cpu().clone() for name, weight in module.named_parameters()}

@@ -1,4 +1,4 @@
-"""Send a result folder to the Hugging Face Hub: weights, configuration, card and report, and nothing else.
+"""Upload a result folder to the Hugging Face Hub: weights, configuration, card and report, and no other files.
 
 Place in the flow: `train -> report -> publish (here)`; the end of a run with `--push-to-hub`.
 """
@@ -23,39 +23,28 @@ logger = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
 _REPORT = ("README.md", "report.md", "run.json")
 _CONFIGURATION = (
-    "config.json",
-    "preprocessor_config.json",
-    "image_processor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-)
-# Weights of an earlier push that this one does not overwrite would be loaded instead of, or beside, the new ones.
+    "config.json", "preprocessor_config.json", "image_processor_config.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+)  # fmt: skip
+# Weights of an earlier push under other names would be loaded in place of the new ones, or beside them.
 _OLD_WEIGHTS = ["model.safetensors", _INDEX, "model-?????-of-?????.safetensors"]
 
 
 def push_to_hub(
     folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, api: HfApi | None = None
 ) -> str:
-    """Upload a result folder as a model repository, created if need be.
+    """Upload a result folder as a model repository, which is created if needed.
 
-    Only what belongs to the model is sent, by name: configuration, tokenizer, image processor, weights, README.md,
-    report.md, run.json and the plots; never checkpoints, optimizer states or logs. In README.md, `USER/NAME` becomes
-    the repository's id, on disk too.
+    Files are selected by name: configuration, tokenizer, image processor, weights, README.md, report.md, run.json and
+    the plots; never checkpoints, optimizer states or logs. In README.md, `USER/NAME` becomes the repository's id, on
+    disk too.
 
     Args:
-        folder: what training wrote; it is loaded before anything is sent.
+        folder: written by training; it is loaded before anything is sent.
         repo_id: "user/name", or "name" for one's own account.
-        private: of a repository that is created now; an existing one stays as it is.
-        api: the Hub to send to, with its token; the public one and the token of `hf auth login` when None.
+        private: for a repository that is created; an existing one stays as it is.
+        api: the Hub and token to use; the public Hub and the token of `hf auth login` when None.
 
     Returns:
         Address of the repository.
@@ -64,11 +53,11 @@ def push_to_hub(
         FileNotFoundError: when the folder holds no checkpoint, or no card.
         ValueError: on a malformed id, a damaged or changed checkpoint, a file that names a local folder, a missing
             login or a missing right.
-        ConnectionError: when the Hub cannot be reached or breaks off.
+        ConnectionError: when the Hub cannot be reached or the connection breaks.
     """
     folder, api = Path(folder), api or HfApi()
     check_repo_id(repo_id)
-    files = _checked_files(folder)
+    files = _files_to_send(folder)
     check_login(api)
     with plain_errors(repo_id):
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -84,11 +73,8 @@ def push_to_hub(
     return repository.url
 
 
-# ---------------------------------------------------------------- before sending
-
-
-def _checked_files(folder: Path) -> list[str]:
-    """Load the checkpoint and list what may be sent, by path within the folder."""
+def _files_to_send(folder: Path) -> list[str]:
+    """Load the checkpoint, and list the files to send by path within the folder."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model (no config.json): give the folder that training wrote.")
     encoder = DualEncoder.load(folder, device="cpu")
@@ -99,38 +85,35 @@ def _checked_files(folder: Path) -> list[str]:
             f"The weights in {folder} are not those that its run.json measured: delete README.md, report.md and "
             "run.json, and write a card of your own, or train again."
         )
-    names = [*_CONFIGURATION, *_weights(folder), *_REPORT]
     plots = [f"plots/{path.name}" for path in sorted((folder / "plots").glob("*.png"))]
-    files = [name for name in dict.fromkeys([*names, *plots]) if (folder / name).is_file()]
-    _check_private(folder, files)
+    names = dict.fromkeys([*_CONFIGURATION, *_weights(folder), *_REPORT, *plots])
+    files = [name for name in names if (folder / name).is_file()]
+    for name in files:
+        if name.endswith("config.json"):
+            _refuse_local_paths(folder / name)
     return files
 
 
 def _weights(folder: Path) -> list[str]:
-    """Name the files that hold the weights, as `DualEncoder.load` finds them."""
+    """List the files of the weights that `DualEncoder.load` reads."""
     if (folder / "model.safetensors").is_file() or not (folder / _INDEX).is_file():
         return ["model.safetensors"]
     shards = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     return [_INDEX, *sorted(name for name in shards if Path(name).name == name and name.endswith(".safetensors"))]
 
 
-def _check_private(folder: Path, files: list[str]) -> None:
-    """Refuse to publish where on this machine something lay."""
-    for name in files:
-        if name.endswith("config.json"):
-            path = next(_local_values(json.loads((folder / name).read_text(encoding="utf-8"))), None)
-            if path is not None:
-                raise ValueError(
-                    f"{folder / name} names a folder of this machine ({path}); take it out and push again."
-                )
+def _refuse_local_paths(file: Path) -> None:
+    path = next(_local_paths(json.loads(file.read_text(encoding="utf-8"))), None)
+    if path is not None:
+        raise ValueError(f"{file} names a folder of this machine ({path}); take it out and push again.")
 
 
-def _local_values(value: object) -> Iterator[str]:
+def _local_paths(value: object) -> Iterator[str]:
     if isinstance(value, str) and is_local(value) and len(re.split(r"[\\/]+", value)) > 2:  # a token may begin with "/"
         yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _local_values(item)
+            yield from _local_paths(item)
 
 
 def _name_in_card(card: Path, repo_id: str) -> None:
@@ -141,5 +124,5 @@ def _name_in_card(card: Path, repo_id: str) -> None:
 
 
 def _literal(name: str) -> str:
-    """Make a pattern that matches this path and no other; `*.json` would reach into every folder."""
+    """Quote a path as a pattern that matches nothing else."""
     return "".join(f"[{mark}]" if mark in "*?[" else mark for mark in name)

@@ -1,6 +1,6 @@
-"""The result folder: who may write to it, and what an interrupted run notes down in it.
+"""The result folder: acquired by one run, with the state that a resumed run needs.
 
-Place in the flow: `run` claims the folder first of all, and reads the notes where it is to go on.
+Place in the flow: `run` acquires the folder first, and reads the state when it resumes.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ from pathlib import Path
 
 from alignment.durable import ASIDE, LOCK, read_sealed, write_sealed
 from alignment.model import best_device
+from alignment.train.config import TrainConfig
 from alignment.train.prepare import Prepared
-from alignment.train.settings import Recipe, TrainConfig
+from alignment.train.settings import Recipe
 
-SETTINGS = "settings.json"  # what a resumed run goes on with
-RECORD = "run.json"  # what a finished run leaves
-_FREE = ("output", "minutes")  # options that may change when a run is gone on with
+SETTINGS = "settings.json"  # written before training begins, deleted when it is finished
+RECORD = "run.json"  # written when it is finished
+CHECKPOINTS = "checkpoints"
+FEATURES = "kept"
+_FREE = ("output", "minutes")  # options that a resumed run may change
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What a run noted down at its start, so that it can be gone on with.
+    """The settings of a run, saved before training begins.
 
     Attributes:
-        config: as given.
+        config: the options as given.
         recipe: with every choice made.
         started: ISO 8601.
-        command: that began it, for the report.
-        data_digest: of what it learns from and is measured on.
+        command: for the report.
+        data_digest: of the training and validation data.
         base_fingerprint: of the start weights.
     """
 
@@ -40,39 +43,32 @@ class ResumeState:
     base_fingerprint: str
 
     def write(self, folder: Path) -> None:
-        """Note it down; whoever is killed meanwhile leaves no half of it."""
+        """Write `settings.json` atomically."""
         write_sealed(folder / SETTINGS, asdict(self))
 
-    def check_options(self, config: TrainConfig) -> None:
-        """Refuse options that differ from what the run began with; what is None was not given.
+    def resume(self, config: TrainConfig) -> ResumeState:
+        """Return the state to resume with: as saved, but for the folder and the minutes of `config`.
 
         Raises:
-            ValueError: naming them.
+            ValueError: naming the options of `config` that differ from those saved; None was not given.
         """
         given = {name: value for name, value in config.as_dict().items() if value not in (None, "")}
-        began, chosen = self.config.as_dict(), asdict(self.recipe)
-        began["device"] = began["device"] or best_device()
+        saved, chosen = self.config.as_dict(), asdict(self.recipe)
+        saved["device"] = saved["device"] or best_device()
         differing = [
-            f"--{name.replace('_', '-')} {value} (it began with {began[name] if began[name] else chosen.get(name)})"
+            f"--{name.replace('_', '-')} {value} (it began with {saved[name] if saved[name] else chosen.get(name)})"
             for name, value in given.items()
-            if name not in _FREE and not any(_is_same(value, settled.get(name)) for settled in (began, chosen))
+            if name not in _FREE and not any(_is_same(value, known.get(name)) for known in (saved, chosen))
         ]
         if differing:
             raise ValueError(
                 f"--resume goes on with the options of the start, and these differ: {', '.join(differing)}. Leave them "
                 "out, or start a new run with another --output."
             )
-
-    def resume_config(self, config: TrainConfig) -> TrainConfig:
-        """Return the settings to go on with: all as they were, but for the folder and the minutes."""
-        return replace(self.config, output=config.output, minutes=config.minutes)
+        return replace(self, config=replace(self.config, output=config.output, minutes=config.minutes))
 
     def check(self, prepared: Prepared, base_fingerprint: str) -> None:
-        """Refuse to go on with other data or from other weights.
-
-        Raises:
-            ValueError: saying which.
-        """
+        """Raise ValueError when the data or the start weights have changed."""
         if self.data_digest != prepared.digest:
             raise ValueError("The data have changed since this run began; start a new one with another --output.")
         if self.base_fingerprint != base_fingerprint:
@@ -80,21 +76,21 @@ class ResumeState:
 
 
 def _is_same(one: object, other: object) -> bool:
-    """Whether two values of an option mean the same, be it by different paths."""
+    """Whether two values of an option are equal, or paths of the same file."""
     return one == other or (
         isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
     )
 
 
 def acquire(folder: Path, *, resume: bool) -> None:
-    """Make the result folder, or make sure that it holds a run to go on with.
+    """Create the result folder, or check that it holds a run to resume.
 
     Raises:
-        FileExistsError: when it holds something and this is to be a new run, or the run is finished.
-        FileNotFoundError: when there is no run to go on with.
+        FileExistsError: when a new run finds the folder in use, or the run to resume is finished.
+        FileNotFoundError: when there is no run to resume.
     """
     begun, finished = (folder / SETTINGS).exists(), (folder / RECORD).exists()
-    if begun and finished:  # killed while it cleared away
+    if begun and finished:  # killed during `clear_away`
         clear_away(folder)
     if resume and finished:
         raise FileExistsError(f"The run in {folder} is finished; fine-tune further with --model {folder}.")
@@ -102,7 +98,7 @@ def acquire(folder: Path, *, resume: bool) -> None:
         raise FileNotFoundError(f"There is no run in {folder} to go on with; leave --resume out to begin one.")
     if begun and not finished and not resume:
         raise FileExistsError(f"{folder} holds an unfinished run: go on with --resume, or choose another --output.")
-    # A run killed before its first step leaves kept images, which the next one takes over, or half a note.
+    # A run killed before its first step leaves cached features, which the next one reuses, or a temporary file.
     if not resume and folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
         raise FileExistsError(
             f"{folder} is not an empty folder, and nothing in it is overwritten: choose another --output."
@@ -111,22 +107,18 @@ def acquire(folder: Path, *, resume: bool) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    return path.name not in ("kept", LOCK) and not path.name.startswith(ASIDE)
+    return path.name not in (FEATURES, LOCK) and not path.name.startswith(ASIDE)
 
 
 def clear_away(folder: Path) -> None:
-    """Delete what only training needed, the note of how to go on last."""
-    for leftover in ("checkpoints", "kept"):
+    """Delete what only training needs, `settings.json` last."""
+    for leftover in (CHECKPOINTS, FEATURES):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     (folder / SETTINGS).unlink(missing_ok=True)
 
 
 def read_resume_state(folder: Path) -> ResumeState:
-    """Read what an interrupted run noted down.
-
-    Raises:
-        ValueError: when the file is damaged.
-    """
+    """Read the state of an interrupted run; raises ValueError when the file is damaged."""
     try:
         values = read_sealed(folder / SETTINGS)
         config, recipe = TrainConfig.from_dict(values["config"]), Recipe(**values["recipe"])

@@ -1,127 +1,29 @@
-"""What a fine-tuning may vary, and what is chosen where a person says nothing.
+"""The defaults of a run: everything that a `TrainConfig` leaves open is chosen here.
 
-Place in the flow: `command -> settings (here) -> run`. Rates, batch and length depend on the kind of model, the size
-of the data set and the machine; every choice can be overruled by an option of the same name.
+Place in the flow: `config -> settings (here) -> run`. Rates, batch and length depend on the kind of model, the size of
+the data set and the machine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from alignment.model import DualEncoder
-from alignment.train.objective import Loss
-from alignment.train.presets import Preset
+from alignment.train.config import Loss, Precision, Preset, TrainConfig
 
 Kind = Literal["pretrained", "compact", "composed", "scratch"]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 LARGE = 50e6  # weights
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One fine-tuning; what is None is chosen by `complete`.
-
-    Attributes:
-        data: folder, annotation file or Hub id of the captioned images.
-        output: folder for the result.
-        model: checkpoint to start from.
-        vision, text: two towers to join instead.
-        scratch: or the size of a small model with random weights ("tiny", "small").
-        format, split: of the data; splits other than "train" and "" are left out if there is a train split.
-        eval_data, eval_split: what is measured to stop and to choose by; else the dev split, or a part held out.
-        max_megapixels, max_aspect_ratio: of the pictures that are opened.
-        second_data, second_split: another data set, measured before and after: what fine-tuning makes one forget.
-        preset: what is trained, see `presets.apply_preset`.
-        loss: "softmax" (InfoNCE) or "sigmoid" (SigLIP); the one the model was trained with.
-        epochs, max_steps, minutes: length; the shortest counts.
-        batch_size: images contrasted with each other, over all processes.
-        chunk_size: images in memory together; smaller needs less memory, more time, and changes nothing else.
-        captions_per_image: captions of an image in one step.
-        learning_rate, head_learning_rate: peak rates of the towers, and of projections and adapters.
-        weight_decay: of matrices.
-        warmup: share of the steps in which the rates rise.
-        augment: crop and mirror pictures.
-        keep_images: compute what is frozen of the image side once.
-        kept_folder: where to; runs that share it share the work. By default below `output`, and gone afterwards.
-        measure_every: steps between two measurements (and checkpoints).
-        patience: measurements without a better recall sum before training stops.
-        interpolate: choose between start and end weights afterwards (WiSE-FT).
-        precision: of the forward pass.
-        gradient_checkpointing: less memory, more time.
-        workers: processes that read pictures.
-        device: "cuda", "mps" or "cpu".
-        seed: of everything random.
-    """
-
-    data: str
-    output: str
-    model: str | None = None
-    vision: str | None = None
-    text: str | None = None
-    scratch: str | None = None
-    format: str | None = None
-    split: str | None = None
-    eval_data: str | None = None
-    eval_split: str | None = None
-    second_data: str | None = None
-    second_split: str | None = None
-    max_megapixels: int | None = None
-    max_aspect_ratio: int | None = None
-    preset: Preset | None = None
-    loss: Loss | None = None
-    epochs: float | None = None
-    max_steps: int | None = None
-    minutes: float | None = None
-    batch_size: int | None = None
-    chunk_size: int | None = None
-    captions_per_image: int | None = None
-    learning_rate: float | None = None
-    head_learning_rate: float | None = None
-    weight_decay: float | None = None
-    warmup: float | None = None
-    augment: bool | None = None
-    keep_images: bool | None = None
-    kept_folder: str | None = None
-    measure_every: int | None = None
-    patience: int | None = None
-    interpolate: bool | None = None
-    precision: Precision | None = None
-    gradient_checkpointing: bool | None = None
-    workers: int | None = None
-    device: str | None = None
-    seed: int | None = None
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Read a config back.
-
-        Raises:
-            ValueError: on names it does not know.
-        """
-        unknown = set(values) - {known.name for known in fields(cls)}
-        if unknown:
-            raise ValueError(f"Unknown settings: {', '.join(sorted(unknown))}.")
-        return cls(**values)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return a JSON-able copy."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Recipe:
-    """What a run does: a `TrainConfig` with every choice made; the same names mean the same.
-
-    Attributes:
-        max_steps: optimiser steps of the whole run.
-    """
+    """A `TrainConfig` with every choice made, by the same names; `max_steps` is the length of the whole run."""
 
     preset: Preset
     loss: Loss
@@ -145,7 +47,7 @@ class Recipe:
 
 
 def kind_of(config: TrainConfig, encoder: DualEncoder) -> Kind:
-    """Tell what sort of start this is."""
+    """Classify the start model."""
     if config.scratch:
         return "scratch"
     if config.vision:
@@ -153,8 +55,9 @@ def kind_of(config: TrainConfig, encoder: DualEncoder) -> Kind:
     return "compact" if hasattr(encoder.module.vision_model, "held") else "pretrained"
 
 
-# Peak rates (towers, heads) for about ten passes over thousands of images. CLIP and its kin were trained on hundreds of
-# millions of pairs and bear only small steps (notes of their users: 1e-6 to 5e-5); fresh projections need large ones.
+# Peak rates (towers, heads) for about ten passes over thousands of images. CLIP models were trained on hundreds of
+# millions of pairs and tolerate only small steps (published fine-tunings: 1e-6 to 5e-5); fresh projections need large
+# ones.
 _RATES: dict[tuple[Kind, Preset], tuple[float, float]] = {
     ("pretrained", "full"): (5e-6, 5e-6),
     ("pretrained", "lit"): (1e-5, 1e-5),
@@ -175,22 +78,23 @@ _EPOCHS: dict[Kind, int] = {"pretrained": 10, "compact": 10, "composed": 15, "sc
 
 
 def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_processes: int = 1) -> Recipe:
-    """Choose what a person left open.
+    """Choose the settings that are None.
 
     Args:
-        config: with Nones.
-        encoder: the start.
+        config: the options given.
+        encoder: the start model.
         num_images: images to train on.
         num_processes: that share a batch, each an equal part.
 
     Raises:
-        ValueError: on values that make no sense together, in one sentence.
+        ValueError: on settings that contradict each other, in one sentence.
     """
     kind, on_cpu = kind_of(config, encoder), encoder.device.type == "cpu"
-    # A laptop tunes a small image tower in minutes and a large one in days: there it stays locked unless asked for.
+    # On a CPU a small image tower trains in minutes and a large one in days, so a large one is locked by default.
     preset = config.preset or ("lit" if on_cpu and kind in ("pretrained", "composed") else "full")
     if (kind, preset) not in _RATES:
-        raise ValueError(f"Preset {preset!r} is not for a {kind} model; choose {_presets_of(kind)}.")
+        allowed = " or ".join(repr(name) for known, name in _RATES if known == kind)
+        raise ValueError(f"Preset {preset!r} is not for a {kind} model; choose {allowed}.")
     loss = config.loss or ("softmax" if encoder.logit_bias is None else "sigmoid")
     if loss == "sigmoid" and encoder.logit_bias is None:
         raise ValueError(f"{encoder.name} has no logit bias, which the sigmoid loss needs; choose --loss softmax.")
@@ -199,7 +103,6 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
     batch_size = max(1, batch_size // num_processes) * num_processes
     if batch_size < 2:
         raise ValueError("--batch-size 1 has no second caption to tell a picture's from: choose 2 or more.")
-    precision = _precision(config.precision, encoder.device.type)
     steps_per_epoch = max(1, num_images // batch_size)
     steps = max(1, round((config.epochs or _EPOCHS[kind]) * steps_per_epoch))
     if config.max_steps:
@@ -221,32 +124,27 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
         measure_every=min(measure_every, steps),
         patience=config.patience or 5,
         interpolate=kind in ("pretrained", "compact") if config.interpolate is None else config.interpolate,
-        precision=precision,
+        precision=_precision(config.precision, encoder.device.type),
         gradient_checkpointing=bool(config.gradient_checkpointing),
         workers=(0 if on_cpu else 4) if config.workers is None else config.workers,
         seed=config.seed or 0,
     )
 
 
-def _presets_of(kind: Kind) -> str:
-    return " or ".join(repr(preset) for known, preset in _RATES if known == kind)
-
-
 def _is_large(encoder: DualEncoder, preset: Preset) -> bool:
-    """Tell whether a whole batch's activations would fill a laptop: with a large image tower in training."""
+    """Whether the activations of a whole batch would fill a laptop's memory: a large image tower is trained."""
     return preset in ("full", "lora") and sum(weight.numel() for weight in encoder.module.parameters()) > LARGE
 
 
 def _batch_size(num_images: int, largest: int) -> int:
-    """Choose a power of two that leaves some ten steps a pass, from 16 on."""
+    """Choose a power of two that leaves some ten steps per epoch, from 16 on."""
     return int(min(largest, max(16, 2 ** int(math.log2(max(num_images / 10, 1))))))
 
 
 def _precision(wanted: Precision | None, device: str) -> Precision:
-    """Choose the precision, or check the one asked for."""
-    bf16 = device != "cuda" or torch.cuda.is_bf16_supported()
+    has_bf16 = device != "cuda" or torch.cuda.is_bf16_supported()
     if wanted == "fp16" and device != "cuda":
         raise ValueError(f"--precision fp16 needs an NVIDIA GPU, and this runs on {device}: choose fp32 or bf16.")
-    if wanted == "bf16" and not bf16:
+    if wanted == "bf16" and not has_bf16:
         raise ValueError("--precision bf16 needs a newer GPU than this one: choose fp16 or fp32.")
-    return wanted or ("fp32" if device != "cuda" else "bf16" if bf16 else "fp16")
+    return wanted or ("fp32" if device != "cuda" else "bf16" if has_bf16 else "fp16")

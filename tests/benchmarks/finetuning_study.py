@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.model import DualEncoder
-from alignment.train import run as runs
+from alignment.train import phases, run
 from alignment.train.dataset import Captions, ContrastiveDataset
 from alignment.train.settings import TrainConfig
 
@@ -56,7 +56,7 @@ class RowDataset(ContrastiveDataset):
         count = len(self.captions.texts)
         epoch, place = divmod(number, count)
         caption = int(np.random.default_rng([self.seed, 0, epoch]).permutation(count)[place])
-        return int(self.captions.owner[caption]), [caption]
+        return int(self.captions.image_of_text[caption]), [caption]
 
 
 def fresh(model: str, folder: Path, seed: int) -> None:
@@ -81,8 +81,8 @@ def trained(config: TrainConfig, *, rows: bool = False) -> dict:
         print(f"--- {config.output}", flush=True)
         resume = Path(config.output, "settings.json").exists()
         kinds = {"Captions": RowCaptions, "ContrastiveDataset": RowDataset} if rows else {}
-        with patch.multiple(runs, **kinds) if rows else nullcontext():
-            runs.train(config, resume=resume, log=lambda line: print(line, flush=True))
+        with patch.multiple(phases, **kinds) if rows else nullcontext():
+            run.train(config, resume=resume, log=lambda line: print(line, flush=True))
     return json.loads(record.read_text(encoding="utf-8"))
 
 

@@ -1,0 +1,151 @@
+"""Callbacks of the training loop: early stopping, graceful stop, the scale's limit, progress lines.
+
+Place in the flow: `trainer` calls them.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import EarlyStoppingCallback
+
+from alignment.train.objective import gather
+from alignment.train.plan import format_duration
+from alignment.train.presets import Towers
+
+MAX_LOGIT_SCALE = 100.0
+METRIC = "recall_sum"
+
+
+class EpochCounter(TrainerCallback):
+    """Counts epochs as passes over the images; for Trainer the whole run is one epoch."""
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the fractional epoch."""
+        state.epoch = state.global_step / self.steps_per_epoch
+
+
+class ClampScale(TrainerCallback):
+    """Keeps the multiplier at or below 100, as CLIP did: beyond it, training is unstable."""
+
+    def __init__(self, towers: Towers) -> None:
+        self.towers = towers
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Clamp the scale."""
+        self.towers.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Stops when the validation recall sum has not risen for some validations."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Restore the counter of an interrupted run."""
+        saved, name = state.stateful_callbacks, type(self).__name__
+        if "Patience" in saved:  # checkpoints written before this class got its present name
+            saved[name] = saved.pop("Patience")
+        self.early_stopping_patience_counter = saved[name]["attributes"]["early_stopping_patience_counter"]
+        control.should_training_stop = self._is_exhausted()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ignore the one step that Trainer runs when the interrupted run had already stopped."""
+        if self._is_exhausted():
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def _is_exhausted(self) -> bool:
+        return bool(self.early_stopping_patience_counter >= self.early_stopping_patience)
+
+
+class GracefulStop(TrainerCallback):
+    """Ends a run early with a validation and a checkpoint, at a deadline or on request.
+
+    Attributes:
+        deadline: by `time.monotonic`; no step begins after it.
+        reason: why training ended before its last step; "" if it did not.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        self.deadline = deadline
+        self.reason = ""
+
+    def request(self, reason: str) -> None:
+        """End training after the current step."""
+        self.reason = self.reason or reason
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Validate, save and stop, on all processes after the same step."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.request("the time given was up")
+        if bool(gather(torch.tensor([bool(self.reason)], dtype=torch.int32, device=args.device)).any()):
+            self.request("another process was stopped")
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Stop gracefully at the first SIGINT or SIGTERM; a second one ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.request(f"stopped by {signal.Signals(number).name}")
+            restore()
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            restore()
+
+
+class ConsoleLogger(TrainerCallback):
+    """Prints one line per log entry or validation."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.log = log
+        self.started = time.monotonic()
+        self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Print the entry."""
+        if not state.is_world_process_zero or not logs:
+            return
+        place = f"step {state.global_step}/{state.max_steps}"
+        if "loss" in logs:
+            done = state.global_step - self.first_step
+            left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+            self.log(
+                f"{place}  epoch {state.epoch:.1f}  loss {logs['loss']:.3f}  scale {logs['logit_scale']:.1f}  "
+                f"{format_duration(left)} left"
+            )
+        elif f"eval_{METRIC}" in logs:
+            sides = "  ".join(
+                f"{name.replace('_', ' ')} R@1 {100 * logs[f'eval_{name}_recall@1']:.1f}"
+                for name in ("image_to_text", "text_to_image")
+            )
+            self.log(f"{place}  validation: {sides}  recall sum {100 * logs[f'eval_{METRIC}']:.1f}")

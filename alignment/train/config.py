@@ -1,0 +1,138 @@
+"""The options of a run, declared once for the command line, for Python and for `settings.json`.
+
+Place in the flow: `command -> config (here) -> settings, run`. Imports neither torch nor transformers, so that --help
+is printed at once.
+"""
+
+# ruff: noqa: RUF009  (`_option` returns a dataclass field)
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from os.path import expanduser
+from typing import Any, Literal, get_args
+
+Preset = Literal["full", "lit", "heads", "lora"]
+Loss = Literal["softmax", "sigmoid"]
+Precision = Literal["fp32", "bf16", "fp16"]
+ScratchSize = Literal["tiny", "small"]
+
+START = "start (one of three)"
+DATA = "data"
+TRAINING = "training (what is left out is chosen by model, data and machine)"
+MACHINE = "machine"
+RESULT = "result"
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return number
+
+
+def _between(lowest: float, highest: float, kind: type = float) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"{text} is not between {lowest:g} and {highest:g}")
+        return value
+
+    return number
+
+
+def _option(group: str, help: str, *, default: Any = None, **argument: Any) -> Any:
+    """Declare a field that is also an option; `argument` goes to argparse's `add_argument`."""
+    return field(default=default, metadata={"group": group, "argument": {"help": help, **argument}})
+
+
+_PATH: dict[str, Any] = {"type": expanduser}
+_SWITCH: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+_COUNT: dict[str, Any] = {"type": _positive(int)}
+_RATE: dict[str, Any] = {"type": _positive(float)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One fine-tuning; `settings.complete` chooses the fields that are None."""
+
+    model: str | None = _option(START, "checkpoint folder or Hub id", **_PATH)
+    vision: str | None = _option(START, "vision tower to join with --text: folder or Hub id", **_PATH)
+    text: str | None = _option(START, "text tower", **_PATH)
+    scratch: ScratchSize | None = _option(
+        START, "a ViT and a BERT with random weights", choices=get_args(ScratchSize)
+    )
+
+    data: str = _option(DATA, "folder, annotation file, shards or Hub id of captioned images", default=MISSING, **_PATH)
+    format: str | None = _option(DATA, "of the data, if the one found is wrong (see alignment/pairs)")
+    split: str | None = _option(DATA, "what to learn from (train, and what is in no split)")
+    eval_data: str | None = _option(
+        DATA, "another data set to measure on (the dev split, else a part held out)", **_PATH
+    )
+    eval_split: str | None = _option(DATA, "its split, or that of --data")
+    second_data: str | None = _option(
+        DATA, "a data set of another kind, measured before and after: what fine-tuning makes the model forget", **_PATH
+    )
+    second_split: str | None = _option(DATA, "its split")
+    max_megapixels: int | None = None
+    max_aspect_ratio: int | None = None
+
+    preset: Preset | None = _option(
+        TRAINING,
+        "train everything, all but the image tower, the projections, or low-rank adapters",
+        choices=get_args(Preset),
+    )
+    loss: Loss | None = _option(
+        TRAINING, "CLIP's or SigLIP's; the one the model was trained with", choices=get_args(Loss)
+    )
+    minutes: float | None = _option(TRAINING, "end within this time, with the best weights so far", **_RATE)
+    epochs: float | None = _option(TRAINING, "passes over the pictures", **_RATE)
+    max_steps: int | None = _option(TRAINING, "optimiser steps at most", **_COUNT)
+    batch_size: int | None = _option(TRAINING, "pictures contrasted with each other (up to 256)", **_COUNT)
+    chunk_size: int | None = _option(TRAINING, "pictures in memory together; same result, less memory", **_COUNT)
+    captions_per_image: int | None = _option(TRAINING, "captions of a picture in one step", **_COUNT)
+    learning_rate: float | None = _option(TRAINING, "peak, of the towers", **_RATE)
+    head_learning_rate: float | None = _option(TRAINING, "peak, of projections and adapters", **_RATE)
+    weight_decay: float | None = _option(TRAINING, "of matrices (0.05)", type=_between(0, 10))
+    warmup: float | None = _option(
+        TRAINING, "share of the steps in which the learning rate rises (0.1)", type=_between(0, 1)
+    )
+    patience: int | None = _option(TRAINING, "measurements without a better recall sum (5)", **_COUNT)
+    measure_every: int | None = _option(TRAINING, "steps between measurements, each with a checkpoint", **_COUNT)
+    augment: bool | None = _option(TRAINING, "crop and mirror pictures (yes)", **_SWITCH)
+    interpolate: bool | None = _option(
+        TRAINING, "afterwards choose between start and end weights, WiSE-FT (yes for pretrained models)", **_SWITCH
+    )
+    seed: int | None = _option(TRAINING, "of everything random (0)", type=_between(0, 2**32 - 1, int))
+
+    device: str | None = _option(MACHINE, "the best there is", choices=["cuda", "mps", "cpu"])
+    precision: Precision | None = _option(
+        MACHINE, "of the forward pass; bf16 on a GPU that has it", choices=get_args(Precision)
+    )
+    workers: int | None = _option(MACHINE, "processes that read pictures", type=_between(0, 1024, int))
+    gradient_checkpointing: bool | None = _option(MACHINE, "less memory, more time", action="store_true")
+    keep_images: bool | None = _option(
+        MACHINE, "compute the frozen part of the image side once (yes where that saves time)", **_SWITCH
+    )
+    kept_folder: str | None = _option(
+        MACHINE, "where to keep it, for several runs to share (below --output, deleted afterwards)", **_PATH
+    )
+
+    output: str = _option(RESULT, "folder for model, report, plots and logs; must be new", default=MISSING, **_PATH)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build a config; raises ValueError on unknown names."""
+        unknown = set(values) - {known.name for known in fields(cls)}
+        if unknown:
+            raise ValueError(f"Unknown settings: {', '.join(sorted(unknown))}.")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return a JSON-able copy."""
+        return asdict(self)

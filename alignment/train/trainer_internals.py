@@ -1,0 +1,29 @@
+"""The private part of transformers' Trainer that this package overrides; no other file touches one.
+
+`Trainer._save_checkpoint`: the public `on_save` callback also runs after it, but an error of torch or safetensors on a
+full disk can only be translated around it. Without the override such a run ends with a traceback instead of advice.
+tests/test_train_trainer_internals.py fails when an upgrade renames it or writes other files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from alignment.durable import foreign_errors
+
+
+class CheckpointHook(Trainer):
+    """Calls `finish_checkpoint` when Trainer has written all files of a checkpoint."""
+
+    def finish_checkpoint(self, folder: Path) -> None:
+        """Complete a checkpoint; runs on every process."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        with foreign_errors(folder):
+            super()._save_checkpoint(model, trial)
+        self.finish_checkpoint(folder)
