@@ -249,7 +249,7 @@ def _process(rank: int, folder: str, folders: dict[str, str]) -> None:
     gathered = gather(torch.full((1, 2), rank + 1.0, requires_grad=True))
     assert gathered[:, 0].tolist() == [1.0, 2.0]
     measure = Validator(DualEncoder.load(folders["clip"], device="cpu"), measured_pairs(Path(folder)))
-    embedded = measure.embedded()
+    embedded = measure.embed()
     save_file(
         {"images": embedded.image_embeds, "texts": embedded.text_embeds}, Path(folder, f"embeds-{rank}.safetensors")
     )

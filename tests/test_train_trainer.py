@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from alignment.model import DualEncoder
 from alignment.pairs import Pair
 from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
-from alignment.train.checkpoints import last_checkpoint, load_trained
+from alignment.train.checkpoints import last_checkpoint, load_trained, mark_complete
 from alignment.train.dataset import Captions, ContrastiveDataset
 from alignment.train.objective import Batch, Objective
 from alignment.train.plan import format_duration
@@ -300,10 +300,16 @@ def test_dropout_goes_on_where_it_was(make: Make) -> None:
     assert same(again.weights(), whole.weights())
 
 
-def test_a_run_killed_after_it_had_lost_patience_trains_no_further(make: Make) -> None:
+@pytest.mark.parametrize("name", ["EarlyStopping", "Patience"], ids=["now", "before_the_renaming"])
+def test_a_run_killed_after_early_stopping_trains_no_further(make: Make, name: str) -> None:
     ended = make(steps=8, patience=1, measure=scripted([5, 4]))
     ended.trainer.train()
     last = last_checkpoint(Path(ended.trainer.args.output_dir))
+    assert last is not None
+    state = last / "trainer_state.json"
+    state.write_text(state.read_text().replace('"EarlyStopping"', f'"{name}"'))
+    (last / "complete").unlink()
+    mark_complete(last)
     again = make(steps=8, patience=1, measure=scripted([9]))
     again.trainer.train(resume_from_checkpoint=str(last))
     assert again.trainer.state.best_global_step == 1

@@ -39,16 +39,7 @@ EXAMPLES = 12  # of each kind and direction on the page
 
 @dataclass(frozen=True)
 class Measured:
-    """The output of a model on a `Task`.
-
-    Attributes:
-        fingerprint: of the weights.
-        embedded: the captioned images.
-        class_ranks: of the pictures with classes.
-        eccv: see `eccv_metrics`.
-        cut: captions longer than the model reads.
-        max_length: tokens it reads.
-    """
+    """The output of a model on a `Task`; `cut` are the captions longer than the `max_length` tokens it reads."""
 
     fingerprint: str
     embedded: Embedded | None

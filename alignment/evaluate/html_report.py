@@ -32,14 +32,9 @@ def comparison_page(
     changed: tuple[Sequence[Example], Sequence[Example]] = ((), ()),
     negatives: Sequence[FalseNegative] = (),
 ) -> str:
-    """Render the comparison of two models.
+    """Render the comparison of models A and B, with `changed_queries` and `suspected_false_negatives`.
 
-    Args:
-        names: of models A and B.
-        facts: data set, sizes and settings by title.
-        metrics: the differences by name.
-        changed: queries that got better, and queries that got worse.
-        negatives: suspected false negatives.
+    `facts` are the data set, sizes and settings by title.
     """
     note = "Rank of the right answer, under A and under B."
     sections = zip(("Got better", "Got worse"), (note, note), changed, strict=True)

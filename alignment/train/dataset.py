@@ -96,7 +96,7 @@ class ContrastiveDataset(Dataset[dict[str, Any]]):
         captions_per_image: sampled for each image of a step.
         augment: crop slightly and mirror.
         seed: of everything random.
-        cache: features to return in place of the pixels, see `feature_cache`.
+        cache: features to return in place of the pixels.
     """
 
     def __init__(

@@ -12,12 +12,7 @@ from alignment.train.settings import Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes and the estimated cost of a run.
-
-    Attributes:
-        estimated_seconds: of training with its validations, from a step tried out beforehand.
-        peak_memory_bytes: of this process (the GPU's, where there is one) after that step.
-    """
+    """The sizes of a run, and its cost estimated from one step; `peak_memory_bytes` is the GPU's if there is one."""
 
     train_images: int
     train_captions: int

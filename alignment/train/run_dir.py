@@ -24,16 +24,7 @@ _FREE = ("output", "minutes")  # options that a resumed run may change
 
 @dataclass(frozen=True)
 class ResumeState:
-    """The settings of a run, saved before training begins.
-
-    Attributes:
-        config: the options as given.
-        recipe: with every choice made.
-        started: ISO 8601.
-        command: for the report.
-        data_digest: of the training and validation data.
-        base_fingerprint: of the start weights.
-    """
+    """The settings of a run, saved before training begins: options as given, with every choice made, and hashes."""
 
     config: TrainConfig
     recipe: Recipe
