@@ -17,7 +17,7 @@ from alignment.evaluate import embed_pairs, evaluate_embedded
 from alignment.model import DualEncoder
 from alignment.pairs import Pair
 from alignment.preprocess import open_image
-from alignment.train.dataset import Captions, ContrastiveDataset
+from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.feature_cache import CachedFeatures, find_freeze_point, random_window
 from alignment.train.objective import Batch, Objective
 from alignment.train.presets import Preset, Towers, apply_preset
@@ -98,7 +98,7 @@ def test_kept_images_stand_for_the_pictures(
     encoder, towers = build(name, preset)
     expected = encoder.encode_images([pair.image for pair in pairs])
     assert expected.std(dim=0).max() > 0.02
-    captions = Captions(pairs)
+    captions = CaptionIndex(pairs)
     options: dict[str, Any] = {"batch_size": 6, "num_steps": 1, "augment": False, "captions_per_image": 2}
     plain = ContrastiveDataset(pairs, captions, encoder.preprocessor, **options).batch(0)
     objective = Objective(towers, captions.positive_mask)
@@ -181,7 +181,9 @@ def test_no_kept_mirror_image_makes_a_liar_of_a_caption(build: Build, pairs: lis
     encoder, _ = build("clip", "lit")
     kept = keep(encoder, pairs, tmp_path, augment=True)
     plain = encoder.encode_images([pair.image for pair in pairs])
-    examples = ContrastiveDataset(pairs, Captions(pairs), encoder.preprocessor, batch_size=6, num_steps=10, cache=kept)
+    examples = ContrastiveDataset(
+        pairs, CaptionIndex(pairs), encoder.preprocessor, batch_size=6, num_steps=10, cache=kept
+    )
     mirrored = set()
     for number in range(len(examples)):
         example = examples[number]

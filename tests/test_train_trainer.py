@@ -21,7 +21,7 @@ from alignment.model import DualEncoder
 from alignment.pairs import Pair
 from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
 from alignment.train.checkpoints import last_checkpoint, load_trained, mark_complete
-from alignment.train.dataset import Captions, ContrastiveDataset
+from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.objective import Batch, Objective
 from alignment.train.plan import format_duration
 from alignment.train.presets import Preset, Towers, apply_preset, weight_groups
@@ -41,7 +41,7 @@ class Setting:
         preset: Preset = options.pop("preset", "full")
         apply_preset(self.encoder, preset)
         self.module, self.towers, self.said = self.encoder.module, Towers(self.encoder), list[str]()
-        captions = Captions(PAIRS)
+        captions = CaptionIndex(PAIRS)
         objective = options.pop("objective", None)
         self.stop = GracefulStop(options.pop("deadline", None))
         rates = {"rate": options.pop("rate", 1e-3), "head_rate": options.pop("head_rate", 1e-3)}

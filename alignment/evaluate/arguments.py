@@ -40,7 +40,7 @@ the rest), or if nothing was measured
 
 
 @dataclass(frozen=True)
-class Task:
+class EvalTask:
     """The data to evaluate on: captioned `pairs` and how they were read, `photos` with classes and templates."""
 
     pairs: Sequence[Pair] | None
@@ -122,7 +122,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{out} cannot be written: it is a folder, or the folder around it does not exist.")
 
 
-def read_task(arguments: argparse.Namespace) -> Task:
+def read_task(arguments: argparse.Namespace) -> EvalTask:
     """Read the data to evaluate on; raises what its readers raise, and ValueError without any caption."""
     pairs: Sequence[Pair] | None = None
     reading = eccv = photos = None
@@ -138,4 +138,4 @@ def read_task(arguments: argparse.Namespace) -> Task:
     if arguments.eccv and pairs is not None:
         eccv = read_eccv(pairs, Path(arguments.data))
         pairs = eccv.pairs
-    return Task(pairs, reading, eccv, photos, templates)
+    return EvalTask(pairs, reading, eccv, photos, templates)

@@ -29,7 +29,7 @@ from alignment.pairs import Pair
 from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
 from alignment.train.checkpoints import last_checkpoint
 from alignment.train.config import TrainConfig
-from alignment.train.dataset import Captions, ContrastiveDataset
+from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.feature_cache import CachedFeatures
 from alignment.train.objective import Objective, gather
 from alignment.train.plan import Plan, format_duration, plan_text
@@ -37,7 +37,7 @@ from alignment.train.prepare import Prepared
 from alignment.train.presets import Towers, apply_preset, checkpoint_activations, snapshot, weight_groups
 from alignment.train.run_dir import CHECKPOINTS, FEATURES, ResumeState
 from alignment.train.scratch import build_scratch
-from alignment.train.settings import ALPHAS, Recipe, complete
+from alignment.train.settings import ALPHAS, TrainRecipe, complete
 from alignment.train.trainer import ContrastiveTrainer, training_arguments
 from alignment.train.validator import Validator
 
@@ -63,13 +63,13 @@ class Setup:
     encoder: DualEncoder
     towers: Towers
     start_weights: dict[str, Tensor]
-    captions: Captions
+    captions: CaptionIndex
     cache: CachedFeatures | None
     validator: Validator
     second: Validator | None
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> TrainRecipe:
         """The options with every choice made."""
         return self.state.recipe
 
@@ -87,16 +87,16 @@ class Setup:
             cache=self.cache,
         )
 
-    def measure(self) -> Measured:
+    def measure(self) -> Validation:
         """Embed the validation data and the second data set with the present weights."""
         began = time.monotonic()
         embedded = self.validator.embed()
         seconds = time.monotonic() - began
-        return Measured(embedded, self.second.embed() if self.second else None, seconds)
+        return Validation(embedded, self.second.embed() if self.second else None, seconds)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Validation:
     """The validation data and the second data set as embedded by the model, and the seconds the former took."""
 
     embedded: Embedded
@@ -151,7 +151,7 @@ def load_setup(
     if state.recipe.gradient_checkpointing:
         checkpoint_activations(encoder)
     apply_preset(encoder, state.recipe.preset)
-    captions, towers = Captions(prepared.train, prepared.look_alikes), Towers(encoder)
+    captions, towers = CaptionIndex(prepared.train, prepared.look_alikes), Towers(encoder)
     with PartialState().main_process_first():
         cache, eval_cache = _cache_features(towers, encoder, state, prepared, folder, log)
     validator = Validator(encoder, prepared.evaluation, eval_cache)
@@ -193,7 +193,7 @@ def _cache_features(
     return train, fill(prepared.evaluation, "validation", augment=False)
 
 
-def make_plan(setup: Setup, before: Measured, *, deadline: float | None) -> tuple[Setup, Plan]:
+def make_plan(setup: Setup, before: Validation, *, deadline: float | None) -> tuple[Setup, Plan]:
     """Time one step, fit the run into the time until the deadline (`time.monotonic`), and log the plan.
 
     Returns:

@@ -31,8 +31,8 @@ from alignment.train.phases import (
     Fitted,
     Interpolated,
     Log,
-    Measured,
     Setup,
+    Validation,
     fit,
     interpolate_weights,
     load_setup,
@@ -132,10 +132,10 @@ def _train(
 def _record(
     setup: Setup,
     plan: Plan,
-    before: Measured,
+    before: Validation,
     fitted: Fitted,
     mixed: Interpolated,
-    after: Measured,
+    after: Validation,
     seconds: float,
 ) -> RunRecord:
     """Collect what is known about the run."""
