@@ -67,7 +67,7 @@ def test_all_captions_of_an_image_are_its_positives() -> None:
         ("5 $ note", "5 € note", False),
     ],
 )
-def test_the_same_words_are_one_caption_whoever_they_were_drawn_from(one: str, other: str, same: bool) -> None:
+def test_captions_with_the_same_words_are_positives_of_each_others_images(one: str, other: str, same: bool) -> None:
     captions = CaptionIndex(captioned([one, "x"], [other, "y"]))
     positives, ignored = related(captions, [0, 1], [0, 1, 2, 3])
     assert positives == [[1, 1, same, 0], [same, 0, 1, 1]]
@@ -244,7 +244,7 @@ def is_mirrored(example: dict[str, Any]) -> bool:
         ("一只狗", True),
     ],
 )
-def test_no_mirror_image_makes_a_liar_of_a_caption(
+def test_an_image_whose_caption_names_a_side_is_not_mirrored(
     series: Series, pairs: list[Pair], caption: str, may_be: bool
 ) -> None:
     told = [Pair(pair.image, ("a dog", caption)) for pair in pairs[:4]]  # whichever of the two is drawn

@@ -149,7 +149,7 @@ def test_it_stops_when_the_recall_sum_no_longer_rises_and_keeps_the_best_step(ma
     assert saved(tmp_path / "run") == ["checkpoint-2", "checkpoint-5"]
 
 
-def test_the_last_step_is_measured_though_its_turn_had_not_come(make: Make) -> None:
+def test_the_last_step_is_always_validated(make: Make) -> None:
     setting = make(steps=5, measure_every=2)
     setting.trainer.train()
     assert [entry["step"] for entry in setting.history if f"eval_{METRIC}" in entry] == [2, 4, 5]
