@@ -18,7 +18,7 @@ from alignment.gallery import main as gallery
 from alignment.picture_limits import LIMITS, lift_limits
 from alignment.preprocess import Preprocessor
 from alignment.train.command import main as train
-from alignment.train.dataset import Captions, ContrastiveDataset
+from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 
 PAIR = Pair("a.png", ("a dog",))
 LONG = " ".join(["dog"] * 80)  # of which the tiny models read 77 tokens or fewer
@@ -128,7 +128,7 @@ def test_larger_pictures_come_in_by_an_option(
 
 
 def test_a_worker_that_is_started_afresh_has_the_same_limits(checkpoint: Callable[[str], Path]) -> None:
-    captions, preprocessor = Captions([PAIR], []), Preprocessor.load(checkpoint("clip"))
+    captions, preprocessor = CaptionIndex([PAIR], []), Preprocessor.load(checkpoint("clip"))
     try:
         lift_limits(108_000_000, 60)
         examples = ContrastiveDataset([PAIR], captions, preprocessor, batch_size=1, num_steps=1)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from alignment.data import Pair
 from alignment.model import DualEncoder
 from alignment.preprocess import Preprocessor, open_image
-from alignment.train.dataset import MIN_CROP, Captions, ContrastiveDataset, _augmented
+from alignment.train.dataset import MIN_CROP, CaptionIndex, ContrastiveDataset, _augmented
 from alignment.train.prepare import MIN_HELD_OUT, Prepared, prepare
 from alignment.train.settings import TrainConfig
 
@@ -31,7 +31,9 @@ def captioned(*captions: Sequence[str]) -> list[Pair]:
     return [Pair(f"{row}.png", tuple(texts)) for row, texts in enumerate(captions)]
 
 
-def related(captions: Captions, rows: Sequence[int], numbers: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+def related(
+    captions: CaptionIndex, rows: Sequence[int], numbers: Sequence[int]
+) -> tuple[list[list[int]], list[list[int]]]:
     positives, ignored = captions.positive_mask(torch.tensor(rows), torch.tensor(numbers))
     assert positives.dtype == ignored.dtype == torch.bool
     return positives.int().tolist(), ignored.int().tolist()
@@ -41,7 +43,7 @@ def related(captions: Captions, rows: Sequence[int], numbers: Sequence[int]) -> 
 
 
 def test_all_captions_of_an_image_are_its_positives() -> None:
-    captions = Captions(captioned(["a", "b"], ["c"], ["d", "e", "f"]))
+    captions = CaptionIndex(captioned(["a", "b"], ["c"], ["d", "e", "f"]))
     assert captions.texts == ["a", "b", "c", "d", "e", "f"]
     assert captions.image_of_text.tolist() == [0, 0, 1, 2, 2, 2]
     positives, ignored = related(captions, [2, 0, 1], [0, 5, 3, 2, 1])
@@ -65,22 +67,22 @@ def test_all_captions_of_an_image_are_its_positives() -> None:
         ("5 $ note", "5 € note", False),
     ],
 )
-def test_the_same_words_are_one_caption_whoever_they_were_drawn_from(one: str, other: str, same: bool) -> None:
-    captions = Captions(captioned([one, "x"], [other, "y"]))
+def test_captions_with_the_same_words_are_positives_of_each_others_images(one: str, other: str, same: bool) -> None:
+    captions = CaptionIndex(captioned([one, "x"], [other, "y"]))
     positives, ignored = related(captions, [0, 1], [0, 1, 2, 3])
     assert positives == [[1, 1, same, 0], [same, 0, 1, 1]]
     assert not np.any(ignored)
 
 
 def test_look_alikes_are_ignored_but_never_an_images_own_captions() -> None:
-    captions = Captions(captioned(["a"], ["b", "same"], ["c"], ["d", "Same."]), [(1, 3)])
+    captions = CaptionIndex(captioned(["a"], ["b", "same"], ["c"], ["d", "Same."]), [(1, 3)])
     positives, ignored = related(captions, [0, 1, 2, 3], range(6))
     assert positives == [[1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1], [0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 1, 1]]
     assert ignored == [[0] * 6, [0, 0, 0, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 0, 0]]
 
 
 def test_look_alikes_form_chains() -> None:
-    captions = Captions(captioned(*([letter] for letter in "abcdefg")), [(0, 4), (6, 4), (1, 2), (6, 5)])
+    captions = CaptionIndex(captioned(*([letter] for letter in "abcdefg")), [(0, 4), (6, 4), (1, 2), (6, 5)])
     _, ignored = related(captions, range(7), range(7))
     group = {0, 4, 5, 6}
     for row in range(7):
@@ -90,7 +92,7 @@ def test_look_alikes_form_chains() -> None:
 
 def test_what_a_look_alike_says_is_ignored_even_if_drawn_from_a_third_image() -> None:
     """Image 1 looks like image 0, and image 2 has a caption of image 0."""
-    captions = Captions(captioned(["two dogs"], ["x"], ["Two dogs!"]), [(0, 1)])
+    captions = CaptionIndex(captioned(["two dogs"], ["x"], ["Two dogs!"]), [(0, 1)])
     positives, ignored = related(captions, [0, 1, 2], [2, 1])
     assert positives == [[1, 0], [0, 1], [1, 0]]
     assert ignored == [[0, 1], [1, 0], [0, 0]]
@@ -99,11 +101,11 @@ def test_what_a_look_alike_says_is_ignored_even_if_drawn_from_a_third_image() ->
 @pytest.mark.parametrize("pairs", [[], captioned(["a"], [])])
 def test_an_image_without_a_caption_is_refused(pairs: list[Pair]) -> None:
     with pytest.raises(ValueError, match="each needs a caption"):
-        Captions(pairs)
+        CaptionIndex(pairs)
 
 
 def test_captions_are_drawn_without_repeats_while_they_last() -> None:
-    captions = Captions(captioned(["x"], list("abc"), list("de")))
+    captions = CaptionIndex(captioned(["x"], list("abc"), list("de")))
     draws = [captions.sample(1, 2, np.random.default_rng(seed)) for seed in range(60)]
     assert all(set(draw) <= {1, 2, 3} and len(set(draw)) == 2 for draw in draws)
     assert {tuple(draw) for draw in draws} == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3) if a != b}
@@ -140,7 +142,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
 def series(pairs: list[Pair], preprocessor: Preprocessor) -> Callable[..., ContrastiveDataset]:
     def build(pairs: list[Pair] = pairs, **options: Any) -> ContrastiveDataset:
         settings = {"batch_size": 4, "num_steps": 5, "captions_per_image": 2, "seed": 3} | options
-        return ContrastiveDataset(pairs, Captions(pairs), preprocessor, **settings)
+        return ContrastiveDataset(pairs, CaptionIndex(pairs), preprocessor, **settings)
 
     return build
 
@@ -242,7 +244,7 @@ def is_mirrored(example: dict[str, Any]) -> bool:
         ("一只狗", True),
     ],
 )
-def test_no_mirror_image_makes_a_liar_of_a_caption(
+def test_an_image_whose_caption_names_a_side_is_not_mirrored(
     series: Series, pairs: list[Pair], caption: str, may_be: bool
 ) -> None:
     told = [Pair(pair.image, ("a dog", caption)) for pair in pairs[:4]]  # whichever of the two is drawn

@@ -1,4 +1,4 @@
-"""Kept images against the pictures they stand for, the files they lie in, and measurement with and without them."""
+"""Cached features against the images they stand for, their files, and validation with and without them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignment.data import Pair
 from alignment.evaluate import embed_pairs, evaluate_embedded
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
-from alignment.train.dataset import Captions, ContrastiveDataset
+from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.feature_cache import CachedFeatures, find_freeze_point, random_window
 from alignment.train.objective import Batch, Objective
 from alignment.train.presets import Preset, Towers, apply_preset
@@ -92,13 +92,13 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize(("name", "preset"), CUTS, ids=lambda value: value)
-def test_kept_images_stand_for_the_pictures(
+def test_cached_features_give_the_embeddings_and_gradients_of_the_images(
     name: str, preset: Preset, build: Build, pairs: list[Pair], tmp_path: Path
 ) -> None:
     encoder, towers = build(name, preset)
     expected = encoder.encode_images([pair.image for pair in pairs])
     assert expected.std(dim=0).max() > 0.02
-    captions = Captions(pairs)
+    captions = CaptionIndex(pairs)
     options: dict[str, Any] = {"batch_size": 6, "num_steps": 1, "augment": False, "captions_per_image": 2}
     plain = ContrastiveDataset(pairs, captions, encoder.preprocessor, **options).batch(0)
     objective = Objective(towers, captions.positive_mask)
@@ -132,7 +132,7 @@ def test_kept_images_stand_for_the_pictures(
     ("name", "preset"),
     [("clip", "full"), ("siglip", "full"), ("siglip", "heads"), ("clip", "lora"), ("composed", "full")],
 )
-def test_there_is_no_cut_where_the_first_layers_are_trained(name: str, preset: Preset, build: Build) -> None:
+def test_there_is_no_freeze_point_where_the_first_layers_are_trained(name: str, preset: Preset, build: Build) -> None:
     encoder, towers = build(name, preset)
     assert find_freeze_point(encoder) is None
     assert towers.cache_features(augment=True) is None
@@ -177,11 +177,15 @@ def test_a_kept_picture_comes_as_it_is_and_mirrored(build: Build, pairs: list[Pa
         torch.testing.assert_close(kept.embed([row])[0], plain, **HALF)
 
 
-def test_no_kept_mirror_image_makes_a_liar_of_a_caption(build: Build, pairs: list[Pair], tmp_path: Path) -> None:
+def test_cached_features_of_an_image_whose_caption_names_a_side_are_not_mirrored(
+    build: Build, pairs: list[Pair], tmp_path: Path
+) -> None:
     encoder, _ = build("clip", "lit")
     kept = keep(encoder, pairs, tmp_path, augment=True)
     plain = encoder.encode_images([pair.image for pair in pairs])
-    examples = ContrastiveDataset(pairs, Captions(pairs), encoder.preprocessor, batch_size=6, num_steps=10, cache=kept)
+    examples = ContrastiveDataset(
+        pairs, CaptionIndex(pairs), encoder.preprocessor, batch_size=6, num_steps=10, cache=kept
+    )
     mirrored = set()
     for number in range(len(examples)):
         example = examples[number]
@@ -255,7 +259,7 @@ def test_a_second_run_finds_the_files(
     assert torch.equal(found(2, rng)["features"], kept(2, np.random.default_rng(0))["features"])
 
 
-def test_what_a_killed_run_has_begun_is_made_anew(
+def test_an_interrupted_computation_starts_again(
     build: Build, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder, _ = build("clip", "lit")
@@ -329,7 +333,7 @@ def test_measured_figures_are_those_of_an_evaluation(
     torch.testing.assert_close(kept.image_embeds, embedded.image_embeds, **HALF)
 
 
-def test_a_measurement_follows_the_weights(build: Build, pairs: list[Pair]) -> None:
+def test_validation_uses_the_current_weights(build: Build, pairs: list[Pair]) -> None:
     encoder, _ = build("clip", "full")
     measure = Validator(encoder, pairs)
     before = measure.embed().text_embeds

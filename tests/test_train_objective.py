@@ -22,7 +22,7 @@ from alignment.evaluate import embed_pairs, evaluate_embedded
 from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.model import DualEncoder
 from alignment.train import objective as objective_module
-from alignment.train.dataset import Captions
+from alignment.train.dataset import CaptionIndex
 from alignment.train.objective import Batch, Objective, gather
 from alignment.train.presets import Towers, apply_preset
 from alignment.train.validator import Validator
@@ -44,8 +44,8 @@ LOSSES = {"siglip": "sigmoid", "siglip2": "softmax", "vit-bert": "softmax", "cli
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def captions_of_data() -> Captions:
-    return Captions([Pair(f"{row}.png", texts) for row, texts in enumerate(CAPTIONS)], LOOK_ALIKES)
+def captions_of_data() -> CaptionIndex:
+    return CaptionIndex([Pair(f"{row}.png", texts) for row, texts in enumerate(CAPTIONS)], LOOK_ALIKES)
 
 
 def whole_batch(encoder: DualEncoder) -> Batch:
@@ -249,7 +249,7 @@ def _process(rank: int, folder: str, folders: dict[str, str]) -> None:
     gathered = gather(torch.full((1, 2), rank + 1.0, requires_grad=True))
     assert gathered[:, 0].tolist() == [1.0, 2.0]
     measure = Validator(DualEncoder.load(folders["clip"], device="cpu"), measured_pairs(Path(folder)))
-    embedded = measure.embedded()
+    embedded = measure.embed()
     save_file(
         {"images": embedded.image_embeds, "texts": embedded.text_embeds}, Path(folder, f"embeds-{rank}.safetensors")
     )
@@ -315,7 +315,7 @@ def test_a_caption_of_another_process_counts_as_positive(checkpoint: Checkpoint)
         assert mask[half:, :columns].any()
     encoder, towers = build(checkpoint("vit-bert"))
     with_them = objective_of(towers, "vit-bert").backward(whole_batch(encoder))
-    alone = Captions([Pair(f"{row}.png", (f"{row} a", f"{row} b")) for row in range(len(CAPTIONS))])
+    alone = CaptionIndex([Pair(f"{row}.png", (f"{row} a", f"{row} b")) for row in range(len(CAPTIONS))])
     without = Objective(towers, alone.positive_mask).backward(whole_batch(encoder))
     assert abs(with_them - without) > 1e-2
 

@@ -30,7 +30,7 @@ from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.train.command import main
 from alignment.train.objective import Objective
-from alignment.train.phases import Cached, Setup, interpolate_weights, load_setup
+from alignment.train.phases import Setup, interpolate_weights, load_setup
 from alignment.train.prepare import prepare
 from alignment.train.record import RunRecord
 from alignment.train.run import train
@@ -222,12 +222,12 @@ def test_the_weights_between_start_and_end_that_measure_best_are_kept(
             return {"recall_sum": float(sums[len(seen) - 1])}
 
     scripted = Scripted(setup.encoder, setup.prepared.evaluation)
-    mixed = interpolate_weights(setup, Cached(None, scripted, None))
+    mixed = interpolate_weights(replace(setup, validator=scripted))
     assert torch.equal(seen[0], start)
     assert torch.equal(seen[-1], end)
     assert not torch.equal(start, end)
-    assert [point["alpha"] for point in mixed.points] == list(ALPHAS)
-    assert [point["recall_sum"] for point in mixed.points] == list(sums)
+    assert [point["alpha"] for point in mixed.interpolation] == list(ALPHAS)
+    assert [point["recall_sum"] for point in mixed.interpolation] == list(sums)
     assert mixed.alpha == chosen
     assert torch.equal(setup.encoder.encode_texts(texts), seen[ALPHAS.index(chosen)])
 
@@ -267,9 +267,7 @@ def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_gradient(
             first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         setup.towers.train()
         torch.manual_seed(3)
-        dataset = setup.dataset(
-            Cached(None, Validator(setup.encoder, setup.prepared.evaluation), None), batch_size=8, num_steps=1
-        )
+        dataset = setup.dataset(batch_size=8, num_steps=1)
         Objective(setup.towers, setup.captions.positive_mask).backward(dataset.batch(0))
         gradients.append({name: weight.grad for name, weight in setup.encoder.module.named_parameters()})
         passes.append(len(calls))

@@ -12,7 +12,7 @@ import pytest
 from alignment.model import DualEncoder
 from alignment.train import settings
 from alignment.train.scratch import build_scratch
-from alignment.train.settings import Recipe, TrainConfig, complete, kind_of
+from alignment.train.settings import TrainConfig, TrainRecipe, complete, kind_of
 
 Load = Callable[[str], DualEncoder]
 COMPACT = Path(__file__).parents[1] / "checkpoints" / "compact"
@@ -165,7 +165,7 @@ OVERRULED = {
 
 
 def test_every_choice_can_be_overruled(load: Load) -> None:
-    assert set(OVERRULED) == {field.name for field in fields(Recipe)}
+    assert set(OVERRULED) == {field.name for field in fields(TrainRecipe)}
     chosen, overruled = (asdict(complete(config(**o), load("siglip"), 1000)) for o in ({}, OVERRULED))
     assert overruled == OVERRULED
     assert not [name for name in OVERRULED if chosen[name] == overruled[name]]

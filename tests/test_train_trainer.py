@@ -20,8 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from alignment.data import Pair
 from alignment.model import DualEncoder
 from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
-from alignment.train.checkpoints import last_checkpoint, load_trained
-from alignment.train.dataset import Captions, ContrastiveDataset
+from alignment.train.checkpoints import last_checkpoint, load_trained, mark_complete
+from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.objective import Batch, Objective
 from alignment.train.plan import format_duration
 from alignment.train.presets import Preset, Towers, apply_preset, weight_groups
@@ -41,7 +41,7 @@ class Setting:
         preset: Preset = options.pop("preset", "full")
         apply_preset(self.encoder, preset)
         self.module, self.towers, self.said = self.encoder.module, Towers(self.encoder), list[str]()
-        captions = Captions(PAIRS)
+        captions = CaptionIndex(PAIRS)
         objective = options.pop("objective", None)
         self.stop = GracefulStop(options.pop("deadline", None))
         rates = {"rate": options.pop("rate", 1e-3), "head_rate": options.pop("head_rate", 1e-3)}
@@ -149,7 +149,7 @@ def test_it_stops_when_the_recall_sum_no_longer_rises_and_keeps_the_best_step(ma
     assert saved(tmp_path / "run") == ["checkpoint-2", "checkpoint-5"]
 
 
-def test_the_last_step_is_measured_though_its_turn_had_not_come(make: Make) -> None:
+def test_the_last_step_is_always_validated(make: Make) -> None:
     setting = make(steps=5, measure_every=2)
     setting.trainer.train()
     assert [entry["step"] for entry in setting.history if f"eval_{METRIC}" in entry] == [2, 4, 5]
@@ -300,10 +300,16 @@ def test_dropout_goes_on_where_it_was(make: Make) -> None:
     assert same(again.weights(), whole.weights())
 
 
-def test_a_run_killed_after_it_had_lost_patience_trains_no_further(make: Make) -> None:
+@pytest.mark.parametrize("name", ["EarlyStopping", "Patience"], ids=["now", "before_the_renaming"])
+def test_a_run_killed_after_early_stopping_trains_no_further(make: Make, name: str) -> None:
     ended = make(steps=8, patience=1, measure=scripted([5, 4]))
     ended.trainer.train()
     last = last_checkpoint(Path(ended.trainer.args.output_dir))
+    assert last is not None
+    state = last / "trainer_state.json"
+    state.write_text(state.read_text().replace('"EarlyStopping"', f'"{name}"'))
+    (last / "complete").unlink()
+    mark_complete(last)
     again = make(steps=8, patience=1, measure=scripted([9]))
     again.trainer.train(resume_from_checkpoint=str(last))
     assert again.trainer.state.best_global_step == 1

@@ -40,16 +40,8 @@ the rest), or if nothing was measured
 
 
 @dataclass(frozen=True)
-class Task:
-    """The data to evaluate on; `pairs` or `photos` may be missing.
-
-    Attributes:
-        pairs: images with captions.
-        reading: the result of reading them, with counts of what was left out.
-        eccv: COCO's test split with its ids.
-        photos: pictures with classes.
-        templates: sentences around class names, if not the default ones.
-    """
+class EvalTask:
+    """The data to evaluate on: captioned `pairs` and how they were read, `photos` with classes and templates."""
 
     pairs: Sequence[Pair] | None
     reading: ReadResult | None
@@ -71,7 +63,6 @@ def _path(text: str) -> Path:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Lay out the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alignment.evaluate",
         description="Measure retrieval and zero-shot accuracy of a model on your data, or compare two models.",
@@ -113,11 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse options that contradict each other.
-
-    Raises:
-        ValueError: with the option to give instead.
-    """
+    """Raise ValueError on options that contradict each other, with the option to give instead."""
     if not arguments.data and not arguments.zero_shot:
         raise ValueError("Say what to measure on: --data for captioned images, --zero-shot for class folders, or both.")
     requires = {
@@ -135,14 +122,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{out} cannot be written: it is a folder, or the folder around it does not exist.")
 
 
-def read_task(arguments: argparse.Namespace) -> Task:
-    """Read the data to evaluate on.
-
-    Raises:
-        FileNotFoundError: when something is missing.
-        ModuleNotFoundError: when an extra is not installed.
-        ValueError: when the data cannot be read.
-    """
+def read_task(arguments: argparse.Namespace) -> EvalTask:
+    """Read the data to evaluate on; raises what its readers raise, and ValueError without any caption."""
     pairs: Sequence[Pair] | None = None
     reading = eccv = photos = None
     templates = read_templates(arguments.templates) if arguments.templates else None
@@ -157,4 +138,4 @@ def read_task(arguments: argparse.Namespace) -> Task:
     if arguments.eccv and pairs is not None:
         eccv = read_eccv(pairs, Path(arguments.data))
         pairs = eccv.pairs
-    return Task(pairs, reading, eccv, photos, templates)
+    return EvalTask(pairs, reading, eccv, photos, templates)

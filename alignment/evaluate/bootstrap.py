@@ -31,13 +31,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of model A and of model B.
+    """A metric of model A (`before`) and B (`after`), and B minus A with its paired 95 % bootstrap interval.
 
-    Attributes:
-        before, after: the metric of A and of B.
-        value: after minus before; of a median rank, a gain is negative.
-        low, high: ends of the paired 95 % bootstrap interval of `value`.
-        p_not_better: share of resamples in which B is no better than A, in [0, 1]. Without resamples 0 or 1.
+    A gain of a median rank is negative. `p_not_better` is the share of resamples in which B is no better than A, in
+    [0, 1]; without resamples 0 or 1.
     """
 
     before: float
@@ -50,26 +47,14 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Bootstrap:
-    """Metrics of the data set and of its resamples.
-
-    Attributes:
-        values: name -> metric of all images.
-        samples: name -> (num_resamples,) float64; without resampling the value alone.
-    """
+    """Metrics of the data set, and of its resamples: (num_resamples,) float64, without resampling the value alone."""
 
     values: Mapping[str, float]
     samples: Mapping[str, Tensor]
 
 
 def bootstrap(statistics: Statistics, num_images: int, *, resamples: int, seed: int) -> Bootstrap:
-    """Compute metrics of a data set and of resampled images.
-
-    Args:
-        statistics: the metrics of a sample.
-        num_images: images to draw from, and to draw.
-        resamples: number of samples; 0 for the metrics alone.
-        seed: of the draws, which depend on nothing else but `num_images`.
-    """
+    """Compute metrics of a data set, and of `resamples` draws that depend on `num_images` and `seed` alone."""
     values = statistics(torch.ones(num_images, dtype=torch.long))
     generator = torch.Generator().manual_seed(seed)
     samples: dict[str, list[float]] = {name: [] if resamples else [value] for name, value in values.items()}

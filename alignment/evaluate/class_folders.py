@@ -17,13 +17,7 @@ from alignment.preprocess import IMAGE_SUFFIXES
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Pictures with their classes.
-
-    Attributes:
-        images: paths.
-        labels: index of each picture's class.
-        class_names: all names of each class.
-    """
+    """Paths of pictures, the index of each one's class, and all names of each class."""
 
     images: Sequence[str]
     labels: Sequence[int]
@@ -70,9 +64,7 @@ def _raise_unlisted(reason: str, folder: Path) -> None:
 def read_class_names(file: Path) -> dict[str, list[str]]:
     """Read class names: JSON {folder: name or [names]}, or lines of folder and names separated by tabs.
 
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it cannot be read, or a class has no name.
+    Raises FileNotFoundError, and ValueError when the file cannot be parsed or a class has no name.
     """
     text = _read(file)
     if file.suffix.lower() == ".json":
@@ -91,12 +83,7 @@ def read_class_names(file: Path) -> dict[str, list[str]]:
 
 
 def read_templates(file: Path) -> list[str]:
-    """Read templates, one per line, with {} once for the class name; empty lines are left out.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it has no template, or one without {}.
-    """
+    """Read templates, one per line; raises FileNotFoundError, and ValueError unless each has {} once for the name."""
     templates = [line.strip() for line in _read(file).splitlines() if line.strip()]
     if not templates or any(template.count("{}") != 1 for template in templates):
         raise ValueError(f"{file} must hold a template a line, with {{}} once where the class name goes.")

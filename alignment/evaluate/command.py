@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alignment.atomic import describe_error, write_file
 from alignment.data import Pair, describe_issues, describe_truncated
-from alignment.evaluate.arguments import Task, check, parse, read_task
+from alignment.evaluate.arguments import EvalTask, check, parse, read_task
 from alignment.evaluate.bootstrap import Difference, Estimate
 from alignment.evaluate.eccv import eccv_table, evaluate_eccv
 from alignment.evaluate.embedding import Embedded, embed_pairs
@@ -38,17 +38,8 @@ EXAMPLES = 12  # of each kind and direction on the page
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The output of a model on a `Task`.
-
-    Attributes:
-        fingerprint: of the weights.
-        embedded: the captioned images.
-        class_ranks: of the pictures with classes.
-        eccv: see `eccv_metrics`.
-        cut: captions longer than the model reads.
-        max_length: tokens it reads.
-    """
+class ModelOutput:
+    """The output of a model on an `EvalTask`; `cut` are the captions longer than the `max_length` tokens it reads."""
 
     fingerprint: str
     embedded: Embedded | None
@@ -93,7 +84,7 @@ def _warn_of_repeated(pairs: Sequence[Pair]) -> None:
         )  # fmt: skip
 
 
-def _measure(name: str, task: Task, arguments: argparse.Namespace) -> Measured:
+def _measure(name: str, task: EvalTask, arguments: argparse.Namespace) -> ModelOutput:
     """Load a model and encode the data; its memory is freed before the next model is loaded."""
     encoder = DualEncoder.load(name, revision=arguments.revision, device=arguments.device)
     embedded = ranks = eccv = None
@@ -106,10 +97,10 @@ def _measure(name: str, task: Task, arguments: argparse.Namespace) -> Measured:
         ranks = class_ranks(encoder, task.photos, templates=task.templates, **options)
     if task.eccv is not None and embedded is not None:
         eccv = evaluate_eccv(embedded, task.eccv)
-    return Measured(encoder.fingerprint, embedded, ranks, eccv, cut, encoder.preprocessor.max_length)
+    return ModelOutput(encoder.fingerprint, embedded, ranks, eccv, cut, encoder.preprocessor.max_length)
 
 
-def _report(arguments: argparse.Namespace, task: Task) -> None:
+def _report(arguments: argparse.Namespace, task: EvalTask) -> None:
     """Measure one model."""
     found, options = _measure(arguments.model, task, arguments), _resampling(arguments)
     content: dict[str, Any] = {"model": arguments.model, "revision": arguments.revision} | _settings(arguments)
@@ -135,7 +126,7 @@ def _report(arguments: argparse.Namespace, task: Task) -> None:
         _write_page(arguments.html, report_page(arguments.model, _facts(arguments, task), metrics, *shown))
 
 
-def _compare(arguments: argparse.Namespace, task: Task) -> None:
+def _compare(arguments: argparse.Namespace, task: EvalTask) -> None:
     """Measure two models on the same data and subtract."""
     before, after = (_measure(name, task, arguments) for name in arguments.compare)
     options = _resampling(arguments)
@@ -169,7 +160,7 @@ def _difference_json(found: Difference) -> dict[str, float]:
     return {**values, "not_better": values.pop("p_not_better")}
 
 
-def _finish(arguments: argparse.Namespace, task: Task, content: dict[str, Any], *measured: Measured) -> None:
+def _finish(arguments: argparse.Namespace, task: EvalTask, content: dict[str, Any], *measured: ModelOutput) -> None:
     """Print and write how the data was read: left out, repaired, unread, truncated."""
     lines = describe_issues(task.reading) if task.reading else []
     for found in measured:
@@ -185,7 +176,7 @@ def _finish(arguments: argparse.Namespace, task: Task, content: dict[str, Any], 
         write_file(arguments.json, json.dumps(content, indent=2) + "\n")
 
 
-def _unopened(task: Task, found: Measured) -> list[str]:
+def _unopened(task: EvalTask, found: ModelOutput) -> list[str]:
     """List the captioned pictures that could not be opened."""
     if task.pairs is None or found.embedded is None:
         return []
@@ -216,7 +207,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return settings | ({"zero_shot_folder": str(arguments.zero_shot)} if arguments.zero_shot else {})
 
 
-def _facts(arguments: argparse.Namespace, task: Task) -> dict[str, str]:
+def _facts(arguments: argparse.Namespace, task: EvalTask) -> dict[str, str]:
     facts = {}
     if task.pairs is not None:
         facts["Data"] = f"{arguments.data}{f', split {arguments.split}' if arguments.split else ''}"

@@ -47,9 +47,7 @@ class EccvData:
 def read_eccv(pairs: Sequence[Pair], source: Path) -> EccvData:
     """Keep the pictures of ECCV Caption, and look up the ids of their captions.
 
-    Args:
-        pairs: COCO, as `read_pairs` returned it.
-        source: where it was read from: `dataset_coco.json`, `captions_val2014.json`, or a folder that holds one.
+    `source` is `dataset_coco.json`, `captions_val2014.json`, or a folder that holds one; `pairs` were read from it.
 
     Raises:
         ModuleNotFoundError: without the package `eccv_caption`.
@@ -65,11 +63,7 @@ def read_eccv(pairs: Sequence[Pair], source: Path) -> EccvData:
 
 
 def evaluate_eccv(embedded: Embedded, data: EccvData) -> dict[str, float]:
-    """Compute `eccv_metrics` of `data.pairs` as embedded by a model.
-
-    Raises:
-        ValueError: when a picture was left out because it cannot be opened.
-    """
+    """Compute `eccv_metrics` of `data.pairs` as embedded; raises ValueError when a picture could not be opened."""
     image_ids = {pair.image: int(pair.id) for pair in data.pairs}
     captions = [
         (row, number)

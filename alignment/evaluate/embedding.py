@@ -72,11 +72,8 @@ def embed_pairs(
 
     Pairs of the same image are merged; images without captions or that cannot be opened are left out and logged.
 
-    Args:
-        encoder: the model.
-        pairs: images with their captions.
-        batch_size: images per forward pass.
-        progress: called with ("images" or "captions", done, total).
+    `batch_size` is the number of images per forward pass; `progress` is called with ("images" or "captions", done,
+    total).
 
     Raises:
         ValueError: when no image with a caption is left.
@@ -97,17 +94,10 @@ def embed_images(
     progress: NamedProgress | None = None,
     name: str = "images",
 ) -> tuple[list[str], Tensor]:
-    """Embed images; when one cannot be opened, drop all of that kind and start again.
-
-    Args:
-        encoder: the model.
-        images: paths.
-        batch_size: images per forward pass.
-        progress: called with (`name`, done, total).
-        name: of the images in `progress` and in the log.
+    """Embed images, without those that cannot be opened; they are called `name` in `progress` and in the log.
 
     Returns:
-        The images that are left, and their embeddings (n, embed_dim).
+        The paths that are left, and their embeddings (n, embed_dim).
 
     Raises:
         ValueError: when none can be opened.

@@ -65,13 +65,8 @@ def worst_queries(embedded: Embedded, count: int) -> list[Example]:
 def changed_queries(before: Embedded, after: Embedded, count: int) -> tuple[list[Example], list[Example]]:
     """Select the queries whose rank changed most, as a ratio: from 8 to 1 is more than from 800 to 400.
 
-    Args:
-        before: the data set by model A.
-        after: the data set by model B.
-        count: limit of each direction and kind.
-
     Returns:
-        Those that got better, and those that got worse.
+        At most `count` of each direction that got better from model A to B, and the same that got worse.
     """
     better, worse = [], []
     for direction in DIRECTIONS:
@@ -82,11 +77,7 @@ def changed_queries(before: Embedded, after: Embedded, count: int) -> tuple[list
 
 
 def suspected_false_negatives(embedded: Embedded, count: int) -> list[FalseNegative]:
-    """Select at most `count` images with an unlabelled caption that scores above the labelled pairs of both.
-
-    Returns:
-        One per image, the widest margin first.
-    """
+    """Select at most `count` images with such a caption, one caption each, the widest margin first."""
     images, texts = (functional.normalize(embeds.float(), dim=-1) for embeds, _ in embedded.sides)
     text_scores = (images[embedded.image_of_text] * texts).sum(dim=-1)
     found = [_rivals(scores, positives, text_scores) for _, scores, positives in scored_blocks(*embedded.sides)]

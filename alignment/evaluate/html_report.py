@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.evaluate.bootstrap import LOWER_IS_BETTER, Difference, Estimate
 from alignment.evaluate.error_analysis import Example, FalseNegative
-from alignment.evaluate.retrieval import difference_cells, metric_title
+from alignment.evaluate.retrieval import difference_cells, estimate_cells, metric_title
 from alignment.preprocess import InputError, open_image
 
 THUMBNAIL = 160  # pixels of the longer side
@@ -32,14 +32,9 @@ def comparison_page(
     changed: tuple[Sequence[Example], Sequence[Example]] = ((), ()),
     negatives: Sequence[FalseNegative] = (),
 ) -> str:
-    """Render the comparison of two models.
+    """Render the comparison of models A and B, with `changed_queries` and `suspected_false_negatives`.
 
-    Args:
-        names: of models A and B.
-        facts: data set, sizes and settings by title.
-        metrics: the differences by name.
-        changed: queries that got better, and queries that got worse.
-        negatives: suspected false negatives.
+    `facts` are the data set, sizes and settings by title.
     """
     note = "Rank of the right answer, under A and under B."
     sections = zip(("Got better", "Got worse"), (note, note), changed, strict=True)
@@ -87,15 +82,14 @@ def _render(
 def _cells(name: str, found: Difference | Estimate) -> dict[str, str]:
     """Format a metric; `verdict` is better or worse where the interval of a difference leaves out zero."""
     if isinstance(found, Estimate):
-        factor, places = (1, 0) if name.endswith(LOWER_IS_BETTER) else (100, 1)
-        value, low, high = (f"{number * factor:.{places}f}" for number in (found.value, found.low, found.high))
-        return {"value": value, "interval": f"[{low}, {high}]", "verdict": ""}
-    before, after, value, low, high = difference_cells(name, found)
+        value, interval = estimate_cells(name, found)
+        return {"value": value, "interval": interval, "verdict": ""}
+    before, after, value, interval = difference_cells(name, found)
     sign = -1 if name.endswith(LOWER_IS_BETTER) else 1
     ends = (sign * found.low, sign * found.high)
     verdict = "better" if min(ends) > 0 else "worse" if max(ends) < 0 else ""
     cells = {"before": before, "after": after, "p_not_better": f"{found.p_not_better:.1%}"}
-    return cells | {"value": value, "interval": f"[{low}, {high}]", "verdict": verdict}
+    return cells | {"value": value, "interval": interval, "verdict": verdict}
 
 
 def _grouped(rows: Mapping[str, dict[str, str]]) -> dict[str, list[dict[str, str]]]:

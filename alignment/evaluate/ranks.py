@@ -91,9 +91,6 @@ def query_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor
 
     Returns:
         For each of `DIRECTIONS` the ranks from 1, int64: (num_images,) and (num_texts,).
-
-    Raises:
-        ValueError: on non-finite embeddings, no embeddings, or an image without a text.
     """
     rows = torch.arange(len(image_embeds))
     is_covered = len(image_of_text) == len(text_embeds) and image_of_text.unique().tolist() == rows.tolist()
@@ -111,12 +108,8 @@ def scored_blocks(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Score the queries block by block; a candidate of the same image is a positive.
 
-    Args:
-        queries: embeddings (num_queries, embed_dim), and the index of each one's image (num_queries,).
-        candidates: the same of the candidates.
-
-    Yields:
-        Indices of the block's queries, their similarity to all candidates, and the positives, bool of that shape.
+    Both sides are embeddings (n, embed_dim) and the index of each one's image (n,). Yields the indices of the block's
+    queries, their similarity to all candidates, and the positives, bool of that shape.
     """
     for rows in torch.arange(len(queries[0])).split(_QUERIES_AT_ONCE):
         embeds, images = queries[0][rows], queries[1][rows]

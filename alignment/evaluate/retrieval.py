@@ -131,26 +131,20 @@ def report_table(report: RetrievalReport[Estimate]) -> str:
     columns = [*(f"R@{k}" for k in KS), "sum", "median rank"]
     lines = [f"{'':14}" + "".join(f"{column:>21}" for column in columns)]
     for direction in DIRECTIONS:
-        names = [*(f"recall@{k}" for k in KS), "recall_sum", "median_rank"]
-        cells = [_cell(report.metrics[f"{direction}_{name}"], is_rank=name == "median_rank") for name in names]
+        names = [f"{direction}_{name}" for name in (*(f"recall@{k}" for k in KS), "recall_sum", LOWER_IS_BETTER)]
+        cells = [" ".join(estimate_cells(name, report.metrics[name])) for name in names]
         lines.append(f"{direction.replace('_', ' '):14}" + "".join(f"{cell:>21}" for cell in cells))
-    lines.append(f"recall sum    {_cell(report.metrics['recall_sum']):>21}")
+    total = " ".join(estimate_cells("recall_sum", report.metrics["recall_sum"]))
+    lines.append(f"recall sum    {total:>21}")
     lines.append(f"{report.num_images} images, {report.num_texts} captions; in brackets 95 % intervals over images")
     return "\n".join(lines)
-
-
-def _cell(estimate: Estimate, *, is_rank: bool = False) -> str:
-    factor, places = (1, 0) if is_rank else (100, 1)
-    value, low, high = (f"{number * factor:.{places}f}" for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value} [{low}, {high}]"
 
 
 def difference_table(metrics: Mapping[str, Difference]) -> str:
     """Format differences as text, shares in percent: A, B, B - A with its interval, and `p_not_better`."""
     lines = [f"{'':26}{'A':>8}{'B':>8}{'B - A':>8}   {'95 % interval':18}{'B not better':>12}"]
     for name, found in metrics.items():
-        before, after, gain, low, high = difference_cells(name, found)
-        interval = f"[{low}, {high}]"
+        before, after, gain, interval = difference_cells(name, found)
         lines.append(
             f"{metric_title(name):26}{before:>8}{after:>8}{gain:>8}   {interval:18}{found.p_not_better:>12.1%}"
         )
@@ -158,12 +152,19 @@ def difference_table(metrics: Mapping[str, Difference]) -> str:
 
 
 def difference_cells(name: str, found: Difference) -> list[str]:
-    """Format A, B, the difference and the ends of its interval, shares in percent."""
+    """Format A, B, the difference and its interval, shares in percent."""
+    return [*_cells(name, "", found.before, found.after), *estimate_cells(name, found, "+")]
+
+
+def estimate_cells(name: str, found: Estimate | Difference, sign: str = "") -> list[str]:
+    """Format a value and its interval, shares in percent; `sign` is "+" for differences."""
+    value, low, high = _cells(name, sign, found.value, found.low, found.high)
+    return [value, f"[{low}, {high}]"]
+
+
+def _cells(name: str, sign: str, *values: float) -> list[str]:
     factor, places = (1, 0) if name.endswith(LOWER_IS_BETTER) else (100, 1)
-    values = [f"{number * factor:.{places}f}" for number in (found.before, found.after)]
-    # Adding zero turns -0.0 into 0.0.
-    gains = [f"{round(number * factor, places) + 0.0:+.{places}f}" for number in (found.value, found.low, found.high)]
-    return values + gains
+    return [f"{round(value * factor, places) + 0.0:{sign}.{places}f}" for value in values]  # + 0.0: no "-0.0"
 
 
 def metric_title(name: str) -> str:

@@ -30,8 +30,6 @@ examples:
     python -m alignment.train --model checkpoints/compact --data my_photos --output tuned --minutes 30
   it was killed; go on:
     python -m alignment.train --output tuned --resume
-  the gain, picture by picture (on a data set with a dev split; for others report.md has what was held out):
-    python -m alignment.evaluate --compare checkpoints/compact tuned --data flickr8k --split dev
   use it:
     python -m alignment.gallery build my_photos --model tuned --out my_gallery
     python app.py --gallery my_gallery --model tuned
@@ -151,7 +149,6 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Lay out the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alignment.train",
         description=DESCRIPTION,

@@ -69,25 +69,19 @@ class TrainConfig:
     data: str = _option(DATA, "folder, annotation file, shards or Hub id of captioned images", default=MISSING, **_PATH)
     format: str | None = _option(DATA, "of the data, if the one found is wrong (see alignment/data)")
     split: str | None = _option(DATA, "what to learn from (train, and what is in no split)")
-    eval_data: str | None = _option(
-        DATA, "another data set to measure on (the dev split, else a part held out)", **_PATH
-    )
+    eval_data: str | None = _option(DATA, "other data to measure on (the dev split, else a part held out)", **_PATH)
     eval_split: str | None = _option(DATA, "its split, or that of --data")
-    second_data: str | None = _option(
-        DATA, "a data set of another kind, measured before and after: what fine-tuning makes the model forget", **_PATH
-    )
+    second_data: str | None = _option(DATA, "data of another kind, to measure what the model forgets", **_PATH)
     second_split: str | None = _option(DATA, "its split")
     max_megapixels: int | None = None
     max_aspect_ratio: int | None = None
 
     preset: Preset | None = _option(
         TRAINING,
-        "train everything, all but the image tower, the projections, or low-rank adapters",
+        "train all, all but the image tower, the heads, or low-rank adapters",
         choices=get_args(Preset),
     )
-    loss: Loss | None = _option(
-        TRAINING, "CLIP's or SigLIP's; the one the model was trained with", choices=get_args(Loss)
-    )
+    loss: Loss | None = _option(TRAINING, "CLIP's or SigLIP's; as the model was trained", choices=get_args(Loss))
     minutes: float | None = _option(TRAINING, "end within this time, with the best weights so far", **_RATE)
     epochs: float | None = _option(TRAINING, "passes over the pictures", **_RATE)
     max_steps: int | None = _option(TRAINING, "optimiser steps at most", **_COUNT)
@@ -98,14 +92,12 @@ class TrainConfig:
     head_learning_rate: float | None = _option(TRAINING, "peak, of projections and adapters", **_RATE)
     weight_decay: float | None = _option(TRAINING, "of matrices (0.05)", type=_between(0, 10))
     warmup: float | None = _option(
-        TRAINING, "share of the steps in which the learning rate rises (0.1)", type=_between(0, 1)
+        TRAINING, "share of the steps with a rising learning rate (0.1)", type=_between(0, 1)
     )
     patience: int | None = _option(TRAINING, "measurements without a better recall sum (5)", **_COUNT)
     measure_every: int | None = _option(TRAINING, "steps between measurements, each with a checkpoint", **_COUNT)
     augment: bool | None = _option(TRAINING, "crop and mirror pictures (yes)", **_SWITCH)
-    interpolate: bool | None = _option(
-        TRAINING, "afterwards choose between start and end weights, WiSE-FT (yes for pretrained models)", **_SWITCH
-    )
+    interpolate: bool | None = _option(TRAINING, "mix start and end weights, WiSE-FT (yes if pretrained)", **_SWITCH)
     seed: int | None = _option(TRAINING, "of everything random (0)", type=_between(0, 2**32 - 1, int))
 
     device: str | None = _option(MACHINE, "the best there is", choices=["cuda", "mps", "cpu"])
@@ -114,12 +106,8 @@ class TrainConfig:
     )
     workers: int | None = _option(MACHINE, "processes that read pictures", type=_between(0, 1024, int))
     gradient_checkpointing: bool | None = _option(MACHINE, "less memory, more time", action="store_true")
-    keep_images: bool | None = _option(
-        MACHINE, "compute the frozen part of the image side once (yes where that saves time)", **_SWITCH
-    )
-    kept_folder: str | None = _option(
-        MACHINE, "where to keep it, for several runs to share (below --output, deleted afterwards)", **_PATH
-    )
+    keep_images: bool | None = _option(MACHINE, "cache frozen image features (yes where that saves time)", **_SWITCH)
+    kept_folder: str | None = _option(MACHINE, "folder of that cache, for several runs to share", **_PATH)
 
     output: str = _option(RESULT, "folder for model, report, plots and logs; must be new", default=MISSING, **_PATH)
 

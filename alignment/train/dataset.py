@@ -31,7 +31,7 @@ MIN_CROP = 0.8  # of the area; smaller crops lose what the caption describes
 _SIDES = re.compile(r"\b(left|right)\b|左|右", re.IGNORECASE)  # mirroring the image would make the caption wrong
 
 
-class Captions:
+class CaptionIndex:
     """The captions of the training images, numbered, and the images each one fits.
 
     Captions with the same words count as one: every image that has it is a positive.
@@ -96,13 +96,13 @@ class ContrastiveDataset(Dataset[dict[str, Any]]):
         captions_per_image: sampled for each image of a step.
         augment: crop slightly and mirror.
         seed: of everything random.
-        cache: features to return in place of the pixels, see `feature_cache`.
+        cache: features to return in place of the pixels.
     """
 
     def __init__(
         self,
         pairs: Sequence[Pair],
-        captions: Captions,
+        captions: CaptionIndex,
         preprocessor: Preprocessor,
         *,
         batch_size: int,

@@ -89,15 +89,9 @@ def number(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """A metric before and after, for people to read.
+    """A metric before and after, for people to read: in per cent (a median rank as it is) with the 95 % interval.
 
-    Attributes:
-        metric: its name in `RetrievalReport.metrics`.
-        label: its display name.
-        before, after: in per cent (a median rank as it is) with the 95 % interval.
-        difference: after minus before, with its interval if measured by a paired bootstrap.
-        gained: whether the metric is better than before, including by chance.
-        verdict: better or worse only where the interval excludes chance.
+    `gained` is whether it is better than before; `verdict` is better or worse only where the interval excludes chance.
     """
 
     metric: str

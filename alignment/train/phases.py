@@ -1,6 +1,6 @@
 """The phases of a run, as functions that pass values on.
 
-Place in the flow: `run` calls `load_setup -> cache_features -> measure -> make_plan -> fit -> interpolate_weights`.
+Place in the flow: `run` calls `load_setup -> make_plan -> fit -> interpolate_weights`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from alignment.model import DualEncoder
 from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
 from alignment.train.checkpoints import last_checkpoint
 from alignment.train.config import TrainConfig
-from alignment.train.dataset import Captions, ContrastiveDataset
+from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.feature_cache import CachedFeatures
 from alignment.train.objective import Objective, gather
 from alignment.train.plan import Plan, format_duration, plan_text
@@ -37,7 +37,7 @@ from alignment.train.prepare import Prepared
 from alignment.train.presets import Towers, apply_preset, checkpoint_activations, snapshot, weight_groups
 from alignment.train.run_dir import CHECKPOINTS, FEATURES, ResumeState
 from alignment.train.scratch import build_scratch
-from alignment.train.settings import ALPHAS, Recipe, complete
+from alignment.train.settings import ALPHAS, TrainRecipe, complete
 from alignment.train.trainer import ContrastiveTrainer, training_arguments
 from alignment.train.validator import Validator
 
@@ -51,16 +51,9 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Setup:
-    """A model ready to train, with its data and settings.
+    """A model ready to train, with its data, settings (`state`) and a copy of the start weights on the CPU.
 
-    Attributes:
-        state: the settings, as saved for a resumed run.
-        prepared: the data.
-        folder: the result folder.
-        log: called with each line of progress.
-        encoder, towers: the model, and what trains of it.
-        start_weights: name -> copy on the CPU.
-        captions: of the training images.
+    `cache` holds features of the training images, if any; `second` measures the second data set, if there is one.
     """
 
     state: ResumeState
@@ -70,19 +63,17 @@ class Setup:
     encoder: DualEncoder
     towers: Towers
     start_weights: dict[str, Tensor]
-    captions: Captions
+    captions: CaptionIndex
+    cache: CachedFeatures | None
+    validator: Validator
+    second: Validator | None
 
     @property
-    def config(self) -> TrainConfig:
-        """The options as given."""
-        return self.state.config
-
-    @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> TrainRecipe:
         """The options with every choice made."""
         return self.state.recipe
 
-    def dataset(self, cached: Cached, *, batch_size: int, num_steps: int) -> ContrastiveDataset:
+    def dataset(self, *, batch_size: int, num_steps: int) -> ContrastiveDataset:
         """Build the training data."""
         return ContrastiveDataset(
             self.prepared.train,
@@ -93,22 +84,20 @@ class Setup:
             captions_per_image=self.recipe.captions_per_image,
             augment=self.recipe.augment,
             seed=self.recipe.seed,
-            cache=cached.train,
+            cache=self.cache,
         )
 
-
-@dataclass(frozen=True)
-class Cached:
-    """Cached features of the training images, if any, and the validators."""
-
-    train: CachedFeatures | None
-    validator: Validator
-    second: Validator | None
+    def measure(self) -> Validation:
+        """Embed the validation data and the second data set with the present weights."""
+        began = time.monotonic()
+        embedded = self.validator.embed()
+        seconds = time.monotonic() - began
+        return Validation(embedded, self.second.embed() if self.second else None, seconds)
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """The validation data and the second data set as embedded by the model, and the time the former took."""
+class Validation:
+    """The validation data and the second data set as embedded by the model, and the seconds the former took."""
 
     embedded: Embedded
     second: Embedded | None
@@ -125,11 +114,11 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Interpolation:
-    """Recall sums between start and tuned weights, as in `RunRecord.interpolation`, and the alpha chosen."""
+class Interpolated:
+    """Recall sums between start and tuned weights and the alpha chosen, by the names of `RunRecord`."""
 
-    points: Sequence[dict[str, float | None]]
-    alpha: float | None
+    interpolation: list[dict[str, float | None]] = field(default_factory=list)
+    alpha: float | None = None
 
 
 def load_setup(
@@ -141,7 +130,7 @@ def load_setup(
     command: Sequence[str] = (),
     saved: ResumeState | None = None,
 ) -> Setup:
-    """Load the start model, choose the settings, and freeze weights.
+    """Load the start model, choose the settings, freeze weights, and cache the features of frozen layers.
 
     Raises:
         ValueError: on settings that do not fit the model, or when `saved` is of other data or start weights.
@@ -162,8 +151,12 @@ def load_setup(
     if state.recipe.gradient_checkpointing:
         checkpoint_activations(encoder)
     apply_preset(encoder, state.recipe.preset)
-    captions = Captions(prepared.train, prepared.near_duplicates)
-    return Setup(state, prepared, folder, log, encoder, Towers(encoder), weights, captions)
+    captions, towers = CaptionIndex(prepared.train, prepared.near_duplicates), Towers(encoder)
+    with PartialState().main_process_first():
+        cache, eval_cache = _cache_features(towers, encoder, state, prepared, folder, log)
+    validator = Validator(encoder, prepared.evaluation, eval_cache)
+    second = Validator(encoder, prepared.second) if prepared.second else None
+    return Setup(state, prepared, folder, log, encoder, towers, weights, captions, cache, validator, second)
 
 
 def _load_start(config: TrainConfig, prepared: Prepared) -> DualEncoder:
@@ -178,43 +171,35 @@ def _load_start(config: TrainConfig, prepared: Prepared) -> DualEncoder:
     raise ValueError("Name a model to begin with (--model), two towers to join (--vision, --text), or --scratch.")
 
 
-def cache_features(setup: Setup) -> Cached:
-    """Compute the features of the frozen layers once for every image, and build the validators."""
-    config, recipe, prepared = setup.config, setup.recipe, setup.prepared
-    point = setup.towers.cache_features(augment=recipe.augment) if recipe.keep_images else None
+def _cache_features(
+    towers: Towers, encoder: DualEncoder, state: ResumeState, prepared: Prepared, folder: Path, log: Log
+) -> tuple[CachedFeatures | None, CachedFeatures | None]:
+    """Cache the frozen layers' features of training and validation images; None where no layer is frozen."""
+    config, augment = state.config, state.recipe.augment
+    point = towers.cache_features(augment=augment) if state.recipe.keep_images else None
+    if point is None:
+        if config.keep_images or config.kept_folder:
+            unused = "with this preset no part of the image side is frozen"
+            log(f"--keep-images and --kept-folder have no effect: {unused}.")
+        return None, None
 
-    def fill(pairs: Sequence[Pair], what: str, *, augment: bool) -> CachedFeatures | None:
-        if point is None:
-            return None
-        folder = Path(config.kept_folder or setup.folder / FEATURES)
-        cache = CachedFeatures(point, setup.encoder, [pair.image for pair in pairs], folder, augment=augment)
-        cache.fill(progress=log_progress(setup.log, f"{what} pictures: {point.name}"))
+    def fill(pairs: Sequence[Pair], what: str, *, augment: bool) -> CachedFeatures:
+        place = Path(config.kept_folder or folder / FEATURES)
+        cache = CachedFeatures(point, encoder, [pair.image for pair in pairs], place, augment=augment)
+        cache.fill(progress=log_progress(log, f"{what} pictures: {point.name}"))
         return cache
 
-    if point is None and (config.keep_images or config.kept_folder):
-        setup.log(
-            "--keep-images and --kept-folder have no effect: with this preset no part of the image side is frozen."
-        )
-    train = fill(prepared.train, "training", augment=recipe.augment)
-    validator = Validator(setup.encoder, prepared.evaluation, fill(prepared.evaluation, "validation", augment=False))
-    return Cached(train, validator, Validator(setup.encoder, prepared.second) if prepared.second else None)
+    train = fill(prepared.train, "training", augment=augment)
+    return train, fill(prepared.evaluation, "validation", augment=False)
 
 
-def measure(cached: Cached) -> Baseline:
-    """Embed the validation data and the second data set with the present weights."""
-    began = time.monotonic()
-    embedded = cached.validator.embed()
-    seconds = time.monotonic() - began
-    return Baseline(embedded, cached.second.embed() if cached.second else None, seconds)
-
-
-def make_plan(setup: Setup, cached: Cached, before: Baseline, *, deadline: float | None) -> tuple[Setup, Plan]:
+def make_plan(setup: Setup, before: Validation, *, deadline: float | None) -> tuple[Setup, Plan]:
     """Time one step, fit the run into the time until the deadline (`time.monotonic`), and log the plan.
 
     Returns:
         The setup with the length that fits, and the plan.
     """
-    seconds, memory = _probe(setup, cached)
+    seconds, memory = _probe(setup)
     recipe = setup.recipe
     own = torch.tensor([seconds + before.seconds / recipe.measure_every], device=setup.encoder.device)
     per_step = float(gather(own).max())  # of the slowest process: all must plan the same
@@ -244,11 +229,11 @@ def make_plan(setup: Setup, cached: Cached, before: Baseline, *, deadline: float
     return replace(setup, state=replace(setup.state, recipe=recipe)), plan
 
 
-def _probe(setup: Setup, cached: Cached) -> tuple[float, int]:
+def _probe(setup: Setup) -> tuple[float, int]:
     """Return the seconds and the bytes of memory of one step; weights and random state do not change."""
     recipe = setup.recipe
     size = min(_PROBE_IMAGES, recipe.chunk_size)
-    dataset = setup.dataset(cached, batch_size=size, num_steps=2)
+    dataset = setup.dataset(batch_size=size, num_steps=2)
     objective = Objective(setup.towers, setup.captions.positive_mask, loss=recipe.loss)
     setup.towers.train()
     with torch.random.fork_rng():
@@ -264,9 +249,9 @@ def _probe(setup: Setup, cached: Cached) -> tuple[float, int]:
     return seconds, psutil.Process().memory_info().rss
 
 
-def fit(setup: Setup, cached: Cached, stop: GracefulStop, *, resume: bool) -> Fitted:
+def fit(setup: Setup, stop: GracefulStop, *, resume: bool) -> Fitted:
     """Train until the last step, early stopping, the deadline or a signal; the model gets the best weights."""
-    trainer = _build_trainer(setup, cached, stop)
+    trainer = _build_trainer(setup, stop)
     checkpoint = last_checkpoint(setup.folder / CHECKPOINTS) if resume else None
     with stop.on_signals(), _thread_errors_logged():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -278,7 +263,7 @@ def fit(setup: Setup, cached: Cached, stop: GracefulStop, *, resume: bool) -> Fi
     return Fitted(state.log_history, best_step, stopped)
 
 
-def _build_trainer(setup: Setup, cached: Cached, stop: GracefulStop) -> ContrastiveTrainer:
+def _build_trainer(setup: Setup, stop: GracefulStop) -> ContrastiveTrainer:
     recipe, towers = setup.recipe, setup.towers
     arguments = training_arguments(
         setup.folder,
@@ -289,7 +274,7 @@ def _build_trainer(setup: Setup, cached: Cached, stop: GracefulStop) -> Contrast
         seed=recipe.seed,
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
-        dataloader_num_workers=0 if cached.train else recipe.workers,
+        dataloader_num_workers=0 if setup.cache else recipe.workers,
         use_cpu=setup.encoder.device.type == "cpu",
     )
     setup.encoder.device = arguments.device
@@ -297,9 +282,9 @@ def _build_trainer(setup: Setup, cached: Cached, stop: GracefulStop) -> Contrast
     return ContrastiveTrainer(
         towers,
         arguments,
-        dataset=setup.dataset(cached, batch_size=recipe.batch_size, num_steps=recipe.max_steps),
+        dataset=setup.dataset(batch_size=recipe.batch_size, num_steps=recipe.max_steps),
         objective=Objective(towers, setup.captions.positive_mask, loss=recipe.loss, chunk_size=recipe.chunk_size),
-        validate=cached.validator.metrics,
+        validate=setup.validator.metrics,
         groups=weight_groups(setup.encoder.module, weight_decay=recipe.weight_decay, **rates),
         callbacks=[stop, EarlyStopping(recipe.patience), ConsoleLogger(setup.log)],
     )
@@ -317,7 +302,7 @@ def _thread_errors_logged() -> Iterator[None]:
 
 
 @torch.no_grad()
-def interpolate_weights(setup: Setup, cached: Cached) -> Interpolation:
+def interpolate_weights(setup: Setup) -> Interpolated:
     """Measure mixtures of start and tuned weights, and keep the one with the best validation recall sum.
 
     Source: WiSE-FT, Wortsman et al. 2022.
@@ -331,11 +316,12 @@ def interpolate_weights(setup: Setup, cached: Cached) -> Interpolation:
             if not torch.equal(start[name], end[name]):
                 weight.copy_((1 - alpha) * start[name] + alpha * end[name])
 
-    sums, points = {}, []
+    sums: dict[float, float] = {}
+    points: list[dict[str, float | None]] = []
     for alpha in ALPHAS:
         mix(alpha)
-        sums[alpha] = cached.validator.metrics()[METRIC]
-        second = cached.second.metrics()[METRIC] if cached.second else None
+        sums[alpha] = setup.validator.metrics()[METRIC]
+        second = setup.second.metrics()[METRIC] if setup.second else None
         points.append({"alpha": alpha, "recall_sum": sums[alpha], "second_recall_sum": second})
     best = max(ALPHAS, key=lambda alpha: (sums[alpha], alpha))  # of equals the one that has learnt more
     mix(best)
@@ -343,7 +329,7 @@ def interpolate_weights(setup: Setup, cached: Cached) -> Interpolation:
     setup.log(f"Recall sum on validation from start (0) to tuned weights (1): {curve}. Kept: {best:g}.")
     if best == 0:
         setup.log("No tuned weights do better there than the start's, so the result is the start model.")
-    return Interpolation(points, best)
+    return Interpolated(points, best)
 
 
 def log_progress(log: Log, what: str) -> Callable[[int, int], None]:

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignment.train.settings import Recipe
+from alignment.train.settings import TrainRecipe
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes and the estimated cost of a run.
-
-    Attributes:
-        estimated_seconds: of training with its validations, from a step tried out beforehand.
-        peak_memory_bytes: of this process (the GPU's, where there is one) after that step.
-    """
+    """The sizes of a run, and its cost estimated from one step; `peak_memory_bytes` is the GPU's if there is one."""
 
     train_images: int
     train_captions: int
@@ -39,7 +34,7 @@ class Plan:
 _TRAINED = {"full": "both sides", "lit": "the text side", "heads": "the heads", "lora": "low-rank adapters"}
 
 
-def plan_text(plan: Plan, recipe: Recipe, model: str, evaluation: str) -> str:
+def plan_text(plan: Plan, recipe: TrainRecipe, model: str, evaluation: str) -> str:
     """Format the plan; `model` is the start model, `evaluation` the source of the validation data."""
     chunks = f"{plan.chunk_size} at a time in memory" if plan.chunk_size < plan.batch_size else "all in memory at once"
     heads = f", heads {recipe.head_learning_rate:g}" if recipe.head_learning_rate != recipe.learning_rate else ""

@@ -75,15 +75,9 @@ class Prepared:
 
 
 def prepare(config: TrainConfig, *, progress: Callable[[int, int], None] | None = None) -> Prepared:
-    """Read and check the data of a run.
+    """Read and check the data of a run; `progress` is called with (done, total) while pictures are opened.
 
-    Args:
-        config: the options.
-        progress: called with (done, total) while pictures are opened.
-
-    Raises:
-        FileNotFoundError: when a data set is missing.
-        ValueError: when too few pictures are left.
+    Raises FileNotFoundError when a data set is missing, and ValueError when too few pictures are left.
     """
     data = f"--data {config.data}"
     readings = {data: read_data(config.data, format=config.format)}

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from alignment.hub import check_login, check_repo_id
-from alignment.hub import translate_hub_errors as plain_errors
+from alignment.hub import check_login, check_repo_id, translate_hub_errors
 from alignment.model import DualEncoder
 from alignment.train.record import REPOSITORY, RunRecord, is_local
 
@@ -60,7 +59,7 @@ def push_to_hub(
     check_repo_id(repo_id)
     files = _files_to_send(folder)
     check_login(api)
-    with plain_errors(repo_id):
+    with translate_hub_errors(repo_id):
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         _name_in_card(folder / "README.md", repository.repo_id)
         api.upload_folder(

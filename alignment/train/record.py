@@ -38,28 +38,20 @@ class RunRecord:
     finite become None, which JSON can hold.
 
     Attributes:
-        command: quoted for a shell.
-        started: ISO 8601.
-        seconds: from start to end, with the validations.
-        versions: package -> version.
+        command, started, seconds: of the call: quoted for a shell, ISO 8601, and from start to end.
         settings: every setting of the run; `license` of the result and `output`, its folder, are used if there.
         plan: the fields of `Plan`; unknown ones are left out or None.
-        data: report of the check of the training data.
-        base_model: folder name or Hub id of the start model.
-        base_fingerprint, fingerprint: of the start weights and of the written ones.
+        data, data_complete: report of the check of the training data, and whether all of it could be read.
+        base_model, base_fingerprint, fingerprint: start model, its weights, and the written weights.
         history: log of transformers' Trainer: entries with step and epoch, and either loss, learning_rate, grad_norm,
             logit_scale, logit_bias, or the validation recalls `eval_...` in [0, 1].
-        before, after: metric -> value, low, high of start and written weights on the validation data, named as in
-            `RetrievalReport`; `difference` by a paired bootstrap.
-        stopped: why training ended, a sentence.
-        best_step: step of the best weights.
-        second_data: name of the second data set, with metrics as above.
-        interpolation: alpha in [0, 1] (0 the start weights, 1 the tuned ones), recall_sum, second_recall_sum or None.
-        alpha: the one that was chosen.
-        model_type: `model_type` of the written config.json; decides how the Hub files the model.
-        data_name: display name of the training data: the name of its folder, or its Hub id.
-        base_model_id, dataset_id: Hub ids of the start model and the training data, if they came from there.
-        data_complete: whether all folders of the data could be listed and all files of captions be read.
+        before, after, difference: metric -> value, low, high on the validation data, named as in `RetrievalReport`;
+            likewise `second_...` on the second data set.
+        stopped, best_step: why training ended, a sentence, and the step of the best weights.
+        interpolation, alpha: alpha in [0, 1] (0 the start weights, 1 the tuned ones), recall_sum, second_recall_sum or
+            None; and the alpha that was chosen.
+        model_type: of the written config.json; decides how the Hub files the model.
+        data_name, base_model_id, dataset_id: name of the data's folder, and Hub ids, if they came from there.
     """
 
     command: str

@@ -28,18 +28,16 @@ from alignment.picture_limits import use_size_options
 from alignment.train.callbacks import GracefulStop
 from alignment.train.config import TrainConfig
 from alignment.train.phases import (
-    Baseline,
     Fitted,
-    Interpolation,
+    Interpolated,
     Log,
     Setup,
-    cache_features,
+    Validation,
     fit,
     interpolate_weights,
     load_setup,
     log_progress,
     make_plan,
-    measure,
 )
 from alignment.train.plan import Plan
 from alignment.train.prepare import prepare
@@ -111,20 +109,18 @@ def _train(
     prepared = prepare(config, progress=log_progress(log, "checking pictures"))
     log(prepared.report.summary())
     setup = load_setup(config, prepared, folder, log, command=command, saved=saved)
-    with processes.main_process_first():
-        cached = cache_features(setup)
     preprocessor = setup.encoder.preprocessor
     captions = (caption for pair in prepared.train for caption in pair.captions)
     truncated = describe_truncated(preprocessor.truncated(captions), preprocessor.max_length)
-    before = measure(cached)
-    setup, plan = make_plan(setup, cached, before, deadline=None if saved else stop.deadline)
+    before = setup.measure()
+    setup, plan = make_plan(setup, before, deadline=None if saved else stop.deadline)
     if not saved and processes.is_main_process:
         setup.state.write(folder)  # from now on there is a run to resume
     processes.wait_for_everyone()
-    fitted = fit(setup, cached, stop, resume=resume)
+    fitted = fit(setup, stop, resume=resume)
     merge_lora(setup.encoder.module)
-    mixed = interpolate_weights(setup, cached) if setup.recipe.interpolate else Interpolation((), None)
-    record = _record(setup, plan, before, fitted, mixed, measure(cached), time.monotonic() - started)
+    mixed = interpolate_weights(setup) if setup.recipe.interpolate else Interpolated()
+    record = _record(setup, plan, before, fitted, mixed, setup.measure(), time.monotonic() - started)
     if processes.is_main_process:
         _write(setup, record)
     for line in [*prepared.summaries(), *truncated]:
@@ -136,14 +132,14 @@ def _train(
 def _record(
     setup: Setup,
     plan: Plan,
-    before: Baseline,
+    before: Validation,
     fitted: Fitted,
-    mixed: Interpolation,
-    after: Baseline,
+    mixed: Interpolated,
+    after: Validation,
     seconds: float,
 ) -> RunRecord:
     """Collect what is known about the run."""
-    config, encoder = setup.config, setup.encoder
+    config, encoder = setup.state.config, setup.encoder
     difference = compare_retrieval(before.embedded, after.embedded).metrics
     setup.log(f"Validation, before (A) and after (B):\n{difference_table(difference)}")
     second: dict[str, Any] = {}
@@ -172,8 +168,7 @@ def _record(
         second_data=config.second_data,
         **second,
         **asdict(fitted),
-        interpolation=list(mixed.points),
-        alpha=mixed.alpha,
+        **asdict(mixed),
         model_type=encoder.module.config.model_type,
         data_name=Path(config.data).name,
         base_model_id=_hub_id(config.model),

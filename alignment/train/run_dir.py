@@ -13,7 +13,7 @@ from alignment.atomic import LOCK, TEMP_PREFIX, read_json_checksummed, write_jso
 from alignment.model import best_device
 from alignment.train.config import TrainConfig
 from alignment.train.prepare import Prepared
-from alignment.train.settings import Recipe
+from alignment.train.settings import TrainRecipe
 
 SETTINGS = "settings.json"  # written before training begins, deleted when it is finished
 RECORD = "run.json"  # written when it is finished
@@ -24,19 +24,10 @@ _FREE = ("output", "minutes")  # options that a resumed run may change
 
 @dataclass(frozen=True)
 class ResumeState:
-    """The settings of a run, saved before training begins.
-
-    Attributes:
-        config: the options as given.
-        recipe: with every choice made.
-        started: ISO 8601.
-        command: for the report.
-        data_digest: of the training and validation data.
-        base_fingerprint: of the start weights.
-    """
+    """The settings of a run, saved before training begins: options as given, with every choice made, and hashes."""
 
     config: TrainConfig
-    recipe: Recipe
+    recipe: TrainRecipe
     started: str
     command: str
     data_digest: str
@@ -121,7 +112,7 @@ def read_resume_state(folder: Path) -> ResumeState:
     """Read the state of an interrupted run; raises ValueError when the file is damaged."""
     try:
         values = read_json_checksummed(folder / SETTINGS)
-        config, recipe = TrainConfig.from_dict(values["config"]), Recipe(**values["recipe"])
+        config, recipe = TrainConfig.from_dict(values["config"]), TrainRecipe(**values["recipe"])
         return ResumeState(**values | {"config": config, "recipe": recipe})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / SETTINGS} is damaged ({error}); start a new run with another --output.") from error

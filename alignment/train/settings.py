@@ -22,7 +22,7 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainRecipe:
     """A `TrainConfig` with every choice made, by the same names; `max_steps` is the length of the whole run."""
 
     preset: Preset
@@ -77,7 +77,7 @@ _LARGEST: dict[Kind, int] = {"pretrained": 256, "compact": 128, "composed": 256,
 _EPOCHS: dict[Kind, int] = {"pretrained": 10, "compact": 10, "composed": 15, "scratch": 30}
 
 
-def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_processes: int = 1) -> Recipe:
+def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_processes: int = 1) -> TrainRecipe:
     """Choose the settings that are None.
 
     Args:
@@ -108,7 +108,7 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
     if config.max_steps:
         steps = min(steps, config.max_steps) if config.epochs else config.max_steps
     measure_every = config.measure_every or max(steps_per_epoch, math.ceil(steps / 15))
-    return Recipe(
+    return TrainRecipe(
         preset=preset,
         loss=loss,
         max_steps=steps,

@@ -20,14 +20,7 @@ from alignment.train.objective import gather
 
 @dataclass
 class Validator:
-    """Retrieval on one data set.
-
-    Attributes:
-        encoder: the model in training.
-        pairs: images with captions, all of which are candidates; each image once.
-        cache: features of the images, see `feature_cache`.
-        batch_size: images per forward pass.
-    """
+    """Retrieval on `pairs`, each image once; `cache` has features of the images. All captions are candidates."""
 
     encoder: DualEncoder
     pairs: Sequence[Pair]

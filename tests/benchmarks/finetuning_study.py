@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from alignment.model import DualEncoder
 from alignment.train import phases, run
 from alignment.train.config import TrainConfig
-from alignment.train.dataset import Captions, ContrastiveDataset
+from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 
 HEADS = {  # of the 6,091 training pictures of Flickr8k 47 batches of 128 make a pass
     "rows": {"batch_size": 128, "captions_per_image": 1},
@@ -41,7 +41,7 @@ HEADS = {  # of the 6,091 training pictures of Flickr8k 47 batches of 128 make a
 }
 
 
-class RowCaptions(Captions):
+class RowCaptionIndex(CaptionIndex):
     """Only the caption that was drawn with a picture fits it."""
 
     def positive_mask(self, rows: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def trained(config: TrainConfig, *, rows: bool = False) -> dict:
     if not record.exists():
         print(f"--- {config.output}", flush=True)
         resume = Path(config.output, "settings.json").exists()
-        kinds = {"Captions": RowCaptions, "ContrastiveDataset": RowDataset} if rows else {}
+        kinds = {"CaptionIndex": RowCaptionIndex, "ContrastiveDataset": RowDataset} if rows else {}
         with patch.multiple(phases, **kinds) if rows else nullcontext():
             run.train(config, resume=resume, log=lambda line: print(line, flush=True))
     return json.loads(record.read_text(encoding="utf-8"))
