@@ -1,4 +1,4 @@
-"""Doubles found by their bytes and by their look, in real pictures made on the spot, and the report about them."""
+"""Duplicates found by content and by difference hash in pictures drawn here, and the report about them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIDE = 96
 
 
 def scene(seed: int) -> Image.Image:
-    """Paint something as soft as a photograph: no two seeds look alike."""
+    """Draw smooth random colours; no two seeds look alike."""
     colours = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
@@ -194,7 +194,7 @@ def test_a_film_does_not_fill_the_memory(caplog: pytest.LogCaptureFixture) -> No
 
 
 def prints_of(*pairs: Pair, same: str = "") -> dict[str, ImageHash | None]:
-    """Give every picture a print of its own, those whose names end in a letter of `same` one in common."""
+    """Give every picture a hash of its own, and those whose names end in a letter of `same` a common one."""
     return {pair.image: ImageHash("same" if pair.image[-1] in same else pair.image, difference=0) for pair in pairs}
 
 

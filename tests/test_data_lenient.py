@@ -1,4 +1,4 @@
-"""Annotations as people have them: every row and every file is read or named, and no caption lands elsewhere."""
+"""Malformed annotations: every row and every file is read or reported, and no caption is joined to another picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WebDataset shards as they are published, as people pack them by hand, and as nobody should."""
+"""WebDataset shards as published, packed by hand, and hostile."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def photo(seed: int, format: str = "PNG") -> bytes:
 
 
 def shard(path: Path, parts: Parts | list[tuple[tarfile.TarInfo, bytes]]) -> Path:
-    """Pack members, given as name -> content or as headers of one's own."""
+    """Pack members, given as name -> content or as headers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         if isinstance(parts, Mapping):
@@ -75,7 +75,7 @@ def test_a_shard_is_read_and_its_pictures_lie_in_the_store_under_their_hash(tmp_
 def test_captions_are_read_in_their_encoding(tmp_path: Path, encoding: str, caption: str) -> None:
     inner = json.dumps({"caption": caption}, ensure_ascii=False).encode(encoding)
     parts: Parts = {"0.jpg": photo(0), "0.txt": caption.encode(encoding), "1.jpg": photo(1), "1.json": inner}
-    for _ in range(2):  # off the shard, and off its index
+    for _ in range(2):  # from the shard, then from its index
         reading = read_data(shard(tmp_path / "a.tar", parts))
         assert [pair.captions for pair in reading.pairs] == [(caption,), (caption,)]
         assert reading.left_out == {}

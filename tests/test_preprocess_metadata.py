@@ -1,4 +1,4 @@
-"""What is left out of a file before Pillow sees it: everything that costs, and nothing that shows."""
+"""Metadata is removed before Pillow reads a file, without a change to the picture."""
 
 import random
 import struct

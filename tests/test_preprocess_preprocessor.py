@@ -1,4 +1,4 @@
-"""Model inputs made without transformers equal those made with it, and what is not known here is left to it."""
+"""Model inputs computed without transformers equal its own; unknown settings are left to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders are walked to the bottom and not beyond: what may not be listed, links, thumbnails, galleries of ours."""
+"""Folders that may not be listed, links, loops, thumbnails and galleries while a data set is listed."""
 
 from __future__ import annotations
 

@@ -66,18 +66,13 @@ class Pair:
 
 
 class RawAnnotation(NamedTuple):
-    """What one annotation says, unchecked.
+    """What one annotation says, unchecked."""
 
-    Attributes:
-        image: a name to look up, or the path of a picture that is known to exist.
-        folder: that the name is relative to, if not the data set's.
-    """
-
-    image: str | Path
+    image: str | Path  # a name to look up, or the path of a picture that is known to exist
     captions: Sequence[str] = ()
     split: str = ""
     id: str = ""
-    folder: Path | None = None
+    folder: Path | None = None  # that the name is relative to, if not the data set's
 
 
 class Collector:

@@ -41,17 +41,13 @@ class UnreadableTable(ValueError):
 
 
 class Columns(NamedTuple):
-    """The columns of a table by what they mean.
-
-    Attributes:
-        classes: where there are no captions, the column of classes, as for image classification.
-    """
+    """The columns of a table by what they mean."""
 
     image: str | None
     captions: tuple[str, ...]
     split: str | None
     id: str | None
-    classes: str | None = None
+    classes: str | None = None  # as for image classification, where there are no captions
 
 
 @lru_cache(maxsize=64)
@@ -72,19 +68,12 @@ def find_columns(names: tuple[str, ...]) -> Columns:
 
 @dataclass(frozen=True)
 class TableSample:
-    """The first rows of a table, by which its columns are identified.
+    """The first rows of a table, by which its columns are identified."""
 
-    Attributes:
-        names: of the columns.
-        rows: values as texts, as many as there are names.
-        names_image: whether a value names a picture, with its suffix or without.
-        has_header: whether the names are in the first row.
-    """
-
-    names: tuple[str, ...]
-    rows: Sequence[Sequence[str]]
-    names_image: Callable[[object], bool]
-    has_header: bool = True
+    names: tuple[str, ...]  # of the columns
+    rows: Sequence[Sequence[str]]  # values as texts, as many as there are names
+    names_image: Callable[[object], bool]  # whether a value names a picture, with its suffix or without
+    has_header: bool = True  # the names are in the first row
 
     def columns(self) -> Columns:
         """Identify the columns, by name where that is sufficient.

@@ -24,17 +24,11 @@ _SEP = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # a line in which Excel names 
 
 
 class Row(NamedTuple):
-    """A row of a delimited file.
+    """A row of a delimited file."""
 
-    Attributes:
-        number: of its first line, from 1.
-        fields: its values.
-        is_open: whether a quotation mark in it is never closed, so that the mark is part of the value.
-    """
-
-    number: int
+    number: int  # of its first line, from 1
     fields: list[str]
-    is_open: bool = False
+    is_open: bool = False  # a quotation mark in it is never closed, so that the mark is part of the value
 
 
 def read_file_head(lines: Iterable[str]) -> tuple[str, int]:

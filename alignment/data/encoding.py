@@ -32,15 +32,10 @@ _MAX_INVALID_SHARE = 0.25  # invalid sequences below which a file is UTF-8 with 
 
 
 class Encoding(NamedTuple):
-    """How to decode a text.
+    """How to decode a text."""
 
-    Attributes:
-        name: of Python's codec.
-        damaged: whether some bytes are invalid in it.
-    """
-
-    name: str
-    damaged: bool = False
+    name: str  # of Python's codec
+    damaged: bool = False  # some bytes are invalid in it
 
     @property
     def is_utf8(self) -> bool:

@@ -36,19 +36,12 @@ Detect = Callable[[Path, ImageIndex], list[Path]]
 
 
 class Format(NamedTuple):
-    """How to recognise a format and read one of its files.
+    """How to recognise a format and read one of its files."""
 
-    Attributes:
-        detect: returns the files to read, none if a path is not of this format.
-        read: reads one of them.
-        in_parts: whether several files are one data set, whatever their names.
-        is_exclusive: whether other files of captions in the folder are ignored.
-    """
-
-    detect: Detect
+    detect: Detect  # returns the files to read, none if a path is not of this format
     read: Callable[[Path, Collector], Iterator[RawAnnotation]]
-    in_parts: bool = False
-    is_exclusive: bool = True
+    in_parts: bool = False  # several files are one data set, whatever their names
+    is_exclusive: bool = True  # other files of captions in the folder are ignored
 
 
 def detect_format(source: Path, format: str | None, index: ImageIndex) -> tuple[str, list[Path]]:

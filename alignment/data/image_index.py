@@ -19,15 +19,10 @@ from alignment.preprocess import IMAGE_SUFFIXES
 
 
 class Matches(NamedTuple):
-    """The pictures that a name may mean.
+    """The pictures that a name may mean."""
 
-    Attributes:
-        paths: several where nothing decides between them, none where there is none.
-        differs_in_case: whether the name is that of the picture only if case is ignored.
-    """
-
-    paths: tuple[str, ...]
-    differs_in_case: bool = False
+    paths: tuple[str, ...]  # several where nothing decides between them
+    differs_in_case: bool = False  # the name is that of the picture only if case is ignored
 
 
 class ImageIndex:

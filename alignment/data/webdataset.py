@@ -41,17 +41,11 @@ _DAMAGED = (tarfile.TarError, EOFError, ValueError, OverflowError)  # what tarfi
 
 
 class Shard(NamedTuple):
-    """The content of a tar file.
+    """The content of a tar file."""
 
-    Attributes:
-        rows: (file name in the image store, captions, split, id) of each sample.
-        skipped: (reason, what) for what was left out.
-        repaired: (reason, what) for what was read although something is wrong with it.
-    """
-
-    rows: list[tuple[str, list[str], str, str]]
-    skipped: list[tuple[str, str]]
-    repaired: list[tuple[str, str]]
+    rows: list[tuple[str, list[str], str, str]]  # file name in the image store, captions, split, id
+    skipped: list[tuple[str, str]]  # reason, what
+    repaired: list[tuple[str, str]]  # reason, what was read although something is wrong with it
 
 
 # ---------------------------------------------------------------- paths of shards

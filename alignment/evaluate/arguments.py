@@ -63,6 +63,7 @@ def _path(text: str) -> Path:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Lay out the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alignment.evaluate",
         description="Measure retrieval and zero-shot accuracy of a model on your data, or compare two models.",

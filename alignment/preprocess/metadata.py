@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable, Iterator
 
 from PIL import Image
 
@@ -146,19 +147,24 @@ def _check_scans(data: bytes, at: int) -> None:
     raise damaged()
 
 
-def _strip_png(data: bytes) -> bytes:
-    kept, at = [data[:8]], 8
+def _spans(data: bytes, at: int, size: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the consecutive parts of a file, given the size of the part at an offset."""
     for _ in range(MAX_PARTS):
         if at >= len(data):
-            return b"".join(kept)
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+            return
+        yield at, (at := at + size(at))
+    raise damaged()
+
+
+def _strip_png(data: bytes) -> bytes:
+    kept = [data[:8]]
+    for at, end in _spans(data, 8, lambda at: 12 + int.from_bytes(data[at : at + 4], "big")):
         kind = data[at + 4 : at + 8]
         if _is_kept_chunk(kind, data[at + 8 : at + 32]):
             kept.append(data[at:end])
         if kind == b"IEND":
-            return b"".join(kept)
-        at = end
-    raise damaged()
+            break
+    return b"".join(kept)
 
 
 def _is_kept_chunk(kind: bytes, body: bytes) -> bool:
@@ -187,15 +193,12 @@ def _strip_gif(data: bytes) -> bytes:
 
 def _strip_avif(data: bytes) -> bytes:
     """Rename "Exif" in all boxes but those of the pixels, so that the decoder finds none."""
-    parts: list[bytes] = []
-    at = 0
-    for _ in range(MAX_PARTS):
-        if at >= len(data):
-            return b"".join(parts)
-        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        if size == 1:
-            size = int.from_bytes(data[at + 8 : at + 16], "big")
-        end = at + max(size, 8) if size else len(data)
-        parts.append(data[at:end] if kind == b"mdat" else data[at:end].replace(b"Exif", b"none"))
-        at = end
-    raise damaged()
+
+    def size(at: int) -> int:
+        declared = int.from_bytes(data[at : at + 4], "big")
+        if declared == 1:
+            declared = int.from_bytes(data[at + 8 : at + 16], "big")
+        return max(declared, 8) if declared else len(data) - at
+
+    boxes = (data[at:end] for at, end in _spans(data, 0, size))
+    return b"".join(box if box[4:8] == b"mdat" else box.replace(b"Exif", b"none") for box in boxes)
