@@ -18,6 +18,7 @@ from gradio import processing_utils
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
+import app
 from alignment.bundled import ROOT
 from alignment.server import gradio_internals
 from alignment.server.gradio_internals import (
@@ -179,6 +180,15 @@ def test_the_queue_tells_what_waits_and_forgets_only_what_is_over(page, gate):
 def test_what_a_script_sends_reaches_its_listener():
     assert event_data(gr.EventData(None, {"id": "a"})) == {"id": "a"}
     assert event_data(gr.EventData(None, None)) == event_data(gr.EventData(None, [1])) == {}
+
+
+def test_no_statistics_are_kept():
+    """Gradio's own of the last 10,000 events take time after each; `app` switches them off in the environment."""
+    queue = gr.Blocks(analytics_enabled=False)._queue
+    queue.events_recorded = 10**9
+    assert app.ROOT
+    assert queue.ANALYTICS_MAX_EVENTS == 1
+    assert queue.compute_analytics_summary([{"function": "f", "status": "success"}]) == {"functions": {}}
 
 
 # ---------------------------------------------------------------- sessions

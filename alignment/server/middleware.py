@@ -19,22 +19,13 @@ from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from alignment.server import routes
 from alignment.server.errors import PAGE_LANGUAGE, ServiceError, Translate, in_english
 from alignment.server.gradio_internals import blocks_of, has_messages, queue_status, session_of_event
 from alignment.server.lifecycle import Lifecycle
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import log_event
 from alignment.server.page import OWNERS, REQUEST_ID
-from alignment.server.routes import (
-    HEARTBEAT,
-    MCP,
-    QUEUE_DATA,
-    RouteKind,
-    called_endpoint,
-    log_name,
-    route_kind,
-    strip_root_path,
-)
 from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
 from alignment.server.settings import Settings
 from alignment.server.uploads import CLIENT, UPLOADS, UploadQuota
@@ -72,7 +63,7 @@ class RequestContext:
 
     scope: Scope
     page: gr.Blocks
-    kind: RouteKind | None
+    kind: routes.RouteKind | None
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     begun: float = field(default_factory=time.monotonic)
     received: int = 0
@@ -111,7 +102,7 @@ class RequestGuard:
             await self._app(scope, receive, send)
         if scope["type"] != "http":
             return  # nothing here answers a websocket
-        path = strip_root_path(self._settings.root_path, scope["path"])
+        path = routes.strip_root_path(self._settings.root_path, scope["path"])
         if path is None:
             query = scope["query_string"].decode("latin-1")
             await RedirectResponse(f"{self._settings.root_path}/?{query}".rstrip("?"))(scope, receive, send)
@@ -131,10 +122,10 @@ class RequestGuard:
                 self._log(context)
 
     def _context(self, scope: Scope) -> RequestContext:
-        context = RequestContext(scope, blocks_of(scope), route_kind(scope["method"], scope["path"]))
+        context = RequestContext(scope, blocks_of(scope), routes.route_kind(scope["method"], scope["path"]))
         address = client_address(scope, self._settings.proxies)
         scope.update({UPLOADS: self._uploads, CLIENT: address, REQUEST_ID: context.id, OWNERS: self._owners})
-        if scope["path"].startswith(MCP):
+        if scope["path"].startswith(routes.MCP):
             # Gradio passes an agent's headers on to its own requests for the tool: they have been counted here, and
             # their session is shared by all agents.
             headers = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
@@ -145,7 +136,7 @@ class RequestGuard:
 
     def _check(self, context: RequestContext, has_room: bool) -> None:
         headers, kind = Headers(scope=context.scope), context.kind
-        token, is_agent = headers.get(INTERNAL_TOKEN_HEADER, ""), context.scope["path"].startswith(MCP)
+        token, is_agent = headers.get(INTERNAL_TOKEN_HEADER, ""), context.scope["path"].startswith(routes.MCP)
         if kind is None:
             raise ServiceError("service.closed")
         if kind == "health" or (not is_agent and secrets.compare_digest(token.encode(), self._token.encode())):
@@ -169,7 +160,7 @@ class RequestGuard:
     def _check_call(self, context: RequestContext) -> None:
         if queue_status(context.page).waiting >= self._settings.queue:
             raise ServiceError("service.queue")
-        endpoint = called_endpoint(context.scope["path"])
+        endpoint = routes.called_endpoint(context.scope["path"])
         if endpoint is not None and endpoint not in context.endpoints | {"predict"}:  # any function, by its number
             raise ServiceError("service.closed")
 
@@ -177,7 +168,7 @@ class RequestGuard:
         session = _requested_session(context)
         if session is None:
             return
-        is_known = HEARTBEAT in context.scope["path"] or has_messages(context.page, session)
+        is_known = routes.HEARTBEAT in context.scope["path"] or has_messages(context.page, session)
         if not is_known or not self._owners.admit(session, cookie_of(context.scope)):
             raise ServiceError("service.closed")
 
@@ -257,7 +248,7 @@ class RequestGuard:
             logger,
             "request",
             id=context.id,
-            endpoint=log_name(context.scope["path"], context.endpoints) if context.kind else "none",
+            endpoint=routes.log_name(context.scope["path"], context.endpoints) if context.kind else "none",
             ms=round((time.monotonic() - context.begun) * 1000, 1),
             outcome=outcome,
             status=context.status,
@@ -269,11 +260,11 @@ class RequestGuard:
 def _requested_session(context: RequestContext) -> str | None:
     """Return the session whose messages a request asks for; None where it asks for none."""
     path = context.scope["path"].rstrip("/")
-    if path == QUEUE_DATA:
+    if path == routes.QUEUE_DATA:
         return QueryParams(context.scope["query_string"]).get("session_hash", "")
-    if path.startswith(HEARTBEAT):
+    if path.startswith(routes.HEARTBEAT):
         return str(path.rpartition("/")[2])
-    return session_of_event(context.page, path.rpartition("/")[2]) if called_endpoint(path) is not None else None
+    return session_of_event(context.page, path.rpartition("/")[2]) if routes.called_endpoint(path) is not None else None
 
 
 def _service_error(error: Exception, context: RequestContext) -> ServiceError:
