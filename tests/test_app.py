@@ -520,13 +520,6 @@ def test_the_page_serves_thumbnails(served):
         fetch(f"{served}thumbnails/unknown.webp")
 
 
-def test_no_statistics_are_kept(engine):
-    queue = app.build_page(engine, "en")._queue
-    queue.events_recorded = 10**9
-    assert queue.ANALYTICS_MAX_EVENTS == 1
-    assert queue.compute_analytics_summary([{"function": "f", "status": "success"}]) == {"functions": {}}
-
-
 def test_statistics_are_not_public(served):
     with pytest.raises(OSError, match=r"403|404"):
         fetch(f"{served}monitoring/summary")

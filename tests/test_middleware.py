@@ -287,7 +287,7 @@ def test_two_clients_that_send_the_same_file_do_not_share_it(serve):
 
 
 def test_uploads_expire_after_their_time(serve, monkeypatch):
-    monkeypatch.setattr(service_module, "FILES_PERIOD_S", 0.05)
+    monkeypatch.setattr(service_module, "CLEAN_UP_PERIOD_S", 0.05)
     client = serve(keep_minutes=0.02)
     (path,) = send(client, 100).json()
     until(lambda: not Path(path).exists())
@@ -400,7 +400,7 @@ def test_a_browser_gets_one_cookie_that_scripts_cannot_read(serve):
 def test_answers_that_are_never_fetched_do_not_stop_the_queue(serve, echo, monkeypatch):
     monkeypatch.setattr("gradio.queueing.LRUCache", lambda size: LRUCache(4))
     monkeypatch.setattr(service_module, "MAX_IDLE_SESSIONS", 5)
-    monkeypatch.setattr(service_module, "QUEUE_PERIOD_S", 0.05)
+    monkeypatch.setattr(service_module, "CLEAN_UP_PERIOD_S", 0.05)
     client = serve(rate=0)
     echo.may_go_on.clear()
     waiting = [ask(client) for _ in range(30)]

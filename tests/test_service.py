@@ -24,7 +24,7 @@ from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
 from alignment.server import Service, Settings, gradio_internals, middleware
 from alignment.server import service as service_module
-from alignment.server.gradio_internals import EventQueue
+from alignment.server.gradio_internals import queue_status
 
 
 class Held(AlignmentEngine):
@@ -243,10 +243,10 @@ def test_the_request_that_a_tool_makes_is_not_counted_again(serve):
 
 
 def test_sessions_expire_after_their_time(serve, monkeypatch):
-    monkeypatch.setattr(service_module, "FILES_PERIOD_S", 0.05)
+    monkeypatch.setattr(service_module, "CLEAN_UP_PERIOD_S", 0.05)
     client = serve(keep_minutes=0.02)
     answer(client, ask(client, session_hash="anna"))
-    sessions = client.page.state_holder
+    sessions = client.page.sessions
     assert "anna" in sessions
     until(lambda: "anna" not in sessions)
 
@@ -254,7 +254,7 @@ def test_sessions_expire_after_their_time(serve, monkeypatch):
 def test_a_broken_queue_is_reported_and_ends_the_app(serve):
     client = serve()
     client.page.close()  # of Gradio's page, with the queue
-    assert EventQueue(client.page).is_broken
+    assert queue_status(client.page).broken
     with pytest.raises(OSError, match="Start the app again"):
         client.service.serve(client.page)
 

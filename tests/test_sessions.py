@@ -67,7 +67,7 @@ def test_each_visitor_has_what_is_theirs(page):
 def test_what_is_kept_is_not_copied(page):
     assert deepcopy(FIRST) is FIRST
     assert call(page, "apple", session_hash="anna").startswith("event: complete")
-    (session,) = page.app.state_holder.session_data.values()
+    (session,) = page.sessions.session_data.values()
     (basket,) = session.state_data.values()
     assert basket.things == ("apple",)
     assert basket.weight.data_ptr() == FIRST.weight.data_ptr()
@@ -80,7 +80,7 @@ def tensors() -> list[Tensor]:
 
 def test_a_session_does_not_hold_the_whole_page_again(page):
     call(page, "apple", session_hash="anna")
-    (session,) = page.app.state_holder.session_data.values()
+    (session,) = page.sessions.session_data.values()
     described = {described["type"] for described in session.components}
     assert described <= {"textbox", "state"}  # what the event renewed, not the form around it
     assert len(session.config_values) < len(page.blocks)
@@ -89,10 +89,9 @@ def test_a_session_does_not_hold_the_whole_page_again(page):
 def test_a_call_without_a_session_leaves_none(page):
     for _ in range(3):
         assert 'data: ["apple"' in call(page, "apple")
-    assert isinstance(page.app.state_holder, LightSessions)
-    assert page.app.state_holder is page.state_holder
-    assert not page.app.state_holder.session_data
-    assert not page.app.state_holder.time_last_used
+    assert isinstance(page.sessions, LightSessions)
+    assert not page.sessions.session_data
+    assert not page.sessions.time_last_used
 
 
 def test_the_initial_value_is_not_told_to_the_browser(page):
@@ -102,7 +101,7 @@ def test_the_initial_value_is_not_told_to_the_browser(page):
 
 
 def test_sessions_together_weigh_no_more_than_they_may(page):
-    sessions = page.app.state_holder
+    sessions = page.sessions
     sessions.max_bytes = 100
     for name in ("anna", "bob", "carl"):
         call(page, "x" * 20, session_hash=name)
@@ -113,7 +112,7 @@ def test_sessions_together_weigh_no_more_than_they_may(page):
 
 
 def test_sessions_that_hold_nothing_make_way_for_those_that_do(page):
-    sessions = page.app.state_holder
+    sessions = page.sessions
     sessions.capacity = 3
     for name, thing in (("anna", "apple"), ("bob", "bread")):
         call(page, thing, session_hash=name)
@@ -148,7 +147,7 @@ def test_what_a_visitor_brought_is_weighed(value, bytes):
 
 def test_a_session_is_forgotten_with_all_that_was_shown_in_it(page):
     call(page, "apple", session_hash="anna")
-    sessions = page.app.state_holder
+    sessions = page.sessions
     assert isinstance(sessions, LightSessions)
     sessions.expire(60)
     assert list(sessions.session_data) == list(sessions.time_last_used) == ["anna"]

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -97,6 +97,11 @@ class EventBlocks(gr.Blocks):
     any URL in the inputs, print exceptions that quote them, and answer events of other browsers' sessions.
     """
 
+    @cached_property
+    def sessions(self) -> LightSessions:
+        """The page's sessions, in use once it is launched."""
+        return LightSessions()
+
     async def handle_event(self, event: Event, proceed: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """Answer an event; `proceed` runs Gradio's own processing. To be overridden."""
         return await proceed()
@@ -117,67 +122,82 @@ class EventBlocks(gr.Blocks):
     def launch(self, *args: Any, **options: Any) -> Any:
         """Launch as Gradio does, with `LightSessions`."""
         served = super().launch(*args, **options)
-        LightSessions.install(self)
+        self.sessions.set_blocks(self)
+        self.app.state_holder = self.sessions
         return served
 
 
 # ---------------------------------------------------------------- queue
 
 
-class EventQueue:
-    """Gradio's queue of events: its lengths, for /healthz, the queue limit and a clean stop, and its leftovers."""
+@dataclass(frozen=True)
+class QueueStatus:
+    """How busy a page's queue is.
 
-    def __init__(self, page: gr.Blocks) -> None:
-        self._queue: Any = page._queue
+    Attributes:
+        waiting: events that wait for a worker.
+        active: events that are being answered.
+        undelivered: whether an answer is ready that its client has not fetched.
+        broken: whether the queue has ended by itself, after an error of its own.
+    """
 
-    @property
-    def num_waiting(self) -> int:
-        """Events that wait for a worker."""
-        return len(self._queue)
+    waiting: int
+    active: int
+    undelivered: bool
+    broken: bool
 
-    @property
-    def num_unfinished(self) -> int:
-        """Events that wait, and those being answered."""
-        return self.num_waiting + self._queue.get_active_worker_count()
 
-    @property
-    def has_undelivered(self) -> bool:
-        """Whether an answer is ready that its client has not fetched."""
-        return any(list(self._queue.pending_event_ids_session.values()))
+def queue_status(page: gr.Blocks) -> QueueStatus:
+    """Read a page's queue, for /healthz, the queue limit and a clean stop."""
+    queue = page._queue
+    undelivered = any(list(queue.pending_event_ids_session.values()))
+    return QueueStatus(len(queue), queue.get_active_worker_count(), undelivered, bool(queue.stopped))
 
-    @property
-    def is_broken(self) -> bool:
-        """Whether the queue has ended by itself, after an error of its own."""
-        return bool(self._queue.stopped)
 
-    def has_session(self, session: str) -> bool:
-        """Tell whether there are messages for a session; Gradio breaks off the answer to a client without any."""
-        return session in self._queue.pending_messages_per_session
+def session_of_event(page: gr.Blocks, event_id: str) -> str:
+    """Return the session of an event, "" if the event is unknown."""
+    if event := page._queue.event_ids_to_events.get(event_id):
+        return str(event.session_hash)
+    return next((name for name, ids in page._queue.pending_event_ids_session.items() if event_id in ids), "")
 
-    def session_of(self, event_id: str) -> str:
-        """Return the session of an event, "" if the event is unknown."""
-        if event := self._queue.event_ids_to_events.get(event_id):
-            return str(event.session_hash)
-        return next((name for name, ids in self._queue.pending_event_ids_session.items() if event_id in ids), "")
 
-    def keep_every_session(self) -> None:
-        """Let no session be evicted by Gradio.
+def has_messages(page: gr.Blocks, session: str) -> bool:
+    """Tell whether a session may fetch messages; Gradio breaks off the answer to any other."""
+    return session in page._queue.pending_messages_per_session
 
-        Gradio keeps messages of 2,000 sessions and evicts the oldest, even one with an event in the queue, whose turn
-        then ends the whole queue with a KeyError. `QueueJanitor` evicts idle ones instead.
+
+class QueueJanitor:
+    """Forgets sessions whose answers are delivered, or not fetched for long, in the place of Gradio's queue.
+
+    Gradio never forgets a session's entry, and keeps messages of 2,000 sessions: it evicts the oldest, even one with an
+    event in the queue, whose turn then ends the whole queue with a KeyError.
+    """
+
+    def __init__(self, page: gr.Blocks, max_age_s: float, max_idle: int) -> None:
+        """Take over from Gradio's own eviction.
+
+        Args:
+            page: whose queue it is.
+            max_age_s: for which an answer waits to be fetched.
+            max_idle: sessions with such answers; beyond it the oldest are forgotten.
         """
-        self._queue.pending_messages_per_session = dict(self._queue.pending_messages_per_session)
+        queue: Any = page._queue
+        queue.pending_messages_per_session = dict(queue.pending_messages_per_session)
+        self._queue = queue
+        self._max_age_s, self._max_idle = max_age_s, max_idle
+        self._since: dict[str, float] = {}  # idle session -> first seen
 
-    def idle_sessions(self) -> dict[str, bool]:
-        """List sessions without an unfinished event -> whether an answer waits for its client."""
-        unfinished = self._queue.event_ids_to_events
-        pending = self._queue.pending_event_ids_session.items()
-        return {name: bool(ids) for name, ids in pending if not any(id in unfinished for id in ids)}
-
-    def drop_session(self, session: str) -> None:
-        """Forget a session's messages; Gradio itself never does. In the server's event loop only."""
-        self._queue.pending_event_ids_session.pop(session, None)
-        self._queue.pending_messages_per_session.pop(session, None)
+    def collect(self) -> None:
+        """Forget what is due; in the server's event loop only."""
+        unfinished, now = self._queue.event_ids_to_events, time.monotonic()
+        pending = self._queue.pending_event_ids_session
+        idle = [name for name, ids in pending.items() if not any(id in unfinished for id in ids)]
+        self._since = {name: self._since.get(name, now) for name in idle}
+        excess = len(idle) - self._max_idle
+        for place, (name, since) in enumerate(sorted(self._since.items(), key=lambda entry: entry[1])):
+            if not pending[name] or now - since > self._max_age_s or place < excess:
+                del pending[name], self._since[name]
+                self._queue.pending_messages_per_session.pop(name, None)
 
 
 # ---------------------------------------------------------------- sessions
@@ -196,14 +216,6 @@ class LightSessions(StateHolder):
     def __init__(self) -> None:
         super().__init__()
         self._sizes: dict[str, int] = {}
-
-    @classmethod
-    def install(cls, page: gr.Blocks) -> LightSessions:
-        """Replace the sessions of a launched page."""
-        sessions = cls()
-        sessions.set_blocks(page)
-        page.app.state_holder = sessions
-        return sessions
 
     def __getitem__(self, session_id: str) -> SessionState:
         """Return a session, new where it is unknown."""
@@ -226,7 +238,7 @@ class LightSessions(StateHolder):
                 self._drop(self._least_valuable(session_id))
 
     def expire(self, seconds: float) -> None:
-        """Drop sessions that were not used for so long, and keep to `max_bytes`."""
+        """Drop sessions that were not used for so long."""
         limit = datetime.now() - timedelta(seconds=seconds)
         with self.lock:
             for session_id in [name for name, used in self.time_last_used.items() if used < limit]:
@@ -244,13 +256,6 @@ class LightSessions(StateHolder):
     def _drop(self, session_id: str) -> None:
         for table in (self.session_data, self._sizes, self.time_last_used):
             table.pop(session_id, None)
-
-
-def expire_sessions(page: gr.Blocks, seconds: float, max_bytes: int) -> None:
-    """Drop a page's sessions that were not used for so long, and bound the memory of the others from now on."""
-    if isinstance(page.state_holder, LightSessions):
-        page.state_holder.max_bytes = max_bytes
-        page.state_holder.expire(seconds)
 
 
 # ---------------------------------------------------------------- tools for agents
@@ -315,16 +320,17 @@ class HeaderTimeoutProtocol(H11Protocol):
         if self.open[self._address] > self.limit > 0:
             transport.abort()
         else:
-            self._restart()
+            self._update_timer()
 
     def data_received(self, data: bytes) -> None:
         """Stop the timer once a request is complete, start it after the response."""
         super().data_received(data)
-        self._restart()
+        self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Remove the connection from the count."""
-        self._stop()
+        if self._timer:
+            self._timer.cancel()
         self.open[self._address] -= 1
         if not self.open[self._address]:
             del self.open[self._address]
@@ -333,16 +339,13 @@ class HeaderTimeoutProtocol(H11Protocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _restart(self) -> None:
+    def _update_timer(self) -> None:
+        if self._is_answering() and self._timer:
+            self._timer.cancel()
         if self._is_answering():
-            self._stop()
+            self._timer = None
         elif self._timer is None:
             self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._time_out)
-
-    def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def _time_out(self) -> None:
         self._timer = None

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import gradio as gr
 
-from alignment.server.gradio_internals import EventQueue
+from alignment.server.gradio_internals import queue_status
 from alignment.server.logging import log_event
 
 logger = logging.getLogger(__name__)
@@ -78,55 +77,20 @@ class Lifecycle:
         Raises:
             OSError: when the queue has broken down: requests are no longer answered.
         """
-        queue = EventQueue(page)
         while not self._stop.wait(_POLL_S):
-            if queue.is_broken:
+            if queue_status(page).broken:
                 page.close(verbose=False)
                 raise OSError("The queue of requests has broken down. Start the app again.")
         log_event(logger, "stopping")
         begun = busy_at = time.monotonic()
         while time.monotonic() - begun < timeout_s:
-            if queue.num_unfinished or self._arriving:
+            status = queue_status(page)
+            if status.waiting or status.active or self._arriving:
                 busy_at = time.monotonic()
-            elif not queue.has_undelivered or time.monotonic() - busy_at > _DELIVERY_S:
+            elif not status.undelivered or time.monotonic() - busy_at > _DELIVERY_S:
                 break
             time.sleep(_POLL_S)
+        status = queue_status(page)
         waited = round(time.monotonic() - begun, 1)
-        log_event(logger, "stopped", waited_s=waited, unfinished=queue.num_unfinished)
+        log_event(logger, "stopped", waited_s=waited, unfinished=status.waiting + status.active)
         page.close(verbose=False)
-
-
-class QueueJanitor:
-    """Drops what Gradio's queue keeps of sessions whose answers are delivered, or not fetched for long."""
-
-    def __init__(self, queue: EventQueue, max_age_s: float, max_idle: int) -> None:
-        """Take over from Gradio's own eviction.
-
-        Args:
-            queue: of the page.
-            max_age_s: for which an answer waits to be fetched.
-            max_idle: sessions with such answers; beyond it the oldest are dropped.
-        """
-        self._queue, self._max_age_s, self._max_idle = queue, max_age_s, max_idle
-        self._since: dict[str, float] = {}  # idle session -> first seen
-        queue.keep_every_session()
-
-    def collect(self) -> None:
-        """Drop what is due; in the server's event loop only."""
-        idle, now = self._queue.idle_sessions(), time.monotonic()
-        self._since = {session: self._since.get(session, now) for session in idle}
-        excess = len(idle) - self._max_idle
-        for place, (session, since) in enumerate(sorted(self._since.items(), key=lambda entry: entry[1])):
-            if not idle[session] or now - since > self._max_age_s or place < excess:
-                self._queue.drop_session(session)
-                del self._since[session]
-
-
-async def run_every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-    """Run a task periodically until it is cancelled; an error is logged, and the next run follows."""
-    while True:
-        await asyncio.sleep(seconds)
-        try:
-            await work()
-        except Exception:
-            logger.exception("A periodic task failed")

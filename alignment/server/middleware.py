@@ -7,32 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import gradio as gr
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from alignment.server import routes
 from alignment.server.errors import PAGE_LANGUAGE, ServiceError, Translate, in_english
-from alignment.server.gradio_internals import EventQueue, blocks_of
+from alignment.server.gradio_internals import blocks_of, has_messages, queue_status, session_of_event
 from alignment.server.lifecycle import Lifecycle
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import log_event
 from alignment.server.page import OWNERS, REQUEST_ID
-from alignment.server.routes import (
-    HEARTBEAT,
-    MCP,
-    QUEUE_DATA,
-    RouteKind,
-    called_endpoint,
-    log_name,
-    route_kind,
-    strip_root_path,
-)
 from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
 from alignment.server.settings import Settings
 from alignment.server.uploads import CLIENT, UPLOADS, UploadQuota
@@ -69,15 +62,19 @@ class RequestContext:
     """One request on its way through; sizes in bytes."""
 
     scope: Scope
-    kind: RouteKind | None
-    endpoints: set[str]
-    queue: EventQueue
+    page: gr.Blocks
+    kind: routes.RouteKind | None
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     begun: float = field(default_factory=time.monotonic)
     received: int = 0
     sent: int = 0
     status: int = 0
     error: ServiceError | None = None
+
+    @property
+    def endpoints(self) -> set[str]:
+        """Names of the page's functions."""
+        return {str(fn.api_name) for fn in self.page.fns.values()}
 
 
 class RequestGuard:
@@ -92,16 +89,7 @@ class RequestGuard:
         token: str = "",
         translate: Translate = in_english,
     ) -> None:
-        """Wrap an app.
-
-        Args:
-            app: Gradio's.
-            settings: the limits.
-            lifecycle: whether the service is stopping.
-            uploads: quota, for the upload route.
-            token: of requests without limits, see `INTERNAL_TOKEN_HEADER`.
-            translate: says errors in the client's language.
-        """
+        """Wrap Gradio's app; `token` marks requests without limits, see `INTERNAL_TOKEN_HEADER`."""
         self._app, self._settings, self._lifecycle, self._uploads = app, settings, lifecycle, uploads
         self._token, self._translate = token or secrets.token_urlsafe(24), translate
         self._rate, self._upload_rate = TokenBucket(settings.rate), TokenBucket(settings.rate * _UPLOAD_RATE)
@@ -114,7 +102,7 @@ class RequestGuard:
             await self._app(scope, receive, send)
         if scope["type"] != "http":
             return  # nothing here answers a websocket
-        path = strip_root_path(self._settings.root_path, scope["path"])
+        path = routes.strip_root_path(self._settings.root_path, scope["path"])
         if path is None:
             query = scope["query_string"].decode("latin-1")
             await RedirectResponse(f"{self._settings.root_path}/?{query}".rstrip("?"))(scope, receive, send)
@@ -134,12 +122,10 @@ class RequestGuard:
                 self._log(context)
 
     def _context(self, scope: Scope) -> RequestContext:
-        page = blocks_of(scope)
-        endpoints = {str(fn.api_name) for fn in page.fns.values()}
-        context = RequestContext(scope, route_kind(scope["method"], scope["path"]), endpoints, EventQueue(page))
+        context = RequestContext(scope, blocks_of(scope), routes.route_kind(scope["method"], scope["path"]))
         address = client_address(scope, self._settings.proxies)
         scope.update({UPLOADS: self._uploads, CLIENT: address, REQUEST_ID: context.id, OWNERS: self._owners})
-        if scope["path"].startswith(MCP):
+        if scope["path"].startswith(routes.MCP):
             # Gradio passes an agent's headers on to its own requests for the tool: they have been counted here, and
             # their session is shared by all agents.
             headers = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
@@ -150,48 +136,44 @@ class RequestGuard:
 
     def _check(self, context: RequestContext, has_room: bool) -> None:
         headers, kind = Headers(scope=context.scope), context.kind
+        token, is_agent = headers.get(INTERNAL_TOKEN_HEADER, ""), context.scope["path"].startswith(routes.MCP)
         if kind is None:
             raise ServiceError("service.closed")
-        if kind == "health" or (self._is_internal(headers) and not context.scope["path"].startswith(MCP)):
+        if kind == "health" or (not is_agent and secrets.compare_digest(token.encode(), self._token.encode())):
             return
         if not has_room:
             raise ServiceError("service.open")
-        if kind in ("call", "upload"):
-            if self._lifecycle.is_stopping:
-                raise ServiceError("service.stopping")
-            self._check_size(context, headers)
+        if kind in ("call", "upload") and self._lifecycle.is_stopping:
+            raise ServiceError("service.stopping")
+        announced = headers.get("content-length", "")
+        if kind == "call" and announced.isdecimal() and int(announced) > self._settings.request_mb * _MB:
+            raise self._too_large()
         if kind in ("call", "upload", "page"):
             rate = self._upload_rate if kind == "upload" else self._rate
-            if wait := rate.wait(context.scope[CLIENT]):
-                seconds = int(-(-wait // 1))
-                raise ServiceError("service.rate", retry_s=max(seconds, 1), seconds=seconds)
+            if seconds := math.ceil(rate.wait(context.scope[CLIENT])):
+                raise ServiceError("service.rate", retry_s=seconds, seconds=seconds)
         if kind == "call":
             self._check_call(context)
         if kind == "stream":
             self._check_session(context)
 
-    def _is_internal(self, headers: Headers) -> bool:
-        return secrets.compare_digest(headers.get(INTERNAL_TOKEN_HEADER, "").encode(), self._token.encode())
-
-    def _check_size(self, context: RequestContext, headers: Headers) -> None:
-        announced = headers.get("content-length", "")
-        if context.kind == "call" and announced.isdecimal() and int(announced) > self._settings.request_mb * _MB:
-            raise ServiceError("service.size", limit=f"{self._settings.request_mb:g}")
-
     def _check_call(self, context: RequestContext) -> None:
-        if context.queue.num_waiting >= self._settings.queue:
+        if queue_status(context.page).waiting >= self._settings.queue:
             raise ServiceError("service.queue")
-        endpoint = called_endpoint(context.scope["path"])
-        if endpoint is not None and endpoint not in context.endpoints | {"predict"}:
+        endpoint = routes.called_endpoint(context.scope["path"])
+        if endpoint is not None and endpoint not in context.endpoints | {"predict"}:  # any function, by its number
             raise ServiceError("service.closed")
 
     def _check_session(self, context: RequestContext) -> None:
         session = _requested_session(context)
         if session is None:
             return
-        is_known = HEARTBEAT in context.scope["path"] or context.queue.has_session(session)
+        is_known = routes.HEARTBEAT in context.scope["path"] or has_messages(context.page, session)
         if not is_known or not self._owners.admit(session, cookie_of(context.scope)):
             raise ServiceError("service.closed")
+
+    def _too_large(self) -> ServiceError:
+        return ServiceError("service.size", limit=f"{self._settings.request_mb:g}")
 
     # ------------------------------------------------------------ body
 
@@ -227,7 +209,7 @@ class RequestGuard:
             if self._arriving > _MAX_BODIES * limit:
                 raise ServiceError("service.queue")
             if context.received > limit:
-                raise ServiceError("service.size", limit=f"{self._settings.request_mb:g}")
+                raise self._too_large()
         elif context.received > _SMALL:
             raise ServiceError("service.request", status=413)
 
@@ -266,7 +248,7 @@ class RequestGuard:
             logger,
             "request",
             id=context.id,
-            endpoint=log_name(context.scope["path"], context.endpoints) if context.kind else "none",
+            endpoint=routes.log_name(context.scope["path"], context.endpoints) if context.kind else "none",
             ms=round((time.monotonic() - context.begun) * 1000, 1),
             outcome=outcome,
             status=context.status,
@@ -278,11 +260,11 @@ class RequestGuard:
 def _requested_session(context: RequestContext) -> str | None:
     """Return the session whose messages a request asks for; None where it asks for none."""
     path = context.scope["path"].rstrip("/")
-    if path == QUEUE_DATA:
+    if path == routes.QUEUE_DATA:
         return QueryParams(context.scope["query_string"]).get("session_hash", "")
-    if path.startswith(HEARTBEAT):
+    if path.startswith(routes.HEARTBEAT):
         return str(path.rpartition("/")[2])
-    return context.queue.session_of(path.rpartition("/")[2]) if called_endpoint(path) is not None else None
+    return session_of_event(context.page, path.rpartition("/")[2]) if routes.called_endpoint(path) is not None else None
 
 
 def _service_error(error: Exception, context: RequestContext) -> ServiceError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -23,8 +24,8 @@ from starlette.routing import Route
 
 from alignment import __version__
 from alignment.server.errors import ServiceError, Translate, in_english
-from alignment.server.gradio_internals import EventQueue, blocks_of, expire_sessions, limit_connections
-from alignment.server.lifecycle import Lifecycle, QueueJanitor, run_every
+from alignment.server.gradio_internals import EventBlocks, QueueJanitor, blocks_of, limit_connections, queue_status
+from alignment.server.lifecycle import Lifecycle
 from alignment.server.malloc import trim
 from alignment.server.middleware import RequestGuard
 from alignment.server.routes import UPLOAD
@@ -32,8 +33,9 @@ from alignment.server.settings import Settings
 from alignment.server.upload_folder import expire_files
 from alignment.server.uploads import UploadQuota, receive_upload
 
-QUEUE_PERIOD_S, FILES_PERIOD_S = 5.0, 30.0
-"""Between two clean-ups of the queue, and of files and sessions."""
+logger = logging.getLogger(__name__)
+
+CLEAN_UP_PERIOD_S = 10.0
 
 MAX_IDLE_SESSIONS = 2000
 """Sessions with an answer that their client has not fetched."""
@@ -107,45 +109,46 @@ class Service:
 
     async def _health(self, describe: Callable[[], Mapping[str, Any]], request: Request) -> JSONResponse:
         """Answer 200 while requests are taken, 503 when the service is stopping or broken."""
-        queue = EventQueue(blocks_of(request.scope))
-        status = "stopping" if self.lifecycle.is_stopping else "broken" if queue.is_broken else "ok"
+        queue = queue_status(blocks_of(request.scope))
+        status = "stopping" if self.lifecycle.is_stopping else "broken" if queue.broken else "ok"
         body = {
             "status": status,
             "version": __version__,
             **describe(),
             "uptime_s": round(time.monotonic() - self.lifecycle.since, 1),
-            "queue": queue.num_waiting,
-            "working": queue.num_unfinished - queue.num_waiting,
+            "queue": queue.waiting,
+            "working": queue.active,
         }
         return JSONResponse(body, 200 if status == "ok" else 503, {"Cache-Control": "no-store"})
 
     @asynccontextmanager
     async def _clean_up(self, app: Any) -> AsyncIterator[None]:
         """Clean up periodically for as long as the server runs."""
-        page = blocks_of({"app": app})
-        janitor = QueueJanitor(EventQueue(page), _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
-
-        async def collect() -> None:
-            janitor.collect()
-
-        tasks = [
-            asyncio.create_task(run_every(QUEUE_PERIOD_S, collect)),
-            asyncio.create_task(run_every(FILES_PERIOD_S, partial(self._expire, page))),
-        ]
+        task = asyncio.create_task(self._clean_up_forever(blocks_of({"app": app})))
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
-    async def _expire(self, page: gr.Blocks) -> None:
+    async def _clean_up_forever(self, page: gr.Blocks) -> None:
+        janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
         seconds = 60 * self.settings.keep_minutes
-        expire_sessions(page, seconds, int(self.settings.sessions_mb * 2**20))
-        if self.folder:
-            await run_sync(partial(expire_files, self.folder, seconds))
-        self.uploads.collect_consumed()
-        await run_sync(trim)
+        sessions = page.sessions if isinstance(page, EventBlocks) else None
+        if sessions:
+            sessions.max_bytes = int(self.settings.sessions_mb * 2**20)
+        while True:
+            await asyncio.sleep(CLEAN_UP_PERIOD_S)
+            try:
+                janitor.collect()
+                if sessions:
+                    sessions.expire(seconds)
+                if self.folder:
+                    await run_sync(expire_files, self.folder, seconds)
+                self.uploads.collect_consumed()
+                await run_sync(trim)
+            except Exception:
+                logger.exception("A clean-up failed")
 
 
 async def _framework_error(translate: Translate, request: Request, error: Exception) -> Response:
