@@ -20,7 +20,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from os.path import expanduser
@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from alignment.atomic import exclusive_lock, read_json_checksummed, write_json_checksummed
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
-from alignment.gallery.records import Caption, Picture, folder_of, item_ids
+from alignment.gallery.items import tags_of
+from alignment.gallery.records import Caption, Picture, item_ids
 from alignment.gallery.writer import GalleryWriter, content_of
 from alignment.index import MilvusIndex, Server
 from alignment.index.server import Connection
@@ -130,7 +131,8 @@ class Remote:
         count, done, mark = plan.num_items, plan.num_items - len(plan.missing), digest(database.ids(kind))
         for ids in filter(len, plan.missing.split(_BATCH_ROWS)):
             try:
-                index.upsert(ids, database.embeds(kind, ids), _tags(kind, database, ids.tolist()))
+                items = getattr(database, f"{kind}s")(ids.tolist())
+                index.upsert(ids, database.embeds(kind, ids), list(map(tags_of, items)))
             except KeyError:
                 raise ValueError(f"{self.folder} was rebuilt meanwhile. Run the command again.") from None
             show(index.name, done := done + len(ids), count)
@@ -215,14 +217,6 @@ def _fetch(
         writer.add(kind, [contents[row] for row in rows], index.embeds(ids[rows]))
         writer.commit()
         show(index.name, start + len(rows), len(missing))
-
-
-def _tags(kind: Kind, database: GalleryDatabase, ids: Sequence[int]) -> list[Collection[str]]:
-    """List the tags of items: the folders around a picture ("a" and "a/b" for "a/b/c.jpg"), a caption's language."""
-    if kind == "caption":
-        return [[caption.lang] for caption in database.captions(ids)]
-    folders = (folder_of(picture.source).split("/") for picture in database.pictures(ids))
-    return [["/".join(names[:end]) for end in range(1, len(names) + 1) if names[0]] for names in folders]
 
 
 def default_name(folder: str | os.PathLike[str]) -> str:
