@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alignment.atomic import sha256_of
-from alignment.gallery.database import DATABASE, source_from_folder
+from alignment.gallery.database import DATABASE, Kind, source_from_folder
 from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture, item_ids
 from alignment.gallery.writer import write_gallery
 
@@ -31,15 +31,10 @@ _BACKGROUND = "background."
 
 
 def import_gallery(folder: Path) -> bool:
-    """Convert the gallery in a folder, if it has the previous format, and delete the old files.
-
-    The caller holds `alignment.atomic.exclusive_lock`.
+    """Convert a gallery of the previous format and delete its files; the caller holds `atomic.exclusive_lock`.
 
     Returns:
-        Whether there was such a gallery; a damaged one stays as it is, and a warning is logged.
-
-    Raises:
-        OSError: when the folder cannot be written.
+        Whether there was one; a damaged one stays as it is, with a warning in the log. OSError if it cannot be written.
     """
     paths = {name: _place(folder, name) for name in _FILES}
     if not paths["gallery.json"].is_file():
@@ -68,12 +63,13 @@ def _convert(folder: Path, paths: Mapping[str, Path]) -> None:
     lines = {name: paths[name].read_text("utf-8", "surrogateescape").split("\n")[:-1] for name in _FILES[1:3]}
     with safe_open(paths["embeddings.safetensors"], "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        build, seal, *_ = [*file.metadata()["build"].split(), "", ""]
+        build, seal = f"{file.metadata()['build']} {'-' * 64}".split()[:2]
     _verify(header, metadata, lines, tensors, build, seal)
     pictures = [_picture(json.loads(line), metadata.source) for line in lines["pictures.jsonl"]]
     captions = [Caption(**json.loads(line)) for line in lines["captions.jsonl"]]
-    embeds = {}
-    for kind, name, items in (("picture", "image_embeds", pictures), ("caption", "text_embeds", captions)):
+    embeds: dict[Kind, list[Tensor]] = {}
+    sides: list[tuple[Kind, str, Any]] = [("picture", "image_embeds", pictures), ("caption", "text_embeds", captions)]
+    for kind, name, items in sides:
         rows = tensors[name] if name in tensors else _read_index(folder, f"{name}-{metadata.fingerprint[:12]}", items)
         if len(rows) != len(items):
             raise ValueError(f"{len(items)} items have {len(rows)} {name}")
@@ -90,7 +86,7 @@ def _convert(folder: Path, paths: Mapping[str, Path]) -> None:
         if picture.file is None and (webp := thumbnail(picture)):
             digest = hashlib.sha256(picture.id.encode() + webp).hexdigest()
             pictures[row] = replace(picture, file=FileFingerprint(0, 0, digest))
-    write_gallery(folder, pictures, captions, embeds, width, metadata, cohort, thumbnail)  # type: ignore[arg-type]
+    write_gallery(folder, pictures, captions, embeds, width, metadata, cohort, thumbnail)
 
 
 def _verify(
@@ -105,7 +101,7 @@ def _verify(
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
-    if seal and seal != digest.hexdigest():
+    if seal != "-" * 64 and seal != digest.hexdigest():
         raise ValueError("its content is not what was written")
 
 
