@@ -1,7 +1,7 @@
 """Commands in processes of their own that die at a chosen moment: before a chosen change to a folder, or within a file.
 
-A process is forked from a server that has everything imported. What it does to the folder is seen by an audit hook,
-so every change that Python makes can be named, counted and made the last one.
+A process is forked from a server that has everything imported. What it does to the folder is seen by an audit hook, and
+each statement that SQLite runs by a trace, so every change can be named, counted and made the last one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sqlite3
 import sys
 import traceback
 from collections.abc import Iterator
@@ -19,13 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from alignment.gallery import build, modality
 from alignment.gallery import main as gallery_main
-from alignment.gallery import sides, unfinished
 from alignment.train.command import main as train_main
 
 transformers.CLIPModel, transformers.CLIPImageProcessorPil, transformers.AutoModel  # noqa: B018 - imported when asked for
@@ -40,7 +42,8 @@ class Fault:
 
     Attributes:
         at: before the change of this number.
-        before: before the first change of this kind (an audit event) to a path that ends so.
+        before: before the first change of this kind (an audit event) to a path that ends so, or ("sql") before a
+            statement that begins so.
         after: not before this many changes of that kind to such a path.
         size: when a file grows beyond so many bytes; within the file.
         full: let the file not grow instead, as on a full disk.
@@ -72,14 +75,26 @@ class Watch:
         """See an audit event."""
         if event not in _CHANGES or not self._concerns(event, args):
             return
-        target = os.fsdecode(args[1] if event == "os.rename" else args[0])
+        self.change(event, os.fsdecode(args[1] if event == "os.rename" else args[0]))
+
+    def statement(self, sql: str) -> None:
+        """See a statement of SQLite."""
+        if not sql.startswith(("SELECT", "PRAGMA", "WITH", "--")) and self.folder != "\0":
+            self.change("sql", sql)
+
+    def change(self, event: str, target: str) -> None:
+        """Count a change, or die before it."""
         wanted = self.fault.before
-        if wanted and event == wanted[0] and target.endswith(wanted[1]):
+        if (
+            wanted
+            and event == wanted[0]
+            and (target.endswith(wanted[1]) or (event == "sql" and target.startswith(wanted[1])))
+        ):
             self.alike += 1
         if self.seen == self.fault.at or (wanted and self.alike > self.fault.after):
             os.kill(os.getpid(), signal.SIGKILL)
         self.seen += 1
-        self.changes.append(f"{event} {target.removeprefix(self.folder)}")
+        self.changes.append(f"{event} {target.removeprefix(self.folder)[:60]}")
 
     def _concerns(self, event: str, args: tuple) -> bool:
         path = args[0]
@@ -114,8 +129,17 @@ def run(command: str, arguments: list[str], folder: str, fault: Fault, log: Path
     said = io.StringIO()  # no file: the limit is for all files
     sys.stdout = sys.stderr = said
     torch.set_num_threads(1)
-    sides.EXACT_ROWS, unfinished.SECONDS = FEW, 0.0
+    modality.EXACT_ROWS = modality.LARGE = FEW
+    build.COMMIT_S = 0.0
     watch = Watch(folder, fault)
+    connect = sqlite3.connect
+
+    def traced(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*args, **options)
+        connection.set_trace_callback(watch.statement)
+        return connection
+
+    sqlite3.connect = traced  # type: ignore[assignment]
     sys.addaudithook(watch)
     if fault.size is not None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

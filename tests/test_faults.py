@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import shutil
+import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,10 +19,9 @@ from PIL import Image
 from test_kills import KILLED, Contents, Galleries, Trainings, galleries, paint, run, trainings
 
 from alignment.atomic import LOCK, describe_error, exclusive_lock
-from alignment.catalogue import Stamp
 from alignment.engine import AlignmentEngine
-from alignment.gallery import Gallery, build_gallery, is_whole, main, sides
-from alignment.gallery.unfinished import Unfinished
+from alignment.gallery import Gallery, build_gallery, main, modality
+from alignment.gallery.database import DATABASE
 from alignment.model import DualEncoder
 from alignment.model.graphs import Facts, Graphs
 from alignment.pairs import read_pairs
@@ -49,12 +48,6 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than a few pictures lie in an index."""
-    monkeypatch.setattr(sides, "EXACT_ROWS", FEW)
-
-
 # ---------------------------------------------------------------- damaged galleries
 
 
@@ -65,131 +58,66 @@ def encoder(checkpoint: Checkpoint) -> DualEncoder:
 
 @pytest.fixture(scope="module")
 def whole(encoder: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Provide a gallery that lies in indexes."""
+    """Provide a gallery."""
     root = tmp_path_factory.mktemp("whole")
     for row in range(5):
         paint(root / f"{row}.png", row)
     lines = "".join(f"{row}.png,picture {row}\n" for row in range(5))
     (root / "captions.csv").write_text("image,caption\n" + lines)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sides, "EXACT_ROWS", FEW)
-        build_gallery(root / "captions.csv", root / "gallery", encoder, calibrate=False)
+    rebuild(root / "gallery", root, encoder)
     return root / "gallery"
-
-
-def files_of(folder: Path) -> list[str]:
-    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [name for name in names if not name.startswith("thumbnails")]
 
 
 def rebuild(folder: Path, source: Path, encoder: DualEncoder) -> Gallery:
     return build_gallery(source / "captions.csv", folder, encoder, calibrate=False)
 
 
-@pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("harm", HARMS)
-def test_every_file_of_a_gallery_that_is_damaged_is_found_and_mended_by_the_command_named(
+@pytest.mark.parametrize("harm", [name for name in HARMS if name != "a bit flipped"])  # see test_gallery_database
+def test_a_damaged_gallery_is_found_and_mended_by_the_command_named(
     harm: str, whole: Path, encoder: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = Contents.of(whole, encoder)
-    for name in files_of(whole):
-        folder = tmp_path / name.replace("/", " ") / "gallery"
-        shutil.copytree(whole, folder)
-        HARMS[harm](folder / name)
-        assert main(["check", str(folder)]) == 2
-        said = capsys.readouterr().err
-        assert f"error: The gallery in {folder} is damaged" in said or f"There is no gallery in {folder}" in said, said
-        assert "python -m alignment.gallery build" in said
-        try:
-            found = Contents.of(folder, encoder)
-        except (ValueError, FileNotFoundError) as error:
-            assert "python -m alignment.gallery build" in str(error)  # noqa: PT017
-        else:
-            assert name.endswith(".safetensors")  # far into an index's rows: loading does not read them all
-            assert found.pictures == expected.pictures
-        if harm == "a folder":
-            with pytest.raises(IsADirectoryError) as met:
-                rebuild(folder, whole.parent, encoder)
-            assert f"{folder / name} is in the way (Is a directory): move it" in describe_error(met.value)
-            (folder / name).rmdir()
-        rebuild(folder, whole.parent, encoder)
-        mended = Contents.of(folder, encoder)
-        assert (mended.pictures, mended.captions) == (expected.pictures, expected.captions)
-        assert torch.equal(mended.images, expected.images)
-        assert torch.equal(mended.texts, expected.texts)
-        assert main(["check", str(folder)]) == 0
-        assert files_of(folder) == files_of(whole)
-        capsys.readouterr()
+    folder = tmp_path / "gallery"
+    shutil.copytree(whole, folder)
+    HARMS[harm](folder / DATABASE)
+    assert main(["check", str(folder)]) == 2
+    assert ("python -m alignment.gallery build" in capsys.readouterr().err) is (harm != "a folder")
+    if harm == "a folder":
+        with pytest.raises(IsADirectoryError) as met:
+            rebuild(folder, whole.parent, encoder)
+        assert f"{folder / DATABASE} is in the way (Is a directory): move it" in describe_error(met.value)
+        (folder / DATABASE).rmdir()
+    else:
+        with pytest.raises((ValueError, FileNotFoundError), match=r"python -m alignment\.gallery build"):
+            Contents.of(folder, encoder)
+    rebuild(folder, whole.parent, encoder)
+    mended = Contents.of(folder, encoder)
+    assert (mended.pictures, mended.captions) == (expected.pictures, expected.captions)
+    torch.testing.assert_close(mended.images, expected.images, atol=1e-3, rtol=0)
+    torch.testing.assert_close(mended.texts, expected.texts, atol=1e-3, rtol=0)
+    assert mended.thumbnails == expected.thumbnails
+    assert main(["check", str(folder)]) == 0
+    assert [path.name for path in folder.iterdir()] == [DATABASE]
 
 
-@pytest.mark.usefixtures("few")
-def test_no_flipped_bit_of_a_gallery_goes_unseen(whole: Path, encoder: DualEncoder, tmp_path: Path) -> None:
-    """Either the check finds it, or it makes no difference at all."""
-    rng, found = random.Random(0), 0
-    expected = Contents.of(whole, encoder)
-    for name in files_of(whole):
-        for _ in range(25):
-            folder = tmp_path / "gallery"
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(whole, folder)
-            flip(folder / name, rng.randrange(8 * (folder / name).stat().st_size))
-            if main(["check", str(folder)]) == 2:
-                found += 1
-            else:
-                now = Contents.of(folder, encoder)
-                assert torch.equal(now.images, expected.images)
-                assert now.stamp["logit_scale"] == expected.stamp["logit_scale"]
-                assert (now.pictures, now.captions, now.files) == (expected.pictures, expected.captions, expected.files)
-    assert found > 25 * len(files_of(whole)) * 0.8
-
-
-@pytest.mark.parametrize("harm", HARMS)
-def test_a_damaged_thumbnail_is_made_again_and_meanwhile_the_picture_itself_is_shown(
-    harm: str, whole: Path, encoder: DualEncoder, tmp_path: Path
+def test_a_damaged_thumbnail_is_not_shown_but_the_picture_itself(
+    whole: Path, encoder: DualEncoder, tmp_path: Path
 ) -> None:
     shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
-    gallery = rebuild(tmp_path / "gallery", tmp_path, encoder)
-    thumbnail = gallery.thumbnail(gallery.pictures[2])
-    expected = thumbnail.read_bytes()
+    with closing(sqlite3.connect(tmp_path / "gallery" / DATABASE)) as connection, connection:
+        connection.execute("UPDATE thumbnail SET webp = 'RIFFxxxxWEBP'")
+    gallery = Gallery.load(tmp_path / "gallery", encoder)
     engine = AlignmentEngine(encoder, gallery)
-    HARMS[harm](thumbnail)
-    if harm == "a bit flipped":  # of a picture only its length is known
-        return
     assert engine.can_show(gallery.pictures[2].id)
     shown = engine.thumbnail(gallery.pictures[2].id)
     assert shown[8:12] == b"WEBP"
     assert len(shown) > 100
-    if harm == "a folder":
-        thumbnail.rmdir()
-    rebuild(tmp_path / "gallery", tmp_path, encoder)
-    assert thumbnail.read_bytes() == expected
-
-
-def test_what_a_build_had_kept_is_used_whole_or_not_at_all(tmp_path: Path) -> None:
-    rows = [torch.full((4,), float(row)).half() for row in range(3)]
-    stamp = Stamp("f00d", "m", 1.0, None)
-    kept = Unfinished(tmp_path / "whole", stamp, 4)
-    kept.add("rows", ["a", "b", "c"], rows)
-    kept.add("texts", ["a dog", "雪"], rows[:2])
-    kept.close()
-    again = Unfinished(tmp_path / "whole", stamp, 4)
-    assert torch.equal(again.rows.of("abc")[torch.arange(3)], torch.stack(rows))
-    assert torch.equal(again.texts.of(["雪"])[torch.arange(1)][0], rows[1])
-    (part,) = again.folder.glob("*.safetensors")
-    for harm in HARMS.values():
-        folder = tmp_path / "harmed"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(tmp_path / "whole", folder)
-        harm(folder / part.relative_to(tmp_path / "whole"))
-        assert len(Unfinished(folder, stamp, 4)) == 0
-        assert not list(folder.rglob("*.safetensors"))
-    assert len(Unfinished(tmp_path / "whole", replace(stamp, fingerprint="beef"), 4)) == 0  # another model
 
 
 # ---------------------------------------------------------------- galleries that cannot be written
 
 
-@pytest.mark.parametrize("size", [150, 700])
+@pytest.mark.parametrize("size", [150, 70_000, 300_000])
 def test_a_full_disk_is_told_and_the_old_gallery_stays(size: int, galleries: Galleries) -> None:
     folder = galleries.copy(f"full {size}")
     assert galleries.build(folder, Fault(size=size, full=True)) == 2
@@ -249,7 +177,7 @@ def test_who_loads_while_another_builds_gets_the_old_gallery_or_the_new(gallerie
                 wrong.append(error)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sides, "EXACT_ROWS", FEW)
+        patch.setattr(modality, "EXACT_ROWS", FEW)
         thread = threading.Thread(target=load)
         thread.start()
         assert galleries.build(folder) == 0
@@ -259,22 +187,21 @@ def test_who_loads_while_another_builds_gets_the_old_gallery_or_the_new(gallerie
     assert seen
 
 
-@pytest.mark.usefixtures("few")
 def test_the_app_goes_on_with_its_gallery_while_another_process_builds_it_anew(galleries: Galleries) -> None:
     folder = galleries.copy("served")
-    gallery = Gallery.load(folder, galleries.encoder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modality, "EXACT_ROWS", FEW)
+        gallery = Gallery.load(folder, galleries.encoder)
     engine = AlignmentEngine(galleries.encoder, gallery)
     found = engine.search_images("a dog", 5).matches
     embeds = gallery.image_embeds.clone()
     assert galleries.build(folder) == 0
-    assert engine.search_images("a dog", 5).matches == found
-    rows = torch.arange(len(gallery.pictures))
-    assert torch.equal(gallery.images[rows], embeds)
+    left = {picture.id for picture in galleries.after.pictures if picture in [match.item for match in found]}
+    assert [match.item.id for match in engine.search_images("a dog", 5).matches if match.item.id in left]
+    assert torch.equal(gallery.images[torch.arange(len(embeds))], embeds)
     for match in found:  # one picture is gone, and its thumbnail with it
         if engine.can_show(match.item.id):
             assert engine.thumbnail(match.item.id)
-    shutil.rmtree(folder)
-    assert engine.search_images("a dog", 5).matches == found
 
 
 # ---------------------------------------------------------------- training
@@ -406,12 +333,3 @@ def test_something_in_the_place_of_a_converted_picture_is_told(shard: Path) -> N
     path.rmdir()
     with Image.open(read_pairs(shard)[0].image) as image:
         assert image.size == (60, 40)
-
-
-def test_thumbnails_are_told_whole_from_half(tmp_path: Path) -> None:
-    Image.new("RGB", (40, 30), "teal").save(tmp_path / "a.webp")
-    assert is_whole(tmp_path / "a.webp")
-    assert not is_whole(tmp_path / "b.webp")
-    assert not is_whole(tmp_path)
-    (tmp_path / "a.webp").write_bytes((tmp_path / "a.webp").read_bytes()[:-3])
-    assert not is_whole(tmp_path / "a.webp")

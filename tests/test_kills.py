@@ -1,13 +1,16 @@
 """Builds and trainings killed where it hurts most: what was there stays whole, and the next run ends as if undisturbed.
 
-`tests/long/test_random_kills.py` does so at every change to the folder, and at random moments.
+`tests/long/test_random_kills.py` does so before every change to the folder or the database, and at random moments.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from multiprocessing.process import BaseProcess
@@ -22,8 +25,8 @@ from test_train_run import paint as paint_flags
 from test_train_run import record_of, same
 from torch import Tensor
 
-from alignment.catalogue import Caption, Picture
-from alignment.gallery import Gallery, sides
+from alignment.gallery import Caption, Gallery, Picture, modality
+from alignment.gallery.database import DATABASE, GalleryDatabase
 from alignment.model import DualEncoder
 from alignment.train.folder import RECORD, SETTINGS
 
@@ -46,18 +49,20 @@ class Contents:
     pictures: tuple[Picture, ...]
     captions: tuple[Caption, ...]
     files: list[object]
-    stamp: dict[str, object]
+    metadata: dict[str, object]
     images: Tensor
     texts: Tensor
-    thumbnails: dict[str, bytes]
+    thumbnails: dict[str, object]
 
     @classmethod
     def of(cls, folder: Path, encoder: DualEncoder) -> Contents:
         gallery = Gallery.load(folder, encoder)
-        thumbnails = {picture.id: gallery.thumbnail(picture).read_bytes() for picture in gallery.pictures}
-        stamp = asdict(gallery.stamp) | {"built": ""}
+        pictures, captions = tuple(gallery.pictures), tuple(gallery.captions)
+        thumbnails = {picture.id: gallery.thumbnail(picture) for picture in pictures}
+        assert all(isinstance(thumbnail, bytes) for thumbnail in thumbnails.values())
+        metadata = asdict(gallery.metadata) | {"built": ""}
         return cls(
-            gallery.pictures, gallery.captions, [picture.file for picture in gallery.pictures], stamp,
+            pictures, captions, [picture.file for picture in pictures], metadata,
             gallery.image_embeds, gallery.text_embeds, thumbnails,
         )  # fmt: skip
 
@@ -67,7 +72,7 @@ class Contents:
             return False
         same = all(
             getattr(self, name) == getattr(other, name)
-            for name in ("pictures", "captions", "files", "stamp", "thumbnails")
+            for name in ("pictures", "captions", "files", "metadata", "thumbnails")
         )
         sides = (self.images, other.images), (self.texts, other.texts)
         return same and all(torch.allclose(one, two, atol=1e-3, rtol=0) for one, two in sides)
@@ -109,9 +114,16 @@ class Galleries:
     def build(self, out: Path, fault: Fault = NEVER) -> int:
         return self.run.end(self.start(out, fault))
 
-    def start(self, out: Path, fault: Fault = NEVER) -> BaseProcess:
+    def start(self, out: Path, fault: Fault = NEVER, *options: str) -> BaseProcess:
         words = ["build", self.source / "captions.csv", "--out", out, "--model", self.model, "--no-calibration"]
-        return self.run.start("gallery", *words, folder=out, fault=fault)
+        return self.run.start("gallery", *words, *options, folder=out, fault=fault)
+
+    @cached_property
+    def shared(self) -> Path:
+        """A folder in which two shares wait to be merged."""
+        for share in ("1/2", "2/2"):
+            assert self.run.end(self.start(self.root / "shared", NEVER, "--share", share)) == 0, self.run.said
+        return self.root / "shared"
 
     @cached_property
     def encoder(self) -> DualEncoder:
@@ -119,7 +131,8 @@ class Galleries:
 
     def contents(self, folder: Path) -> Contents:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sides, "EXACT_ROWS", FEW)
+            patch.setattr(modality, "EXACT_ROWS", FEW)
+            patch.setattr(modality, "LARGE", FEW)
             return Contents.of(folder, self.encoder)
 
     @cached_property
@@ -139,12 +152,12 @@ class Galleries:
         assert found == self.after
         return True
 
-    def assert_finishes(self, folder: Path, like: Path | None = None) -> str:
-        """Build again: all is as if nothing had happened, and nothing is left behind. Returns what the build said."""
+    def assert_finishes(self, folder: Path, like: Path | None = None) -> int:
+        """Build again: all is as if nothing had happened, and nothing is left behind. Returns how many are encoded."""
         assert self.build(folder) == 0, self.run.said
         assert self.contents(folder) == self.after
         assert layout(folder) == layout(like or self.new)
-        return self.run.said
+        return int(re.findall(r"pictures: (\d+) encoded", self.run.said)[-1])
 
 
 def paint(path: Path, seed: int) -> None:
@@ -152,9 +165,14 @@ def paint(path: Path, seed: int) -> None:
     Image.fromarray(pixels).resize((60, 40)).save(path)
 
 
-def layout(folder: Path) -> list[str]:
-    """Names of all files; those of an index tell what is in them."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def layout(folder: Path) -> dict[str, object]:
+    """List all files, and count the rows of each table; nothing is damaged."""
+    with closing(GalleryDatabase.open(folder)) as database:
+        assert database.check() == []
+    with closing(sqlite3.connect(folder / DATABASE)) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        rows = {name: connection.execute(f"SELECT count(*) FROM {name}").fetchone() for name in tables}
+    return {"files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")), **rows}
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +180,15 @@ def galleries(checkpoint: Callable[[str], Path], run: Runner, tmp_path_factory: 
     return Galleries(tmp_path_factory.mktemp("galleries"), checkpoint("clip"), run)
 
 
-LIST, COMMIT = ("os.rename", "/index.json"), ("os.rename", "/.written")
-MOMENTS = {
-    "within a file": (Fault(size=300), False, "3 encoded"),
-    "two embeddings are kept": (Fault(before=("os.rename", ".safetensors"), after=2), False, "1 encoded"),
-    "one index has the new rows": (Fault(before=LIST, after=1), False, "0 encoded"),
-    "all is written, nothing in place": (Fault(before=COMMIT), False, "0 encoded"),
-    "some is in place": (Fault(before=("os.rename", "/pictures.jsonl")), True, "0 encoded"),
-    "old rows are still there": (Fault(before=LIST, after=2), True, "0 encoded"),
+MOMENTS = {  # when it dies, whether it is the new gallery then, and how many pictures are embedded again at the most
+    "within the first page of a journal": (Fault(size=300), False, 3),
+    "within the second page of a journal": (Fault(size=70_000), False, 3),
+    "within the file": (Fault(size=200_000), False, 3),
+    "some embeddings are committed": (Fault(before=("sql", "COMMIT"), after=3), False, 2),
+    "all are, and the records not begun": (Fault(before=("sql", "DELETE FROM picture")), False, 0),
+    "records are replaced, not committed": (Fault(before=("sql", "INSERT INTO meta")), False, 0),
+    "all is committed, not packed": (Fault(before=("sql", "VACUUM")), True, 0),
+    "the index is written, not in place": (Fault(before=("os.rename", "/text_embeds.faiss")), True, 0),
 }
 
 
@@ -177,11 +196,28 @@ MOMENTS = {
 def test_killed_while_it_is_brought_up_to_date_a_gallery_is_the_old_one_or_the_new(
     moment: str, galleries: Galleries
 ) -> None:
-    fault, new, encoded = MOMENTS[moment]
+    fault, new, most = MOMENTS[moment]
     folder = galleries.copy(moment)
     assert galleries.build(folder, fault) in KILLED
     assert galleries.assert_old_or_new(folder) is new
-    assert f"pictures: {encoded}" in galleries.assert_finishes(folder)  # what was embedded is not embedded again
+    assert galleries.assert_finishes(folder) <= most  # what was embedded is not embedded again
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(before=("sql", "INSERT OR IGNORE INTO thumbnail"), after=1),
+        Fault(before=("os.remove", "share-1-of-2.db")),
+        Fault(before=("sql", "INSERT INTO meta")),
+    ],
+    ids=["within a merge", "merged, not deleted", "all merged"],
+)
+def test_killed_while_shares_are_merged_nothing_is_embedded_again(fault: Fault, galleries: Galleries) -> None:
+    folder = galleries.copy(f"merged {fault.before}".replace("/", " "), of=galleries.shared)
+    assert galleries.build(folder, fault) in KILLED
+    with pytest.raises(FileNotFoundError):  # no gallery yet
+        galleries.contents(folder)
+    assert galleries.assert_finishes(folder, galleries.fresh) == 0
 
 
 # ---------------------------------------------------------------- training

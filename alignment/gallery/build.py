@@ -24,8 +24,9 @@ from torch import Tensor
 from alignment.ahead import ahead
 from alignment.atomic import exclusive_lock, remove_stale_temp
 from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
-from alignment.gallery.database import DATABASE, INDEX_FILES, GalleryDatabase, Kind
+from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
 from alignment.gallery.milvus_sync import Remote
+from alignment.gallery.modality import write_index
 from alignment.gallery.old_format import import_gallery
 from alignment.gallery.records import (
     Caption,
@@ -38,7 +39,6 @@ from alignment.gallery.records import (
 from alignment.gallery.scan import ImageScanner, ScannedImage
 from alignment.gallery.search import Gallery
 from alignment.gallery.writer import GalleryWriter, content_of
-from alignment.index import EXACT_ROWS
 from alignment.model import DualEncoder
 from alignment.pairs import Share, read_data
 from alignment.preprocess import InputError, legible
@@ -148,9 +148,12 @@ def build_gallery(
             writer.close()
             if empty:  # a first build that read nothing
                 _delete(out / DATABASE)
-    if remote is not None:
-        with closing(GalleryDatabase.open(out, encoder.name)) as database:
+    with closing(GalleryDatabase.open(out, encoder.name)) as database:
+        if remote is not None:
             remote.push(database)
+        else:
+            for kind in KINDS:
+                write_index(database, kind)
     return Gallery.load(out, encoder, remote)
 
 
@@ -420,9 +423,6 @@ class _Build:
             metadata = replace(metadata, calibration=calibration.to_dict(), judged_by=judged_by)
             cohort = found.tensors()
         self.writer.finish(pictures, captions, metadata, cohort)
-        for name, count in zip(INDEX_FILES.values(), (len(pictures), len(captions)), strict=True):
-            if count <= EXACT_ROWS:
-                (self.writer.path.parent / name).unlink(missing_ok=True)
 
     def _cohort(self) -> Cohort:
         """Take over the cohort of the gallery, or of the one that lends it, while it is up to date."""

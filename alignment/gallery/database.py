@@ -15,8 +15,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import sqlite3
+import tempfile
 import threading
 import zlib
 from collections import Counter
@@ -55,7 +55,7 @@ _CACHE_KB = 16384
 _OLD_FORMAT, _IMPORT_TIMEOUT_S = "gallery.json", 600.0
 _TAGS_CACHED = 16  # eight bytes for each item
 _CHOSEN = "(SELECT value FROM json_each(?))"
-_NO_ROOM = 16 * 2**20
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}  # the last: of a damaged schema
 _ERRNO = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_READONLY: errno.EACCES,
@@ -116,14 +116,15 @@ class SQLiteFile:
         """Close the file; changes that are not committed are undone."""
         self._connection.close()
 
-    def _translated(self, error: sqlite3.Error) -> OSError | ValueError:
-        number = _ERRNO.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    def _translated(self, error: sqlite3.Error) -> Exception:
+        code = getattr(error, "sqlite_errorcode", -1) & 0xFF
+        number = _ERRNO.get(code)
         if number is None:
-            return ValueError(str(error))
+            return ValueError(str(error)) if code in _DAMAGED else error
         if number == errno.EACCES and self.path.is_dir():
             number = errno.EISDIR
-        elif number == errno.EIO and shutil.disk_usage(self.path.parent).free < _NO_ROOM:
-            number = errno.ENOSPC
+        elif number == errno.EIO:
+            number = _write_errno(self.path)
         return OSError(number, os.strerror(number), str(self.path))
 
     def faults(self) -> Iterator[str]:
@@ -137,6 +138,17 @@ class SQLiteFile:
             for id, key, blob, crc in self.each(f"SELECT * FROM {table}"):
                 if crc != crc_of_blob(key, blob):
                     yield f"{table} {id}: wrong checksum"
+
+
+def _write_errno(path: Path) -> int:
+    """Find out why a file cannot grow, which SQLite does not say: a quota, a limit of its size, ..."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            probe.seek(path.stat().st_size)
+            probe.write(bytes(2**16))
+    except OSError as error:
+        return error.errno or errno.EIO
+    return errno.EIO
 
 
 def open_recovered(path: Path) -> SQLiteFile:
@@ -318,11 +330,10 @@ class GalleryDatabase:
         return int(rows[0][0]) if rows else None
 
     def thumbnail(self, picture: Picture) -> bytes | None:
-        """Fetch the thumbnail of a picture, WebP; None if there is none, ValueError if it is damaged."""
+        """Fetch the thumbnail of a picture, WebP; None if there is none, or it is damaged."""
         sha256 = bytes.fromhex(picture.file.sha256) if picture.file else b""
         rows = self._query("SELECT webp, crc FROM thumbnail WHERE sha256 = ?", (sha256,))
-        self._verify("thumbnail", (crc == crc_of_blob(sha256, webp) for webp, crc in rows))
-        return rows[0][0] if rows else None
+        return next((webp for webp, crc in rows if crc == crc_of_blob(sha256, webp)), None)
 
     # ------------------------------------------------------------ embeddings
 

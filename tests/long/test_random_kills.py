@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from killing import Fault, Runner
-from test_kills import COMMIT, KILLED, Galleries, Trainings, galleries, run, trainings
+from test_kills import KILLED, Galleries, Trainings, galleries, run, trainings
 
 __all__ = ["galleries", "run", "trainings"]
 
@@ -50,7 +51,7 @@ def test_new_galleries_killed_at_random_until_they_are_done(galleries: Galleries
                 kills += 1
             else:
                 ended += 1
-            if (folder / "gallery.json").exists():
+            with suppress(FileNotFoundError):  # no gallery yet
                 assert galleries.contents(folder) == galleries.after
         galleries.assert_finishes(folder, galleries.fresh)
     print(f"seed {SEED}: {kills} kills of new builds in {rounds} galleries; {ended} had ended before")
@@ -90,7 +91,7 @@ def test_trainings_killed_at_random_until_they_are_done(trainings: Trainings, tm
 @pytest.mark.parametrize("what", ["new", "update"])
 def test_builds_killed_before_every_change_to_their_folder(what: str, galleries: Galleries) -> None:
     changes = galleries.first if what == "new" else galleries.update
-    committed = next(row for row, change in enumerate(changes) if change == " ".join(COMMIT))
+    committed = max(row for row, change in enumerate(changes) if change == "sql COMMIT")
     for moment in range(SEED % STRIDE, len(changes), STRIDE):
         folder = galleries.root / f"{what} {moment}" if what == "new" else galleries.copy(f"{what} {moment}")
         died = galleries.build(folder, Fault(at=moment)) in KILLED
@@ -101,7 +102,7 @@ def test_builds_killed_before_every_change_to_their_folder(what: str, galleries:
     print(f"{what}: killed before each {STRIDE}th of {len(changes)} changes")
 
 
-@pytest.mark.parametrize("size", [1, 40, 90, 150, 200, 300, 420, 600, 900, 1400, 2000])
+@pytest.mark.parametrize("size", [1, 300, 513, 9_000, 66_000, 70_000, 140_000, 200_000, 330_000, 400_000, 530_000])
 def test_updates_killed_within_a_file(size: int, galleries: Galleries) -> None:
     folder = galleries.copy(f"within {size}")
     died = galleries.build(folder, Fault(size=size)) in KILLED
