@@ -135,7 +135,7 @@ def build_gallery(
     pictures, captions, metadata = _read_source(os.fspath(source), out, encoder, format, split, report)
     report.cut = encoder.preprocessor.cut(caption.text for caption in captions)
     with exclusive_lock(out, timeout=timeout):
-        import_gallery(out)
+        import_gallery(out, remote.embeds if remote else None)
         remove_stale_temp(out, age=0)
         writer = _open_writer(out / DATABASE, encoder)
         try:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from alignment.atomic import exclusive_lock, read_json_checksummed, write_json_checksummed
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
+from alignment.gallery.old_format import import_gallery
 from alignment.gallery.records import Caption, Picture, folder_of, item_ids
 from alignment.gallery.writer import GalleryWriter, content_of
 from alignment.index import MilvusIndex, Server
@@ -101,6 +102,11 @@ class Remote:
             f"anew; else bring the server up to date with: {self.push_command()}"
         )
 
+    def embeds(self, kind: Kind, fingerprint: str, ids: Tensor) -> Tensor:
+        """Fetch all embeddings of a collection, (n, embed_dim) float32; errors as of `open`."""
+        with closing(self.open(kind, fingerprint, ids)) as index:
+            return index.embeds(ids)
+
     def push(
         self, database: GalleryDatabase, progress: Progress = lambda *done: None, *, dry_run: bool = False
     ) -> list[SyncPlan]:
@@ -151,7 +157,12 @@ class Remote:
             ValueError: if the server does not hold this gallery, or the folder is damaged in another way.
             OSError: if the server does not answer, or another process writes to the folder.
         """
-        with exclusive_lock(self.folder), closing(GalleryDatabase.open(self.folder)) as old:
+        with exclusive_lock(self.folder):
+            import_gallery(self.folder, self.embeds)
+            return self._pull(progress)
+
+    def _pull(self, progress: Progress) -> tuple[int, int]:
+        with closing(GalleryDatabase.open(self.folder)) as old:
             pictures = old.pictures(old.ids("picture").tolist())
             captions = old.captions(old.ids("caption").tolist())
             sides: dict[Kind, Sequence[Picture] | Sequence[Caption]] = {"picture": pictures, "caption": captions}
