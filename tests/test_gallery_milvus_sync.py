@@ -125,12 +125,8 @@ def test_a_build_connects_before_it_embeds(
     closed_port: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "photos").mkdir()
-    for share in ([], ["--share", "1/2"]):
-        assert (
-            main(["build", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--index", closed_port, *share])
-            == 2
-        )
-        assert "does not answer" in capsys.readouterr().err
+    assert main(["build", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--index", closed_port]) == 2
+    assert "does not answer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -150,7 +150,7 @@ def build_gallery(
                 _delete(out / DATABASE)
     with closing(GalleryDatabase.open(out, encoder.name)) as database:
         if remote is not None:
-            remote.push(database)
+            remote.push(database, lambda what, done, total: progress(done, total) if progress else None)
         else:
             for kind in KINDS:
                 write_index(database, kind)

@@ -25,6 +25,7 @@ from alignment.index import MilvusIndex, Server
 from alignment.model import DualEncoder
 
 COUNT, DIM = 5000, 24
+OLD = app.ROOT / "tests" / "old_gallery"
 
 
 class Encoder:
@@ -108,7 +109,6 @@ def test_a_gallery_is_built_onto_the_server_and_served_from_it(
 
 def test_the_starter_gallery_is_served_from_the_server(folder: Path, remote: Remote) -> None:
     shutil.copytree(app.ROOT / "assets" / "gallery", folder)
-    assert main(["check", str(folder)]) == 0
     assert main(["push", str(folder), "--index", remote.server.uri]) == 0
     ours = ["--model", str(app.ROOT / "checkpoints/compact"), "--gallery", str(folder)]
     local, served = (app.load_engine(app.parse([*ours, *more])) for more in ([], ["--index", remote.server.uri]))
@@ -124,15 +124,17 @@ def test_the_starter_gallery_is_served_from_the_server(folder: Path, remote: Rem
 
 
 def test_a_gallery_of_the_previous_format_is_fetched_from_the_server(folder: Path, remote: Remote) -> None:
-    """A build with --index wrote embeddings to the server alone, and none into the folder."""
-    shutil.copytree(app.ROOT / "assets" / "gallery", folder)
-    old = Path(shutil.copytree(folder, folder.parent / "old"))
-    assert main(["push", str(folder), "--index", remote.server.uri]) == 0
-    with closing(GalleryDatabase.open(folder)) as database:
-        expected = database.embeds("caption", database.ids("caption"))
-    shutil.rmtree(next(old.glob("text_embeds-*")))
-    shutil.copy(folder / "milvus.json", old)
-    assert main(["pull", str(old), "--index", remote.server.uri, "--index-name", remote.name]) == 0
-    with closing(GalleryDatabase.open(old)) as database:
-        assert database.check() == []
-        assert database.embeds("caption", database.ids("caption")).equal(expected)
+    """Builds with --index left the embeddings of many items to the server, and out of the folder."""
+    here, there = (Path(shutil.copytree(OLD, folder.parent / name / folder.name)) for name in ("here", "there"))
+    shutil.copytree(here, folder)
+    assert main(["push", str(here), "--index", remote.server.uri]) == 0
+    shutil.rmtree(next(there.glob("text_embeds-*")))
+    shutil.copy(here / "milvus.json", there)
+    shutil.copy(here / "milvus.json", folder)
+    with pytest.raises(FileNotFoundError):
+        GalleryDatabase.open(there)
+    assert main(["pull", str(there), "--index", remote.server.uri]) == 0
+    with closing(GalleryDatabase.open(here)) as pushed, closing(GalleryDatabase.open(there)) as pulled:
+        assert pulled.check() == []
+        ids = pulled.ids("caption")
+        assert pulled.embeds("caption", ids).equal(pushed.embeds("caption", ids))
