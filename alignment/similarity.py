@@ -110,15 +110,15 @@ def cosines_within(embeds: Tensor) -> Tensor:
     return cosines[~torch.eye(len(embeds), dtype=torch.bool)].reshape(len(embeds), -1)
 
 
-def fold_alike(embeds: Tensor, k: int, threshold: float) -> list[list[int]]:
-    """Fold each item under the best ranked one that it is nearly the same as.
+def group_near_duplicates(embeds: Tensor, k: int, threshold: float) -> list[list[int]]:
+    """Group each item with the best ranked one that it is a near duplicate of.
 
     Of a, b, a', c with a' nearly a, and k = 2: [[0, 2], [1]].
 
     Args:
         embeds: (n, embed_dim), unit norm, best ranked first.
-        k: groups wanted; those after them are left out.
-        threshold: cosine from which two items are nearly the same.
+        k: number of groups; further ones are left out.
+        threshold: cosine from which two items are near duplicates.
 
     Returns:
         At most k groups of places, each and all best ranked first.

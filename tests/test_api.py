@@ -26,9 +26,9 @@ from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 
 import app
-from alignment.catalogue import Stamp
 from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery
+from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 from alignment.ui.api import Api, add_api, tame_tools
@@ -200,8 +200,11 @@ def test_the_matrix_is_what_the_embeddings_say(ask, photo):
 
 def test_a_model_with_a_bias_judges_each_pair_by_itself(checkpoint, pictures, encoded):
     encoder = DualEncoder.load(checkpoint("siglip"), device="cpu")
-    none, stamp = torch.empty(0, encoder.embed_dim), Stamp(encoder.fingerprint, "tiny", encoder.logit_scale, None)
-    engine = AlignmentEngine(encoder, Gallery((), (), none, none, stamp))
+    none, metadata = (
+        torch.empty(0, encoder.embed_dim),
+        GalleryMetadata(encoder.fingerprint, "tiny", encoder.logit_scale, None),
+    )
+    engine = AlignmentEngine(encoder, Gallery((), (), none, none, metadata))
     urls = [f"data:image/png;base64,{base64.b64encode(encoded(image, 'PNG')).decode()}" for image in pictures]
     table = Api(engine).similarity_matrix(urls, ["two cats", "pasta"])
     logits = torch.tensor(table["similarity"]) * encoder.logit_scale + encoder.logit_bias

@@ -16,8 +16,9 @@ from PIL import Image
 
 import app
 from alignment import preprocess
+from alignment.confidence import VERDICTS
 from alignment.engine import AlignmentEngine, Skipped
-from alignment.gallery import Caption, Found, Gallery, Match, build_gallery
+from alignment.gallery import Caption, Gallery, Match, SearchResult, build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, clean_caption, open_image, parse_captions
 from alignment.ui.api import Api
@@ -27,7 +28,6 @@ from alignment.ui.service import Service, Settings, host_in_url
 from alignment.ui.strings import count_text, error_text, pick_language, strings, text
 from alignment.ui.uploads import Shelf, Upload, fill, forget, shelf_drop_value, take, uploads_of
 from alignment.ui.widgets import spoken
-from alignment.verdicts import VERDICTS
 
 UI = Path(app.__file__).parent / "alignment" / "ui"
 
@@ -343,7 +343,7 @@ def test_cosines_have_three_places_and_no_minus_before_nothing():
     assert [cosine(value) for value in (0.31249, -0.0001, -0.5)] == ["0.312", "0.000", "-0.500"]
 
 
-def answer(*chances: float, verdicts: str) -> Found[Caption]:
+def answer(*chances: float, verdicts: str) -> SearchResult[Caption]:
     """An answer of captions, the last of which says the same as the first."""
     matches = [
         Match(rank, Caption(f"c{rank}", f"number {rank}", "en"), chance, chance, verdict)
@@ -351,7 +351,7 @@ def answer(*chances: float, verdicts: str) -> Found[Caption]:
     ]
     first, *others, last = matches
     groups = ((first, last), *((match,) for match in others))
-    return Found(tuple(matches), first.verdict, first.probability, groups=groups)
+    return SearchResult(tuple(matches), first.verdict, first.probability, groups=groups)
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
@@ -380,7 +380,7 @@ def test_results_are_listed_where_nothing_is_close_and_folded_where_nothing_was_
 
 
 def test_without_a_calibration_there_is_no_verdict():
-    found = Found((Match(1, Caption("c", "a", "en"), 0.5),))
+    found = SearchResult((Match(1, Caption("c", "a", "en"), 0.5),))
     value = captions_value(found, "en", total=1)
     assert "verdict" not in value
     assert (value["rows"][0]["step"], value["rows"][0]["word"]) == (None, "")

@@ -296,7 +296,11 @@ def test_an_album_does_not_tell_where_anything_lies_on_the_server(engine, album)
     files = unpacked(album)
     assert sum(name.endswith(".webp") for name in files) == 5
     for name, data in files.items():
-        for folder in (str(engine.gallery.folder), engine.gallery.stamp.source, str(Path(engine.encoder.name).parent)):
+        for folder in (
+            str(engine.gallery.folder),
+            engine.gallery.metadata.source,
+            str(Path(engine.encoder.name).parent),
+        ):
             assert folder.encode() not in data, name
 
 

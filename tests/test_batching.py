@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.catalogue import Stamp
 from alignment.engine import AlignmentEngine
 from alignment.engine.batching import Batcher
 from alignment.gallery import Gallery
+from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 
@@ -202,8 +202,11 @@ def test_of_many_at_once_none_is_lost_and_no_thread_stays(encoder):
 @pytest.fixture(scope="module")
 def engine(checkpoint) -> AlignmentEngine:
     encoder = DualEncoder.load(checkpoint("clip"), device="cpu")
-    none, stamp = torch.empty(0, encoder.embed_dim), Stamp(encoder.fingerprint, "tiny", encoder.logit_scale, None)
-    return AlignmentEngine(encoder, Gallery((), (), none, none, stamp))
+    none, metadata = (
+        torch.empty(0, encoder.embed_dim),
+        GalleryMetadata(encoder.fingerprint, "tiny", encoder.logit_scale, None),
+    )
+    return AlignmentEngine(encoder, Gallery((), (), none, none, metadata))
 
 
 def together(pool: ThreadPoolExecutor, batcher: Batcher[Any], ask: Callable[[Any], Tensor], queries: Sequence[Any]):

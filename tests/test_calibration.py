@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.calibration import BORROWED, DIRECTIONS, Background, Calibration, Curve
+from alignment.confidence import DEFAULT_CALIBRATION, DIRECTIONS, VERDICTS, Calibration, Cohort, Thresholds
+from alignment.confidence.curve import Curve
+from alignment.confidence.ood_probes import blank_images, random_texts
+from alignment.confidence.verdicts import FITS_THRESHOLD
 from alignment.gallery import Gallery
 from alignment.model import DualEncoder
-from alignment.nonsense import empty_pictures, nonsense_texts
-from alignment.verdicts import FITS_LINE, VERDICTS, Lines
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVE = Curve(score=1.5, tail=-0.8, mean=0.3, log_size=-0.5, bias=0.4)
@@ -40,8 +41,8 @@ def evidence(count: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def background() -> Background:
-    return Background(unit(40, 32, seed=90), unit(200, 32, seed=91))
+def cohort() -> Cohort:
+    return Cohort(unit(40, 32, seed=90), unit(200, 32, seed=91))
 
 
 # ---------------------------------------------------------------- the curve
@@ -103,12 +104,12 @@ def test_bad_examples_are_refused() -> None:
         Curve(-1, 0, 0, 0, 0)
 
 
-# ---------------------------------------------------------------- the background
+# ---------------------------------------------------------------- the cohort
 
 
-def test_unrelated_scores_are_centred_with_unit_spread(background: Background) -> None:
-    scores = background.image_embeds @ background.text_embeds.T
-    seen = background.evidence(scores, background.image_embeds, 200, "image_to_text")
+def test_unrelated_scores_are_centred_with_unit_spread(cohort: Cohort) -> None:
+    scores = cohort.image_embeds @ cohort.text_embeds.T
+    seen = cohort.evidence(scores, cohort.image_embeds, 200, "image_to_text")
     assert seen.shape == (40, 200, 4)
     assert seen[..., 0].mean().abs() < 1e-6
     assert seen[..., 0].std(1, correction=0).mean() == pytest.approx(1, abs=1e-5)
@@ -119,50 +120,50 @@ def test_unrelated_scores_are_centred_with_unit_spread(background: Background) -
 
 @pytest.mark.parametrize(("images", "texts"), [((0, 8), (3, 8)), ((3, 8), (3, 7)), ((8,), (3, 8))])
 def test_background_that_is_none_is_refused(images: tuple[int, ...], texts: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="background"):
-        Background(torch.ones(images), torch.ones(texts))
+    with pytest.raises(ValueError, match="cohort"):
+        Cohort(torch.ones(images), torch.ones(texts))
 
 
-def test_query_among_nonsense_is_senseless_and_ordinary_ones_are_not() -> None:
+def test_query_among_the_probes_is_out_of_distribution_and_ordinary_ones_are_not() -> None:
     corner = functional.normalize(unit(1, 256, seed=5) + unit(20, 256, seed=6), dim=-1)
     images, texts = unit(40, 256, seed=1), unit(40, 256, seed=2)
-    background = Background(images, texts, nonsense_text_embeds=corner[:10])
+    cohort = Cohort(images, texts, nonsense_text_embeds=corner[:10])
     queries = torch.cat([corner[10:], unit(50, 256, seed=3)])
-    assert background.is_senseless(queries, "text_to_image").tolist() == [True] * 10 + [False] * 50
-    assert not background.is_senseless(queries, "image_to_text").any()
-    judged = BORROWED.judge(torch.ones(3), corner[10], "text_to_image", num_candidates=3, background=background)
+    assert cohort.is_out_of_distribution(queries, "text_to_image").tolist() == [True] * 10 + [False] * 50
+    assert not cohort.is_out_of_distribution(queries, "image_to_text").any()
+    judged = DEFAULT_CALIBRATION.assess(torch.ones(3), corner[10], "text_to_image", num_candidates=3, cohort=cohort)
     assert judged.verdict == "no_meaning"
     assert judged.verdicts == ("no_meaning",) * 3
     assert judged.probabilities.tolist() == [0, 0, 0]
 
 
-def test_background_goes_through_its_tensors(background: Background) -> None:
-    again = Background(**background.tensors())
+def test_background_goes_through_its_tensors(cohort: Cohort) -> None:
+    again = Cohort(**cohort.tensors())
     assert list(again.tensors()) == ["image_embeds", "text_embeds"]
-    assert again.units == background.units
+    assert again.units == cohort.units
 
 
 # ---------------------------------------------------------------- the calibration
 
 
-def test_probabilities_hold_for_pairs_not_seen(background: Background) -> None:
-    calibration = Calibration.fit(*paired(300, 1.6, seed=1), background)
+def test_probabilities_hold_for_pairs_not_seen(cohort: Cohort) -> None:
+    calibration = Calibration.fit(*paired(300, 1.6, seed=1), cohort)
     images, texts, relevance = paired(300, 1.6, seed=7)
     right = relevance.bool()
     lost = right & (torch.arange(300) % 2 == 0)[:, None]  # nothing is there for every other picture
     scores, right = (images @ texts.T).masked_fill(lost, -1), right & ~lost
     values, ids = scores.topk(10, dim=1)
-    said = calibration.probability(values, images, "image_to_text", num_candidates=600, background=background)
+    said = calibration.probability(values, images, "image_to_text", num_candidates=600, cohort=cohort)
     truth = right.gather(1, ids)
     assert float(said.mean()) == pytest.approx(float(truth.double().mean()), abs=0.03)
     assert said[truth].mean() > said[~truth].mean() + 0.1
 
 
-def test_more_candidates_make_the_same_score_less_sure(background: Background) -> None:
-    calibration = Calibration.fit(*paired(200, 1.6, seed=1), background)
+def test_more_candidates_make_the_same_score_less_sure(cohort: Cohort) -> None:
+    calibration = Calibration.fit(*paired(200, 1.6, seed=1), cohort)
     query, score = unit(1, 32, seed=5), torch.tensor([[0.6]])
     few, many = (
-        float(calibration.probability(score, query, "text_to_image", num_candidates=n, background=background))
+        float(calibration.probability(score, query, "text_to_image", num_candidates=n, cohort=cohort))
         for n in (10, 1000)
     )
     assert few > many
@@ -170,9 +171,9 @@ def test_more_candidates_make_the_same_score_less_sure(background: Background) -
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=20), st.integers(1, 10_000), st.sampled_from(DIRECTIONS))
 def test_probability_rises_with_the_score(cosines: list[float], size: int, direction: str) -> None:
-    background = Background(unit(3, 8, seed=1), unit(9, 8, seed=2))
+    cohort = Cohort(unit(3, 8, seed=1), unit(9, 8, seed=2))
     scores = torch.tensor(sorted(cosines))
-    judged = BORROWED.judge(scores, unit(8, seed=3), direction, num_candidates=size, background=background)
+    judged = DEFAULT_CALIBRATION.assess(scores, unit(8, seed=3), direction, num_candidates=size, cohort=cohort)
     assert (judged.probabilities.diff() >= 0).all()
     assert judged.probabilities.min() >= 0
     assert judged.probabilities.max() <= 1
@@ -183,61 +184,61 @@ def test_probability_rises_with_the_score(cosines: list[float], size: int, direc
 
 @pytest.mark.parametrize("width", [1, 8])
 def test_smallest_background_and_one_candidate(width: int) -> None:
-    background = Background(torch.ones(1, width), torch.ones(1, width))
-    judged = BORROWED.judge(
-        torch.tensor([1.0]), torch.ones(width), "image_to_text", num_candidates=1, background=background
+    cohort = Cohort(torch.ones(1, width), torch.ones(1, width))
+    judged = DEFAULT_CALIBRATION.assess(
+        torch.tensor([1.0]), torch.ones(width), "image_to_text", num_candidates=1, cohort=cohort
     )
     assert judged.probabilities.isfinite().all()
 
 
-def test_search_without_results_fits_nothing(background: Background) -> None:
-    judged = BORROWED.judge(torch.empty(0), unit(32), "text_to_image", num_candidates=0, background=background)
+def test_search_without_results_fits_nothing(cohort: Cohort) -> None:
+    judged = DEFAULT_CALIBRATION.assess(torch.empty(0), unit(32), "text_to_image", num_candidates=0, cohort=cohort)
     assert judged.verdict == "nothing_close"
-    assert judged.something_fits == 0
+    assert judged.p_any_match == 0
 
 
 def test_collapsed_model_is_calibrated_to_the_odds() -> None:
     same = torch.ones(40, 4)
-    background = Background(same[:5], same[:5])
-    calibration = Calibration.fit(same, same, torch.eye(40), background)
-    judged = calibration.judge(torch.ones(10), same[0], "text_to_image", num_candidates=40, background=background)
-    assert judged.something_fits == pytest.approx(0.5, abs=0.05)
+    cohort = Cohort(same[:5], same[:5])
+    calibration = Calibration.fit(same, same, torch.eye(40), cohort)
+    judged = calibration.assess(torch.ones(10), same[0], "text_to_image", num_candidates=40, cohort=cohort)
+    assert judged.p_any_match == pytest.approx(0.5, abs=0.05)
     assert float(judged.probabilities.std()) < 1e-6
 
 
-def test_few_pairs_with_items_that_belong_to_none(background: Background) -> None:
+def test_few_pairs_with_items_that_belong_to_none(cohort: Cohort) -> None:
     images, texts, relevance = paired(6, 1.0, seed=1)
     relevance[:, 6:] = 0
-    fitted = Calibration.fit(images, texts, relevance, background, prior=BORROWED, strength=20)
+    fitted = Calibration.fit(images, texts, relevance, cohort, prior=DEFAULT_CALIBRATION, strength=20)
     assert fitted.match["text_to_image"].score > 0
     with pytest.raises(ValueError, match="no pair"):
-        Calibration.fit(images, texts, torch.zeros_like(relevance), background)
+        Calibration.fit(images, texts, torch.zeros_like(relevance), cohort)
 
 
-def test_captions_that_may_describe_a_picture_count_for_what_they_are_worth(background: Background) -> None:
+def test_captions_that_may_describe_a_picture_count_for_what_they_are_worth(cohort: Cohort) -> None:
     images, texts, relevance = paired(200, 1.6, seed=1)
-    fitted = Calibration.fit(images, texts, 0.6 * relevance, background)
+    fitted = Calibration.fit(images, texts, 0.6 * relevance, cohort)
     values, ids = (images @ texts.T).topk(10, dim=1)
-    said = fitted.probability(values, images, "image_to_text", num_candidates=400, background=background)
+    said = fitted.probability(values, images, "image_to_text", num_candidates=400, cohort=cohort)
     truth = 0.6 * relevance.gather(1, ids)
     assert float(said.mean()) == pytest.approx(float(truth.mean()), abs=0.03)
 
 
-def test_same_seed_gives_the_same_calibration(background: Background) -> None:
-    first, second = (Calibration.fit(*paired(40, 1.0, seed=1), background, seed=3) for _ in range(2))
+def test_same_seed_gives_the_same_calibration(cohort: Cohort) -> None:
+    first, second = (Calibration.fit(*paired(40, 1.0, seed=1), cohort, seed=3) for _ in range(2))
     assert first == second
 
 
-def test_json_round_trip(background: Background) -> None:
-    fitted = Calibration.fit(*paired(40, 1.0, seed=1), background)
-    for one in (fitted, BORROWED):
+def test_json_round_trip(cohort: Cohort) -> None:
+    fitted = Calibration.fit(*paired(40, 1.0, seed=1), cohort)
+    for one in (fitted, DEFAULT_CALIBRATION):
         assert Calibration.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
 def test_the_single_line_of_an_older_gallery_is_where_results_may_fit() -> None:
-    old = {**BORROWED.to_dict(), "lines": {"image_to_text": 0.315, "text_to_image": 0.8}}
-    lines = Calibration.from_dict(old).lines
-    assert lines == {"image_to_text": Lines(FITS_LINE, 0.315), "text_to_image": Lines(0.8, 0.8)}
+    old = {**DEFAULT_CALIBRATION.to_dict(), "lines": {"image_to_text": 0.315, "text_to_image": 0.8}}
+    lines = Calibration.from_dict(old).thresholds
+    assert lines == {"image_to_text": Thresholds(FITS_THRESHOLD, 0.315), "text_to_image": Thresholds(0.8, 0.8)}
 
 
 @pytest.mark.parametrize(
@@ -253,22 +254,22 @@ def test_the_single_line_of_an_older_gallery_is_where_results_may_fit() -> None:
     ],
 )
 def test_what_is_no_calibration_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"calibration|Lines"):
-        Calibration.from_dict({**BORROWED.to_dict(), **change})
+    with pytest.raises(ValueError, match=r"calibration|Thresholds"):
+        Calibration.from_dict({**DEFAULT_CALIBRATION.to_dict(), **change})
 
 
 # ---------------------------------------------------------------- the compact model
 
 
 @pytest.fixture(scope="module")
-def compact() -> tuple[DualEncoder, Gallery, Background]:
+def compact() -> tuple[DualEncoder, Gallery, Cohort]:
     encoder = DualEncoder.load(ROOT / "checkpoints" / "compact", device="cpu")
     gallery = Gallery.load(ROOT / "assets" / "gallery", encoder)
     lines = (ROOT / "assets" / "parallel_captions.jsonl").read_text("utf-8").splitlines()
     captions = [caption for line in lines for caption in json.loads(line).values()]
     texts = encoder.encode_texts(random.Random(0).sample(captions, 1024))
-    empty, nonsense = encoder.encode_images(empty_pictures()), encoder.encode_texts(nonsense_texts())
-    return encoder, gallery, Background(gallery.image_embeds, texts, empty, nonsense)
+    empty, nonsense = encoder.encode_images(blank_images()), encoder.encode_texts(random_texts())
+    return encoder, gallery, Cohort(gallery.image_embeds, texts, empty, nonsense)
 
 
 @pytest.mark.parametrize(
@@ -287,35 +288,35 @@ def compact() -> tuple[DualEncoder, Gallery, Background]:
     ],
 )
 def test_captions_find_pictures_or_nothing(
-    compact: tuple[DualEncoder, Gallery, Background], caption: str, fits: bool
+    compact: tuple[DualEncoder, Gallery, Cohort], caption: str, fits: bool
 ) -> None:
-    encoder, gallery, background = compact
+    encoder, gallery, cohort = compact
     query = encoder.encode_texts([caption])[0]
-    judged = BORROWED.judge(
+    judged = DEFAULT_CALIBRATION.assess(
         gallery.image_embeds @ query,
         query,
         "text_to_image",
         num_candidates=len(gallery.pictures),
-        background=background,
+        cohort=cohort,
     )
-    assert (judged.verdict in ("fits", "may_fit")) is fits, f"{judged.something_fits:.2f}"
+    assert (judged.verdict in ("fits", "may_fit")) is fits, f"{judged.p_any_match:.2f}"
 
 
 @pytest.mark.parametrize("colour", ["gray", "black", "white", "red"])
-def test_an_empty_photo_finds_no_caption(compact: tuple[DualEncoder, Gallery, Background], colour: str) -> None:
+def test_an_empty_photo_finds_no_caption(compact: tuple[DualEncoder, Gallery, Cohort], colour: str) -> None:
     (query,) = compact[0].encode_images([Image.new("RGB", (300, 200), colour)])
     assert not judge_picture(compact, query)
 
 
-def test_most_photos_find_captions(compact: tuple[DualEncoder, Gallery, Background]) -> None:
+def test_most_photos_find_captions(compact: tuple[DualEncoder, Gallery, Cohort]) -> None:
     # Every one of them has its caption in the gallery. The line costs some: textures and documents above all.
     found = [judge_picture(compact, embed) for embed in compact[1].image_embeds]
     assert sum(found) > len(found) / 2
 
 
-def judge_picture(compact: tuple[DualEncoder, Gallery, Background], query: Tensor) -> bool:
-    _, gallery, background = compact
+def judge_picture(compact: tuple[DualEncoder, Gallery, Cohort], query: Tensor) -> bool:
+    _, gallery, cohort = compact
     english = torch.tensor([caption.lang == "en" for caption in gallery.captions])
     scores = gallery.text_embeds[english] @ query
-    judged = BORROWED.judge(scores, query, "image_to_text", num_candidates=len(scores), background=background)
+    judged = DEFAULT_CALIBRATION.assess(scores, query, "image_to_text", num_candidates=len(scores), cohort=cohort)
     return judged.verdict in ("fits", "may_fit")

@@ -56,7 +56,7 @@ def folder(tmp_path) -> Path:
 
 
 def test_the_scale_is_what_unrelated_items_score(engine):
-    mean, spread = engine.gallery.judge.background.units["text_to_image"]
+    mean, spread = engine.gallery.judge.cohort.units["text_to_image"]
     scale = engine.scale
     assert (scale.unrelated, scale.spread) == (mean, spread)
     assert scale.accidents[0] < mean < scale.accidents[1] < scale.cosines[1] <= 1
@@ -66,7 +66,7 @@ def test_the_scale_is_what_unrelated_items_score(engine):
 
 def test_a_gallery_without_a_background_is_its_own(engine):
     known = engine.gallery
-    gallery = Gallery(known.pictures, known.captions, known.image_embeds, known.text_embeds, known.stamp)
+    gallery = Gallery(known.pictures, known.captions, known.image_embeds, known.text_embeds, known.metadata)
     cosines = known.image_embeds @ known.text_embeds.T
     scale = Scale.of(gallery)
     known_scale = cosines.mean().item(), cosines.std().item()
@@ -75,7 +75,7 @@ def test_a_gallery_without_a_background_is_its_own(engine):
 
 
 def test_where_nothing_can_be_measured_there_is_a_scale_all_the_same(engine):
-    empty = Gallery((), (), torch.empty(0, 8), torch.empty(0, 8), engine.gallery.stamp)
+    empty = Gallery((), (), torch.empty(0, 8), torch.empty(0, 8), engine.gallery.metadata)
     assert Scale.of(empty).spread > 0
 
 

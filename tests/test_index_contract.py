@@ -1,44 +1,37 @@
-"""The embedded index keeps what every index promises, in memory and in a folder."""
+"""The local index keeps what every index promises, in memory and in a file."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from index_contract import IndexContract, NewIndex, Reopen, unit
+from index_contract import IndexContract, NewIndex, unit
+from torch import Tensor
 
-from alignment.index import EmbeddedIndex, Index
+from alignment.index import LocalIndex, VectorIndex
 
 
-@pytest.fixture(params=["memory", "folder"])
+@pytest.fixture(params=["memory", "file"])
 def new_index(request: pytest.FixtureRequest, tmp_path: Path) -> NewIndex:
-    def new(dim: int) -> Index:
-        index = EmbeddedIndex(torch.empty(0, dim))
-        if request.param == "folder":
-            index.save(tmp_path / "index")
-            index = EmbeddedIndex.open(tmp_path / "index")
-        return index
+    def new(ids: Tensor, embeds: Tensor, tags: Sequence[Collection[str]] = ()) -> VectorIndex:
+        def tagged(tag: str) -> Tensor:
+            return ids[[row for row, names in enumerate(tags) if tag in names]]
+
+        if request.param == "memory":
+            return LocalIndex(ids, embeds, tagged=tagged)
+        path = tmp_path / "index.faiss"
+        LocalIndex.write(path, zip(ids.split(7), embeds.split(7), strict=True), len(ids), embeds.shape[1], "stamp")
+        return LocalIndex.open(path, ids, "stamp", tagged=tagged)
 
     return new
 
 
 @pytest.fixture
-def reopen(tmp_path: Path) -> Reopen:
-    def again(index: Index) -> Index:
-        assert isinstance(index, EmbeddedIndex)
-        index.save(tmp_path / "index")
-        return EmbeddedIndex.open(tmp_path / "index")
-
-    return again
+def small(new_index: NewIndex) -> VectorIndex:
+    return new_index(torch.arange(20), unit(20))
 
 
-@pytest.fixture
-def untouched(new_index: NewIndex) -> Index:
-    index = new_index(16)
-    index.upsert(torch.arange(20), unit(20))
-    return index
-
-
-class TestEmbedded(IndexContract):
+class TestLocal(IndexContract):
     """All of it."""

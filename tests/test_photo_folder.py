@@ -11,7 +11,7 @@ import app
 from alignment.atomic import exclusive_lock
 from alignment.engine import AlignmentEngine, PhotoFolder, Scan, Skipped
 from alignment.engine.photo_folder import photo_folder
-from alignment.gallery import Gallery, build_gallery, cached
+from alignment.gallery import Gallery, build_gallery, starter as starter_module
 from alignment.model import DualEncoder
 from alignment.picture_limits import lift_limits
 from alignment.preprocess import InputError
@@ -270,9 +270,9 @@ def come_along(starter, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
     encoder, small = starter
     folder = tmp_path / "come along"
-    shutil.copytree(small.stamp.source, folder / "sources")
+    shutil.copytree(small.metadata.source, folder / "sources")
     build_gallery(folder / "sources", folder, encoder, calibrate=False)
-    for module in (app, cached):
+    for module in (app, starter_module):
         monkeypatch.setattr(module, "shipped", lambda name: str(folder))
     return folder
 
@@ -292,7 +292,7 @@ def test_any_model_makes_its_starter_gallery_once_while_the_page_is_there(
     assert "Embedding the starter gallery" in capsys.readouterr().err
     assert (scan.scan.state, scan.version, scan_value(scan, "en")["button"]) == ("none", 1, "")
     assert engine.gallery is engine.starter
-    assert engine.gallery.stamp.fingerprint == engine.encoder.fingerprint != starter[0].fingerprint
+    assert engine.gallery.metadata.fingerprint == engine.encoder.fingerprint != starter[0].fingerprint
     assert [caption.text for caption in engine.gallery.captions] == [caption.text for caption in starter[1].captions]
     assert engine.gallery.judge is not None
     again = app.load_engine(args)

@@ -7,11 +7,11 @@ from PIL import Image
 
 from alignment.engine import MAX_TERMS, AlignmentEngine, Query, Term, parse_query, write_query
 from alignment.engine.queries import SPARED, scores, search
-from alignment.gallery import Gallery, Picture, sides
-from alignment.gallery.sides import Side
+from alignment.gallery import Gallery, Picture, modality
+from alignment.gallery.modality import Modality
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, open_image
-from alignment.similarity import fold_alike
+from alignment.similarity import group_near_duplicates
 from alignment.ui.strings import error_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,7 +128,7 @@ def test_one_caption_is_searched_as_ever(engine, text):
 @pytest.mark.parametrize("text", ["a lion", "the silhouette of a horse", "黑白照片"])
 def test_captions_and_pictures_are_brought_to_one_scale(engine, text):
     """Neither side drowns the other: over unrelated pictures each has mean 0 and spread 1."""
-    background = engine.gallery.judge.background.image_embeds
+    background = engine.gallery.judge.cohort.image_embeds
     outside = Term(picture="outside", embed=engine.embed_image(Image.effect_noise((99, 80), 90).convert("RGB")))
     for term in (engine.compose_query([Term(text)]).terms[0], outside):
         scored = scores(Query((term,)), background, background)
@@ -137,7 +137,7 @@ def test_captions_and_pictures_are_brought_to_one_scale(engine, text):
 
 def test_scores_are_the_weighted_sum_of_the_terms(engine):
     query = engine.compose_query([*parse_query("2 x a lion + a rock - 0.5 x running"), picture(engine, "cat", -1.5)])
-    background, pictures = engine.gallery.judge.background.image_embeds.double(), engine.gallery.image_embeds.double()
+    background, pictures = engine.gallery.judge.cohort.image_embeds.double(), engine.gallery.image_embeds.double()
     expected = torch.zeros(len(pictures)).double()
     for term in query.terms:
         unrelated = background @ term.embed.double()
@@ -158,14 +158,14 @@ def test_of_many_pictures_the_best_are_found_without_scoring_all(engine, text, m
     noise = torch.randn(count, kinds.shape[1], generator=torch.Generator().manual_seed(0))
     embeds = torch.nn.functional.normalize(kinds + 0.08 * noise, dim=-1)
     pictures = [Picture(f"p{row}", f"{row}.jpg") for row in range(count)]
-    many = Gallery(pictures, (), embeds, embeds[:0], engine.gallery.stamp, judge=engine.gallery.judge)
+    many = Gallery(pictures, (), embeds, embeds[:0], engine.gallery.metadata, judge=engine.gallery.judge)
     query = engine.compose_query(parse_query(text))
     asked = []
-    look = Side.search
-    monkeypatch.setattr(Side, "search", lambda *args: asked.append(args[2]) or look(*args))
+    nearest = Modality.search
+    monkeypatch.setattr(Modality, "search", lambda *args: asked.append(args[2]) or nearest(*args))
     found = search(many, query, 12)
     assert max(asked) < count
-    monkeypatch.setattr(sides, "EXACT_ROWS", 10**6)  # everything is scored
+    monkeypatch.setattr(modality, "LARGE", 10**6)  # everything is scored
     expected = search(many, query, 12)
     assert [match.item.id for match in found.matches] == [match.item.id for match in expected.matches]
     for what in ("similarity", "probability"):
@@ -175,7 +175,7 @@ def test_of_many_pictures_the_best_are_found_without_scoring_all(engine, text, m
 
 
 def test_a_minus_term_lifts_nobody(engine):
-    pictures, background = engine.gallery.image_embeds, engine.gallery.judge.background.image_embeds
+    pictures, background = engine.gallery.image_embeds, engine.gallery.judge.cohort.image_embeds
     plain = scores(engine.compose_query(parse_query("a wild animal")), pictures, background)
     minus = scores(engine.compose_query(parse_query("a wild animal - a lion")), pictures, background)
     assert (minus <= plain + 1e-5).all()
@@ -264,7 +264,7 @@ def test_captions_of_a_right_picture_back_each_other(engine):
 def test_without_a_caption_to_look_for_there_is_no_probability(engine):
     for terms in ([picture(engine, "lion")], [picture(engine, "lion"), *parse_query("- a rock")]):
         found = engine.search_images(engine.compose_query(terms), 3)
-        assert (found.composed, found.fits, found.something_fits) == (True, True, None)
+        assert (found.composed, found.fits, found.p_any_match) == (True, True, None)
         assert {match.probability for match in found.matches} == {None}
 
 
@@ -275,23 +275,23 @@ def test_a_composed_query_that_nothing_fits_says_so(engine):
 
 def test_nonsense_among_the_parts_is_named(engine):
     found = engine.search_images(engine.compose_query(parse_query("a cat + xqzt bvvk wpl")), 3)
-    assert (found.fits, found.senseless, found.nonsense) == (False, True, ("xqzt bvvk wpl",))
+    assert (found.fits, found.is_out_of_distribution, found.ood_captions) == (False, True, ("xqzt bvvk wpl",))
     assert {match.probability for match in found.matches} == {0.0}
 
 
 # ---------------------------------------------------------------- nearly the same
 
 
-def test_items_are_folded_under_the_best_ranked_one_they_resemble():
+def test_items_are_grouped_with_the_best_ranked_one_they_resemble():
     a, b, c = torch.eye(3)
     again = torch.nn.functional.normalize(a + 0.1 * b, dim=0)
     ranked = torch.stack([a, b, again, c])
-    assert fold_alike(ranked, 2, 0.9) == [[0, 2], [1]]
-    assert fold_alike(ranked, 9, 0.999) == [[0], [1], [2], [3]]
-    assert fold_alike(ranked[:0], 2, 0.9) == []
+    assert group_near_duplicates(ranked, 2, 0.9) == [[0, 2], [1]]
+    assert group_near_duplicates(ranked, 9, 0.999) == [[0], [1], [2], [3]]
+    assert group_near_duplicates(ranked[:0], 2, 0.9) == []
 
 
-def test_copies_of_a_picture_are_folded_and_distinct_ones_are_not(engine):
+def test_copies_of_a_picture_are_grouped_and_distinct_ones_are_not(engine):
     def copies(id: str) -> list[bytes]:
         image = open_image(next(item.path for item in engine.gallery.pictures if item.id == id))
         width, height = image.size
@@ -306,9 +306,9 @@ def test_copies_of_a_picture_are_folded_and_distinct_ones_are_not(engine):
     files = [(f"{id}{number}", data) for id in ("cat", "coffee") for number, data in enumerate(copies(id))]
     photos, _ = engine.add_photos(engine.no_photos(), files)
     found = engine.search_images("a cat", 2, photos=photos)
-    assert [{match.item.source[:-1] for match in group} for group in found.groups] == [{"cat"}, {"coffee"}]
-    assert [len(group) for group in found.groups] == [3, 3]
+    assert [{match.item.source[:-1] for match in group} for group in found.duplicates] == [{"cat"}, {"coffee"}]
+    assert [len(group) for group in found.duplicates] == [3, 3]
     assert len(found.matches) == 2  # the ranking itself is as it was
-    ranks = [match.rank for match in found.groups[0]]
+    ranks = [match.rank for match in found.duplicates[0]]
     assert ranks == sorted(ranks)
-    assert all(len(group) == 1 for group in engine.search_images("an animal", 23).groups)
+    assert all(len(group) == 1 for group in engine.search_images("an animal", 23).duplicates)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alignment.catalogue import read_hand_written
+from alignment.gallery.records import read_hand_written
 from alignment.model import DualEncoder
 from alignment.model.graphs import KEPT_ENTRIES, digest_of
 from alignment.model.runtime import FAITHFUL, PROBE_CAPTIONS, probe_pictures

@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import yaml
 from PIL import Image
 
 from alignment.gallery import Gallery, build_gallery
+from alignment.gallery.database import GalleryDatabase
 from alignment.model import DualEncoder
 from alignment.shipped import ROOT
 from alignment.space import Choice, Space, choose_model, lay_out, main
@@ -81,7 +84,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_holds_what_the_app_needs_and_nothing_else(exported: Path) -> None:
     names = set(contents(exported))
     assert {"app.py", "LICENSE", "README.md", "requirements.txt", "checkpoints/compact/config.json"} < names
-    assert {"assets/gallery/embeddings.safetensors", "assets/ui/words/page.json"} < names
+    assert {"assets/gallery/gallery.db", "assets/ui/words/page.json"} < names
     assert {name.split("/")[0] for name in names if "/" in name} == {"alignment", "assets", "checkpoints"}
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "alignment").rglob("*.py")}
     left_out = code - names
@@ -133,10 +136,8 @@ def test_a_dry_run_lists_every_file_and_needs_no_network(
     files = contents(exported)
     assert listed.keys() == files.keys()
     assert {name for name in files if listed[name] != files[name]} == {"README.md"}  # the title
-    rows = [name for name in files if re.fullmatch(r"assets/gallery/text_embeds-\w+/\w+\.safetensors", name)]
-    assert len(rows) == 1
     assert re.findall(r"(\S+)  \(to the store", shown) == [
-        *rows,
+        "assets/gallery/gallery.db",
         "checkpoints/compact/frozen.safetensors",
         "checkpoints/compact/trained.safetensors",
     ]
@@ -161,17 +162,17 @@ def test_of_ones_own_photos_only_thumbnails_captions_and_names_become_public(
     assert note.startswith("Whoever may open the Space sees 3 of your pictures as thumbnails")
     names = contents(folder)
     assert space.variables["ALIGNMENT_GALLERY"] == "galleries/my-gallery"
-    thumbnails = [name for name in names if name.startswith("galleries/my-gallery/thumbnails/")]
-    assert len(thumbnails) == 3
-    assert {name.rpartition("/")[2] for name in names if name.startswith("galleries") and name not in thumbnails} == {
-        "gallery.json", "pictures.jsonl", "captions.jsonl", "embeddings.safetensors",
-    }  # fmt: skip
+    assert [name for name in names if name.startswith("galleries")] == ["galleries/my-gallery/gallery.db"]
     sent = everything(folder)
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.rglob("*") if path.is_file()]
     for word in (str(photos.parent), str(tmp_path), "Ännchen", "Schulfest", "taken at home", *hashes):
         assert word.encode() not in sent, word
-    assert b'"source": "two.jpg"' in sent
-    assert b"mtime_ns" not in everything(folder / space.place)
+    copy = GalleryDatabase.open(folder / space.place)
+    pictures = copy.pictures(copy.ids("picture").tolist())
+    assert sorted(picture.source for picture in pictures) == ["one.jpg", "three.png", "two.jpg"]
+    assert {(picture.file.size, picture.file.mtime_ns) for picture in pictures} == {(0, 0)}
+    assert all(copy.thumbnail(picture) for picture in pictures)
+    assert copy.check() == []
     check_folder(folder, private_paths(tmp_path, photos.parent))
     assert not [name for name in names if name.startswith("assets/gallery/") and "sources" not in name]
 
@@ -189,22 +190,31 @@ def test_the_copy_of_a_gallery_finds_what_the_gallery_finds(tiny: tuple[Path, Pa
     assert found[0] == found[1]
 
 
-def test_a_gallery_in_an_index_is_copied_too(
-    tiny: tuple[Path, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_records_deleted_from_a_gallery_are_not_in_its_copy(
+    tiny: tuple[Path, Path], photos: Path, tmp_path: Path
 ) -> None:
-    model, _ = tiny
+    model, gallery = tiny
+    shutil.copytree(photos, tmp_path / "fewer")
+    (tmp_path / "fewer" / "secret-plan.png").write_bytes((photos / "three.png").read_bytes() + b"\0")
     encoder = DualEncoder.load(model, device="cpu")
-    with monkeypatch.context() as patch:
-        patch.setattr("alignment.gallery.storage.has_many", lambda count: count > 2)
-        build_gallery(photos, tmp_path / "large", encoder, calibrate=False)
-        space = of(model, tmp_path / "large")
-        lay_out(space, tmp_path / "space")
-        large = Gallery.load(tmp_path / "large", encoder)
-        copy = Gallery.load(tmp_path / "space" / space.place, encoder)
-    assert copy.folder
-    assert list(copy.folder.glob("image_embeds-*"))
-    assert "Ännchen".encode() not in everything(copy.folder)
-    assert (copy.image_embeds == large.image_embeds).all()
+    build_gallery(tmp_path / "fewer", gallery, encoder)
+    (tmp_path / "fewer" / "secret-plan.png").unlink()
+    build_gallery(tmp_path / "fewer", gallery, encoder)
+    space = of(model, gallery)
+    lay_out(space, tmp_path / "space")
+    assert b"secret-plan" not in everything(tmp_path / "space" / space.place)
+
+
+@pytest.mark.parametrize("caption", ["my key is hf_" + "aB3" * 11, "password: hunter22"])
+def test_a_secret_in_the_database_stops_it(tiny: tuple[Path, Path], tmp_path: Path, caption: str) -> None:
+    model, gallery = tiny
+    source = tmp_path / "photos"
+    source.mkdir()
+    Image.new("RGB", (60, 40)).save(source / "one.png")
+    (source / "metadata.jsonl").write_text(json.dumps({"file_name": "one.png", "text": caption}), "utf-8")
+    build_gallery(source, gallery, DualEncoder.load(model, device="cpu"), calibrate=False)
+    with pytest.raises(ValueError, match="looks like a secret"):
+        lay_out(of(model, gallery), tmp_path / "space")
 
 
 def test_of_a_model_its_own_files_are_sent_and_not_what_lies_beside_them(
@@ -236,36 +246,26 @@ def test_a_model_that_is_called_like_ours_is_not_taken_for_it(tiny: tuple[Path, 
 
 
 def test_a_gallery_without_its_thumbnails_is_refused(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    next((tiny[1] / "thumbnails").iterdir()).unlink()
+    with closing(sqlite3.connect(tiny[1] / "gallery.db")) as database, database:
+        database.execute("DELETE FROM thumbnail WHERE id = (SELECT min(id) FROM thumbnail)")
     with pytest.raises(ValueError, match="lacks the thumbnails of 1 pictures"):
         lay_out(of(*tiny), tmp_path / "space")
 
 
-@pytest.mark.parametrize("many", [False, True])
-def test_a_damaged_gallery_is_not_copied(
-    many: bool, tiny: tuple[Path, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, gallery = tiny
-    monkeypatch.setattr("alignment.gallery.storage.has_many", lambda count: many and count > 2)
-    build_gallery(photos, gallery, DualEncoder.load(model, device="cpu"), calibrate=False)
-    rows = max(gallery.rglob("*.safetensors"), key=lambda path: (path.parent != gallery, path.stat().st_size))
-    assert (rows.parent != gallery) is many
-    content = bytearray(rows.read_bytes())
-    content[-50] ^= 1
-    rows.write_bytes(content)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE embedding SET embeds = zeroblob(length(embeds)) WHERE id = 2",
+        "UPDATE thumbnail SET webp = zeroblob(length(webp)) WHERE id = 2",
+        "UPDATE picture SET credit = 'x'",
+        "UPDATE meta SET value = zeroblob(length(value)) WHERE key = 'picture'",
+    ],
+)
+def test_a_damaged_gallery_is_not_copied(damage: str, tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tiny[1] / "gallery.db")) as database, database:
+        assert database.execute(damage).rowcount
     with pytest.raises(ValueError, match="is damaged"):
-        lay_out(of(model, gallery), tmp_path / "space")
-
-
-def test_a_gallery_whose_embeddings_are_elsewhere_says_how_to_fetch_them(
-    tiny: tuple[Path, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, gallery = tiny
-    monkeypatch.setattr("alignment.gallery.storage.has_many", lambda count: count > 2)
-    build_gallery(photos, gallery, DualEncoder.load(model, device="cpu"), calibrate=False)
-    shutil.rmtree(next(gallery.glob("image_embeds-*")))
-    with pytest.raises(ValueError, match=f"alignment.gallery pull {re.escape(str(gallery))} --index URI"):
-        lay_out(of(model, gallery), tmp_path / "space")
+        lay_out(of(*tiny), tmp_path / "space")
 
 
 def test_a_caption_that_says_where_the_gallery_came_from_stops_it(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -342,8 +342,8 @@ def test_a_model_of_the_hub_is_fetched_by_the_space_at_the_commit_that_lies_here
         "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert front["suggested_hardware"] == "zero-a10g"
-    stamp = json.loads((tmp_path / "space" / space.place / "gallery.json").read_text("utf-8"))
-    assert (stamp["model"], stamp["source"], stamp["options"]) == (fetched, "", "")
+    metadata = GalleryDatabase.open(tmp_path / "space" / space.place).metadata
+    assert (metadata.model, metadata.source, metadata.options) == (fetched, "", "")
 
 
 def test_a_model_that_was_never_fetched_is_named(capsys: pytest.CaptureFixture[str], fetched: str) -> None:

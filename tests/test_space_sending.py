@@ -293,11 +293,9 @@ def test_the_command_creates_a_space_and_brings_it_up_to_date(
         "ALIGNMENT_LANG": "zh",
     }
     assert hub.files is not None
-    for name in ("app.py", "alignment/ui/api.py", "assets/gallery/gallery.json", *WEIGHTS):
+    for name in ("app.py", "alignment/ui/api.py", "assets/gallery/gallery.db", *WEIGHTS):
         assert hub.files[name] == (ROOT / name).read_bytes(), name
-    rows = {name for name in hub.files if re.fullmatch(r"assets/gallery/text_embeds-\w+/\w+\.safetensors", name)}
-    assert len(rows) == 1
-    assert {name for name, data in hub.files.items() if len(data) > LARGE} == {*WEIGHTS, *rows}
+    assert {name for name, data in hub.files.items() if len(data) > LARGE} == {*WEIGHTS, "assets/gallery/gallery.db"}
     assert not [name for name in hub.files if re.match(r"tests/|alignment/(train|compact|space)/|\.git/", name)]
     assert len(hub.commits) == 1
     assert "POST /api/validate-yaml" in hub.calls

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from alignment.verdicts import Lines, best
+from alignment.confidence.verdicts import Thresholds, best
 
-LINES = Lines(fits=0.5, may_fit=0.2)
+THRESHOLDS = Thresholds(fits=0.5, may_fit=0.2)
 
 
 @pytest.mark.parametrize(
@@ -13,11 +13,11 @@ LINES = Lines(fits=0.5, may_fit=0.2)
     [(1, "fits"), (0.5, "fits"), (0.49, "may_fit"), (0.2, "may_fit"), (0.19, "nothing_close"), (0, "nothing_close")],
 )
 def test_a_line_belongs_to_what_is_above_it(probability, verdict):
-    assert LINES.verdict(probability) == verdict
+    assert THRESHOLDS.verdict(probability) == verdict
 
 
 @pytest.mark.parametrize(
-    ("probabilities", "something_fits", "verdicts"),
+    ("probabilities", "p_any_match", "verdicts"),
     [
         ([0.6, 0.3, 0.1], 0.7, ["fits", "may_fit", "nothing_close"]),
         ([0.1, 0.15], 0.19, ["nothing_close", "nothing_close"]),
@@ -28,8 +28,8 @@ def test_a_line_belongs_to_what_is_above_it(probability, verdict):
         ([], 0.0, []),
     ],
 )
-def test_results_are_judged_one_by_one_and_the_likeliest_for_all(probabilities, something_fits, verdicts):
-    assert list(LINES.verdicts(torch.tensor(probabilities), something_fits)) == verdicts
+def test_results_are_judged_one_by_one_and_the_likeliest_for_all(probabilities, p_any_match, verdicts):
+    assert list(THRESHOLDS.verdicts(torch.tensor(probabilities), p_any_match)) == verdicts
 
 
 def test_the_best_result_speaks_for_the_answer():
@@ -40,5 +40,5 @@ def test_the_best_result_speaks_for_the_answer():
 
 @pytest.mark.parametrize(("fits", "may_fit"), [(0.2, 0.3), (1.1, 0.5), (0.5, -0.1), (0.5, float("nan"))])
 def test_lines_that_are_none_are_refused(fits, may_fit):
-    with pytest.raises(ValueError, match="Lines"):
-        Lines(fits, may_fit)
+    with pytest.raises(ValueError, match="Thresholds"):
+        Thresholds(fits, may_fit)

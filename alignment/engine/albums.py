@@ -1,30 +1,32 @@
-"""A visitor's photos as a zip: out as a gallery folder, and in again without being embedded; or a zip of pictures.
+"""A visitor's photos as a zip: written, and read again without being embedded; or a zip of pictures.
 
-Place in the flow: `photos -> pack_album -> zip`, and `zip -> open_archive -> add_archive -> photos`. What leaves is a
-folder as `alignment.catalogue` writes it, so `unzip` and `python app.py --gallery FOLDER` open it too.
+Place in the flow: `photos -> pack_album -> zip`, and `zip -> open_archive -> add_archive -> photos`. The zip holds
+JSON, safetensors and WebP files; an uploaded file is never opened as SQLite. `python app.py --gallery FOLDER` opens the
+unpacked folder as a gallery of the format before `gallery.db`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 from alignment.engine.archives import Archive, open_archive
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
-from alignment.gallery import THUMBNAIL_PIXELS, Gallery, Picture
+from alignment.gallery import THUMBNAIL_PIXELS, Picture
 from alignment.model import DualEncoder, together
 from alignment.preprocess import InputError, legible, open_image
 
@@ -34,7 +36,8 @@ ALBUM = "my_photos"
 MAX_PICTURE_MB = 30
 AT_ONCE = 4  # pictures between two signs of progress
 
-_STAMP, _PICTURES, _EMBEDDINGS = "gallery.json", "pictures.jsonl", "embeddings.safetensors"
+_STAMP, _PICTURES, _CAPTIONS = "gallery.json", "pictures.jsonl", "captions.jsonl"
+_EMBEDDINGS = "embeddings.safetensors"
 _TEXT_MB, _EMBEDDINGS_MB, _THUMBNAIL_MB = 2, 80, 1
 _THUMBNAIL_SIDE = 4 * THUMBNAIL_PIXELS
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -78,26 +81,58 @@ class Added:
 
 
 def pack_album(photos: Photos, encoder: DualEncoder) -> bytes:
-    """Pack photos into a zip that holds a gallery folder; nothing in it says where anything lies on this machine."""
-    old = photos.gallery
-    pictures = [replace(picture, source=_plain(picture.source), root="", file=None) for picture in old.pictures]
-    stamp = replace(
-        old.stamp,
+    """Pack photos into a zip; nothing in it says where a file lies on this machine."""
+    old, dim = photos.gallery, encoder.embed_dim
+    lines = [json.dumps(_line(picture), ensure_ascii=False) for picture in old.pictures]
+    metadata = replace(
+        old.metadata,
         model=Path(encoder.name).name if Path(encoder.name).is_absolute() else encoder.name,
         source="",
         options="",
         built=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    gallery = Gallery(pictures, (), old.image_embeds, old.text_embeds[:0], stamp, judge=old.judge)
+    header = asdict(metadata)
+    cohort = old.judge.cohort.tensors() if old.judge else {}
+    tensors = {f"background.{name}": embeds for name, embeds in cohort.items()}
+    tensors |= {"image_embeds": old.image_embeds, "text_embeds": torch.empty(0, dim)}
+    halves = {name: embeds.half().contiguous() for name, embeds in tensors.items()}
+    build = f"{_digest_of_records(metadata.fingerprint, lines)} {_digest_of_content(header, halves)}"
+    files: dict[str, str | bytes] = {
+        _STAMP: json.dumps(header, ensure_ascii=False, indent=2) + "\n",
+        _PICTURES: "".join(f"{line}\n" for line in lines),
+        _CAPTIONS: "",
+        _EMBEDDINGS: save(halves, {"build": build}),
+    }
     buffer = io.BytesIO()
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        gallery.save(folder)
-        for path in sorted(Path(folder).iterdir()):
-            file.write(path, f"{ALBUM}/{path.name}")
-        for picture in pictures:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in files.items():
+            file.writestr(f"{ALBUM}/{name}", data, zipfile.ZIP_DEFLATED)
+        for picture in old.pictures:
             thumbnail = zipfile.ZipInfo(f"{ALBUM}/thumbnails/{picture.id}.webp")  # stored: WebP does not shrink
             file.writestr(thumbnail, photos.thumbnails[picture.id])
     return buffer.getvalue()
+
+
+def _line(picture: Picture) -> dict[str, Any]:
+    """Lay a picture out as the object of its line; its source becomes a plain file name, empty values are left out."""
+    line = {"id": picture.id, "source": _plain(picture.source), "captions": dict(picture.captions)}
+    return {key: value for key, value in (line | {"credit": picture.credit}).items() if value}
+
+
+def _digest_of_records(fingerprint: str, lines: Sequence[str]) -> str:
+    """Hash the model's fingerprint and the pictures, as readers of the file format expect it."""
+    return hashlib.sha256(
+        "\n\n".join([fingerprint, "\n".join(lines), ""]).encode("utf-8", "surrogateescape")
+    ).hexdigest()
+
+
+def _digest_of_content(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Hash the metadata and every bit of the embeddings, as readers of the file format expect it."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode("utf-8", "surrogateescape"))
+    for name, embeds in sorted(tensors.items()):
+        digest.update(f"{name} {embeds.dtype} {tuple(embeds.shape)}\n".encode())
+        digest.update(embeds.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _plain(name: str) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from alignment.ahead import ahead
-from alignment.catalogue import FileState
 from alignment.engine.batching import IMAGES_AT_ONCE, MORE_IMAGES, TEXTS_AT_ONCE, Batcher
 from alignment.engine.explaining import Explained, Scale, explain_match
 from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_webp
 from alignment.engine.queries import Query, Term, check_count, search
-from alignment.gallery import THUMBNAIL_PIXELS, Caption, Found, Gallery, Picture, is_whole
+from alignment.gallery import THUMBNAIL_PIXELS, Caption, Gallery, Picture, SearchResult
+from alignment.gallery.records import FileFingerprint
 from alignment.model import DualEncoder, together
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
 
@@ -36,7 +36,7 @@ Inputs = Mapping[str, Tensor]
 logger = logging.getLogger(__name__)
 
 _PREPARED_AT_ONCE = 8  # of one visitor's pictures, before others have their turn
-_KEPT_THUMBNAILS = 1024  # of the gallery's pictures, some 15 KB each
+_CACHED_THUMBNAILS = 1024  # made of pictures that have none in the gallery, some 15 KB each
 
 
 class AlignmentEngine:
@@ -69,13 +69,13 @@ class AlignmentEngine:
         self._encode_texts = Batcher[str](lambda texts: self.encoder.encode_texts(texts), TEXTS_AT_ONCE)
         # Two explanations at once only get in each other's way, and every thread that ever explained keeps some 25 MB.
         self._explaining = ThreadPoolExecutor(1, "explaining")
-        self._kept_thumbnail = lru_cache(_KEPT_THUMBNAILS)(_make_thumbnail)
+        self._made_thumbnail = lru_cache(_CACHED_THUMBNAILS)(_make_thumbnail)
         self._scale_of = lru_cache(1)(Scale.of)
 
     def show(self, gallery: Gallery) -> None:
         """Search another gallery of this model from now on; searches under way end in the old one."""
-        if gallery.stamp.fingerprint != self.encoder.fingerprint:
-            raise ValueError(f"The gallery was made by {gallery.stamp.model}, and {self.encoder.name} is in use.")
+        if gallery.metadata.fingerprint != self.encoder.fingerprint:
+            raise ValueError(f"The gallery was made by {gallery.metadata.model}, and {self.encoder.name} is in use.")
         self.gallery = gallery
 
     def warm_texts(self) -> None:
@@ -125,7 +125,9 @@ class AlignmentEngine:
         """List the captions that are longer than the model reads."""
         return self.encoder.preprocessor.cut(captions)
 
-    def search_captions(self, image: ImageSource | Tensor, k: int = 10, lang: str | None = None) -> Found[Caption]:
+    def search_captions(
+        self, image: ImageSource | Tensor, k: int = 10, lang: str | None = None
+    ) -> SearchResult[Caption]:
         """Find the gallery's captions that fit a picture.
 
         Args:
@@ -141,7 +143,7 @@ class AlignmentEngine:
 
     def search_images(
         self, caption: str | Tensor | Query, k: int = 12, *, photos: Photos | None = None
-    ) -> Found[Picture]:
+    ) -> SearchResult[Picture]:
         """Find the pictures that fit a caption.
 
         Args:
@@ -216,9 +218,9 @@ class AlignmentEngine:
     def gallery_photos(self, ids: Sequence[str], *, both: bool = False) -> Photos:
         """Take some of the starter gallery's pictures as if a visitor had brought them."""
         gallery = self.starter
-        rows = [gallery.picture_rows[id] for id in ids]
+        rows = [row for id in ids if (row := gallery.pictures.position(id)) is not None]
         pictures = [gallery.pictures[row] for row in rows]
-        embeds = gallery.images[torch.tensor(rows, dtype=torch.int64)]
+        embeds, ids = gallery.images[torch.tensor(rows, dtype=torch.int64)], [picture.id for picture in pictures]
         images = [self.picture_image(id) for id in ids] if both and self.second else []
         second = self._second_embeds(self.no_photos(both=both), images)
         return self._photos(pictures, embeds, Thumbnails(ids, self.thumbnail), second)
@@ -292,7 +294,7 @@ class AlignmentEngine:
         second_embeds: Tensor | None = None,
     ) -> Photos:
         none = torch.empty(0, self.encoder.embed_dim)
-        gallery = Gallery(pictures, (), embeds, none, self.gallery.stamp, judge=self.gallery.judge)
+        gallery = Gallery(pictures, (), embeds, none, self.gallery.metadata, judge=self.gallery.judge)
         return Photos(gallery, thumbnails, second_embeds)
 
     # ------------------------------------------------------------ pictures to show
@@ -300,7 +302,10 @@ class AlignmentEngine:
     def picture_embed(self, id: str) -> Tensor:
         """Look up the embedding of one of the gallery's pictures; KeyError when it has no such picture."""
         gallery, picture = self._holder(id)
-        return gallery.images[torch.tensor([gallery.picture_rows[picture.id]])][0]
+        embed = gallery.images.embed(picture.id)
+        if embed is None:  # deleted by another process
+            raise KeyError(id)
+        return embed
 
     def picture_image(self, id: str) -> Image.Image:
         """Open one of the gallery's pictures: its file, or what is left of it, its thumbnail.
@@ -318,7 +323,8 @@ class AlignmentEngine:
         """Tell whether there is a file behind one of the gallery's pictures, without opening it."""
         try:
             gallery, picture = self._holder(id)
-            return is_whole(gallery.thumbnail(picture)) or picture.path.is_file()
+            shown = gallery.thumbnail(picture)
+            return isinstance(shown, bytes) or shown.is_file()
         except (FileNotFoundError, KeyError):  # its package is not installed; another gallery is shown
             return False
 
@@ -330,7 +336,8 @@ class AlignmentEngine:
             InputError: when its file is gone.
         """
         gallery, picture = self._holder(id)
-        return self._kept_thumbnail(picture, picture.file, gallery.thumbnail(picture))
+        shown = gallery.thumbnail(picture)
+        return shown if isinstance(shown, bytes) else self._made_thumbnail(shown, picture.file)
 
     def _holder(self, id: str) -> tuple[Gallery, Picture]:
         """Find a picture in the gallery or among the worked examples; KeyError where it is in neither."""
@@ -340,9 +347,6 @@ class AlignmentEngine:
         raise KeyError(id)
 
 
-def _make_thumbnail(picture: Picture, state: FileState | None, path: Path) -> bytes:
-    """Read or make a thumbnail; `state` is there for the cache, which tells a file that changed by it."""
-    if not picture.package and path != picture.path and is_whole(path):
-        with suppress(FileNotFoundError):  # a build may have taken it away just now
-            return path.read_bytes()
-    return as_webp(open_image(picture.path, near=THUMBNAIL_PIXELS))
+def _make_thumbnail(path: Path, file: FileFingerprint | None) -> bytes:
+    """Make a thumbnail of a file; its fingerprint is there for the cache, which tells changed files apart by it."""
+    return as_webp(open_image(path, near=THUMBNAIL_PIXELS))

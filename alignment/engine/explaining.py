@@ -44,10 +44,10 @@ class Scale:
 
     @classmethod
     def of(cls, gallery: Gallery) -> Scale:
-        """Take it from a gallery's background, or from its own items, hardly any two of which belong together."""
+        """Measure it on the gallery's cohort, or on its own items, hardly any two of which belong together."""
         if gallery.judge is not None:
-            return cls(*gallery.judge.background.units["text_to_image"])
-        cosines = cosine_similarity(gallery.images.some(), gallery.texts.some()).double()
+            return cls(*gallery.judge.cohort.units["text_to_image"])
+        cosines = cosine_similarity(gallery.images.sample(), gallery.texts.sample()).double()
         if min(cosines.shape) < 2:
             return cls(*_UNKNOWN)
         return cls(cosines.mean().item(), max(cosines.std().item(), 1e-4))

@@ -12,9 +12,8 @@ from pathlib import PurePath
 
 from torch import Tensor
 
-from alignment.calibration import Background
+from alignment.confidence import Cohort, cohort_items
 from alignment.engine.explaining import Limits, Scale
-from alignment.gallery.judging import background_items
 from alignment.model import DualEncoder
 from alignment.similarity import cosine_similarity, logits_per_image, match_probabilities
 
@@ -86,12 +85,10 @@ class SecondModel:
     def load(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> SecondModel:
         """Load it and measure its cosines; raises what `DualEncoder.load` does."""
         encoder = DualEncoder.load(name_or_path, revision=revision)
-        paths, captions = background_items()
+        paths, captions = cohort_items()
         num_pictures, num_captions = _MEASURED
-        background = Background(
-            encoder.encode_images(paths[:num_pictures]), encoder.encode_texts(captions[:num_captions])
-        )
-        return cls(encoder, Scale(*background.units["text_to_image"]))
+        cohort = Cohort(encoder.encode_images(paths[:num_pictures]), encoder.encode_texts(captions[:num_captions]))
+        return cls(encoder, Scale(*cohort.units["text_to_image"]))
 
 
 def colour_limits(scale: Scale) -> Limits:

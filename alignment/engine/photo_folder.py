@@ -19,7 +19,7 @@ from alignment.atomic import describe_error
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import Skipped
 from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
-from alignment.gallery.cached import Bar
+from alignment.gallery.starter import Bar
 from alignment.model import DualEncoder
 from alignment.pairs import told
 from alignment.pairs.files import PICTURES, walk
@@ -95,10 +95,9 @@ class PhotoFolder:
         self.out = cached_folder(engine.encoder, self.source)
         self.scan, self.version = Scan(), 0
         self._lock, self._stopping, self._thread = threading.Lock(), threading.Event(), threading.Thread()
-        self._files: dict[str, str] | None = None  # of the last scan: what each picture's file holds, by its source
-        if self.source and (found := _load(self.out, engine.encoder)) is not None:
-            self._show(found)
-            self._files = _files(found)
+        self._last = _load(self.out, engine.encoder) if self.source else None  # gallery of the last scan
+        if self._last is not None:
+            self._show(self._last)
 
     def start(self) -> bool:
         """Begin a scan in the background; False where one is under way already."""
@@ -153,10 +152,10 @@ class PhotoFolder:
     def _scan(self) -> None:
         report = BuildReport()
         try:
-            gallery = self._build(report)
-            self._show(gallery)
-            before, now = self._files or {}, _files(gallery)
-            self._files = now
+            before = _files(self._last) if self._last else {}  # now: the build deletes records of the last one
+            self._last = self._build(report)
+            self._show(self._last)
+            now = _files(self._last)
             both = before.keys() & now.keys()
             skipped = _skipped(report, self.source)
             for line in told(report):
@@ -194,7 +193,7 @@ class PhotoFolder:
                         self.engine.encoder,
                         progress=partial(self._go_on, "running", show),
                         report=report,
-                        growing=self._show if self._files is None else None,
+                        growing=None if self._last else self._show,
                         like=self.engine.starter,
                     )
             except BlockingIOError:
@@ -263,4 +262,5 @@ def _advised(error: InputError) -> InputError:
 
 
 def _files(gallery: Gallery) -> dict[str, str]:
+    """Map each picture's source to the SHA-256 of its file."""
     return {picture.source: picture.file.sha256 if picture.file else "" for picture in gallery.pictures}

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.calibration import Judgement
-from alignment.gallery import Found, Gallery, Judge, Picture
-from alignment.gallery.sides import Side, has_many
+from alignment.confidence import MatchCalibrator, MatchConfidence
+from alignment.gallery import Gallery, Picture, SearchResult
+from alignment.gallery.modality import Modality, is_large
 from alignment.preprocess import InputError
-from alignment.similarity import cosine_similarity
+from alignment.similarity import cosine_similarity, top_k
 
 MAX_TERMS = 8
 MIN_WEIGHT, MAX_WEIGHT = 0.1, 10.0
@@ -38,10 +38,10 @@ _WEIGHT = re.compile(rf"(?P<weight>\d{{1,6}}(?:[.,]\d{{1,6}})?)\s*(?:[xX](?=\s|[
 SPARED = 0.5
 """How far a picture may go beyond unrelated ones in what is not wanted before it counts; in their spreads."""
 
-_FEW = 3  # pictures of a background that say nothing about spreads
+_MIN_PICTURES = 3  # fewer do not tell the spread
 _ITSELF = 0.99  # cosine
-_SMALLEST_SPREAD = 1e-4
-_LOOKED_AT, _DEEPER, _MOST_LOOKED_AT = 1000, 4, 16_000  # of many pictures, for one query
+_MIN_SPREAD = 1e-4
+_CONSIDERED, _DEEPER, _MAX_CONSIDERED = 1000, 4, 16_000  # of many pictures, for one query
 
 
 @dataclass(frozen=True)
@@ -169,113 +169,115 @@ def _quoted(text: str) -> str:
 # ---------------------------------------------------------------- search
 
 
-def search(gallery: Gallery, query: Query, k: int) -> Found[Picture]:
+def search(gallery: Gallery, query: Query, k: int) -> SearchResult[Picture]:
     """Find the k pictures that fit a query best, without the pictures it is made of."""
     if not query.composed:
         return gallery.search_images(embed_of(query.terms[0]), k)
     own = {term.picture for term in query.terms if term.picture}
-    judge, senseless = gallery.judge, _senseless(query, gallery.judge)
-    background = judge.background.image_embeds if judge else gallery.images.some()
-    scored, looked_at = _best(gallery.images, query, background, k + len(own))
-    others = len(gallery.pictures) - len(looked_at)
+    judge, meaningless = gallery.judge, _ood_captions(query, gallery.judge)
+    unrelated = judge.cohort.image_embeds if judge else gallery.images.sample()
+    scored, considered = _best(gallery.images, query, unrelated, k + len(own))
+    left_out = [position for id in own if (position := gallery.pictures.position(id)) is not None]
+    kept = ~torch.isin(considered, torch.tensor(left_out, dtype=torch.int64))
+    best, order = top_k(scored[kept], len(scored))
+    ranked, competing = considered[kept][order], len(gallery.pictures) - int((~kept).sum())
 
-    def judged(rows: Tensor, candidates: Tensor) -> Judgement | None:
+    def assess(places: list[int]) -> MatchConfidence | None:
         if judge is None or not query.wanted_captions:
             return None
-        if senseless:
-            return Judgement.meaningless(len(rows))
-        return _judge(gallery.images, query, judge, rows, candidates, len(candidates) + others)
+        if meaningless:
+            return MatchConfidence.out_of_distribution(len(places))
+        return _assess(gallery.images[ranked], query, judge, places, competing)
 
-    found = gallery.rank_images(scored, looked_at, k, judged, without=own)
-    return replace(found, composed=True, nonsense=senseless)
+    found = gallery.rank_images(best, ranked, k, assess)
+    return replace(found, composed=True, ood_captions=meaningless)
 
 
-def _best(pictures: Side, query: Query, background: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Score all pictures, or of many those among which the k best are; and their positions, ascending.
+def _best(pictures: Modality[Picture], query: Query, unrelated: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Score all pictures, or of many those that include the k best; and their positions, ascending.
 
-    What is wanted adds up to the cosine with one direction, and what is not wanted only takes away. So no picture
-    beyond the nearest to that direction can have a higher score than the last of these has for what is wanted.
+    The plus terms add up to the cosine with one direction, and minus terms only lower a score. So no picture beyond
+    the nearest to that direction can score higher than the last of these does for the plus terms alone.
     """
     count = len(pictures)
-    if not has_many(count):
+    if not is_large(count):
         rows = torch.arange(count)
-        return scores(query, pictures[rows], background), rows
+        return scores(query, pictures[rows], unrelated), rows
     wanted = Query(tuple(term for term in query.terms if term.wanted))
-    units = [(embed_of(term), term.weight / _units(embed_of(term), background)[1]) for term in wanted.terms]
+    units = [(embed_of(term), term.weight / _units(embed_of(term), unrelated)[1]) for term in wanted.terms]
     direction = functional.normalize(torch.stack([embed * share for embed, share in units]).sum(0), dim=0)
-    looked_at = max(_LOOKED_AT, 2 * k)
+    considered = max(_CONSIDERED, 2 * k)
     while True:
-        looked_at = min(looked_at, count, _MOST_LOOKED_AT)
-        rows = pictures.search(direction, looked_at, looked_at)[1].sort().values
+        considered = min(considered, count, _MAX_CONSIDERED)
+        rows = pictures.search(direction, considered, considered)[1].sort().values
         embeds = pictures[rows]
-        found, bound = scores(query, embeds, background), scores(wanted, embeds, background).min()
-        if looked_at in (count, _MOST_LOOKED_AT) or found.topk(min(k, len(found))).values[-1] >= bound:
+        found, bound = scores(query, embeds, unrelated), scores(wanted, embeds, unrelated).min()
+        if considered in (count, _MAX_CONSIDERED) or found.topk(min(k, len(found))).values[-1] >= bound:
             return found, rows
-        looked_at *= _DEEPER
+        considered *= _DEEPER
 
 
-def scores(query: Query, pictures: Tensor, background: Tensor) -> Tensor:
+def scores(query: Query, pictures: Tensor, unrelated: Tensor) -> Tensor:
     """Score pictures for a composed query, in units of what unrelated pictures scatter.
 
     Captions and pictures lie in different cones, and how far their cosines spread over the same pictures differs from
-    query to query. So each term's cosines are standardised by what it scores with the background before they are added
-    up. A term that is not wanted takes away only where a picture shows more of it than unrelated ones do; subtracted
-    as they are, its scores would lift what is least like it above what was asked for.
+    query to query. So each term's cosines are standardised by its scores with unrelated pictures before they are added
+    up. A minus term lowers a score only where a picture shows more of it than unrelated ones do; its scores subtracted
+    as they are would rank the pictures least like it above those that the plus terms ask for.
 
     Args:
         query: composed.
         pictures: (n, embed_dim), unit norm.
-        background: (num_background, embed_dim), unrelated pictures.
+        unrelated: (num_unrelated, embed_dim), unrelated pictures.
 
     Returns:
         (n,) float64.
     """
     total = torch.zeros(len(pictures)).double()
     for term in query.terms:
-        mean, spread = _units(embed_of(term), background)
+        mean, spread = _units(embed_of(term), unrelated)
         standard = ((pictures.double() @ embed_of(term).double()) - mean) / spread
         total += term.weight * (standard if term.wanted else (standard - SPARED).clamp_min(0))
     return total
 
 
-def _units(embed: Tensor, background: Tensor) -> tuple[float, float]:
+def _units(embed: Tensor, unrelated: Tensor) -> tuple[float, float]:
     """Mean and spread of a term's cosines with unrelated pictures; it may be one of them itself."""
-    cosines = background.double() @ embed.double()
+    cosines = unrelated.double() @ embed.double()
     others = cosines[cosines < _ITSELF]
-    if len(others) < _FEW:
+    if len(others) < _MIN_PICTURES:
         return 0.0, 1.0
-    return others.mean().item(), max(others.std(correction=0).item(), _SMALLEST_SPREAD)
+    return others.mean().item(), max(others.std(correction=0).item(), _MIN_SPREAD)
 
 
-def _senseless(query: Query, judge: Judge | None) -> tuple[str, ...]:
+def _ood_captions(query: Query, judge: MatchCalibrator | None) -> tuple[str, ...]:
     if judge is None or not query.captions:
         return ()
     embeds = torch.stack([embed_of(term) for term in query.captions])
-    nonsense = judge.background.is_senseless(embeds, "text_to_image").tolist()
-    return tuple(term.text for term, is_nonsense in zip(query.captions, nonsense, strict=True) if is_nonsense)
+    meaningless = judge.cohort.is_out_of_distribution(embeds, "text_to_image").tolist()
+    return tuple(term.text for term, is_ood in zip(query.captions, meaningless, strict=True) if is_ood)
 
 
-def _judge(pictures: Side, query: Query, judge: Judge, rows: Tensor, candidates: Tensor, competing: int) -> Judgement:
-    """Judge what is wanted as one caption, and each unwanted caption by itself, taken as independent.
+def _assess(embeds: Tensor, query: Query, judge: MatchCalibrator, places: list[int], competing: int) -> MatchConfidence:
+    """Rate the plus terms as one caption, and each minus term by itself, taken as independent.
 
     Weights change the ranking only. Captions of one picture are anything but independent: multiplied, their
-    probabilities say far too little of it.
+    probabilities would be far too low.
     """
-    embeds, curves = pictures[candidates], judge.calibration
+    curves = judge.calibration
 
     def evidence(embed: Tensor) -> Tensor:
         similarity = cosine_similarity(embed[None], embeds)
-        return judge.background.evidence(similarity, embed[None], competing, "text_to_image")[0]
+        return judge.cohort.evidence(similarity, embed[None], competing, "text_to_image")[0]
 
     wanted = evidence(
         functional.normalize(torch.stack([embed_of(term) for term in query.wanted_captions]).sum(0), dim=0)
     )
     matches = curves.match["text_to_image"].probability(wanted)
-    fits = curves.fits["text_to_image"].probability(wanted)
+    any_match = curves.any_match["text_to_image"].probability(wanted)
     for term in query.captions:
         if not term.wanted:
             spared = 1 - curves.match["text_to_image"].probability(evidence(embed_of(term)))
-            matches, fits = matches * spared, fits * spared
-    by_row = dict(zip(candidates.tolist(), matches.tolist(), strict=True))
-    probabilities = torch.tensor([by_row[row] for row in rows.tolist()])
-    return Judgement.of(probabilities, float(fits.max()), curves.lines["text_to_image"])
+            matches, any_match = matches * spared, any_match * spared
+    probabilities = matches[places].float()
+    return MatchConfidence.of(probabilities, float(any_match.max()), curves.thresholds["text_to_image"])

@@ -205,22 +205,20 @@ def gallery_trial(gallery: Gallery, lang: str) -> Trial | None:
     Returns:
         The outcome, its pictures by id and without thumbnails; None where fewer than two pictures have a caption.
     """
-    spoken = [caption for caption in gallery.captions if caption.lang == lang] or gallery.captions
-    own: dict[str, list[int]] = {picture.id: [] for picture in gallery.pictures[:MAX_TRIAL_PICTURES]}
-    rows = {caption.id: row for row, caption in enumerate(gallery.captions)}
-    for caption in spoken:
-        if caption.scene in own:
-            own[caption.scene].append(rows[caption.id])
-    chosen = [row for row, picture in enumerate(gallery.pictures) if own.get(picture.id)]
+    pictures, captions = gallery.pictures[:MAX_TRIAL_PICTURES], list(gallery.captions)
+    any_language = all(caption.lang != lang for caption in captions)
+    own: dict[str, list[int]] = {picture.id: [] for picture in pictures}
+    for row, caption in enumerate(captions):
+        if caption.scene in own and (any_language or caption.lang == lang):
+            own[caption.scene].append(row)
+    chosen = [row for row, picture in enumerate(pictures) if own[picture.id]]
     if len(chosen) < 2:
         return None
-    names = [gallery.pictures[row].id for row in chosen]
+    names = [pictures[row].id for row in chosen]
     texts = [row for name in names for row in own[name]]
     owners = torch.repeat_interleave(torch.tensor([len(own[name]) for name in names]))
-    captions = [gallery.captions[row].text for row in texts]
-    embedded = Embedded(
-        names, captions, owners, gallery.images[torch.tensor(chosen)], gallery.texts[torch.tensor(texts)]
-    )
+    image_embeds, text_embeds = gallery.images[torch.tensor(chosen)], gallery.texts[torch.tensor(texts)]
+    embedded = Embedded(names, [captions[row].text for row in texts], owners, image_embeds, text_embeds)
     return measure(embedded, lambda name: b"")
 
 

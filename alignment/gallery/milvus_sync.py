@@ -18,7 +18,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from alignment.atomic import exclusive_lock, read_json_checksummed, write_json_checksummed
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
+from alignment.gallery.items import tags_of
 from alignment.gallery.old_format import import_gallery
-from alignment.gallery.records import Caption, Picture, folder_of, item_ids
+from alignment.gallery.records import Caption, Picture, item_ids
 from alignment.gallery.writer import GalleryWriter, content_of
 from alignment.index import MilvusIndex, Server
 from alignment.index.server import Connection
@@ -138,7 +139,8 @@ class Remote:
         count, done = len(database.ids(kind)), len(database.ids(kind)) - len(missing)
         for ids in filter(len, missing.split(_BATCH_ROWS)):
             try:
-                index.upsert(ids, database.embeds(kind, ids), _tags(database, kind, ids.tolist()))
+                items = (database.pictures if kind == "picture" else database.captions)(ids.tolist())
+                index.upsert(ids, database.embeds(kind, ids), list(map(tags_of, items)))
             except KeyError:
                 raise ValueError(f"{self.folder} was rebuilt meanwhile. Run the command again.") from None
             show(index.name, done := done + len(ids), count)
@@ -216,14 +218,6 @@ class Remote:
             return str(read_json_checksummed(path)["owner"]) if path.exists() else ""
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path} is damaged ({error}): copy it from a copy of the gallery.") from error
-
-
-def _tags(database: GalleryDatabase, kind: Kind, ids: Sequence[int]) -> list[Collection[str]]:
-    """List the tags of items: the folders around a picture ("a" and "a/b" for "a/b/c.jpg"), a caption's language."""
-    if kind == "caption":
-        return [[caption.lang] for caption in database.captions(ids)]
-    folders = (folder_of(picture.source).split("/") for picture in database.pictures(ids))
-    return [["/".join(names[:end]) for end in range(1, len(names) + 1) if names[0]] for names in folders]
 
 
 def default_name(folder: str | os.PathLike[str]) -> str:

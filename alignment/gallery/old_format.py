@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,11 @@ def _convert(
         path = _place(folder, f"thumbnails/{picture.id}.webp")
         return path.read_bytes() if path.is_file() and not picture.package else None
 
+    # Public copies do not state the file of a picture; thumbnails are stored by its hash.
+    for row, picture in enumerate(pictures):
+        if picture.file is None and (webp := thumbnail(picture)):
+            digest = hashlib.sha256(picture.id.encode() + webp).hexdigest()
+            pictures[row] = replace(picture, file=FileFingerprint(0, 0, digest))
     write_gallery(folder, pictures, captions, embeds, width, metadata, cohort, thumbnail)
 
 

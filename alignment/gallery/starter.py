@@ -15,7 +15,7 @@ from typing import TypeAlias
 from alignment.confidence import cohort_version
 from alignment.gallery.build import build_gallery
 from alignment.gallery.database import GalleryDatabase
-from alignment.gallery.records import GalleryMetadata, Picture, read_hand_written
+from alignment.gallery.records import GalleryMetadata, read_hand_written
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
 from alignment.pairs.store import cache_folder
@@ -69,20 +69,13 @@ def build_starter(encoder: DualEncoder, progress: Callable[[int, int], None]) ->
 
 def _begin_starter(encoder: DualEncoder) -> Gallery:
     pictures, captions = read_hand_written(_sources())
-    shown = [picture for picture in pictures if _is_there(picture)]
+    shown = [picture for picture in pictures if picture.exists]
     scenes = {picture.id for picture in shown}
     own = [caption for caption in captions if caption.scene in scenes]
     images = encoder.encode_images([os.fspath(picture.path) for picture in shown])
     texts = encoder.encode_texts([caption.text for caption in own])
     model = encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias
     return Gallery(shown, own, images, texts, GalleryMetadata(*model, os.fspath(_sources())))
-
-
-def _is_there(picture: Picture) -> bool:
-    try:
-        return picture.path.is_file()
-    except FileNotFoundError:  # its package is not installed
-        return False
 
 
 def _sources() -> Path:

@@ -7,8 +7,10 @@ whatever looks like one stops the publication, and a person decides.
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path, PurePosixPath
 
 MOST_IN_A_FOLDER = 10_000
@@ -18,6 +20,7 @@ LARGE = 10_000_000
 """Bytes from which a file goes to the Hub's store for large files, which the upload does by itself."""
 
 _LOOK = 1 << 13  # bytes from a file's beginning that tell text from weights and pictures
+_SQLITE = b"SQLite format 3\0"
 _SECRET_NAME = re.compile(r"\.env.*|id_(rsa|dsa|ecdsa|ed25519)(\..*)?|.*\.(pem|key|p12|pfx|kdbx)|\.?netrc|\.pypirc")
 _SECRET_TEXT = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}"
@@ -45,10 +48,8 @@ def check_folder(folder: Path, private: Sequence[str] = ()) -> None:
         name = path.relative_to(folder).as_posix()
         if _SECRET_NAME.fullmatch(path.name):
             raise ValueError(f"{name} has the name of a file that holds a secret: take it away, and publish again.")
-        if _is_text(path):
-            with path.open(encoding="utf-8", errors="replace") as lines:  # the captions of a large gallery are many
-                for line in lines:
-                    _check_text(name, line, private)
+        for text in _texts(path):
+            _check_text(name, text, private)
     crowded = Counter(str(path.parent.relative_to(folder)) for path in paths).most_common(1)
     for parent, count in crowded:
         if count > MOST_IN_A_FOLDER:
@@ -58,9 +59,26 @@ def check_folder(folder: Path, private: Sequence[str] = ()) -> None:
             )
 
 
-def _is_text(path: Path) -> bool:
+def _texts(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file, or the texts in the tables of an SQLite database."""
     with path.open("rb") as file:
-        return b"\0" not in file.read(_LOOK)
+        start = file.read(_LOOK)
+    if start.startswith(_SQLITE):
+        yield from _texts_in_tables(path)
+    elif b"\0" not in start:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            yield from lines
+
+
+def _texts_in_tables(path: Path) -> Iterator[str]:
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        for (table,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
+            for row in database.execute(f'SELECT * FROM "{table}"'):
+                for value in row:
+                    if isinstance(value, str):
+                        yield value
+                    elif isinstance(value, bytes) and b"\0" not in value:
+                        yield value.decode("utf-8", "replace")
 
 
 def _check_text(name: str, text: str, private: Sequence[str]) -> None:

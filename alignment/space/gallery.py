@@ -1,27 +1,32 @@
-"""The public copy of a gallery: thumbnails, captions and embeddings; nothing of the originals, nor of where they lie.
+"""The public copy of a gallery: thumbnails, captions and embeddings; no original, no path, no hash of a file.
 
-Place in the flow: `gallery folder -> public copy (here) -> the Space's folder`.
+Place in the flow: `gallery.db -> new gallery.db (here) -> the Space's folder`. The copy is a new database: the free
+pages of the original may still hold deleted rows.
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from alignment.catalogue import Picture, read_catalogue, rebuild_command
-from alignment.gallery.search import THUMBNAILS
-from alignment.gallery.storage import open_gallery, write_gallery
+from torch import Tensor
+
+from alignment.gallery.database import KINDS, GalleryDatabase, Kind
+from alignment.gallery.items import StoredRecords
+from alignment.gallery.records import Caption, FileFingerprint, Picture, rebuild_command
+from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
 from alignment.space.checks import check_folder, private_paths
 from alignment.space.choice import Choice
 
 
 def copy_gallery(source: Path, target: Path, model: Choice) -> list[str]:
-    """Write a gallery that may be shown to everybody.
+    """Write a gallery that may be public.
 
     Of a picture it keeps the thumbnail, the captions, the credit and the bare name of its file. Its folder, size, date
-    and hash stay here, and so does what the gallery was built from.
+    and hash are left out, and so is what the gallery was built from.
 
     Args:
         source: the gallery's folder.
@@ -33,42 +38,54 @@ def copy_gallery(source: Path, target: Path, model: Choice) -> list[str]:
 
     Raises:
         FileNotFoundError: when there is no gallery.
-        ValueError: when another model made it, it is damaged or lies on a server, thumbnails are missing, or a caption
-            says where it was built from.
+        ValueError: when another model made it, it is damaged or on a server, thumbnails are missing, or a caption
+            contains a secret or the path it was built from.
     """
-    catalogue = read_catalogue(source, model.name)
-    _check_model(source, catalogue.stamp.fingerprint, model)
-    if any(not any(source.glob(f"{name}-*")) for name in catalogue.elsewhere):
-        raise ValueError(
-            f"The embeddings of the gallery in {source} are not in its folder. If they lie on a Milvus server, fetch "
-            f"them, and publish again: python -m alignment.gallery pull {source} --index URI"
-        )
-    own = [picture for picture in catalogue.pictures if not picture.package]
-    missing = [picture.id for picture in own if not _thumbnail(source, picture).is_file()]
+    database = GalleryDatabase.open(source, model.name)
+    metadata = database.metadata
+    _check_model(source, metadata.fingerprint, model)
+    captions: list[Caption] = list(StoredRecords(database, "caption", database.ids("caption")))
+    originals: list[Picture] = list(StoredRecords(database, "picture", database.ids("picture")))
+    thumbnails = [_digest_of_thumbnail(database, picture) for picture in originals]
+    missing = [picture for picture, digest in zip(originals, thumbnails, strict=True) if not digest]
     if missing:
         raise ValueError(
             f"The gallery in {source} lacks the thumbnails of {len(missing)} pictures. Rebuild it with: "
-            f"{rebuild_command(source, catalogue.stamp.model, catalogue.stamp)}"
+            f"{rebuild_command(source, metadata.model, metadata)}"
         )
-    _, *sides = open_gallery(source, model.name)
-    stamp = replace(catalogue.stamp, model=model.name, source="", options="")
-    pictures = [_public(picture) for picture in catalogue.pictures]
-    write_gallery(target, replace(catalogue, pictures=pictures, stamp=stamp), (sides[0], sides[1]))
-    check_folder(target, private_paths(Path(catalogue.stamp.source)))
-    for picture in own:
-        (target / THUMBNAILS).mkdir(exist_ok=True)
-        shutil.copyfile(_thumbnail(source, picture), _thumbnail(target, picture))
-    return _what_is_shown(len(own), len(catalogue.captions))
+    pictures = [_public(picture, digest) for picture, digest in zip(originals, thumbnails, strict=True)]
+    by_id = {picture.id: picture for picture in originals}
+    write_gallery(
+        target,
+        pictures,
+        captions,
+        {kind: _embeds(database, kind) for kind in KINDS},
+        database.embed_dim,
+        replace(metadata, model=model.name, source="", options=""),
+        database.cohort(),
+        lambda picture: database.thumbnail(by_id[picture.id]),
+    )
+    check_folder(target, private_paths(Path(metadata.source)))
+    return _what_is_shown(sum(not picture.package for picture in pictures), len(captions))
 
 
-def _public(picture: Picture) -> Picture:
-    if picture.package:  # lies in a package that the Space has as well
+def _digest_of_thumbnail(database: GalleryDatabase, picture: Picture) -> str:
+    """Hash what is public of a picture, in place of its file; "" if it has no thumbnail."""
+    if picture.package:
+        return picture.file.sha256 if picture.file else picture.id
+    webp = database.thumbnail(picture)
+    return hashlib.sha256(picture.id.encode() + webp).hexdigest() if webp else ""
+
+
+def _public(picture: Picture, digest: str) -> Picture:
+    if picture.package:  # the Space has the package as well
         return picture
-    return replace(picture, source=picture.source.replace("\\", "/").rpartition("/")[2], root="", file=None)
+    name = picture.source.replace("\\", "/").rpartition("/")[2]
+    return replace(picture, source=name, root="", file=FileFingerprint(0, 0, digest))
 
 
-def _thumbnail(folder: Path, picture: Picture) -> Path:
-    return folder / THUMBNAILS / f"{picture.id}.webp"
+def _embeds(database: GalleryDatabase, kind: Kind) -> Iterator[Tensor]:
+    return (embeds for _, embeds in database.batches(kind))
 
 
 def _what_is_shown(pictures: int, captions: int) -> list[str]:

@@ -5,11 +5,11 @@ from urllib.parse import quote
 
 from torch import Tensor
 
+from alignment.confidence import Verdict
 from alignment.engine import Alignment
-from alignment.gallery import Caption, Found, Match, Picture
+from alignment.gallery import Caption, Match, Picture, SearchResult
 from alignment.similarity import match_probabilities
 from alignment.ui.examples import THUMBNAIL_ROUTE
-from alignment.verdicts import Verdict
 
 PLACES = 6  # of a number in an answer; single precision has no more to say
 
@@ -90,7 +90,7 @@ class Description(TypedDict):
     limits: dict[str, int]
 
 
-def pictures_found(found: Found[Picture]) -> PicturesFound:
+def pictures_found(found: SearchResult[Picture]) -> PicturesFound:
     """Write ranked pictures down."""
     matches: list[PictureMatch] = [
         {
@@ -105,7 +105,7 @@ def pictures_found(found: Found[Picture]) -> PicturesFound:
     return {"matches": matches, **_answer(found)}
 
 
-def captions_found(found: Found[Caption]) -> CaptionsFound:
+def captions_found(found: SearchResult[Caption]) -> CaptionsFound:
     """Write ranked captions down."""
     matches: list[CaptionMatch] = [
         {"id": match.item.id, "text": match.item.text, "lang": match.item.lang, **_numbers(match)}
@@ -143,8 +143,8 @@ def _numbers(match: Match[Any]) -> _Numbers:
     }
 
 
-def _answer(found: Found[Any]) -> _Answer:
-    return {"verdict": found.verdict, "fits": found.fits, "something_fits": _chance(found.something_fits)}
+def _answer(found: SearchResult[Any]) -> _Answer:
+    return {"verdict": found.verdict, "fits": found.fits, "something_fits": _chance(found.p_any_match)}
 
 
 def _chance(probability: float | None) -> float | None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
-import torch
 from torch import Tensor
 
 from alignment.engine import AlignmentEngine, as_webp
@@ -105,15 +104,15 @@ class CaptionsTab:
 
     def _why(self, lang: str, asked: Asked, event: gr.EventData) -> Pair | None:
         gallery = self.engine.gallery
-        row = gallery.caption_rows.get(picked(event))
-        if row is None or asked.embed is None:
+        caption = gallery.captions.find(picked(event))
+        embed = gallery.texts.embed(picked(event))
+        if caption is None or embed is None or asked.embed is None:
             return None
         if not asked.photo and gallery.picture(asked.name) is None:
             return None
         image = open_image(asked.photo) if asked.photo else self.engine.picture_image(asked.name)
-        embed = gallery.texts[torch.tensor([row])][0]
         shown = float(asked.embed @ embed)  # as the list says, not as the smaller copy would have it
-        return Pair(image, self._name(lang, asked), gallery.captions[row].text, shown)
+        return Pair(image, self._name(lang, asked), caption.text, shown)
 
     def _of_gallery(self, picture: Picture) -> Asked:
         return Asked(self.engine.picture_embed(picture.id), self.examples.preview(picture), picture.id)
@@ -151,6 +150,6 @@ class CaptionsTab:
                 found = self.engine.search_captions(asked.embed, NUM_RESULTS, lang)
         except InputError as error:
             return problem_value(error, lang, self.key)
-        total = sum(caption.lang == lang for caption in gallery.captions) or len(gallery.captions)
+        total = gallery.texts.count(lang) or len(gallery.captions)
         link = "" if asked.photo else asked.name
         return {**captions_value(found, lang, total=total), "link": link}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from urllib.parse import quote
 
 from alignment.engine import AlignmentEngine, as_webp
@@ -56,14 +56,15 @@ class Examples:
     def _choose(self) -> tuple[Gallery, list[Picture], list[Picture]]:
         gallery, chosen = self.gallery, self._chosen
         if chosen is None or chosen[0] is not gallery:
-            known = gallery.picture_rows
 
-            def shown(ids: Iterable[str]) -> Iterator[Picture]:
-                return (gallery.pictures[known[id]] for id in ids if id in known and self.engine.can_show(id))
+            def shown(pictures: Iterable[Picture | None]) -> Iterator[Picture]:
+                return (picture for picture in pictures if picture and self.engine.can_show(picture.id))
 
-            # Of a large gallery no more files are looked for.
-            pictures = list(islice(shown(dict.fromkeys((*FAVOURITES, *known))), NUM_SAMPLE))
-            chosen = self._chosen = gallery, pictures, (list(shown(DESCRIBED)) or pictures)[:NUM_CHIPS]
+            first = map(gallery.picture, FAVOURITES)
+            others = (picture for picture in gallery.pictures if picture.id not in FAVOURITES)
+            pictures = list(islice(shown(chain(first, others)), NUM_SAMPLE))  # lazily: there may be a million others
+            described = list(shown(map(gallery.picture, DESCRIBED))) or pictures
+            chosen = self._chosen = gallery, pictures, described[:NUM_CHIPS]
         return chosen
 
     def name(self, picture: Picture, lang: str) -> str:

@@ -6,7 +6,6 @@ import hashlib
 from typing import Any
 
 import gradio as gr
-import torch
 
 from alignment.engine import AlignmentEngine, Term, as_webp
 from alignment.preprocess import InputError, open_image
@@ -107,10 +106,9 @@ class PicturesTab:
 
     def _like(self, lang: str, typed: str, asked: Asked, event: gr.EventData, weight: float) -> list[Any]:
         gallery = self.engine.gallery
-        pictures, row = asked.pictures, gallery.picture_rows.get(picked(event))
-        if row is not None:
-            picture = gallery.pictures[row]
-            term = Term(weight=weight, picture=picture.id, embed=gallery.images[torch.tensor([row])][0])
+        pictures, picture = asked.pictures, gallery.picture(picked(event))
+        if picture is not None:
+            term = Term(weight=weight, picture=picture.id, embed=gallery.images.embed(picture.id))
             pictures = liked(pictures, Added(term, self.examples.image_of(picture)))
         return self._shown(lang, ask(self.engine, typed, pictures))
 
@@ -134,11 +132,11 @@ class PicturesTab:
     def _why(self, lang: str, asked: Asked, event: gr.EventData) -> Pair | None:
         """Explain the first caption that was asked for: it is the part that has words."""
         gallery, id = self.engine.gallery, picked(event)
-        row = gallery.picture_rows.get(id)
-        if row is None or asked.query is None or not asked.query.wanted_captions:
+        embed = gallery.images.embed(id)
+        if embed is None or asked.query is None or not asked.query.wanted_captions:
             return None
         term = asked.query.wanted_captions[0]
-        shown = None if term.embed is None else float(term.embed @ gallery.images[torch.tensor([row])][0])
+        shown = None if term.embed is None else float(term.embed @ embed)
         return Pair(self.engine.picture_image(id), self._name(lang, id), term.text, shown)
 
     # ------------------------------------------------------------ what is shown

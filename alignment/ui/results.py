@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from alignment.gallery import Caption, Found, Match, Picture
+from alignment.gallery import Caption, Match, Picture, SearchResult
 from alignment.preprocess import InputError, legible
 from alignment.ui.strings import error_text, text
 
@@ -24,7 +24,7 @@ LABELS = {
 }
 
 
-def captions_value(found: Found[Caption], lang: str, *, total: int) -> Value:
+def captions_value(found: SearchResult[Caption], lang: str, *, total: int) -> Value:
     """Lay ranked captions out for `captions.js`, those that say the same folded under the best of them."""
 
     def row(match: Match[Caption]) -> Value:
@@ -35,7 +35,7 @@ def captions_value(found: Found[Caption], lang: str, *, total: int) -> Value:
 
 
 def pictures_value(
-    found: Found[Picture],
+    found: SearchResult[Picture],
     lang: str,
     image_of: Callable[[Picture], str],
     *,
@@ -92,7 +92,7 @@ def cosine(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"
 
 
-def _frame(key: str, found: Found[Any], total: int, lang: str, count: int) -> Value:
+def _frame(key: str, found: SearchResult[Any], total: int, lang: str, count: int) -> Value:
     labels = {**LABELS, "cosine": "result.score"} if found.composed else LABELS
     frame: Value = {
         "heading": text(lang, f"{key}.results"),
@@ -102,16 +102,16 @@ def _frame(key: str, found: Found[Any], total: int, lang: str, count: int) -> Va
     }
     if found.matches and found.verdict:
         frame["verdict"] = _answer(key, found, lang)
-    return frame | {"count": ""} if found.senseless else frame
+    return frame | {"count": ""} if found.is_out_of_distribution else frame
 
 
-def _answer(key: str, found: Found[Any], lang: str) -> Value:
+def _answer(key: str, found: SearchResult[Any], lang: str) -> Value:
     """Say what to think of the whole answer."""
-    if found.senseless:
-        why = "result.senseless.part" if found.nonsense else "result.senseless"
-        words = text(lang, why, part="".join(found.nonsense[:1]))
+    if found.is_out_of_distribution:
+        why = "result.senseless.part" if found.ood_captions else "result.senseless"
+        words = text(lang, why, part="".join(found.ood_captions[:1]))
         return {"step": found.verdict, "text": words, "anyway": text(lang, "result.anyway")}
-    words = text(lang, f"{key}.{found.verdict}", chance=percent(found.something_fits or 0))
+    words = text(lang, f"{key}.{found.verdict}", chance=percent(found.p_any_match or 0))
     return {
         "step": found.verdict,
         "word": text(lang, f"result.{found.verdict}" if found.fits else "result.nothing"),
@@ -119,9 +119,9 @@ def _answer(key: str, found: Found[Any], lang: str) -> Value:
     }
 
 
-def _meaning(key: str, found: Found[Any], lang: str) -> str:
+def _meaning(key: str, found: SearchResult[Any], lang: str) -> str:
     """Say what the numbers mean."""
-    if found.senseless or not found.matches:
+    if found.is_out_of_distribution or not found.matches:
         return ""
     chance = found.matches[0].probability
     if chance is None:
@@ -133,7 +133,9 @@ def _meaning(key: str, found: Found[Any], lang: str) -> str:
     return text(lang, f"{key}.meaning", chance=percent(chance), share=share)
 
 
-def _laid_out(found: Found[Item], lang: str, known: Callable[[Match[Item]], Value], alike_key: str) -> list[Value]:
+def _laid_out(
+    found: SearchResult[Item], lang: str, known: Callable[[Match[Item]], Value], alike_key: str
+) -> list[Value]:
     """Lay results out, best first; under each, those that are nearly the same.
 
     Args:
@@ -144,7 +146,7 @@ def _laid_out(found: Found[Item], lang: str, known: Callable[[Match[Item]], Valu
     """
     best = max([1e-6, *(match.similarity for match in found.matches[:1])])
     laid_out = []
-    for rank, (first, *alike) in enumerate(found.groups or [(match,) for match in found.matches], start=1):
+    for rank, (first, *alike) in enumerate(found.duplicates or [(match,) for match in found.matches], start=1):
         result, *folded = (
             {**_numbers(match, rank, best, found.composed, lang), **known(match)}
             for match in (first, *alike[:SHOWN_ALIKE])

@@ -4,10 +4,10 @@ A caption counts as right for a photograph by how close it is in meaning to what
 sentence encoder with the nearest of the photograph's own captions, turned into a probability by a line that is fitted
 on pairs judged by eye (`assets/caption_verdicts.jsonl`: 2, all that is said is there; 1, a person who searched for it
 would accept the picture, though a side detail is wrong or not to be seen; 0, the main thing, what it does or the place
-is wrong; 1 and 2 fit). Dev photographs search the starter gallery's captions, their
-captions search the photographs. What is fitted on one half of the photographs is measured on the other, both ways.
-Intervals are 95 %, over photographs drawn with all their queries. `--save` fits on all of them; the result is
-`BORROWED` of `alignment/calibration.py`. Nonsense, empty pictures and captions that no starter picture shows are to be
+is wrong; 1 and 2 fit). Dev photographs search the starter gallery's captions, their captions search the photographs.
+What is fitted on one half of the photographs is measured on the other, both ways. Intervals are 95 %, over photographs
+drawn with all their queries. `--save` fits on all of them; the result is `DEFAULT_CALIBRATION` of
+`alignment/confidence/calibration.py`. Nonsense, empty pictures and captions that no starter picture shows are to be
 refused. Needs the extra `compact` (the sentence encoders); `--diagram` also needs `train`.
 """
 
@@ -27,22 +27,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.calibration import (
-    DIRECTIONS,
-    REFUSED,
-    Background,
-    Calibration,
-    Curve,
-    Direction,
-    _logistic_regression,
-    _searches,
-)
-from alignment.catalogue import read_hand_written
 from alignment.compact.features import teacher_embeddings
 from alignment.compact.scenes import LANGUAGES, Photo, read_photos
-from alignment.gallery.judging import build_background
+from alignment.confidence import (
+    DIRECTIONS,
+    TARGET_FALSE_REJECTION,
+    Calibration,
+    Cohort,
+    Curve,
+    Direction,
+    Thresholds,
+    build_cohort,
+    draw_searches,
+    logistic_regression,
+)
+from alignment.gallery.records import read_hand_written
 from alignment.model import DualEncoder
-from alignment.verdicts import Lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "assets" / "gallery" / "sources"
@@ -91,7 +91,7 @@ def nonsense(seed: int = 1) -> dict[str, list[str]]:
     return {kind: [make() for _ in range(NONSENSE)] for kind, make in kinds.items()}
 
 
-def empty_pictures(seed: int = 1) -> dict[str, list[Image.Image]]:
+def blank_images(seed: int = 1) -> dict[str, list[Image.Image]]:
     """Make pictures that show nothing, by kind."""
     rng = np.random.default_rng(seed)
     side = 224
@@ -152,7 +152,7 @@ class Meaning:
         labels = self.judged[:, 2].double()
         columns = torch.zeros(len(judged), 4, dtype=torch.double)
         columns[:, 0] = cosines
-        line = _logistic_regression(columns, labels, torch.zeros(5, dtype=torch.double), 0.01)
+        line = logistic_regression(columns, labels, torch.zeros(5, dtype=torch.double), 0.01)
         self.slope, self.bias = float(line[0]), float(line[-1])
         print(
             f"{language}: {len(judged)} judged pairs, {int(labels.sum())} fit; {self.encoder}: "
@@ -268,31 +268,33 @@ def load(arguments: argparse.Namespace, encoder: DualEncoder) -> Data:
     return found
 
 
-def fit(data: Data, photos: Tensor, background: Background) -> Calibration:
+def fit(data: Data, photos: Tensor, cohort: Cohort) -> Calibration:
     """Fit both directions on some photographs, both languages together."""
-    match, fits, lines = {}, {}, {}
+    match, any_match, thresholds = {}, {}, {}
     for direction, languages in data.items():
         every, right, best, found = [], [], [], []
         generator = torch.Generator().manual_seed(0)
         for whole in languages.values():
             side = whole.of(photos, direction)
             similarity = side.queries @ side.candidates.T
-            for s in _searches(similarity, side.relevance, SEARCHED[direction], generator):
-                evidence, seen = background.evidence(s.similarity, side.queries, s.sizes, direction), s.similarity > -1
+            for s in draw_searches(similarity, side.relevance, SEARCHED[direction], generator):
+                evidence, seen = cohort.evidence(s.similarity, side.queries, s.sizes, direction), s.similarity > -1
                 every.append(evidence[seen])
                 right.append(s.right[seen])
                 best.append(evidence[:, 0])
                 found.append(s.found)
         match[direction] = Curve.fit(torch.cat(every), torch.cat(right))
         if direction == "image_to_text":
-            match[direction] = judged_curve(languages, photos, background, match[direction])
-        fits[direction] = Curve.fit(torch.cat(best), torch.cat(found))
-        said = fits[direction].probability(torch.cat(best))
-        lines[direction] = Lines.of(round(float(said[torch.cat(found) >= 0.5].quantile(REFUSED)), 3))
-    return Calibration(match, fits, lines)
+            match[direction] = judged_curve(languages, photos, cohort, match[direction])
+        any_match[direction] = Curve.fit(torch.cat(best), torch.cat(found))
+        said = any_match[direction].probability(torch.cat(best))
+        thresholds[direction] = Thresholds.of(
+            round(float(said[torch.cat(found) >= 0.5].quantile(TARGET_FALSE_REJECTION)), 3)
+        )
+    return Calibration(match, any_match, thresholds)
 
 
-def judged_evidence(side: Side, photos: Tensor, background: Background) -> tuple[Tensor, Tensor]:
+def judged_evidence(side: Side, photos: Tensor, cohort: Cohort) -> tuple[Tensor, Tensor]:
     """Return the evidence for the pairs judged by eye that a search would show, of some photographs, and which fit."""
     assert side.judged is not None
     photo, scene, fits = side.judged[torch.isin(side.judged[:, 0], photos)].T
@@ -300,30 +302,30 @@ def judged_evidence(side: Side, photos: Tensor, background: Background) -> tuple
     everything = queries @ side.candidates.T
     similarity = everything.gather(1, scene[:, None])
     shown = (everything > similarity).sum(1) < RESULTS
-    evidence = background.evidence(similarity, queries, len(side.candidates), "image_to_text")[:, 0]
+    evidence = cohort.evidence(similarity, queries, len(side.candidates), "image_to_text")[:, 0]
     return evidence[shown], fits[shown].bool()
 
 
-def judged_curve(languages: dict[str, Side], photos: Tensor, background: Background, prior: Curve) -> Curve:
+def judged_curve(languages: dict[str, Side], photos: Tensor, cohort: Cohort, prior: Curve) -> Curve:
     """Fit on the pairs judged by eye: at the same closeness in meaning, what the model finds itself fits more often."""
-    parts = [judged_evidence(side, photos, background) for side in languages.values()]
+    parts = [judged_evidence(side, photos, cohort) for side in languages.values()]
     evidence, labels = (torch.cat(list(part)) for part in zip(*parts, strict=True))
     return Curve.fit(evidence, labels, prior=prior)
 
 
-def answers(side: Side, direction: Direction, calibration: Calibration, background: Background) -> Answers:
+def answers(side: Side, direction: Direction, calibration: Calibration, cohort: Cohort) -> Answers:
     """Search with every query, and keep what is said of the first result."""
     values, ids = (side.queries @ side.candidates.T).topk(RESULTS, dim=1)
     count, told = len(side.candidates), []
     for similarity, query in zip(values, side.queries, strict=True):
-        judged = calibration.judge(similarity, query, direction, num_candidates=count, background=background)
+        judged = calibration.assess(similarity, query, direction, num_candidates=count, cohort=cohort)
         told.append((float(judged.probabilities[0]), judged.verdict in ("fits", "may_fit")))
     said, fits = zip(*told, strict=True)
     right = side.relevance.gather(1, ids[:, :1]).squeeze(1)
     return Answers(torch.tensor(said), right, torch.tensor(fits), side.photo)
 
 
-def cross_fit(data: Data, background: Background, resamples: int) -> dict[Direction, tuple[Tensor, Tensor]]:
+def cross_fit(data: Data, cohort: Cohort, resamples: int) -> dict[Direction, tuple[Tensor, Tensor]]:
     """Fit on one half of the photographs and measure on the other, both ways, and print the tables.
 
     Returns:
@@ -333,11 +335,11 @@ def cross_fit(data: Data, background: Background, resamples: int) -> dict[Direct
     everyone: dict[Direction, list[Answers]] = {direction: [] for direction in DIRECTIONS}
     total = len(data["image_to_text"]["en"].photo)
     half = torch.randperm(total, generator=torch.Generator().manual_seed(1)) % 2
-    fitted = [fit(data, (half == part).nonzero()[:, 0], background) for part in (0, 1)]
+    fitted = [fit(data, (half == part).nonzero()[:, 0], cohort) for part in (0, 1)]
     for direction in DIRECTIONS:
         for language, whole in data[direction].items():
             parts = [
-                answers(whole.of((half != part).nonzero()[:, 0], direction), direction, fitted[part], background)
+                answers(whole.of((half != part).nonzero()[:, 0], direction), direction, fitted[part], cohort)
                 for part in (0, 1)
             ]
             joined = Answers(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Answers)))
@@ -353,7 +355,7 @@ def cross_fit(data: Data, background: Background, resamples: int) -> dict[Direct
         (fitted[part].match["image_to_text"].probability(evidence), fits)
         for part in (0, 1)
         for side in data["image_to_text"].values()
-        for evidence, fits in [judged_evidence(side, (half != part).nonzero()[:, 0], background)]
+        for evidence, fits in [judged_evidence(side, (half != part).nonzero()[:, 0], cohort)]
     ]
     said, fits = torch.cat([said for said, _ in judged]), torch.cat([fits for _, fits in judged])
     shown["image_to_text"] = said, fits
@@ -362,7 +364,7 @@ def cross_fit(data: Data, background: Background, resamples: int) -> dict[Direct
     return shown
 
 
-def refusals(data: Data, calibration: Calibration, background: Background, encoder: DualEncoder) -> None:
+def refusals(data: Data, calibration: Calibration, cohort: Cohort, encoder: DualEncoder) -> None:
     """Print what is refused of what should find nothing."""
     pictures, _ = read_hand_written(SOURCES)
     starter = encoder.encode_images([str(picture.path) for picture in pictures])
@@ -371,9 +373,7 @@ def refusals(data: Data, calibration: Calibration, background: Background, encod
         hits = []
         for query in queries:
             similarity = (candidates @ query).topk(min(RESULTS, len(candidates))).values
-            judged = calibration.judge(
-                similarity, query, direction, num_candidates=len(candidates), background=background
-            )
+            judged = calibration.assess(similarity, query, direction, num_candidates=len(candidates), cohort=cohort)
             hits.append(judged.verdict in ("nothing_close", "no_meaning"))
         return wilson(torch.tensor(hits))
 
@@ -386,7 +386,7 @@ def refusals(data: Data, calibration: Calibration, background: Background, encod
     for kind, texts in nonsense().items():
         print(f"  {kind:62} {refused(encoder.encode_texts(texts), starter, 'text_to_image')}")
     bank = data["image_to_text"]["en"].candidates
-    for kind, images in empty_pictures().items():
+    for kind, images in blank_images().items():
         print(f"  {kind:62} {refused(encoder.encode_images(images), bank, 'image_to_text')}")
 
 
@@ -432,10 +432,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     encoder = DualEncoder.load(arguments.model, device="cpu")
-    background, data = build_background(encoder), load(arguments, encoder)
-    measured = cross_fit(data, background, arguments.resamples)
-    whole = fit(data, torch.arange(len(data["image_to_text"]["en"].photo)), background)
-    refusals(data, whole, background, encoder)
+    cohort, data = build_cohort(encoder), load(arguments, encoder)
+    measured = cross_fit(data, cohort, arguments.resamples)
+    whole = fit(data, torch.arange(len(data["image_to_text"]["en"].photo)), cohort)
+    refusals(data, whole, cohort, encoder)
     print(json.dumps(whole.to_dict(), indent=2))
     if arguments.save:
         arguments.save.write_text(json.dumps(whole.to_dict(), indent=2) + "\n", "utf-8")

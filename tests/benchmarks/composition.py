@@ -26,7 +26,7 @@ from alignment.engine.queries import Query, Term, scores
 from alignment.evaluate import embed_pairs
 from alignment.evaluate.bootstrap import bootstrap, estimates
 from alignment.gallery import Gallery
-from alignment.gallery.search import NEARLY_SAME
+from alignment.gallery.search import NEAR_DUPLICATE_DISTANCE
 from alignment.model import DualEncoder
 from alignment.pairs import read_pairs
 from alignment.preprocess import open_image
@@ -185,7 +185,7 @@ def _without(ranking: Tensor, own: int) -> Tensor:
 
 def near_duplicates(data: dict[str, Tensor], background: Tensor) -> None:
     """Count copies that are missed and distinct pictures that are folded."""
-    threshold = 1 - NEARLY_SAME * (1 - cosines_within(background).mean().item())
+    threshold = 1 - NEAR_DUPLICATE_DISTANCE * (1 - cosines_within(background).mean().item())
     print(f"near-duplicates, cosine from {threshold:.3f}")
     for name in CHANGES:
         copies = data[f"again.{name}"]

@@ -27,11 +27,10 @@ import orjson
 import torch
 from torch.nn.functional import normalize
 
-from alignment.calibration import BORROWED, Background
-from alignment.catalogue import Picture, Stamp
+from alignment.confidence import DEFAULT_CALIBRATION, Cohort, MatchCalibrator, cohort_items
 from alignment.engine import AlignmentEngine
-from alignment.gallery import Gallery
-from alignment.gallery.judging import Judge, background_items
+from alignment.gallery import Gallery, Picture
+from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.ui.composer import Asked
 from alignment.ui.examples import Examples
@@ -122,7 +121,7 @@ def report(model: str, took: dict[str, list[float]]) -> list[Row]:
 
 
 def make_gallery(encoder: DualEncoder, count: int, scattered: bool) -> Gallery:
-    """Make pictures up, with descriptions in English and Chinese, and a background to judge by."""
+    """Make pictures up, with descriptions in English and Chinese, and a cohort to judge by."""
 
     def unit(rows: int) -> torch.Tensor:
         return normalize(torch.randn(rows, encoder.embed_dim), dim=-1)
@@ -130,7 +129,7 @@ def make_gallery(encoder: DualEncoder, count: int, scattered: bool) -> Gallery:
     torch.manual_seed(0)
     embeds = unit(count)
     if not scattered:
-        captions = encoder.encode_texts(background_items()[1])
+        captions = encoder.encode_texts(cohort_items()[1])
         captions -= captions.mean(0)  # what all captions have in common, pictures do not
         shares = torch.distributions.Dirichlet(torch.ones(3)).sample((count,))
         mixed = (captions[torch.randint(0, len(captions), (count, 3))] * shares[:, :, None]).sum(1)
@@ -139,15 +138,15 @@ def make_gallery(encoder: DualEncoder, count: int, scattered: bool) -> Gallery:
         Picture(f"p{row}", f"{row % 100}/p{row}.jpg", {"en": f"picture number {row}", "zh": f"第 {row} 张图片"})
         for row in range(count)
     ]
-    judge = Judge(BORROWED, Background(unit(24), unit(1024), unit(8), unit(64)))
-    stamp = Stamp(
+    judge = MatchCalibrator(DEFAULT_CALIBRATION, Cohort(unit(24), unit(1024), unit(8), unit(64)))
+    metadata = GalleryMetadata(
         encoder.fingerprint,
         encoder.name,
         encoder.logit_scale,
         encoder.logit_bias,
-        calibration=BORROWED.to_dict(),
+        calibration=DEFAULT_CALIBRATION.to_dict(),
     )
-    return Gallery(pictures, (), embeds, torch.empty(0, encoder.embed_dim), stamp, judge=judge)
+    return Gallery(pictures, (), embeds, torch.empty(0, encoder.embed_dim), metadata, judge=judge)
 
 
 def save_clip(folder: Path) -> Path:

@@ -134,7 +134,7 @@ def questions(kinds: str, pixels: int) -> list[Question]:
 
 def photos(pixels: int) -> list[str]:
     """Read photos of the starter gallery as data URLs of JPEGs."""
-    from alignment.catalogue import read_hand_written
+    from alignment.gallery.records import read_hand_written
 
     urls = []
     for picture in read_hand_written(ROOT / "assets" / "gallery" / "sources")[0][:12]:

@@ -1,7 +1,7 @@
-"""Floor 1, what nobody looks for: strings without meaning and pictures of nothing, made on the spot.
+"""Make out-of-distribution probes: random texts and blank images.
 
-Place in the flow: `nonsense (here) -> model -> calibration`. A model embeds such things somewhere, and often near a
-real item. Embedded once, they show where, and a query that lands among them is recognised.
+Place in the flow: `probes (here) -> model -> cohort -> calibration`. A model embeds meaningless input somewhere, and
+often near a real item. The probes are embedded once; a query that lands among them is recognised as meaningless.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SCRIPTS = {
 _HAN, _MARKS = range(0x4E00, 0x9FA6), "!?.,;:-_#*+~/|()[]{}<>@%&=^"
 
 
-def nonsense_texts(count: int = PER_KIND, seed: int = 0) -> list[str]:
+def random_texts(count: int = PER_KIND, seed: int = 0) -> list[str]:
     """Make random letters of several scripts, digits, punctuation and keyboard mashing.
 
     Args:
@@ -41,7 +41,7 @@ def nonsense_texts(count: int = PER_KIND, seed: int = 0) -> list[str]:
     return texts
 
 
-def empty_pictures(count: int = PER_KIND, seed: int = 0) -> list[Image.Image]:
+def blank_images(count: int = PER_KIND, seed: int = 0) -> list[Image.Image]:
     """Make pictures of one colour, of coloured and grey noise, and of a gradient.
 
     Args:

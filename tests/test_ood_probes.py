@@ -2,18 +2,18 @@
 
 import numpy as np
 
-from alignment.nonsense import empty_pictures, nonsense_texts
+from alignment.confidence.ood_probes import blank_images, random_texts
 
 
 def test_seed_decides() -> None:
-    assert nonsense_texts(seed=1) == nonsense_texts(seed=1) != nonsense_texts(seed=2)
-    first, again, other = (np.stack([np.asarray(image) for image in empty_pictures(2, seed)]) for seed in (1, 1, 2))
+    assert random_texts(seed=1) == random_texts(seed=1) != random_texts(seed=2)
+    first, again, other = (np.stack([np.asarray(image) for image in blank_images(2, seed)]) for seed in (1, 1, 2))
     assert (first == again).all()
     assert (first != other).any()
 
 
 def test_every_kind_is_there() -> None:
-    texts = nonsense_texts(3)
+    texts = random_texts(3)
     assert len(texts) == 3 * 8
     assert all(text.strip() for text in texts)
     assert sum(text.replace(" ", "").isdigit() for text in texts) == 3
@@ -21,7 +21,7 @@ def test_every_kind_is_there() -> None:
 
 
 def test_pictures_of_one_colour_hold_one_colour_and_noise_does_not() -> None:
-    pictures = [np.asarray(image) for image in empty_pictures(4)]
+    pictures = [np.asarray(image) for image in blank_images(4)]
     assert [len(np.unique(image.reshape(-1, 3), axis=0)) == 1 for image in pictures] == [True, False, False, False] * 4
     greys = [image[0, 0] for image in pictures[4::8]]
     assert all(len(set(grey.tolist())) == 1 for grey in greys)

@@ -1,4 +1,4 @@
-"""Floor 1, the words for a probability: fits, may fit, nothing close; and the lines between them.
+"""Turn a match probability into a verdict: fits, may fit, nothing close; and the thresholds between them.
 
 Place in the flow: `match probabilities -> verdicts (here) -> calibration -> page and API`.
 """
@@ -12,23 +12,23 @@ from typing import Literal, get_args
 from torch import Tensor
 
 Verdict = Literal["fits", "may_fit", "nothing_close", "no_meaning"]
-"""What to think of a result or of a whole answer; `no_meaning` is of nonsense and empty pictures."""
+"""Of a result or of a whole answer; `no_meaning`: the query is out of distribution (random text, a blank image)."""
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-"""All of them, the best first."""
+"""All verdicts, the best first."""
 
-FITS_LINE = 0.5
+FITS_THRESHOLD = 0.5
 """Match probability from which a result fits, unless a calibration says otherwise."""
 
 
 @dataclass(frozen=True)
-class Lines:
+class Thresholds:
     """Probabilities at which the verdicts of one direction begin.
 
     Attributes:
         fits: match probability from which a result fits.
-        may_fit: match probability from which a result may fit; and probability that any candidate is a match, from
-            which the likeliest result may fit in any case. Below it nothing is close.
+        may_fit: match probability from which a result may fit. If the probability that any candidate is a match
+            reaches it, the likeliest result may fit in any case; else nothing is close.
     """
 
     fits: float
@@ -36,32 +36,32 @@ class Lines:
 
     def __post_init__(self) -> None:
         if not 0 <= self.may_fit <= self.fits <= 1:
-            raise ValueError(f"Lines are probabilities, `may_fit` not above `fits`, unlike {self}.")
+            raise ValueError(f"Thresholds are probabilities, `may_fit` not above `fits`, unlike {self}.")
 
     @classmethod
-    def of(cls, may_fit: float) -> Lines:
-        """Put the usual line of `fits` above a line of `may_fit`."""
-        return cls(max(FITS_LINE, may_fit), may_fit)
+    def of(cls, may_fit: float) -> Thresholds:
+        """Combine a `may_fit` threshold with the default `fits` threshold."""
+        return cls(max(FITS_THRESHOLD, may_fit), may_fit)
 
     def verdict(self, probability: float) -> Verdict:
-        """Say what to think of one result."""
+        """Return the verdict on one result."""
         return "fits" if probability >= self.fits else "may_fit" if probability >= self.may_fit else "nothing_close"
 
-    def verdicts(self, probabilities: Tensor, something_fits: float) -> tuple[Verdict, ...]:
-        """Say what to think of the results of one query.
+    def verdicts(self, probabilities: Tensor, p_any_match: float) -> tuple[Verdict, ...]:
+        """Return the verdicts on the results of one query.
 
         Args:
             probabilities: (num_results,), that a result is a match.
-            something_fits: probability that any candidate is a match.
+            p_any_match: probability that any candidate is a match.
         """
         chances = probabilities.tolist()
         found = [self.verdict(chance) for chance in chances]
-        if something_fits >= self.may_fit and best(found) == "nothing_close":
+        if p_any_match >= self.may_fit and best(found) == "nothing_close":
             likeliest = max(chances, default=0.0)
             found = ["may_fit" if chance == likeliest else "nothing_close" for chance in chances]
         return tuple(found)
 
 
 def best(verdicts: Iterable[Verdict]) -> Verdict:
-    """Say what to think of a whole answer: what its best result is; of none, that nothing is close."""
+    """Return the verdict on a whole answer: that of its best result; `nothing_close` without results."""
     return min(verdicts, key=VERDICTS.index, default="nothing_close")

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from alignment.calibration import BORROWED, DIRECTIONS, Background
-from alignment.catalogue import Caption, Picture, read_catalogue, write_catalogue
-from alignment.gallery import Gallery, build_gallery, judging
+from alignment.confidence import DEFAULT_CALIBRATION, DIRECTIONS, Cohort, calibrator, cohort
+from alignment.gallery import Caption, Gallery, Picture, build_gallery
+from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ def starter(compact) -> Gallery:
 def test_what_is_there_fits(compact, starter, query):
     found = starter.search_images(compact.encode_texts([query])[0], 5)
     assert found.fits
-    assert not found.senseless
+    assert not found.is_out_of_distribution
     probabilities = [match.probability for match in found.matches]
     assert probabilities == sorted(probabilities, reverse=True)
     assert probabilities[0] > 0.3 > probabilities[-1]
@@ -47,7 +47,7 @@ def test_what_is_there_fits(compact, starter, query):
 def test_what_is_not_there_does_not(compact, starter, query):
     found = starter.search_images(compact.encode_texts([query])[0], 5)
     assert not found.fits
-    assert not found.senseless
+    assert not found.is_out_of_distribution
     assert found.matches  # the least bad ones are there all the same
 
 
@@ -61,7 +61,7 @@ def test_an_empty_picture_finds_nothing(compact, starter):
     noise = np.random.default_rng(5).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     for image in (Image.new("RGB", (640, 480), "white"), Image.new("RGB", (640, 480), "navy"), Image.fromarray(noise)):
         found = starter.search_captions(compact.encode_images([image])[0], 5, lang="en")
-        assert (found.fits, found.senseless) == (False, True)
+        assert (found.fits, found.is_out_of_distribution) == (False, True)
         assert {match.probability for match in found.matches} == {0.0}
 
 
@@ -69,9 +69,9 @@ def test_an_empty_picture_finds_nothing(compact, starter):
 
 
 def test_the_starter_gallerys_background_is_up_to_date(starter):
-    assert starter.stamp.judged_by.endswith(judging.background_name())
+    assert starter.metadata.judged_by.endswith(cohort.cohort_version())
     assert starter.judge is not None
-    assert starter.judge.calibration == BORROWED
+    assert starter.judge.calibration == DEFAULT_CALIBRATION
 
 
 def photos(folder: Path, count: int) -> Path:
@@ -93,15 +93,15 @@ def test_a_gallery_keeps_its_judge_and_a_second_build_its_background(checkpoint,
     loaded = Gallery.load(out, encoder)
     assert built.judge is not None
     assert loaded.judge is not None
-    for name, embeds in built.judge.background.tensors().items():
-        torch.testing.assert_close(loaded.judge.background.tensors()[name], embeds)
+    for name, embeds in built.judge.cohort.tensors().items():
+        torch.testing.assert_close(loaded.judge.cohort.tensors()[name], embeds)
     loaded.save(tmp_path / "copy")
-    assert Gallery.load(tmp_path / "copy", encoder).stamp == loaded.stamp
+    assert Gallery.load(tmp_path / "copy", encoder).metadata == loaded.metadata
 
     def again(*args: object) -> None:
         raise AssertionError("the background is embedded again")
 
-    monkeypatch.setattr("alignment.gallery.building.build_background", again)
+    monkeypatch.setattr("alignment.gallery.build.build_cohort", again)
     build_gallery(source, out, encoder)
 
 
@@ -112,21 +112,31 @@ def test_a_gallery_from_before_is_searched_without_probabilities(checkpoint, tmp
     with caplog.at_level(logging.WARNING):
         found = Gallery.load(tmp_path / "out", encoder).search_images(encoder.encode_texts(["two cats"])[0], 3)
     assert "python -m alignment.gallery build" in caplog.text
-    assert (found.verdict, found.fits, found.something_fits) == (None, True, None)
+    assert (found.verdict, found.fits, found.p_any_match) == (None, True, None)
     assert {match.verdict for match in found.matches} == {None}
     assert [match.probability for match in found.matches] == [None] * 3
 
 
-@pytest.mark.parametrize("damage", ["curve", "background"])
+@pytest.mark.parametrize("damage", ["curve", "cohort"])
 def test_a_damaged_judge_is_an_error_that_says_what_to_run(checkpoint, tmp_path, damage):
     encoder = DualEncoder.load(checkpoint("clip"), device="cpu")
-    build_gallery(photos(tmp_path / "photos", 2), tmp_path / "out", encoder)
-    kept = read_catalogue(tmp_path / "out", encoder.name)
+    built = build_gallery(photos(tmp_path / "photos", 2), tmp_path / "out", encoder)
+    metadata, tensors = built.metadata, built.judge.cohort.tensors()
     if damage == "curve":
-        kept = replace(kept, stamp=replace(kept.stamp, calibration={"match": {}}))
+        metadata = replace(metadata, calibration={"match": {}})
     else:
-        kept = replace(kept, background={"image_embeds": kept.background["image_embeds"]})
-    write_catalogue(tmp_path / "out", kept)
+        tensors = {"image_embeds": tensors["image_embeds"]}
+    embeds = {"picture": [built.image_embeds], "caption": [built.text_embeds]}
+    write_gallery(
+        tmp_path / "out",
+        built.pictures,
+        built.captions,
+        embeds,
+        encoder.embed_dim,
+        metadata,
+        tensors,
+        lambda picture: None,
+    )
     with pytest.raises(ValueError, match=r"python -m alignment\.gallery build"):
         Gallery.load(tmp_path / "out", encoder)
 
@@ -138,20 +148,20 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
     return functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-@pytest.mark.parametrize(("count", "borrowed"), [(judging.MIN_FITTED - 1, True), (judging.MIN_FITTED, False)])
+@pytest.mark.parametrize(("count", "borrowed"), [(calibrator.MIN_FITTED - 1, True), (calibrator.MIN_FITTED, False)])
 def test_curves_are_fitted_where_there_are_pairs_enough_and_borrowed_elsewhere(count, borrowed):
     images = unit(count + 20, 32, seed=1)
     pictures = [Picture(f"p{row}", f"{row}.jpg") for row in range(count + 20)]  # twenty have no caption
     captions = [Caption(f"p{row}.en", f"number {row}", "en", f"p{row}") for row in range(count)]
     texts = functional.normalize(images[:count] + 0.8 * unit(count, 32, seed=2), dim=-1)
-    background = Background(unit(30, 32, seed=3), unit(100, 32, seed=4))
-    calibration, how = judging.fit_calibration(pictures, captions, images, texts, background)
-    assert (calibration == BORROWED) is borrowed
+    background = Cohort(unit(30, 32, seed=3), unit(100, 32, seed=4))
+    calibration, how = calibrator.fit_calibration(pictures, captions, images, texts, background)
+    assert (calibration == DEFAULT_CALIBRATION) is borrowed
     assert how.startswith("borrowed" if borrowed else f"fitted on {count} pictures")
-    assert set(calibration.lines) == set(DIRECTIONS)
+    assert set(calibration.thresholds) == set(DIRECTIONS)
 
 
 def test_borrowed_curves_of_the_compact_model_were_fitted_against_this_background():
-    paths, captions = judging.background_items()
+    paths, captions = cohort.cohort_items()
     assert len(paths) == 23
-    assert len(captions) == len(set(captions)) == judging.BACKGROUND_CAPTIONS
+    assert len(captions) == len(set(captions)) == cohort.COHORT_CAPTIONS

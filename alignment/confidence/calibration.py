@@ -1,0 +1,279 @@
+"""Calibrate similarities: the probability that a result is a match, and that any candidate is one.
+
+Place in the flow: `similarity + cohort -> calibration (here) -> gallery -> page`. A cosine by itself says little: the
+best result of one query scores 0.5, an unrelated one of another query scores the same. The scores of a query with
+unrelated items (its cohort) tell how high it reaches by chance, and the best of many candidates is high more easily
+than the best of a few. Two logistic curves per direction turn these features into a probability; they are fitted on
+pairs and non-pairs.
+
+Source: cohort normalisation of scores, see Matejka et al., Analysis of Score Normalization in Multilingual Speaker
+Recognition, Interspeech 2017 (`TAIL` is their adaptive selection).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.confidence.cohort import DIRECTIONS, Cohort, Direction
+from alignment.confidence.curve import Curve
+from alignment.confidence.verdicts import Thresholds, Verdict, best
+from alignment.similarity import cosine_similarity, top_k
+
+TARGET_FALSE_REJECTION = 0.05
+"""Share of the queries with a match that a fitted threshold may reject."""
+
+RESULTS = 10
+"""Results of a search that the fit learns from."""
+
+SIZES: Mapping[Direction, tuple[int, ...]] = {
+    "image_to_text": (50, 150, 500, 2000),
+    "text_to_image": (10, 30, 100, 400),
+}
+"""Candidates of the galleries drawn for the fit."""
+
+_MISSING = -9.0  # no cosine
+
+
+@dataclass(frozen=True)
+class MatchConfidence:
+    """Match probabilities and verdicts for the results of one query.
+
+    Attributes:
+        probabilities: (num_results,) float32, that this very result is a match; in the order of the scores.
+        p_any_match: probability that any candidate is a match.
+        verdicts: of each result, in the order of the scores.
+    """
+
+    probabilities: Tensor
+    p_any_match: float
+    verdicts: tuple[Verdict, ...]
+
+    @classmethod
+    def of(cls, probabilities: Tensor, p_any_match: float, thresholds: Thresholds) -> MatchConfidence:
+        """Derive the verdicts by the thresholds of a direction."""
+        return cls(probabilities, p_any_match, thresholds.verdicts(probabilities, p_any_match))
+
+    @classmethod
+    def out_of_distribution(cls, num_results: int) -> MatchConfidence:
+        """Rate the results of a query that is a random text or a blank image."""
+        verdict: Verdict = "no_meaning"
+        return cls(torch.zeros(num_results), 0.0, (verdict,) * num_results)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict on the whole answer."""
+        return best(self.verdicts)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The curves of one model over one cohort.
+
+    Attributes:
+        match: direction -> curve of the probability that a result is a match.
+        any_match: direction -> curve of the probability that any candidate is a match, read at the best result.
+        thresholds: direction -> where the verdicts begin.
+    """
+
+    match: Mapping[Direction, Curve]
+    any_match: Mapping[Direction, Curve]
+    thresholds: Mapping[Direction, Thresholds]
+
+    def __post_init__(self) -> None:
+        if any(set(part) != set(DIRECTIONS) for part in (self.match, self.any_match, self.thresholds)):
+            raise ValueError(f"A calibration has curves and thresholds for {' and '.join(DIRECTIONS)}.")
+
+    def probability(
+        self,
+        similarity: Tensor,
+        query_embeds: Tensor,
+        direction: Direction,
+        *,
+        num_candidates: int | Tensor,
+        cohort: Cohort,
+    ) -> Tensor:
+        """Return the probability that each result is a match, at even odds that the candidates hold one.
+
+        Args:
+            similarity: (num_queries, num_results) cosines.
+            query_embeds: (num_queries, embed_dim).
+            direction: what the queries are.
+            num_candidates: how many were searched, one number or (num_queries,).
+            cohort: the one it was fitted on; for `DEFAULT_CALIBRATION` one of the same items.
+
+        Returns:
+            (num_queries, num_results) float64; for each query it rises with the similarity.
+        """
+        return self.match[direction].probability(cohort.evidence(similarity, query_embeds, num_candidates, direction))
+
+    def assess(
+        self,
+        similarity: Tensor,
+        query_embed: Tensor,
+        direction: Direction,
+        *,
+        num_candidates: int,
+        cohort: Cohort,
+    ) -> MatchConfidence:
+        """Rate the results of one query.
+
+        Args:
+            similarity: (num_results,) cosines; the best of all candidates must be among them.
+            query_embed: (embed_dim,).
+            direction: what the query is.
+            num_candidates: how many were searched.
+            cohort: as in `probability`.
+        """
+        if not len(similarity):
+            return MatchConfidence(torch.empty(0), 0.0, ())
+        if cohort.is_out_of_distribution(query_embed[None], direction):
+            return MatchConfidence.out_of_distribution(len(similarity))
+        evidence = cohort.evidence(similarity[None], query_embed[None], num_candidates, direction)[0]
+        p_any_match = float(self.any_match[direction].probability(evidence[similarity.argmax()]))
+        probabilities = self.match[direction].probability(evidence).float()
+        return MatchConfidence.of(probabilities, p_any_match, self.thresholds[direction])
+
+    @classmethod
+    def fit(
+        cls,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        relevance: Tensor,
+        cohort: Cohort,
+        *,
+        prior: Calibration | None = None,
+        strength: float = 1.0,
+        sizes: Mapping[Direction, Sequence[int]] = SIZES,
+        seed: int = 0,
+    ) -> Calibration:
+        """Fit on captioned pictures that the model was not trained on.
+
+        Every query searches galleries drawn from these items, of several sizes. In half of them its own items
+        (relevance 1) are missing.
+
+        Args:
+            image_embeds: (num_images, embed_dim); some may have no caption.
+            text_embeds: (num_texts, embed_dim).
+            relevance: (num_images, num_texts) in [0, 1]: how likely the text describes the image; 1 for an image's own
+                texts.
+            cohort: holds none of these items.
+            prior: regularises the fit where there are few pairs, such as `DEFAULT_CALIBRATION`.
+            strength: weight of the prior, see `Curve.fit`.
+            sizes: candidates of the galleries, clipped to the number of items.
+            seed: of the draws.
+
+        Raises:
+            ValueError: when no text describes an image.
+        """
+        similarity = cosine_similarity(image_embeds, text_embeds)
+        ways: dict[Direction, tuple[Tensor, Tensor, Tensor]] = {
+            "image_to_text": (similarity, relevance, image_embeds),
+            "text_to_image": (similarity.T, relevance.T, text_embeds),
+        }
+        match, any_match, thresholds = {}, {}, {}
+        generator = torch.Generator().manual_seed(seed)
+        for direction, (scores, truth, queries) in ways.items():
+            asked = truth.amax(1) > 0
+            if not asked.any():
+                raise ValueError("There is no pair to calibrate on: no text describes an image.")
+            searches = list(draw_searches(scores[asked], truth[asked], sizes[direction], generator))
+            evidence = [cohort.evidence(s.similarity, queries[asked], s.sizes, direction) for s in searches]
+            right = torch.cat([s.right for s in searches])
+            old = (prior.match[direction], prior.any_match[direction]) if prior else (None, None)
+            seen = torch.cat([s.similarity for s in searches]) > _MISSING
+            every, first = torch.cat(evidence), torch.cat(evidence)[:, 0]
+            match[direction] = Curve.fit(every[seen], right[seen], prior=old[0], strength=strength)
+            found = torch.cat([s.found for s in searches])
+            any_match[direction] = Curve.fit(first, found, prior=old[1], strength=strength)
+            there = any_match[direction].probability(first[found >= 0.5])
+            thresholds[direction] = Thresholds.of(
+                round(float(there.quantile(TARGET_FALSE_REJECTION)), 3) if len(there) else 0.5
+            )
+        return cls(match, any_match, thresholds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form that galleries hold."""
+        return {
+            "match": {way: asdict(self.match[way]) for way in DIRECTIONS},
+            "fits": {way: asdict(self.any_match[way]) for way in DIRECTIONS},
+            "lines": {way: asdict(self.thresholds[way]) for way in DIRECTIONS},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        """Invert `to_dict`; a single number among the lines, as in older galleries, is `may_fit`.
+
+        Raises:
+            ValueError: on anything else.
+        """
+        try:
+            match, any_match = ({way: Curve(**data[part][way]) for way in DIRECTIONS} for part in ("match", "fits"))
+            if set(data) != {"match", "fits", "lines"}:
+                raise ValueError(f"This is no calibration: its parts are match, fits and lines, not {sorted(data)}.")
+            return cls(match, any_match, {way: _read_thresholds(data["lines"][way]) for way in DIRECTIONS})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"This is no calibration: {error!r}.") from error
+
+
+def _read_thresholds(written: Mapping[str, float] | float) -> Thresholds:
+    return Thresholds(**written) if isinstance(written, Mapping) else Thresholds.of(float(written))
+
+
+DEFAULT_CALIBRATION = Calibration(
+    match={
+        "image_to_text": Curve(1.117, 0.201, -2.97, 0.003, -7.001),
+        "text_to_image": Curve(1.096, -0.218, 0.257, -0.391, -3.141),
+    },
+    any_match={
+        "image_to_text": Curve(0.402, 0.088, -0.685, 0.275, -4.286),
+        "text_to_image": Curve(1.271, -0.062, -0.042, -0.287, -3.547),
+    },
+    thresholds={"image_to_text": Thresholds.of(0.299), "text_to_image": Thresholds.of(0.421)},
+)
+"""The compact model's curves: how likely a person says that a caption describes a picture, fitted by
+`tests/benchmarks/abstention.py` on dev photographs of Flickr8k, COCO and ADE20K. They serve other models too, in units
+of a cohort of the same items, until a gallery has a hundred captioned pictures to fit on. For a weaker model they
+overstate the probabilities.
+"""
+
+
+# ---------------------------------------------------------------- the fit
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnSearch:
+    """Results of every query in a gallery drawn for it.
+
+    Attributes:
+        similarity: (num_queries, num_results), best first; `_MISSING` where a gallery has fewer candidates.
+        right: the same shape, the relevance of each result.
+        found: (num_queries,) the highest relevance among all candidates.
+        sizes: (num_queries,) candidates.
+    """
+
+    similarity: Tensor
+    right: Tensor
+    found: Tensor
+    sizes: Tensor
+
+
+def draw_searches(
+    similarity: Tensor, relevance: Tensor, sizes: Sequence[int], generator: torch.Generator
+) -> Iterator[DrawnSearch]:
+    """Search a gallery of each size; a random half of the queries has its own items (relevance 1) in it."""
+    count, own = len(similarity), relevance >= 1
+    for size in sizes:
+        kept = torch.empty(count, dtype=torch.bool)
+        kept[torch.randperm(count, generator=generator)] = torch.arange(count) % 2 == 0
+        lots = torch.rand(relevance.shape, generator=generator).masked_fill(own, torch.inf)
+        foreign = (size - own.sum(1) * kept).clamp_min(1).minimum(relevance.shape[1] - own.sum(1))
+        drawn = torch.arange(relevance.shape[1]) < foreign[:, None]  # those with the smallest lots
+        chosen = torch.zeros_like(own).scatter(1, lots.argsort(1), drawn) | (own & kept[:, None])
+        values, ids = top_k(similarity.masked_fill(~chosen, _MISSING), RESULTS)
+        right = relevance.gather(1, ids) * (values > _MISSING)
+        yield DrawnSearch(values, right, (relevance * chosen).amax(1), chosen.sum(1))

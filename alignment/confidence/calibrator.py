@@ -1,0 +1,119 @@
+"""Rate the results of a gallery's searches by a calibration and its cohort, and fit the two on its own pictures.
+
+Place in the flow: `cohort + captioned pictures -> MatchCalibrator (here) -> gallery -> search`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from alignment.confidence.calibration import DEFAULT_CALIBRATION, Calibration, MatchConfidence
+from alignment.confidence.cohort import Cohort, Direction
+
+MIN_FITTED = 100
+"""Captioned pictures below which `DEFAULT_CALIBRATION` is used."""
+
+MAX_FITTED = 1000
+"""Captioned pictures that the curves are fitted on; more only take longer."""
+
+MAX_FITTED_CAPTIONS = 5  # of a picture
+
+
+class Embeddings(Protocol):
+    """Embeddings by position: a tensor, or what reads them when asked."""
+
+    def __getitem__(self, positions: Tensor) -> Tensor: ...
+
+
+class _Picture(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+class _Caption(Protocol):
+    @property
+    def scene(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class MatchCalibrator:
+    """A calibration with the cohort it was fitted on.
+
+    Attributes:
+        calibration: the curves.
+        cohort: unrelated pictures and captions.
+    """
+
+    calibration: Calibration
+    cohort: Cohort
+
+    @classmethod
+    def restored(cls, calibration: Mapping[str, Any] | None, cohort: Mapping[str, Tensor]) -> MatchCalibrator | None:
+        """Restore what a gallery holds; None where it holds no calibration or no cohort.
+
+        Raises:
+            ValueError: when it is damaged.
+        """
+        if calibration is None or not cohort:
+            return None
+        try:
+            tensors = {name: embeds.float() for name, embeds in cohort.items()}
+            return cls(Calibration.from_dict(calibration), Cohort(**tensors))
+        except TypeError as error:
+            raise ValueError(f"This is no cohort: {error}") from error
+
+    def assess(
+        self, similarity: Tensor, query_embed: Tensor, direction: Direction, num_candidates: int
+    ) -> MatchConfidence:
+        """Rate the results of one query, see `Calibration.assess`."""
+        return self.calibration.assess(
+            similarity, query_embed, direction, num_candidates=num_candidates, cohort=self.cohort
+        )
+
+
+def fit_calibration(
+    pictures: Sequence[_Picture],
+    captions: Sequence[_Caption],
+    image_embeds: Embeddings,
+    text_embeds: Embeddings,
+    cohort: Cohort,
+) -> tuple[Calibration, str]:
+    """Fit the curves on a gallery's own captioned pictures; below `MIN_FITTED` of them take `DEFAULT_CALIBRATION`.
+
+    On pictures that the model was trained on, the probabilities come out too high.
+
+    Args:
+        pictures: in the order of the rows of `image_embeds`.
+        captions: in the order of the rows of `text_embeds`; `scene` is the picture's id.
+        image_embeds: (num_pictures, embed_dim).
+        text_embeds: (num_captions, embed_dim).
+        cohort: holds none of these items.
+
+    Returns:
+        The calibration, and a description of what it was fitted on.
+    """
+    own: dict[str, list[int]] = {picture.id: [] for picture in pictures}
+    for row, caption in enumerate(captions):
+        if len(own.get(caption.scene, ())) < MAX_FITTED_CAPTIONS and caption.scene in own:
+            own[caption.scene].append(row)
+    captioned = [row for row, picture in enumerate(pictures) if own[picture.id]]
+    if len(captioned) < MIN_FITTED:
+        return DEFAULT_CALIBRATION, "borrowed from the compact model"
+    chosen = sorted(random.Random(0).sample(captioned, min(len(captioned), MAX_FITTED)))
+    texts = [(place, row) for place, image in enumerate(chosen) for row in own[pictures[image].id]]
+    owners, rows = torch.tensor(texts).T
+    relevance = (owners[None] == torch.arange(len(chosen))[:, None]).float()
+    fitted = Calibration.fit(
+        image_embeds[torch.tensor(chosen)].float(),
+        text_embeds[rows].float(),
+        relevance,
+        cohort,
+        prior=DEFAULT_CALIBRATION,
+    )
+    return fitted, f"fitted on {len(chosen)} pictures with {len(rows)} captions of this gallery"

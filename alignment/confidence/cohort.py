@@ -1,0 +1,213 @@
+"""Compare a query with a cohort: unrelated pictures and captions, the same for every gallery.
+
+Place in the flow: `encoder -> cohort (here) -> calibration -> gallery`. Every gallery has the same cohort, so that
+probabilities stay comparable; only the model differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alignment.confidence.ood_probes import blank_images, random_texts
+from alignment.preprocess import ImageSource
+from alignment.shipped import ROOT, installed_file
+from alignment.similarity import cosine_similarity, cosines_within
+
+logger = logging.getLogger(__name__)
+
+Direction = Literal["image_to_text", "text_to_image"]
+"""Which way a search goes; the query comes first."""
+
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+TAIL = 5
+"""Items of the cohort closest to a query; their mean score is what unrelated items reach."""
+
+COHORT_CAPTIONS = 1024
+
+_ASSETS = ROOT / "assets"
+_MIN_PICTURES = 3  # fewer do not tell how far apart pictures lie
+_MIN_SPREAD = 1e-4  # of cosines; below, the model scores everything alike
+_NEAREST = 3  # probes around a query
+
+
+class Encoder(Protocol):
+    """The part of `DualEncoder` that embeds a cohort."""
+
+    def encode_images(self, images: Sequence[ImageSource]) -> Tensor:
+        """Embed pictures, (n, embed_dim)."""
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed captions, (n, embed_dim)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """Unrelated pictures and captions that the scores of every query are compared with.
+
+    Any everyday pictures and captions do, if the same model embedded them. A larger cohort, and one from the domain of
+    the gallery, separates matches from non-matches more sharply. A gallery keeps it with the calibration.
+
+    Attributes:
+        image_embeds: (num_images, embed_dim), at least one.
+        text_embeds: (num_texts, embed_dim), at least one.
+        empty_image_embeds: (num_blank_images, embed_dim), see `blank_images`; there may be none.
+        nonsense_text_embeds: (num_random_texts, embed_dim), see `random_texts`; there may be none.
+    """
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    empty_image_embeds: Tensor | None = None
+    nonsense_text_embeds: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(embeds.shape) for name, embeds in self.tensors().items()}
+        one_width = {len(shape) for shape in shapes.values()} == {2} and len(
+            {shape[1] for shape in shapes.values()}
+        ) == 1
+        if not one_width or not len(self.image_embeds) or not len(self.text_embeds):
+            raise ValueError(f"A cohort needs pictures and captions, (n, embed_dim) of one width, not {shapes}.")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by the names that galleries hold; `Cohort(**tensors)` inverts it."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: embeds for name, embeds in found.items() if embeds is not None}
+
+    @cached_property
+    def units(self) -> dict[Direction, tuple[float, float]]:
+        """Mean and standard deviation of cosines between unrelated items; they make models comparable."""
+        similarity = cosine_similarity(self.image_embeds, self.text_embeds).double()
+        scores: dict[Direction, Tensor] = {"image_to_text": similarity, "text_to_image": similarity.T}
+        return {
+            direction: (matrix.mean().item(), max(matrix.std(1, correction=0).mean().item(), _MIN_SPREAD))
+            for direction, matrix in scores.items()
+        }
+
+    @cached_property
+    def unrelated_pictures(self) -> float | None:
+        """Mean cosine between unrelated pictures; None where the cohort has too few of them."""
+        few = len(self.image_embeds) < _MIN_PICTURES
+        return None if few else cosines_within(self.image_embeds).mean().item()
+
+    @cached_property
+    def _unit(self) -> dict[str, Tensor]:
+        """The tensors with unit norm, computed once."""
+        return {name: functional.normalize(embeds.float(), dim=-1) for name, embeds in self.tensors().items()}
+
+    def is_out_of_distribution(self, query_embeds: Tensor, direction: Direction) -> Tensor:
+        """Find the queries that lie among the random texts or blank images; (num_queries,) bool.
+
+        Such a query is closer to these probes than to any ordinary item, and closer than half-way between how close
+        ordinary items come to the probes and how close the probes lie to each other.
+        """
+        probes, ordinary, half_way = self._probes[direction]
+        if probes is None:
+            return torch.zeros(len(query_embeds), dtype=torch.bool)
+        here = _nearness(query_embeds, probes)
+        beyond = here > half_way  # false for nearly all queries, which saves the comparison with ordinary items
+        return beyond & (here > _nearness(query_embeds, ordinary)) if beyond.any() else beyond
+
+    @cached_property
+    def _probes(self) -> dict[Direction, tuple[Tensor | None, Tensor, float]]:
+        """Direction -> probes (None if there are too few), ordinary items, and the threshold half-way between them."""
+        unit = self._unit
+        sides: dict[Direction, tuple[Tensor | None, Tensor]] = {
+            "image_to_text": (unit.get("empty_image_embeds"), unit["image_embeds"]),
+            "text_to_image": (unit.get("nonsense_text_embeds"), unit["text_embeds"]),
+        }
+        found: dict[Direction, tuple[Tensor | None, Tensor, float]] = {}
+        for direction, (probes, ordinary) in sides.items():
+            if probes is None or len(probes) <= _NEAREST:
+                found[direction] = None, ordinary, 0.0
+                continue
+            inside = (probes @ probes.T).fill_diagonal_(-1).topk(_NEAREST).values.mean()  # without each with itself
+            found[direction] = probes, ordinary, float(inside + _nearness(ordinary, probes).mean()) / 2
+        return found
+
+    def evidence(
+        self, similarity: Tensor, query_embeds: Tensor, num_candidates: int | Tensor, direction: Direction
+    ) -> Tensor:
+        """Compute the features of search results, standardised by the cohort's cosines.
+
+        Args:
+            similarity: (num_queries, num_results) cosines.
+            query_embeds: (num_queries, embed_dim).
+            num_candidates: how many were searched, one number or (num_queries,).
+            direction: what the queries are.
+
+        Returns:
+            (num_queries, num_results, 4) float64: the score; the query's mean score with the `TAIL` closest items of
+            the cohort; its mean score with the whole cohort; the logarithm of the number of candidates.
+        """
+        items = self._unit["text_embeds" if direction == "image_to_text" else "image_embeds"]
+        centre, spread = self.units[direction]
+        unrelated = (_cosines(query_embeds, items).double() - centre) / spread
+        sizes = torch.as_tensor(num_candidates, dtype=torch.double).clamp_min(1).log()
+        of_query = (
+            unrelated.topk(min(TAIL, len(items))).values.mean(1),
+            unrelated.mean(1),
+            sizes.expand(len(query_embeds)),
+        )
+        scores = (similarity.double() - centre) / spread
+        return torch.stack([scores, *(column[:, None].expand_as(scores) for column in of_query)], dim=-1)
+
+
+def _cosines(queries: Tensor, items: Tensor) -> Tensor:
+    """Cosines of queries with items of unit norm."""
+    return functional.normalize(queries.float(), dim=-1) @ items.T
+
+
+def _nearness(queries: Tensor, items: Tensor) -> Tensor:
+    """Mean cosine with the `_NEAREST` items, which have unit norm."""
+    return _cosines(queries, items).topk(min(_NEAREST, len(items))).values.mean(1)
+
+
+def cohort_items() -> tuple[list[str], list[str]]:
+    """List the cohort's pictures that are on this machine, and its captions.
+
+    Returns:
+        Paths of pictures inside installed packages, and captions in English and Chinese.
+    """
+    pictures = (_ASSETS / "gallery" / "sources" / "pictures.jsonl").read_text("utf-8").splitlines()
+    lines = (_ASSETS / "parallel_captions.jsonl").read_text("utf-8").splitlines()
+    captions = [caption for line in lines for caption in json.loads(line).values()]
+    paths = []
+    for source in [json.loads(line)["source"] for line in pictures]:
+        try:
+            paths.append(str(installed_file(source)))
+        except FileNotFoundError as error:
+            logger.warning("The cohort lacks the picture %s. %s", source, error)
+    return paths, random.Random(0).sample(captions, COHORT_CAPTIONS)
+
+
+def cohort_version() -> str:
+    """Hash the cohort's items, so that a gallery tells when its cohort is out of date."""
+    paths, captions = cohort_items()
+    text = json.dumps([[Path(path).name for path in paths], captions])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def build_cohort(encoder: Encoder) -> Cohort:
+    """Embed the cohort; takes some seconds with the compact model.
+
+    Raises:
+        InputError: when one of its pictures is damaged.
+    """
+    paths, captions = cohort_items()
+    return Cohort(
+        encoder.encode_images(paths),
+        encoder.encode_texts(captions),
+        encoder.encode_images(blank_images()),
+        encoder.encode_texts(random_texts()),
+    )

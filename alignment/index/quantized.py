@@ -1,0 +1,226 @@
+"""The file of a large index: rows as float16, and a faiss index of their projections that names candidates.
+
+Layout: a page with a checksum and JSON, the rows in the order in which they were written, the faiss index (PCA, IVF,
+SQ8). All of it is mapped, and mapped pages do not count as memory of the process. It is derived from a gallery's
+database and may be deleted at any time.
+
+A query visits the lists whose centres are nearest. How many lists, and how many candidates, is measured at writing
+against the exact best ten of queries that are mixtures of rows: these lie between rows, as captions do among pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alignment.atomic import atomic_write
+from alignment.index.vector_index import Floats, Positions, validate_embeds, validate_ids
+
+TARGET_RECALL = 0.9995
+"""Share of the exact best ten of the mixtures that must be among the candidates."""
+
+_FORMAT = 1
+_PAGE = 4096
+_WIDTH = 128  # of the projections
+_MIN_SAMPLE, _PER_LIST = 20_000, 40  # rows from which projections and codes are learnt, at least and for each list
+_MIXTURES, _MIXED = (
+    512,
+    8,
+)  # queries of the measurement, rows in each: of fewer, they are easier to answer than captions
+_DEPTHS = 128, 1024  # candidates, at least and at most
+_BLOCK = 16_384  # rows at a time
+
+
+class QuantizedFile:
+    """An open file.
+
+    Attributes:
+        rows: (n, embed_dim) float16, mapped.
+        depth: how many candidates to ask for.
+    """
+
+    def __init__(self, path: Path, ids: Positions, stamp: str) -> None:
+        """Map a file; reads the page and what faiss keeps beside the codes. See `LocalIndex.open`."""
+        header = _read_header(path)
+        if (header["stamp"], header["ids_crc"]) != (stamp, zlib.crc32(ids.data)):
+            raise ValueError(f"The search index {path} was made of another state of the gallery.")
+        # Copy on write, though nothing writes: torch warns of arrays that may not be written to.
+        self.rows: Floats = np.memmap(path, np.float16, "c", _PAGE, (len(ids), header["embed_dim"]))
+        self._data = np.memmap(path, np.uint8, "r", _PAGE + self.rows.nbytes)
+        if zlib.crc32(self._data[: header["head"]].data) != header["head_crc"]:
+            raise _damaged(path)
+        self.depth, self._nprobe = int(header["depth"]), int(header["nprobe"])
+
+    @cached_property
+    def _index(self) -> Any:
+        """The faiss index; loaded at the first search, since importing faiss takes longer than opening."""
+        import faiss
+
+        return faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(self._data), len(self._data)))
+
+    @cached_property
+    def _projection(self) -> Tensor:
+        return torch.from_numpy(_projection(self._index))
+
+    def candidates(
+        self, query: NDArray[np.float64], depth: int, count: int, bits: NDArray[np.uint8] | None = None
+    ) -> tuple[NDArray[np.float32], Positions]:
+        """Find rows that score high by their codes.
+
+        Args:
+            query: (embed_dim,).
+            depth: how many.
+            count: of the rows that compete; the fewer do, the more lists are visited.
+            bits: one per row, the lowest first, set if the row competes; all do if left out.
+
+        Returns:
+            Quantised scores, which are not cosines, and positions, both (at most depth,), best first.
+        """
+        import faiss
+
+        lists = faiss.downcast_index(self._index.index)
+        visited = max(self._nprobe * len(self.rows), 2 * depth * lists.nlist) // count
+        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
+        asked = faiss.SearchParametersIVF(nprobe=min(max(visited, 1), lists.nlist), sel=selector)
+        projected = torch.mv(self._projection, torch.from_numpy(query.astype(np.float32)))
+        looks, near = lists.search(projected[None].numpy(), depth, params=asked)
+        there = (near[0] >= 0) & (near[0] < len(self.rows))
+        return looks[0][there], near[0][there]
+
+
+def _projection(index: Any) -> NDArray[np.float32]:
+    """Read the projection of queries, (width, embed_dim).
+
+    faiss would centre queries as it does rows, which ranks by another measure than the cosine: left as they are, the
+    mean of the rows adds the same to every score.
+    """
+    import faiss
+
+    pca = faiss.downcast_VectorTransform(index.chain.at(0))
+    return np.asarray(faiss.vector_to_array(pca.A).reshape(pca.d_out, pca.d_in))
+
+
+def write(path: Path, batches: Iterable[tuple[Tensor, Tensor]], count: int, embed_dim: int, stamp: str) -> None:
+    """Write a file atomically.
+
+    Args:
+        path: takes the place of the file that is there.
+        batches: ids, (n,), and unit-norm embeddings, (n, embed_dim), which are kept as float16.
+        count: of all rows, at least 1.
+        embed_dim: width of the embeddings.
+        stamp: says what they were made of; `LocalIndex.open` asks for it.
+
+    Raises:
+        OSError: when it cannot be written.
+        ValueError: when the batches are not what was announced, or an embedding is not finite.
+    """
+    import faiss
+
+    with atomic_write(path) as temp, temp.open("wb") as file:
+        file.write(bytes(_PAGE))
+        ids_crc, crc = _write_rows(file, batches, count, embed_dim)
+        index, nprobe, depth = _train(np.memmap(temp, np.float16, "c", _PAGE, (count, embed_dim)))
+        data = faiss.serialize_index(index)
+        file.write(data)
+        head = len(data) - count * (faiss.extract_index_ivf(index).code_size + 8)  # codes and positions come last
+        header = {"format": _FORMAT, "stamp": stamp, "embed_dim": embed_dim, "nprobe": nprobe, "depth": depth}
+        header |= {"size": file.tell(), "crc": zlib.crc32(data, crc), "ids_crc": ids_crc}
+        header |= {"head": head, "head_crc": zlib.crc32(data[:head])}
+        page = json.dumps(header).encode().ljust(_PAGE - 8)
+        file.seek(0)
+        file.write(b"%08x" % zlib.crc32(page) + page)
+
+
+def check(path: Path) -> list[str]:
+    """Read the whole file and list its faults."""
+    try:
+        header, crc = _read_header(path), 0
+        with path.open("rb") as file:
+            file.seek(_PAGE)
+            while block := file.read(1 << 22):
+                crc = zlib.crc32(block, crc)
+        return [] if crc == header["crc"] else [str(_damaged(path))]
+    except (OSError, ValueError) as error:
+        return [str(error)]
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        page = file.read(_PAGE)
+    header: dict[str, Any] = json.loads(page[8:]) if page[:8] == b"%08x" % zlib.crc32(page[8:]) else {}
+    if header.get("format") != _FORMAT or path.stat().st_size != header["size"]:
+        raise _damaged(path)
+    return header
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"The search index {path} is damaged or of another version: delete it, it will be made again.")
+
+
+def _write_rows(file: BinaryIO, batches: Iterable[tuple[Tensor, Tensor]], count: int, embed_dim: int) -> list[int]:
+    """Write rows as they come; returns checksums of the ids and of the rows."""
+    written, crcs = 0, [0, 0]
+    for ids, embeds in batches:
+        numbers, rows = validate_ids(ids), np.ascontiguousarray(validate_embeds(embeds), np.float16)
+        if rows.shape != (len(numbers), embed_dim) or not np.isfinite(rows).all():
+            raise ValueError(f"Embeddings must be finite, {embed_dim} wide, and as many as ids.")
+        crcs = [zlib.crc32(numbers.data, crcs[0]), zlib.crc32(rows.data, crcs[1])]
+        written += file.write(rows.data) // (2 * embed_dim)
+    if written != count or not count:
+        raise ValueError(f"The index was to get {count} rows, at least 1, and got {written}.")
+    file.flush()
+    return crcs
+
+
+def _train(rows: Floats) -> tuple[Any, int, int]:
+    """Make the faiss index; returns it, the number of lists to visit and the number of candidates."""
+    import faiss
+
+    rng, num_lists = np.random.default_rng(0), 2 ** round(math.log2(1.5 * math.sqrt(len(rows))))
+    drawn = rng.permutation(len(rows))[: max(_MIN_SAMPLE, _PER_LIST * num_lists)]
+    sample = rows[np.sort(drawn)].astype(np.float32)
+    spec = f"PCA{min(_WIDTH, *rows.shape)},IVF{num_lists},SQ8"
+    index = faiss.index_factory(rows.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
+    clustering = faiss.extract_index_ivf(index).cp
+    clustering.niter, clustering.min_points_per_centroid, clustering.max_points_per_centroid = 8, 1, _PER_LIST
+    index.train(sample)
+    for block in _blocks(rows):
+        index.add(block)
+    mixed = sample[rng.integers(len(sample), size=(_MIXED, _MIXTURES))].mean(0) - sample.mean(0)
+    faiss.normalize_L2(mixed)
+    return index, *_tune(index, rows, mixed)
+
+
+def _blocks(rows: Floats) -> Iterable[NDArray[np.float32]]:
+    return (rows[start : start + _BLOCK].astype(np.float32) for start in range(0, len(rows), _BLOCK))
+
+
+def _tune(index: Any, rows: Floats, queries: NDArray[np.float32]) -> tuple[int, int]:
+    """Measure how many lists to visit and how many candidates to name for the best ten of these queries."""
+    import faiss
+    from faiss.contrib.exhaustive_search import knn_ground_truth
+
+    truth = knn_ground_truth(queries, _blocks(rows), min(10, len(rows)), faiss.METRIC_INNER_PRODUCT)[1]
+    lists, projected = faiss.extract_index_ivf(index), queries @ _projection(index).T
+
+    def recalls(nprobe: int, depth: int) -> NDArray[np.float64]:
+        """Compute the recall at 1, 2, ..., depth candidates."""
+        near = lists.search(projected, depth, params=faiss.SearchParametersIVF(nprobe=nprobe))[1]
+        return np.asarray((near[:, :, None] == truth[:, None, :]).sum((0, 2)).cumsum() / truth.size)
+
+    least, most = (min(depth, len(rows)) for depth in _DEPTHS)
+    held = recalls(lists.nlist, most)
+    depth, nprobe = min(max(least, int(np.searchsorted(held, TARGET_RECALL)) + 1), most), 1
+    while nprobe < lists.nlist and recalls(nprobe, depth)[-1] < TARGET_RECALL * held[depth - 1]:
+        nprobe += max(1, nprobe // 4)
+    return min(nprobe, lists.nlist), depth
