@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from alignment.engine import MAX_PHOTOS, Alignment, AlignmentEngine, as_webp
+from alignment.engine import MAX_PHOTOS, Alignment, AlignmentEngine, Term, as_webp
 from alignment.engine.photos import Thumbnails
 from alignment.gallery import Gallery, Picture, build_gallery
+from alignment.gallery.records import FileFingerprint
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, open_image
 
@@ -179,12 +180,46 @@ def test_the_gallerys_pictures_can_be_taken_as_photos(engine):
 # ---------------------------------------------------------------- pictures to show
 
 
-def test_thumbnails_are_small_and_made_once(engine):
-    data = engine.thumbnail("three")
-    assert open_image(data).size == (150, 60)
-    assert engine.thumbnail("three") is data
+def test_thumbnails_are_those_of_the_gallery(engine):
+    assert open_image(engine.thumbnail("three")).size == (150, 60)
+    assert engine.thumbnail("three") == engine.gallery.thumbnail(engine.gallery.picture("three"))
     with pytest.raises(KeyError):
         engine.thumbnail("unknown")
+
+
+def test_thumbnails_that_a_gallery_lacks_are_made_once_for_each_state_of_a_file(engine, tmp_path):
+    def with_file(sha256: str) -> Gallery:
+        picture = Picture("a", str(tmp_path / "a.png"), file=FileFingerprint(1, 1, sha256))
+        known = engine.gallery
+        return Gallery([picture], (), known.image_embeds[:1], known.text_embeds[:0], known.metadata)
+
+    (tmp_path / "a.png").write_bytes(photo(1))
+    other = AlignmentEngine(engine.encoder, with_file("00"))
+    data = other.thumbnail("a")
+    (tmp_path / "a.png").write_bytes(photo(2))
+    assert other.thumbnail("a") is data
+    other.show(with_file("01"))
+    assert other.thumbnail("a") != data
+
+
+def test_a_record_that_another_process_deletes_is_left_out_of_the_results(engine, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "gallery"
+    source.mkdir()
+    for seed in range(6):
+        (source / f"{seed}.png").write_bytes(photo(seed))
+    build_gallery(source, out, engine.encoder, calibrate=False)
+    old = AlignmentEngine(engine.encoder, Gallery.load(out, engine.encoder))
+    before = {picture.source: picture.id for picture in old.gallery.pictures}
+    (source / "3.png").unlink()
+    build_gallery(source, out, engine.encoder, calibrate=False)
+    kept = {id for name, id in before.items() if name != "3.png"}
+    found = old.search_images("two cats", 6)
+    assert {match.item.id for match in found.matches} == {picture.id for picture in old.gallery.pictures} == kept
+    assert old.gallery.picture(before["3.png"]) is None
+    composed = old.compose_query([Term("two cats"), Term("pasta", -1.0)])
+    assert {match.item.id for match in old.search_images(composed, 6).matches} == kept
+    with pytest.raises(KeyError):
+        old.thumbnail(before["3.png"])
 
 
 def test_webp_fits_the_square():

@@ -11,7 +11,8 @@ import app
 from alignment.atomic import exclusive_lock
 from alignment.engine import AlignmentEngine, PhotoFolder, Scan, Skipped
 from alignment.engine.photo_folder import photo_folder
-from alignment.gallery import Gallery, build_gallery, cached
+from alignment.gallery import Gallery, build_gallery
+from alignment.gallery import starter as starter_module
 from alignment.model import DualEncoder
 from alignment.picture_limits import lift_limits
 from alignment.preprocess import InputError
@@ -272,8 +273,8 @@ def come_along(starter, tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "come along"
     shutil.copytree(small.metadata.source, folder / "sources")
     build_gallery(folder / "sources", folder, encoder, calibrate=False)
-    for module, name in ((app, "bundled"), (cached, "bundled")):
-        monkeypatch.setattr(module, name, lambda name: str(folder))
+    for module in (app, starter_module):
+        monkeypatch.setattr(module, "bundled", lambda name: str(folder))
     return folder
 
 

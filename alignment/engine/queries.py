@@ -22,7 +22,7 @@ from alignment.confidence import MatchCalibrator, MatchConfidence
 from alignment.gallery import Gallery, Picture, SearchResult
 from alignment.gallery.modality import Modality, is_large
 from alignment.preprocess import InputError
-from alignment.similarity import cosine_similarity
+from alignment.similarity import cosine_similarity, top_k
 
 MAX_TERMS = 8
 MIN_WEIGHT, MAX_WEIGHT = 0.1, 10.0
@@ -177,16 +177,19 @@ def search(gallery: Gallery, query: Query, k: int) -> SearchResult[Picture]:
     judge, meaningless = gallery.judge, _ood_captions(query, gallery.judge)
     unrelated = judge.cohort.image_embeds if judge else gallery.images.sample()
     scored, considered = _best(gallery.images, query, unrelated, k + len(own))
-    others = len(gallery.pictures) - len(considered)
+    left_out = [position for id in own if (position := gallery.pictures.position(id)) is not None]
+    kept = ~torch.isin(considered, torch.tensor(left_out, dtype=torch.int64))
+    best, order = top_k(scored[kept], len(scored))
+    ranked, competing = considered[kept][order], len(gallery.pictures) - int((~kept).sum())
 
-    def assess(positions: Tensor, candidates: Tensor) -> MatchConfidence | None:
+    def assess(places: list[int]) -> MatchConfidence | None:
         if judge is None or not query.wanted_captions:
             return None
         if meaningless:
-            return MatchConfidence.out_of_distribution(len(positions))
-        return _assess(gallery.images, query, judge, positions, candidates, len(candidates) + others)
+            return MatchConfidence.out_of_distribution(len(places))
+        return _assess(gallery.images[ranked], query, judge, places, competing)
 
-    found = gallery.rank_images(scored, considered, k, assess, without=own)
+    found = gallery.rank_images(best, ranked, k, assess)
     return replace(found, composed=True, ood_captions=meaningless)
 
 
@@ -255,20 +258,13 @@ def _ood_captions(query: Query, judge: MatchCalibrator | None) -> tuple[str, ...
     return tuple(term.text for term, is_ood in zip(query.captions, meaningless, strict=True) if is_ood)
 
 
-def _assess(
-    pictures: Modality[Picture],
-    query: Query,
-    judge: MatchCalibrator,
-    positions: Tensor,
-    candidates: Tensor,
-    competing: int,
-) -> MatchConfidence:
+def _assess(embeds: Tensor, query: Query, judge: MatchCalibrator, places: list[int], competing: int) -> MatchConfidence:
     """Rate the plus terms as one caption, and each minus term by itself, taken as independent.
 
     Weights change the ranking only. Captions of one picture are anything but independent: multiplied, their
-    probabilities say far too little of it.
+    probabilities would be far too low.
     """
-    embeds, curves = pictures[candidates], judge.calibration
+    curves = judge.calibration
 
     def evidence(embed: Tensor) -> Tensor:
         similarity = cosine_similarity(embed[None], embeds)
@@ -278,11 +274,10 @@ def _assess(
         functional.normalize(torch.stack([embed_of(term) for term in query.wanted_captions]).sum(0), dim=0)
     )
     matches = curves.match["text_to_image"].probability(wanted)
-    fits = curves.any_match["text_to_image"].probability(wanted)
+    any_match = curves.any_match["text_to_image"].probability(wanted)
     for term in query.captions:
         if not term.wanted:
             spared = 1 - curves.match["text_to_image"].probability(evidence(embed_of(term)))
-            matches, fits = matches * spared, fits * spared
-    by_position = dict(zip(candidates.tolist(), matches.tolist(), strict=True))
-    probabilities = torch.tensor([by_position[position] for position in positions.tolist()])
-    return MatchConfidence.of(probabilities, float(fits.max()), curves.thresholds["text_to_image"])
+            matches, any_match = matches * spared, any_match * spared
+    probabilities = matches[places].float()
+    return MatchConfidence.of(probabilities, float(any_match.max()), curves.thresholds["text_to_image"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,9 @@ _BATCH = 1024  # records fetched at a time where all are read
 
 
 class Records(Sequence[Item]):
-    """Records by position, and their tags: the folders of a picture, the language of a caption."""
+    """Records by position, held in memory, and their tags, see `tags_of`."""
 
-    def __init__(self, items: Sequence[Item] = ()) -> None:
-        """Hold records in memory."""
+    def __init__(self, items: Sequence[Item]) -> None:
         self._items: tuple[Item, ...] = tuple(items)
         self._positions: dict[str, int] = {item.id: position for position, item in enumerate(items)}
 
@@ -44,27 +43,22 @@ class Records(Sequence[Item]):
 
     def tags(self) -> Mapping[str, int]:
         """Count the items of each tag."""
-        return Counter(tag for item in self._items for tag in _tags(item))
+        return Counter(tag for item in self._items for tag in tags_of(item))
 
     def tagged(self, tag: str) -> Tensor:
         """List the positions of the items of a tag, ascending."""
-        found = [position for position, item in enumerate(self._items) if tag in _tags(item)]
-        return torch.tensor(found, dtype=torch.int64)
+        return torch.tensor([tag in tags_of(item) for item in self._items], dtype=torch.bool).nonzero().flatten()
 
     def find(self, name: str) -> Item | None:
         """Fetch the record of a public name."""
         position = self.position(name)
         return None if position is None else self.fetch([position])[0]
 
-    @overload
-    def __getitem__(self, position: int) -> Item: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[Item]: ...
-    def __getitem__(self, position: int | slice) -> Item | list[Item]:
+    def __getitem__(self, position: Any) -> Any:
         """Fetch one record, or those of a slice that are still there."""
-        chosen = range(len(self))[position]
-        found = [item for item in self.fetch([chosen] if isinstance(chosen, int) else chosen) if item is not None]
-        return found[0] if isinstance(chosen, int) else found
+        if isinstance(position, slice):
+            return [item for item in self.fetch(range(len(self))[position]) if item is not None]
+        return self.fetch([range(len(self))[position]])[0]
 
     def __iter__(self) -> Iterator[Item]:
         for start in range(0, len(self), _BATCH):
@@ -75,7 +69,6 @@ class StoredRecords(Records[Item]):
     """Records in a gallery's database; only their ids are in memory."""
 
     def __init__(self, database: GalleryDatabase, kind: Kind, ids: Tensor) -> None:
-        """Take the items with these ids, (n,) int64."""
         self._database, self._kind, self._ids = database, kind, ids
         self._read: Any = database.pictures if kind == "picture" else database.captions
 
@@ -92,8 +85,7 @@ class StoredRecords(Records[Item]):
     def position(self, name: str) -> int | None:
         """See `Records`."""
         id = self._database.id_of(self._kind, name)
-        found = [] if id is None else (self._ids == id).nonzero().flatten().tolist()
-        return found[0] if found else None
+        return None if id is None else next(iter((self._ids == id).nonzero().flatten().tolist()), None)
 
     def tags(self) -> Mapping[str, int]:
         """See `Records`."""
@@ -104,8 +96,8 @@ class StoredRecords(Records[Item]):
         return torch.isin(self._ids, self._database.ids(self._kind, tag)).nonzero().flatten()
 
 
-def _tags(item: Picture | Caption) -> list[str]:
-    """List the folders around a picture, or the language of a caption, "" if it is unknown."""
+def tags_of(item: Picture | Caption) -> list[str]:
+    """List the folders around a picture, "a" and "a/b" of "a/b/c.jpg", or the language of a caption."""
     if isinstance(item, Caption):
         return [item.lang]
     names = folder_of(item.source).split("/")
@@ -114,17 +106,8 @@ def _tags(item: Picture | Caption) -> list[str]:
 
 def missing_pictures(database: GalleryDatabase) -> list[int]:
     """List the ids of pictures inside packages that are not installed here; a warning counts them."""
-    ids = database.packaged()
-    missing = {
-        id: picture.package for id, picture in zip(ids, database.pictures(ids), strict=True) if _is_gone(picture)
-    }
+    pictures = zip(database.packaged(), database.pictures(database.packaged()), strict=True)
+    missing = {id: picture.package for id, picture in pictures if not picture.exists}
     for package, count in Counter(missing.values()).items():
         logger.warning("%d pictures of the package %s are left out: it is not installed here.", count, package)
     return list(missing)
-
-
-def _is_gone(picture: Picture) -> bool:
-    try:
-        return not picture.path.is_file()
-    except FileNotFoundError:
-        return True

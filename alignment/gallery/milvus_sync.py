@@ -3,14 +3,12 @@
     python -m alignment.gallery push GALLERY --index http://host:19530
     python -m alignment.gallery pull GALLERY --index http://host:19530
 
-Place in the flow: `gallery.db -> collections on the server (here) -> search`. There is one collection for pictures and
-one for captions, named by gallery, side and model: `my_photos_image_embeds_0123456789ab`. Rows have the ids of the
-gallery, so an interrupted push sends only what is missing. When all rows are there and indexed, the collection is
-marked with a digest of their ids, so that an app need not list millions of them. Only then are rows deleted that the
-gallery has no more: a kill leaves rows too many, which searches ignore.
-
-Two galleries may have the same name. A collection therefore stores an owner, random letters that also lie in the file
-`milvus.json` of the gallery folder and of its copies; the rows of another owner are never changed.
+Place in the flow: `gallery.db -> collections on the server (here) -> search`. There is a collection for pictures and
+one for captions, such as `my_photos_image_embeds_0123456789ab` with the model at its end. Rows have the ids of the
+gallery, so an interrupted push is resumed. When all are there and indexed, the collection is marked with a digest of
+the ids, which an app compares instead of listing them; then rows are deleted that the gallery has no more. Galleries
+may share a name: a collection stores an owner, random letters that are also in the file `milvus.json` of the gallery
+folder and of its copies, and rows of another owner are never changed.
 """
 
 from __future__ import annotations
@@ -20,9 +18,10 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -33,12 +32,16 @@ from tqdm import tqdm
 
 from alignment.atomic import exclusive_lock, read_json_checksummed, write_json_checksummed
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
-from alignment.gallery.records import Caption, Picture, folder_of, item_ids
+from alignment.gallery.items import tags_of
+from alignment.gallery.old_format import import_gallery
+from alignment.gallery.records import Caption, Picture, item_ids
 from alignment.gallery.writer import GalleryWriter, content_of
 from alignment.index import MilvusIndex, Server
 from alignment.index.server import Connection
 
-INDEX, INDEX_NAME, OWNER_FILE = "ALIGNMENT_INDEX", "ALIGNMENT_INDEX_NAME", "milvus.json"
+OWNER_FILE = "milvus.json"
+_URI_HELP = "a Milvus server for the embeddings, such as http://localhost:19530 (or ALIGNMENT_INDEX)"
+_NAME_HELP = "of the gallery there, if not that of its folder (or ALIGNMENT_INDEX_NAME)"
 _SIDES: dict[Kind, str] = {"picture": "image_embeds", "caption": "text_embeds"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _BATCH_ROWS = 16_384
@@ -84,12 +87,7 @@ class Remote:
         return f"python -m alignment.gallery push {self.folder} --index {self.server.uri}{own}"
 
     def open(self, kind: Kind, fingerprint: str, ids: Tensor) -> MilvusIndex:
-        """Open a collection that holds the rows of all ids, and perhaps others.
-
-        Raises:
-            ValueError: if it does not; names the command that helps.
-            OSError: if the server does not answer or rejects the credentials.
-        """
+        """Open a collection that holds the rows of all ids, and perhaps others; ValueError if there is none."""
         where = f"the collection {self.collection(kind, fingerprint)}"
         if (index := self._find(kind, fingerprint)) is None:
             raise ValueError(f"{self.server.uri} lacks {where}. Put the gallery there with: {self.push_command()}")
@@ -101,18 +99,22 @@ class Remote:
             f"anew; else bring the server up to date with: {self.push_command()}"
         )
 
+    def embeds(self, kind: Kind, fingerprint: str, ids: Tensor) -> Tensor:
+        """Fetch all embeddings of a collection, (n, embed_dim) float32; errors as of `open`."""
+        with closing(self.open(kind, fingerprint, ids)) as index:
+            return index.embeds(ids)
+
     def push(
         self, database: GalleryDatabase, progress: Progress = lambda *done: None, *, dry_run: bool = False
     ) -> list[SyncPlan]:
         """Bring the server up to date with a gallery, or only tell what that takes.
 
         Raises:
-            ValueError: if a collection belongs to another gallery or model, or the gallery is replaced meanwhile.
-            OSError: if the server does not answer or rejects the credentials.
+            ValueError: if a collection belongs to another gallery or model, or the gallery is rebuilt meanwhile.
         """
         plans, fingerprint = [], database.metadata.fingerprint
-        for kind in (kind for kind in KINDS if len(database.ids(kind))):
-            index, ids = self._find(kind, fingerprint), database.ids(kind)
+        for kind, ids in ((kind, database.ids(kind)) for kind in KINDS if len(database.ids(kind))):
+            index = self._find(kind, fingerprint)
             existing = ids[:0] if index is None else index.ids()
             if index is not None and index.about.get("owner", "") != self._owner():
                 raise ValueError(
@@ -123,46 +125,59 @@ class Remote:
             plans.append(SyncPlan(self.collection(kind, fingerprint), len(ids), missing, stale))
             if not dry_run:
                 with closing(index or self._create(kind, database)) as index:
-                    self._apply(plans[-1], index, kind, database, progress)
+                    self._send(database, kind, missing, index, progress)
+                    index.mark(digest(ids))
+                    index.unmark(keep=digest(ids))
+                    index.delete(stale)
+                    if len(index) != len(ids):
+                        raise ValueError(
+                            f"{index.name} has not {len(ids)} but {len(index)} rows. Run the command again."
+                        )
         return plans
 
-    def _apply(self, plan: SyncPlan, index: MilvusIndex, kind: Kind, database: GalleryDatabase, show: Progress) -> None:
-        count, done, mark = plan.num_items, plan.num_items - len(plan.missing), digest(database.ids(kind))
-        for ids in filter(len, plan.missing.split(_BATCH_ROWS)):
+    def _send(self, database: GalleryDatabase, kind: Kind, missing: Tensor, index: MilvusIndex, show: Progress) -> None:
+        count, done = len(database.ids(kind)), len(database.ids(kind)) - len(missing)
+        for ids in filter(len, missing.split(_BATCH_ROWS)):
             try:
-                index.upsert(ids, database.embeds(kind, ids), _tags(kind, database, ids.tolist()))
+                items = (database.pictures if kind == "picture" else database.captions)(ids.tolist())
+                index.upsert(ids, database.embeds(kind, ids), list(map(tags_of, items)))
             except KeyError:
                 raise ValueError(f"{self.folder} was rebuilt meanwhile. Run the command again.") from None
             show(index.name, done := done + len(ids), count)
         index.wait_until_indexed(lambda left: show(f"{index.name}: index", max(0, count - left), count))
-        index.mark(mark)
-        index.unmark(keep=mark)
-        index.delete(plan.stale)
-        if len(index) != count:
-            raise ValueError(f"{index.name} has {len(index)} rows instead of {count}. Run the command again.")
 
     def pull(self, progress: Progress = lambda *done: None) -> tuple[int, int]:
-        """Fetch the embeddings that are missing or damaged in the gallery folder.
-
-        Returns:
-            Number of pictures and of captions in the gallery.
+        """Fetch embeddings that are missing or damaged in the gallery folder; returns how many items it has.
 
         Raises:
             ValueError: if the server does not hold this gallery, or the folder is damaged in another way.
-            OSError: if the server does not answer, or another process writes to the folder.
         """
-        with exclusive_lock(self.folder), closing(GalleryDatabase.open(self.folder)) as old:
-            pictures = old.pictures(old.ids("picture").tolist())
-            captions = old.captions(old.ids("caption").tolist())
-            sides: dict[Kind, Sequence[Picture] | Sequence[Caption]] = {"picture": pictures, "caption": captions}
-            with closing(GalleryWriter(self.folder / DATABASE, old.metadata.fingerprint, old.embed_dim)) as writer:
-                writer.repair()
-                for kind, items in sides.items():
-                    if items:
-                        with closing(self.open(kind, old.metadata.fingerprint, item_ids(items))) as index:
-                            _fetch(index, kind, items, writer, progress)
-                writer.finish(pictures, captions, old.metadata, old.cohort())
-            return len(pictures), len(captions)
+        with exclusive_lock(self.folder):
+            import_gallery(self.folder, self.embeds)
+            with closing(GalleryDatabase.open(self.folder)) as old:
+                pictures = old.pictures(old.ids("picture").tolist())
+                captions = old.captions(old.ids("caption").tolist())
+                fingerprint = old.metadata.fingerprint
+                with closing(GalleryWriter(self.folder / DATABASE, fingerprint, old.embed_dim)) as writer:
+                    writer.repair()
+                    if pictures:
+                        self._fetch("picture", fingerprint, pictures, writer, progress)
+                    if captions:
+                        self._fetch("caption", fingerprint, captions, writer, progress)
+                    writer.finish(pictures, captions, old.metadata, old.cohort())
+        return len(pictures), len(captions)
+
+    def _fetch(
+        self, kind: Kind, fingerprint: str, items: Sequence[Picture | Caption], writer: GalleryWriter, show: Progress
+    ) -> None:
+        contents, ids = [content_of(item) for item in items], item_ids(items)
+        missing = [row for row, content in enumerate(contents) if not writer.has(kind, content)]
+        with closing(self.open(kind, fingerprint, ids)) as index:
+            for start in range(0, len(missing), _BATCH_ROWS):
+                rows = missing[start : start + _BATCH_ROWS]
+                writer.add(kind, [contents[row] for row in rows], index.embeds(ids[rows]))
+                writer.commit()
+                show(index.name, start + len(rows), len(missing))
 
     def drop(self, fingerprint: str) -> dict[str, int]:
         """Delete all collections of a gallery; returns how many rows each had."""
@@ -205,26 +220,6 @@ class Remote:
             raise ValueError(f"{path} is damaged ({error}): copy it from a copy of the gallery.") from error
 
 
-def _fetch(
-    index: MilvusIndex, kind: Kind, items: Sequence[Picture | Caption], writer: GalleryWriter, show: Progress
-) -> None:
-    contents, ids = [content_of(item) for item in items], item_ids(items)
-    missing = [row for row, content in enumerate(contents) if not writer.has(kind, content)]
-    for start in range(0, len(missing), _BATCH_ROWS):
-        rows = missing[start : start + _BATCH_ROWS]
-        writer.add(kind, [contents[row] for row in rows], index.embeds(ids[rows]))
-        writer.commit()
-        show(index.name, start + len(rows), len(missing))
-
-
-def _tags(kind: Kind, database: GalleryDatabase, ids: Sequence[int]) -> list[Collection[str]]:
-    """List the tags of items: the folders around a picture ("a" and "a/b" for "a/b/c.jpg"), a caption's language."""
-    if kind == "caption":
-        return [[caption.lang] for caption in database.captions(ids)]
-    folders = (folder_of(picture.source).split("/") for picture in database.pictures(ids))
-    return [["/".join(names[:end]) for end in range(1, len(names) + 1) if names[0]] for names in folders]
-
-
 def default_name(folder: str | os.PathLike[str]) -> str:
     """Make a name that Milvus accepts of a folder's; where characters are replaced, a hash of the whole is added."""
     given = Path(os.path.abspath(folder)).name
@@ -245,20 +240,20 @@ def _hash(data: bytes) -> str:
 
 def add_index_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Add the options for a server; `Remote.of(args.index, folder, args.index_name)` reads them."""
-    uri, name = os.environ.get(INDEX) or None, os.environ.get(INDEX_NAME) or None
-    text = f"a Milvus server for the embeddings, such as http://localhost:19530 (or {INDEX})"
-    parser.add_argument("--index", metavar="URI", default=uri, required=required and not uri, help=text)
-    text = f"of the gallery there, if not that of its folder (or {INDEX_NAME})"
-    parser.add_argument("--index-name", metavar="NAME", default=name, help=text)
+    uri, name = os.environ.get("ALIGNMENT_INDEX") or None, os.environ.get("ALIGNMENT_INDEX_NAME") or None
+    parser.add_argument("--index", metavar="URI", default=uri, required=required and not uri, help=_URI_HELP)
+    parser.add_argument("--index-name", metavar="NAME", default=name, help=_NAME_HELP)
 
 
 def add_push(commands: Any) -> None:
     """Add the commands `push` and `pull`."""
-    text = "Copy the embeddings and tags of a gallery to a Milvus server, and wait until it has indexed them. "
-    text += "The gallery folder stays as it is and is still needed. Run the command again after an interruption, or "
-    text += "when the gallery has changed: only what is missing is sent, and what the gallery has no more is deleted "
-    text += "at the end. User and password, or an API key, are read from the environment: ALIGNMENT_INDEX_TOKEN."
-    push = commands.add_parser("push", help="copy the embeddings to a Milvus server", description=text)
+    text = "copy the embeddings to a Milvus server"
+    more = (
+        f"{text.capitalize()}, and wait until it has indexed them. The gallery folder is still needed. Run the command "
+        "again after an interruption or when the gallery has changed: only what is missing is sent, and what the "
+        "gallery has no more is deleted. User and password, or an API key, are read from ALIGNMENT_INDEX_TOKEN."
+    )
+    push = commands.add_parser("push", help=text, description=more)
     push.add_argument("--dry-run", action="store_true", help="say what would be sent and taken out, and change nothing")
     push.add_argument("--drop", action="store_true", help="delete the gallery's collections on the server instead")
     text = "fetch embeddings that are missing or damaged in the gallery folder back from a Milvus server"
@@ -277,15 +272,13 @@ def _run_push(args: argparse.Namespace) -> int:
             for name, count in remote.drop(fingerprint).items():
                 print(f"{name}: deleted, {count} rows")
             return 0
-        with _progress_bar(args.dry_run) as show:
-            plans = remote.push(database, show, dry_run=args.dry_run)
+        with tqdm(unit=" rows", dynamic_ncols=True, disable=args.dry_run) as bar:
+            plans = remote.push(database, partial(_show, bar), dry_run=args.dry_run)
     for name, count, missing, stale in plans:
         sent, there, gone = len(missing), count - len(missing), len(stale)
-        plan, did = (
-            f"{sent} to be sent, {gone} to be taken out; nothing was changed",
-            f"{sent} sent, {there} were there",
-        )
-        print(f"{name}: {count} rows, {plan if args.dry_run else f'{did}, {gone} taken out'}")
+        text = f"{sent} sent, {there} were there, {gone} taken out"
+        plan = f"{sent} to be sent, {gone} to be taken out; nothing was changed"
+        print(f"{name}: {count} rows, {plan if args.dry_run else text}")
     if old := remote.of_other_models(fingerprint):
         names = ", ".join(f"{index.name} ({len(index)} rows)" for index in old)
         print(f"Of earlier models there is still {names}: push --drop deletes all, and the next push sends anew.")
@@ -295,18 +288,12 @@ def _run_push(args: argparse.Namespace) -> int:
 def _run_pull(args: argparse.Namespace) -> int:
     remote = Remote.of(args.index, args.gallery, args.index_name)
     assert remote is not None  # the option is required
-    with _progress_bar() as show:
-        pictures, captions = remote.pull(show)
+    with tqdm(unit=" rows", dynamic_ncols=True) as bar:
+        pictures, captions = remote.pull(partial(_show, bar))
     print(f"{args.gallery}: {pictures} pictures and {captions} captions are here again")
     return 0
 
 
-@contextmanager
-def _progress_bar(quiet: bool = False) -> Iterator[Progress]:
-    with tqdm(unit=" rows", dynamic_ncols=True, disable=quiet) as bar:
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.desc, bar.n, bar.total = what, done, total
-            bar.refresh()
-
-        yield show
+def _show(bar: Any, what: str, done: int, total: int) -> None:
+    bar.desc, bar.n, bar.total = what, done, total
+    bar.refresh()

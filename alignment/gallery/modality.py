@@ -39,32 +39,17 @@ _CACHED_SAMPLES = 16  # of the tags used last
 
 
 class Modality(Generic[Item]):
-    """Pictures or captions of a gallery by position.
-
-    Attributes:
-        items: their records.
-        index: their embeddings.
-    """
+    """Pictures or captions of a gallery by position: their records, and the index of their embeddings."""
 
     def __init__(self, items: Records[Item], index: VectorIndex, ids: Tensor | None = None) -> None:
-        """Combine records and index.
-
-        Args:
-            items: the records.
-            index: may hold other rows, which searches skip.
-            ids: (n,) int64, id in the index by position; the positions themselves if left out.
-        """
+        """Combine records and an index, which may hold other rows; without `ids`, (n,), these are the positions."""
         self.items: Records[Item] = items
         self.index, self._ids = index, ids
         self.sample = lru_cache(_CACHED_SAMPLES)(self._sample)
 
     @classmethod
     def in_memory(cls, items: Records[Item] | Sequence[Item], embeds: Tensor) -> Modality[Item]:
-        """Hold embeddings in memory, (n, embed_dim); they are normalised to unit-norm float32.
-
-        Raises:
-            ValueError: when there is not one embedding for each item.
-        """
+        """Hold embeddings in memory, (n, embed_dim), one for each item or a ValueError; they are normalised."""
         if len(items) != len(embeds):
             raise ValueError(f"{len(items)} items have {len(embeds)} embeddings: each item needs one.")
         records: Records[Item] = items if isinstance(items, Records) else Records(items)
@@ -75,12 +60,7 @@ class Modality(Generic[Item]):
 
     @classmethod
     def open(cls, database: GalleryDatabase, kind: Kind, remote: Remote | None = None) -> Modality[Item]:
-        """Open the items of a gallery; the index of more than `EXACT_ROWS` is mapped, fewer embeddings are read.
-
-        Args:
-            database: of the gallery.
-            kind: of the items.
-            remote: the server that holds the embeddings, if the database does not.
+        """Open the items of a gallery: from its index, from a server, or, if they are few, in memory.
 
         Raises:
             KeyError: when another process replaced the gallery meanwhile.
@@ -109,13 +89,12 @@ class Modality(Generic[Item]):
         """Fetch the embeddings of some items, (n, embed_dim) float32, unit norm."""
         if "embeds" in self.__dict__:
             return self.embeds[positions]
-        rows = self.index.embeds(self._index_ids(positions)).numpy()  # numpy: torch starts threads for a few rows
-        return torch.from_numpy(rows / np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None])
+        rows = self.index.embeds(positions if self._ids is None else self._ids[positions]).numpy()
+        return torch.from_numpy(rows / np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None])  # numpy: one thread
 
     @cached_property
     def embeds(self) -> Tensor:
         """All embeddings, (n, embed_dim) float32, unit norm; of many items they fill the memory."""
-        logger.info("The embeddings of all %d items of a gallery are read into memory.", len(self))
         return torch.cat([torch.empty(0, self.index.embed_dim), *self.batches()])
 
     def batches(self) -> Iterator[Tensor]:
@@ -129,7 +108,7 @@ class Modality(Generic[Item]):
 
     @cached_property
     def tags(self) -> Mapping[str, int]:
-        """Number of items of each tag: of each folder, or each language."""
+        """Number of items of each tag: in each folder, or of each language."""
         return self.items.tags()
 
     def count(self, tag: str | None = None) -> int:
@@ -137,30 +116,26 @@ class Modality(Generic[Item]):
         return len(self) if tag is None else self.tags.get(tag, 0)
 
     def search(self, query: Tensor, k: int, head: int, tag: str | None = None) -> tuple[Tensor, Tensor]:
-        """Find the nearest items of a query, best first, ties by position.
+        """Find the `head` nearest items of a query, (embed_dim,), or of those of a tag: best first, ties by position.
 
-        Args:
-            query: (embed_dim,), unit norm.
-            k: number of exact results.
-            head: number of results wanted, k included; those after k may lack a better one.
-            tag: only items of this tag compete.
-
-        Returns:
-            Cosines and positions, both (k,) up to (head,).
+        The first k are exact; among the others a better one may be missing. Returns cosines and positions.
         """
+        foreign, more = 0, -1  # rows of no item: found, and allowed for
+        while foreign > more and len(self):
+            more = foreign
+            scores, ids = (
+                part[0] for part in self.index.search(query[None], k + more, extra=max(head - k, 0), tag=tag)
+            )
+            if self._ids is None:
+                return scores, ids
+            positions = self._positions(ids.numpy())
+            own = positions >= 0
+            foreign = 0 if len(ids) < k + more else int((~own).sum())
         if not len(self):
             return torch.empty(0), torch.empty(0, dtype=torch.int64)
-        more = 0  # rows of no item that may be among the best
-        while True:
-            found, ids = self.index.search(query[None], k + more, extra=max(head - k, 0), tag=tag)
-            if self._ids is None:
-                return found[0], ids[0]
-            scores, positions = self._own(found[0].numpy(), ids[0].numpy())
-            foreign = len(ids[0]) - len(positions)
-            if foreign <= more or len(ids[0]) < k + more:
-                order = np.lexsort((positions, -scores))[: max(head, k)]
-                return torch.from_numpy(scores[order]), torch.from_numpy(positions[order])
-            more = foreign
+        found, positions = scores.numpy()[own], positions[own]
+        order = np.lexsort((positions, -found))[: max(head, k)]
+        return torch.from_numpy(found[order]), torch.from_numpy(positions[order])
 
     def softmax(self, query: Tensor, found: Tensor, scale: float, bias: float | None, tag: str | None = None) -> Tensor:
         """Compute the model's softmax over all candidates, or its sigmoid, for the best of them.
@@ -171,13 +146,10 @@ class Modality(Generic[Item]):
 
         Args:
             query: (embed_dim,).
-            found: cosines of the best candidates, best first.
+            found: cosines of the best candidates, best first; the result has their shape.
             scale: the model's `logit_scale`.
             bias: the model's `logit_bias`; None for a softmax.
             tag: of the candidates.
-
-        Returns:
-            As `found`, in [0, 1].
         """
         count = self.count(tag)
         if bias is None and is_large(count) and len(found):
@@ -197,9 +169,6 @@ class Modality(Generic[Item]):
             positions = positions[order[:SAMPLED]]
         return self[positions]
 
-    def _index_ids(self, positions: Tensor) -> Tensor:
-        return positions if self._ids is None else self._ids[positions]
-
     @cached_property
     def _sorted(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids in ascending order, and the position of each."""
@@ -207,23 +176,15 @@ class Modality(Generic[Item]):
         order = np.argsort(self._ids.numpy())
         return self._ids.numpy()[order], order
 
-    def _own(
-        self, scores: NDArray[np.float32], ids: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Keep the rows of items, and replace their ids by positions."""
+    def _positions(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Find the positions of ids, -1 of those that belong to no item."""
         known, order = self._sorted
         places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        own = known[places] == ids
-        return scores[own], order[places[own]]
+        return np.where(known[places] == ids, order[places], -1)
 
 
 def _open_index(database: GalleryDatabase, kind: Kind) -> LocalIndex:
-    """Map the index of many items, whose ids are their positions.
-
-    Raises:
-        FileNotFoundError: when it was not written yet.
-        ValueError: when it is damaged, or of another state of the gallery.
-    """
+    """Map the index of many items, whose ids are positions; OSError or ValueError if it is missing or outdated."""
     ids = database.ids(kind)
 
     def tagged(tag: str) -> Tensor:
@@ -234,7 +195,7 @@ def _open_index(database: GalleryDatabase, kind: Kind) -> LocalIndex:
 
 
 def write_index(database: GalleryDatabase, kind: Kind) -> None:
-    """Write the index of more than `EXACT_ROWS` items, unless it is up to date; delete that of fewer items.
+    """Write the index of more than `EXACT_ROWS` items, unless it is up to date; delete that of fewer.
 
     Raises:
         OSError: when it cannot be written.

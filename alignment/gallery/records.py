@@ -7,7 +7,6 @@ picture is opened and nothing is embedded here.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -21,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignment.bundled import PACKAGE, installed_file
 from alignment.preprocess import InputError, clean_caption
 
 PICTURES, CAPTIONS = "pictures.jsonl", "captions.jsonl"
-_PACKAGE = "package:"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?")
 _HAN, _KANA_OR_HANGUL = re.compile(r"[\u4e00-\u9fff]"), re.compile(r"[\u3040-\u30ff\uac00-\ud7af]")
@@ -62,7 +61,7 @@ class Picture:
     @property
     def package(self) -> str:
         """Name of the installed package it belongs to; "" for the user's own pictures."""
-        return self.source.removeprefix(_PACKAGE).split("/")[0] if self.source.startswith(_PACKAGE) else ""
+        return self.source.removeprefix(PACKAGE).split("/")[0] if self.source.startswith(PACKAGE) else ""
 
     @property
     def path(self) -> Path:
@@ -73,10 +72,15 @@ class Picture:
         """
         if not self.package:
             return Path(self.root, self.source)
-        spec = importlib.util.find_spec(self.package) if self.package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise FileNotFoundError(f"The package {self.package} is not installed.")
-        return Path(spec.submodule_search_locations[0], self.source.partition("/")[2])
+        return installed_file(self.source)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the file is on this machine."""
+        try:
+            return self.path.is_file()
+        except FileNotFoundError:  # its package is not installed
+            return False
 
     def caption(self, lang: str = "en") -> str:
         """Return its caption in this language, else in any other, else ""."""
@@ -165,7 +169,7 @@ def item_ids(items: Iterable[Picture | Caption]) -> Tensor:
 
 def folder_of(source: str) -> str:
     """Return the folder of a picture, relative to the source of the gallery; "" for packages and absolute paths."""
-    return "" if os.path.isabs(source) or source.startswith(_PACKAGE) else source.rpartition("/")[0]
+    return "" if os.path.isabs(source) or source.startswith(PACKAGE) else source.rpartition("/")[0]
 
 
 # ---------------------------------------------------------------- captioned data sets

@@ -8,25 +8,24 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Generic, TypeAlias
 
-import torch
 from torch import Tensor
 
 from alignment.atomic import exclusive_lock
 from alignment.confidence import Direction, MatchCalibrator, MatchConfidence, Verdict
-from alignment.gallery.database import GalleryDatabase, Kind
+from alignment.gallery.database import GalleryDatabase
 from alignment.gallery.items import Item, Records
 from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.modality import Modality
 from alignment.gallery.records import Caption, GalleryMetadata, Picture, rebuild_command
 from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
-from alignment.similarity import group_near_duplicates, top_k
+from alignment.similarity import group_near_duplicates
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +40,12 @@ JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighb
 SAME_CAPTION = 0.9
 """Cosine of two captions' embeddings from which they are near duplicates."""
 
-_HEAD = 128
-"""Results that are weighed exactly, where the softmax is an estimate."""
-
-_GROUPED, _MAX_GROUPED = 4, 1000
-"""Results searched for near duplicates: this many times k; more while they leave fewer than k groups, up to a limit."""
-
+_HEAD = 128  # results that are weighed exactly where the softmax is an estimate
+_GROUPED, _MAX_GROUPED = 4, 1000  # results searched for near duplicates: times k, or more if too few differ; at most
 _TRIES = 10  # to open a gallery that other processes replace
 
-Assess: TypeAlias = Callable[[Tensor, Tensor], MatchConfidence | None]
-"""Rates results: positions of the results and of all candidates, best first."""
+Assess: TypeAlias = Callable[[list[int]], MatchConfidence | None]
+"""Rates results, given their places in the ranking."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +110,10 @@ class Gallery:
     """Pictures and captions with their embeddings: the candidates of every search.
 
     Attributes:
-        images: the pictures by position.
-        texts: the captions by position.
+        images, texts: pictures and captions by position.
         metadata: the model they belong to.
         judge: computes match probabilities; None in galleries built without a calibration.
-        database: where records and thumbnails lie; None for a gallery in memory.
+        database: holds records and thumbnails; None for a gallery in memory.
     """
 
     def __init__(
@@ -133,11 +127,7 @@ class Gallery:
         judge: MatchCalibrator | None = None,
         database: GalleryDatabase | None = None,
     ) -> None:
-        """Combine records and embeddings of any floating type, which are held in memory, or modalities that are open.
-
-        Raises:
-            ValueError: when there is not one embedding for each item.
-        """
+        """Combine modalities that are open, or hold records and their embeddings in memory, see `Modality`."""
         self.images = image_embeds if isinstance(image_embeds, Modality) else Modality.in_memory(pictures, image_embeds)
         self.texts = text_embeds if isinstance(text_embeds, Modality) else Modality.in_memory(captions, text_embeds)
         self.metadata = replace(metadata, num_pictures=len(self.images), num_captions=len(self.texts))
@@ -145,14 +135,12 @@ class Gallery:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder, remote: Remote | None = None) -> Gallery:
-        """Open a gallery that this encoder made.
-
-        Pictures inside a package that is not installed here are left out, with a line in the log.
+        """Open a gallery that this encoder made; pictures of packages that are not installed here are left out.
 
         Args:
             folder: the gallery's.
             encoder: the model in use.
-            remote: the server that holds the embeddings, if the folder does not.
+            remote: the server that is searched; the index of the folder if left out.
 
         Raises:
             FileNotFoundError: when there is none.
@@ -164,7 +152,7 @@ class Gallery:
                 return cls._load(GalleryDatabase.open(Path(folder), encoder.name), encoder, remote)
             except KeyError:  # another process replaced the gallery meanwhile
                 continue
-        raise ValueError(f"The gallery in {folder} is replaced all the time.")
+        raise ValueError(f"The gallery in {folder} was replaced {_TRIES} times while it was opened.")
 
     @classmethod
     def _load(cls, database: GalleryDatabase, encoder: DualEncoder, remote: Remote | None) -> Gallery:
@@ -180,23 +168,28 @@ class Gallery:
         try:
             judge = MatchCalibrator.restored(metadata.calibration, database.cohort())
         except ValueError as error:
-            raise ValueError(f"The gallery in {folder} is damaged ({error}) Rebuild it with: {rebuild}") from error
+            raise database.damaged(error) from error
         if judge is None:
-            logger.warning(
-                "The gallery in %s cannot tell when nothing fits. Bring it up to date with: %s", folder, rebuild
-            )
+            logger.warning("The gallery in %s is not calibrated. Bring it up to date with: %s", folder, rebuild)
         images = Modality[Picture].open(database, "picture", remote)
         texts = Modality[Caption].open(database, "caption", remote)
         return cls((), (), images, texts, metadata, judge=judge, database=database)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the gallery with its thumbnails; a gallery that lies there stays usable until it is replaced."""
-        embeds: dict[Kind, Iterator[Tensor]] = {"picture": self.images.batches(), "caption": self.texts.batches()}
         cohort = self.judge.cohort.tensors() if self.judge else {}
         thumbnail = self.database.thumbnail if self.database else lambda picture: None
-        width = self.images.index.embed_dim
         with exclusive_lock(Path(folder)):
-            write_gallery(Path(folder), self.pictures, self.captions, embeds, width, self.metadata, cohort, thumbnail)
+            write_gallery(
+                Path(folder),
+                self.pictures,
+                self.captions,
+                {"picture": self.images.batches(), "caption": self.texts.batches()},
+                self.images.index.embed_dim,
+                self.metadata,
+                cohort,
+                thumbnail,
+            )
 
     @property
     def pictures(self) -> Records[Picture]:
@@ -242,7 +235,7 @@ class Gallery:
         return Gallery((), (), self.images, other.texts, self.metadata, judge=self.judge, database=self.database)
 
     def thumbnail(self, picture: Picture) -> bytes | Path:
-        """Find what to show of a picture: its thumbnail, WebP, or the file that it can be made of."""
+        """Find what to show of a picture: its thumbnail, WebP, or the file that one can be made of."""
         return (self.database.thumbnail(picture) if self.database and not picture.package else None) or picture.path
 
     def search_images(self, text_embed: Tensor, k: int, *, tag: str | None = None) -> SearchResult[Picture]:
@@ -259,33 +252,12 @@ class Gallery:
         return self._search(self.images, text_embed, k, "text_to_image", tag)
 
     def search_captions(self, image_embed: Tensor, k: int, *, lang: str | None = None) -> SearchResult[Caption]:
-        """Find the k captions that fit a picture best; as `search_images`.
-
-        Args:
-            image_embed: (embed_dim,) or (1, embed_dim), unit norm.
-            k: how many.
-            lang: only captions of this language compete; no match when there are none.
-        """
+        """Find the k captions that fit a picture best, of one language only if one is given; as `search_images`."""
         return self._search(self.texts, image_embed, k, "image_to_text", lang)
 
-    def rank_images(
-        self, scores: Tensor, positions: Tensor, k: int, assess: Assess, *, without: Collection[str] = ()
-    ) -> SearchResult[Picture]:
-        """Rank pictures by given scores, which take the place of cosines in the result.
-
-        Args:
-            scores: (n,).
-            positions: (n,) of the pictures that were scored, ascending.
-            k: how many.
-            assess: rates the results.
-            without: ids of pictures that do not compete.
-        """
-        left_out = [position for id in without if (position := self.pictures.position(id)) is not None]
-        kept = ~torch.isin(positions, torch.tensor(left_out, dtype=torch.int64))
-        best, order = top_k(scores[kept], int(kept.sum()))
-        ranked = positions[kept][order]
-        groups = self._group(self.images, ranked, k)
-        return _result(self.images, ranked, best, k, groups, lambda places: assess(ranked[places], ranked))
+    def rank_images(self, scores: Tensor, positions: Tensor, k: int, assess: Assess) -> SearchResult[Picture]:
+        """Answer with the pictures at these positions, ranked by scores of any kind, (n,) both and best first."""
+        return _result(self.images, positions, scores, k, self._group(self.images, positions, k), assess)
 
     def _search(
         self, modality: Modality[Item], query: Tensor, k: int, direction: Direction, tag: str | None
@@ -293,12 +265,11 @@ class Gallery:
         if k < 0 or query.dim() > 2 or (query.dim() == 2 and len(query) != 1):
             raise ValueError(f"A search takes one embedding and a k of at least 0, not {tuple(query.shape)} and {k}.")
         query, count, head = query.reshape(-1), modality.count(tag), _GROUPED * k
-        scores, positions = modality.search(query, k, head, tag)
-        groups = self._group(modality, positions, k)
-        while groups and len(groups) < k and len(positions) < min(count, _MAX_GROUPED):
-            head *= _GROUPED
+        while True:
             scores, positions = modality.search(query, k, head, tag)
-            groups = self._group(modality, positions, k)
+            groups, head = self._group(modality, positions, k), head * _GROUPED
+            if not 0 < len(groups) < k or len(positions) >= min(count, _MAX_GROUPED):
+                break
 
         @cache
         def shares() -> list[float]:
@@ -334,7 +305,7 @@ def _result(
     scores: Tensor,
     k: int,
     groups: list[list[int]],
-    assess: Callable[[list[int]], MatchConfidence | None],
+    assess: Assess,
     shares: Callable[[], Sequence[float]] | None = None,
 ) -> SearchResult[Item]:
     """Build the answer of a ranking; groups and what is assessed are places in it."""

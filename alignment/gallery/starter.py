@@ -17,7 +17,7 @@ from alignment.confidence import cohort_version
 from alignment.data.image_store import cache_folder
 from alignment.gallery.build import build_gallery
 from alignment.gallery.database import GalleryDatabase
-from alignment.gallery.records import GalleryMetadata, Picture, read_hand_written
+from alignment.gallery.records import GalleryMetadata, read_hand_written
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
 
@@ -35,11 +35,10 @@ def cached_folder(encoder: DualEncoder, source: str | os.PathLike[str]) -> Path:
 
 
 def starter_gallery(encoder: DualEncoder) -> Gallery:
-    """Load the starter gallery as this model embeds it; what of it there is at once, where that has to be made first.
+    """Load the starter gallery as this model embeds it, or begin one that `build_starter` completes.
 
     Returns:
-        The gallery. Where it lies in no folder (`Gallery.folder` is None), it is the beginning of one: the pictures and
-        their own captions. `build_starter` makes the whole.
+        The gallery. One that lies in no folder (`Gallery.folder` is None) holds the pictures and their own captions.
 
     Raises:
         ValueError: when the bundled gallery is damaged, or its sources cannot be read.
@@ -54,35 +53,19 @@ def starter_gallery(encoder: DualEncoder) -> Gallery:
 
 
 def build_starter(encoder: DualEncoder, progress: Callable[[int, int], None]) -> Gallery:
-    """Embed the starter gallery with another model than the bundled one, once; it is kept in the cache folder.
-
-    Args:
-        encoder: the model in use.
-        progress: called with (done, total) items.
-
-    Raises:
-        ValueError: when its sources cannot be read.
-        OSError: when the cache folder cannot be written.
-    """
+    """Embed the starter gallery with another model than the bundled one, in the cache folder; as `build_gallery`."""
     return build_gallery(_sources(), _starter_folder(encoder), encoder, progress=progress, timeout=_TIMEOUT_S)
 
 
 def _begin_starter(encoder: DualEncoder) -> Gallery:
     pictures, captions = read_hand_written(_sources())
-    shown = [picture for picture in pictures if _is_there(picture)]
+    shown = [picture for picture in pictures if picture.exists]
     scenes = {picture.id for picture in shown}
     own = [caption for caption in captions if caption.scene in scenes]
     images = encoder.encode_images([os.fspath(picture.path) for picture in shown])
     texts = encoder.encode_texts([caption.text for caption in own])
     model = encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias
     return Gallery(shown, own, images, texts, GalleryMetadata(*model, os.fspath(_sources())))
-
-
-def _is_there(picture: Picture) -> bool:
-    try:
-        return picture.path.is_file()
-    except FileNotFoundError:  # its package is not installed
-        return False
 
 
 def _sources() -> Path:

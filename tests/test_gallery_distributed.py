@@ -1,4 +1,4 @@
-"""Several processes build one gallery: the same as one process makes, whoever is killed, and nobody waits for ever."""
+"""Several processes build one gallery: it is the same as one process makes, and a failing process ends all."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from alignment.catalogue import CAPTIONS, PICTURES, FileState, Picture, Stamp
-from alignment.gallery.building import embed_share
-from alignment.gallery.together import Together
-from alignment.gallery.unfinished import Unfinished
 from PIL import Image
-from torch.distributed import HashStore
 
 from alignment.data import Partition
 from alignment.engine import AlignmentEngine
-from alignment.gallery import BuildReport, Gallery, build_gallery, main, together
+from alignment.gallery import BuildReport, Gallery, build_gallery, main
+from alignment.gallery.build import embed_share
+from alignment.gallery.database import DATABASE, GalleryDatabase
+from alignment.gallery.distributed import worker_group
 from alignment.model import DualEncoder
+from alignment.preprocess import open_image
 
 ROOT = Path(__file__).parents[1]
 PER_SHARD = 50
+BUILD = ("-m", "alignment.gallery", "build")
 LAST_BIT = {"atol": 1e-6, "rtol": 2**-10}  # of a half, as galleries keep them
 
 
@@ -82,8 +82,11 @@ def shards(tmp_path: Path) -> Path:
 
 def torchrun(*arguments: str | Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*start, "-m", "alignment.gallery", "build", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=240)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [*start, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=240, env=environment
+    )
 
 
 def numbers(tree: Any) -> list[float]:
@@ -96,22 +99,20 @@ def numbers(tree: Any) -> list[float]:
 def same(one: Path, other: Path, encoder: DualEncoder) -> None:
     """Compare two galleries; what a row is embedded together with may show in its last bit, as on some CPUs."""
     first, second = Gallery.load(one, encoder), Gallery.load(other, encoder)
-    for name in (PICTURES, CAPTIONS):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
-    stamps = [json.loads((folder / "gallery.json").read_text()) for folder in (one, other)]
-    for stamp in stamps:
-        stamp.pop("built")
-    fitted = [torch.tensor(numbers(stamp.pop("calibration"))) for stamp in stamps]
-    assert stamps[0] == stamps[1]
+    assert list(first.pictures) == list(second.pictures)
+    assert [picture.file for picture in first.pictures] == [picture.file for picture in second.pictures]
+    assert list(first.captions) == list(second.captions)
+    metadata = [asdict(gallery.metadata) | {"built": ""} for gallery in (first, second)]
+    fitted = [torch.tensor(numbers(each.pop("calibration"))) for each in metadata]
+    assert metadata[0] == metadata[1]
     torch.testing.assert_close(fitted[0], fitted[1], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(first.image_embeds, second.image_embeds, **LAST_BIT)
     torch.testing.assert_close(first.text_embeds, second.text_embeds, **LAST_BIT)
-    assert first.judge is not None
-    assert second.judge is not None
-    backgrounds = [gallery.judge.background.tensors() for gallery in (first, second) if gallery.judge]
-    for name in backgrounds[0]:
-        torch.testing.assert_close(backgrounds[0][name], backgrounds[1][name], **LAST_BIT)
-    thumbnails = [{path.name: path.read_bytes() for path in (f / "thumbnails").iterdir()} for f in (one, other)]
+    databases = [GalleryDatabase.open(folder) for folder in (one, other)]
+    cohorts = [database.cohort() for database in databases]
+    for name in cohorts[0]:
+        torch.testing.assert_close(cohorts[0][name], cohorts[1][name], **LAST_BIT)
+    thumbnails = [[database.thumbnail(picture) for picture in first.pictures] for database in databases]
     assert thumbnails[0] == thumbnails[1]
     names = [{path.name for path in folder.iterdir()} for folder in (one, other)]
     assert names[0] == names[1]
@@ -121,22 +122,19 @@ def same(one: Path, other: Path, encoder: DualEncoder) -> None:
 
 
 def test_two_processes_make_the_gallery_of_one(shards: Path, cache: Path, tmp_path: Path, encoder: DualEncoder) -> None:
-    done = torchrun(shards, "--out", tmp_path / "two", "--model", encoder.name)
+    done = torchrun(*BUILD, shards, "--out", tmp_path / "two", "--model", encoder.name)
     assert done.returncode == 0, done.stderr
     report = BuildReport()
     gallery = build_gallery(shards, tmp_path / "one", encoder, report=report)
     same(tmp_path / "one", tmp_path / "two", encoder)
     assert 100 < len(gallery.pictures) < 148
-    assert gallery.stamp.judged_by.startswith("fitted on")
+    assert gallery.metadata.judged_by.startswith("fitted on")
     twice = next(picture for picture in gallery.pictures if "picture number 7" in picture.captions.values())
     texts = [caption.text for caption in gallery.captions if caption.scene == twice.id]
     assert texts == ["picture number 7", "第7张照片", "picture number 70", "第70张照片"]
     # Each did a share, the first one summed up, and both told of what cannot be read.
     lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in sorted(lines) if line.startswith("Partition")] == [
-        "Partition 1/2",
-        "Partition 2/2",
-    ]
+    assert [line.split(":")[0] for line in sorted(lines) if line.startswith("Share")] == ["Share 1/2", "Share 2/2"]
     told = f"{len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {encoder.name}."
     (first,) = (number for number, line in enumerate(lines) if line.endswith(told))
     # The one in two shards is embedded by both, unless one of them sees in time that the other has.
@@ -171,13 +169,13 @@ def test_shares_and_a_command_without_one_make_the_gallery_too(
     for number in range(1, 5):  # a fourth share of three shards is empty
         assert main([*common, "--share", f"{number}/4"]) == 0
     shared = capsys.readouterr().out.splitlines()
-    assert shared[3].startswith("Partition 4/4: 0 pictures and 0 captions encoded.")
-    assert not (tmp_path / "out" / "gallery.json").exists()
+    assert shared[3].startswith("Share 4/4: 0 pictures and 0 captions encoded.")
+    assert not (tmp_path / "out" / DATABASE).exists()
     assert main(common) == 0
     assert "  pictures: 0 encoded" in capsys.readouterr().out
     assert build_gallery(shards, tmp_path / "one", encoder).pictures
     same(tmp_path / "one", tmp_path / "out", encoder)
-    assert not (tmp_path / "out" / ".building").exists()
+    assert GalleryDatabase.open(tmp_path / "out").check() == []
 
 
 def test_a_share_that_was_broken_off_goes_on_without_reading_again(
@@ -232,26 +230,9 @@ def test_a_picture_that_changed_after_its_share_was_done_is_embedded_again(
     assert (report.encoded["pictures"], len(gallery.pictures)) == (1, 2)
     expected = encoder.encode_images([photo(0), photo(99)])
     torch.testing.assert_close(gallery.image_embeds, expected, atol=1e-3, rtol=0)
-    thumbnail = np.asarray(Image.open(gallery.thumbnail(gallery.pictures[1])).convert("RGB"), dtype=float)
+    thumbnail = np.asarray(open_image(gallery.thumbnail(gallery.pictures[1])), dtype=float)
     with Image.open(io.BytesIO(photo(99))) as image:
         assert np.abs(thumbnail - np.asarray(image)).mean() < 20
-
-
-def test_two_processes_may_show_the_same_picture_at_once(tmp_path: Path) -> None:
-    """A picture that is in two shards: both make its thumbnail, under one name."""
-    picture = Picture("a", "a.png", file=FileState(1, 1, "0" * 64))
-    stamp = Stamp("f" * 64, "m", 1.0, None)
-    both = [Unfinished(tmp_path, stamp, 4, alone=False) for _ in range(2)]
-
-    class Slow:
-        """Let the other one finish while this one is being written."""
-
-        def save(self, path: Path, *_: object, **__: object) -> None:
-            path.write_bytes(b"mine")
-            both[1].keep_thumbnail(picture, Image.new("RGB", (4, 4)))
-
-    both[0].keep_thumbnail(picture, Slow())  # type: ignore[arg-type]
-    assert [path.name for path in both[0].thumbnails.iterdir()] == [both[0].thumbnail_of(picture).name]
 
 
 # ---------------------------------------------------------------- shares
@@ -260,7 +241,7 @@ def test_two_processes_may_show_the_same_picture_at_once(tmp_path: Path) -> None
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shares_hold_everything_once(count: int) -> None:
     items = list(range(1000))
-    parts = [Partition(number, count).select(items) for number in range(1, count + 1)]
+    parts = [Partition(number, count).of(items) for number in range(1, count + 1)]
     assert sorted(item for part in parts for item in part) == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 64
 
@@ -272,89 +253,61 @@ def test_what_is_no_share_is_refused(text: str, capsys: pytest.CaptureFixture[st
     assert "the second of four is 2/4" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- who fails, and who waits
+# ---------------------------------------------------------------- processes that fail
 
 
-@pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch) -> HashStore:
-    monkeypatch.setattr(together, "BEAT", 0.05)
-    monkeypatch.setattr(together, "SILENCE", 0.5)
-    monkeypatch.setattr(together, "START", 0.5)
-    return HashStore()
-
-
-def test_the_first_process_hears_what_the_others_have_done(board: HashStore) -> None:
-    first, second = (Together(board, rank, 2) for rank in (0, 1))
-    assert [(one.share, one.is_first) for one in (first, second)] == [(Partition(1, 2), True), (Partition(2, 2), False)]
-
-    def work() -> None:
-        with second.alive():
-            second.agree("f" * 64)
-            threading.Event().wait(1.2)  # longer than the silence that counts as death
-            second.done(encoded={"pictures": 3})
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    first.agree("f" * 64)
-    assert list(first.others()) == [(1, {"encoded": {"pictures": 3}})]
-    worker.join()
-
-
-def test_a_process_that_fails_ends_the_waiting(board: HashStore) -> None:
-    first, second = (Together(board, rank, 2) for rank in (0, 1))
-    with pytest.raises(OSError, match="disk is full"), second.alive():
-        raise OSError("The disk is full.")
-    with pytest.raises(ChildProcessError, match=r"Process 1 failed: The disk is full\. What was embedded .* is kept"):
-        list(first.others())
-
-
-def test_a_process_that_falls_silent_ends_the_waiting(board: HashStore) -> None:
-    first, second = (Together(board, rank, 2) for rank in (0, 1))
-    with second.alive():
-        pass
-    with pytest.raises(ChildProcessError, match=r"Nothing was heard of process 1 .*run the same command again"):
-        list(first.others())
-    assert not [thread for thread in threading.enumerate() if thread.name == "together"]
-
-
-def test_nobody_waits_for_ever_for_the_first_process(board: HashStore) -> None:
-    with pytest.raises(ChildProcessError, match="Process 0 did not say"):
-        Together(board, 1, 2).agree("a" * 64)
-
-
-def test_another_model_is_refused_before_anything_is_embedded(board: HashStore) -> None:
-    Together(board, 0, 2).agree("a" * 64)
-    with pytest.raises(
-        ValueError, match=r"Process 1 has another model \(bbbbbbbbbbbb\) than process 0 \(aaaaaaaaaaaa\)"
-    ):
-        Together(board, 1, 2).agree("b" * 64)
+def test_another_model_is_refused_before_anything_is_embedded(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Each process has its own models, of which one differs."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(photo(0))
+    for rank, name in enumerate(("clip", "siglip")):
+        (tmp_path / f"model{rank}").symlink_to(checkpoint(name))
+    script = f"""
+import os, sys
+from alignment.gallery import main
+model = {str(tmp_path / "model")!r} + os.environ["RANK"]
+sys.exit(main(["build", {str(tmp_path / "photos")!r}, "--out", {str(tmp_path / "out")!r}, "--model", model]))
+"""
+    (tmp_path / "run.py").write_text(script)
+    done = torchrun(tmp_path / "run.py")
+    assert done.returncode != 0
+    assert "Process 1 has another model" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_that_cannot_go_on_ends_all_with_its_reason(tmp_path: Path, encoder: DualEncoder) -> None:
-    done = torchrun(tmp_path / "nothing here", "--out", tmp_path / "out", "--model", encoder.name)
+    done = torchrun(*BUILD, tmp_path / "nothing here", "--out", tmp_path / "out", "--model", encoder.name)
     assert done.returncode != 0
     assert "nothing here" in done.stderr
-    assert not (tmp_path / "out" / "gallery.json").exists()
+    assert not (tmp_path / "out" / DATABASE).exists()
 
 
 def test_a_process_alone_is_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert together.of_torchrun() is None
-    monkeypatch.delenv("WORLD_SIZE")
-    assert together.of_torchrun() is None
+    for world_size in ("1", ""):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        if not world_size:
+            monkeypatch.delenv("WORLD_SIZE")
+        with worker_group() as group:
+            assert group is None
 
 
-def test_what_others_have_begun_is_left_to_them(tmp_path: Path, encoder: DualEncoder) -> None:
-    """A share may begin while another model's is under way: it takes nothing away."""
+def test_a_damaged_share_is_embedded_again(tmp_path: Path, encoder: DualEncoder) -> None:
     source, out = tmp_path / "photos", tmp_path / "out"
     source.mkdir()
-    (source / "a.png").write_bytes(photo(0))
-    (out / ".building").mkdir(parents=True)
-    (out / ".building" / "0123.safetensors").write_bytes(b"of somebody else")
-    embed_share(source, out, encoder, Partition(1, 2))
-    assert (out / ".building" / "0123.safetensors").exists()
-    build_gallery(source, out, encoder, calibrate=False)
-    assert not (out / ".building").exists()
+    for number in range(3):
+        (source / f"{number}.png").write_bytes(photo(number))
+    embed_share(source, out, encoder, Partition(1, 1))
+    (share,) = out.iterdir()
+    data = bytearray(share.read_bytes())
+    data[len(data) // 3 :] = os.urandom(len(data) - len(data) // 3)
+    share.write_bytes(data)
+    report = BuildReport()
+    build_gallery(source, out, encoder, calibrate=False, report=report)
+    assert report.encoded["pictures"] == 3
+    assert [path.name for path in out.iterdir()] == [DATABASE]
+    assert GalleryDatabase.open(out).check() == []
 
 
 def test_pictures_of_shards_are_shown_even_if_they_are_no_longer_unpacked(

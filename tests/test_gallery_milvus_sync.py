@@ -1,4 +1,4 @@
-"""A gallery's place on a Milvus server, as far as it can be told without one; and what the app says without one."""
+"""Names and options for a gallery on a Milvus server, and the errors of app and commands without a server."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from alignment.gallery.remote import Remote, add_index_options, default_name, digest
 
 import app
 from alignment.gallery import main
+from alignment.gallery.milvus_sync import Remote, add_index_options, default_name, digest
+from alignment.gallery.records import GalleryMetadata, Picture
+from alignment.gallery.writer import write_gallery
 from alignment.index import Server
-
-ASSETS = Path(app.__file__).parent / "assets" / "gallery"
 
 
 @pytest.fixture
-def nobody() -> Iterator[str]:
+def closed_port() -> Iterator[str]:
     """An address where nothing listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Path:
+    """A gallery folder with one picture."""
+    pictures, metadata = [Picture("a", "a.jpg")], GalleryMetadata("f" * 64, "some/model", 1.0, None)
+    embeds = torch.ones(1, 1)
+    write_gallery(tmp_path, pictures, [], {"picture": [embeds], "caption": []}, 1, metadata, {})
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -38,20 +47,20 @@ def nobody() -> Iterator[str]:
         ("\udcff", "gallery_"),
     ],
 )
-def test_a_gallery_is_called_by_its_folder(folder: str, name: str) -> None:
+def test_a_gallery_is_named_by_its_folder(folder: str, name: str) -> None:
     made = default_name(folder)
     assert made.startswith(name)
     assert (made == name) or len(made) == len(name) + 8
     assert made.isascii()
     assert made.isidentifier()
-    assert len(Remote(Server("http://h"), made, Path(folder)).collection("image_embeds", "f" * 64)) < 200
+    assert len(Remote(Server("http://h"), made, Path(folder)).collection("picture", "f" * 64)) < 200
 
 
-def test_folders_that_differ_have_names_that_differ() -> None:
+def test_different_folders_have_different_names() -> None:
     assert len({default_name(folder) for folder in ("a b", "a_b", "a-b", "山", "水", "a b ")}) == 6
 
 
-def test_a_place_is_made_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_and_environment_give_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     def parsed(*argv: str) -> argparse.Namespace:
         parser = argparse.ArgumentParser()
         add_index_options(parser)
@@ -76,7 +85,7 @@ def test_a_place_is_made_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None
             Remote.of("http://two:19530", "photos", wrong)
 
 
-def test_a_digest_tells_rows_apart_and_not_their_order() -> None:
+def test_a_digest_depends_on_the_ids_and_not_on_their_order() -> None:
     ids = torch.tensor([3, 1, 2])
     assert digest(ids) == digest(ids.flip(0))
     assert digest(ids) != digest(ids[:2])
@@ -87,15 +96,15 @@ def test_a_digest_tells_rows_apart_and_not_their_order() -> None:
 # ---------------------------------------------------------------- commands without a server
 
 
-def test_the_app_says_that_no_server_answers(nobody: str, free_port: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["--index", nobody, "--port", free_port]) == 2
+def test_the_app_fails_without_a_server(closed_port: str, free_port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["--index", closed_port, "--port", free_port]) == 2
     shown = capsys.readouterr().err
-    assert f"error: The Milvus server at {nobody} does not answer" in shown
+    assert f"error: The Milvus server at {closed_port} does not answer" in shown
     assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize("address", ["http://me:secret@localhost:19530", "http://localhost:19530/?token=secret"])
-def test_the_app_takes_no_secret_by_its_address(
+def test_the_app_refuses_a_secret_in_the_address(
     address: str, free_port: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert app.main(["--index", address, "--port", free_port]) == 2
@@ -105,33 +114,36 @@ def test_the_app_takes_no_secret_by_its_address(
 
 
 @pytest.mark.parametrize("command", [["push"], ["push", "--dry-run"], ["push", "--drop"], ["pull"]])
-def test_the_commands_say_that_no_server_answers(
-    command: list[str], nobody: str, capsys: pytest.CaptureFixture[str]
+def test_the_commands_fail_without_a_server(
+    command: list[str], gallery: Path, closed_port: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*command, str(ASSETS), "--index", nobody]) == 2
-    assert f"error: The Milvus server at {nobody} does not answer" in capsys.readouterr().err
+    assert main([*command, str(gallery), "--index", closed_port]) == 2
+    assert f"error: The Milvus server at {closed_port} does not answer" in capsys.readouterr().err
 
 
-def test_a_build_asks_for_the_server_before_it_embeds(
-    nobody: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_build_connects_before_it_embeds(
+    closed_port: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "photos").mkdir()
-    for share in ([], ["--share", "1/2"]):
-        assert main(["build", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--index", nobody, *share]) == 2
-        assert "does not answer" in capsys.readouterr().err
+    assert main(["build", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--index", closed_port]) == 2
+    assert "does not answer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_push_needs_an_address(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_push_needs_an_address(
+    gallery: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("ALIGNMENT_INDEX", raising=False)
     with pytest.raises(SystemExit):
-        main(["push", str(ASSETS)])
+        main(["push", str(gallery)])
     assert "--index" in capsys.readouterr().err
     monkeypatch.setenv("ALIGNMENT_INDEX", "nonsense")
-    assert main(["push", str(ASSETS)]) == 2
+    assert main(["push", str(gallery)]) == 2
     assert "looks like http://host:19530" in capsys.readouterr().err
 
 
-def test_a_gallery_that_is_none_is_named_before_any_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_gallery_is_refused_before_connecting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["push", str(tmp_path), "--index", "http://localhost:1"]) == 2
     assert f"There is no gallery in {tmp_path}" in capsys.readouterr().err

@@ -1,47 +1,34 @@
-"""Records, hand-written lists and the gallery folder, without a model."""
+"""Records of pictures and captions, and hand-written lists."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from alignment.catalogue import (
+
+from alignment.gallery.records import (
     CAPTIONS,
     PICTURES,
     Caption,
-    Catalogue,
-    FileState,
+    FileFingerprint,
+    GalleryMetadata,
     Picture,
-    Stamp,
+    folder_of,
     is_hand_written,
+    item_ids,
     language_of,
     read_captioned,
-    read_catalogue,
     read_hand_written,
     rebuild_command,
-    write_catalogue,
 )
 
 
 def write(path: Path, *lines: object) -> None:
     texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
     path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-
-
-def example(**stamp: object) -> Catalogue:
-    """Two pictures and three captions, of which no file needs to exist."""
-    pictures = [
-        Picture("a", "one/two.jpg", {"en": "A cat.", "zh": "一只猫。"}, "Ann, CC0", "/root", FileState(3, 4, "ab")),
-        Picture("b", "package:skimage/data/coffee.png"),
-    ]
-    captions = [Caption("a.en", "A cat.", "en", "a"), Caption("a.zh", "一只猫。", "zh", "a"), Caption("x", "A dog.")]
-    generator = torch.Generator().manual_seed(0)
-    image_embeds, text_embeds = torch.randn(2, 4, generator=generator), torch.randn(3, 4, generator=generator)
-    return Catalogue(pictures, captions, image_embeds, text_embeds, Stamp("f00d", "some/model", 12.5, None, **stamp))
 
 
 # ---------------------------------------------------------------- records
@@ -166,97 +153,39 @@ def test_a_slip_of_the_pen_is_named_with_its_place(tmp_path: Path, line: object,
         read_hand_written(tmp_path)
 
 
-# ---------------------------------------------------------------- the gallery folder
+# ---------------------------------------------------------------- ids, and the command that rebuilds
 
 
-def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
-    source = str(tmp_path.parent)
-    written = example(source=source, built="2026-11-23T20:00:00+00:00", num_pictures=2, num_captions=3)
-    write_catalogue(tmp_path, written)
-    read = read_catalogue(tmp_path, "m")
-    assert read.pictures == written.pictures
-    assert [(p.file, p.root) for p in read.pictures] == [(FileState(3, 4, "ab"), source), (None, source)]
-    assert read.captions == written.captions
-    assert read.stamp == written.stamp
-    assert torch.equal(read.image_embeds, written.image_embeds.half())
-    assert torch.equal(read.text_embeds, written.text_embeds.half())
-
-
-def test_writing_twice_gives_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        write_catalogue(tmp_path / folder, example())
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["captions.jsonl", "embeddings.safetensors", "gallery.json", "pictures.jsonl"]
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
-    assert len({(tmp_path / "a" / name).stat().st_mode for name in names}) == 1
-
-
-def test_chinese_can_be_read_in_the_files(tmp_path: Path) -> None:
-    write_catalogue(tmp_path, example())
-    assert "一只猫。" in (tmp_path / CAPTIONS).read_text("utf-8")
-
-
-def test_a_file_name_that_is_no_unicode_survives(tmp_path: Path) -> None:
-    blank = torch.zeros(1, 4), torch.zeros(0, 4)
-    write_catalogue(tmp_path, Catalogue([Picture("a", "caf\udce9 \u2028.jpg")], [], *blank, example().stamp))
-    assert read_catalogue(tmp_path, "m").pictures[0].source == "caf\udce9 \u2028.jpg"
-
-
-def test_line_ends_of_another_system_do_no_harm(tmp_path: Path) -> None:
-    write_catalogue(tmp_path, example())
-    for name in (PICTURES, CAPTIONS):
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes().replace(b"\n", b"\r\n"))
-    assert read_catalogue(tmp_path, "m").pictures == example().pictures
-
-
-def test_gallery_and_source_may_move_together(tmp_path: Path) -> None:
-    photos, gallery = tmp_path / "here" / "photos", tmp_path / "here" / "gallery"
-    photos.mkdir(parents=True)
-    write_catalogue(gallery, example(source=str(photos)))
-    assert str(tmp_path) not in (gallery / "gallery.json").read_text("utf-8")
-    (tmp_path / "here").rename(tmp_path / "there")
-    read = read_catalogue(tmp_path / "there" / "gallery", "m")
-    assert read.stamp.source == str(tmp_path / "there" / "photos")
-    assert read.pictures[0].path == tmp_path / "there" / "photos" / "one" / "two.jpg"
-
-
-@pytest.mark.parametrize("source", ["", "owner/name@main", "/far/away"])
-def test_a_source_elsewhere_is_kept_as_it_is(tmp_path: Path, source: str) -> None:
-    write_catalogue(tmp_path, example(source=source))
-    assert read_catalogue(tmp_path, "m").stamp.source == source
+def test_ids_are_made_of_what_an_item_is() -> None:
+    first = Picture("p", "a.jpg", file=FileFingerprint(1, 1, "x"))
+    other, later = replace(first, file=FileFingerprint(1, 1, "y")), replace(first, file=FileFingerprint(9, 9, "x"))
+    ids = item_ids([first, other, later])
+    assert ids[0] != ids[1]  # another content
+    assert item_ids([first])[0] == ids[0]
+    assert ids[2] == item_ids([first, first])[1]  # size and time say nothing; the second of two equal ones
+    assert len(ids.unique()) == 3
+    assert (ids >= 0).all()
+    assert item_ids([Caption("c", "a", "en")]) != item_ids([Caption("c", "a", "zh")])
+    # Collections on servers have rows of these ids.
+    assert item_ids([first, Caption("c", "a", "en")]).tolist() == [7559240969414471364, 8724946494080326547]
 
 
 @pytest.mark.parametrize(
-    "harm",
+    ("source", "folder"),
     [
-        lambda folder: (folder / PICTURES).unlink(),
-        lambda folder: (folder / "embeddings.safetensors").write_bytes(b"version https://git-lfs"),
-        lambda folder: (folder / CAPTIONS).write_text((folder / CAPTIONS).read_text("utf-8").replace("dog", "cow")),
-        lambda folder: (folder / "gallery.json").write_text("{}"),
-        lambda folder: (folder / "gallery.json").write_text("<<<<<<< HEAD"),
-        lambda folder: (folder / "gallery.json").write_text(
-            (folder / "gallery.json").read_text().replace("f00d", "beef")
-        ),
+        ("beach.jpg", ""),
+        ("holiday/2024/beach.jpg", "holiday/2024"),
+        ("/far/away/beach.jpg", ""),
+        ("package:skimage/data/chelsea.png", ""),
     ],
-    ids=["missing file", "LFS pointer", "edited", "no stamp", "merge conflict", "stamp of another build"],
 )
-def test_damage_is_noticed_and_the_way_out_named(tmp_path: Path, harm: Callable[[Path], object]) -> None:
-    write_catalogue(tmp_path, example())
-    harm(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"is damaged .*python -m alignment.gallery build \S+ --out .* --model my/model"
-    ):
-        read_catalogue(tmp_path, "my/model")
-
-
-def test_no_gallery_at_all_says_how_to_build_one(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no gallery in .*build SOURCE --out .* --model my/model"):
-        read_catalogue(tmp_path, "my/model")
+def test_folders_are_those_below_the_source(source: str, folder: str) -> None:
+    assert folder_of(source) == folder
 
 
 def test_the_rebuild_command_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    stamp = Stamp("f", "m", 1.0, None, str(tmp_path / "my photos"), "--split dev")
-    assert rebuild_command(Path("out"), "a/b", stamp) == (
+    metadata = GalleryMetadata("f", "m", 1.0, None, str(tmp_path / "my photos"), "--split dev")
+    assert rebuild_command(Path("out"), "a/b", metadata) == (
         "python -m alignment.gallery build 'my photos' --out out --model a/b --split dev"
     )
