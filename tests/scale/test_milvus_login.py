@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from index_contract import unit
 from milvus_server import MilvusServer
+from pymilvus import MilvusClient
 
 from alignment.gallery import main
+from alignment.gallery.database import GalleryDatabase
+from alignment.gallery.milvus_sync import Remote
+from alignment.gallery.records import GalleryMetadata, Picture
+from alignment.gallery.writer import write_gallery
 from alignment.index import MilvusIndex, Server
 
 OLD = Path(__file__).resolve().parents[1] / "old_gallery"
@@ -59,3 +65,26 @@ def test_wrong_credentials_are_refused_with_the_variable_to_set(
     shown = capfd.readouterr()
     assert "ALIGNMENT_INDEX_TOKEN" in shown.err
     assert "hunter2" not in shown.out + shown.err
+
+
+def test_a_role_that_may_not_wait_for_the_index_can_push(
+    guarded: MilvusServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(MilvusClient(uri=guarded.uri, token=guarded.token, dedicated=True)) as root:
+        root.create_user("limited", "limited1")
+        root.create_role("writer")
+        for privilege in ("CreateIndex", "IndexDetail", "Load", "GetLoadingProgress", "GetLoadState"):
+            root.grant_privilege("writer", "Collection", privilege, "*")
+        for privilege in ("Insert", "Upsert", "Delete", "Query", "Search"):
+            root.grant_privilege("writer", "Collection", privilege, "*")
+        for privilege in ("CreateCollection", "DescribeCollection", "ShowCollections", "CreateAlias", "DropAlias"):
+            root.grant_privilege("writer", "Global", privilege, "*")
+        root.grant_role("limited", "writer")
+    pictures = [Picture(str(row), f"{row}.jpg") for row in range(5000)]
+    metadata = GalleryMetadata("f00d" * 16, "some/model", 20.0, None)
+    write_gallery(tmp_path, pictures, [], {"picture": [unit(5000)]}, 16, metadata, {})
+    remote = Remote(Server(guarded.uri, "limited:limited1"), "limited", tmp_path)
+    with closing(GalleryDatabase.open(tmp_path)) as database:
+        remote.push(database)
+        assert "PrivilegeFlush" in caplog.text
+        remote.open("picture", metadata.fingerprint, database.ids("picture")).close()
