@@ -38,6 +38,7 @@ Row: TypeAlias = tuple[Any, ...]
 DATABASE = "gallery.db"
 KINDS: tuple[Kind, Kind] = ("picture", "caption")
 INDEX_FILES: dict[Kind, str] = {"picture": "image_embeds.faiss", "caption": "text_embeds.faiss"}
+COHORT = "cohort."
 VERSION = 1
 SCHEMA = """
 CREATE TABLE meta(key TEXT, value, crc INTEGER);
@@ -49,40 +50,32 @@ CREATE TABLE caption(id INTEGER PRIMARY KEY, name TEXT, text TEXT, lang TEXT, sc
     embedding INTEGER, crc INTEGER);
 CREATE INDEX picture_name ON picture(name);
 """
-COHORT = "cohort."
 _TIMEOUT_S = 60.0  # to wait for the commit of another process
 _CACHE_KB = 16384
 _OLD_FORMAT, _IMPORT_TIMEOUT_S = "gallery.json", 600.0
 _TAGS_CACHED = 16  # eight bytes for each item
 _CHOSEN = "(SELECT value FROM json_each(?))"
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}  # the last: of a damaged schema
-_ERRNO = {
-    sqlite3.SQLITE_FULL: errno.ENOSPC,
-    sqlite3.SQLITE_READONLY: errno.EACCES,
-    sqlite3.SQLITE_PERM: errno.EACCES,
-    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
-    sqlite3.SQLITE_IOERR: errno.EIO,
-    sqlite3.SQLITE_BUSY: errno.EAGAIN,
-}
+_CLOSED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN)
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # the last: of a damaged schema
+_ERRNO = dict.fromkeys(_CLOSED, errno.EACCES)
+_ERRNO |= {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_BUSY: errno.EAGAIN, sqlite3.SQLITE_IOERR: errno.EIO}
 
 
 class SQLiteFile:
     """A connection to a database file, which several threads use in turn; transactions are begun explicitly.
 
-    Raises:
-        OSError: from every method, naming the file.
-        ValueError: from every method, when its content is damaged.
+    Every method raises an OSError that names the file, or a ValueError when its content is damaged.
     """
 
     def __init__(self, path: Path, mode: Literal["ro", "rw", "rwc"]) -> None:
-        """Open a file; after a kill, a file opened for reading has to be recovered first, see `open_recovered`."""
+        """Open a file; one opened "ro" that a killed process was writing has to be opened "rw" first."""
         self.path, self._lock = path, threading.RLock()
-        uri = f"{path.absolute().as_uri()}?mode={mode}"
+        options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False, "uri": True}
         try:
-            options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False, "uri": True}
-            self._connection = sqlite3.connect(uri, _TIMEOUT_S, **options)
+            self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", _TIMEOUT_S, **options)
         except sqlite3.Error as error:
             raise self._translated(error) from error
+        self.close = self._connection.close
         try:
             self(f"PRAGMA cache_size=-{_CACHE_KB}")
             self("SELECT 1 FROM sqlite_schema")
@@ -90,54 +83,42 @@ class SQLiteFile:
             self.close()
             raise
 
-    def __call__(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> list[Row]:
-        """Run a statement, once or with each of `many` values; returns the rows that it finds."""
-        try:
-            with self._lock:
-                if many is not None:
-                    return self._connection.executemany(sql, many).fetchall()
-                return self._connection.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
-            raise self._translated(error) from error
+    def __call__(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+        """Run a statement; returns the rows that it finds."""
+        with self._lock:
+            return list(self.each(sql, values))
 
-    def each(self, sql: str) -> Iterator[Row]:
-        """Run a query whose rows do not fit into memory; no other thread may use the file meanwhile."""
+    def each(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> Iterator[Row]:
+        """Run a statement, once or with each of `many` values, and yield rows; in a thread that uses the file alone."""
+        run = self._connection
         try:
-            yield from self._connection.execute(sql)
+            yield from run.execute(sql, values) if many is None else run.executemany(sql, many)
         except sqlite3.Error as error:
             raise self._translated(error) from error
 
     @property
     def in_transaction(self) -> bool:
-        """Whether there are changes that are not committed."""
+        """Whether there are changes that are not committed; `close` undoes them."""
         return self._connection.in_transaction
-
-    def close(self) -> None:
-        """Close the file; changes that are not committed are undone."""
-        self._connection.close()
 
     def _translated(self, error: sqlite3.Error) -> Exception:
         code = getattr(error, "sqlite_errorcode", -1) & 0xFF
-        number = _ERRNO.get(code)
-        if number is None:
-            return ValueError(str(error)) if code in _DAMAGED else error
-        if number == errno.EACCES and self.path.is_dir():
-            number = errno.EISDIR
-        elif number == errno.EIO:
-            number = _write_errno(self.path)
+        if code in _DAMAGED or "decode" in str(error):  # to text; this has no code
+            return ValueError(str(error))
+        if (number := _ERRNO.get(code)) is None:
+            return error
+        number = errno.EISDIR if self.path.is_dir() else _write_errno(self.path) if number == errno.EIO else number
         return OSError(number, os.strerror(number), str(self.path))
 
     def faults(self) -> Iterator[str]:
         """Read every byte, and name damaged rows as "table id: ..."."""
         yield from (text for (text,) in self("PRAGMA integrity_check") if text != "ok")
         for table in ("meta", *KINDS):
-            for row in self.each(f"SELECT rowid, * FROM {table}"):
-                if row[-1] != crc_of(row[1:-1]):
-                    yield f"{table} {row[0]}: wrong checksum"
+            wrong = (row for row in self.each(f"SELECT rowid, * FROM {table}") if row[-1] != crc_of(row[1:-1]))
+            yield from (f"{table} {row[0]}: wrong checksum" for row in wrong)
         for table in ("embedding", "thumbnail"):
-            for id, key, blob, crc in self.each(f"SELECT * FROM {table}"):
-                if crc != crc_of_blob(key, blob):
-                    yield f"{table} {id}: wrong checksum"
+            wrong = (row for row in self.each(f"SELECT * FROM {table}") if row[3] != crc_of_blob(*row[1:3]))
+            yield from (f"{table} {row[0]}: wrong checksum" for row in wrong)
 
 
 def _write_errno(path: Path) -> int:
@@ -170,10 +151,9 @@ def crc_of_blob(key: object, blob: object) -> int:
     return zlib.crc32(blob if isinstance(blob, bytes) else b"", zlib.crc32(repr(key).encode())) - 2**31
 
 
-def to_array(blobs: Sequence[bytes], kind: Literal["<f2", "<i8"], *shape: int) -> Tensor:
+def to_tensor(blobs: Sequence[bytes], dtype: Literal["<f2", "<i8"], *shape: int) -> Tensor:
     """Decode halves or ids."""
-    data = np.frombuffer(b"".join(blobs), kind).astype(kind[1:])
-    return torch.from_numpy(data.reshape(shape or -1))
+    return torch.from_numpy(np.frombuffer(b"".join(blobs), dtype).astype(dtype[1:]).reshape(shape or -1))
 
 
 class GalleryDatabase:
@@ -189,19 +169,19 @@ class GalleryDatabase:
     def __init__(self, folder: Path, model: str) -> None:
         """Open a gallery; see `open`."""
         self.folder, self.metadata = folder, GalleryMetadata("", model, 1.0, None)  # until it is read
+        self._tagged = lru_cache(_TAGS_CACHED)(self._select_tagged)
         try:
             self._file = open_recovered(folder / DATABASE)
+            self.close = self._file.close
         except ValueError as error:
             raise self.damaged(error) from error
         try:
             self._read_meta()
-        except (TypeError, KeyError) as error:
+        except BaseException as error:
             self.close()
-            raise self.damaged(error) from error
-        except BaseException:
-            self.close()
+            if isinstance(error, TypeError | KeyError):
+                raise self.damaged(error) from error
             raise
-        self._tagged = lru_cache(_TAGS_CACHED)(self._select_tagged)
 
     @classmethod
     def open(cls, folder: Path, model: str = "MODEL") -> GalleryDatabase:
@@ -229,26 +209,22 @@ class GalleryDatabase:
             command = rebuild_command(folder, model)
             raise FileNotFoundError(f"There is no gallery in {folder}. Build one: {command}") from None
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     def _read_meta(self) -> None:
         if (version := self._query("PRAGMA user_version")[0][0]) > VERSION:
             raise self.damaged(f"it has the format {version} of a later version of this program")
         tables = self._query("SELECT 1 FROM sqlite_schema WHERE name = 'meta'")
-        meta = self._meta("key NOT LIKE 'cohort.%'") if tables else {}
+        meta = self._meta("NOT LIKE 'cohort.%'") if tables else {}
         if "metadata" not in meta:
-            raise FileNotFoundError(errno.ENOENT, "no finished gallery", str(self.folder))
+            raise FileNotFoundError
         header = json.loads(meta["metadata"])
         self.metadata = GalleryMetadata(**{**header, "source": source_from_folder(self.folder, header["source"])})
         self.embed_dim, self.build = int(meta["embed_dim"]), str(meta["build"])
-        self._ids = {kind: to_array([meta[kind]], "<i8") for kind in KINDS}
-        self._packaged = to_array([meta["packaged"]], "<i8").tolist()
+        self._ids = {kind: to_tensor([meta[kind]], "<i8") for kind in KINDS}
+        self._packaged = to_tensor([meta["packaged"]], "<i8").tolist()
 
-    def _meta(self, where: str) -> dict[str, Any]:
-        rows = self._query(f"SELECT key, value, crc FROM meta WHERE {where}")
-        self._verify("meta", (crc == crc_of(row) for *row_, crc in rows for row in [tuple(row_)]))
+    def _meta(self, keys: str) -> dict[str, Any]:
+        rows = self._query(f"SELECT key, value, crc FROM meta WHERE key {keys}")
+        self._verify("meta", (row[2] == crc_of(row[:2]) for row in rows))
         return {key: value for key, value, _ in rows}
 
     def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
@@ -317,8 +293,7 @@ class GalleryDatabase:
 
     def _records(self, kind: Kind, ids: Sequence[int]) -> list[Row]:
         wanted = [int(id) for id in ids]
-        which = ("= ?", wanted) if len(wanted) == 1 else (f"IN {_CHOSEN}", (json.dumps(wanted),))
-        rows = self._query(f"SELECT * FROM {kind} WHERE id {which[0]}", which[1])
+        rows = self._query(f"SELECT * FROM {kind} WHERE id IN {_CHOSEN}", (json.dumps(wanted),))
         self._verify(kind, (row[-1] == crc_of(row[:-1]) for row in rows))
         found = {row[0]: row for row in rows}
         return [found[id] for id in wanted]
@@ -351,7 +326,7 @@ class GalleryDatabase:
         rows = self._query(sql, (json.dumps(wanted),))
         self._verify("embedding", (crc == crc_of_blob(key, embeds) for _, key, embeds, crc in rows))
         places = {row[0]: place for place, row in enumerate(rows)}
-        found = to_array([row[2] for row in rows], "<f2", len(rows), self.embed_dim)
+        found = to_tensor([row[2] for row in rows], "<f2", len(rows), self.embed_dim)
         return found[[places[id] for id in wanted]]
 
     def batches(self, kind: Kind, size: int = 16384) -> Iterator[tuple[Tensor, Tensor]]:
@@ -361,10 +336,9 @@ class GalleryDatabase:
 
     def cohort(self) -> dict[str, Tensor]:
         """Fetch the embeddings of the cohort by name, (n, embed_dim) float16; empty if there is none."""
-        blobs = self._meta("key LIKE 'cohort.%'")
-        width = 2 * self.embed_dim
-        shaped = ((key, blob, len(blob) // width) for key, blob in blobs.items())
-        return {key.removeprefix(COHORT): to_array([blob], "<f2", n, self.embed_dim) for key, blob, n in shaped}
+        blobs = {key.removeprefix(COHORT): blob for key, blob in self._meta("LIKE 'cohort.%'").items()}
+        rows = {name: len(blob) // (2 * self.embed_dim) for name, blob in blobs.items()}
+        return {name: to_tensor([blob], "<f2", rows[name], self.embed_dim) for name, blob in blobs.items()}
 
     # ------------------------------------------------------------ check
 

@@ -29,13 +29,7 @@ _LONGEST = timedelta(days=30)  # that a process waits for the others
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """The processes of one torchrun.
-
-    Attributes:
-        rank: of this process, from 0.
-        size: how many there are.
-        group: of gloo.
-    """
+    """The processes of one torchrun: the rank of this one, from 0, how many there are, and their gloo group."""
 
     rank: int
     size: int
@@ -47,11 +41,7 @@ class WorkerGroup:
         return Share(self.rank + 1, self.size)
 
     def gather(self, value: Any) -> list[Any]:
-        """Wait for all processes; returns their values by rank.
-
-        Raises:
-            ChildProcessError: when one of them has ended.
-        """
+        """Wait for all processes; returns their values by rank, ChildProcessError when one of them has ended."""
         values = [None] * self.size
         try:
             distributed.all_gather_object(values, value, group=self.group)
@@ -64,21 +54,15 @@ class WorkerGroup:
 
     def check_same_model(self, fingerprint: str) -> None:
         """Raise a ValueError when a process has another model than the first."""
-        for rank, other in enumerate(fingerprints := self.gather(fingerprint)):
-            if other != fingerprints[0]:
-                raise ValueError(
-                    f"Process {rank} has another model ({other[:12]}) than process 0 ({fingerprints[0][:12]}): "
-                    "give all of them the same files."
-                )
+        for rank, other in enumerate(found := self.gather(fingerprint)):
+            if other != found[0]:
+                ours = f"Process {rank} has another model ({other[:12]}) than process 0 ({found[0][:12]})"
+                raise ValueError(f"{ours}: give all of them the same files.")
 
 
 @contextmanager
 def worker_group() -> Iterator[WorkerGroup | None]:
-    """Join the processes of this torchrun; None when this process is alone.
-
-    Raises:
-        TimeoutError: when the others do not come.
-    """
+    """Join the processes of this torchrun, TimeoutError when they do not come; None when this process is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield None
         return

@@ -35,11 +35,10 @@ def cached_folder(encoder: DualEncoder, source: str | os.PathLike[str]) -> Path:
 
 
 def starter_gallery(encoder: DualEncoder) -> Gallery:
-    """Load the starter gallery as this model embeds it; what of it there is at once, where that has to be made first.
+    """Load the starter gallery as this model embeds it, or begin one that `build_starter` completes.
 
     Returns:
-        The gallery. Where it lies in no folder (`Gallery.folder` is None), it is the beginning of one: the pictures and
-        their own captions. `build_starter` makes the whole.
+        The gallery. One that lies in no folder (`Gallery.folder` is None) holds the pictures and their own captions.
 
     Raises:
         ValueError: when the shipped gallery is damaged, or its sources cannot be read.
@@ -54,16 +53,7 @@ def starter_gallery(encoder: DualEncoder) -> Gallery:
 
 
 def build_starter(encoder: DualEncoder, progress: Callable[[int, int], None]) -> Gallery:
-    """Embed the starter gallery with another model than the shipped one, once; it is kept in the cache folder.
-
-    Args:
-        encoder: the model in use.
-        progress: called with (done, total) items.
-
-    Raises:
-        ValueError: when its sources cannot be read.
-        OSError: when the cache folder cannot be written.
-    """
+    """Embed the starter gallery with another model than the shipped one, in the cache folder; as `build_gallery`."""
     return build_gallery(_sources(), _starter_folder(encoder), encoder, progress=progress, timeout=_TIMEOUT_S)
 
 

@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, astuple
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from alignment.atomic import atomic_write
@@ -34,7 +33,7 @@ from alignment.gallery.database import (
     crc_of_blob,
     open_recovered,
     source_to_folder,
-    to_array,
+    to_tensor,
 )
 from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture, folder_of, item_ids
 
@@ -81,7 +80,8 @@ class GalleryWriter:
     def _write(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> None:
         if not self._file.in_transaction:
             self._file("BEGIN IMMEDIATE")
-        self._file(sql, values, many)
+        for _ in self._file.each(sql, values, many):
+            pass
 
     def commit(self) -> None:
         """Make what was added survive the end of the process and a power cut."""
@@ -96,18 +96,17 @@ class GalleryWriter:
 
     def has(self, kind: Kind, content: str) -> bool:
         """Whether there is an embedding of a picture's file, by its SHA-256, or of a caption, by its text."""
-        return self._any("SELECT 1 FROM embedding WHERE key = ?", self._key(kind, content))
+        key = (self._key(kind, content),)
+        return any(file("SELECT 1 FROM embedding WHERE key = ?", key) for file in self._files)
 
     def has_thumbnail(self, sha256: str) -> bool:
         """Whether there is a thumbnail of a picture's file."""
-        return self._any("SELECT 1 FROM thumbnail WHERE sha256 = ?", bytes.fromhex(sha256))
-
-    def _any(self, sql: str, value: object) -> bool:
-        return any(file(sql, (value,)) for file in self._files)
+        key = (bytes.fromhex(sha256),)
+        return any(file("SELECT 1 FROM thumbnail WHERE sha256 = ?", key) for file in self._files)
 
     def add(self, kind: Kind, contents: Iterable[str], embeds: Tensor) -> None:
         """Add embeddings, (n, embed_dim), in half precision; contents as for `has`."""
-        keys, blobs = (self._key(kind, content) for content in contents), map(_bytes, embeds)
+        keys, blobs = (self._key(kind, content) for content in contents), _blobs(embeds)
         rows = ((key, blob, crc_of_blob(key, blob)) for key, blob in zip(keys, blobs, strict=True))
         self._write("INSERT OR IGNORE INTO embedding(key, embeds, crc) VALUES (?, ?, ?)", many=rows)
 
@@ -116,7 +115,7 @@ class GalleryWriter:
         keys = [self._key(kind, content) for content in contents]
         sql = "SELECT key, embeds FROM embedding WHERE key IN (SELECT value FROM json_each(?))"
         found: dict[int, bytes] = dict(self._file(sql, (json.dumps(keys),)))
-        return to_array([found[key] for key in keys], "<f2", len(keys), self.embed_dim)
+        return to_tensor([found[key] for key in keys], "<f2", len(keys), self.embed_dim)
 
     def add_thumbnail(self, sha256: str, webp: bytes) -> None:
         """Add the thumbnail of a picture's file."""
@@ -182,12 +181,9 @@ class GalleryWriter:
     # ------------------------------------------------------------ the end of a build
 
     def finish(
-        self,
-        pictures: Sequence[Picture],
-        captions: Sequence[Caption],
-        metadata: GalleryMetadata,
+        self, pictures: Sequence[Picture], captions: Sequence[Caption], metadata: GalleryMetadata,
         cohort: Mapping[str, Tensor],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Replace the records in one transaction, and delete embeddings and thumbnails that no record refers to.
 
         Nothing is written where only the date differs.
@@ -200,49 +196,38 @@ class GalleryWriter:
         """
         self.commit()
         try:
-            changed = self._replace(pictures, captions, metadata, cohort)
+            ids = {"picture": item_ids(pictures), "caption": item_ids(captions)}
+            rows: dict[int, int] = dict(self._file("SELECT key, id FROM embedding"))
+            changed = [self._replace("picture", pictures, ids["picture"], rows)]
+            changed += [self._replace("caption", captions, ids["caption"], rows)]
+            self._write(f"DELETE FROM embedding WHERE id NOT IN {_USED}")
+            self._write("DELETE FROM thumbnail WHERE sha256 NOT IN (SELECT sha256 FROM picture)")
+            self._write("DROP TABLE IF EXISTS scanned")
+            header = asdict(metadata) | {"num_pictures": len(pictures), "num_captions": len(captions)}
+            header["source"] = source_to_folder(self.path.parent, metadata.source)
+            packaged = [place for place, picture in enumerate(pictures) if picture.package]
+            meta: dict[str, Any] = {kind: ids[kind].numpy().astype("<i8").tobytes() for kind in KINDS}
+            meta["packaged"] = ids["picture"][packaged].numpy().astype("<i8").tobytes()
+            meta |= {COHORT + name: b"".join(_blobs(part)) for name, part in cohort.items()}
+            meta |= {"metadata": json.dumps(header), "embed_dim": self.embed_dim}
+            changed.append(self._replace_meta(meta))
             self.commit()
         finally:
             self._undo()
         pages, free = (self._file(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count"))
-        if changed and (pages * _PAGE_BYTES <= _SMALL or free > _WASTE * pages):
+        if any(changed) and (pages * _PAGE_BYTES <= _SMALL or free > _WASTE * pages):
             with suppress(OSError):  # in use, or no room for the copy; it is complete anyway
                 self._file("VACUUM")
 
     def _replace(
-        self,
-        pictures: Sequence[Picture],
-        captions: Sequence[Caption],
-        metadata: GalleryMetadata,
-        cohort: Mapping[str, Tensor],
-    ) -> bool:
-        rows: dict[int, int] = dict(self._file("SELECT key, id FROM embedding"))
-        ids = {"picture": item_ids(pictures), "caption": item_ids(captions)}
-        changed = self._replace_records("picture", self._picture_rows(ids["picture"], pictures, rows))
-        changed |= self._replace_records("caption", self._caption_rows(ids["caption"], captions, rows))
-        self._write(f"DELETE FROM embedding WHERE id NOT IN {_USED}")
-        self._write("DELETE FROM thumbnail WHERE sha256 NOT IN (SELECT sha256 FROM picture)")
-        self._write("DROP TABLE IF EXISTS scanned")
-        packaged = [place for place, picture in enumerate(pictures) if picture.package]
-        header = asdict(metadata) | {"num_pictures": len(pictures), "num_captions": len(captions)}
-        header["source"] = source_to_folder(self.path.parent, metadata.source)
-        meta: dict[str, Any] = {kind: _bytes(part) for kind, part in ids.items()}
-        meta |= {COHORT + name: _bytes(part.half()) for name, part in cohort.items()}
-        meta |= {"packaged": _bytes(ids["picture"][packaged]), "embed_dim": self.embed_dim}
-        old = {key: value for key, value, crc in self._file("SELECT * FROM meta") if crc == crc_of((key, value))}
-        before = json.loads(old.pop("metadata", "{}"))
-        same = {**before, "built": ""} == json.loads(json.dumps({**header, "built": ""}))
-        if old.pop("build", "") and same and old == meta and not changed:
-            return False
-        meta |= {"metadata": json.dumps(header), "build": secrets.token_hex(8)}
-        self._write("DELETE FROM meta")
-        self._write("INSERT INTO meta VALUES (?, ?, ?)", many=[(*row, crc_of(row)) for row in meta.items()])
-        return True
-
-    def _replace_records(self, kind: Kind, rows: Iterator[Row]) -> bool:
-        """Write the rows that are new or differ; returns whether there were any, or any to delete."""
-        new = {row[0]: (*row, crc_of(row)) for row in rows}
-        gone = []
+        self, kind: Kind, items: Sequence[Picture] | Sequence[Caption], ids: Tensor, rows: Mapping[int, int]
+    ) -> bool:  # fmt: skip
+        """Write the records that are new or differ; returns whether there were any, or any to delete."""
+        embeddings = (rows[self._key(kind, content_of(item))] for item in items)
+        values = (
+            (id, *columns, row) for id, columns, row in zip(ids.tolist(), map(_columns, items), embeddings, strict=True)
+        )
+        new, gone = {row[0]: (*row, crc_of(row)) for row in values}, []
         for row in self._file.each(f"SELECT * FROM {kind}"):
             if row[0] not in new:
                 gone.append((row[0],))
@@ -251,27 +236,40 @@ class GalleryWriter:
         marks = ", ".join("?" * (11 if kind == "picture" else 8))
         self._write(f"DELETE FROM {kind} WHERE id = ?", many=gone)
         self._write(f"INSERT OR REPLACE INTO {kind} VALUES ({marks})", many=[new[id] for id in sorted(new)])
+        if new or gone:
+            self._write("DELETE FROM meta WHERE key = 'build'")
         return bool(new or gone)
 
-    def _picture_rows(self, ids: Tensor, pictures: Sequence[Picture], rows: Mapping[int, int]) -> Iterator[Row]:
-        for id, picture in zip(ids.tolist(), pictures, strict=True):
-            captions = json.dumps(dict(picture.captions), ensure_ascii=False) if picture.captions else ""
-            source, folder = os.fsencode(picture.source), os.fsencode(folder_of(picture.source))
-            file = picture.file or FileFingerprint(0, 0, "")
-            state = file.size, file.mtime_ns, bytes.fromhex(file.sha256)
-            row = rows[self._key("picture", content_of(picture))]
-            yield id, picture.id, source, folder, captions, picture.credit, *state, row
-
-    def _caption_rows(self, ids: Tensor, captions: Sequence[Caption], rows: Mapping[int, int]) -> Iterator[Row]:
-        for id, caption in zip(ids.tolist(), captions, strict=True):
-            name, text, lang, scene, topic = astuple(caption)
-            if scene and name.startswith(f"{scene}."):  # as nearly always: of thousands this saves a tenth
-                name = name.removeprefix(scene)
-            yield id, name, text, lang, scene, topic, rows[self._key("caption", text)]
+    def _replace_meta(self, meta: Mapping[str, Any]) -> bool:
+        """Write metadata, ids and cohort, unless only the date differs from a gallery of the same records."""
+        old = {key: value for key, value, crc in self._file("SELECT * FROM meta") if crc == crc_of((key, value))}
+        undated = [{**each, "metadata": _undated(each.get("metadata", "{}"))} for each in (old, meta)]
+        if undated[0].pop("build", "") and undated[0] == undated[1]:
+            return False
+        rows = [*meta.items(), ("build", secrets.token_hex(8))]
+        self._write("DELETE FROM meta")
+        self._write("INSERT INTO meta VALUES (?, ?, ?)", many=[(*row, crc_of(row)) for row in rows])
+        return True
 
 
-def _bytes(part: Tensor) -> bytes:
-    return part.contiguous().numpy().astype("<i8" if part.dtype == torch.int64 else "<f2").tobytes()
+def _undated(header: str) -> dict[str, Any]:
+    return {**json.loads(header), "built": ""}
+
+
+def _blobs(embeds: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in embeds.numpy().astype("<f2")]
+
+
+def _columns(item: Picture | Caption) -> Row:
+    """Lay a record out as its row, without id, embedding and checksum."""
+    if isinstance(item, Caption):
+        name, text, lang, scene, topic = astuple(item)
+        # Nearly every name begins with the scene: that is a tenth of the row.
+        return name.removeprefix(scene) if scene and name.startswith(f"{scene}.") else name, text, lang, scene, topic
+    captions = json.dumps(dict(item.captions), ensure_ascii=False) if item.captions else ""
+    source, folder = os.fsencode(item.source), os.fsencode(folder_of(item.source))
+    file = item.file or FileFingerprint(0, 0, "")
+    return item.id, source, folder, captions, item.credit, file.size, file.mtime_ns, bytes.fromhex(file.sha256)
 
 
 def content_of(item: Picture | Caption) -> str:
@@ -282,15 +280,10 @@ def content_of(item: Picture | Caption) -> str:
 
 
 def write_gallery(
-    folder: Path,
-    pictures: Sequence[Picture],
-    captions: Sequence[Caption],
-    embeds: Mapping[Kind, Iterable[Tensor]],
-    embed_dim: int,
-    metadata: GalleryMetadata,
-    cohort: Mapping[str, Tensor],
+    folder: Path, pictures: Sequence[Picture], captions: Sequence[Caption], embeds: Mapping[Kind, Iterable[Tensor]],
+    embed_dim: int, metadata: GalleryMetadata, cohort: Mapping[str, Tensor],
     thumbnail: Callable[[Picture], bytes | None] = lambda picture: None,
-) -> None:
+) -> None:  # fmt: skip
     """Write a new `gallery.db` in a folder, and rename it to its place at the end.
 
     Args:
@@ -304,10 +297,8 @@ def write_gallery(
         thumbnail: returns the WebP file of a picture, if there is one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        atomic_write(folder / DATABASE) as temp,
-        closing(GalleryWriter(temp, metadata.fingerprint, embed_dim)) as writer,
-    ):
+    fingerprint = metadata.fingerprint
+    with atomic_write(folder / DATABASE) as temp, closing(GalleryWriter(temp, fingerprint, embed_dim)) as writer:
         items: dict[Kind, Sequence[Picture] | Sequence[Caption]] = {"picture": pictures, "caption": captions}
         for kind, batches in embeds.items():
             contents = map(content_of, items[kind])
