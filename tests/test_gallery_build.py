@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from alignment.confidence import cohort_version
 from PIL import Image
 
+from alignment.confidence import cohort_version
 from alignment.gallery import BuildReport, Gallery, build_gallery, main, scan
 from alignment.gallery.database import DATABASE
 from alignment.gallery.records import CAPTIONS, PICTURES

@@ -5,7 +5,8 @@ SQ8). All of it is mapped, and mapped pages do not count as memory of the proces
 database and may be deleted at any time.
 
 A query visits the lists whose centres are nearest. How many lists, and how many candidates, is measured at writing
-against the exact best ten of queries that are mixtures of rows: these lie between rows, as captions do among pictures.
+against the exact best ten of queries that are mixtures of rows and random directions: captions lie between pictures as
+mixtures do, and point where no picture lies as well.
 """
 
 from __future__ import annotations
@@ -27,17 +28,14 @@ from alignment.atomic import atomic_write
 from alignment.index.vector_index import Floats, Positions, validate_embeds, validate_ids
 
 TARGET_RECALL = 0.9995
-"""Share of the exact best ten of the mixtures that must be among the candidates."""
+"""Share of the exact best ten of these queries that must be among the candidates."""
 
 _FORMAT = 1
 _PAGE = 4096
 _WIDTH = 128  # of the projections
 _MIN_SAMPLE, _PER_LIST = 20_000, 40  # rows from which projections and codes are learnt, at least and for each list
-_MIXTURES, _MIXED = (
-    512,
-    8,
-)  # queries of the measurement, rows in each: of fewer, they are easier to answer than captions
-_DEPTHS = 128, 1024  # candidates, at least and at most
+_QUERIES, _MIXED = 512, 8  # of the measurement, and rows in each: of fewer, they are easier to answer than captions
+_DEPTHS = 64, 1024  # candidates measured, at least and at most; twice as many are asked for
 _BLOCK = 16_384  # rows at a time
 
 
@@ -186,7 +184,7 @@ def _train(rows: Floats) -> tuple[Any, int, int]:
     """Make the faiss index; returns it, the number of lists to visit and the number of candidates."""
     import faiss
 
-    rng, num_lists = np.random.default_rng(0), 2 ** round(math.log2(1.5 * math.sqrt(len(rows))))
+    rng, num_lists = np.random.default_rng(0), 2 ** round(math.log2(len(rows)) / 2 + 0.5)
     drawn = rng.permutation(len(rows))[: max(_MIN_SAMPLE, _PER_LIST * num_lists)]
     sample = rows[np.sort(drawn)].astype(np.float32)
     spec = f"PCA{min(_WIDTH, *rows.shape)},IVF{num_lists},SQ8"
@@ -196,9 +194,10 @@ def _train(rows: Floats) -> tuple[Any, int, int]:
     index.train(sample)
     for block in _blocks(rows):
         index.add(block)
-    mixed = sample[rng.integers(len(sample), size=(_MIXED, _MIXTURES))].mean(0) - sample.mean(0)
-    faiss.normalize_L2(mixed)
-    return index, *_tune(index, rows, mixed)
+    queries = sample[rng.integers(len(sample), size=(_MIXED, _QUERIES))].mean(0) - sample.mean(0)
+    faiss.normalize_L2(queries)
+    queries += rng.standard_normal(queries.shape, np.float32) / math.sqrt(rows.shape[1])
+    return index, *_tune(index, rows, queries)
 
 
 def _blocks(rows: Floats) -> Iterable[NDArray[np.float32]]:
@@ -223,4 +222,4 @@ def _tune(index: Any, rows: Floats, queries: NDArray[np.float32]) -> tuple[int, 
     depth, nprobe = min(max(least, int(np.searchsorted(held, TARGET_RECALL)) + 1), most), 1
     while nprobe < lists.nlist and recalls(nprobe, depth)[-1] < TARGET_RECALL * held[depth - 1]:
         nprobe += max(1, nprobe // 4)
-    return min(nprobe, lists.nlist), depth
+    return min(nprobe, lists.nlist), 2 * depth

@@ -1,0 +1,220 @@
+"""The file of a local index: what it holds, damage, kills in between, and readers while it is replaced."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from index_contract import unit
+
+from alignment.index import EXACT_ROWS, LocalIndex
+
+COUNT, DIM = EXACT_ROWS + 500, 16
+IDS = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0)) * 3 - 7
+
+
+def write(path: Path, seed: int = 0, stamp: str = "one") -> None:
+    LocalIndex.write(path, zip(IDS.split(1000), unit(COUNT, DIM, seed).split(1000), strict=True), COUNT, DIM, stamp)
+
+
+def seed_of(path: Path, stamp: str = "one") -> int:
+    """Tell which rows a sound file holds."""
+    assert LocalIndex.check(path) == []
+    rows = LocalIndex.open(path, IDS, stamp).embeds(IDS)
+    (seed,) = (seed for seed in (0, 1) if torch.equal(rows, unit(COUNT, DIM, seed).half().float()))
+    return seed
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("original") / "index.faiss"
+    write(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def path(original: bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "index.faiss"
+    path.write_bytes(original)
+    return path
+
+
+def test_an_index_is_opened_as_it_was_written(path: Path) -> None:
+    index, embeds = LocalIndex.open(path, IDS, "one"), unit(COUNT, DIM).half()
+    assert (len(index), index.embed_dim) == (COUNT, DIM)
+    assert torch.equal(index.ids(), IDS.sort().values)
+    assert torch.equal(index.embeds(IDS), embeds.float())
+    queries = embeds[::500].float()
+    expected = LocalIndex(IDS, embeds).search(queries, 9)
+    assert all(torch.equal(*pair) for pair in zip(index.search(queries, 9), expected, strict=True))
+
+
+def test_the_same_rows_make_the_same_file(path: Path, original: bytes, tmp_path: Path) -> None:
+    rows = iter([(IDS, unit(COUNT, DIM))])  # in one batch: how they come does not matter
+    LocalIndex.write(tmp_path / "again", rows, COUNT, DIM, "one")
+    assert (tmp_path / "again").read_bytes() == original
+    assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
+
+
+def test_rows_are_no_memory_of_the_process(tmp_path: Path) -> None:
+    # Far more rows than what a search takes besides: 64 MB in the file, and a fresh process that searches them.
+    code = """if True:
+        import sys, torch, faiss
+        from pathlib import Path
+        from alignment.index import LocalIndex
+        def private():
+            lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+            return int(lines["RssAnon"].split()[0]) * 1024
+        path, ids, query = Path(sys.argv[1]), torch.arange(5000), torch.ones(1, 6144) / 6144**0.5
+        LocalIndex(ids[:9], query.expand(9, 6144)).search(query, 3)
+        before = private()
+        index = LocalIndex.open(path, ids, "one")
+        index.search(query, 5000)  # touches every row
+        print(private() - before)
+    """
+    embeds = unit(5000, 6144).half()
+    LocalIndex.write(tmp_path / "index", [(torch.arange(5000), embeds)], 5000, 6144, "one")
+    command = [sys.executable, "-c", code, str(tmp_path / "index")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert int(result.stdout) < embeds.nbytes / 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "message"),
+    [
+        (lambda: [(IDS, unit(COUNT, DIM))], COUNT + 1, f"{COUNT + 1} rows"),
+        (lambda: [(IDS, unit(COUNT, DIM))], COUNT - 1, f"{COUNT - 1} rows"),
+        (lambda: [], 0, "at least 1"),
+        (lambda: [(IDS[1:], unit(COUNT, DIM))], COUNT, "as many as ids"),
+        (lambda: [(IDS, unit(COUNT, DIM + 1))], COUNT, "16 wide"),
+        (lambda: [(IDS, torch.full((COUNT, DIM), torch.nan))], COUNT, "finite"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_and_the_old_file_stays(
+    rows: Callable[[], list], count: int, message: str, path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        LocalIndex.write(path, rows(), count, DIM, "two")
+    assert seed_of(path) == 0
+    assert list(path.parent.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_no_file_is_another_error_than_a_damaged_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        LocalIndex.open(tmp_path / "index.faiss", IDS, "one")
+    assert len(LocalIndex.check(tmp_path / "index.faiss")) == 1
+
+
+@pytest.mark.parametrize(("ids", "stamp"), [(IDS, "two"), (IDS[1:], "one"), (IDS.flip(0), "one"), (IDS + 1, "one")])
+def test_a_file_of_another_state_is_refused(ids: torch.Tensor, stamp: str, path: Path) -> None:
+    with pytest.raises(ValueError, match="another state"):
+        LocalIndex.open(path, ids, stamp)
+    assert LocalIndex.check(path) == []
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda data: b"",
+        lambda data: data[:-1],
+        lambda data: data + b"\0",
+        lambda data: data[:3000],
+        lambda data: b"version https://git-lfs.github.com/spec/v1\n",
+        lambda data: bytes(len(data)),
+        lambda data: data.replace(b'"one"', b'"uno"', 1),
+        lambda data: data[: 4096 + COUNT * DIM * 2] + b"IxXX" + data[4096 + COUNT * DIM * 2 + 4 :],
+    ],
+    ids=["empty", "cut", "longer", "page", "LFS", "zeros", "stamp", "faiss"],
+)
+def test_damage_is_noticed_when_opening(harm: Callable[[bytes], bytes], path: Path, original: bytes) -> None:
+    path.write_bytes(harm(original))
+    with pytest.raises(ValueError, match=r"index\.faiss is damaged"):
+        LocalIndex.open(path, IDS, "one")
+    assert len(LocalIndex.check(path)) == 1
+
+
+def test_a_check_finds_any_flipped_bit(path: Path, original: bytes) -> None:
+    for place in torch.randint(len(original), (200,), generator=torch.Generator().manual_seed(0)).tolist():
+        data = bytearray(original)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        assert len(LocalIndex.check(path)) == 1, place
+
+
+def test_flipped_bits_in_codes_crash_nothing(path: Path, original: bytes) -> None:
+    data, generator = bytearray(original), torch.Generator().manual_seed(0)
+    for place in torch.randint(COUNT * (DIM + 8), (2000,), generator=generator).tolist():
+        data[-1 - place] ^= 1 << place % 8
+    path.write_bytes(data)
+    scores, _ = LocalIndex.open(path, IDS, "one").search(unit(20, DIM, seed=3), 10)
+    assert (scores[:, 1:] <= scores[:, :-1]).all()
+
+
+# ---------------------------------------------------------------- kills and readers
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("survived", range(3))
+def test_a_kill_leaves_the_old_file_or_the_new_one(
+    call: str, survived: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = getattr(os, call), [survived]
+
+    def die(*args: object, **more: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return original(*args, **more)
+
+    monkeypatch.setattr(os, call, die)
+    killed = False
+    try:
+        write(path, seed=1)
+    except Killed:
+        killed = True
+    monkeypatch.undo()
+    calls = {"replace": 1, "fsync": 2}[call]
+    assert killed == (survived < calls)
+    assert seed_of(path) == (not killed or (call, survived) == ("fsync", 1))
+    write(path, seed=1)
+    assert seed_of(path) == 1
+
+
+def test_a_full_disk_is_an_os_error_and_the_old_file_stays(path: Path) -> None:
+    code = """if True:
+        import resource, signal, sys, torch
+        from pathlib import Path
+        from alignment.index import LocalIndex
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+        embeds = torch.nn.functional.normalize(torch.randn(5000, 16), dim=-1)
+        try:
+            LocalIndex.write(Path(sys.argv[1]), [(torch.arange(5000), embeds)], 5000, 16, "two")
+        except OSError:
+            print("OSError")
+    """
+    for limit in (50_000, 5000 * 32 + 50_000):  # among the rows, and in what faiss made
+        command = [sys.executable, "-c", code, str(path), str(limit)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        assert result.stdout == "OSError\n"
+        assert seed_of(path) == 0
+        assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_open_index_goes_on_with_the_rows_that_were_there(path: Path) -> None:
+    reader, queries = LocalIndex.open(path, IDS, "one"), unit(COUNT, DIM)[::500]
+    write(path, seed=1, stamp="two")
+    assert torch.equal(reader.search(queries, 1)[1][:, 0], IDS[::500])
+    assert seed_of(path, "two") == 1
