@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -38,6 +39,8 @@ from alignment.gallery.records import Caption, Picture, item_ids
 from alignment.gallery.writer import GalleryWriter, content_of
 from alignment.index import MilvusIndex, Server
 from alignment.index.server import Connection
+
+logger = logging.getLogger(__name__)
 
 OWNER_FILE = "milvus.json"
 _URI_HELP = "a Milvus server for the embeddings, such as http://localhost:19530 (or ALIGNMENT_INDEX)"
@@ -144,7 +147,13 @@ class Remote:
             except KeyError:
                 raise ValueError(f"{self.folder} was rebuilt meanwhile. Run the command again.") from None
             show(index.name, done := done + len(ids), count)
-        index.wait_until_indexed(lambda left: show(f"{index.name}: index", max(0, count - left), count))
+        try:
+            index.wait_until_indexed(lambda left: show(f"{index.name}: index", max(0, count - left), count))
+        except (
+            PermissionError,
+            ValueError,
+        ) as error:  # the role has no privilege for it, or the provider no such request
+            logger.warning("Until the server has built the index of %s, searches miss results: %s", index.name, error)
 
     def pull(self, progress: Progress = lambda *done: None) -> tuple[int, int]:
         """Fetch embeddings that are missing or damaged in the gallery folder; returns how many items it has.
