@@ -110,7 +110,7 @@ class Remote:
     def push(
         self, database: GalleryDatabase, progress: Progress = lambda *done: None, *, dry_run: bool = False
     ) -> list[SyncPlan]:
-        """Bring the server up to date; ValueError if a collection belongs to another gallery, or this one is rebuilt."""
+        """Bring the server up to date; ValueError if a collection is of another gallery, or this one is rebuilt."""
         plans, fingerprint = [], database.metadata.fingerprint
         for kind, ids in ((kind, database.ids(kind)) for kind in KINDS if len(database.ids(kind))):
             index = self._find(kind, fingerprint)
