@@ -17,6 +17,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,6 +45,9 @@ from alignment.pairs import Share, read_data
 from alignment.preprocess import InputError, legible
 
 logger = logging.getLogger(__name__)
+
+Progress: TypeAlias = Callable[[int, int], None]
+Growing: TypeAlias = Callable[[Gallery], None]
 
 COMMIT_S = 2.0
 """Seconds between two commits: what was embedded since then is lost if the process is killed."""
@@ -83,25 +87,16 @@ class BuildReport:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of the source could be looked at."""
+        """Whether all of the source could be read."""
         return not (self.unlisted or self.held or self.unread)
 
 
 def build_gallery(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    encoder: DualEncoder,
-    *,
-    format: str | None = None,
-    split: str | None = None,
-    calibrate: bool = True,
-    progress: Callable[[int, int], None] | None = None,
-    report: BuildReport | None = None,
-    remote: Remote | None = None,
-    growing: Callable[[Gallery], None] | None = None,
-    like: Gallery | None = None,
-    timeout: float = 0,
-) -> Gallery:
+    source: str | os.PathLike[str], out: str | os.PathLike[str], encoder: DualEncoder, *,
+    format: str | None = None, split: str | None = None, calibrate: bool = True, progress: Progress | None = None,
+    report: BuildReport | None = None, remote: Remote | None = None, growing: Growing | None = None,
+    like: Gallery | None = None, timeout: float = 0,
+) -> Gallery:  # fmt: skip
     """Embed pictures and captions into a gallery folder; what is in it already and has not changed is kept.
 
     A file counts as unchanged by size and time, then by content. Nothing is kept of another model. A picture that
@@ -140,7 +135,11 @@ def build_gallery(
         writer = _open_writer(out / DATABASE, encoder)
         try:
             for share in sorted(out.glob("share-*.db")):
-                _merge(writer, share)
+                try:
+                    writer.merge(share)
+                except ValueError as error:
+                    logger.warning("%s is damaged (%s): what it holds is embedded again.", share, error)
+                _delete(share)
             build = _Build(writer, encoder, metadata, report, progress, growing, like)
             build.finish(*build.embed(*build.with_unlisted(pictures, captions)), calibrate)
         finally:
@@ -158,16 +157,10 @@ def build_gallery(
 
 
 def embed_share(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    encoder: DualEncoder,
-    share: Share,
-    *,
-    format: str | None = None,
-    split: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    source: str | os.PathLike[str], out: str | os.PathLike[str], encoder: DualEncoder, share: Share, *,
+    format: str | None = None, split: str | None = None, progress: Progress | None = None,
     report: BuildReport | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Embed a share of a source into a file of its own, which the next `build_gallery` merges into the gallery.
 
     Several processes may do so at once, on several machines as well if these see the same folders. A share that was
@@ -182,14 +175,9 @@ def embed_share(
 
 
 def _read_source(
-    source: str,
-    out: Path,
-    encoder: DualEncoder,
-    format: str | None,
-    split: str | None,
-    report: BuildReport,
+    source: str, out: Path, encoder: DualEncoder, format: str | None, split: str | None, report: BuildReport,
     share: Share | None = None,
-) -> tuple[list[Picture], list[Caption], GalleryMetadata]:
+) -> tuple[list[Picture], list[Caption], GalleryMetadata]:  # fmt: skip
     """List what is to be embedded, and report what is not; the metadata say where it comes from, a path or Hub id."""
     folder, gallery = Path(source), os.path.join(os.path.abspath(out), "")
     origin = os.path.abspath(folder) if folder.exists() else source
@@ -232,14 +220,6 @@ def _open_writer(path: Path, encoder: DualEncoder, base: Path | None = None) -> 
     return writer
 
 
-def _merge(writer: GalleryWriter, share: Path) -> None:
-    try:
-        writer.merge(share)
-    except ValueError as error:
-        logger.warning("%s is damaged (%s): what it holds is embedded again.", share, error)
-    _delete(share)
-
-
 def _delete(path: Path) -> None:
     for name in (path, path.with_name(f"{path.name}-journal")):
         name.unlink(missing_ok=True)
@@ -256,34 +236,25 @@ class _Previous:
 
     @classmethod
     def read(cls, folder: Path, encoder: DualEncoder) -> _Previous:
-        nothing = cls(GalleryMetadata("", "", 1.0, None))
-        try:
-            with closing(GalleryDatabase.open(folder, encoder.name)) as database:
-                if database.metadata.fingerprint != encoder.fingerprint:
-                    return nothing
-                pictures = database.pictures(database.ids("picture").tolist())
-                captions = database.captions(database.ids("caption").tolist())
-                return cls(database.metadata, pictures, captions, database.cohort())
-        except FileNotFoundError:
-            return nothing
-        except (ValueError, KeyError) as error:
-            logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
-            return nothing
+        with suppress(FileNotFoundError):
+            try:
+                with closing(GalleryDatabase.open(folder, encoder.name)) as database:
+                    if database.metadata.fingerprint == encoder.fingerprint:
+                        pictures = database.pictures(database.ids("picture").tolist())
+                        captions = database.captions(database.ids("caption").tolist())
+                        return cls(database.metadata, pictures, captions, database.cohort())
+            except (ValueError, KeyError) as error:
+                logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
+        return cls(GalleryMetadata("", "", 1.0, None))
 
 
 class _Build:
     """Embeds a source into one database; what is there already, or in the gallery, is not embedded again."""
 
     def __init__(
-        self,
-        writer: GalleryWriter,
-        encoder: DualEncoder,
-        metadata: GalleryMetadata,
-        report: BuildReport,
-        progress: Callable[[int, int], None] | None,
-        growing: Callable[[Gallery], None] | None = None,
-        like: Gallery | None = None,
-    ) -> None:
+        self, writer: GalleryWriter, encoder: DualEncoder, metadata: GalleryMetadata, report: BuildReport,
+        progress: Progress | None, growing: Growing | None = None, like: Gallery | None = None,
+    ) -> None:  # fmt: skip
         self.writer, self.encoder, self.metadata, self.report = writer, encoder, metadata, report
         self.progress = progress or (lambda done, total: None)
         self.growing, self.like, self.grown = growing, like, 0  # number of pictures shown last

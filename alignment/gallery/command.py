@@ -88,35 +88,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m alignment.gallery", description="Make galleries to search.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    build = commands.add_parser(
-        "build",
-        help="embed pictures and captions (build --help says more)",
-        description=_HELP,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    build.add_argument("source", type=expanduser, metavar="SOURCE", help="what to embed, see above")
-    build.add_argument(
-        "--out",
-        type=expanduser,
-        metavar="DIR",
-        required=True,
-        help="the gallery folder, new or to be brought up to date",
-    )
-    build.add_argument(
-        "--model", type=expanduser, default=shipped(MODEL), help="folder or Hub id (default: %(default)s)"
-    )
-    build.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    build.add_argument("--split", help="only this part of a data set, such as train, dev or test")
-    build.add_argument("--format", help="of the data set, where the found one is wrong: csv, jsonl, coco, folder, ...")
-    build.add_argument(
-        "--share", type=_share, metavar="K/N", help="only embed the K-th of N shares; finish without this, see below"
-    )
-    build.add_argument(
-        "--no-calibration",
-        action="store_true",
-        help="leave out the cohort that tells when nothing fits; saves embedding some 1,100 texts and pictures",
-    )
+    text, raw = "embed pictures and captions (build --help says more)", argparse.RawDescriptionHelpFormatter
+    build = commands.add_parser("build", help=text, description=_HELP, epilog=_EXAMPLES, formatter_class=raw)
+    add = build.add_argument
+    add("source", type=expanduser, metavar="SOURCE", help="what to embed, see above")
+    text = "the gallery folder, new or to be brought up to date"
+    add("--out", type=expanduser, metavar="DIR", required=True, help=text)
+    add("--model", type=expanduser, default=shipped(MODEL), help="folder or Hub id (default: %(default)s)")
+    add("--revision", help="branch, tag or commit of a model on the Hub")
+    add("--split", help="only this part of a data set, such as train, dev or test")
+    add("--format", help="of the data set, where the found one is wrong: csv, jsonl, coco, folder, ...")
+    text = "only embed the K-th of N shares; finish without this, see below"
+    add("--share", type=_share, metavar="K/N", help=text)
+    text = "leave out the cohort that tells when nothing fits; saves embedding some 1,100 texts and pictures"
+    add("--no-calibration", action="store_true", help=text)
     add_size_options(build)
     add_index_options(build)
     build.set_defaults(run=_build)

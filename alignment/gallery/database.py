@@ -260,8 +260,8 @@ class GalleryDatabase:
             folder = os.fsencode(tag)
             values = folder, folder + b"/", folder + b"0"  # "0" follows "/"
             rows = self._query("SELECT id FROM picture WHERE folder = ? OR (folder > ? AND folder < ?)", values)
-        found = torch.tensor([id for (id,) in rows], dtype=torch.int64)
-        return self._ids[kind][torch.isin(self._ids[kind], found)]
+        found = np.array([id for (id,) in rows], np.int64)
+        return self._ids[kind][torch.from_numpy(np.isin(self._ids[kind].numpy(), found))]
 
     def tags(self, kind: Kind) -> dict[str, int]:
         """Count the pictures below each folder, or the captions of each language ("" if unknown)."""
@@ -293,7 +293,8 @@ class GalleryDatabase:
 
     def _records(self, kind: Kind, ids: Sequence[int]) -> list[Row]:
         wanted = [int(id) for id in ids]
-        rows = self._query(f"SELECT * FROM {kind} WHERE id IN {_CHOSEN}", (json.dumps(wanted),))
+        which, values = ("= ?", wanted) if len(wanted) == 1 else (f"IN {_CHOSEN}", [json.dumps(wanted)])
+        rows = self._query(f"SELECT * FROM {kind} WHERE id {which}", values)
         self._verify(kind, (row[-1] == crc_of(row[:-1]) for row in rows))
         found = {row[0]: row for row in rows}
         return [found[id] for id in wanted]
@@ -321,9 +322,10 @@ class GalleryDatabase:
         """
         wanted = ids.tolist()
         # In the order of the table: pages of 64 kB in random order take ten times as long.
-        sql = f"WITH c(owner, row) AS MATERIALIZED (SELECT id, embedding FROM {kind} WHERE id IN {_CHOSEN} ORDER BY 2)"
+        which = f"WHERE id IN {_CHOSEN}" if len(wanted) < len(self._ids[kind]) else "WHERE ? != ''"
+        sql = f"WITH c(owner, row) AS MATERIALIZED (SELECT id, embedding FROM {kind} {which} ORDER BY 2)"
         sql += " SELECT owner, key, embeds, crc FROM c LEFT JOIN embedding ON embedding.id = row"
-        rows = self._query(sql, (json.dumps(wanted),))
+        rows = self._query(sql, [json.dumps(wanted)])
         self._verify("embedding", (crc == crc_of_blob(key, embeds) for _, key, embeds, crc in rows))
         places = {row[0]: place for place, row in enumerate(rows)}
         found = to_tensor([row[2] for row in rows], "<f2", len(rows), self.embed_dim)
