@@ -130,7 +130,7 @@ def build_gallery(
     pictures, captions, metadata = _read_source(os.fspath(source), out, encoder, format, split, report)
     report.cut = encoder.preprocessor.cut(caption.text for caption in captions)
     with exclusive_lock(out, timeout=timeout):
-        import_gallery(out)
+        import_gallery(out, remote.embeds if remote else None)
         remove_stale_temp(out, age=0)
         writer = _open_writer(out / DATABASE, encoder)
         try:
@@ -149,7 +149,7 @@ def build_gallery(
                 _delete(out / DATABASE)
     with closing(GalleryDatabase.open(out, encoder.name)) as database:
         if remote is not None:
-            remote.push(database)
+            remote.push(database, lambda what, done, total: progress(done, total) if progress else None)
         else:
             for kind in KINDS:
                 write_index(database, kind)
