@@ -213,7 +213,7 @@ def test_captions_are_answered_without_the_image_tower_and_what_builds_models(tm
     code = f"import app; {serve}; {LOADED}; print(*engine.encoder.in_memory)"
     run(code, ALIGNMENT_CACHE=str(tmp_path))  # the first start of all makes the graphs
     loaded, towers = run(code, ALIGNMENT_CACHE=str(tmp_path)).splitlines()
-    assert loaded.split() == ["openvino", "faiss"]  # the starter gallery is searched by its codes
+    assert loaded.split() == ["openvino"]  # the starter gallery is searched in memory, without faiss
     assert towers.split() == ["text"]
 
 
@@ -350,8 +350,8 @@ def answer(*chances: float, verdicts: str) -> SearchResult[Caption]:
         for rank, (chance, verdict) in enumerate(zip(chances, verdicts.split(), strict=True), start=1)
     ]
     first, *others, last = matches
-    groups = ((first, last), *((match,) for match in others))
-    return SearchResult(tuple(matches), first.verdict, first.probability, groups=groups)
+    duplicates = ((first, last), *((match,) for match in others))
+    return SearchResult(tuple(matches), first.verdict, first.probability, duplicates=duplicates)
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

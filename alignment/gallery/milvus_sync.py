@@ -110,11 +110,7 @@ class Remote:
     def push(
         self, database: GalleryDatabase, progress: Progress = lambda *done: None, *, dry_run: bool = False
     ) -> list[SyncPlan]:
-        """Bring the server up to date with a gallery, or only tell what that takes.
-
-        Raises:
-            ValueError: if a collection belongs to another gallery or model, or the gallery is rebuilt meanwhile.
-        """
+        """Bring the server up to date; ValueError if a collection is of another gallery, or this one is rebuilt."""
         plans, fingerprint = [], database.metadata.fingerprint
         for kind, ids in ((kind, database.ids(kind)) for kind in KINDS if len(database.ids(kind))):
             index = self._find(kind, fingerprint)
@@ -132,10 +128,8 @@ class Remote:
                     index.mark(digest(ids))
                     index.unmark(keep=digest(ids))
                     index.delete(stale)
-                    if len(index) != len(ids):
-                        raise ValueError(
-                            f"{index.name} has not {len(ids)} but {len(index)} rows. Run the command again."
-                        )
+                    if (count := len(index)) != len(ids):
+                        raise ValueError(f"{index.name} has {count} rows, not {len(ids)}. Run the command again.")
         return plans
 
     def _send(self, database: GalleryDatabase, kind: Kind, missing: Tensor, index: MilvusIndex, show: Progress) -> None:
@@ -149,18 +143,11 @@ class Remote:
             show(index.name, done := done + len(ids), count)
         try:
             index.wait_until_indexed(lambda left: show(f"{index.name}: index", max(0, count - left), count))
-        except (
-            PermissionError,
-            ValueError,
-        ) as error:  # the role has no privilege for it, or the provider no such request
+        except (PermissionError, ValueError) as error:  # no privilege, or a provider without these requests
             logger.warning("Until the server has built the index of %s, searches miss results: %s", index.name, error)
 
     def pull(self, progress: Progress = lambda *done: None) -> tuple[int, int]:
-        """Fetch embeddings that are missing or damaged in the gallery folder; returns how many items it has.
-
-        Raises:
-            ValueError: if the server does not hold this gallery, or the folder is damaged in another way.
-        """
+        """Fetch embeddings that the folder lacks; returns the number of items. ValueError if the server lacks them."""
         with exclusive_lock(self.folder):
             import_gallery(self.folder, self.embeds)
             with closing(GalleryDatabase.open(self.folder)) as old:

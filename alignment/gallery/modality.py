@@ -140,9 +140,9 @@ class Modality(Generic[Item]):
     def softmax(self, query: Tensor, found: Tensor, scale: float, bias: float | None, tag: str | None = None) -> Tensor:
         """Compute the model's softmax over all candidates, or its sigmoid, for the best of them.
 
-        Among more than `LARGE` candidates only those found are weighed exactly; `SAMPLED` random ones estimate the
-        sum of the others. Among 50,000 pictures and with 128 found, the median relative error is 7 % for the compact
-        model and 1 % for a model with CLIP's `logit_scale`.
+        Among more than `LARGE` candidates only those found are weighed exactly, the rest by a sample. Among 50,000
+        pictures and with 128 found, the median relative error is 7 % for the compact model and 1 % for a model with
+        CLIP's `logit_scale`.
 
         Args:
             query: (embed_dim,).
@@ -162,11 +162,10 @@ class Modality(Generic[Item]):
         return match_probabilities(logits_per_image(found[None], scale, bias), dim=1, logit_bias=bias)[0]
 
     def _sample(self, tag: str | None = None) -> Tensor:
-        """Fetch embeddings that represent the items, (n, embed_dim): of many, the same `SAMPLED` random ones."""
+        """Fetch embeddings that represent the items, (n, embed_dim): of many, `SAMPLED` at equal distances."""
         positions = torch.arange(len(self)) if tag is None else self.items.tagged(tag)
         if is_large(len(positions)):
-            order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
-            positions = positions[order[:SAMPLED]]
+            positions = positions[torch.linspace(0, len(positions) - 1, SAMPLED, dtype=torch.double).long()]
         return self[positions]
 
     @cached_property

@@ -9,10 +9,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,15 +28,16 @@ logger = logging.getLogger(__name__)
 _FILES = ("gallery.json", "pictures.jsonl", "captions.jsonl", "embeddings.safetensors")
 _FOLDERS = ("thumbnails", "image_embeds-*", "text_embeds-*", ".building", ".written")
 _BACKGROUND = "background."
-Fetch: TypeAlias = Callable[[Kind, str, Tensor], Tensor]
 
 
-def import_gallery(folder: Path, fetch: Fetch | None = None) -> bool:
-    """Convert a gallery of the previous format and delete its files; the caller holds `atomic.exclusive_lock`.
+def import_gallery(folder: Path, fetch: Callable[[Kind, str, Tensor], Tensor] | None = None) -> bool:
+    """Convert the gallery in a folder, if it has the previous format, and delete the old files.
+
+    The caller holds `alignment.atomic.exclusive_lock`.
 
     Args:
         folder: the gallery's.
-        fetch: returns embeddings that are on a server instead of the folder, by kind, fingerprint and ids.
+        fetch: returns embeddings that are not in the folder but on a server, by kind, fingerprint and ids.
 
     Returns:
         Whether there was one; a damaged one stays as it is, with a warning in the log. OSError if it cannot be written.
@@ -49,7 +50,7 @@ def import_gallery(folder: Path, fetch: Fetch | None = None) -> bool:
         try:
             _convert(folder, paths, fetch)
         except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError, SafetensorError) as error:
-            pull = f" If a Milvus server holds it, run: python -m alignment.gallery pull {folder} --index URI"
+            pull = f" If it is on a Milvus server, run: python -m alignment.gallery pull {folder} --index URI"
             hint = pull if isinstance(error, FileNotFoundError) else ""
             logger.warning("The gallery in %s cannot be converted, it is damaged (%s).%s", folder, error, hint)
             return False
@@ -64,7 +65,9 @@ def _place(folder: Path, name: str) -> Path:
     return ready if ready.exists() else folder / name
 
 
-def _convert(folder: Path, paths: Mapping[str, Path], fetch: Fetch | None) -> None:
+def _convert(
+    folder: Path, paths: Mapping[str, Path], fetch: Callable[[Kind, str, Tensor], Tensor] | None
+) -> None:  # fmt: skip
     header = json.loads(paths["gallery.json"].read_text("utf-8"))
     metadata = GalleryMetadata(**{**header, "source": source_from_folder(folder, header["source"])})
     lines = {name: paths[name].read_text("utf-8", "surrogateescape").split("\n")[:-1] for name in _FILES[1:3]}
@@ -75,10 +78,11 @@ def _convert(folder: Path, paths: Mapping[str, Path], fetch: Fetch | None) -> No
     pictures = [_picture(json.loads(line), metadata.source) for line in lines["pictures.jsonl"]]
     captions = [Caption(**json.loads(line)) for line in lines["captions.jsonl"]]
     embeds: dict[Kind, list[Tensor]] = {}
-    sides: list[tuple[Kind, str, Any]] = [("picture", "image_embeds", pictures), ("caption", "text_embeds", captions)]
-    for kind, name, items in sides:
+    sides: dict[Kind, tuple[str, Sequence[Picture | Caption]]]
+    sides = {"picture": ("image_embeds", pictures), "caption": ("text_embeds", captions)}
+    for kind, (name, items) in sides.items():
         place = f"{name}-{metadata.fingerprint[:12]}"
-        if fetch and name not in tensors and not (folder / place).exists():
+        if name not in tensors and fetch and not (folder / place).exists():
             rows = fetch(kind, metadata.fingerprint, item_ids(items))
         else:
             rows = tensors[name] if name in tensors else _read_index(folder, place, items)
@@ -116,7 +120,7 @@ def _verify(
         raise ValueError("its content is not what was written")
 
 
-def _read_index(folder: Path, name: str, items: list[Any]) -> Tensor:
+def _read_index(folder: Path, name: str, items: Sequence[Picture | Caption]) -> Tensor:
     """Read the embeddings of many items, which lie in segments that may hold others."""
     rows: dict[int, Tensor] = {}
     for entry in json.loads((folder / name / "index.json").read_text("utf-8"))["entries"]:
