@@ -35,7 +35,7 @@ _PAGE = 4096
 _WIDTH = 128  # of the projections
 _MIN_SAMPLE, _PER_LIST = 20_000, 40  # rows from which projections and codes are learnt, at least and for each list
 _QUERIES, _MIXED = 512, 8  # of the measurement, and rows in each: of fewer, they are easier to answer than captions
-_DEPTHS = 64, 1024  # candidates measured, at least and at most; twice as many are asked for
+_DEPTHS = 128, 1024  # candidates, at least and at most
 _BLOCK = 16_384  # rows at a time
 
 
@@ -222,4 +222,4 @@ def _tune(index: Any, rows: Floats, queries: NDArray[np.float32]) -> tuple[int, 
     depth, nprobe = min(max(least, int(np.searchsorted(held, TARGET_RECALL)) + 1), most), 1
     while nprobe < lists.nlist and recalls(nprobe, depth)[-1] < TARGET_RECALL * held[depth - 1]:
         nprobe += max(1, nprobe // 4)
-    return min(nprobe, lists.nlist), 2 * depth
+    return min(nprobe, lists.nlist), depth
