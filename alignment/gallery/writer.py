@@ -30,7 +30,6 @@ from alignment.gallery.database import (
     Row,
     SQLiteFile,
     crc_of,
-    crc_of_blob,
     open_recovered,
     source_to_folder,
     to_tensor,
@@ -109,7 +108,7 @@ class GalleryWriter:
     def add(self, kind: Kind, contents: Iterable[str], embeds: Tensor) -> None:
         """Add embeddings, (n, embed_dim), in half precision; contents as for `has`."""
         keys, blobs = (self._key(kind, content) for content in contents), _blobs(embeds)
-        rows = ((key, blob, crc_of_blob(key, blob)) for key, blob in zip(keys, blobs, strict=True))
+        rows = ((key, blob, crc_of((key, blob))) for key, blob in zip(keys, blobs, strict=True))
         self._write("INSERT OR IGNORE INTO embedding(key, embeds, crc) VALUES (?, ?, ?)", many=rows)
 
     def embeds(self, kind: Kind, contents: Sequence[str]) -> Tensor:
@@ -121,7 +120,7 @@ class GalleryWriter:
 
     def add_thumbnail(self, sha256: str, webp: bytes) -> None:
         """Add the thumbnail of a picture's file."""
-        row = bytes.fromhex(sha256), webp, crc_of_blob(bytes.fromhex(sha256), webp)
+        row = bytes.fromhex(sha256), webp, crc_of((bytes.fromhex(sha256), webp))
         self._write("INSERT OR REPLACE INTO thumbnail(sha256, webp, crc) VALUES (?, ?, ?)", row)
 
     def add_scanned(self, source: str, file: FileFingerprint) -> None:
