@@ -35,7 +35,7 @@ _PAGE = 4096
 _WIDTH = 128  # of the projections
 _MIN_SAMPLE, _PER_LIST = 20_000, 40  # rows from which projections and codes are learnt, at least and for each list
 _QUERIES, _MIXED = 512, 8  # of the measurement, and rows in each: of fewer, they are easier to answer than captions
-_DEPTHS = 64, 1024  # candidates measured, at least and at most; twice as many are asked for
+_DEPTHS = 128, 1024  # candidates, at least and at most
 _BLOCK = 16_384  # rows at a time
 
 
@@ -131,9 +131,9 @@ def write(path: Path, batches: Iterable[tuple[Tensor, Tensor]], count: int, embe
         data = faiss.serialize_index(index)
         file.write(data)
         head = len(data) - count * (faiss.extract_index_ivf(index).code_size + 8)  # codes and positions come last
-        header = {"format": _FORMAT, "stamp": stamp, "embed_dim": embed_dim, "nprobe": nprobe, "depth": depth}
+        header = {"format": _FORMAT, "stamp": stamp, "count": count, "embed_dim": embed_dim}
         header |= {"size": file.tell(), "crc": zlib.crc32(data, crc), "ids_crc": ids_crc}
-        header |= {"head": head, "head_crc": zlib.crc32(data[:head])}
+        header |= {"nprobe": nprobe, "depth": depth, "head": head, "head_crc": zlib.crc32(data[:head])}
         page = json.dumps(header).encode().ljust(_PAGE - 8)
         file.seek(0)
         file.write(b"%08x" % zlib.crc32(page) + page)
@@ -184,7 +184,7 @@ def _train(rows: Floats) -> tuple[Any, int, int]:
     """Make the faiss index; returns it, the number of lists to visit and the number of candidates."""
     import faiss
 
-    rng, num_lists = np.random.default_rng(0), 2 ** round(math.log2(len(rows)) / 2 + 0.5)
+    rng, num_lists = np.random.default_rng(0), 2 ** round(0.55 * math.log2(len(rows)))
     drawn = rng.permutation(len(rows))[: max(_MIN_SAMPLE, _PER_LIST * num_lists)]
     sample = rows[np.sort(drawn)].astype(np.float32)
     spec = f"PCA{min(_WIDTH, *rows.shape)},IVF{num_lists},SQ8"
@@ -222,4 +222,4 @@ def _tune(index: Any, rows: Floats, queries: NDArray[np.float32]) -> tuple[int, 
     depth, nprobe = min(max(least, int(np.searchsorted(held, TARGET_RECALL)) + 1), most), 1
     while nprobe < lists.nlist and recalls(nprobe, depth)[-1] < TARGET_RECALL * held[depth - 1]:
         nprobe += max(1, nprobe // 4)
-    return min(nprobe, lists.nlist), 2 * depth
+    return min(nprobe, lists.nlist), depth

@@ -1,10 +1,10 @@
-"""Disk and memory for each entry of a gallery: in the embedded index, on a Milvus server, in the app's own process.
+"""Disk and memory for each entry of a gallery: in the local index and on a Milvus server.
 
     PYTHONPATH=. .venv/bin/python tests/benchmarks/index_size.py --rows 100000 300000
 
 Entries are unit vectors of 512 dimensions with two tags each, as of pictures two folders deep. Each figure is taken in
 a process of its own, after 200 searches. Memory is what the process occupies beyond what it did when it was empty;
-pages of a mapped file are counted apart, since the system takes them back when it needs them. The server is the one of
+pages of mapped files are counted apart, since the system takes them back when it needs them. The server is the one of
 `make test-scale`, standalone: what it writes to its disk a cluster keeps in its object store, its queue and etcd.
 """
 
@@ -54,43 +54,36 @@ def search_times(index: object) -> list[float]:
     return times
 
 
-def embedded(count: int) -> dict[str, float]:
-    from alignment.index import EmbeddedIndex
+def local(count: int) -> dict[str, float]:
+    from alignment.index import LocalIndex
 
     with tempfile.TemporaryDirectory() as name:
-        folder, index = Path(name), EmbeddedIndex(torch.empty(0, WIDTH))
-        for ids, embeds, tags in rows_of(count):
-            index.upsert(ids, embeds.half(), tags)
-        index.save(folder)
-        disk = sum(path.stat().st_size for path in folder.iterdir())
-        command = [sys.executable, __file__, "--opened", name]
-        opened = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        path = Path(name, "index.faiss")
+        LocalIndex.write(path, ((ids, embeds) for ids, embeds, _ in rows_of(count)), count, WIDTH, "")
+        command = [sys.executable, __file__, "--opened", str(path), "--rows", str(count)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        opened = json.loads(result.stdout.splitlines()[-1])
+        p50 = opened.pop("p50")
         return {
-            "disk": disk / count,
-            **{kind: size / count for kind, size in opened.items() if kind != "p50"},
-            "p50": opened["p50"],
+            "disk": path.stat().st_size / count,
+            **{kind: size / count for kind, size in opened.items()},
+            "p50": p50,
         }
 
 
-def opened(folder: Path) -> dict[str, float]:
-    from alignment.index import EmbeddedIndex
+def opened(path: Path, count: int) -> dict[str, float]:
+    from alignment.index import LocalIndex
 
-    search_times(_small())
+    with tempfile.TemporaryDirectory() as name:  # have everything imported and warm before memory is looked at
+        ids, embeds, _ = next(rows_of(5000))
+        LocalIndex.write(Path(name, "small"), [(ids, embeds)], 5000, WIDTH, "")
+        search_times(LocalIndex.open(Path(name, "small"), ids, ""))
+    ids = torch.cat([ids for ids, _, _ in rows_of(count)])
     before = resident()
-    times = search_times(EmbeddedIndex.open(folder))
+    times = search_times(LocalIndex.open(path, ids, ""))
     after = resident()
     memory, mapped = after["RssAnon"] - before["RssAnon"], after["RssFile"] - before["RssFile"]
     return {"memory": memory, "mapped": mapped, "p50": float(np.median(times))}
-
-
-def _small() -> object:
-    """Have everything imported and warm before memory is looked at."""
-    from alignment.index import EmbeddedIndex
-
-    with tempfile.TemporaryDirectory() as name:
-        _, embeds, _ = next(rows_of(5000))
-        EmbeddedIndex(embeds).save(Path(name))
-        return EmbeddedIndex.open(Path(name))
 
 
 def milvus(count: int) -> dict[str, float]:
@@ -141,55 +134,18 @@ def milvus(count: int) -> dict[str, float]:
             server.kill()
 
 
-def catalogue(count: int) -> dict[str, float]:
-    from alignment.catalogue import Catalogue, FileState, Picture, Stamp, read_catalogue, write_catalogue
-    from alignment.gallery.storage import item_ids
-
-    with tempfile.TemporaryDirectory() as name:
-        pictures = [
-            Picture(
-                f"{row:016x}",
-                f"trip {row % 50}/{row // 500}/IMG_{row:07d}.jpg",
-                file=FileState(2_000_000, row, f"{row:064x}"),
-            )
-            for row in range(count)
-        ]
-        none = torch.empty(0, WIDTH)
-        write_catalogue(
-            Path(name), Catalogue(pictures, (), none, none, Stamp("f", "m", 1.0, None), elsewhere=("image_embeds",))
-        )
-        disk = sum(path.stat().st_size for path in Path(name).iterdir())
-        command = [sys.executable, __file__, "--listed", name]
-        del pictures, item_ids, read_catalogue
-        listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        return {"disk": disk / count, "memory": listed["memory"] / count, "seconds": listed["seconds"]}
-
-
-def listed(folder: Path) -> dict[str, float]:
-    from alignment.catalogue import read_catalogue
-    from alignment.gallery.storage import item_ids
-
-    before, start = resident(), time.perf_counter()
-    kept = read_catalogue(folder, "m")
-    ids = item_ids(kept.pictures)
-    seconds = time.perf_counter() - start
-    assert len(ids) == len(kept.pictures)
-    return {"memory": resident()["RssAnon"] - before["RssAnon"], "seconds": seconds}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000])
-    parser.add_argument("--what", nargs="+", default=["embedded", "catalogue", "milvus"])
+    parser.add_argument("--what", nargs="+", default=["local", "milvus"], choices=["local", "milvus"])
     parser.add_argument("--opened", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--listed", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.opened or args.listed:
-        print(json.dumps(opened(args.opened) if args.opened else listed(args.listed)))
+    if args.opened:
+        print(json.dumps(opened(args.opened, args.rows[0])))
         return
     for what in args.what:
         for count in args.rows:
-            found = {"embedded": embedded, "catalogue": catalogue, "milvus": milvus}[what](count)
+            found = {"local": local, "milvus": milvus}[what](count)
             print(what, count, json.dumps({kind: round(value, 1) for kind, value in found.items()}), flush=True)
 
 

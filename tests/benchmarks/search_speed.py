@@ -1,9 +1,10 @@
-"""Time the embedded index beside numpy, faiss and usearch: `python tests/benchmarks/search_speed.py [--json FILE]`."""
+"""Time the local index beside numpy, faiss and usearch: `python tests/benchmarks/search_speed.py [--json FILE]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,27 +17,26 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-K, QUERIES, CHANGED = 10, 100, 1000
+K, QUERIES = 10, 100
+INDEX = "index.faiss"
 PEERS = ("usearch",)
 PEER_RECALL = 0.99
 ABOUT = f"""\
-Time the embedded index beside numpy, faiss and usearch, one query at a time, the best {K}.
+Time the local index beside numpy, faiss and usearch, one query at a time, the best {K}.
 
 All contenders search the same rows with the same queries, in one process, with the same threads. They take turns,
 forwards and backwards; every time is the median of {QUERIES} queries, and every ratio the median over the rounds.
 
   numpy         float32 in memory, one product with all rows
   faiss flat    its fp16 scalar quantizer, memory-mapped: what faiss reads is as much as ours keeps
-  faiss alone   the first look's own codes, and as many rows scored again by faiss (`IndexRefine`) as ours looks at
-                on average: our own share is what ours takes beyond it
+  faiss refine  `PCA128,IVF,SQ8,Refine(SQfp16)` by faiss alone, with as many lists and candidates as ours has chosen
   usearch       HNSW, float16, as it comes, but for `expansion_search`, which is doubled until recall reaches
                 {PEER_RECALL}; it takes minutes to build, so only up to --peer-rows
-  ours          `EmbeddedIndex`, saved and opened again; once more among the tenth of the rows that carry a tag
+  ours          `LocalIndex`, written and opened; once more among the tenth of the rows that carry a tag
 
 recall is the share of the exact best {K} (float64 on float16 rows) that was found. "open" is opening alone, "first" the
 first answer after it, faiss imported. Memory is what a process of its own has more after {QUERIES} searches than before
-opening, its own and what it has mapped of the files, against the rows in float32. At the largest size rows are added,
-replaced and deleted, {CHANGED} each, and saved.
+opening, its own and what it has mapped of the file, against the rows in float32.
 """
 DATA = """\
 The rows are made up, like embeddings of an encoder: clusters in clusters, along some directions more than along others,
@@ -132,11 +132,14 @@ def made_up_seeds(dim: int) -> tuple[Any, Any]:
 
 
 def gallery_seeds(folder: Path) -> tuple[Any, Any]:
-    from alignment.gallery.storage import read_gallery
+    import numpy as np
+    from alignment.gallery.database import GalleryDatabase
 
-    kept = read_gallery(folder, "")
-    texts = unit(kept.text_embeds.float().numpy())
-    pictures = unit(kept.image_embeds.float().numpy())
+    database = GalleryDatabase.open(folder)
+    pictures, texts = (
+        unit(np.concatenate([rows.float().numpy() for _, rows in database.batches(kind)]))
+        for kind in ("picture", "caption")
+    )
     return (pictures if len(pictures) > len(texts) else texts[:-QUERIES]), texts[-QUERIES:]
 
 
@@ -168,24 +171,18 @@ def measure(count: int, folder: Path, arguments: argparse.Namespace, found: list
     import faiss
     import torch
 
-    from alignment.index import EmbeddedIndex
-
     torch.set_num_threads(arguments.threads)
     faiss.omp_set_num_threads(arguments.threads)
+    folder.mkdir()
     rows, queries = make(count, arguments)
-    started = time.perf_counter()
-    index = EmbeddedIndex(
-        torch.from_numpy(rows), tags=[("tenth",) if number % 10 == 3 else () for number in range(count)]
-    )
-    index.save(folder)
-    built = time.perf_counter() - started
-    opening = median(timed(lambda: EmbeddedIndex.open(folder)) for _ in range(20))
-    index = EmbeddedIndex.open(folder)
+    built = timed(lambda: write_index(folder / INDEX, rows)) / 1000
+    opening = median(timed(lambda: open_index(folder / INDEX)) for _ in range(20))
+    index = open_index(folder / INDEX)
     first = timed(lambda: index.search(torch.from_numpy(queries[:1]), K))
     contenders = dict(all_contenders(rows, index, queries, folder, arguments))
     times = take_turns(contenders, queries, arguments.rounds)
     truth = exact(rows, queries)
-    print(f"\n{count:,} rows: built and saved in {built:.1f} s, open {opening:.2f} ms, first {first:.1f} ms")
+    print(f"\n{count:,} rows: written in {built:.1f} s, open {opening:.2f} ms, first {first:.1f} ms")
     recalls = {name: recall(search, queries, truth) for name, search in contenders.items() if name != "ours, tag"}
     for name in contenders:
         found_of = f"recall {recalls[name]:.4f}" if name in recalls else ""
@@ -200,9 +197,33 @@ def measure(count: int, folder: Path, arguments: argparse.Namespace, found: list
             print(f"  {'':14} ours / {name}: {entry['ratio']:.3f}")
     del contenders
     found.append(memory(count, folder, queries, arguments))
-    if count == max(arguments.rows):
-        change(index, folder, rows)
     return opening
+
+
+def write_index(path: Path, rows: Any) -> None:
+    import torch
+
+    from alignment.index import LocalIndex
+
+    ids = torch.arange(len(rows))
+    LocalIndex.write(path, zip(ids.split(16_384), torch.from_numpy(rows).split(16_384), strict=True), *rows.shape, "")
+
+
+def open_index(path: Path) -> Any:
+    """Open what was written; the tag "tenth" is carried by every tenth row."""
+    import torch
+
+    from alignment.index import LocalIndex
+
+    count = header_of(path)["count"]
+    return LocalIndex.open(path, torch.arange(count), "", tagged=lambda tag: torch.arange(3, count, 10))
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """Read what the file says of itself."""
+    with path.open("rb") as file:
+        header: dict[str, Any] = json.loads(file.read(4096)[8:])
+    return header
 
 
 def recall(search: Search, queries: Any, truth: list[set[int]]) -> float:
@@ -233,13 +254,14 @@ def all_contenders(
     faiss.write_index(flat, str(folder / "flat.faiss"))
     flat = faiss.read_index(str(folder / "flat.faiss"), faiss.IO_FLAG_MMAP_IFC)
     yield "faiss flat", lambda query: flat.search(query, K)[1][0]
-    (part,) = index._parts
-    if part.segment.codes is not None:
-        lists = part.segment.codes.codes._lists
-        print(f"\n{len(rows):,} rows: {lists.d} directions, {lists.nprobe} of {lists.nlist} lists visited", flush=True)
-        refined = faiss.IndexRefine(part.segment.codes.codes.index, flat)
-        refined.k_factor = rows_looked_at(index, queries) / K
-        yield "faiss alone", lambda query: refined.search(query, K)[1][0]
+    header = header_of(folder / INDEX)
+    spec = f"PCA128,IVF{2 ** round(0.55 * math.log2(len(rows)))},SQ8,Refine(SQfp16)"
+    refined = faiss.index_factory(rows.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
+    refined.train(wide[:: max(1, len(wide) // 80_000)])
+    refined.add(wide)
+    asked = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(nprobe=header["nprobe"]))
+    asked = faiss.IndexRefineSearchParameters(k_factor=header["depth"] / K, base_index_params=asked)
+    yield "faiss refine", lambda query: refined.search(query, K, params=asked)[1][0]
     if len(rows) <= arguments.peer_rows:
         from usearch.index import Index
 
@@ -257,21 +279,6 @@ def all_contenders(
         yield f"usearch, {graph.expansion_search}", lambda query: graph.search(query[0], K, threads=1).keys
     yield "ours", lambda query: index.search(torch.from_numpy(query), K)[1][0].tolist()
     yield "ours, tag", lambda query: index.search(torch.from_numpy(query), K, tag="tenth")[1][0].tolist()
-
-
-def rows_looked_at(index: Any, queries: Any) -> float:
-    """Count the rows that ours scores for a query, on average."""
-    import torch
-
-    from alignment.index import segment
-
-    counts, gather = [], segment.gather
-    segment.gather = lambda rows, positions, *kind: counts.append(len(positions)) or gather(rows, positions, *kind)
-    try:
-        index.search(torch.from_numpy(queries), K)
-    finally:
-        segment.gather = gather
-    return max(float(K), sum(counts) / len(queries))
 
 
 def take_turns(contenders: dict[str, Search], queries: Any, rounds: int) -> dict[str, list[float]]:
@@ -299,7 +306,7 @@ def row(what: str, ours: float, reference: float, target: float | None, peer: st
     return entry | ({"peer": peer} if peer else {})
 
 
-# ---------------------------------------------------------------- memory and changes
+# ---------------------------------------------------------------- memory
 
 
 def memory(count: int, folder: Path, queries: Any, arguments: argparse.Namespace) -> Row:
@@ -307,7 +314,7 @@ def memory(count: int, folder: Path, queries: Any, arguments: argparse.Namespace
     import numpy as np
 
     np.save(folder / "queries.npy", queries)
-    command = [sys.executable, __file__, "--memory", str(folder), str(folder / "queries.npy")]
+    command = [sys.executable, __file__, "--memory", str(folder / INDEX), str(folder / "queries.npy")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     own, mapped = json.loads(result.stdout.splitlines()[-1])
@@ -325,12 +332,12 @@ def memory_of_this_process(index: str, queries: str) -> tuple[float, float]:
     import numpy as np
     import torch
 
-    from alignment.index import EmbeddedIndex
+    from alignment.index import LocalIndex
 
     asked = torch.from_numpy(np.load(queries))
-    EmbeddedIndex(asked).search(asked[:1], K)
+    LocalIndex(torch.arange(len(asked)), asked).search(asked[:1], K)
     before = resident()
-    opened = EmbeddedIndex.open(Path(index))
+    opened = open_index(Path(index))
     for query in asked:
         opened.search(query[None], K)
     after = resident()
@@ -341,25 +348,6 @@ def resident() -> tuple[float, float]:
     """Memory of one's own and mapped files in MiB, as Linux tells it."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))  # type: ignore[return-value]
-
-
-def change(index: Any, folder: Path, rows: Any) -> None:
-    """Add, replace and delete rows, save each time, and tell how long it took and what was written."""
-    import numpy as np
-    import torch
-
-    some = torch.from_numpy(unit(np.random.default_rng(2).standard_normal((CHANGED, rows.shape[1]), dtype=np.float32)))
-    changes: dict[str, Callable[[], object]] = {
-        "add": lambda: index.upsert(torch.arange(CHANGED) + len(rows), some),
-        "replace": lambda: index.upsert(torch.arange(CHANGED) * 7, some),
-        "delete": lambda: index.delete(torch.arange(CHANGED) * 7 + 3),
-    }
-    for name, call in changes.items():
-        before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-        took, saved = timed(call), timed(index.save)
-        written = [path for path in folder.iterdir() if before.get(path.name) != path.stat().st_mtime_ns]
-        size = sum(path.stat().st_size for path in written) / 2**20
-        print(f"  {name} {CHANGED} rows: {took:.1f} ms, save {saved:.1f} ms, {size:.2f} MiB written")
 
 
 if __name__ == "__main__":
