@@ -23,12 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-TEMP_PREFIX = ".writing-"
-"""Prefix of the names of files that are being written; readers ignore them."""
-
-LOCK = ".lock"
-"""Name of the lock file in a folder; it holds process, host and time as JSON."""
-
+TEMP_PREFIX = ".writing-"  # of the names of files that are being written; readers ignore them
+LOCK = ".lock"  # name of the lock file in a folder; it holds process, host and time as JSON
 _CHECKSUM = "sha256"  # key of the checksum in a JSON object
 _STALE_AFTER_S = 3600.0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -43,9 +39,7 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 def atomic_write(path: Path, *, fsync: bool = True) -> Iterator[Path]:
     """Yield a temporary path and rename it to `path` at the end; after an error nothing has changed.
 
-    Args:
-        path: the file to write.
-        fsync: whether it must survive a power cut; takes some milliseconds.
+    With `fsync` it survives a power cut as well, which takes some milliseconds.
     """
     temp = path.with_name(TEMP_PREFIX + secrets.token_hex(8))
     try:
@@ -89,12 +83,7 @@ def write_json_checksummed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json_checksummed(path: Path) -> dict[str, Any]:
-    """Read what `write_json_checksummed` wrote.
-
-    Raises:
-        OSError: when the file is missing or cannot be read.
-        ValueError: when its content differs from what was written.
-    """
+    """Read what `write_json_checksummed` wrote; ValueError when the content differs from that."""
     content = json.loads(path.read_text("utf-8"))
     if not isinstance(content, dict) or content.pop(_CHECKSUM, "") != _digest(content):
         raise ValueError("its content is not what was written")
@@ -113,10 +102,9 @@ def sha256_of(path: Path) -> str:
 
 def fsync_path(path: Path) -> None:
     """Flush a file, or the list of names in a folder, to the disk."""
-    folder = path.is_dir()
-    if folder and os.name != "posix":
+    if path.is_dir() and os.name != "posix":
         return  # Windows cannot flush folders
-    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -135,18 +123,15 @@ def remove_stale_temp(folder: Path, age: float = _STALE_AFTER_S) -> None:
     """Delete temporary files that killed processes left behind at least `age` seconds ago."""
     for path in folder.glob(f"{TEMP_PREFIX}*"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime < age:
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if time.time() - path.stat().st_mtime >= age:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
 def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
     """Hold the write lock of a folder, which is created if needed; the end of the process releases it.
 
-    Args:
-        folder: the file `.lock` lies in it meanwhile.
-        timeout: seconds to wait for another process; negative: for ever.
+    Waits `timeout` seconds for another process, or for ever if negative.
 
     Raises:
         BlockingIOError: when another process holds the lock; names process, host and time.
@@ -161,9 +146,8 @@ def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout:
-            raise BlockingIOError(
-                f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
-            ) from None
+            text = f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
+            raise BlockingIOError(text) from None
         except FileNotFoundError:  # another process removed the empty folder in between
             continue
     try:
@@ -218,10 +202,8 @@ def describe_error(error: Exception, again: str = "run the same command again") 
     place = error.filename2 or error.filename
     if error.errno in _FULL:
         where = f" where {place} lies" if place else ""
-        return (
-            f"There is no room left{where}: free some, or choose another folder, and {again}. What was "
-            "there before is as it was."
-        )
+        text = f"There is no room left{where}: free some, or choose another folder, and {again}."
+        return f"{text} What was there before is as it was."
     if error.errno in _FORBIDDEN and place:
         return f"{place} may not be read or written ({error.strerror}): change its permissions, or choose another one."
     if error.errno in _IN_THE_WAY and place:

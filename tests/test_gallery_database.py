@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sqlite3
+import threading
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from killing import obey_permissions
 from torch import Tensor
 
 from alignment.gallery.database import DATABASE, GalleryDatabase, Kind
 from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture, item_ids
-from alignment.gallery.writer import write_gallery
+from alignment.gallery.writer import GalleryWriter, write_gallery
 
 METADATA = GalleryMetadata("f" * 64, "my/model", 12.5, None, source="/far/away", built="now", calibration={"a": [1.5]})
 PICTURES = [
@@ -188,3 +192,65 @@ def test_a_gallery_of_nothing_but_captions_is_one(tmp_path: Path) -> None:
     assert database.embeds("picture", database.ids("picture")).shape == (0, 16)
     assert list(database.batches("picture")) == []
     assert database.check() == []
+
+
+def test_a_gallery_on_a_read_only_medium_can_be_read(folder: Path) -> None:
+    (folder / DATABASE).chmod(0o444)
+    folder.chmod(0o555)
+    try:
+        obey_permissions()
+        assert GalleryDatabase.open(folder).check() == []
+        (folder / DATABASE).chmod(0)
+        with pytest.raises(PermissionError):
+            GalleryDatabase.open(folder)
+    finally:
+        obey_permissions(False)
+        folder.chmod(0o755)
+
+
+def test_what_a_killed_process_left_half_written_is_undone(folder: Path) -> None:
+    """The transaction is in the middle of its commit: the journal is complete, the file half new."""
+    expected, copy = _content(folder), folder.parent / "copy"
+    copy.mkdir()
+    with closing(sqlite3.connect(folder / DATABASE, isolation_level=None)) as connection:
+        connection.execute("PRAGMA cache_size=1")
+        connection.execute("BEGIN IMMEDIATE")
+        for _ in range(3):
+            connection.execute("INSERT INTO thumbnail(sha256, webp) VALUES (randomblob(32), zeroblob(200000))")
+        connection.execute("UPDATE picture SET credit = zeroblob(200000)")
+        shutil.copy(folder / DATABASE, copy)
+        shutil.copy(folder / f"{DATABASE}-journal", copy)
+    copy.chmod(0o555)
+    try:
+        obey_permissions()
+        with pytest.raises(PermissionError):  # it cannot be undone here, and is not served
+            GalleryDatabase.open(copy)
+    finally:
+        obey_permissions(False)
+        copy.chmod(0o755)
+    assert _content(copy) == expected
+    assert [path.name for path in copy.iterdir()] == [DATABASE]
+
+
+def test_threads_read_while_another_connection_writes(folder: Path) -> None:
+    database = GalleryDatabase.open(folder)
+    ids, wrong = database.ids("picture"), list[object]()
+
+    def read() -> None:
+        try:
+            for _ in range(100):
+                assert len(database.pictures(ids.tolist())) == 4
+                assert database.embeds("picture", ids).equal(ROWS["picture"])
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    with closing(GalleryWriter(folder / DATABASE, METADATA.fingerprint, 16)) as writer:
+        for row in range(20):
+            writer.add("caption", [f"new {row}"], unit(1, row))
+            writer.commit()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

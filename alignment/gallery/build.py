@@ -143,7 +143,9 @@ def build_gallery(
             build = _Build(writer, encoder, metadata, report, progress, growing, like)
             build.finish(*build.embed(*build.with_unlisted(pictures, captions)), calibrate)
         finally:
-            empty = writer.is_empty()
+            empty = False
+            with suppress(OSError, ValueError):  # the first error is the one to report
+                empty = writer.is_empty()
             writer.close()
             if empty:  # a first build that read nothing
                 _delete(out / DATABASE)

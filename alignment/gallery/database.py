@@ -113,12 +113,11 @@ class SQLiteFile:
     def faults(self) -> Iterator[str]:
         """Read every byte, and name damaged rows as "table id: ..."."""
         yield from (text for (text,) in self("PRAGMA integrity_check") if text != "ok")
-        for table in ("meta", *KINDS):
-            wrong = (row for row in self.each(f"SELECT rowid, * FROM {table}") if row[-1] != crc_of(row[1:-1]))
-            yield from (f"{table} {row[0]}: wrong checksum" for row in wrong)
-        for table in ("embedding", "thumbnail"):
-            wrong = (row for row in self.each(f"SELECT * FROM {table}") if row[3] != crc_of_blob(*row[1:3]))
-            yield from (f"{table} {row[0]}: wrong checksum" for row in wrong)
+        for table, columns in (("meta", "rowid, *"), *((name, "*") for name in (*KINDS, "embedding", "thumbnail"))):
+            skipped = 0 if table in KINDS else 1  # in which the id is part of the checksum
+            for row in self.each(f"SELECT {columns} FROM {table}"):
+                if row[-1] != crc_of(row[skipped:-1]):
+                    yield f"{table} {row[0]}: wrong checksum"
 
 
 def _write_errno(path: Path) -> int:
@@ -143,12 +142,10 @@ def open_recovered(path: Path) -> SQLiteFile:
 
 def crc_of(row: Row) -> int:
     """Compute the checksum of values; signed, as SQLite stores that in four bytes."""
-    return zlib.crc32(repr(row).encode("utf-8", "surrogatepass")) - 2**31
-
-
-def crc_of_blob(key: object, blob: object) -> int:
-    """Compute the checksum of a blob and of the key that it belongs to."""
-    return zlib.crc32(blob if isinstance(blob, bytes) else b"", zlib.crc32(repr(key).encode())) - 2**31
+    crc = 0
+    for value in row:
+        crc = zlib.crc32(value if isinstance(value, bytes) else repr(value).encode("utf-8", "surrogatepass"), crc)
+    return crc - 2**31
 
 
 def to_tensor(blobs: Sequence[bytes], dtype: Literal["<f2", "<i8"], *shape: int) -> Tensor:
@@ -309,7 +306,7 @@ class GalleryDatabase:
         """Fetch the thumbnail of a picture, WebP; None if there is none, or it is damaged."""
         sha256 = bytes.fromhex(picture.file.sha256) if picture.file else b""
         rows = self._query("SELECT webp, crc FROM thumbnail WHERE sha256 = ?", (sha256,))
-        return next((webp for webp, crc in rows if crc == crc_of_blob(sha256, webp)), None)
+        return next((webp for webp, crc in rows if crc == crc_of((sha256, webp))), None)
 
     # ------------------------------------------------------------ embeddings
 
@@ -326,7 +323,7 @@ class GalleryDatabase:
         sql = f"WITH c(owner, row) AS MATERIALIZED (SELECT id, embedding FROM {kind} {which} ORDER BY 2)"
         sql += " SELECT owner, key, embeds, crc FROM c LEFT JOIN embedding ON embedding.id = row"
         rows = self._query(sql, [json.dumps(wanted)])
-        self._verify("embedding", (crc == crc_of_blob(key, embeds) for _, key, embeds, crc in rows))
+        self._verify("embedding", (crc == crc_of((key, embeds)) for _, key, embeds, crc in rows))
         places = {row[0]: place for place, row in enumerate(rows)}
         found = to_tensor([row[2] for row in rows], "<f2", len(rows), self.embed_dim)
         return found[[places[id] for id in wanted]]

@@ -40,14 +40,12 @@ class FileFingerprint:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that can be found.
+    """A picture that can be found; its id is its public name, unique in a gallery.
 
     Attributes:
-        id: public name; unique in a gallery.
         source: "relative/path.jpg" below `root`, an absolute path, or "package:NAME/PATH" inside an installed package.
         captions: language -> text, "" for an unknown language; may be empty.
         credit: author and licence.
-        root: the folder that a relative source lies below.
         file: the file that was embedded; None before that.
     """
 
@@ -65,14 +63,8 @@ class Picture:
 
     @property
     def path(self) -> Path:
-        """Path of the file on this machine; a package is found without importing it.
-
-        Raises:
-            FileNotFoundError: when the package is not installed.
-        """
-        if not self.package:
-            return Path(self.root, self.source)
-        return installed_file(self.source)
+        """Path of the file on this machine; FileNotFoundError when its package is not installed."""
+        return installed_file(self.source) if self.package else Path(self.root, self.source)
 
     @property
     def exists(self) -> bool:
@@ -89,11 +81,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption that can be found.
+    """A caption that can be found; its id is its public name, unique in a gallery.
 
     Attributes:
-        id: public name; unique in a gallery.
-        text: the caption itself.
         lang: "en", "zh", ... or "" for unknown.
         scene: shared by captions of the same scene, such as the two languages of it; the picture's id if there is one.
         topic: category of the scene.
@@ -113,12 +103,10 @@ class GalleryMetadata:
     Attributes:
         fingerprint: of the model's weights.
         model: folder or Hub id that the model was loaded from.
-        logit_scale: the model's, already exponentiated.
-        logit_bias: the model's; None for a softmax model.
+        logit_scale: already exponentiated.
+        logit_bias: None for a softmax model.
         source: the absolute path or the Hub id it was built from.
         options: of the command that built it, beside source, folder and model.
-        num_pictures: number of pictures.
-        num_captions: number of captions.
         built: UTC, ISO 8601.
         calibration: of match probabilities, see `Calibration.to_dict`; None in galleries built without.
         judged_by: what the calibration was fitted on, and the name of its cohort.

@@ -31,8 +31,7 @@ class ScannedImage:
         picture: with its state, or as it was if it cannot be read.
         inputs: of the model; None if the embedding is there already.
         thumbnail: WebP; None if it is there already, or not needed.
-        refusal: why it cannot be read.
-        error: the same, as it was raised, if the file is to blame.
+        refusal: why it cannot be read; `error` is the same, as it was raised, if the file is to blame.
         unreadable_now: whether the file is there, but the operating system does not let it be read.
     """
 

@@ -30,7 +30,6 @@ from alignment.gallery.database import (
     Row,
     SQLiteFile,
     crc_of,
-    crc_of_blob,
     open_recovered,
     source_to_folder,
     to_tensor,
@@ -38,6 +37,8 @@ from alignment.gallery.database import (
 from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture, folder_of, item_ids
 
 _PAGE_BYTES = 65536  # 31 rows of 1,024 halves; a row of 2 kB wastes half of a page of 4,096
+_SPILL_PAGES = 4096  # of changes in memory
+_BATCH = 4096  # rows of one transaction
 _SMALL = 64 * 2**20  # bytes up to which a database is always packed at the end of a build
 _WASTE = 0.25  # share of free pages from which a large one is packed
 _USED = "(SELECT embedding FROM picture UNION ALL SELECT embedding FROM caption)"
@@ -64,7 +65,7 @@ class GalleryWriter:
         self._file = SQLiteFile(path, "rwc")
         self._files = [self._file]
         self._file(f"PRAGMA page_size={_PAGE_BYTES}")
-        self._file("PRAGMA cache_spill=OFF")  # readers are locked out for the commit only
+        self._file(f"PRAGMA cache_spill={_SPILL_PAGES}")  # up to that, readers are locked out for the commit only
         if not self._file("SELECT 1 FROM sqlite_schema WHERE name = 'picture_name'"):
             for statement in ("BEGIN", *SCHEMA.split(";")[:-1], f"PRAGMA user_version={VERSION}", "COMMIT"):
                 self._file(statement)
@@ -107,7 +108,7 @@ class GalleryWriter:
     def add(self, kind: Kind, contents: Iterable[str], embeds: Tensor) -> None:
         """Add embeddings, (n, embed_dim), in half precision; contents as for `has`."""
         keys, blobs = (self._key(kind, content) for content in contents), _blobs(embeds)
-        rows = ((key, blob, crc_of_blob(key, blob)) for key, blob in zip(keys, blobs, strict=True))
+        rows = ((key, blob, crc_of((key, blob))) for key, blob in zip(keys, blobs, strict=True))
         self._write("INSERT OR IGNORE INTO embedding(key, embeds, crc) VALUES (?, ?, ?)", many=rows)
 
     def embeds(self, kind: Kind, contents: Sequence[str]) -> Tensor:
@@ -119,7 +120,7 @@ class GalleryWriter:
 
     def add_thumbnail(self, sha256: str, webp: bytes) -> None:
         """Add the thumbnail of a picture's file."""
-        row = bytes.fromhex(sha256), webp, crc_of_blob(bytes.fromhex(sha256), webp)
+        row = bytes.fromhex(sha256), webp, crc_of((bytes.fromhex(sha256), webp))
         self._write("INSERT OR REPLACE INTO thumbnail(sha256, webp, crc) VALUES (?, ?, ?)", row)
 
     def add_scanned(self, source: str, file: FileFingerprint) -> None:
@@ -150,7 +151,11 @@ class GalleryWriter:
         self._file("ATTACH ? AS share", (f"{share.absolute().as_uri()}?mode=rw",))
         try:
             for table, columns in (("embedding", "key, embeds, crc"), ("thumbnail", "sha256, webp, crc")):
-                self._write(f"INSERT OR IGNORE INTO {table}({columns}) SELECT {columns} FROM share.{table} ORDER BY id")
+                last = self._file(f"SELECT max(id) FROM share.{table}")[0][0] or 0
+                for start in range(0, last, _BATCH):
+                    rows = f"SELECT {columns} FROM share.{table} WHERE id > {start} AND id <= {start + _BATCH}"
+                    self._write(f"INSERT OR IGNORE INTO {table}({columns}) {rows} ORDER BY id")
+                    self.commit()
             for source, file in scanned.items():
                 self.add_scanned(source, file)
             self.commit()
@@ -304,7 +309,10 @@ def write_gallery(
             contents = map(content_of, items[kind])
             for batch in batches:
                 writer.add(kind, islice(contents, len(batch)), batch)
-        for picture in pictures:
+                writer.commit()
+        for row, picture in enumerate(pictures):
             if picture.file and (webp := thumbnail(picture)):
                 writer.add_thumbnail(picture.file.sha256, webp)
+            if row % _BATCH == 0:
+                writer.commit()
         writer.finish(pictures, captions, metadata, cohort)
