@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -38,6 +39,8 @@ from alignment.gallery.records import Caption, Picture, item_ids
 from alignment.gallery.writer import GalleryWriter, content_of
 from alignment.index import MilvusIndex, Server
 from alignment.index.server import Connection
+
+logger = logging.getLogger(__name__)
 
 OWNER_FILE = "milvus.json"
 _URI_HELP = "a Milvus server for the embeddings, such as http://localhost:19530 (or ALIGNMENT_INDEX)"
@@ -107,11 +110,7 @@ class Remote:
     def push(
         self, database: GalleryDatabase, progress: Progress = lambda *done: None, *, dry_run: bool = False
     ) -> list[SyncPlan]:
-        """Bring the server up to date with a gallery, or only tell what that takes.
-
-        Raises:
-            ValueError: if a collection belongs to another gallery or model, or the gallery is rebuilt meanwhile.
-        """
+        """Bring the server up to date; ValueError if a collection is of another gallery, or this one is rebuilt."""
         plans, fingerprint = [], database.metadata.fingerprint
         for kind, ids in ((kind, database.ids(kind)) for kind in KINDS if len(database.ids(kind))):
             index = self._find(kind, fingerprint)
@@ -129,10 +128,8 @@ class Remote:
                     index.mark(digest(ids))
                     index.unmark(keep=digest(ids))
                     index.delete(stale)
-                    if len(index) != len(ids):
-                        raise ValueError(
-                            f"{index.name} has not {len(ids)} but {len(index)} rows. Run the command again."
-                        )
+                    if (count := len(index)) != len(ids):
+                        raise ValueError(f"{index.name} has {count} rows, not {len(ids)}. Run the command again.")
         return plans
 
     def _send(self, database: GalleryDatabase, kind: Kind, missing: Tensor, index: MilvusIndex, show: Progress) -> None:
@@ -144,14 +141,13 @@ class Remote:
             except KeyError:
                 raise ValueError(f"{self.folder} was rebuilt meanwhile. Run the command again.") from None
             show(index.name, done := done + len(ids), count)
-        index.wait_until_indexed(lambda left: show(f"{index.name}: index", max(0, count - left), count))
+        try:
+            index.wait_until_indexed(lambda left: show(f"{index.name}: index", max(0, count - left), count))
+        except (PermissionError, ValueError) as error:  # no privilege, or a provider without these requests
+            logger.warning("Until the server has built the index of %s, searches miss results: %s", index.name, error)
 
     def pull(self, progress: Progress = lambda *done: None) -> tuple[int, int]:
-        """Fetch embeddings that are missing or damaged in the gallery folder; returns how many items it has.
-
-        Raises:
-            ValueError: if the server does not hold this gallery, or the folder is damaged in another way.
-        """
+        """Fetch embeddings that the folder lacks; returns the number of items. ValueError if the server lacks them."""
         with exclusive_lock(self.folder):
             import_gallery(self.folder, self.embeds)
             with closing(GalleryDatabase.open(self.folder)) as old:

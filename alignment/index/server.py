@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,29 +24,21 @@ CALL_TIMEOUT_S = 120.0  # retries included; a server that was killed answers aga
 
 # Milvus error codes and texts for: starting, too busy, not loaded, not available at the moment.
 TRANSIENT_CODES = {1, 2, 8, 101, 103, 201, 202, 401, 500, 501, 502, 503, 504, 600, 601, 602, 901, 902, 903, 904}
-_TRANSIENT_TEXT = (
-    *("not loaded", "not fully loaded", "no available", "not ready", "node offline", "not healthy", "loading"),
-    *("unavailable", "timeout", "fail connecting"),
-)
+_TRANSIENT_TEXT = "not loaded|not fully loaded|loading|no available|unavailable|not ready|node offline|not healthy"
+_TRANSIENT_TEXT += "|timeout|fail connecting"
 _TRANSIENT_STATUS = (None, "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN", "INTERNAL")  # of gRPC
-_UNAUTHORIZED_TEXT = ("auth", "permission", "privilege", "unauthenticated")
+_UNAUTHORIZED_TEXT = "auth|permission|privilege|unauthenticated"
 _COLLECTION_NOT_FOUND = 100
 _RETRY_DELAYS_S = (0.1, 0.2, 0.5, 1.0, 2.0)  # the last one repeats
 
 
 @dataclass(frozen=True)
 class Server:
-    """Address of a Milvus server and the credentials for it.
+    """Address of a Milvus server and the credentials for it."""
 
-    Attributes:
-        uri: "http://host:19530", with TLS "https://host"; a path selects a database.
-        token: "user:password" or an API key; "" for a server without authentication.
-        ca: path of the certificate to trust; "" for the public authorities.
-    """
-
-    uri: str
-    token: str = field(default="", repr=False)
-    ca: str = ""
+    uri: str  # "http://host:19530", with TLS "https://host"; a path selects a database
+    token: str = field(default="", repr=False)  # "user:password" or an API key; "" for a server without authentication
+    ca: str = ""  # path of the certificate to trust; "" for the public authorities
 
     @classmethod
     def at(cls, uri: str, env: Mapping[str, str] = os.environ) -> Server:
@@ -110,7 +103,7 @@ class Connection:
         """Return the built-in exception for an error of pymilvus or gRPC; its message never contains the token."""
         code, text = code_and_text(error)
         where = f"The Milvus server at {self.server.uri}"
-        if any(word in f"{code} {text}".lower() for word in _UNAUTHORIZED_TEXT):
+        if re.search(_UNAUTHORIZED_TEXT, f"{code} {text}".lower()):
             return PermissionError(f"{where} refuses us. Is {TOKEN} set and right? It says: {text}")
         if code == _COLLECTION_NOT_FOUND:
             return FileNotFoundError(f"{where} has no such collection: {text}")
@@ -136,4 +129,4 @@ def is_transient(error: Exception) -> bool:
     if not isinstance(code, int):
         return code in _TRANSIENT_STATUS
     retriable = bool(getattr(error, "retriable", False)) or code in TRANSIENT_CODES
-    return retriable or any(words in text.lower() for words in _TRANSIENT_TEXT)
+    return retriable or bool(re.search(_TRANSIENT_TEXT, text.lower()))

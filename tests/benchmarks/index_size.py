@@ -1,11 +1,11 @@
-"""Disk and memory for each entry of a gallery: in the local index and on a Milvus server.
+"""Disk, memory and search time of large galleries: in a folder, and on a Milvus server.
 
     PYTHONPATH=. .venv/bin/python tests/benchmarks/index_size.py --rows 100000 300000
 
-Entries are unit vectors of 512 dimensions with two tags each, as of pictures two folders deep. Each figure is taken in
-a process of its own, after 200 searches. Memory is what the process occupies beyond what it did when it was empty;
-pages of mapped files are counted apart, since the system takes them back when it needs them. The server is the one of
-`make test-scale`, standalone: what it writes to its disk a cluster keeps in its object store, its queue and etcd.
+Pictures lie two folders deep; their embeddings are random unit vectors of 512 dimensions. Bytes are per picture, after
+200 searches in a process that did nothing else. Memory is what the process occupies beyond what it did before; pages of
+a mapped file ("mapped") are counted apart, since the system takes them back when it needs them. The server is the one
+of `make test-scale`, standalone: a cluster keeps what it writes in its object store, its queue and etcd.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +26,35 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scale"))
 WIDTH, STEP, SEARCHES = 512, 10_000, 200
+FINGERPRINT = "f00d" * 16
 
 
-def rows_of(count: int) -> Iterator[tuple[Tensor, Tensor, list[list[str]]]]:
-    """Make ids, embeddings and tags, some thousand at a time."""
+def batches(count: int) -> Iterator[Tensor]:
+    """Yield embeddings, (at most STEP, WIDTH)."""
     for start in range(0, count, STEP):
         generator = torch.Generator().manual_seed(start)
-        size = min(STEP, count - start)
-        ids = torch.randint(0, 2**62, (size,), generator=generator)
-        embeds = torch.nn.functional.normalize(torch.randn(size, WIDTH, generator=generator), dim=-1)
-        yield ids, embeds, [[f"trip {row % 50}", f"trip {row % 50}/{row // 500}"] for row in range(start, start + size)]
+        yield torch.nn.functional.normalize(torch.randn(min(STEP, count - start), WIDTH, generator=generator), dim=-1)
+
+
+def write(folder: Path, count: int) -> None:
+    """Write a gallery with its index."""
+    from alignment.gallery.database import GalleryDatabase
+    from alignment.gallery.modality import write_index
+    from alignment.gallery.records import FileFingerprint, GalleryMetadata, Picture
+    from alignment.gallery.writer import write_gallery
+
+    pictures = [
+        Picture(
+            f"{row:016x}",
+            f"trip {row % 50}/{row // 500}/IMG_{row:07d}.jpg",
+            file=FileFingerprint(2_000_000, row, f"{row:064x}"),
+        )
+        for row in range(count)
+    ]
+    metadata = GalleryMetadata(FINGERPRINT, "some/model", 20.0, None)
+    write_gallery(folder, pictures, [], {"picture": batches(count)}, WIDTH, metadata, {})
+    with closing(GalleryDatabase.open(folder)) as database:
+        write_index(database, "picture")
 
 
 def resident(pid: int | str = "self") -> dict[str, int]:
@@ -44,51 +64,52 @@ def resident(pid: int | str = "self") -> dict[str, int]:
     return {kind: int(size) * 1024 for kind, size in fields.items()}
 
 
-def search_times(index: object) -> list[float]:
+def search_ms(folder: Path) -> tuple[float, float]:
+    """Open a gallery's pictures and search them; returns milliseconds to open and the median of a search."""
+    from alignment.gallery.database import GalleryDatabase
+    from alignment.gallery.modality import Modality
+
+    start = time.perf_counter()
+    images: Modality = Modality.open(GalleryDatabase.open(folder), "picture")
+    opened = (time.perf_counter() - start) * 1000
+    return opened, median_ms(lambda query: images.search(query, 10, 10))
+
+
+def median_ms(search) -> float:
     generator, times = torch.Generator().manual_seed(7), []
     for _ in range(SEARCHES):
-        query = torch.nn.functional.normalize(torch.randn(1, WIDTH, generator=generator), dim=-1)
+        query = torch.nn.functional.normalize(torch.randn(WIDTH, generator=generator), dim=-1)
         start = time.perf_counter()
-        index.search(query, 10)  # type: ignore[attr-defined]
+        search(query)
         times.append((time.perf_counter() - start) * 1000)
-    return times
+    return float(np.median(times))
 
 
-def local(count: int) -> dict[str, float]:
-    from alignment.index import LocalIndex
-
+def gallery(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name, "index.faiss")
-        LocalIndex.write(path, ((ids, embeds) for ids, embeds, _ in rows_of(count)), count, WIDTH, "")
-        command = [sys.executable, __file__, "--opened", str(path), "--rows", str(count)]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        opened = json.loads(result.stdout.splitlines()[-1])
-        p50 = opened.pop("p50")
-        return {
-            "disk": path.stat().st_size / count,
-            **{kind: size / count for kind, size in opened.items()},
-            "p50": p50,
-        }
+        folder = Path(name)
+        write(folder / "small", 5000)
+        start = time.monotonic()
+        write(folder / "large", count)
+        written = time.monotonic() - start
+        disk = {path.name: path.stat().st_size / count for path in (folder / "large").iterdir()}
+        command = [sys.executable, __file__, "--opened", name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return {**{f"disk.{name}": size for name, size in disk.items()}, "written_s": written, **json.loads(shown)}
 
 
-def opened(path: Path, count: int) -> dict[str, float]:
-    from alignment.index import LocalIndex
-
-    with tempfile.TemporaryDirectory() as name:  # have everything imported and warm before memory is looked at
-        ids, embeds, _ = next(rows_of(5000))
-        LocalIndex.write(Path(name, "small"), [(ids, embeds)], 5000, WIDTH, "")
-        search_times(LocalIndex.open(Path(name, "small"), ids, ""))
-    ids = torch.cat([ids for ids, _, _ in rows_of(count)])
+def opened(folder: Path) -> dict[str, float]:
+    """Search the large gallery once everything is imported and warm."""
+    search_ms(folder / "small")
     before = resident()
-    times = search_times(LocalIndex.open(path, ids, ""))
+    opened, search = search_ms(folder / "large")
     after = resident()
-    memory, mapped = after["RssAnon"] - before["RssAnon"], after["RssFile"] - before["RssFile"]
-    return {"memory": memory, "mapped": mapped, "p50": float(np.median(times))}
+    memory, mapped = ((after[kind] - before[kind]) / 1e6 for kind in ("RssAnon", "RssFile"))
+    return {"memory_MB": memory, "mapped_MB": mapped, "open_ms": opened, "search_ms": search}
 
 
 def milvus(count: int) -> dict[str, float]:
     from milvus_server import MilvusServer
-    from pymilvus import MilvusClient
 
     from alignment.index import MilvusIndex, Server
 
@@ -96,40 +117,29 @@ def milvus(count: int) -> dict[str, float]:
         server = MilvusServer(Path(name))
         try:
             server.start()
-            index = MilvusIndex.create(Server.at(server.uri, {}), "sizes", WIDTH, {})
+            place = Server.at(server.uri, {})
+            index = MilvusIndex.create(place, "sizes", WIDTH, {})
             time.sleep(5)
-            before, disk_before, start = server.resident(), server.on_disk(), time.monotonic()
-            for ids, embeds, tags in rows_of(count):
-                index.upsert(ids, embeds, tags)
+            before, disk_before, start = server.resident(), sum(server.on_disk().values()), time.monotonic()
+            for number, embeds in enumerate(batches(count)):
+                rows = range(number * STEP, number * STEP + len(embeds))
+                index.upsert(torch.tensor(rows), embeds, [[f"trip {row % 50}", f"trip {row % 50}/1"] for row in rows])
             pushed = time.monotonic() - start
-            client = MilvusClient(uri=server.uri, dedicated=True)
-            client.flush("sizes")
-            while client.describe_index("sizes", "embed")["pending_index_rows"]:
-                time.sleep(2)
+            index.wait_until_indexed()
             indexed = time.monotonic() - start
-            time.sleep(30)  # it goes over to the index that it has built
-            times = search_times(index)
-            disk = server.on_disk()
-            client.close()
+            search = median_ms(lambda query: index.search(query[None], 10))
             found = {
-                "disk": sum(disk.values()) - sum(disk_before.values()),
-                **{f"disk.{part}": size - disk_before.get(part, 0) for part, size in disk.items()},
-                "memory": server.resident() - before,
+                **{f"disk.{part}": size / count for part, size in server.on_disk().items()},
+                "disk": (sum(server.on_disk().values()) - disk_before) / count,
+                "memory": (server.resident() - before) / count,
+                **{"empty_MB": before / 1e6, "pushed_s": pushed, "indexed_s": indexed, "search_ms": search},
             }
-            found = {kind: size / count for kind, size in found.items()}
-            found |= {"base_memory_MB": before / 1e6, "pushed_s": pushed, "indexed_s": indexed}
             server.stop()
             server.start()
-            index = MilvusIndex(Server.at(server.uri, {}), "sizes")
+            index = MilvusIndex(place, "sizes")
             assert len(index) == count
-            after_restart = search_times(index)
-            restarted = (server.resident() - before) / count
-            return {
-                **found,
-                "p50": float(np.median(times)),
-                "restarted": restarted,
-                "p50r": float(np.median(after_restart)),
-            }
+            search = median_ms(lambda query: index.search(query[None], 10))
+            return {**found, "restarted": (server.resident() - before) / count, "restarted.search_ms": search}
         finally:
             server.kill()
 
@@ -137,15 +147,15 @@ def milvus(count: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000])
-    parser.add_argument("--what", nargs="+", default=["local", "milvus"], choices=["local", "milvus"])
+    parser.add_argument("--what", nargs="+", choices=("gallery", "milvus"), default=["gallery", "milvus"])
     parser.add_argument("--opened", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.opened:
-        print(json.dumps(opened(args.opened, args.rows[0])))
+        print(json.dumps(opened(args.opened)))
         return
     for what in args.what:
         for count in args.rows:
-            found = {"local": local, "milvus": milvus}[what](count)
+            found = {"gallery": gallery, "milvus": milvus}[what](count)
             print(what, count, json.dumps({kind: round(value, 1) for kind, value in found.items()}), flush=True)
 
 
