@@ -73,18 +73,18 @@ from alignment.ui.api import add_api
 from alignment.ui.captions_tab import CaptionsTab
 from alignment.ui.evaluate_tab import EvaluateTab
 from alignment.ui.examples import THUMBNAIL_ROUTE, Examples
-from alignment.ui.explanation import Explanation
-from alignment.ui.links import arrivals, arrive, link_value
+from alignment.ui.explanation import ExplanationDialog
 from alignment.ui.matrix_tab import MatrixTab
+from alignment.ui.permalinks import arrivals, link_value, load_from_url
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
 from alignment.ui.scan import scan_route, scan_value
 from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, error_for_browser, pick_language, strings, text
 from alignment.ui.theme import theme
-from alignment.ui.widgets import ASSETS, ICON, Tab, listen, styles, widget
+from alignment.ui.widgets import ASSETS, ICON, Tab, on_event, styles, widget
 
 ROOT = Path(__file__).resolve().parent
-PAGE_FIRST = 2.0
+WARMUP_DELAY_S = 2.0
 """Seconds that the processors belong to whoever opens the page, before pictures are prepared for."""
 
 _HELP = "Search pictures by caption and captions by picture, and look at the similarity matrix behind both."
@@ -208,7 +208,7 @@ def build_page(
         photos: the folder whose gallery the engine searches, if it is one.
     """
     begun = photos.version if photos else 0  # of the gallery that every page begins with
-    explanation = Explanation(engine)
+    explanation = ExplanationDialog(engine)
     of_gallery, of_starter = Examples(engine), Examples(engine, engine.starter)
     searching: list[Tab] = [kind(engine, of_gallery, explanation) for kind in (CaptionsTab, PicturesTab)]
     own: list[Tab] = [kind(engine, of_starter, explanation) for kind in (MatrixTab, PhotosTab, EvaluateTab)]
@@ -228,7 +228,7 @@ def build_page(
                     tab.build(language, lang)
                 places.append(place)
                 if isinstance(tab, PicturesTab):
-                    listen(tab.sample.pick, lambda: gr.Tabs(selected=PhotosTab.key), [], [row])
+                    on_event(tab.sample.pick, lambda: gr.Tabs(selected=PhotosTab.key), [], [row])
         footer = widget("plain", _footer(engine, lang), elem_id="footer")
 
         def status(lang: str) -> list[Any]:
@@ -242,19 +242,19 @@ def build_page(
             return [*frame, explanation.translate(lang, asked), *_redrawn(tabs, lang, iter(inputs))]
 
         asked = [language, explanation.asked, *(part for tab in tabs for part in tab.inputs)]
-        spoken = [header, link, language, *places, scan, footer, explanation.dialog]
-        listen(language.change, translate, asked, [*spoken, *(part for tab in tabs for part in tab.outputs)])
+        user_errors = [header, link, language, *places, scan, footer, explanation.dialog]
+        on_event(language.change, translate, asked, [*user_errors, *(part for tab in tabs for part in tab.outputs)])
 
         _wire_scan(photos, scan, language, [scan, footer], status, searching)
 
-        def greet(request: gr.Request) -> list[Any]:
+        def on_load(request: gr.Request) -> list[Any]:
             query = request.query_params
             wanted = pick_language(query, request.headers.get("accept-language", ""), lang)
             chosen = gr.skip() if wanted == lang else wanted  # else the page is right as it is
             known = scan_value(photos, wanted, ready=True) | {"version": begun}
-            return [chosen, known, *arrive(tabs, wanted, query)]
+            return [chosen, known, *load_from_url(tabs, wanted, query)]
 
-        listen(page.load, greet, [], [language, scan, row, *arrivals(tabs)], work="search")
+        on_event(page.load, on_load, [], [language, scan, row, *arrivals(tabs)], work="search")
         add_api(engine)
     # The service says that the queue is full, in the visitor's language; requests that arrive just then fit in.
     page.queue(max_size=2 * queue, default_concurrency_limit=4, api_open=False)
@@ -286,8 +286,8 @@ def _wire_scan(
         return scan_value(photos, lang, ready=True)
 
     asked, shown = [part for tab in tabs for part in tab.inputs], [part for tab in tabs for part in tab.outputs]
-    listen(scan.renew, renew, [language, *asked], [*frame, *shown], work="search")
-    listen(scan.rescan, rescan, [language], [scan])
+    on_event(scan.renew, renew, [language, *asked], [*frame, *shown], work="search")
+    on_event(scan.rescan, rescan, [language], [scan])
 
 
 def launch_options(
@@ -406,7 +406,7 @@ def serve(
     gc.freeze()
     gc.enable()
     print(f"Open {url}", flush=True)
-    warming = Timer(PAGE_FIRST, engine.warm_images)
+    warming = Timer(WARMUP_DELAY_S, engine.warm_images)
     warming.start()
     if photos is not None:
         photos.start()

@@ -26,8 +26,8 @@ from alignment.ui.api import Api
 from alignment.ui.examples import Examples
 from alignment.ui.results import captions_value, cosine, percent
 from alignment.ui.strings import count_text, error_text, pick_language, strings, text
-from alignment.ui.uploads import Shelf, Upload, fill, forget, shelf_drop_value, take, uploads_of
-from alignment.ui.widgets import spoken
+from alignment.ui.uploads import PhotoState, Upload, delete_uploads, fill, read_upload, shelf_drop_value, uploads_of
+from alignment.ui.widgets import user_errors
 
 UI = Path(app.__file__).parent / "alignment" / "ui"
 
@@ -398,11 +398,11 @@ def uploaded(folder: Path, name: str, data: bytes) -> Upload:
 
 def test_an_upload_is_read_and_forgotten(upload_folder):
     upload = uploaded(upload_folder, "a.png", b"data")
-    assert take(upload, 9) == b"data"
-    forget([upload])
+    assert read_upload(upload, 9) == b"data"
+    delete_uploads([upload])
     assert list(upload_folder.iterdir()) == []
     with pytest.raises(InputError, match="did not arrive"):
-        take(upload, 9)
+        read_upload(upload, 9)
 
 
 @pytest.mark.parametrize("path", ["{outside}", "{uploads}/../outside.png", "", "\0", "{uploads}"])
@@ -411,8 +411,8 @@ def test_nothing_outside_the_upload_folder_is_read_or_deleted(upload_folder, tmp
     outside.write_bytes(b"secret")
     upload = Upload("x.png", path.format(outside=outside, uploads=upload_folder))
     with pytest.raises(InputError, match="did not arrive"):
-        take(upload, 9)
-    forget([upload])
+        read_upload(upload, 9)
+    delete_uploads([upload])
     assert outside.read_bytes() == b"secret"
 
 
@@ -428,8 +428,8 @@ def test_a_path_longer_than_any_of_ours_is_not_even_looked_at(monkeypatch: pytes
 
     monkeypatch.setattr(Path, "resolve", look)
     with pytest.raises(InputError):
-        take(Upload("a", "a/" * 20_000), 1)
-    forget([Upload("a", "a/" * 20_000)])
+        read_upload(Upload("a", "a/" * 20_000), 1)
+    delete_uploads([Upload("a", "a/" * 20_000)])
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_a_path_longer_than_any_of_ours_is_not_even_looked_at(monkeypatch: pytes
 )
 def test_what_the_page_refused_is_said(problem, code):
     with pytest.raises(InputError) as raised:
-        take(Upload("x", "", problem), 9)
+        read_upload(Upload("x", "", problem), 9)
     assert raised.value.code == code
 
 
@@ -446,7 +446,7 @@ def test_a_shelf_fills_step_by_step_and_the_sample_makes_way(engine, upload_fold
     uploads = [uploaded(upload_folder, f"{row}.png", encoded(image, "PNG")) for row, image in enumerate(images)]
     uploads.append(uploaded(upload_folder, "bad.jpg", b"hello"))
     uploads.append(uploads[0])
-    steps = list(fill(engine, Shelf(engine.gallery_photos(["one"])), uploads, limit=200))
+    steps = list(fill(engine, PhotoState(engine.gallery_photos(["one"])), uploads, limit=200))
     assert [(len(shelf.photos), shelf.sample, done) for shelf, done in steps] == [
         (1, True, 0),
         (4, False, 4),
@@ -459,20 +459,20 @@ def test_a_shelf_fills_step_by_step_and_the_sample_makes_way(engine, upload_fold
 
 
 def test_the_sample_stays_where_no_file_was_any_good(engine, upload_folder):
-    *_, (shelf, _) = fill(engine, Shelf(engine.gallery_photos(["one"])), [Upload("x", "", "size")], limit=200)
+    *_, (shelf, _) = fill(engine, PhotoState(engine.gallery_photos(["one"])), [Upload("x", "", "size")], limit=200)
     assert (len(shelf.photos), shelf.sample, len(shelf.skipped)) == (1, True, 1)
 
 
 def test_many_problems_are_counted_not_listed(engine):
     skipped = tuple(Skipped(str(row), InputError("No.", "photo.duplicate")) for row in range(15))
-    value = shelf_drop_value("en", "Add", Shelf(engine.no_photos(), False, 0, skipped), 200)
+    value = shelf_drop_value("en", "Add", PhotoState(engine.no_photos(), False, 0, skipped), 200)
     assert value["skippedTitle"] == "15 files were left out:"
     assert value["skipped"][-1] == ["…", "and 5 more"]
     assert len(value["skipped"]) == 11
 
 
 def test_a_failure_of_ours_becomes_a_sentence(caplog):
-    with pytest.raises(InputError) as raised, spoken():
+    with pytest.raises(InputError) as raised, user_errors():
         raise RuntimeError("/secret/path")
     assert "secret" not in str(raised.value)
     assert "/secret/path" in caplog.text

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignment.engine import AlignmentEngine
-from alignment.engine.batching import Batcher
+from alignment.engine.batching import DynamicBatcher
 from alignment.gallery import Gallery
 from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
@@ -52,11 +52,11 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def queued(encoder, pool) -> Callable[..., tuple[Batcher[int], list[Future[Tensor]]]]:
+def queued(encoder, pool) -> Callable[..., tuple[DynamicBatcher[int], list[Future[Tensor]]]]:
     """Let requests wait, in this order, while the first of them is being encoded."""
 
-    def queue(*requests: Sequence[int], most: int = 32) -> tuple[Batcher[int], list[Future[Tensor]]]:
-        batcher = Batcher(encoder, most)
+    def queue(*requests: Sequence[int], most: int = 32) -> tuple[DynamicBatcher[int], list[Future[Tensor]]]:
+        batcher = DynamicBatcher(encoder, most)
         futures = [pool.submit(batcher, requests[0])]
         assert encoder.begun.wait(SLOW)
         for place, request in enumerate(requests[1:], 1):
@@ -81,7 +81,7 @@ def squares(numbers: Sequence[int]) -> list[list[float]]:
 
 def test_who_finds_nobody_there_is_encoded_at_once(encoder):
     encoder.may_go_on.set()
-    batcher = Batcher(encoder, 8)
+    batcher = DynamicBatcher(encoder, 8)
     assert batcher([3]).tolist() == squares([3])
     assert batcher([]).shape == (0, 2)
     assert encoder.batches == [[3], []]
@@ -101,7 +101,7 @@ def test_what_one_gets_does_not_hold_what_the_others_got(encoder, queued):
 
 
 def test_a_batch_has_its_bounds_and_nobody_is_overtaken(encoder, queued):
-    _, futures = queued([0], [1, 2], [3], [4, 5], list(range(6, 16)), [16], most=4)
+    _, futures = queued([0], [1, 2], [3], [4, 5], list(range(6, 16)), [16], max_batch=4)
     encoder.may_go_on.set()
     assert [future.result(SLOW)[0, 0].item() for future in futures] == [0, 1, 3, 4, 6, 16]
     assert encoder.batches == [[0], [1, 2, 3], [4, 5], list(range(6, 16)), [16]]
@@ -126,7 +126,7 @@ def test_a_failure_of_the_encoder_reaches_everybody_as_it_is_and_ends_nothing(er
             raise error("broken")
         return torch.zeros(len(numbers), 2)
 
-    batcher = Batcher(encode, 8)
+    batcher = DynamicBatcher(encode, 8)
     for future in [pool.submit(batcher, [number]) for number in range(20)]:
         with pytest.raises(error, match="broken"):
             future.result(SLOW)
@@ -143,7 +143,7 @@ def test_who_is_interrupted_while_encoding_for_others_leaves_them_to_the_next(en
             raise KeyboardInterrupt
         return encoder(numbers)
 
-    batcher = Batcher(encode, 8)
+    batcher = DynamicBatcher(encode, 8)
     futures = [pool.submit(batcher, [0])]
     assert encoder.begun.wait(SLOW)
     futures += [pool.submit(batcher, [number]) for number in range(1, 5)]
@@ -177,7 +177,7 @@ def test_who_is_interrupted_while_waiting_is_forgotten(encoder, queued):
 
 def test_of_many_at_once_none_is_lost_and_no_thread_stays(encoder):
     encoder.may_go_on.set()
-    batcher, threads = Batcher(encoder, 8), threading.active_count()
+    batcher, threads = DynamicBatcher(encoder, 8), threading.active_count()
     answers: dict[int, list[list[float]]] = {}
 
     def visit(visitor: int) -> None:
@@ -209,7 +209,9 @@ def engine(checkpoint) -> AlignmentEngine:
     return AlignmentEngine(encoder, Gallery((), (), none, none, metadata))
 
 
-def together(pool: ThreadPoolExecutor, batcher: Batcher[Any], ask: Callable[[Any], Tensor], queries: Sequence[Any]):
+def together(
+    pool: ThreadPoolExecutor, batcher: DynamicBatcher[Any], ask: Callable[[Any], Tensor], queries: Sequence[Any]
+):
     """Ask everything while the encoder is busy, so that all of it waits together; the futures."""
     begun, may_go_on, encode = threading.Event(), threading.Event(), batcher._encode
 

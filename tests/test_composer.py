@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from alignment.engine import Term
-from alignment.ui.composer import WEIGHTS, Added, Asked, changed, composer_value, liked
+from alignment.ui.composer import WEIGHTS, Added, TextQuery, changed, composer_value, liked
 
 CAT = Added(Term(picture="cat", embed=torch.ones(2)), "thumbnails/cat.webp")
 MINE = Added(Term(picture="0af3", weight=-1.0, embed=torch.ones(2)), "data:,", "mine.jpg")
-ASKED = Asked("2 x dog + snow - cat", pictures=(CAT, MINE))
+ASKED = TextQuery("2 x dog + snow - cat", pictures=(CAT, MINE))
 
 
 def weights(pictures: tuple[Added, ...]) -> list[float]:
@@ -30,7 +30,7 @@ def test_a_button_of_a_caption_rewrites_the_search_box(act, text, box):
 
 
 def test_of_two_captions_alike_the_one_that_was_pressed_changes():
-    asked = Asked("dog + dog")
+    asked = TextQuery("dog + dog")
     assert changed(asked, {"act": "more", "text": "dog", "index": 1})[0] == "dog + 1.5 x dog"
     assert changed(asked, {"act": "more", "text": "dog", "index": 7})[0] == "1.5 x dog + dog"
 
@@ -51,12 +51,12 @@ def test_what_a_page_sends_is_doubted(data):
 
 
 def test_a_picture_can_be_taken_out_of_a_query_that_cannot_be_read():
-    box, pictures = changed(Asked("99 x dog", pictures=(CAT,)), {"act": "remove", "picture": "cat"})
+    box, pictures = changed(TextQuery("99 x dog", pictures=(CAT,)), {"act": "remove", "picture": "cat"})
     assert (box, pictures) == ("99 x dog", ())
 
 
 def test_weights_stop_at_both_ends():
-    asked = Asked(f"{WEIGHTS[-1]:g} x dog + {WEIGHTS[0]} x cat")
+    asked = TextQuery(f"{WEIGHTS[-1]:g} x dog + {WEIGHTS[0]} x cat")
     assert changed(asked, {"act": "more", "text": "dog"})[0] == asked.caption
     assert changed(asked, {"act": "less", "text": "cat"})[0] == asked.caption
     first, second = composer_value("en", asked, [])["terms"]
@@ -73,7 +73,7 @@ def test_liking_a_picture_again_counts_more_and_disliking_it_turns_it_round():
 
 @pytest.mark.parametrize("caption", ["a dog", "a t-shirt", "", "99 x dog"])
 def test_one_caption_by_itself_needs_no_chips(caption):
-    assert composer_value("en", Asked(caption), [])["terms"] == []
+    assert composer_value("en", TextQuery(caption), [])["terms"] == []
 
 
 def test_chips_say_in_the_pages_language_how_the_query_was_read():

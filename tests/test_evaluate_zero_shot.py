@@ -189,9 +189,9 @@ def test_class_names_from_a_table_and_from_json(tmp_path: Path) -> None:
     table = tmp_path / "names.tsv"
     table.write_text("n01\tcat\thouse cat\nn02\t狗\n\n", encoding="utf-8")
     assert read_class_names(table) == {"n01": ["cat", "house cat"], "n02": ["狗"]}
-    spoken = tmp_path / "names.json"
-    spoken.write_text(json.dumps({"n01": ["cat", "house cat"], "n02": "狗"}), encoding="utf-8")
-    assert read_class_names(spoken) == read_class_names(table)
+    user_errors = tmp_path / "names.json"
+    user_errors.write_text(json.dumps({"n01": ["cat", "house cat"], "n02": "狗"}), encoding="utf-8")
+    assert read_class_names(user_errors) == read_class_names(table)
 
 
 def test_a_file_of_names_says_what_the_candidates_are(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import FEW, Fault, Runner
+from fault_injection import FEW, Fault, Runner
 from PIL import Image
 from test_kills import KILLED, Contents, Galleries, Trainings, galleries, paint, run, trainings
 

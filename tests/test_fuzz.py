@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import BOMBS, SIZE, names, outcome, refusal, scene, sound, upload
-from hostile_page import TABS, TEXTS, Visitor
-from hostile_zips import ZIP_BOMBS, archive, archive_names, archives, as_photos, as_trial, opened
+from adversarial_images import BOMBS, SIZE, names, outcome, refusal, scene, sound, upload
+from adversarial_page import TABS, TEXTS, Visitor
+from adversarial_zips import ZIP_BOMBS, archive, archive_names, archives, as_photos, as_trial, opened
 from PIL import Image, ImageFile
 
 import app
-from alignment.engine import AlignmentEngine, trial
-from alignment.engine.albums import pack_album
+from alignment.engine import AlignmentEngine, dataset_eval
+from alignment.engine.photo_zip import export_zip
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, open_image, sanitize_text
@@ -132,12 +132,12 @@ def test_bombs_take_little_memory():
 @pytest.fixture(scope="module")
 def album(engine) -> bytes:
     files = [(f"{row}.png", sound()[kind].data) for row, kind in enumerate(("PNG", "JPEG", "GIF"))]
-    return pack_album(engine.add_photos(engine.no_photos(), files)[0], engine.encoder)
+    return export_zip(engine.add_photos(engine.no_photos(), files)[0], engine.encoder)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_mutated_zips_are_taken_or_refused(engine, album, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "RESAMPLES", 3)
+    monkeypatch.setattr(dataset_eval, "RESAMPLES", 3)
     path, found = tmp_path / "upload.zip", Counter()
     for name in archive_names(SEED, ZIPS, (*archives(), "album")):
         path.write_bytes(archive(name, {"album": album}))
@@ -222,7 +222,7 @@ def test_the_page_takes_a_picture_or_says_why_not(visitor, tab, lang):
 @pytest.mark.parametrize("lang", ["en", "zh"])
 @pytest.mark.parametrize("tab", ["photos", "evaluate"])
 def test_the_page_takes_a_zip_or_says_why_not(visitor, engine, tab, lang, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "RESAMPLES", 3)
+    monkeypatch.setattr(dataset_eval, "RESAMPLES", 3)
     someone, path = visitor(lang), tmp_path / "upload.zip"
     for name in archive_names(SEED + 3, OVER_HTTP // 3):
         path.write_bytes(archive(name))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import obey_permissions
+from fault_injection import obey_permissions
 from torch import Tensor
 
 from alignment.gallery.database import DATABASE, GalleryDatabase, Kind

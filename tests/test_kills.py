@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killing import FEW, NEVER, Fault, Runner, runner
+from fault_injection import FEW, NEVER, Fault, Runner, runner
 from PIL import Image
 from test_train_run import paint as paint_flags
 from test_train_run import record_of, same

@@ -13,10 +13,10 @@ from alignment.engine.matrix import colour_limits, named_captions
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.ui.examples import Examples
-from alignment.ui.explanation import Explanation
+from alignment.ui.explanation import ExplanationDialog
 from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.strings import text
-from alignment.ui.uploads import Shelf
+from alignment.ui.uploads import PhotoState
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def tab(engine) -> MatrixTab:
 
 
 def tab_of(engine: AlignmentEngine) -> MatrixTab:
-    tab = MatrixTab(engine, Examples(engine), Explanation(engine))
+    tab = MatrixTab(engine, Examples(engine), ExplanationDialog(engine))
     with gr.Blocks():
         language = gr.Radio(["en", "zh"])
         tab.explanation.build("en")
@@ -197,7 +197,7 @@ def test_pairs_are_by_order_until_a_line_names_a_picture(tab):
 def test_what_is_wrong_is_said_instead_of_a_table(tab, engine):
     assert tab._table("en", tab._compare(tab.sample, " \n"))["error"] == text("en", "error.captions.none")
     assert "65" in tab._table("zh", tab._compare(tab.sample, "a\n" * 65))["error"]
-    empty = tab._compare(Shelf(engine.no_photos(both=True), False), "a cat")
+    empty = tab._compare(PhotoState(engine.no_photos(both=True), False), "a cat")
     assert tab._table("zh", empty) == {"note": text("zh", "matrix.empty")}
 
 
@@ -207,7 +207,7 @@ def test_sixty_four_pasted_captions_fit(tab):
 
 
 def test_a_link_brings_its_captions(tab):
-    captions, drop, compared, table = tab.arrive("zh", "a\nb")
+    captions, drop, compared, table = tab.load_from_url("zh", "a\nb")
     assert len(tab.arrival) == 4
     assert (captions, compared.captions, table["rows"]) == ("a\nb", ("a", "b"), ["a", "b"])
     assert drop["status"] == text("zh", "matrix.sample")
@@ -223,7 +223,7 @@ def test_a_cell_is_explained_by_its_picture_and_caption(tab, engine, source, own
     shelf = tab.sample
     if own:
         photos, _ = engine.add_photos(engine.no_photos(both=True), [("mine.png", (source / "two.png").read_bytes())])
-        shelf = Shelf(photos, False)
+        shelf = PhotoState(photos, False)
     compared = tab._compare(shelf, "two cats\npasta")
     picture = shelf.photos.gallery.pictures[-1]
     pair = tab._why("zh", compared, Event({"caption": 1, "picture": picture.id}))

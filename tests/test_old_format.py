@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import obey_permissions
+from fault_injection import obey_permissions
 
 from alignment.gallery.database import DATABASE, GalleryDatabase
 from alignment.gallery.records import Caption, FileFingerprint

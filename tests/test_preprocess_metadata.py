@@ -8,7 +8,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from hostile import directory, saved, scene, sound, tiff
+from adversarial_images import directory, saved, scene, sound, tiff
 from PIL import Image
 
 from alignment.preprocess import InputError, metadata, open_image

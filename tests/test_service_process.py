@@ -17,7 +17,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.visitor import ROOT, AppProcess, Visitor, running
+from tests.http_client import ROOT, AppProcess, Visitor, running
 
 # Is imported by Python itself before anything else runs; every try to leave the machine is written down, and fails.
 WATCH = """
@@ -160,7 +160,7 @@ with socket.socket() as any:  # where the machine is not ours alone, it is up al
     except OSError:
         pass
 from tests.test_service_process import drive
-from tests.visitor import Visitor, running
+from tests.http_client import Visitor, running
 with running() as app, Visitor(app.address) as visitor:
     drive(visitor)
 """

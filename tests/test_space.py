@@ -22,7 +22,7 @@ from alignment.bundled import ROOT
 from alignment.gallery import Gallery, build_gallery
 from alignment.gallery.database import GalleryDatabase
 from alignment.model import DualEncoder
-from alignment.space import Choice, Space, choose_model, lay_out, main
+from alignment.space import ModelSource, Space, choose_model, main, stage
 from alignment.space.card import LONGEST_DESCRIPTION, card
 from alignment.space.checks import check_folder, check_variables, private_paths
 from alignment.space.folder import contents, requirements
@@ -158,7 +158,7 @@ def test_of_ones_own_photos_only_thumbnails_captions_and_names_become_public(
     tiny: tuple[Path, Path], photos: Path, tmp_path: Path
 ) -> None:
     space, folder = of(*tiny), tmp_path / "space"
-    (note,) = lay_out(space, folder)
+    (note,) = stage(space, folder)
     assert note.startswith("Whoever may open the Space sees 3 of your pictures as thumbnails")
     names = contents(folder)
     assert space.variables["ALIGNMENT_GALLERY"] == "galleries/my-gallery"
@@ -180,7 +180,7 @@ def test_of_ones_own_photos_only_thumbnails_captions_and_names_become_public(
 def test_the_copy_of_a_gallery_finds_what_the_gallery_finds(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     model, gallery = tiny
     space = of(model, gallery)
-    lay_out(space, tmp_path / "space")
+    stage(space, tmp_path / "space")
     encoder = DualEncoder.load(tmp_path / "space" / space.model.name, device="cpu")
     query = encoder.encode_texts(["a dog"])
     found = [
@@ -201,7 +201,7 @@ def test_records_deleted_from_a_gallery_are_not_in_its_copy(
     (tmp_path / "fewer" / "secret-plan.png").unlink()
     build_gallery(tmp_path / "fewer", gallery, encoder)
     space = of(model, gallery)
-    lay_out(space, tmp_path / "space")
+    stage(space, tmp_path / "space")
     assert b"secret-plan" not in everything(tmp_path / "space" / space.place)
 
 
@@ -214,14 +214,14 @@ def test_a_secret_in_the_database_stops_it(tiny: tuple[Path, Path], tmp_path: Pa
     (source / "metadata.jsonl").write_text(json.dumps({"file_name": "one.png", "text": caption}), "utf-8")
     build_gallery(source, gallery, DualEncoder.load(model, device="cpu"), calibrate=False)
     with pytest.raises(ValueError, match="looks like a secret"):
-        lay_out(of(model, gallery), tmp_path / "space")
+        stage(of(model, gallery), tmp_path / "space")
 
 
 def test_of_a_model_its_own_files_are_sent_and_not_what_lies_beside_them(
     tiny: tuple[Path, Path], tmp_path: Path
 ) -> None:
     space = of(*tiny)
-    lay_out(space, tmp_path / "space")
+    stage(space, tmp_path / "space")
     sent = {name for name in contents(tmp_path / "space") if name.startswith("checkpoints/")}
     assert {name.removeprefix("checkpoints/my-model/") for name in sent} == {
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
@@ -234,9 +234,9 @@ def test_a_gallery_of_another_model_is_refused(
     tiny: tuple[Path, Path], checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"was not made by .*python -m alignment.gallery build"):
-        lay_out(of(checkpoint("chinese-clip"), tiny[1]), tmp_path / "space")
+        stage(of(checkpoint("chinese-clip"), tiny[1]), tmp_path / "space")
     with pytest.raises(ValueError, match=r"another one needs its own.*--model checkpoints/my-model"):
-        lay_out(of(tiny[0], None), tmp_path / "other")
+        stage(of(tiny[0], None), tmp_path / "other")
 
 
 def test_a_model_that_is_called_like_ours_is_not_taken_for_it(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_gallery_without_its_thumbnails_is_refused(tiny: tuple[Path, Path], tm
     with closing(sqlite3.connect(tiny[1] / "gallery.db")) as database, database:
         database.execute("DELETE FROM thumbnail WHERE id = (SELECT min(id) FROM thumbnail)")
     with pytest.raises(ValueError, match="lacks the thumbnails of 1 pictures"):
-        lay_out(of(*tiny), tmp_path / "space")
+        stage(of(*tiny), tmp_path / "space")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_a_damaged_gallery_is_not_copied(damage: str, tiny: tuple[Path, Path], t
     with closing(sqlite3.connect(tiny[1] / "gallery.db")) as database, database:
         assert database.execute(damage).rowcount
     with pytest.raises(ValueError, match="is damaged"):
-        lay_out(of(*tiny), tmp_path / "space")
+        stage(of(*tiny), tmp_path / "space")
 
 
 def test_a_caption_that_says_where_the_gallery_came_from_stops_it(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_caption_that_says_where_the_gallery_came_from_stops_it(tiny: tuple[Pa
     (source / "metadata.jsonl").write_text(json.dumps({"file_name": "one.png", "text": f"kept in {source}"}), "utf-8")
     build_gallery(source, gallery, DualEncoder.load(model, device="cpu"), calibrate=False)
     with pytest.raises(ValueError, match="names a folder of this machine"):
-        lay_out(of(model, gallery), tmp_path / "space")
+        stage(of(model, gallery), tmp_path / "space")
 
 
 def test_an_export_that_was_refused_is_not_left_and_can_be_tried_again(
@@ -326,7 +326,7 @@ def test_a_model_of_the_hub_is_fetched_by_the_space_at_the_commit_that_lies_here
     fetched: str, tiny: tuple[Path, Path], tmp_path: Path
 ) -> None:
     space = Space("me/app", choose_model(fetched), tiny[1], hardware="zero-a10g")
-    lay_out(space, tmp_path / "space")
+    stage(space, tmp_path / "space")
     assert space.variables == {
         "ALIGNMENT_MODEL": fetched,
         "ALIGNMENT_REVISION": COMMIT,
@@ -444,7 +444,7 @@ def test_a_space_has_an_owner_and_a_name(name: str, capsys: pytest.CaptureFixtur
 
 def test_a_title_cannot_break_the_card_open() -> None:
     title = "A: 'b' \"c\"\n---\nsdk: docker"
-    front = front_matter(card("me/app", title, Choice("checkpoints/compact", ROOT, ()), None))
+    front = front_matter(card("me/app", title, ModelSource("checkpoints/compact", ROOT, ()), None))
     assert (front["title"], front["sdk"]) == ("A: 'b' \"c\" --- sdk: docker", "gradio")
     with pytest.raises(ValueError, match="needs a title"):
-        card("me/app", " ", Choice("checkpoints/compact", ROOT, ()), None)
+        card("me/app", " ", ModelSource("checkpoints/compact", ROOT, ()), None)

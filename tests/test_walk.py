@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from killing import obey_permissions
+from fault_injection import obey_permissions
 from PIL import Image
 
 from alignment.data import read_data

@@ -16,13 +16,13 @@ Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, str
 | `trial`  | a visitor's data set, measured |
 """
 
-from alignment.engine.archives import MAX_ZIP_MB
 from alignment.engine.core import AlignmentEngine
-from alignment.engine.explaining import Explained, Scale
+from alignment.engine.explanation import Explanation, Scale
 from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photo_folder import PhotoFolder, Scan
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
 from alignment.engine.queries import MAX_TERMS, Query, Term, parse_query, write_query
+from alignment.engine.safe_zip import MAX_ZIP_MB
 
 __all__ = [
     "MAX_PHOTOS",
@@ -30,7 +30,7 @@ __all__ = [
     "MAX_ZIP_MB",
     "Alignment",
     "AlignmentEngine",
-    "Explained",
+    "Explanation",
     "PhotoFolder",
     "Photos",
     "Query",

@@ -1,8 +1,8 @@
-"""Encode together what waits together.
+"""Dynamic batching: requests that arrive while the encoder is busy are encoded together afterwards.
 
-Place in the flow: `several visitors -> Batcher (here) -> encoder -> each their own embeddings`. There is no thread of
-its own and nobody waits for company: whoever comes while nothing runs encodes at once. Who comes meanwhile waits, and
-then one of them encodes for all.
+Place in the flow: `several visitors -> DynamicBatcher (here) -> encoder -> embeddings of each request`. There is no
+worker thread and no waiting time: a request that finds the encoder idle is encoded at once. The requests that arrive
+meanwhile wait, and one of their threads then encodes all of them in one batch.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ class _Request(Generic[Item]):
         return self.embeds
 
 
-class Batcher(Generic[Item]):
+class DynamicBatcher(Generic[Item]):
     """An encoder that several threads may ask at once; it runs once at a time, for as many of them as wait.
 
     Answers are those that each request would get alone, exceptions too: where a batch fails, its requests are encoded
     one by one. Whoever is interrupted while encoding for others leaves these to the next.
     """
 
-    def __init__(self, encode: Callable[[Sequence[Item]], Tensor], most: int) -> None:
+    def __init__(self, encode: Callable[[Sequence[Item]], Tensor], max_batch: int) -> None:
         """Take requests for an encoder.
 
         Args:
             encode: items -> (n, embed_dim), in their order.
-            most: items that are put together; a single request may have more.
+            max_batch: items that are put together; a single request may have more.
         """
-        self._encode, self._most = encode, most
+        self._encode, self._max_batch = encode, max_batch
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[_Request[Item]] = deque()
         self._running: _Request[Item] | None = None  # whose thread encodes
@@ -97,7 +97,7 @@ class Batcher(Generic[Item]):
     def _next_batch(self) -> list[_Request[Item]]:
         batch = [self._waiting.popleft()]
         size = len(batch[0].items)
-        while self._waiting and size + len(self._waiting[0].items) <= self._most:
+        while self._waiting and size + len(self._waiting[0].items) <= self._max_batch:
             batch.append(self._waiting.popleft())
             size += len(batch[-1].items)
         return batch

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.engine.batching import IMAGES_AT_ONCE, MORE_IMAGES, TEXTS_AT_ONCE, Batcher
-from alignment.engine.explaining import Explained, Scale, explain_match
+from alignment.engine.batching import IMAGES_AT_ONCE, MORE_IMAGES, TEXTS_AT_ONCE, DynamicBatcher
+from alignment.engine.explanation import Explanation, Scale, explain_match
 from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_webp
 from alignment.engine.queries import Query, Term, check_count, search
@@ -65,8 +65,8 @@ class AlignmentEngine:
         self.second = second
         self.names_files = names_files
         at_once = IMAGES_AT_ONCE.get(encoder.device.type, MORE_IMAGES)
-        self._encode_images = Batcher[Inputs](self._encode_prepared, at_once)
-        self._encode_texts = Batcher[str](lambda texts: self.encoder.encode_texts(texts), TEXTS_AT_ONCE)
+        self._encode_images = DynamicBatcher[Inputs](self._encode_prepared, at_once)
+        self._encode_texts = DynamicBatcher[str](lambda texts: self.encoder.encode_texts(texts), TEXTS_AT_ONCE)
         # Two explanations at once only get in each other's way, and every thread that ever explained keeps some 25 MB.
         self._explaining = ThreadPoolExecutor(1, "explaining")
         self._made_thumbnail = lru_cache(_CACHED_THUMBNAILS)(_make_thumbnail)
@@ -89,7 +89,7 @@ class AlignmentEngine:
     # ------------------------------------------------------------ search
 
     @property
-    def near(self) -> int | None:
+    def draft_size(self) -> int | None:
         """How small a picture may be opened that is to be embedded and shown small; see `open_image`."""
         encoders = [self.encoder, self.second.encoder] if self.second else [self.encoder]
         wanted = [encoder.preprocessor.draft_size for encoder in encoders]
@@ -199,7 +199,7 @@ class AlignmentEngine:
         text_embeds = self.second.encoder.encode_texts(captions)
         return first, Alignment.of(photos.second_embeds, text_embeds, self.second.encoder)
 
-    def explain(self, image: Image.Image, caption: str) -> Explained:
+    def explain(self, image: Image.Image, caption: str) -> Explanation:
         """Find what each word and each place adds. Raises InputError when the caption is empty or too long."""
         return self._explaining.submit(lambda: explain_match(self.encoder, self.scale, image, caption)).result()
 
@@ -247,7 +247,7 @@ class AlignmentEngine:
                     raise InputError("This picture is there already.", "photo.duplicate")
                 if len(photos) + len(new) >= limit:
                     raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
-                new[id] = name, open_image(data, draft_size=self.near)
+                new[id] = name, open_image(data, draft_size=self.draft_size)
             except InputError as error:
                 skipped.append(Skipped(name, error))
         return self._extended(photos, new), skipped

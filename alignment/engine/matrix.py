@@ -13,7 +13,7 @@ from pathlib import PurePath
 from torch import Tensor
 
 from alignment.confidence import Cohort, cohort_items
-from alignment.engine.explaining import Limits, Scale
+from alignment.engine.explanation import Limits, Scale
 from alignment.model import DualEncoder
 from alignment.similarity import cosine_similarity, logits_per_image, match_probabilities
 

@@ -16,9 +16,9 @@ Place in the flow: `model + gallery -> the Space's folder -> the Hub`.
 | `command` | the command |
 """
 
-from alignment.space.choice import Choice, choose_model
 from alignment.space.command import main
-from alignment.space.folder import Space, lay_out
-from alignment.space.sending import Sent, publish
+from alignment.space.folder import Space, stage
+from alignment.space.model_source import ModelSource, choose_model
+from alignment.space.publish import PublishResult, publish
 
-__all__ = ["Choice", "Sent", "Space", "choose_model", "lay_out", "main", "publish"]
+__all__ = ["ModelSource", "PublishResult", "Space", "choose_model", "main", "publish", "stage"]

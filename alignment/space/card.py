@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from huggingface_hub import SpaceCard, SpaceCardData
 
-from alignment.space.choice import Choice
+from alignment.space.model_source import ModelSource
 
 TITLE = "Image-Text Alignment"
 THUMBNAIL = "assets/screenshots/search_en.png"
@@ -26,7 +26,7 @@ Model: {model}.
 """
 
 
-def card(repo_id: str, title: str, model: Choice, hardware: str | None) -> str:
+def card(repo_id: str, title: str, model: ModelSource, hardware: str | None) -> str:
     """Write README.md.
 
     Args:

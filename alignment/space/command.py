@@ -15,9 +15,9 @@ from alignment.bundled import GALLERY, MODEL, ROOT, bundled
 from alignment.hub import check_login
 from alignment.space.card import TITLE
 from alignment.space.checks import LARGE, check_folder, check_variables, private_paths
-from alignment.space.choice import choose_model
-from alignment.space.folder import Space, contents, lay_out
-from alignment.space.sending import AGAIN, check_name, publish
+from alignment.space.folder import Space, contents, stage
+from alignment.space.model_source import choose_model
+from alignment.space.publish import AGAIN, check_name, publish
 
 _HELP = """\
 Put the app on a Hugging Face Space, with a gallery and a model, or bring a Space up to date.
@@ -120,7 +120,7 @@ def _publish(args: argparse.Namespace) -> None:
     # An export is laid out beside its place: it is there when it has been found fit to be sent, and not before.
     with TemporaryDirectory(prefix=".alignment-space-", dir=export and export.parent) as scratch:
         folder = Path(scratch, "space")
-        notes = lay_out(space, folder)
+        notes = stage(space, folder)
         own = [] if space.model.revision else [space.model.folder]
         check_folder(folder, private_paths(Path.home(), Path.cwd(), ROOT, gallery, folder, *own))
         if export:

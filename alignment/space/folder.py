@@ -16,8 +16,8 @@ from pathlib import Path
 
 from alignment.bundled import GALLERY, MODEL, ROOT
 from alignment.space.card import THUMBNAIL, TITLE, card
-from alignment.space.choice import Choice, safe_name
 from alignment.space.gallery import copy_gallery
+from alignment.space.model_source import ModelSource, safe_name
 
 _FILES = (
     "app.py",
@@ -49,7 +49,7 @@ class Space:
     """
 
     repo_id: str
-    model: Choice
+    model: ModelSource
     gallery: Path | None = None
     title: str = TITLE
     hardware: str | None = None
@@ -68,7 +68,7 @@ class Space:
         return {**own, "GRADIO_SSR_MODE": "False", **self.more}
 
 
-def lay_out(space: Space, folder: Path) -> list[str]:
+def stage(space: Space, folder: Path) -> list[str]:
     """Write the Space into a new folder.
 
     Returns:

@@ -19,10 +19,10 @@ from alignment.gallery.records import Caption, FileFingerprint, Picture, rebuild
 from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
 from alignment.space.checks import check_folder, private_paths
-from alignment.space.choice import Choice
+from alignment.space.model_source import ModelSource
 
 
-def copy_gallery(source: Path, target: Path, model: Choice) -> list[str]:
+def copy_gallery(source: Path, target: Path, model: ModelSource) -> list[str]:
     """Write a gallery that may be public.
 
     Of a picture it keeps the thumbnail, the captions, the credit and the bare name of its file. Its folder, size, date
@@ -95,7 +95,7 @@ def _what_is_shown(pictures: int, captions: int) -> list[str]:
     ]
 
 
-def _check_model(folder: Path, fingerprint: str, model: Choice) -> None:
+def _check_model(folder: Path, fingerprint: str, model: ModelSource) -> None:
     theirs = DualEncoder.load(model.folder, device="cpu").fingerprint
     if fingerprint != theirs:
         name = model.name if model.revision else str(model.folder)

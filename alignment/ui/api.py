@@ -18,17 +18,6 @@ from torch import Tensor
 from alignment.engine import AlignmentEngine
 from alignment.picture_limits import LIMITS
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError
-from alignment.ui.api_answers import (
-    CaptionsFound,
-    Description,
-    Embeddings,
-    Matrix,
-    PicturesFound,
-    captions_found,
-    matrix,
-    pictures_found,
-    rows,
-)
 from alignment.ui.api_input import (
     MAX_CAPTIONS,
     MAX_PICTURES,
@@ -40,8 +29,19 @@ from alignment.ui.api_input import (
     read_captions,
     read_count,
 )
+from alignment.ui.api_schemas import (
+    CaptionsFound,
+    Description,
+    Embeddings,
+    Matrix,
+    PicturesFound,
+    captions_found,
+    matrix,
+    pictures_found,
+    rows,
+)
 from alignment.ui.uploads import MAX_FILE_MB
-from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE, spoken
+from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE, user_errors
 
 
 class Api:
@@ -173,7 +173,7 @@ class Api:
 
     def _embed(self, images: object) -> Tensor:
         """Embed one picture after the other: no more than one lies decoded in memory; (n, embed_dim)."""
-        return torch.stack([self.engine.embed_image(picture) for picture in opened(images, self.engine.near)])
+        return torch.stack([self.engine.embed_image(picture) for picture in opened(images, self.engine.draft_size)])
 
 
 def add_api(engine: AlignmentEngine) -> None:
@@ -208,7 +208,7 @@ def _answering(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(endpoint)
     def answer(*args: Any) -> Any:
         try:
-            with spoken():
+            with user_errors():
                 return endpoint(*args)
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error

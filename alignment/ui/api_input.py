@@ -16,7 +16,7 @@ from PIL import Image
 from alignment.preprocess import InputError, clean_caption, open_image
 from alignment.server.errors import ServiceError
 from alignment.server.page import is_url
-from alignment.ui.uploads import MAX_FILE_MB, Upload, forget, take
+from alignment.ui.uploads import MAX_FILE_MB, Upload, delete_uploads, read_upload
 
 MAX_RESULTS = 100
 MAX_PICTURES = MAX_CAPTIONS = 64
@@ -39,12 +39,12 @@ SentPicture = str | UploadedFile
 # ---------------------------------------------------------------- pictures
 
 
-def opened(images: object, near: int | None = None) -> Iterator[Image.Image]:
+def opened(images: object, draft_size: int | None = None) -> Iterator[Image.Image]:
     """Open the pictures of a request one after the other.
 
     Args:
         images: of the request.
-        near: see `open_image`.
+        draft_size: see `open_image`.
 
     Raises:
         InputError: when they are no list of as many as may be, or one of them is no picture.
@@ -52,7 +52,7 @@ def opened(images: object, near: int | None = None) -> Iterator[Image.Image]:
     sent = _list(images, "images", MAX_PICTURES)
     for place, image in enumerate(sent, 1):
         try:
-            picture = open_image(_bytes(image), draft_size=near)
+            picture = open_image(_bytes(image), draft_size=draft_size)
         except InputError as error:
             raise (_at(f"Picture {place}", error) if len(sent) > 1 else error) from error
         yield picture
@@ -65,7 +65,7 @@ def forgotten(images: object) -> Iterator[None]:
         yield
     finally:
         sent = images if isinstance(images, list) else ()
-        forget([upload for image in sent if (upload := _upload(image))])
+        delete_uploads([upload for image in sent if (upload := _upload(image))])
 
 
 def _bytes(image: object) -> bytes:
@@ -78,7 +78,7 @@ def _bytes(image: object) -> bytes:
         raise InputError("A picture is a data URL or an uploaded file.", "api.image")
     if is_url(upload.path):
         raise ServiceError("api.address").error
-    return take(upload, MAX_PICTURES)
+    return read_upload(upload, MAX_PICTURES)
 
 
 def _upload(image: object) -> Upload | None:

@@ -14,7 +14,7 @@ from alignment.engine import AlignmentEngine, Query, Term, parse_query, write_qu
 from alignment.preprocess import InputError, sanitize_text
 from alignment.server.sessions import Immutable
 from alignment.ui.strings import text
-from alignment.ui.widgets import spoken
+from alignment.ui.widgets import user_errors
 
 WEIGHTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 """The steps of the buttons; any other weight can be typed."""
@@ -44,7 +44,7 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Asked(Immutable):
+class TextQuery(Immutable):
     """The query in question.
 
     Attributes:
@@ -60,18 +60,18 @@ class Asked(Immutable):
     pictures: tuple[Added, ...] = ()
 
 
-def ask(engine: AlignmentEngine, caption: str, pictures: tuple[Added, ...] = ()) -> Asked:
+def ask(engine: AlignmentEngine, caption: str, pictures: tuple[Added, ...] = ()) -> TextQuery:
     """Read and embed a query, or find out why it cannot be."""
     caption = sanitize_text(caption)
     try:
-        with spoken():
+        with user_errors():
             terms = [*parse_query(caption), *(added.term for added in pictures)]
-            return Asked(caption, engine.compose_query(terms), pictures=pictures)
+            return TextQuery(caption, engine.compose_query(terms), pictures=pictures)
     except InputError as error:
-        return Asked(caption, error=error, pictures=pictures)
+        return TextQuery(caption, error=error, pictures=pictures)
 
 
-def captions_of(asked: Asked) -> tuple[Term, ...]:
+def captions_of(asked: TextQuery) -> tuple[Term, ...]:
     """Read the captions of a query; none of one that cannot be read."""
     try:
         return parse_query(asked.caption)
@@ -82,7 +82,7 @@ def captions_of(asked: Asked) -> tuple[Term, ...]:
 # ---------------------------------------------------------------- changes by hand
 
 
-def changed(asked: Asked, data: object) -> tuple[str, tuple[Added, ...]]:
+def changed(asked: TextQuery, data: object) -> tuple[str, tuple[Added, ...]]:
     """Do what an event of `composer.js` asks; a page could send anything, and then nothing changes.
 
     Returns:
@@ -132,7 +132,7 @@ def _put(items: tuple[Any, ...], place: int, new: Any) -> tuple[Any, ...]:
 # ---------------------------------------------------------------- what is shown
 
 
-def composer_value(lang: str, asked: Asked, names: Sequence[str]) -> dict[str, Any]:
+def composer_value(lang: str, asked: TextQuery, names: Sequence[str]) -> dict[str, Any]:
     """Lay the terms out for `composer.js`; one caption by itself needs no telling apart.
 
     Args:

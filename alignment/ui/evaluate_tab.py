@@ -14,27 +14,27 @@ from typing import Any
 import gradio as gr
 
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine
-from alignment.engine.trial import (
+from alignment.engine.dataset_eval import (
     MAX_TRIAL_CAPTIONS,
     MAX_TRIAL_PICTURES,
-    Doing,
-    Trial,
+    EvalResult,
+    Progress,
     gallery_trial,
     measure_archive,
 )
 from alignment.preprocess import InputError
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable, session_state
-from alignment.ui.courier import Courier
-from alignment.ui.drawings import sample_zip
+from alignment.ui.download import BrowserDownload
 from alignment.ui.examples import Examples
-from alignment.ui.explanation import Explanation
-from alignment.ui.parts import Tasks, parts_value, run_of
+from alignment.ui.explanation import ExplanationDialog
+from alignment.ui.jobs import Tasks, parts_value, run_of
 from alignment.ui.report import report_json, report_value
 from alignment.ui.results import Value
+from alignment.ui.sample_dataset import sample_zip
 from alignment.ui.strings import LANGUAGES, error_text, text
-from alignment.ui.uploads import Upload, arrived, drop_value, forget, uploads_of
-from alignment.ui.widgets import data_url, listen, spoken, widget
+from alignment.ui.uploads import Upload, delete_uploads, drop_value, uploads_of, validate_upload
+from alignment.ui.widgets import data_url, on_event, user_errors, widget
 
 SAMPLE, REPORT = "example.zip", "report.json"
 DOING = {"unpacking": "evaluate.unpacking", "pictures": "evaluate.pictures", "captions": "evaluate.captions"}
@@ -52,7 +52,7 @@ class Measured(Immutable):
         error: why not.
     """
 
-    trial: Trial | None = None
+    trial: EvalResult | None = None
     name: str = ""
     bad_file: str = ""
     error: InputError | None = None
@@ -63,7 +63,7 @@ class EvaluateTab:
 
     key = "evaluate"
 
-    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: Explanation) -> None:
+    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: ExplanationDialog) -> None:
         self.engine, self.examples = engine, examples
         self.by_id = {picture.id: picture for picture in engine.starter.pictures}
         self.example = lru_cache(len(LANGUAGES))(lambda lang: gallery_trial(engine.starter, lang))
@@ -87,19 +87,19 @@ class EvaluateTab:
         self._wire(language)
 
     def _wire(self, language: Any) -> None:
-        listen(
+        on_event(
             self.drop.files,
             self._take,
             [language, self.measured],
             [self.measured, self.drop, self.report, self.saving],
             work="upload",
         )
-        listen(self.drop.halt, self._halt, [], [])
-        courier = Courier("evaluate-courier")
+        on_event(self.drop.halt, self._halt, [], [])
+        courier = BrowserDownload("evaluate-courier")
         courier.serve(self.sample, self._packed_sample, self._sample, [language])
         courier.serve(self.saving, self._written, self._saving, [language, self.measured])
 
-    def arrive(self, lang: str, q: str) -> list[Any]:
+    def load_from_url(self, lang: str, q: str) -> list[Any]:
         """Do nothing: nobody else's data can be linked to."""
         return []
 
@@ -122,7 +122,7 @@ class EvaluateTab:
         try:
             with self.tasks.begin(request.session_hash) as task:
                 for step in self._steps(uploads):
-                    if isinstance(step, Trial):
+                    if isinstance(step, EvalResult):
                         measured = Measured(step, uploads[0].name)
                     elif task.stopped:
                         break
@@ -131,12 +131,15 @@ class EvaluateTab:
         except InputError as error:
             measured = replace(measured, bad_file=uploads[0].name, error=error)  # the report that was there stays
         finally:
-            forget(uploads)
+            delete_uploads(uploads)
         yield [measured, self._drop(lang, measured, run), self._report(lang, measured), self._saving(lang, measured)]
 
-    def _steps(self, uploads: list[Upload]) -> Iterator[Doing | Trial]:
+    def _steps(self, uploads: list[Upload]) -> Iterator[Progress | EvalResult]:
         for upload in uploads:
-            with spoken(), closing(measure_archive(self.engine, arrived(upload, limit_mb=MAX_ZIP_MB))) as steps:
+            with (
+                user_errors(),
+                closing(measure_archive(self.engine, validate_upload(upload, limit_mb=MAX_ZIP_MB))) as steps,
+            ):
                 yield from steps
 
     def _halt(self, request: gr.Request) -> None:
@@ -159,7 +162,7 @@ class EvaluateTab:
         parts = parts_value(lang, 1, run)
         return drop_value(lang, text(lang, "evaluate.drop"), **(parts | {"accept": ".zip", "how": how, "error": error}))
 
-    def _busy(self, lang: str, step: Doing) -> Value:
+    def _busy(self, lang: str, step: Progress) -> Value:
         say = text(lang, DOING[step.what], done=step.done + 1, total=step.total)
         return self._drop(lang, Measured()) | {"progress": {"done": step.share, "total": 1, "text": say}}
 

@@ -13,13 +13,13 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from alignment.engine import AlignmentEngine, Explained, as_webp
+from alignment.engine import AlignmentEngine, Explanation, as_webp
 from alignment.heatmap import heat_colours, patch_overlay
 from alignment.preprocess import InputError
 from alignment.server.sessions import Immutable, session_state
 from alignment.ui.results import Value, cosine
 from alignment.ui.strings import error_text, text
-from alignment.ui.widgets import data_url, listen, spoken, widget
+from alignment.ui.widgets import data_url, on_event, user_errors, widget
 
 PIXELS = 720
 _VERDICTS = {"none": "explain.none", "some": "explain.some", "strong": "explain.strong"}
@@ -47,7 +47,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Asked(Immutable):
+class ExplanationState(Immutable):
     """What the dialog is about, in no language yet; as it is while the answer is worked out.
 
     Attributes:
@@ -65,11 +65,11 @@ class Asked(Immutable):
     name: str = ""
     plain: str = ""
     overlay: str = ""
-    explained: Explained | None = None
+    explained: Explanation | None = None
     error: InputError | None = None
 
 
-class Explanation:
+class ExplanationDialog:
     """See the module."""
 
     def __init__(self, engine: AlignmentEngine) -> None:
@@ -77,14 +77,14 @@ class Explanation:
 
     def build(self, lang: str) -> None:
         """Put the dialog on the page, closed."""
-        self.dialog = widget("explain", self._value(lang, Asked()), elem_id="explanation")
-        self.asked = session_state(Asked())
+        self.dialog = widget("explain", self._value(lang, ExplanationState()), elem_id="explanation")
+        self.asked = session_state(ExplanationState())
 
-    def translate(self, lang: str, asked: Asked) -> Value:
+    def translate(self, lang: str, asked: ExplanationState) -> Value:
         """Say everything again in another language; open stays open."""
         return self._value(lang, asked)
 
-    def listen(self, event: Callable[..., Any], pick: Callable[..., Pair | None], inputs: Sequence[Any]) -> None:
+    def on_event(self, event: Callable[..., Any], pick: Callable[..., Pair | None], inputs: Sequence[Any]) -> None:
         """Let an event open the dialog.
 
         Args:
@@ -97,13 +97,13 @@ class Explanation:
             for asked in self._answers(lambda: pick(lang, *values, event)):
                 yield [asked, self._value(lang, asked)]
 
-        listen(event, answer, inputs, [self.asked, self.dialog], work="search")
+        on_event(event, answer, inputs, [self.asked, self.dialog], work="search")
 
-    def _answers(self, pick: Callable[[], Pair | None]) -> Iterator[Asked]:
+    def _answers(self, pick: Callable[[], Pair | None]) -> Iterator[ExplanationState]:
         """Yield the question at once, then the answer or what was wrong."""
-        asked = Asked(next(_serial))
+        asked = ExplanationState(next(_serial))
         try:
-            with spoken():
+            with user_errors():
                 if (pair := pick()) is None:
                     return
                 small = pair.image.copy()
@@ -114,7 +114,7 @@ class Explanation:
         except InputError as error:
             yield replace(asked, error=error)
 
-    def _answer(self, asked: Asked, pair: Pair, small: Image.Image) -> Asked:
+    def _answer(self, asked: ExplanationState, pair: Pair, small: Image.Image) -> ExplanationState:
         explained = self.engine.explain(pair.image, pair.caption)
         if pair.cosine is not None:
             explained = replace(explained, cosine=pair.cosine)
@@ -123,7 +123,7 @@ class Explanation:
 
     # ------------------------------------------------------------ what is shown
 
-    def _value(self, lang: str, asked: Asked) -> Value:
+    def _value(self, lang: str, asked: ExplanationState) -> Value:
         value: Value = {
             "serial": asked.serial,
             "title": text(lang, "explain.title"),
@@ -141,7 +141,7 @@ class Explanation:
         return {**value, **_answer_value(lang, asked, asked.explained)}
 
 
-def _answer_value(lang: str, asked: Asked, explained: Explained) -> Value:
+def _answer_value(lang: str, asked: ExplanationState, explained: Explanation) -> Value:
     scale = explained.scale
     numbers = {"unrelated": cosine(scale.unrelated), "most": cosine(scale.accidents[1])}
     verdict = text(lang, _VERDICTS[explained.strength], **numbers)
@@ -175,7 +175,7 @@ def _answer_value(lang: str, asked: Asked, explained: Explained) -> Value:
     }
 
 
-def _axis(lang: str, explained: Explained) -> Value:
+def _axis(lang: str, explained: Explanation) -> Value:
     """Put the pair's cosine beside those of unrelated ones; places are shares of the axis."""
     scale = explained.scale
     low, high = scale.cosines
@@ -192,7 +192,7 @@ def _axis(lang: str, explained: Explained) -> Value:
     }
 
 
-def _terms(caption: str, explained: Explained) -> list[Value]:
+def _terms(caption: str, explained: Explanation) -> list[Value]:
     """Cut the caption into its words, with what each adds, and what stands between them."""
     terms: list[Value] = []
     end = 0

@@ -15,18 +15,18 @@ import gradio as gr
 import numpy as np
 
 from alignment.engine import Alignment, AlignmentEngine
-from alignment.engine.explaining import Scale
+from alignment.engine.explanation import Scale
 from alignment.engine.matrix import colour_limits, named_captions
 from alignment.heatmap import heat_colours
 from alignment.preprocess import InputError, count_captions, open_image, parse_captions
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable, session_state
 from alignment.ui.examples import NUM_COMPARED, Examples
-from alignment.ui.explanation import Explanation, Pair
+from alignment.ui.explanation import ExplanationDialog, Pair
 from alignment.ui.results import Value
 from alignment.ui.strings import LANGUAGES, error_text, strings, text
-from alignment.ui.uploads import Shelf, fill, progress_value, shelf_drop_value, uploads_of
-from alignment.ui.widgets import data_url, listen, picked, spoken, widget
+from alignment.ui.uploads import PhotoState, fill, progress_value, shelf_drop_value, uploads_of
+from alignment.ui.widgets import data_url, on_event, picked, user_errors, widget
 
 MAX_PICTURES = MAX_CAPTIONS = 64
 VIEWS = ("cosine", "captions", "pictures", "sigmoid")
@@ -53,7 +53,7 @@ class Compared(Immutable):
         error: why there is nothing, if something was wrong.
     """
 
-    shelf: Shelf
+    shelf: PhotoState
     captions: tuple[str, ...] = ()
     named: tuple[int | None, ...] = ()
     alignments: tuple[Alignment, ...] = ()
@@ -65,10 +65,10 @@ class MatrixTab:
 
     key = "matrix"
 
-    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: Explanation) -> None:
+    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: ExplanationDialog) -> None:
         self.engine, self.examples, self.explanation = engine, examples, explanation
         ids = [picture.id for picture in examples.pictures[:NUM_COMPARED]]
-        self.sample = Shelf(engine.gallery_photos(ids, both=True))
+        self.sample = PhotoState(engine.gallery_photos(ids, both=True))
 
     def build(self, language: Any, lang: str) -> None:
         """Lay the tab out."""
@@ -98,11 +98,11 @@ class MatrixTab:
     def _wire(self, language: Any) -> None:
         asked = [language, self.captions, self.compared]
         shown = [self.drop, self.compared, self.table]
-        listen(self.drop.files, self._take, asked, shown, work="upload")
-        listen(self.button.click, self._again, asked, shown, work="search", latest=True)
-        listen(self.clear.click, self._clear, asked, shown, work="search")
-        listen(self.table.remove, self._remove, asked, shown, work="search")
-        self.explanation.listen(self.table.why, self._why, [language, self.compared])
+        on_event(self.drop.files, self._take, asked, shown, work="upload")
+        on_event(self.button.click, self._again, asked, shown, work="search", latest=True)
+        on_event(self.clear.click, self._clear, asked, shown, work="search")
+        on_event(self.table.remove, self._remove, asked, shown, work="search")
+        self.explanation.on_event(self.table.why, self._why, [language, self.compared])
 
     def translate(self, lang: str, *inputs: Any) -> list[Any]:
         """Keep pictures and captions; captions of the worked example speak the other language too."""
@@ -121,7 +121,7 @@ class MatrixTab:
             self._table(lang, compared),
         ]
 
-    def arrive(self, lang: str, asked: str) -> list[Any]:
+    def load_from_url(self, lang: str, asked: str) -> list[Any]:
         """Compare the captions of a link, one a line, with the sample; renews `arrival`."""
         return [asked, *self._shown(lang, self._compare(self.sample, asked))]
 
@@ -142,11 +142,11 @@ class MatrixTab:
         return self._shown(lang, self._compare(replace(compared.shelf, added=0, skipped=()), typed))
 
     def _clear(self, lang: str, typed: str, compared: Compared) -> list[Any]:
-        return self._shown(lang, self._compare(Shelf(self.engine.no_photos(both=True), False), typed))
+        return self._shown(lang, self._compare(PhotoState(self.engine.no_photos(both=True), False), typed))
 
     def _remove(self, lang: str, typed: str, compared: Compared, event: gr.EventData) -> list[Any]:
         photos = self.engine.without(compared.shelf.photos, picked(event))
-        return self._shown(lang, self._compare(Shelf(photos, compared.shelf.sample), typed))
+        return self._shown(lang, self._compare(PhotoState(photos, compared.shelf.sample), typed))
 
     def _why(self, lang: str, compared: Compared, event: gr.EventData) -> Pair | None:
         sent = event_data(event)
@@ -163,7 +163,7 @@ class MatrixTab:
     def _shown(self, lang: str, compared: Compared) -> list[Any]:
         return [self._drop(lang, compared), compared, self._table(lang, compared)]
 
-    def _compare(self, shelf: Shelf, typed: str) -> Compared:
+    def _compare(self, shelf: PhotoState, typed: str) -> Compared:
         try:
             count_captions(typed, limit=MAX_CAPTIONS)
             names = [PurePath(picture.source).name for picture in shelf.photos.gallery.pictures]
@@ -172,7 +172,7 @@ class MatrixTab:
             named = tuple(place for place, _ in read)
             if not len(shelf.photos):
                 return Compared(shelf, captions, named)
-            with spoken():
+            with user_errors():
                 return Compared(shelf, captions, named, self.engine.align_both(shelf.photos, captions))
         except InputError as error:
             return Compared(shelf, error=error)
@@ -229,11 +229,11 @@ class MatrixTab:
         ]
 
 
-def _name(picture: Any, shelf: Shelf, lang: str) -> str:
+def _name(picture: Any, shelf: PhotoState, lang: str) -> str:
     return (picture.caption(lang) if shelf.sample else picture.source) or picture.id
 
 
-def _column(picture: Any, shelf: Shelf, lang: str) -> Value:
+def _column(picture: Any, shelf: PhotoState, lang: str) -> Value:
     name, image = _name(picture, shelf, lang), data_url(shelf.photos.thumbnails[picture.id])
     return {"id": picture.id, "image": image, "alt": name, "remove": text(lang, "matrix.remove", name=name)}
 

@@ -13,21 +13,21 @@ from typing import Any
 import gradio as gr
 
 from alignment.engine import MAX_PHOTOS, AlignmentEngine, Term
-from alignment.engine.albums import ALBUM, pack_album
+from alignment.engine.photo_zip import ALBUM, export_zip
 from alignment.gallery import Picture
 from alignment.preprocess import InputError, open_image
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import session_state
-from alignment.ui.composer import Added, Asked, ask, changed, composer_value, liked
-from alignment.ui.courier import Courier
+from alignment.ui.composer import Added, TextQuery, ask, changed, composer_value, liked
+from alignment.ui.download import BrowserDownload
 from alignment.ui.examples import Examples
-from alignment.ui.explanation import Explanation, Pair
-from alignment.ui.parts import Tasks, parts_value, run_of
+from alignment.ui.explanation import ExplanationDialog, Pair
+from alignment.ui.jobs import Tasks, parts_value, run_of
 from alignment.ui.pictures_tab import SEARCH_BOX, query_chips, translated_query
 from alignment.ui.results import Value, pictures_value, problem_value
 from alignment.ui.strings import count_text, error_text, text
-from alignment.ui.uploads import Shelf, gather, progress_value, shelf_drop_value, uploads_of
-from alignment.ui.widgets import data_url, listen, picked, widget
+from alignment.ui.uploads import PhotoState, gather, progress_value, shelf_drop_value, uploads_of
+from alignment.ui.widgets import data_url, on_event, picked, widget
 
 NUM_RESULTS = 24
 BATCH = 12  # photos that are sent together
@@ -38,9 +38,9 @@ class PhotosTab:
 
     key = "photos"
 
-    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: Explanation) -> None:
+    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: ExplanationDialog) -> None:
         self.engine, self.examples, self.explanation = engine, examples, explanation
-        self.sample = Shelf(engine.gallery_photos([picture.id for picture in examples.pictures]))
+        self.sample = PhotoState(engine.gallery_photos([picture.id for picture in examples.pictures]))
         self.tasks = Tasks()
 
     def build(self, language: Any, lang: str) -> None:
@@ -75,26 +75,26 @@ class PhotosTab:
     def _wire(self, language: Any) -> None:
         stock = [self.shelf, self.drop, self.notes, self.album, self.clear, self.chips]
         shelf = [*stock, self.results]
-        listen(self.drop.files, self._take, [language, self.shelf], stock, work="upload")
-        listen(self.drop.grown, self._results, [language, self.asked, self.shelf], [self.results])
-        listen(self.drop.halt, self._halt, [], [])
-        listen(self.clear.click, self._clear, [language, self.asked], shelf)
-        listen(self.results.remove, self._remove, [language, self.asked, self.shelf], shelf)
-        Courier("photos-courier").serve(self.album, self._packed, self._album, [language, self.shelf])
+        on_event(self.drop.files, self._take, [language, self.shelf], stock, work="upload")
+        on_event(self.drop.grown, self._results, [language, self.asked, self.shelf], [self.results])
+        on_event(self.drop.halt, self._halt, [], [])
+        on_event(self.clear.click, self._clear, [language, self.asked], shelf)
+        on_event(self.results.remove, self._remove, [language, self.asked, self.shelf], shelf)
+        BrowserDownload("photos-courier").serve(self.album, self._packed, self._album, [language, self.shelf])
         query = [language, self.query, self.asked, self.shelf]
         shown = [self.asked, self.composer, self.results]
         for event in (self.query.submit, self.button.click):
-            listen(event, self._search, query, shown, work="search", latest=True)
+            on_event(event, self._search, query, shown, work="search", latest=True)
         for event, answer in (
             (self.composer.edit, self._edit),
             (self.results.more, self._more),
             (self.results.less, self._less),
         ):
-            listen(event, answer, query, self.arrival, work="search")
-        listen(self.chips.pick, self._pick, [language, self.shelf], self.arrival, work="search")
-        self.explanation.listen(self.results.why, self._why, [language, self.asked, self.shelf])
+            on_event(event, answer, query, self.arrival, work="search")
+        on_event(self.chips.pick, self._pick, [language, self.shelf], self.arrival, work="search")
+        self.explanation.on_event(self.results.why, self._why, [language, self.asked, self.shelf])
 
-    def arrive(self, lang: str, q: str) -> list[Any]:
+    def load_from_url(self, lang: str, q: str) -> list[Any]:
         """Search what a link says; values for `arrival`."""
         return self._asked(lang, ask(self.engine, q), self.sample)
 
@@ -117,7 +117,7 @@ class PhotosTab:
 
     # ------------------------------------------------------------ photos come and go
 
-    def _take(self, lang: str, shelf: Shelf, event: gr.EventData, request: gr.Request) -> Iterator[list[Any]]:
+    def _take(self, lang: str, shelf: PhotoState, event: gr.EventData, request: gr.Request) -> Iterator[list[Any]]:
         uploads, (run, first) = uploads_of(event_data(event)), run_of(event_data(event))
         with self.tasks.begin(request.session_hash) as task:
             steps = gather(self.engine, shelf, uploads, MAX_PHOTOS, more=not first, stopped=lambda: task.stopped)
@@ -131,12 +131,14 @@ class PhotosTab:
     def _halt(self, request: gr.Request) -> None:
         self.tasks.of(request.session_hash).stopped = True
 
-    def _clear(self, lang: str, asked: Asked) -> list[Any]:
+    def _clear(self, lang: str, asked: TextQuery) -> list[Any]:
         shown = self._shown(lang, asked, self.sample)
         shown[1]["status"] = text(lang, "photos.cleared")
         return shown
 
-    def _remove(self, lang: str, asked: Asked, shelf: Shelf, event: gr.EventData, request: gr.Request) -> list[Any]:
+    def _remove(
+        self, lang: str, asked: TextQuery, shelf: PhotoState, event: gr.EventData, request: gr.Request
+    ) -> list[Any]:
         id = picked(event)
         self.tasks.of(request.session_hash).removed.add(id)  # more photos may be on their way
         left = self._without(shelf, {id})
@@ -144,36 +146,38 @@ class PhotosTab:
         shown[1]["status"] = text(lang, "photos.removed")
         return shown
 
-    def _without(self, shelf: Shelf, ids: set[str]) -> Shelf:
+    def _without(self, shelf: PhotoState, ids: set[str]) -> PhotoState:
         photos = shelf.photos
         for id in () if shelf.sample else ids & photos.thumbnails.keys():
             photos = self.engine.without(photos, id)
         return shelf if photos is shelf.photos else replace(shelf, photos=photos)
 
-    def _packed(self, lang: str, shelf: Shelf) -> tuple[str, str, bytes]:
+    def _packed(self, lang: str, shelf: PhotoState) -> tuple[str, str, bytes]:
         if shelf.sample:
             raise InputError("There is no picture yet; add one first.", "photos.none")
-        return f"{ALBUM}.zip", "application/zip", pack_album(shelf.photos, self.engine.encoder)
+        return f"{ALBUM}.zip", "application/zip", export_zip(shelf.photos, self.engine.encoder)
 
     # ------------------------------------------------------------ questions
 
-    def _search(self, lang: str, typed: str, asked: Asked, shelf: Shelf) -> list[Any]:
+    def _search(self, lang: str, typed: str, asked: TextQuery, shelf: PhotoState) -> list[Any]:
         return self._asked(lang, ask(self.engine, typed, asked.pictures), shelf)[1:]
 
-    def _pick(self, lang: str, shelf: Shelf, event: gr.EventData) -> list[Any]:
+    def _pick(self, lang: str, shelf: PhotoState, event: gr.EventData) -> list[Any]:
         return self._asked(lang, ask(self.engine, picked(event)), shelf)
 
-    def _edit(self, lang: str, typed: str, asked: Asked, shelf: Shelf, event: gr.EventData) -> list[Any]:
-        caption, pictures = changed(Asked(typed, pictures=asked.pictures), event_data(event))
+    def _edit(self, lang: str, typed: str, asked: TextQuery, shelf: PhotoState, event: gr.EventData) -> list[Any]:
+        caption, pictures = changed(TextQuery(typed, pictures=asked.pictures), event_data(event))
         return self._asked(lang, ask(self.engine, caption, pictures), shelf)
 
-    def _more(self, lang: str, typed: str, asked: Asked, shelf: Shelf, event: gr.EventData) -> list[Any]:
+    def _more(self, lang: str, typed: str, asked: TextQuery, shelf: PhotoState, event: gr.EventData) -> list[Any]:
         return self._like(lang, typed, asked, shelf, event, 1.0)
 
-    def _less(self, lang: str, typed: str, asked: Asked, shelf: Shelf, event: gr.EventData) -> list[Any]:
+    def _less(self, lang: str, typed: str, asked: TextQuery, shelf: PhotoState, event: gr.EventData) -> list[Any]:
         return self._like(lang, typed, asked, shelf, event, -1.0)
 
-    def _like(self, lang: str, typed: str, asked: Asked, shelf: Shelf, event: gr.EventData, weight: float) -> list[Any]:
+    def _like(
+        self, lang: str, typed: str, asked: TextQuery, shelf: PhotoState, event: gr.EventData, weight: float
+    ) -> list[Any]:
         pictures, row = asked.pictures, _row(shelf, event)
         if row is not None:
             picture = shelf.photos.gallery.pictures[row]
@@ -182,7 +186,7 @@ class PhotosTab:
             pictures = liked(pictures, Added(term, data_url(shelf.photos.thumbnails[picture.id]), name))
         return self._asked(lang, ask(self.engine, typed, pictures), shelf)
 
-    def _why(self, lang: str, asked: Asked, shelf: Shelf, event: gr.EventData) -> Pair | None:
+    def _why(self, lang: str, asked: TextQuery, shelf: PhotoState, event: gr.EventData) -> Pair | None:
         row = _row(shelf, event)
         if row is None or asked.query is None or not asked.query.wanted_captions:
             return None
@@ -193,10 +197,10 @@ class PhotosTab:
 
     # ------------------------------------------------------------ what is shown
 
-    def _shown(self, lang: str, asked: Asked, shelf: Shelf) -> list[Any]:
+    def _shown(self, lang: str, asked: TextQuery, shelf: PhotoState) -> list[Any]:
         return [shelf, self._drop(lang, shelf), *self._stocked(lang, shelf), self._results(lang, asked, shelf)]
 
-    def _stocked(self, lang: str, shelf: Shelf, *, busy: bool = False) -> list[Any]:
+    def _stocked(self, lang: str, shelf: PhotoState, *, busy: bool = False) -> list[Any]:
         """Show how many there are; nothing is taken away while more come in."""
         return [
             self._notes(lang, shelf),
@@ -205,7 +209,7 @@ class PhotosTab:
             self._chips(lang, shelf),
         ]
 
-    def _asked(self, lang: str, asked: Asked, shelf: Shelf) -> list[Any]:
+    def _asked(self, lang: str, asked: TextQuery, shelf: PhotoState) -> list[Any]:
         return [asked.caption, asked, self._composer(lang, asked), self._results(lang, asked, shelf)]
 
     def _title(self, lang: str) -> str:
@@ -214,31 +218,31 @@ class PhotosTab:
     def _parts(self, lang: str, run: int) -> Value:
         return parts_value(lang, BATCH, run) | {"accept": "image/*,.zip", "how": text(lang, "drop.how.zip")}
 
-    def _drop(self, lang: str, shelf: Shelf, run: int = 0) -> Value:
+    def _drop(self, lang: str, shelf: PhotoState, run: int = 0) -> Value:
         return shelf_drop_value(lang, self._title(lang), shelf, MAX_PHOTOS) | self._parts(lang, run)
 
-    def _notes(self, lang: str, shelf: Shelf) -> Value:
+    def _notes(self, lang: str, shelf: PhotoState) -> Value:
         if shelf.sample:
             return {"notes": [text(lang, "photos.sample")]}
         return {"notes": [count_text(lang, "photos.own", len(shelf.photos)), text(lang, "photos.album.note")]}
 
-    def _album(self, lang: str, shelf: Shelf) -> Value:
+    def _album(self, lang: str, shelf: PhotoState) -> Value:
         return {"label": text(lang, "photos.album"), "disabled": shelf.sample}
 
     def _words(self, lang: str) -> dict[str, Any]:
         return {"label": text(lang, "photos.query"), "placeholder": text(lang, "pictures.placeholder")}
 
-    def _name(self, lang: str, picture: Picture, shelf: Shelf) -> str:
+    def _name(self, lang: str, picture: Picture, shelf: PhotoState) -> str:
         return (picture.caption(lang) if shelf.sample else picture.source) or picture.id
 
-    def _composer(self, lang: str, asked: Asked) -> Value:
+    def _composer(self, lang: str, asked: TextQuery) -> Value:
         return composer_value(lang, asked, [added.name for added in asked.pictures])
 
-    def _chips(self, lang: str, shelf: Shelf) -> Value:
+    def _chips(self, lang: str, shelf: PhotoState) -> Value:
         """Suggest queries while the photos are the page's own; nobody knows what is on a visitor's."""
         return query_chips(self.examples.queries(lang), lang) if shelf.sample else {}
 
-    def _results(self, lang: str, asked: Asked, shelf: Shelf) -> Value:
+    def _results(self, lang: str, asked: TextQuery, shelf: PhotoState) -> Value:
         if asked.query is None:
             return problem_value(asked.error or InputError("", "caption.empty"), lang, self.key)
         if not len(shelf.photos):
@@ -257,7 +261,7 @@ class PhotosTab:
         return value
 
 
-def _row(shelf: Shelf, event: gr.EventData) -> int | None:
+def _row(shelf: PhotoState, event: gr.EventData) -> int | None:
     """Find the photo that an event is about; a page could send anything."""
     id = picked(event)
     pictures = shelf.photos.gallery.pictures

@@ -11,13 +11,13 @@ from alignment.engine import AlignmentEngine, Term, as_webp
 from alignment.preprocess import InputError, open_image
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import session_state
-from alignment.ui.composer import Added, Asked, ask, changed, composer_value, help_value, liked
+from alignment.ui.composer import Added, TextQuery, ask, changed, composer_value, help_value, liked
 from alignment.ui.examples import Examples
-from alignment.ui.explanation import Explanation, Pair
+from alignment.ui.explanation import ExplanationDialog, Pair
 from alignment.ui.results import Value, note_value, pictures_value, problem_value
 from alignment.ui.strings import LANGUAGES, error_text, text
-from alignment.ui.uploads import Upload, drop_value, forget, take, uploads_of
-from alignment.ui.widgets import data_url, listen, picked, spoken, widget
+from alignment.ui.uploads import Upload, delete_uploads, drop_value, read_upload, uploads_of
+from alignment.ui.widgets import data_url, on_event, picked, user_errors, widget
 
 NUM_RESULTS = 12
 TERM_PIXELS = 96
@@ -28,7 +28,7 @@ class PicturesTab:
 
     key = "pictures"
 
-    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: Explanation) -> None:
+    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: ExplanationDialog) -> None:
         self.engine, self.examples, self.explanation = engine, examples, explanation
 
     def build(self, language: Any, lang: str) -> None:
@@ -55,19 +55,19 @@ class PicturesTab:
     def _wire(self, language: Any) -> None:
         shown, query = [self.asked, self.composer, self.results], [language, self.query, self.asked]
         for event in (self.query.submit, self.button.click):
-            listen(event, self._search, query, shown, work="search", latest=True)
+            on_event(event, self._search, query, shown, work="search", latest=True)
         for event in (self.chips.pick, self.help.pick):
-            listen(event, self._pick, [language], self.arrival, work="search")
+            on_event(event, self._pick, [language], self.arrival, work="search")
         for event, answer in (
             (self.composer.edit, self._edit),
             (self.results.more, self._more),
             (self.results.less, self._less),
         ):
-            listen(event, answer, query, self.arrival, work="search")
-        listen(self.drop.files, self._take, query, [self.drop, *self.arrival], work="search")
-        self.explanation.listen(self.results.why, self._why, [language, self.asked])
+            on_event(event, answer, query, self.arrival, work="search")
+        on_event(self.drop.files, self._take, query, [self.drop, *self.arrival], work="search")
+        self.explanation.on_event(self.results.why, self._why, [language, self.asked])
 
-    def arrive(self, lang: str, q: str) -> list[Any]:
+    def load_from_url(self, lang: str, q: str) -> list[Any]:
         """Search what a link says; values for `arrival`."""
         return self._shown(lang, ask(self.engine, q))
 
@@ -89,23 +89,23 @@ class PicturesTab:
 
     # ------------------------------------------------------------ events
 
-    def _search(self, lang: str, typed: str, asked: Asked) -> list[Any]:
+    def _search(self, lang: str, typed: str, asked: TextQuery) -> list[Any]:
         return self._shown(lang, ask(self.engine, typed, asked.pictures))[1:]
 
     def _pick(self, lang: str, event: gr.EventData) -> list[Any]:
-        return self.arrive(lang, picked(event))
+        return self.load_from_url(lang, picked(event))
 
-    def _edit(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
-        caption, pictures = changed(Asked(typed, pictures=asked.pictures), event_data(event))
+    def _edit(self, lang: str, typed: str, asked: TextQuery, event: gr.EventData) -> list[Any]:
+        caption, pictures = changed(TextQuery(typed, pictures=asked.pictures), event_data(event))
         return self._shown(lang, ask(self.engine, caption, pictures))
 
-    def _more(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
+    def _more(self, lang: str, typed: str, asked: TextQuery, event: gr.EventData) -> list[Any]:
         return self._like(lang, typed, asked, event, 1.0)
 
-    def _less(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
+    def _less(self, lang: str, typed: str, asked: TextQuery, event: gr.EventData) -> list[Any]:
         return self._like(lang, typed, asked, event, -1.0)
 
-    def _like(self, lang: str, typed: str, asked: Asked, event: gr.EventData, weight: float) -> list[Any]:
+    def _like(self, lang: str, typed: str, asked: TextQuery, event: gr.EventData, weight: float) -> list[Any]:
         gallery = self.engine.gallery
         pictures, picture = asked.pictures, gallery.picture(picked(event))
         if picture is not None:
@@ -113,24 +113,24 @@ class PicturesTab:
             pictures = liked(pictures, Added(term, self.examples.image_of(picture)))
         return self._shown(lang, ask(self.engine, typed, pictures))
 
-    def _take(self, lang: str, typed: str, asked: Asked, event: gr.EventData) -> list[Any]:
+    def _take(self, lang: str, typed: str, asked: TextQuery, event: gr.EventData) -> list[Any]:
         uploads, pictures, problem = uploads_of(event_data(event)), asked.pictures, ""
         for upload in uploads[:1]:
             try:
-                with spoken():
+                with user_errors():
                     pictures = liked(pictures, self._added(upload))
             except InputError as error:
                 problem = f"{upload.name}: {error_text(lang, error)}"
-        forget(uploads)
+        delete_uploads(uploads)
         return [self._drop(lang, problem), *self._shown(lang, ask(self.engine, typed, pictures))]
 
     def _added(self, upload: Upload) -> Added:
-        data = take(upload, limit=1)
-        image = open_image(data, draft_size=self.engine.near)
+        data = read_upload(upload, limit=1)
+        image = open_image(data, draft_size=self.engine.draft_size)
         term = Term(picture=hashlib.sha256(data).hexdigest(), embed=self.engine.embed_image(image))
         return Added(term, data_url(as_webp(image, TERM_PIXELS)), upload.name)
 
-    def _why(self, lang: str, asked: Asked, event: gr.EventData) -> Pair | None:
+    def _why(self, lang: str, asked: TextQuery, event: gr.EventData) -> Pair | None:
         """Explain the first caption that was asked for: it is the part that has words."""
         gallery, id = self.engine.gallery, picked(event)
         embed = gallery.images.embed(id)
@@ -142,7 +142,7 @@ class PicturesTab:
 
     # ------------------------------------------------------------ what is shown
 
-    def _shown(self, lang: str, asked: Asked) -> list[Any]:
+    def _shown(self, lang: str, asked: TextQuery) -> list[Any]:
         return [asked.caption, asked, self._composer(lang, asked), self._results(lang, asked)]
 
     def _words(self, lang: str) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class PicturesTab:
         picture = self.engine.gallery.picture(id)
         return (self.examples.name(picture, lang) if picture else "") or id
 
-    def _composer(self, lang: str, asked: Asked) -> Value:
+    def _composer(self, lang: str, asked: TextQuery) -> Value:
         names = [added.name or self._name(lang, added.term.picture) for added in asked.pictures]
         return composer_value(lang, asked, names)
 
@@ -169,7 +169,7 @@ class PicturesTab:
         says = text(lang, "pictures.sample", count=len(self.engine.gallery.pictures))
         return {"label": says, "items": [{"id": "photos", "text": text(lang, "photos.tab")}]}
 
-    def _results(self, lang: str, asked: Asked) -> Value:
+    def _results(self, lang: str, asked: TextQuery) -> Value:
         gallery = self.engine.gallery
         if not gallery.pictures:
             return note_value(lang, "pictures.none")
@@ -195,8 +195,8 @@ def query_chips(queries: list[str], lang: str) -> Value:
 
 
 def translated_query(
-    engine: AlignmentEngine, examples: Examples, lang: str, typed: str, asked: Asked
-) -> tuple[dict[str, Any], Any, Asked]:
+    engine: AlignmentEngine, examples: Examples, lang: str, typed: str, asked: TextQuery
+) -> tuple[dict[str, Any], Any, TextQuery]:
     """Say a query in another language if it is an example nobody has touched; what a visitor typed is left alone.
 
     Returns:

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignment.data.sidecars import UNUSED_SIDECARS
 from alignment.data.tables import ClassLabelsOnly
-from alignment.engine.trial import MAX_NAME, RESAMPLES, Suspect, Trial
+from alignment.engine.dataset_eval import MAX_NAME, RESAMPLES, EvalResult, SuspectedLabel
 from alignment.evaluate import KS, Estimate
 from alignment.evaluate.error_analysis import Example
 from alignment.model import DualEncoder
@@ -58,7 +58,7 @@ LEFT_OUT = {
 
 
 def report_value(
-    lang: str, trial: Trial, heading: str, note: str, images: Mapping[str, str], names: Mapping[str, str]
+    lang: str, trial: EvalResult, heading: str, note: str, images: Mapping[str, str], names: Mapping[str, str]
 ) -> Value:
     """Lay a report out for `evaluate.js`.
 
@@ -97,7 +97,7 @@ def report_value(
     }
 
 
-def _table(lang: str, trial: Trial) -> Value:
+def _table(lang: str, trial: EvalResult) -> Value:
     columns = [f"recall@{k}" for k in KS] + ["median_rank"]
     rows = [
         {"title": text(lang, title), "cells": [_cell(lang, trial, f"{direction}_{column}") for column in columns]}
@@ -107,7 +107,7 @@ def _table(lang: str, trial: Trial) -> Value:
     return {"caption": text(lang, "evaluate.table"), "heads": heads, "rows": rows}
 
 
-def _cell(lang: str, trial: Trial, name: str) -> Value:
+def _cell(lang: str, trial: EvalResult, name: str) -> Value:
     found, chance = trial.metrics[name], trial.chance[name]
     if name.endswith("median_rank"):
         words = [f"{value:g}" for value in (found.value, found.low, found.high, chance)]
@@ -124,7 +124,7 @@ def _cell(lang: str, trial: Trial, name: str) -> Value:
     }
 
 
-def _left_out(lang: str, trial: Trial) -> Value | None:
+def _left_out(lang: str, trial: EvalResult) -> Value | None:
     if not trial.left_out:
         return None
     items = []
@@ -150,7 +150,7 @@ def _worst(lang: str, example: Example, picture: Any) -> Value:
     return {"images": images, "lines": [{"label": text(lang, key), "text": line} for key, line in lines], "rank": rank}
 
 
-def _suspect(lang: str, suspect: Suspect, picture: Any) -> Value:
+def _suspect(lang: str, suspect: SuspectedLabel, picture: Any) -> Value:
     lines = [("evaluate.own_caption", suspect.caption), ("evaluate.rival_caption", suspect.rival)]
     return {
         "images": [picture(suspect.image, "evaluate.this_picture"), picture(suspect.owner, "evaluate.its_picture")],
@@ -158,7 +158,7 @@ def _suspect(lang: str, suspect: Suspect, picture: Any) -> Value:
     }
 
 
-def report_json(trial: Trial, encoder: DualEncoder, name: str) -> bytes:
+def report_json(trial: EvalResult, encoder: DualEncoder, name: str) -> bytes:
     """Write a report down for programs; the names of its figures are those of `python -m alignment.evaluate`.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
-from alignment.engine.albums import Added, add_archive
+from alignment.engine.photo_zip import Added, add_archive
 from alignment.model import chunk_size
 from alignment.preprocess import InputError, sanitize_text
 from alignment.server.errors import ServiceError
@@ -18,7 +18,7 @@ from alignment.server.page import MAX_PATH
 from alignment.server.sessions import Immutable
 from alignment.server.uploads import upload_folder
 from alignment.ui.strings import count_text, error_text, text
-from alignment.ui.widgets import spoken
+from alignment.ui.widgets import user_errors
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Shelf(Immutable):
+class PhotoState(Immutable):
     """Pictures beside each other, kept in the visitor's session.
 
     Attributes:
@@ -72,19 +72,19 @@ def uploads_of(data: object) -> list[Upload]:
     return uploads
 
 
-def take(upload: Upload, limit: int) -> bytes:
+def read_upload(upload: Upload, limit: int) -> bytes:
     """Read an upload.
 
     Raises:
         InputError: when it is not there, or too large.
     """
     try:
-        return arrived(upload, limit).read_bytes()
+        return validate_upload(upload, limit).read_bytes()
     except OSError as error:
         raise lost() from error
 
 
-def arrived(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
+def validate_upload(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
     """Find the file of an upload.
 
     Args:
@@ -125,7 +125,7 @@ def lost() -> InputError:
     return ServiceError("upload.lost").error
 
 
-def forget(uploads: Sequence[Upload]) -> None:
+def delete_uploads(uploads: Sequence[Upload]) -> None:
     """Delete the files of uploads that have been dealt with."""
     for upload in uploads:
         try:
@@ -144,7 +144,9 @@ def _path(upload: Upload) -> Path:
     return path
 
 
-def fill(engine: AlignmentEngine, shelf: Shelf, uploads: Sequence[Upload], limit: int) -> Iterator[tuple[Shelf, int]]:
+def fill(
+    engine: AlignmentEngine, shelf: PhotoState, uploads: Sequence[Upload], limit: int
+) -> Iterator[tuple[PhotoState, int]]:
     """Add uploads to a shelf a few at a time; the first make way for the sample.
 
     Yields:
@@ -156,14 +158,14 @@ def fill(engine: AlignmentEngine, shelf: Shelf, uploads: Sequence[Upload], limit
 
 def gather(
     engine: AlignmentEngine,
-    shelf: Shelf,
+    shelf: PhotoState,
     uploads: Sequence[Upload],
     limit: int,
     *,
     zips: bool = True,
     more: bool = False,
     stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[Shelf, int, int]]:
+) -> Iterator[tuple[PhotoState, int, int]]:
     """Add uploads to a shelf a few at a time, and what is in zip files; the first make way for the sample.
 
     Args:
@@ -185,13 +187,13 @@ def gather(
         yield shelf, 0, max(len(uploads), 1)
         for step in _steps(engine, photos, uploads, limit, zips):
             photos, skipped = step.photos, skipped + step.skipped
-            now = Shelf(photos, False, len(photos) - before, tuple(skipped))
+            now = PhotoState(photos, False, len(photos) - before, tuple(skipped))
             # Where no file was any good, the sample stays.
             yield now if len(photos) else replace(shelf, skipped=tuple(skipped)), step.done, step.total
             if stopped():
                 return
     finally:
-        forget(uploads)  # only now: two files alike are one file here
+        delete_uploads(uploads)  # only now: two files alike are one file here
 
 
 def _steps(
@@ -217,11 +219,11 @@ def _add(
     skipped: list[Skipped] = []
     for upload in uploads:
         try:
-            files.append((upload.name, take(upload, limit)))
+            files.append((upload.name, read_upload(upload, limit)))
         except InputError as error:
             skipped.append(Skipped(upload.name, error))
     try:
-        with spoken():
+        with user_errors():
             photos, bad = engine.add_photos(photos, files, limit=limit)
         return photos, skipped + bad
     except InputError as error:
@@ -230,8 +232,8 @@ def _add(
 
 def _add_zip(engine: AlignmentEngine, photos: Photos, upload: Upload, limit: int) -> Iterator[Added]:
     try:
-        with spoken():
-            for step in add_archive(engine, photos, arrived(upload, limit, MAX_ZIP_MB), limit=limit):
+        with user_errors():
+            for step in add_archive(engine, photos, validate_upload(upload, limit, MAX_ZIP_MB), limit=limit):
                 photos = step.photos
                 yield step
     except InputError as error:
@@ -254,7 +256,7 @@ def drop_value(lang: str, title: str, *, max_files: int = 1, **more: Any) -> dic
     }
 
 
-def shelf_drop_value(lang: str, title: str, shelf: Shelf, max_files: int) -> dict[str, Any]:
+def shelf_drop_value(lang: str, title: str, shelf: PhotoState, max_files: int) -> dict[str, Any]:
     """Lay it out for a shelf, with what became of the last files."""
     shown = [[skip.name, error_text(lang, skip.error)] for skip in shelf.skipped[:SHOWN_PROBLEMS]]
     if rest := len(shelf.skipped) - len(shown):

@@ -41,7 +41,7 @@ class Tab(Protocol):
     def translate(self, lang: str, *inputs: Any) -> list[Any]:
         """Say everything again in another language; what the visitor did stays."""
 
-    def arrive(self, lang: str, asked: str) -> list[Any]:
+    def load_from_url(self, lang: str, asked: str) -> list[Any]:
         """Show what an address asks for, as if the visitor had typed it."""
 
 
@@ -70,7 +70,7 @@ def widget(name: str, value: object, parts: Sequence[str] = (), **options: Any) 
     )
 
 
-def listen(
+def on_event(
     event: Callable[..., Any],
     handler: Callable[..., Any],
     inputs: Sequence[Any],
@@ -109,7 +109,7 @@ def picked(event: gr.EventData) -> str:
 
 
 @contextmanager
-def spoken() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Turn a failure of ours into an `InputError`, so that the page can say so and goes on; the log has the rest."""
     try:
         yield

@@ -38,9 +38,9 @@ from alignment.confidence import (
     Direction,
     Thresholds,
     build_cohort,
-    draw_searches,
-    logistic_regression,
 )
+from alignment.confidence.calibration import draw_searches
+from alignment.confidence.curve import logistic_regression
 from alignment.gallery.records import read_hand_written
 from alignment.model import DualEncoder
 

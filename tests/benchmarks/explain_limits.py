@@ -14,7 +14,7 @@ import numpy as np
 from explain_deletion import ROOT, Row, drawn_pairs, table
 from numpy.typing import NDArray
 
-from alignment.engine import AlignmentEngine, Explained
+from alignment.engine import AlignmentEngine, Explanation
 from alignment.gallery import Gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
@@ -44,13 +44,13 @@ def main() -> None:
         print(line)
 
 
-def brightness(explained: Explained) -> NDArray[np.float64]:
+def brightness(explained: Explanation) -> NDArray[np.float64]:
     """Colour each place as the page does, from 0 for night to 1."""
     low, high = explained.scale.places
     return np.clip((explained.places.astype(np.float64) - low) / (high - low), 0, 1)
 
 
-def figures(explained: Explained) -> Row:
+def figures(explained: Explanation) -> Row:
     """Sum an explanation up."""
     light, full = brightness(explained), explained.scale.words
     added = np.array([word.contributions[0] for word in explained.words])

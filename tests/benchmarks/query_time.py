@@ -32,7 +32,7 @@ from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, Picture
 from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
-from alignment.ui.composer import Asked
+from alignment.ui.composer import TextQuery
 from alignment.ui.examples import Examples
 from alignment.ui.explanation import Explanation
 from alignment.ui.pictures_tab import PicturesTab
@@ -72,7 +72,7 @@ def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[Row
     tab = PicturesTab(engine, Examples(engine), Explanation(engine))
     eager = DualEncoder.load(checkpoint, device="cpu", runtime="torch").module.get_text_features
     steps: dict[str, Callable[[str], object]] = {
-        "handler": lambda caption: orjson.dumps(tab._search("en", caption, Asked(""))[1:]),
+        "handler": lambda caption: orjson.dumps(tab._search("en", caption, TextQuery(""))[1:]),
         "embedding": lambda caption: encoder.encode_texts([caption]),
         "search": lambda caption: engine.search_images(embeds[caption], 12),
     }

@@ -13,12 +13,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hostile import saved, scene, sound
-from hostile_zips import archive, archive_names, archives, as_photos, as_trial, opened
+from adversarial_images import saved, scene, sound
+from adversarial_zips import archive, archive_names, archives, as_photos, as_trial, opened
 
 import app
-from alignment.engine import AlignmentEngine, trial
-from alignment.engine.albums import pack_album
+from alignment.engine import AlignmentEngine, dataset_eval
+from alignment.engine.photo_zip import export_zip
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 
@@ -54,11 +54,11 @@ def test_very_many_mutated_zips(checkpoint, tmp_path, monkeypatch):
     encoder = DualEncoder.load(checkpoint("clip"), device="cpu")
     engine = AlignmentEngine(encoder, build_gallery(tmp_path / "source", tmp_path / "gallery", encoder))
     files = [(f"{row}.png", sound()[kind].data) for row, kind in enumerate(("PNG", "JPEG", "GIF"))]
-    album = pack_album(engine.add_photos(engine.no_photos(), files)[0], encoder)
+    album = export_zip(engine.add_photos(engine.no_photos(), files)[0], encoder)
     scratch, path = tmp_path / "scratch", tmp_path / "upload.zip"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    monkeypatch.setattr(trial, "RESAMPLES", 3)
+    monkeypatch.setattr(dataset_eval, "RESAMPLES", 3)
     threads, found = threading.active_count(), Counter()
     for name in archive_names(SEED, ZIPS, (*archives(), "album")):
         path.write_bytes(archive(name, {"album": album}))

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from killing import Fault, Runner
+from fault_injection import Fault, Runner
 from test_kills import KILLED, Galleries, Trainings, galleries, run, trainings
 
 __all__ = ["galleries", "run", "trainings"]

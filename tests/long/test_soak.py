@@ -23,7 +23,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.visitor import AppProcess, Visitor, running
+from tests.http_client import AppProcess, Visitor, running
 
 CLIENTS = 32
 SECONDS = float(os.environ.get("ALIGNMENT_SOAK_SECONDS", "600"))

@@ -9,17 +9,17 @@ from typing import Any
 
 from alignment.preprocess import InputError
 from alignment.ui.strings import error_text
-from alignment.ui.widgets import listen, spoken, widget
+from alignment.ui.widgets import on_event, user_errors, widget
 
 _serial = count(1)
 
 
-class Courier:
+class BrowserDownload:
     """Brings files to the browser; made inside a Gradio block."""
 
     def __init__(self, elem_id: str) -> None:
         self.bag = widget("courier", {}, elem_id=elem_id)
-        listen(self.bag.saved, dict, [], [self.bag])
+        on_event(self.bag.saved, dict, [], [self.bag])
 
     def serve(
         self,
@@ -40,7 +40,7 @@ class Courier:
         def answer(lang: str, *values: Any) -> list[dict[str, Any]]:
             shown = {**looks(lang, *values), "serial": next(_serial)}  # the button wakes up
             try:
-                with spoken():
+                with user_errors():
                     name, kind, data = file(lang, *values)
             except InputError as error:
                 return [{**shown, "error": error_text(lang, error)}, {}]
@@ -49,4 +49,4 @@ class Courier:
                 {"serial": next(_serial), "name": name, "kind": kind, "data": base64.b64encode(data).decode()},
             ]
 
-        listen(button.wanted, answer, inputs, [button, self.bag])
+        on_event(button.wanted, answer, inputs, [button, self.bag])

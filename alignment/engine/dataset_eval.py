@@ -23,8 +23,8 @@ from torch import Tensor
 
 from alignment.data import AmbiguousImageNames, EmptyDataset, ImageHash, Pair, ReadResult, merge_duplicates, read_data
 from alignment.data.tables import ClassLabelsOnly
-from alignment.engine.archives import Archive, open_archive
 from alignment.engine.photos import as_webp
+from alignment.engine.safe_zip import SafeZip, open_archive
 from alignment.evaluate import (
     KS,
     Embedded,
@@ -73,7 +73,7 @@ class Embedder(Protocol):
 
 
 @dataclass(frozen=True)
-class Doing:
+class Progress:
     """A step of `measure_archive`.
 
     Attributes:
@@ -90,7 +90,7 @@ class Doing:
 
 
 @dataclass(frozen=True)
-class Suspect:
+class SuspectedLabel:
     """A caption that fits another picture better than that picture's own, and better than it fits its own.
 
     Attributes:
@@ -109,7 +109,7 @@ class Suspect:
 
 
 @dataclass(frozen=True)
-class Trial:
+class EvalResult:
     """What came out; pictures go by their names in the archive.
 
     Attributes:
@@ -129,7 +129,7 @@ class Trial:
     chance: Mapping[str, float]
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     worst: Sequence[Example] = ()
-    suspects: Sequence[Suspect] = ()
+    suspects: Sequence[SuspectedLabel] = ()
     thumbnails: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -138,7 +138,7 @@ class Trial:
 
 def measure(
     embedded: Embedded, picture: Callable[[str], bytes], left_out: Mapping[str, Sequence[str]] | None = None
-) -> Trial:
+) -> EvalResult:
     """Measure what is embedded.
 
     Args:
@@ -148,11 +148,11 @@ def measure(
     """
     report = evaluate_embedded(embedded, resamples=RESAMPLES)
     worst, suspects = worst_queries(embedded, SHOWN), _suspects(embedded)
-    return Trial(
+    return EvalResult(
         report.num_images,
         report.num_texts,
         report.metrics,
-        chance_level(embedded.image_of_text.bincount().tolist()),
+        random_baseline(embedded.image_of_text.bincount().tolist()),
         left_out or {},
         worst,
         suspects,
@@ -160,7 +160,7 @@ def measure(
     )
 
 
-def chance_level(captions: Sequence[int]) -> dict[str, float]:
+def random_baseline(captions: Sequence[int]) -> dict[str, float]:
     """Work out what drawing lots would earn, by the names of a `RetrievalReport`.
 
     Args:
@@ -180,18 +180,18 @@ def chance_level(captions: Sequence[int]) -> dict[str, float]:
     return level
 
 
-def _suspects(embedded: Embedded) -> list[Suspect]:
+def _suspects(embedded: Embedded) -> list[SuspectedLabel]:
     owners: defaultdict[str, list[str]] = defaultdict(list)
     for text, owner in zip(embedded.texts, embedded.image_of_text.tolist(), strict=True):
         owners[text].append(embedded.images[owner])
     found = []
     for negative in suspected_false_negatives(embedded, SHOWN):
         owner = next(name for name in owners[negative.rival] if name != negative.image)
-        found.append(Suspect(negative.image, negative.caption, negative.rival, owner, negative.margin))
+        found.append(SuspectedLabel(negative.image, negative.caption, negative.rival, owner, negative.margin))
     return found
 
 
-def _named(worst: Sequence[Example], suspects: Sequence[Suspect]) -> list[str]:
+def _named(worst: Sequence[Example], suspects: Sequence[SuspectedLabel]) -> list[str]:
     names = [name for suspect in suspects for name in (suspect.image, suspect.owner)]
     for example in worst:
         pictures = (example.query,) if example.direction == "image_to_text" else (example.answer, *example.tops)
@@ -199,7 +199,7 @@ def _named(worst: Sequence[Example], suspects: Sequence[Suspect]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def gallery_trial(gallery: Gallery, lang: str) -> Trial | None:
+def gallery_trial(gallery: Gallery, lang: str) -> EvalResult | None:
     """Measure a gallery's own pictures against their captions in a language, or in any if it has none in this one.
 
     Returns:
@@ -225,7 +225,7 @@ def gallery_trial(gallery: Gallery, lang: str) -> Trial | None:
 # ---------------------------------------------------------------- from a zip
 
 
-def measure_archive(engine: Embedder, path: Path) -> Generator[Doing | Trial, None, None]:
+def measure_archive(engine: Embedder, path: Path) -> Generator[Progress | EvalResult, None, None]:
     """Unpack a data set, measure it, and leave nothing of it behind, whatever happens.
 
     Yields:
@@ -244,7 +244,7 @@ def measure_archive(engine: Embedder, path: Path) -> Generator[Doing | Trial, No
         yield from _measure_pairs(engine, root, pairs, left_out)
 
 
-def _unpack(archive: Archive, folder: Path, left_out: defaultdict[str, list[str]]) -> Iterator[Doing]:
+def _unpack(archive: SafeZip, folder: Path, left_out: defaultdict[str, list[str]]) -> Iterator[Progress]:
     """Write pictures and tables into a folder, and nothing else."""
     for reason, names in archive.left_out.items():
         left_out[reason] += names
@@ -252,7 +252,7 @@ def _unpack(archive: Archive, folder: Path, left_out: defaultdict[str, list[str]
     lines = 0
     for done, name in enumerate(archive.members):
         if done % 20 == 0:
-            yield Doing("unpacking", done, len(archive.members))
+            yield Progress("unpacking", done, len(archive.members))
         kind = _kind(name)
         if not kind:
             left_out["kind"].append(name)
@@ -276,7 +276,7 @@ def _kind(name: str) -> str:
     return "picture" if ending in IMAGE_SUFFIXES else "table" if ending in _TABLES else ""
 
 
-def _check_counts(archive: Archive) -> None:
+def _check_counts(archive: SafeZip) -> None:
     folders = {str(parent) for name in archive.members for parent in Path(name).parents}
     if len(folders) > MAX_FOLDERS:
         message = "The zip file holds more than {limit} folders; put the pictures into one."
@@ -364,7 +364,7 @@ def _name(path: str, root: Path) -> str:
 
 def _measure_pairs(
     engine: Embedder, root: Path, pairs: list[Pair], left_out: defaultdict[str, list[str]]
-) -> Iterator[Doing | Trial]:
+) -> Iterator[Progress | EvalResult]:
     num_captions = sum(len(pair.captions) for pair in pairs)
     _check_size(len(pairs), num_captions)
     work = len(pairs) + _CAPTION_COST * num_captions
@@ -372,7 +372,7 @@ def _measure_pairs(
     image_embeds, text_embeds = [], []
     step = chunk_size(_PICTURES_AT_ONCE)
     for start in range(0, len(pairs), step):
-        yield Doing("pictures", start, len(pairs), start / work)
+        yield Progress("pictures", start, len(pairs), start / work)
         opened: list[Image.Image] = []
         for pair in pairs[start : start + step]:
             try:
@@ -384,7 +384,7 @@ def _measure_pairs(
             image_embeds.append(engine.embed_images(opened))
     texts = [caption for pair in read for caption in pair.captions]
     for start in range(0, len(texts), _CAPTIONS_AT_ONCE):
-        yield Doing("captions", start, len(texts), (len(pairs) + _CAPTION_COST * start) / work)
+        yield Progress("captions", start, len(texts), (len(pairs) + _CAPTION_COST * start) / work)
         text_embeds.append(engine.embed_captions(texts[start : start + _CAPTIONS_AT_ONCE]))
     _check_size(len(read), len(texts))
     left_out["cut"] += engine.cut_captions(texts)

@@ -26,7 +26,7 @@ def arrivals(tabs: Sequence[Tab]) -> list[Any]:
     return [part for tab in tabs for part in tab.arrival]
 
 
-def arrive(tabs: Sequence[Tab], lang: str, query: Mapping[str, str]) -> list[Any]:
+def load_from_url(tabs: Sequence[Tab], lang: str, query: Mapping[str, str]) -> list[Any]:
     """Show what an address asks for.
 
     Args:
@@ -41,5 +41,5 @@ def arrive(tabs: Sequence[Tab], lang: str, query: Mapping[str, str]) -> list[Any
     changes: list[Any] = [gr.Tabs(selected=key) if key in {tab.key for tab in tabs} else gr.skip()]
     for tab in tabs:
         wanted = tab.key == key and asked
-        changes += tab.arrive(lang, asked) if wanted else [gr.skip()] * len(tab.arrival)
+        changes += tab.load_from_url(lang, asked) if wanted else [gr.skip()] * len(tab.arrival)
     return changes

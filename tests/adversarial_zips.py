@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from hostile import BOMBS, MB, MUTATIONS, check_said, png, saved, scene
+from adversarial_images import BOMBS, MB, MUTATIONS, check_said, png, saved, scene
 
 from alignment.engine import AlignmentEngine
-from alignment.engine.albums import add_archive
-from alignment.engine.archives import open_archive
-from alignment.engine.trial import Trial, measure_archive
+from alignment.engine.dataset_eval import EvalResult, measure_archive
+from alignment.engine.photo_zip import add_archive
+from alignment.engine.safe_zip import open_archive
 from alignment.preprocess import InputError
 
 
@@ -169,7 +169,7 @@ def as_trial(engine: AlignmentEngine, path: Path) -> str:
     except InputError as error:
         check_said(error)
         return error.code
-    assert isinstance(last, Trial)
+    assert isinstance(last, EvalResult)
     return "decoded"
 
 

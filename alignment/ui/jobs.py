@@ -12,7 +12,7 @@ from alignment.ui.strings import text
 
 
 @dataclass
-class Task:
+class Job:
     """What a visitor wants of a long task of theirs; it looks here between two steps.
 
     Attributes:
@@ -28,21 +28,21 @@ class Tasks:
     """The long tasks under way, one a session."""
 
     def __init__(self) -> None:
-        self._tasks: dict[str | None, Task] = {}
+        self._tasks: dict[str | None, Job] = {}
 
     @contextmanager
-    def begin(self, session: str | None) -> Iterator[Task]:
+    def begin(self, session: str | None) -> Iterator[Job]:
         """Be reachable for as long as the task takes."""
-        task = self._tasks[session] = Task()
+        task = self._tasks[session] = Job()
         try:
             yield task
         finally:
             if self._tasks.get(session) is task:
                 del self._tasks[session]
 
-    def of(self, session: str | None) -> Task:
+    def of(self, session: str | None) -> Job:
         """Find a session's task; where there is none, nobody hears what is wanted."""
-        return self._tasks.get(session, Task())
+        return self._tasks.get(session, Job())
 
 
 def parts_value(lang: str, batch: int, run: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from alignment.model.checkpoints import checkpoint_files, checkpoint_folder
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModelSource:
     """The model of a Space.
 
     Attributes:
@@ -31,7 +31,7 @@ class Choice:
     revision: str = ""
 
 
-def choose_model(name: str, revision: str | None = None) -> Choice:
+def choose_model(name: str, revision: str | None = None) -> ModelSource:
     """Find a model on this machine.
 
     Args:
@@ -54,9 +54,9 @@ def choose_model(name: str, revision: str | None = None) -> Choice:
         ) from error
     files = checkpoint_files(folder)
     if not sent:
-        return Choice(name, folder, tuple(files), folder.name)
+        return ModelSource(name, folder, tuple(files), folder.name)
     card = ["README.md"] if (folder / "README.md").is_file() else []
-    return Choice(_place(folder), folder, (*card, *files))
+    return ModelSource(_place(folder), folder, (*card, *files))
 
 
 def _place(folder: Path) -> str:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from alignment.engine import AlignmentEngine, trial
-from alignment.engine.trial import Doing, Trial, chance_level, measure_archive
+from alignment.engine import AlignmentEngine, dataset_eval
+from alignment.engine.dataset_eval import EvalResult, Progress, measure_archive, random_baseline
 from alignment.evaluate import evaluate_embeddings
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
@@ -62,10 +62,10 @@ def zipped(tmp_path):
     return write
 
 
-def measured(engine, path) -> Trial:
+def measured(engine, path) -> EvalResult:
     *steps, last = measure_archive(engine, path)
-    assert all(isinstance(step, Doing) for step in steps)
-    assert isinstance(last, Trial)
+    assert all(isinstance(step, Progress) for step in steps)
+    assert isinstance(last, EvalResult)
     return last
 
 
@@ -127,7 +127,9 @@ def test_every_form_of_captions_is_measured_alike(engine, zipped, form, folder):
 
 
 def test_progress_goes_from_unpacking_to_captions(engine, zipped):
-    steps = [step for step in measure_archive(engine, zipped({**PICTURES, **FORMS["csv"]})) if isinstance(step, Doing)]
+    steps = [
+        step for step in measure_archive(engine, zipped({**PICTURES, **FORMS["csv"]})) if isinstance(step, Progress)
+    ]
     assert [step.what for step in steps] == ["unpacking", "pictures", "captions"]
     assert [step.total for step in steps] == [4, 3, 3]
 
@@ -281,7 +283,7 @@ def test_what_cannot_be_measured_is_said_in_words(engine, zipped, members, code)
 
 
 def test_too_many_pictures_are_refused_before_any_is_opened(engine, zipped, monkeypatch):
-    monkeypatch.setattr(trial, "open_image", None)
+    monkeypatch.setattr(dataset_eval, "open_image", None)
     members = {f"{row}.png": b"%d" % row for row in range(501)}
     table = "image,caption\n" + "\n".join(f"{row}.png,a caption" for row in range(501))
     assert refused(engine, zipped({**members, "captions.csv": table})) == "trial.pictures"
@@ -297,7 +299,7 @@ def test_what_is_no_zip_is_refused(engine, tmp_path):
 
 
 def test_chance_is_what_drawing_lots_earns():
-    level = chance_level([5] * 20)
+    level = random_baseline([5] * 20)
     assert level["text_to_image_recall@1"] == 1 / 20
     assert level["text_to_image_recall@10"] == 0.5
     assert level["text_to_image_median_rank"] == 10
@@ -312,7 +314,7 @@ def test_chance_agrees_with_random_embeddings():
     runs = [
         evaluate_embeddings(torch.randn(8, 64), torch.randn(20, 64), owners, resamples=0).metrics for _ in range(600)
     ]
-    level = chance_level(counts)
+    level = random_baseline(counts)
     for name in (
         "image_to_text_recall@1",
         "image_to_text_recall@5",
@@ -323,4 +325,4 @@ def test_chance_agrees_with_random_embeddings():
 
 
 def test_few_candidates_are_all_found():
-    assert chance_level([1, 1])["image_to_text_recall@10"] == 1.0
+    assert random_baseline([1, 1])["image_to_text_recall@10"] == 1.0

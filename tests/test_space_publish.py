@@ -24,7 +24,7 @@ import yaml
 from huggingface_hub import HfApi
 
 from alignment.bundled import ROOT
-from alignment.space import Choice, Space, main, publish
+from alignment.space import ModelSource, Space, main, publish
 
 # huggingface_hub hands large files to its HTTP client by an argument which that client has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -224,7 +224,7 @@ def api(hub: Hub) -> HfApi:
 
 @pytest.fixture
 def space() -> Space:
-    return Space(NAME, Choice("checkpoints/compact", ROOT / "checkpoints/compact", ()))
+    return Space(NAME, ModelSource("checkpoints/compact", ROOT / "checkpoints/compact", ()))
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def test_an_update_that_breaks_off_leaves_what_runs_as_it_is(
     variables, files = dict(hub.variables), dict(hub.files or {})
     (folder / "model.safetensors").write_text("other weights", "utf-8")
     hub.refuse[call] = 500
-    other = Space(NAME, Choice("checkpoints/other", ROOT, ()), folder)
+    other = Space(NAME, ModelSource("checkpoints/other", ROOT, ()), folder)
     with pytest.raises(ConnectionError):
         publish(other, folder, api=api)
     assert (hub.variables, hub.files) == (variables, files)

@@ -26,7 +26,7 @@ _APP = {"app.py", "alignment/__init__.py"}  # what shows that a Space is one of 
 
 
 @dataclass(frozen=True)
-class Sent:
+class PublishResult:
     """What was done.
 
     Attributes:
@@ -44,12 +44,12 @@ class Sent:
 
 def publish(
     space: Space, folder: Path, *, private: bool = False, replace: bool = False, api: HfApi | None = None
-) -> Sent:
+) -> PublishResult:
     """Send a Space that was laid out in a folder; files that it no longer has are deleted there.
 
     Args:
         space: what is published.
-        folder: its files, see `lay_out`.
+        folder: its files, see `stage`.
         private: of a Space that is created now; an existing one stays as it is.
         replace: whether another app that runs under this name may be overwritten.
         api: the Hub to send to, with its token; the public one and the token of the login when None.
@@ -76,7 +76,7 @@ def publish(
         variables = _set_variables(api, space, there)  # last: until then, what runs there finds what it needs
     gone = _files(there) - contents(folder).keys() - {".gitattributes"} if there else set()
     url = f"{api.endpoint}/spaces/{space.repo_id}"
-    return Sent(url, there is None, tuple(sorted(gone)), variables)
+    return PublishResult(url, there is None, tuple(sorted(gone)), variables)
 
 
 def check_name(repo_id: str) -> None:

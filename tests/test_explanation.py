@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from alignment.engine import AlignmentEngine, Explained, Scale
+from alignment.engine import AlignmentEngine, Explanation, Scale
 from alignment.explain import UNIT, WordContribution, patch_relevance
 from alignment.gallery import Gallery, build_gallery
 from alignment.heatmap import patch_overlay
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
-from alignment.ui.explanation import Asked, Explanation, Pair
+from alignment.ui.explanation import ExplanationDialog, ExplanationState, Pair
 from alignment.ui.strings import strings, text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ def engine() -> AlignmentEngine:
 
 
 @pytest.fixture(scope="module")
-def own_and_foreign(engine) -> dict[str, tuple[Explained, Explained]]:
+def own_and_foreign(engine) -> dict[str, tuple[Explanation, Explanation]]:
     """Each photograph explained with its own caption and with that of the next."""
     words = {picture.id: picture.caption("en") for picture in engine.gallery.pictures}
     nexts = (*PHOTOGRAPHS[1:], PHOTOGRAPHS[0])
@@ -81,7 +81,7 @@ def test_where_nothing_can_be_measured_there_is_a_scale_all_the_same(engine):
 
 def test_strength_is_told_by_the_distance_from_what_is_unrelated():
     scale = Scale(0.1, 0.05)
-    found = [Explained(cosine, (), np.zeros((2, 2), np.float32), scale).strength for cosine in (0.1, 0.23, 0.5)]
+    found = [Explanation(cosine, (), np.zeros((2, 2), np.float32), scale).strength for cosine in (0.1, 0.23, 0.5)]
     assert found == ["none", "some", "strong"]
 
 
@@ -130,15 +130,15 @@ def test_a_picture_whose_file_is_gone_is_opened_from_its_thumbnail(folder, check
 # ---------------------------------------------------------------- what the dialog is told
 
 
-def asked(caption: str, *words: tuple[str, int, float], cosine: float = 0.5) -> Asked:
+def asked(caption: str, *words: tuple[str, int, float], cosine: float = 0.5) -> ExplanationState:
     found = tuple(WordContribution(word, start, start + len(word), (added,)) for word, start, added in words)
-    explained = Explained(cosine, found, np.zeros((2, 2), np.float32), Scale(0.0, 0.1))
-    return Asked(7, caption, "a picture", "plain", "overlay", explained)
+    explained = Explanation(cosine, found, np.zeros((2, 2), np.float32), Scale(0.0, 0.1))
+    return ExplanationState(7, caption, "a picture", "plain", "overlay", explained)
 
 
 def test_every_word_has_its_number_and_what_stands_between_is_kept(engine):
     question = asked("A dog, runs!", ("A", 0, 0.0), ("dog", 2, 0.1234), ("runs", 7, -0.05))
-    terms = Explanation(engine).translate("en", question)["terms"]
+    terms = ExplanationDialog(engine).translate("en", question)["terms"]
     assert [term["text"].strip() for term in terms] == ["A", "dog", ",", "runs", "!"]
     assert [term.get("number") for term in terms] == ["0.000", "+0.123", None, "−0.050", None]
     assert [term.get("kind") for term in terms] == ["nothing", "for", None, "against", None]
@@ -147,13 +147,13 @@ def test_every_word_has_its_number_and_what_stands_between_is_kept(engine):
 
 def test_the_pair_lies_on_the_axis_also_if_it_is_off_the_scale(engine):
     for cosine, at in ((-1.0, 0), (1.0, 1)):
-        axis = Explanation(engine).translate("en", asked("a", cosine=cosine))["score"]["axis"]
+        axis = ExplanationDialog(engine).translate("en", asked("a", cosine=cosine))["score"]["axis"]
         assert axis["at"] == at
         assert 0 <= axis["band"][0] < axis["mean"] < axis["band"][1] <= 1
 
 
 def test_the_same_question_is_said_in_both_languages(engine):
-    english, chinese = (Explanation(engine).translate(lang, asked("a dog")) for lang in ("en", "zh"))
+    english, chinese = (ExplanationDialog(engine).translate(lang, asked("a dog")) for lang in ("en", "zh"))
     assert english["serial"] == chinese["serial"] == 7
     for part in ("places", "words", "score"):
         for name, said in chinese[part].items():
@@ -164,14 +164,14 @@ def test_the_same_question_is_said_in_both_languages(engine):
 
 def test_every_verdict_has_its_words(engine):
     for cosine, key in ((0.0, "none"), (0.25, "some"), (0.9, "strong")):
-        value = Explanation(engine).translate("en", asked("a", cosine=cosine))
+        value = ExplanationDialog(engine).translate("en", asked("a", cosine=cosine))
         assert value["score"]["verdict"].startswith(strings()["en"][f"explain.{key}"][:8])
 
 
 def answers(engine: AlignmentEngine, pick) -> list[dict]:
     """What the page is sent after a click."""
     with gr.Blocks() as page:
-        explanation, button, language = Explanation(engine), gr.Button(), gr.Textbox("en")
+        explanation, button, language = ExplanationDialog(engine), gr.Button(), gr.Textbox("en")
         explanation.build("en")
         explanation.listen(button.click, pick, [language])
     handler = page.fns[max(page.fns)].fn

@@ -1,6 +1,6 @@
 """A visitor's photos as a zip: written, and read again without being embedded; or a zip of pictures.
 
-Place in the flow: `photos -> pack_album -> zip`, and `zip -> open_archive -> add_archive -> photos`. The zip holds
+Place in the flow: `photos -> export_zip -> zip`, and `zip -> open_archive -> add_archive -> photos`. The zip holds
 JSON, safetensors and WebP files; an uploaded file is never opened as SQLite. `python app.py --gallery FOLDER` opens the
 unpacked folder as a gallery of the format before `gallery.db`.
 """
@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from alignment.engine.archives import Archive, open_archive
 from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
+from alignment.engine.safe_zip import SafeZip, open_archive
 from alignment.gallery import THUMBNAIL_PIXELS, Picture
 from alignment.model import DualEncoder, chunk_size
 from alignment.preprocess import InputError, open_image, sanitize_text
@@ -80,7 +80,7 @@ class Added:
 # ---------------------------------------------------------------- out
 
 
-def pack_album(photos: Photos, encoder: DualEncoder) -> bytes:
+def export_zip(photos: Photos, encoder: DualEncoder) -> bytes:
     """Pack photos into a zip; nothing in it says where a file lies on this machine."""
     old, dim = photos.gallery, encoder.embed_dim
     lines = [json.dumps(_line(picture), ensure_ascii=False) for picture in old.pictures]
@@ -161,7 +161,7 @@ def add_archive(engine: Embedder, photos: Photos, path: Path, *, limit: int = MA
             yield from _add_album(engine, photos, archive, folder, limit)
 
 
-def _add_pictures(engine: Embedder, photos: Photos, archive: Archive, limit: int) -> Iterator[Added]:
+def _add_pictures(engine: Embedder, photos: Photos, archive: SafeZip, limit: int) -> Iterator[Added]:
     names = archive.pictures()
     if not names:
         raise InputError("There is no picture in the zip file.", "zip.no_pictures")
@@ -178,7 +178,7 @@ def _add_pictures(engine: Embedder, photos: Photos, archive: Archive, limit: int
         yield Added(photos, skipped + bad, min(start + step, len(names)), len(names))
 
 
-def _add_album(engine: Embedder, photos: Photos, archive: Archive, folder: str, limit: int) -> Iterator[Added]:
+def _add_album(engine: Embedder, photos: Photos, archive: SafeZip, folder: str, limit: int) -> Iterator[Added]:
     pictures, embeds = read_album(archive, folder, engine.encoder)
     step = 4 * AT_ONCE  # thumbnails are quick
     for start in range(0, len(pictures), step):
@@ -200,13 +200,13 @@ def _add_album(engine: Embedder, photos: Photos, archive: Archive, folder: str, 
         yield Added(photos, skipped, min(start + step, len(pictures)), len(pictures))
 
 
-def _album_folder(archive: Archive) -> str | None:
+def _album_folder(archive: SafeZip) -> str | None:
     """Find the gallery in an archive: at its top, or in the one folder there."""
     found = [name for name in archive.members if name.rpartition("/")[2] == _STAMP and name.count("/") <= 1]
     return found[0].removesuffix(_STAMP) if len(found) == 1 else None
 
 
-def read_album(archive: Archive, folder: str, encoder: DualEncoder) -> tuple[list[Picture], Tensor]:
+def read_album(archive: SafeZip, folder: str, encoder: DualEncoder) -> tuple[list[Picture], Tensor]:
     """Read the pictures of an album and their embeddings; thumbnails and everything else stay packed.
 
     Args:
@@ -222,7 +222,7 @@ def read_album(archive: Archive, folder: str, encoder: DualEncoder) -> tuple[lis
     """
     stamp = _json(_read(archive, folder + _STAMP, _TEXT_MB))
     if not isinstance(stamp, dict) or not isinstance(stamp.get("fingerprint"), str):
-        raise _spoilt(_STAMP)
+        raise _corrupt(_STAMP)
     if stamp["fingerprint"] != encoder.fingerprint:
         theirs = sanitize_text(str(stamp.get("model", "")), _MAX_WORDS) or "?"
         message = "These photos were embedded by the model {theirs}, but the one in use here is {ours}."
@@ -232,11 +232,11 @@ def read_album(archive: Archive, folder: str, encoder: DualEncoder) -> tuple[lis
     if len(pictures) > MAX_PHOTOS:
         raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=MAX_PHOTOS)
     if not pictures or len({picture.id for picture in pictures}) < len(pictures):
-        raise _spoilt(_PICTURES)
+        raise _corrupt(_PICTURES)
     return pictures, _embeddings(_read(archive, folder + _EMBEDDINGS, _EMBEDDINGS_MB), len(pictures), encoder)
 
 
-def _read(archive: Archive, name: str, limit_mb: float) -> bytes:
+def _read(archive: SafeZip, name: str, limit_mb: float) -> bytes:
     if name not in archive.members:
         message = "The album lacks the file {file}; take the zip as it was downloaded."
         raise InputError(message, "album.missing", file=name.rpartition("/")[2])
@@ -247,16 +247,16 @@ def _json(data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise _spoilt("JSON") from error
+        raise _corrupt("JSON") from error
 
 
 def _picture(line: Any) -> Picture:
     """Take of a picture's line what a visitor's photo has: its id and the name of its file."""
     if not isinstance(line, dict):
-        raise _spoilt(_PICTURES)
+        raise _corrupt(_PICTURES)
     id, source = line.get("id"), line.get("source")
     if not isinstance(id, str) or not _ID.fullmatch(id) or not isinstance(source, str):
-        raise _spoilt(_PICTURES)
+        raise _corrupt(_PICTURES)
     return Picture(id, _plain(sanitize_text(source, _MAX_WORDS)))
 
 
@@ -264,29 +264,29 @@ def _embeddings(data: bytes, count: int, encoder: DualEncoder) -> Tensor:
     try:
         embeds = load(data)["image_embeds"]
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise _spoilt(_EMBEDDINGS) from error
+        raise _corrupt(_EMBEDDINGS) from error
     if not embeds.is_floating_point() or tuple(embeds.shape) != (count, encoder.embed_dim):
-        raise _spoilt(_EMBEDDINGS)
+        raise _corrupt(_EMBEDDINGS)
     embeds = embeds.float()
     lengths = embeds.norm(dim=-1)
     if not lengths.isfinite().all() or not ((lengths > 0.9) & (lengths < 1.1)).all():
-        raise _spoilt(_EMBEDDINGS)
+        raise _corrupt(_EMBEDDINGS)
     return embeds
 
 
-def _thumbnail(archive: Archive, name: str) -> bytes:
+def _thumbnail(archive: SafeZip, name: str) -> bytes:
     """Read a thumbnail as if it were any upload, and encode what is seen of it anew."""
     data = _read(archive, name, _THUMBNAIL_MB)
     try:
         with Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
             large = max(image.size) > _THUMBNAIL_SIDE
     except Exception as error:  # hostile bytes make decoders raise anything
-        raise _spoilt("thumbnails") from error
+        raise _corrupt("thumbnails") from error
     if large:
-        raise _spoilt("thumbnails")
+        raise _corrupt("thumbnails")
     return as_webp(open_image(data))
 
 
-def _spoilt(file: str) -> InputError:
+def _corrupt(file: str) -> InputError:
     message = "The album is damaged or not one of ours ({file}); take the zip as it was downloaded."
     return InputError(message, "album.damaged", file=file)

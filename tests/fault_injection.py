@@ -167,7 +167,7 @@ class Runner:
         """Take a folder for what the commands say."""
         self.logs = logs
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["killing", "alignment.train.run"])
+        self.context.set_forkserver_preload(["fault_injection", "alignment.train.run"])
         self.started: list[BaseProcess] = []
 
     def start(self, command: str, *arguments: object, folder: Path, fault: Fault = NEVER) -> BaseProcess:

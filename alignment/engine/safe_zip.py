@@ -1,8 +1,8 @@
-"""Zip files from a visitor, taken for an attack until they are not.
+"""Zip files from a visitor, read as untrusted input.
 
-Place in the flow: `upload -> open_archive (here) -> albums, trial`. The directory is looked over before anything is
-inflated, what is inflated is bounded by what the directory declared, and no member's name becomes a path unless it is
-plain: no folder above, no link, no trick of a file system.
+Place in the flow: `upload -> open_archive (here) -> photo_zip, dataset_eval`. The directory is checked before anything
+is inflated, the inflated size is bounded by the declared one, and a member's name becomes a path only if it is plain:
+no parent folder, no link, no name that a file system treats specially.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, 
 
 
 @dataclass(frozen=True)
-class Archive:
+class SafeZip:
     """An open zip file, looked over; nothing of it is inflated before it is asked for.
 
     Attributes:
@@ -84,7 +84,7 @@ class _Watched(io.FileIO):
 
 
 @contextmanager
-def open_archive(path: Path) -> Iterator[Archive]:
+def open_archive(path: Path) -> Iterator[SafeZip]:
     """Open a zip file and look over what it says it holds.
 
     Raises:
@@ -104,7 +104,7 @@ def open_archive(path: Path) -> Iterator[Archive]:
             yield _looked_over(file, path.stat().st_size)
 
 
-def _looked_over(file: zipfile.ZipFile, size: int) -> Archive:
+def _looked_over(file: zipfile.ZipFile, size: int) -> SafeZip:
     entries = [entry for entry in file.infolist() if not entry.is_dir()]
     if len(entries) > MAX_MEMBERS:
         raise _too_many()
@@ -129,7 +129,7 @@ def _looked_over(file: zipfile.ZipFile, size: int) -> Archive:
             left_out[reason].append(name[:_MAX_NAME])
         else:
             members[name] = entry
-    return Archive(file, members, left_out)
+    return SafeZip(file, members, left_out)
 
 
 def _name_of(entry: zipfile.ZipInfo) -> str:

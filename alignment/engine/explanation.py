@@ -78,7 +78,7 @@ class Scale:
 
 
 @dataclass(frozen=True, eq=False)
-class Explained:
+class Explanation:
     """Why a picture and a caption match, or do not.
 
     Attributes:
@@ -100,7 +100,7 @@ class Explained:
         return "strong" if above > _STRONG else "some" if above > _ACCIDENT else "none"
 
 
-def explain_match(encoder: DualEncoder, scale: Scale, image: Image.Image, caption: str) -> Explained:
+def explain_match(encoder: DualEncoder, scale: Scale, image: Image.Image, caption: str) -> Explanation:
     """Find what each word and each place adds to a match.
 
     Raises:
@@ -108,4 +108,4 @@ def explain_match(encoder: DualEncoder, scale: Scale, image: Image.Image, captio
     """
     relevance = patch_relevance(encoder, image, [caption])
     words = word_contributions(encoder, relevance.image_embed, caption, background=scale.unrelated)
-    return Explained(relevance.cosines[0], tuple(words), relevance.grid[0] / UNIT, scale)
+    return Explanation(relevance.cosines[0], tuple(words), relevance.grid[0] / UNIT, scale)

@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 
 import app
 from alignment.engine import AlignmentEngine, Photos
-from alignment.engine.albums import add_archive, pack_album
-from alignment.engine.archives import MAX_INFLATED_MB, MAX_MEMBERS, open_archive
+from alignment.engine.photo_zip import add_archive, export_zip
+from alignment.engine.safe_zip import MAX_INFLATED_MB, MAX_MEMBERS, open_archive
 from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, open_image
@@ -44,7 +44,7 @@ def photos(engine) -> Photos:
 
 @pytest.fixture(scope="module")
 def album(engine, photos) -> bytes:
-    return pack_album(photos, engine.encoder)
+    return export_zip(photos, engine.encoder)
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_an_album_does_not_tell_where_anything_lies_on_the_server(engine, album)
 
 def test_an_album_is_deleted_from_the_disk_at_once(engine, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    pack_album(photos, engine.encoder)
+    export_zip(photos, engine.encoder)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -314,7 +314,7 @@ def test_names_of_photos_leave_and_come_back_as_plain_names(engine, tmp_path):
     names = ["package:gradio/x.png", "/etc/passwd.png", "..\\..\\up.png", "C:\\a\\b.png", "猫.png"]
     photos, _ = engine.add_photos(engine.no_photos(), [(name, picture(row)) for row, name in enumerate(names)])
     path = tmp_path / "album.zip"
-    path.write_bytes(pack_album(photos, engine.encoder))
+    path.write_bytes(export_zip(photos, engine.encoder))
     back, _ = added(engine, path)
     assert [p.source for p in back.gallery.pictures] == ["x.png", "passwd.png", "up.png", "b.png", "猫.png"]
     with zipfile.ZipFile(path) as file:
