@@ -133,6 +133,7 @@ def made_up_seeds(dim: int) -> tuple[Any, Any]:
 
 def gallery_seeds(folder: Path) -> tuple[Any, Any]:
     import numpy as np
+
     from alignment.gallery.database import GalleryDatabase
 
     database = GalleryDatabase.open(folder)
