@@ -245,9 +245,10 @@ def test_a_model_that_is_called_like_ours_is_not_taken_for_it(tiny: tuple[Path, 
     assert choose_model(str(ROOT / "checkpoints/compact")).name == "checkpoints/compact"
 
 
-def test_a_gallery_without_its_thumbnails_is_refused(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["DELETE FROM thumbnail", "UPDATE thumbnail SET webp = zeroblob(length(webp))"])
+def test_a_gallery_without_its_thumbnails_is_refused(damage: str, tiny: tuple[Path, Path], tmp_path: Path) -> None:
     with closing(sqlite3.connect(tiny[1] / "gallery.db")) as database, database:
-        database.execute("DELETE FROM thumbnail WHERE id = (SELECT min(id) FROM thumbnail)")
+        assert database.execute(f"{damage} WHERE id = (SELECT min(id) FROM thumbnail)").rowcount == 1
     with pytest.raises(ValueError, match="lacks the thumbnails of 1 pictures"):
         stage(of(*tiny), tmp_path / "space")
 
@@ -256,7 +257,6 @@ def test_a_gallery_without_its_thumbnails_is_refused(tiny: tuple[Path, Path], tm
     "damage",
     [
         "UPDATE embedding SET embeds = zeroblob(length(embeds)) WHERE id = 2",
-        "UPDATE thumbnail SET webp = zeroblob(length(webp)) WHERE id = 2",
         "UPDATE picture SET credit = 'x'",
         "UPDATE meta SET value = zeroblob(length(value)) WHERE key = 'picture'",
     ],

@@ -110,7 +110,7 @@ def test_a_model_learns_from_scratch_and_the_folder_holds_all_that_is_promised(t
     encoder = DualEncoder.load(folder, device="cpu")
     assert encoder.fingerprint == record.fingerprint != record.base_fingerprint
     gallery = build_gallery(data, tmp_path / "gallery", encoder)
-    assert gallery.stamp.fingerprint == record.fingerprint
+    assert gallery.metadata.fingerprint == record.fingerprint
 
     told = "\n".join(said)
     for line in (
