@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +86,8 @@ class StoredRecords(Records[Item]):
     def position(self, name: str) -> int | None:
         """See `Records`."""
         id = self._database.id_of(self._kind, name)
-        return None if id is None else next(iter((self._ids == id).nonzero().flatten().tolist()), None)
+        found = np.flatnonzero(self._ids.numpy() == (-1 if id is None else id))  # numpy: one thread
+        return int(found[0]) if len(found) else None
 
     def tags(self) -> Mapping[str, int]:
         """See `Records`."""

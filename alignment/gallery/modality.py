@@ -74,10 +74,8 @@ class Modality(Generic[Item]):
         if remote is not None and len(ids):
             return cls(items, remote.open(kind, database.metadata.fingerprint, ids), chosen)
         try:
-            if len(ids) > IN_MEMORY_ROWS:
-                write_index(database, kind)
             if len(ids) > EXACT_ROWS:
-                return cls(items, _open_index(database, kind), positions)
+                return cls(items, _open_index(database, kind, write=len(ids) > IN_MEMORY_ROWS), positions)
         except (OSError, ValueError) as error:
             logger.info("The embeddings of %d %ss are read into memory: %s", len(ids), kind, error)
         return cls.in_memory(items, database.embeds(kind, chosen))
@@ -182,15 +180,25 @@ class Modality(Generic[Item]):
         return np.where(known[places] == ids, order[places], -1)
 
 
-def _open_index(database: GalleryDatabase, kind: Kind) -> LocalIndex:
-    """Map the index of many items, whose ids are positions; OSError or ValueError if it is missing or outdated."""
-    ids = database.ids(kind)
+def _open_index(database: GalleryDatabase, kind: Kind, *, write: bool) -> LocalIndex:
+    """Map the index of many items, whose ids are positions; OSError or ValueError if it is missing or outdated.
+
+    With `write`, it is written in that case.
+    """
+    ids, path, stamp = database.ids(kind), database.folder / INDEX_FILES[kind], _stamp(database, kind)
+    positions = torch.from_numpy(np.arange(len(ids)))  # numpy: one thread
 
     def tagged(tag: str) -> Tensor:
         return torch.isin(ids, database.ids(kind, tag)).nonzero().flatten()
 
-    path, stamp = database.folder / INDEX_FILES[kind], _stamp(database, kind)
-    return LocalIndex.open(path, torch.arange(len(ids)), stamp, tagged=tagged)
+    try:
+        return LocalIndex.open(path, positions, stamp, tagged=tagged)
+    except (FileNotFoundError, ValueError):
+        if not write:
+            raise
+    batches = zip(positions.split(_BATCH), (rows for _, rows in database.batches(kind, _BATCH)), strict=True)
+    LocalIndex.write(path, batches, len(ids), database.embed_dim, stamp)
+    return LocalIndex.open(path, positions, stamp, tagged=tagged)
 
 
 def write_index(database: GalleryDatabase, kind: Kind) -> None:
@@ -199,16 +207,10 @@ def write_index(database: GalleryDatabase, kind: Kind) -> None:
     Raises:
         OSError: when it cannot be written.
     """
-    path, count = database.folder / INDEX_FILES[kind], len(database.ids(kind))
-    if count <= EXACT_ROWS:
-        path.unlink(missing_ok=True)
-        return
-    try:
-        _open_index(database, kind)
-    except (FileNotFoundError, ValueError):
-        rows = (embeds for _, embeds in database.batches(kind, _BATCH))
-        batches = zip(torch.arange(count).split(_BATCH), rows, strict=True)
-        LocalIndex.write(path, batches, count, database.embed_dim, _stamp(database, kind))
+    if len(database.ids(kind)) > EXACT_ROWS:
+        _open_index(database, kind, write=True)
+    else:
+        (database.folder / INDEX_FILES[kind]).unlink(missing_ok=True)
 
 
 def _stamp(database: GalleryDatabase, kind: Kind) -> str:
