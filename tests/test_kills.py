@@ -206,7 +206,7 @@ def test_killed_while_it_is_brought_up_to_date_a_gallery_is_the_old_one_or_the_n
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(before=("sql", "INSERT OR IGNORE INTO thumbnail"), after=1),
+        Fault(before=("sql", "INSERT OR IGNORE INTO thumbnail")),
         Fault(before=("os.remove", "share-1-of-2.db")),
         Fault(before=("sql", "INSERT INTO meta")),
     ],

@@ -69,7 +69,7 @@ class SQLiteFile:
 
     def __init__(self, path: Path, mode: Literal["ro", "rw", "rwc"]) -> None:
         """Open a file; one opened "ro" that a killed process was writing has to be opened "rw" first."""
-        self.path, self._lock = path, threading.RLock()
+        self.path, self.lock = path, threading.RLock()
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False, "uri": True}
         try:
             self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", _TIMEOUT_S, **options)
@@ -85,7 +85,7 @@ class SQLiteFile:
 
     def __call__(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
         """Run a statement; returns the rows that it finds."""
-        with self._lock:
+        with self.lock:
             return list(self.each(sql, values))
 
     def each(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> Iterator[Row]:

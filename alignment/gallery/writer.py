@@ -79,10 +79,11 @@ class GalleryWriter:
             file.close()
 
     def _write(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> None:
-        if not self._file.in_transaction:
-            self._file("BEGIN IMMEDIATE")
-        for _ in self._file.each(sql, values, many):
-            pass
+        with self._file.lock:  # threads of the scan ask at the same time
+            if not self._file.in_transaction:
+                self._file("BEGIN IMMEDIATE")
+            for _ in self._file.each(sql, values, many):
+                pass
 
     def commit(self) -> None:
         """Make what was added survive the end of the process and a power cut."""
