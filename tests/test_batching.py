@@ -55,8 +55,8 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def queued(encoder, pool) -> Callable[..., tuple[DynamicBatcher[int], list[Future[Tensor]]]]:
     """Let requests wait, in this order, while the first of them is being encoded."""
 
-    def queue(*requests: Sequence[int], most: int = 32) -> tuple[DynamicBatcher[int], list[Future[Tensor]]]:
-        batcher = DynamicBatcher(encoder, most)
+    def queue(*requests: Sequence[int], max_batch: int = 32) -> tuple[DynamicBatcher[int], list[Future[Tensor]]]:
+        batcher = DynamicBatcher(encoder, max_batch)
         futures = [pool.submit(batcher, requests[0])]
         assert encoder.begun.wait(SLOW)
         for place, request in enumerate(requests[1:], 1):
@@ -256,7 +256,7 @@ def test_a_broken_picture_among_those_that_wait_fails_alone(engine, pool, pictur
     good = [encoded(picture, "PNG") for picture in pictures]
     alone = [engine.embed_image(data) for data in good]
     cut = encoded(pictures[0].resize((400, 400)), "JPEG")[:900]
-    monkeypatch.setattr(engine._encode_images, "_most", 32)  # as on a GPU; a CPU takes pictures one by one
+    monkeypatch.setattr(engine._encode_images, "max_batch", 32)  # as on a GPU; a CPU takes pictures one by one
     futures = together(pool, engine._encode_images, engine.embed_image, [good[0], b"no picture", good[1], good[2]])
     for place, embed in zip((0, 2, 3), alone, strict=True):
         torch.testing.assert_close(futures[place].result(SLOW), embed, atol=1e-5, rtol=0)

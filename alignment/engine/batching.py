@@ -57,7 +57,7 @@ class DynamicBatcher(Generic[Item]):
             encode: items -> (n, embed_dim), in their order.
             max_batch: items that are put together; a single request may have more.
         """
-        self._encode, self._max_batch = encode, max_batch
+        self._encode, self.max_batch = encode, max_batch
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[_Request[Item]] = deque()
         self._running: _Request[Item] | None = None  # whose thread encodes
@@ -97,7 +97,7 @@ class DynamicBatcher(Generic[Item]):
     def _next_batch(self) -> list[_Request[Item]]:
         batch = [self._waiting.popleft()]
         size = len(batch[0].items)
-        while self._waiting and size + len(self._waiting[0].items) <= self._max_batch:
+        while self._waiting and size + len(self._waiting[0].items) <= self.max_batch:
             batch.append(self._waiting.popleft())
             size += len(batch[-1].items)
         return batch
