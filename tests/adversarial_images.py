@@ -460,7 +460,7 @@ def outcome(data: bytes, near: int | None = None) -> str:
 
 
 def main() -> None:
-    """Open the bombs, or mutated pictures: `python tests/hostile.py bombs`, or with a seed and how many instead."""
+    """Open the bombs (argument `bombs`) or mutated pictures (arguments: a seed and a count)."""
     base, found = peak_mb(), {}
     if sys.argv[1] == "bombs":
         for name, make in BOMBS.items():

@@ -69,8 +69,8 @@ def scratch(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def in_a_process(*args: str) -> dict:
-    """Let `hostile.py` open pictures: what became of each, and the memory that it took."""
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("hostile.py")), *args]
+    """Let `adversarial_images.py` open pictures: what became of each, and the memory that it took."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("adversarial_images.py")), *args]
     env = {**os.environ, "PYTHONPATH": str(Path(app.__file__).parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

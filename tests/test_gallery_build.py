@@ -368,9 +368,9 @@ def test_a_file_is_read_once_and_decoded_once(
         read.update([path.name])
         return open_path(path, *rest, **more)  # type: ignore[arg-type]
 
-    def noted_picture(data: bytes, near: int) -> Image.Image:
+    def noted_picture(data: bytes, draft_size: int) -> Image.Image:
         decoded.append(data)
-        return open_picture(data, draft_size=near)
+        return open_picture(data, draft_size=draft_size)
 
     monkeypatch.setattr(Path, "open", noted_path)
     monkeypatch.setattr(scan, "open_image", noted_picture)
@@ -448,8 +448,8 @@ def test_a_large_photo_is_decoded_in_reduced_size_and_looks_the_same(
     sizes: list[tuple[int, int]] = []
     open_picture = scan.open_image
 
-    def noted(data: bytes, near: int) -> Image.Image:
-        image = open_picture(data, draft_size=near)
+    def noted(data: bytes, draft_size: int) -> Image.Image:
+        image = open_picture(data, draft_size=draft_size)
         sizes.append(image.size)
         return image
 

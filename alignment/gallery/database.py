@@ -251,10 +251,13 @@ class GalleryDatabase:
         return self._ids[kind] if tag is None else self._tagged(kind, tag)
 
     def _select_tagged(self, kind: Kind, tag: str) -> Tensor:
-        if kind == "caption":
-            rows = self._query("SELECT id FROM caption WHERE lang = ?", (tag,))
-        else:
+        try:
             folder = os.fsencode(tag)
+        except UnicodeEncodeError:  # a lone surrogate, which no folder's name and no language has
+            return torch.empty(0, dtype=torch.int64)
+        if kind == "caption":
+            rows = self._query("SELECT id FROM caption WHERE lang = ?", (folder.decode("utf-8", "replace"),))
+        else:
             values = folder, folder + b"/", folder + b"0"  # "0" follows "/"
             rows = self._query("SELECT id FROM picture WHERE folder = ? OR (folder > ? AND folder < ?)", values)
         found = np.array([id for (id,) in rows], np.int64)
@@ -299,6 +302,8 @@ class GalleryDatabase:
     def id_of(self, kind: Kind, name: str) -> int | None:
         """Look an item up by its public name; None if there is none. Captions are searched one by one."""
         short = "" if kind == "picture" else "OR (substr(name, 1, 1) = '.' AND scene || name = ?1)"
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # SQLite takes no lone surrogates, no name has any
+            return None
         rows = self._query(f"SELECT id FROM {kind} WHERE name = ?1 {short} LIMIT 1", (name,))
         return int(rows[0][0]) if rows else None
 

@@ -33,7 +33,7 @@ def test_very_many_mutated_pictures():
     found: Counter[str] = Counter()
     env = {**os.environ, "PYTHONPATH": str(Path(app.__file__).parent)}
     for batch in range(PICTURES // IN_A_PROCESS):
-        script = str(Path(__file__).parents[1] / "hostile.py")
+        script = str(Path(__file__).parents[1] / "adversarial_images.py")
         command = [sys.executable, "-W", "ignore", script, str(SEED + batch), str(IN_A_PROCESS)]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, (SEED + batch, done.stderr[-3000:])
