@@ -645,7 +645,7 @@ def test_damaged_rows_are_made_again_and_the_rest_is_kept(
     torch.testing.assert_close(second.image_embeds, first.image_embeds, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["caf\udce9.png", "a\n'\"b.png", "雪 %41?.png"])
+@pytest.mark.parametrize("name", ["caf\udce9.png", "a\n'\"b.png", "雪 %41?.png"], ids=ascii)
 def test_any_name_of_a_file_will_do(name: str, photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:
     (photos / "a.png").rename(photos / name)
     folder = tmp_path / name.replace("png", "out")

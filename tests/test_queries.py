@@ -148,13 +148,15 @@ def test_scores_are_the_weighted_sum_of_the_terms(engine):
     found = engine.search_images(query, 12)
     rows = {item.id: row for row, item in enumerate(engine.gallery.pictures)}
     assert [match.similarity for match in found.matches] == [float(expected[rows[id]]) for id in ids(found)]
-    assert [match.similarity for match in found.matches] == sorted(expected[torch.arange(23) != rows["cat"]])[::-1][:12]
+    assert [match.similarity for match in found.matches] == sorted(
+        expected[torch.arange(len(expected)) != rows["cat"]]
+    )[::-1][:12]
 
 
 @pytest.mark.parametrize("text", ["a lion + a rock", "2 x a lion - a rock", "a lion + a horse - 3 x running - a cat"])
 def test_of_many_pictures_the_best_are_found_without_scoring_all(engine, text, monkeypatch):
     count = 6000
-    kinds = engine.gallery.image_embeds[torch.arange(count) % 23]
+    kinds = engine.gallery.image_embeds[torch.arange(count) % len(engine.gallery.pictures)]
     noise = torch.randn(count, kinds.shape[1], generator=torch.Generator().manual_seed(0))
     embeds = torch.nn.functional.normalize(kinds + 0.08 * noise, dim=-1)
     pictures = [Picture(f"p{row}", f"{row}.jpg") for row in range(count)]
@@ -203,7 +205,7 @@ def test_the_compact_model_finds_what_is_asked_for_in_parts(engine, text, first)
 def test_more_like_this_finds_its_kind_but_not_itself(engine):
     found = engine.search_images(engine.compose_query([picture(engine, "cheetah-face")]), 30)
     assert ids(found)[:2] == ["cheetah-cub", "cheetah-running"]
-    assert len(ids(found)) == 22
+    assert len(ids(found)) == len(engine.gallery.pictures) - 1
 
 
 def test_less_like_this_turns_away_from_its_kind(engine):
@@ -311,4 +313,4 @@ def test_copies_of_a_picture_are_grouped_and_distinct_ones_are_not(engine):
     assert len(found.matches) == 2  # the ranking itself is as it was
     ranks = [match.rank for match in found.duplicates[0]]
     assert ranks == sorted(ranks)
-    assert all(len(group) == 1 for group in engine.search_images("an animal", 23).duplicates)
+    assert all(len(group) == 1 for group in engine.search_images("an animal", len(engine.gallery.pictures)).duplicates)
