@@ -241,7 +241,7 @@ def test_a_picture_that_changed_after_its_share_was_done_is_embedded_again(
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shares_hold_everything_once(count: int) -> None:
     items = list(range(1000))
-    parts = [Partition(number, count).of(items) for number in range(1, count + 1)]
+    parts = [Partition(number, count).select(items) for number in range(1, count + 1)]
     assert sorted(item for part in parts for item in part) == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 64
 

@@ -31,16 +31,14 @@ from alignment.compact.features import teacher_embeddings
 from alignment.compact.scenes import LANGUAGES, Photo, read_photos
 from alignment.confidence import (
     DIRECTIONS,
-    TARGET_FALSE_REJECTION,
     Calibration,
     Cohort,
-    Curve,
     Direction,
     Thresholds,
     build_cohort,
 )
-from alignment.confidence.calibration import draw_searches
-from alignment.confidence.curve import logistic_regression
+from alignment.confidence.calibration import TARGET_FALSE_REJECTION, draw_searches
+from alignment.confidence.curve import Curve, logistic_regression
 from alignment.gallery.records import read_hand_written
 from alignment.model import DualEncoder
 

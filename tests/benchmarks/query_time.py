@@ -34,7 +34,7 @@ from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.ui.composer import TextQuery
 from alignment.ui.examples import Examples
-from alignment.ui.explanation import Explanation
+from alignment.ui.explanation import ExplanationDialog
 from alignment.ui.pictures_tab import PicturesTab
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[Row
     encoder = DualEncoder.load(checkpoint, device="cpu")
     make_gallery(encoder, arguments.pictures, arguments.scattered).save(folder / "gallery")
     engine = AlignmentEngine(encoder, Gallery.load(folder / "gallery", encoder))
-    tab = PicturesTab(engine, Examples(engine), Explanation(engine))
+    tab = PicturesTab(engine, Examples(engine), ExplanationDialog(engine))
     eager = DualEncoder.load(checkpoint, device="cpu", runtime="torch").module.get_text_features
     steps: dict[str, Callable[[str], object]] = {
         "handler": lambda caption: orjson.dumps(tab._search("en", caption, TextQuery(""))[1:]),
@@ -78,8 +78,7 @@ def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[Row
     }
     captions = [f"a {subject} {place}" for place in PLACES for subject in SUBJECTS]
     embeds = {caption: encoder.encode_texts([caption])[0] for caption in captions}
-    tower, tokens = encoder._tower("text"), {caption: encoder.preprocessor.texts([caption]) for caption in captions}
-    assert tower is not None, "PyTorch runs this model, so there is nothing to compare"
+    tower, tokens = encoder.tower("text"), {caption: encoder.preprocessor.texts([caption]) for caption in captions}
     steps["forward"] = lambda caption: tower(tokens[caption])
     steps["eager"] = lambda caption: eager(**tokens[caption])
     took: dict[str, list[float]] = {name: [] for name in steps}
