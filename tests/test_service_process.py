@@ -270,7 +270,7 @@ def test_photos_and_their_results_are_their_owners_alone(anna, bob):
 def test_health_is_said(app):
     answer = httpx.get(f"{app.address}/healthz", trust_env=False)
     said = answer.json()
-    assert (answer.status_code, said["status"], said["model"], said["images"]) == (200, "ok", "compact", 23)
+    assert (answer.status_code, said["status"], said["model"], said["images"]) == (200, "ok", "compact", 28)
     assert {"version", "uptime_s", "queue", "working", "captions", "fingerprint"} <= said.keys()
 
 

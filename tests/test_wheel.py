@@ -46,6 +46,7 @@ def test_it_holds_all_that_the_app_reads(wheel: Path) -> None:
     patterns = (
         "alignment/**/*.py",
         "alignment/**/templates/*",
+        "alignment/sample_pictures/*",
         "assets/ui/**/*",
         "assets/gallery/**/*",
         "assets/*.*",
