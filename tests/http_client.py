@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -18,6 +20,12 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 120.0  # seconds; the machine may be busy
+
+
+def run_coroutine(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in a thread of its own: after browser tests an event loop is running in the main thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 class Visitor:

@@ -1,4 +1,3 @@
-import asyncio
 import base64
 import json
 import logging
@@ -6,8 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -35,6 +33,7 @@ from alignment.server import Service, Settings, harden_mcp
 from alignment.ui.api import Api, add_api
 from alignment.ui.api_input import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
+from tests.http_client import run_coroutine
 
 ENDPOINTS = {"search_images", "search_captions", "similarity_matrix", "embed_images", "embed_captions", "describe"}
 HERE = "http://127.0.0.1:7860"  # what the documentation says
@@ -421,13 +420,7 @@ def with_tools(address: str, talk: Callable[[ClientSession], Any]) -> Any:
             await session.initialize()
             return await talk(session)
 
-    return finished(run())
-
-
-def finished(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run it in a thread of its own: after browser tests an event loop is running in this one."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+    return run_coroutine(run())
 
 
 def test_every_endpoint_is_a_tool_with_a_text_that_says_what_it_does(address):
@@ -570,7 +563,7 @@ def test_the_agents_configuration_of_the_page_works(shell, address, photo, tmp_p
             await session.initialize()
             return await session.call_tool("search_captions", {"image": sent.content[0].text, "lang": "en"})
 
-    assert "cat" in finished(run()).content[0].text
+    assert "cat" in run_coroutine(run()).content[0].text
 
 
 def test_the_pages_list_what_is_served_with_its_limits(address):

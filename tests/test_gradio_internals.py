@@ -1,7 +1,6 @@
 """Contract of `alignment.server.gradio_internals` with Gradio, Starlette and uvicorn: each test fails when an upgrade
 moves a private part that the module of this name relies on. `make upgrade-check` runs them with the newest releases."""
 
-import asyncio
 import json
 import re
 import threading
@@ -37,6 +36,7 @@ from alignment.server.gradio_internals import (
     session_of_event,
     set_temp_folder,
 )
+from tests.http_client import run_coroutine
 
 
 class Recorder(EventBlocks):
@@ -234,7 +234,7 @@ def test_tools_answer_in_json_and_upload_no_file(page, gate, tmp_path):
             await session.call_tool(next(name for name in names if name.endswith("echo")), {"value": file})
             return said.content
 
-    content = asyncio.run(talk())
+    content = run_coroutine(talk())
     assert [json.loads(part.text) for part in content] == [{"said": "狗"}]
     given = [event.inputs[0] for event in page.seen if event.endpoint == "echo"][-1]
     assert given == str(secret)  # and no file that has been read
@@ -256,7 +256,7 @@ def test_headers_of_an_agents_request_reach_the_tools_request(page, gate):
             names = [tool.name for tool in (await session.list_tools()).tools]
             await session.call_tool(next(name for name in names if name.endswith("wait")), {"value": "x"})
 
-    asyncio.run(talk())
+    run_coroutine(talk())
     event = [event for event in page.seen if event.endpoint == "wait"][-1]
     assert (b"x-token", b"abc") in event.scope["headers"]
 

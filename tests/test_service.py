@@ -1,7 +1,6 @@
 """The service as `launch` serves it: connections, slow senders, reverse proxies, the end. For the rest see
 test_middleware.py and test_server.py; for a process of its own test_service_process.py."""
 
-import asyncio
 import json
 import re
 import socket
@@ -25,6 +24,7 @@ from alignment.model import DualEncoder
 from alignment.server import Service, Settings, gradio_internals, middleware
 from alignment.server import service as service_module
 from alignment.server.gradio_internals import queue_status
+from tests.http_client import run_coroutine
 
 
 class Held(AlignmentEngine):
@@ -237,7 +237,7 @@ def test_the_request_that_a_tool_makes_is_not_counted_again(serve):
             await session.initialize()
             return [(await session.call_tool("search_images", {"caption": "a"})).isError for _ in range(2)]
 
-    assert asyncio.run(talk()) == [False, False]
+    assert run_coroutine(talk()) == [False, False]
     used = [ask(client, headers={"X-Forwarded-For": "8.8.8.8"}).status_code for _ in range(6)]
     assert used[-1] == 429  # the agent's own requests were counted
 
