@@ -147,7 +147,7 @@ class Service:
                     await run_sync(expire_files, self.folder, seconds)
                 self.uploads.collect_consumed()
                 await run_sync(trim)
-            except Exception:
+            except Exception:  # logged whole; the loop goes on, or uploads and sessions would pile up until a restart
                 logger.exception("A clean-up failed")
 
 
