@@ -35,7 +35,7 @@ help:  ## list the commands
 app: $(APP_STAMP)  ## open the app on http://127.0.0.1:7860 (GRADIO_SERVER_PORT=8000 make app: another port)
 	$(BIN)/python app.py $(ARGS)
 
-test: $(TEST_STAMP) $(BROWSER_STAMP) lint audit  ## check style, floors, types and known vulnerabilities, then run every test
+test: $(TEST_STAMP) $(BROWSER_STAMP) lint audit  ## check style, floors, names, types and known vulnerabilities, then run every test
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(TEST_STAMP) $(BROWSER_STAMP)  ## kill builds and trainings, keep the app under load: some half an hour
@@ -56,10 +56,11 @@ upgrade-check: $(TEST_STAMP)  ## test with the newest gradio, transformers, open
 	$(UPGRADE)/bin/python -m pip install --upgrade "gradio[mcp]" transformers openvino pymilvus
 	$(UPGRADE)/bin/python -m pytest $(CONTRACTS) $(ARGS)
 
-lint: $(TEST_STAMP)  ## check style, floors and types
+lint: $(TEST_STAMP)  ## check style, floors, names, sizes and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
+	$(BIN)/python tests/layout.py
 	$(BIN)/mypy
 
 audit: $(TEST_STAMP)  ## look the packages up among the known vulnerabilities; without a network it says that it could not
