@@ -1,4 +1,4 @@
-"""Where in the picture a match is.
+"""Which places of a picture a match comes from.
 
 Place in the flow: `picture + captions -> gradient, or occlusion -> relevance (here) -> heatmap.patch_overlay`.
 """
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignment.explain.gradient import gradient
-from alignment.explain.masking import Fill
 from alignment.explain.occlusion import occlusion
 from alignment.model import DualEncoder
 from alignment.preprocess import ImageSource, open_image
@@ -33,8 +32,7 @@ class PatchRelevance:
     Attributes:
         grid: (num_captions, rows, columns) float32 over the whole picture, first row at the top. The cosine that a
             ninth of the picture would bring if all of it were like this place; negative where the caption fits better
-            without it. The same scale for every caption, picture and method of a model: a caption that does not fit
-            has little anywhere.
+            without it. The same scale for every caption, picture and method of a model.
         cosines: (num_captions,) of the picture as it is.
         method: how it was found.
         image_embed: (embed_dim,) of the picture as it is.
@@ -53,7 +51,6 @@ def patch_relevance(
     *,
     resolution: int = RESOLUTION,
     method: Method | None = None,
-    fill: Fill = "blur",
 ) -> PatchRelevance:
     """Find where in the picture its match with each caption lies.
 
@@ -61,10 +58,9 @@ def patch_relevance(
         encoder: of any family.
         image: anything `open_image` takes.
         captions: they share the passes of the picture, so several cost little more than one.
-        resolution: smaller windows along a side, at least 2; occlusion costs 1.25 * resolution ** 2 passes and a bit.
+        resolution: smaller windows along a side, at least 2; occlusion costs some 1.25 * resolution ** 2 passes.
         method: "gradient" costs one pass, "occlusion" works for every tower; None takes the gradient where the tower
             has places to watch and occlusion elsewhere.
-        fill: what occlusion covers with.
 
     Raises:
         InputError: when the picture cannot be opened or a caption is empty or too long.
@@ -79,7 +75,7 @@ def patch_relevance(
         raise ValueError("This vision tower has no places to watch; use 'occlusion'.")
     used: Method = "occlusion" if found is None else "gradient"
     if found is None:
-        found = occlusion(encoder, picture, texts, resolution, fill)
+        found = occlusion(encoder, picture, texts, resolution)
     embeds = encoder.encode_images([picture])
     cosines = cosine_similarity(embeds, texts)[0]
     return PatchRelevance(found.numpy().astype(np.float32), tuple(cosines.tolist()), used, embeds[0])
