@@ -61,16 +61,14 @@ def translate_hub_errors(
 
 def _refusal(error: HfHubHTTPError, repo_id: str, again: str, refusals: Mapping[int, str]) -> Exception:
     status = error.response.status_code
-    if status in refusals:
-        return ValueError(refusals[status])
-    if status == 401:
-        return ValueError(f"The Hub does not accept the token: run `hf auth login` with a valid one, and {again}.")
-    if status in (402, 403, 404):
-        return ValueError(
-            f"This account may not write to {repo_id}: take a name of your own, or a token with the right to write."
-        )
-    if status == 409:
-        return ValueError(f"The name {repo_id} is taken on the Hub: choose another.")
-    if status == 400:
-        return ValueError(f"The Hub refuses what was sent to {repo_id}: {error.server_message or error}.")
+    foreign = f"This account may not write to {repo_id}: take a name of your own, or a token with the right to write."
+    known = {
+        400: f"The Hub refuses what was sent to {repo_id}: {error.server_message or error}.",
+        401: f"The Hub does not accept the token: run `hf auth login` with a valid one, and {again}.",
+        **dict.fromkeys((402, 403, 404), foreign),
+        409: f"The name {repo_id} is taken on the Hub: choose another.",
+        **refusals,
+    }
+    if status in known:
+        return ValueError(known[status])
     return ConnectionError(f"The Hub answered with an error ({status}): {again} later.")

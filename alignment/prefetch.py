@@ -39,7 +39,7 @@ def prefetch_map(
         depth: results that may be under way or waiting; sixteen for each thread when None.
 
     Raises:
-        ValueError: on fewer than one thread, or a depth below one.
+        ValueError: when either is below one.
     """
     workers = num_workers() if workers is None else workers
     depth = 16 * workers if depth is None else depth

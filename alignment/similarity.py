@@ -1,7 +1,7 @@
-"""Floor 1, pure tensor maths on embeddings: cosine similarity, scaled logits, match probabilities, the best k.
+"""Floor 1, tensor maths on embeddings: cosine similarity, scaled logits, match probabilities, the best k.
 
-Place in the flow: `encode (model) -> score (here) -> heatmap / ranking`. Matrices are (num_images, num_texts): rows are
-images. Nothing here knows about devices, models or files.
+Place in the flow: `encode (model) -> score (here) -> ranking`. Matrices are (num_images, num_texts): rows are images.
+Nothing here knows about devices, models or files.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 _FEW = 64
+"""Rows up to which numpy multiplies faster than torch: beyond, its threads wake up."""
 
 
 def cosine_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Score every image against every text.
-
-    Embeddings are normalised here as well, so un-normalised features are welcome; a zero vector scores 0 with
-    everything.
+    """Score every image against every text; embeddings need no unit norm, a zero vector scores 0.
 
     Args:
         image_embeds: (num_images, embed_dim), any floating type; computed in float32 at least.
@@ -43,28 +41,22 @@ def cosine_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
 def logits_per_image(
     similarity: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None = None
 ) -> Tensor:
-    """Scale cosines to the logits a model was trained with; rows are images.
+    """Scale cosines (num_images, num_texts) to the logits a model was trained with.
 
-    Args:
-        similarity: (num_images, num_texts) cosines.
-        logit_scale: the multiplier, already exponentiated; a tensor keeps its gradient.
-        logit_bias: SigLIP's additive bias; None for models trained with a softmax.
-
-    Returns:
-        (num_images, num_texts); transpose it for the logits per text.
+    `logit_scale` is already exponentiated, and a tensor keeps its gradient; `logit_bias` is SigLIP's, None for models
+    trained with a softmax.
     """
     logits = similarity * logit_scale
     return logits if logit_bias is None else logits + logit_bias
 
 
 def match_probabilities(logits: Tensor, *, dim: int, logit_bias: float | Tensor | None = None) -> Tensor:
-    """Turn logits into the probability of a match, the way the model was trained.
+    """Turn logits into the probability of a match, as the model was trained.
 
-    Without a bias the candidates along `dim` compete (softmax). With one, every pair is judged by itself (sigmoid)
-    and the candidates need not add up to 1. The bias only decides which: `logits_per_image` has already added it.
+    Without a bias the candidates along `dim` compete (softmax). With one, every pair is judged by itself (sigmoid).
 
     Args:
-        logits: (num_images, num_texts), scaled, with the bias in it if there is one.
+        logits: (num_images, num_texts) of `logits_per_image`, which has already added the bias.
         dim: the axis of the candidates: 1 ranks texts for an image, 0 ranks images for a text.
         logit_bias: the model's bias, None for a softmax model.
 
@@ -81,10 +73,6 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Equal scores keep the order of their indices, which `torch.topk` does not promise: the same query gives the same
     list on every machine.
 
-    Args:
-        scores: (..., num_candidates).
-        k: how many; clipped to the number of candidates.
-
     Returns:
         Values and int64 indices, both (..., min(k, num_candidates)).
 
@@ -98,14 +86,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def cosines_within(embeds: Tensor) -> Tensor:
-    """Score every item of a collection against every other one.
-
-    Args:
-        embeds: (n, embed_dim), any length but 0.
-
-    Returns:
-        (n, n - 1) float64, without what each scores with itself.
-    """
+    """Score every item (n, embed_dim) against every other one: (n, n - 1) float64."""
     cosines = cosine_similarity(embeds, embeds).double()
     return cosines[~torch.eye(len(embeds), dtype=torch.bool)].reshape(len(embeds), -1)
 
@@ -126,19 +107,15 @@ def group_near_duplicates(embeds: Tensor, k: int, threshold: float) -> list[list
     free = np.ones(len(embeds), bool)
     groups: list[list[int]] = []
     rows = embeds.numpy()
-    for first in range(len(embeds)):
-        if len(groups) == k:
-            break
-        if free[first]:
-            # numpy is quicker, until there are so many rows that its threads wake up
-            cosines = rows @ rows[first] if len(rows) <= _FEW else torch.mv(embeds, embeds[first]).numpy()
-            alike = (cosines >= threshold) & free
-            alike[first] = True
-            free &= ~alike
-            groups.append(alike.nonzero()[0].tolist())
+    while free.any() and len(groups) < k:
+        first = int(free.argmax())
+        cosines = rows @ rows[first] if len(rows) <= _FEW else torch.mv(embeds, embeds[first]).numpy()
+        alike = (cosines >= threshold) & free
+        alike[first] = True
+        free &= ~alike
+        groups.append(alike.nonzero()[0].tolist())
     return groups
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
-    """Lift half precision (and integers) to float32; leave float32 and float64 as they are."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
