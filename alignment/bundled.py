@@ -21,14 +21,7 @@ def bundled(name: str) -> str:
 
 
 def installed_file(source: str) -> Path:
-    """Find a file inside an installed package, which is not imported.
-
-    Args:
-        source: "package:NAME/PATH".
-
-    Raises:
-        FileNotFoundError: when the package is not installed.
-    """
+    """Find "package:NAME/PATH" in an installed package, which is not imported; raises FileNotFoundError without it."""
     package, _, path = source.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

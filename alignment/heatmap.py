@@ -33,14 +33,9 @@ _LMS_TO_LINEAR_RGB = np.array([
 
 
 def heat_colours(values: object, *, dark: bool = False) -> NDArray[np.uint8]:
-    """Colour values so that equal steps look equal.
+    """Colour values of any shape, clipped to [0, 1]: (..., 3) uint8 sRGB; NaN and infinity become grey.
 
-    Args:
-        values: array of any shape; clipped to [0, 1], NaN and infinity become grey.
-        dark: use the map for a dark page.
-
-    Returns:
-        (..., 3) uint8 sRGB.
+    `dark` chooses the map for a dark page.
     """
     numbers = np.asarray(values, dtype=np.float64)
     known = np.isfinite(numbers)
@@ -55,14 +50,11 @@ def patch_overlay(
     """Lay the relevance of patches over the photograph: the least is dark, the most is bright.
 
     Args:
-        image: the picture the patches cover edge to edge.
+        image: the picture that the patches cover edge to edge; the result has its size, in RGB.
         relevance: (rows, columns) numbers of any range, first row at the top; what is not finite counts as the least.
         limits: relevance of the first and last colour, which makes pictures comparable. None takes the smallest and
             largest here; relevance that is the same everywhere then leaves the picture as it is.
         opacity: of the colours over the photograph, in [0, 1].
-
-    Returns:
-        An RGB image of the same size.
 
     Raises:
         ValueError: when the relevance is not a two-dimensional, non-empty array, the limits are not (low, high)

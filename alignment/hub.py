@@ -35,10 +35,8 @@ def translate_hub_errors(
 ) -> Iterator[None]:
     """Turn the Hub's errors into built-in exceptions whose message says what to do.
 
-    Args:
-        repo_id: the repository that is written to.
-        again: what to do once the cause is gone.
-        refusals: HTTP status -> a message more specific than the general one.
+    `again` says what to do once the cause is gone; `refusals` are messages for an HTTP status that replace the general
+    one.
 
     Raises:
         ValueError: when the Hub refuses.

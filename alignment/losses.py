@@ -23,13 +23,7 @@ def softmax_loss(logits_per_image: Tensor, positives: Tensor | None = None, *, i
     alternative, -log of their summed p, is content once one caption of five is close; here each caption has to be
     found, as recall counts it. A query without a positive is left out of its direction's mean but stays a candidate.
 
-    Args:
-        logits_per_image: (num_images, num_texts), scaled; half precision is lifted to float32.
-        positives: same shape, bool; the identity if left out.
-        ignored: same shape, bool; pairs taken out of every denominator.
-
-    Returns:
-        A scalar; log B when B x B logits are all equal.
+    Half precision is lifted to float32. Returns a scalar; log B when B x B logits are all equal.
 
     Raises:
         ValueError: on masks of another shape or type, or without any positive.
@@ -49,13 +43,8 @@ def sigmoid_loss(logits_per_image: Tensor, positives: Tensor | None = None, *, i
     The sum is divided by the number of images, not of pairs: the parts of a large batch, each scored against all texts,
     then average to the loss of the whole.
 
-    Args:
-        logits_per_image: (num_images, num_texts), scaled and with the bias added; half precision is lifted to float32.
-        positives: same shape, bool; the identity if left out. An image may have none.
-        ignored: same shape, bool; pairs that cost nothing.
-
-    Returns:
-        A scalar; num_texts * log 2 when all logits are 0.
+    The logits include the bias; half precision is lifted to float32. An image may have no positive. Returns a scalar;
+    num_texts * log 2 when all logits are 0.
 
     Raises:
         ValueError: on masks of another shape or type.

@@ -35,11 +35,8 @@ def prefetch_map(
     Args:
         function: called in the threads, for several items at once.
         items: read in the consumer's thread, no more than `depth` ahead of what was yielded.
-        workers: number of threads; `num_workers()` when None.
-        depth: results that may be under way or waiting; sixteen for each thread when None.
-
-    Raises:
-        ValueError: when either is below one.
+        workers: number of threads, at least one; `num_workers()` when None.
+        depth: results that may be under way or waiting, at least one; sixteen for each thread when None.
     """
     workers = num_workers() if workers is None else workers
     depth = 16 * workers if depth is None else depth

@@ -16,14 +16,9 @@ _FEW = 64
 
 
 def cosine_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Score every image against every text; embeddings need no unit norm, a zero vector scores 0.
+    """Score images (num_images, embed_dim) against texts (num_texts, embed_dim): (num_images, num_texts).
 
-    Args:
-        image_embeds: (num_images, embed_dim), any floating type; computed in float32 at least.
-        text_embeds: (num_texts, embed_dim).
-
-    Returns:
-        (num_images, num_texts), in [-1, 1] up to rounding.
+    Embeddings need no unit norm, a zero vector scores 0. Computed in float32 at least; in [-1, 1] up to rounding.
 
     Raises:
         ValueError: when either is not two-dimensional or the widths differ.
@@ -58,26 +53,16 @@ def match_probabilities(logits: Tensor, *, dim: int, logit_bias: float | Tensor 
     Args:
         logits: (num_images, num_texts) of `logits_per_image`, which has already added the bias.
         dim: the axis of the candidates: 1 ranks texts for an image, 0 ranks images for a text.
-        logit_bias: the model's bias, None for a softmax model.
-
-    Returns:
-        Same shape, float32 at least, in [0, 1].
+        logit_bias: the model's, None for a softmax model.
     """
     logits = _at_least_float32(logits)
     return logits.softmax(dim) if logit_bias is None else logits.sigmoid()
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Pick the k highest scores along the last dimension, best first.
+    """Pick the k highest scores along the last dimension, best first: values and indices (..., min(k, num_candidates)).
 
-    Equal scores keep the order of their indices, which `torch.topk` does not promise: the same query gives the same
-    list on every machine.
-
-    Returns:
-        Values and int64 indices, both (..., min(k, num_candidates)).
-
-    Raises:
-        ValueError: when k is negative.
+    Equal scores keep the order of their indices, on every machine; `torch.topk` does not promise that.
     """
     if k < 0:
         raise ValueError(f"k must not be negative, it is {k}.")
@@ -92,17 +77,10 @@ def cosines_within(embeds: Tensor) -> Tensor:
 
 
 def group_near_duplicates(embeds: Tensor, k: int, threshold: float) -> list[list[int]]:
-    """Group each item with the best ranked one that it is a near duplicate of.
+    """Group each item with the best ranked one that it is a near duplicate of, by a cosine from `threshold` on.
 
-    Of a, b, a', c with a' nearly a, and k = 2: [[0, 2], [1]].
-
-    Args:
-        embeds: (n, embed_dim), unit norm, best ranked first.
-        k: number of groups; further ones are left out.
-        threshold: cosine from which two items are near duplicates.
-
-    Returns:
-        At most k groups of places, each and all best ranked first.
+    `embeds` is (n, embed_dim), unit norm, best ranked first. Returns at most k groups of places in that order: of a, b,
+    a', c with a' nearly a, and k = 2, [[0, 2], [1]].
     """
     free = np.ones(len(embeds), bool)
     groups: list[list[int]] = []

@@ -29,13 +29,7 @@ Box = tuple[float, float, float, float]
 
 
 def gradient(encoder: DualEncoder, image: Image.Image, text_embeds: Tensor, resolution: int) -> Tensor | None:
-    """Trace the cosine back to the places of the picture.
-
-    Args:
-        encoder: its vision tower is watched.
-        image: opened.
-        text_embeds: (num_captions, embed_dim).
-        resolution: fixes the size of the result, not its detail, which is that of the tower's places.
+    """Trace the cosine with captions (num_captions, embed_dim) back to the places of the picture.
 
     Returns:
         (num_captions, side, side) with side 2 * (resolution + 1), cosine per `UNIT` of the picture, 0 where the encoder
@@ -106,13 +100,10 @@ def _of_tokens(encoder: DualEncoder, inputs: Inputs, texts: Tensor) -> Tensor | 
 
 
 def _contributions(cosines: Tensor, tokens: Tensor, grid: tuple[int, int], *, padded: bool) -> Tensor | None:
-    """Gradient times value of the picture's tokens, (num_captions, rows, columns).
+    """Multiply gradient and value of the picture's tokens, (num_captions, rows, columns).
 
-    Args:
-        cosines: (num_captions,), with their graph.
-        tokens: (1, length, width); special tokens stand in front of the picture's.
-        grid: rows and columns of the picture's tokens.
-        padded: whether padding stands behind them; such towers have no special tokens.
+    `cosines` come with their graph. In `tokens` (1, length, width) special ones stand in front of the picture's, or
+    padding behind them (`padded`); no tower has both.
     """
     count = grid[0] * grid[1]
     if tokens.ndim != 3 or tokens.shape[1] < count:

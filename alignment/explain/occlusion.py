@@ -30,12 +30,6 @@ def occlusion(encoder: DualEncoder, image: Image.Image, text_embeds: Tensor, res
     Windows have side 2 / (resolution + 1) and about twice that. The loss of each is scaled to `UNIT` of the picture,
     and a place gets the mean over the windows it lies in.
 
-    Args:
-        encoder: runs `resolution` ** 2, a quarter as many and one more pictures.
-        image: opened.
-        text_embeds: (num_captions, embed_dim).
-        resolution: smaller windows along a side.
-
     Returns:
         (num_captions, side, side) with side 2 * (resolution + 1), cosine.
 

@@ -52,15 +52,15 @@ def patch_relevance(
     resolution: int = RESOLUTION,
     method: Method | None = None,
 ) -> PatchRelevance:
-    """Find where in the picture its match with each caption lies.
+    """Find where in the picture its match with each caption lies; several captions cost little more than one.
 
     Args:
         encoder: of any family.
         image: anything `open_image` takes.
-        captions: they share the passes of the picture, so several cost little more than one.
+        captions: one result each.
         resolution: smaller windows along a side, at least 2; occlusion costs some 1.25 * resolution ** 2 passes.
-        method: "gradient" costs one pass, "occlusion" works for every tower; None takes the gradient where the tower
-            has places to watch and occlusion elsewhere.
+        method: "gradient" costs one pass, "occlusion" works for every tower; None takes occlusion only for a tower
+            that has no places to watch.
 
     Raises:
         InputError: when the picture cannot be opened or a caption is empty or too long.

@@ -49,14 +49,13 @@ def word_contributions(
 ) -> list[WordContribution]:
     """Leave each word of a caption out in turn and see what the match loses.
 
+    Punctuation is no word, and a caption of nothing else has none.
+
     Args:
         encoder: its text tower reads the captions, in one batch.
         image_embeds: (num_images, embed_dim), or (embed_dim,) for one picture.
         caption: as the person typed it.
         background: the cosine of unrelated pictures and captions; a caption of a single word is compared with it.
-
-    Returns:
-        The words in the order of the caption; punctuation is no word, and a caption of nothing else has none.
 
     Raises:
         InputError: when the caption is empty or too long.
@@ -79,14 +78,11 @@ def word_contributions(
 
 
 def split_words(caption: str) -> list[tuple[int, int]]:
-    """Find the words of a caption in any script.
+    """Find the (start, end) of each word of a caption in any script, in order.
 
     Letters, digits and their marks make words; runs of Chinese characters are cut at particles and after measure words
     and the rest into pieces of two or three, which is how long Chinese words mostly are; Japanese changes its script
     between words; an emoji is a word.
-
-    Returns:
-        (start, end) of each, in order; they do not overlap.
     """
     spans: list[tuple[int, int]] = []
     for kind, places in groupby(range(len(caption)), lambda place: _kind(caption, place)):

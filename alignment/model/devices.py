@@ -1,7 +1,5 @@
 """Which device a model runs on: the best there is, or the one asked for, if it is there."""
 
-from __future__ import annotations
-
 import torch
 
 
@@ -35,6 +33,4 @@ def _is_there(device: torch.device) -> bool:
     """Look for a device without touching it: each process would take memory of its own there."""
     if device.type == "cuda":
         return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    if device.type == "mps":
-        return torch.backends.mps.is_available()
-    return device.type == "cpu"
+    return device.type == "cpu" or (device.type == "mps" and torch.backends.mps.is_available())

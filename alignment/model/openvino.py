@@ -6,18 +6,15 @@ compute what the module does, PyTorch runs the tower.
 
 Where the processor has bfloat16 the graph computes in it, which doubles the speed. A vision transformer keeps its
 accuracy, a narrow convolutional network loses some: its first layers then stay in float32, as many as it takes.
-OpenVINO has no public option for that, so the graph's XML text is marked (`mark_first_layers_precise`, with a contract
-test in `tests/test_openvino.py`).
+OpenVINO has no public option for that, so the graph's XML text is marked (`mark_first_layers_precise`).
 """
-
-from __future__ import annotations
 
 import logging
 import re
 import sys
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from functools import cache
 from itertools import chain, islice
@@ -37,8 +34,8 @@ MIN_COSINE = 0.999
 """Least cosine between a graph's embedding and PyTorch's."""
 
 _MIN_COSINE_ON_PROBES: dict[Kind, float] = {"image": MIN_COSINE, "text": 0.9999}
-"""Least cosine over all probes. Photographs lose less than the drawn probes. A caption costs a tenth of a picture and
-is compared with every picture, so the text tower is held to more.
+"""Least cosine over all probes, which lose more than photographs. The text tower, which costs a tenth of the image
+tower's time, is held to more.
 """
 
 _BATCHES_BEFORE_PARALLEL = 4  # after which a second compilation, for parallel requests, pays
@@ -83,12 +80,7 @@ class OpenVINOTower:
     backend = "openvino"
 
     def __init__(self, path: Path, precision: str) -> None:
-        """Compile.
-
-        Args:
-            path: of the graph, "NAME.xml" with "NAME.bin" beside it; both are read as they are used.
-            precision: "bf16" or "f32".
-        """
+        """Compile "NAME.xml", with "NAME.bin" beside it, in "bf16" or "f32"; the files are read as they are used."""
         self._path, self._precision = path, precision
         self._single = _Compiled(path, precision, streams=1)
         self._parallel: _Compiled | None = None
@@ -101,8 +93,7 @@ class OpenVINOTower:
     def stream(self, batches: Iterable[Inputs]) -> Generator[Tensor]:
         """Embed batch after batch, in order: the first few on all cores, the others on one core each, in parallel.
 
-        Args:
-            batches: read in the caller's thread, a few ahead.
+        The batches are read in the caller's thread, a few ahead.
         """
         stream = iter(batches)
         if self._parallel is None:
@@ -112,15 +103,12 @@ class OpenVINOTower:
             yield from map(self._single, two)
             return
         streams = torch.get_num_threads()
-        run = self._compiled_for(streams)
-        with closing(prefetch_map(run, chain(two, stream), workers=streams, depth=2 * streams)) as embedded:
-            yield from embedded
-
-    def _compiled_for(self, streams: int) -> _Compiled:
         with self._lock:
             if self._parallel is None and streams > 1:
                 self._parallel = _Compiled(self._path, self._precision, streams)
-        return self._parallel or self._single
+        run = self._parallel or self._single
+        with closing(prefetch_map(run, chain(two, stream), workers=streams, depth=2 * streams)) as embedded:
+            yield from embedded
 
 
 class _Compiled:
@@ -154,17 +142,13 @@ class _Compiled:
 
 
 def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: Path) -> str:
-    """Write a tower as a graph, the fastest one whose embeddings are close enough to PyTorch's.
+    """Write a tower as a graph, the fastest one that is close enough to PyTorch; returns the precision to run it in.
 
     Args:
         kind: which one.
         tower: takes the probes' tensors in their order, returns (n, embed_dim), unit norm.
-        probes: batches of inputs. The first is traced; the others differ from it in size, which shows a trace that made
-            it a constant.
+        probes: batches of inputs; the first is traced, the others differ in size, which shows constants in the trace.
         path: "NAME.xml"; weights go to "NAME.bin" beside it, in half precision.
-
-    Returns:
-        The precision to run it in.
 
     Raises:
         ValueError: when no graph of this tower is accurate enough.
@@ -180,7 +164,8 @@ def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: P
     # The shapes stay free: with fixed ones, OpenVINO fuses layers over the marks that keep some of them exact.
     openvino().save_model(model, path, compress_to_fp16=True)
     plain = path.read_text("utf-8")
-    for precision, share in _attempts():
+    halves = [("bf16", share) for share in _PRECISE_SHARES] if native_precision() == "bf16" else []
+    for precision, share in (*halves, ("f32", 0.0)):  # the fastest first
         path.write_text(mark_first_layers_precise(plain, share), "utf-8")
         run = OpenVINOTower(path, precision)
         worst = min(float((run(batch) * right).sum(-1).min()) for batch, right in zip(probes, expected, strict=True))
@@ -188,13 +173,6 @@ def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: P
         if worst >= _MIN_COSINE_ON_PROBES[kind]:
             return precision
     raise ValueError(f"the graph is not faithful: worst cosine {worst:.4f}")
-
-
-def _attempts() -> Iterator[tuple[str, float]]:
-    """Precision and the share of layers in float32, the fastest first."""
-    if native_precision() == "bf16":
-        yield from (("bf16", share) for share in _PRECISE_SHARES)
-    yield "f32", 0.0
 
 
 def _converted(tower: nn.Module, inputs: Inputs) -> Any:

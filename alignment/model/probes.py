@@ -1,13 +1,11 @@
 """Inputs that a graph is checked with before it is used: drawn pictures and sample captions."""
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image, ImageDraw
 
 
 def pictures(count: int = 16, side: int = 320, seed: int = 0) -> list[Image.Image]:
-    """Draw pictures with the spectrum of photographs and, on most, a few shapes; they check a graph.
+    """Draw pictures with the spectrum of photographs and, on most, a few shapes.
 
     Source: natural images have an amplitude of about 1 / frequency (Field, 1987).
     """

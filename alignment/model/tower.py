@@ -1,7 +1,5 @@
 """What every back end is: a function of one side's inputs, with a faster way for many batches."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 

@@ -69,12 +69,9 @@ class ResidualMLP(nn.Module):
 
 
 def join_parts(aligned: Tensor, concepts: Tensor, weight: Tensor | float) -> Tensor:
-    """Put two unit-norm parts side by side so that the whole has unit norm again.
+    """Put two unit-norm parts, (n, embed_dim) and (n, concept_dim), side by side to unit norm again.
 
-    Args:
-        aligned: (n, embed_dim), unit norm.
-        concepts: (n, concept_dim), unit norm.
-        weight: share of the concept part, in [0, 1]; a number or (n, 1).
+    `weight` is the share of the concept part in [0, 1], a number or (n, 1).
     """
     weight = torch.as_tensor(weight, dtype=aligned.dtype, device=aligned.device)
     return torch.cat([(1 - weight).sqrt() * aligned, weight.sqrt() * concepts], dim=-1)

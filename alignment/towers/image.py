@@ -151,11 +151,9 @@ class EfficientNetLiteModel(PreTrainedModel):
         return embeds
 
     def until(self, stage: Literal["trunk_maps", "last_maps"], pixel_values: Tensor) -> dict[str, Tensor]:
-        """Run the aligned tower's frozen beginning; `forward` takes what this returns in place of the pictures.
+        """Run the aligned tower's frozen beginning on pictures (n, 3, side, side), for `forward` to go on from.
 
-        Args:
-            stage: up to the blocks that captions tune, or to the head behind them.
-            pixel_values: (n, 3, side, side).
+        It ends before the blocks that captions tune, or before the head behind them.
         """
         maps = self.trunk_maps(pixel_values)
         concepts, certainty = self.concept(maps)
