@@ -1,7 +1,5 @@
 """Floor 1, bundled data: `assets/` and `checkpoints/`, beside this package in a clone and in a wheel."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

@@ -9,8 +9,6 @@ The light map runs from paper to indigo, the dark one from night to pale yellow:
 Source: OKLab, Bjorn Ottosson 2020.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

@@ -3,8 +3,6 @@
 Place in the flow: `train` and `space` upload inside `translate_hub_errors`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 

@@ -9,8 +9,6 @@ logits (num_images, num_texts), which need not be square, and two optional bool 
   where this mask covers it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

@@ -4,8 +4,6 @@ Place in the flow: `files -> prefetch_map (open, hash, resize) -> model`, so tha
 is embedded. Threads suffice: decoders, resizing and hashing release Python's global lock.
 """
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable

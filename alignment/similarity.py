@@ -4,8 +4,6 @@ Place in the flow: `encode (model) -> score (here) -> ranking`. Matrices are (nu
 Nothing here knows about devices, models or files.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

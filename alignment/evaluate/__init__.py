@@ -4,7 +4,8 @@
     python -m alignment.evaluate --compare checkpoints/compact runs/mine --data DATASET --split dev --html gains.html
 
 Place in the flow: `data + model -> evaluate (here) -> report`. `embedding` encodes a data set once; `ranks` and
-`bootstrap` turn scores into ranks and intervals; `retrieval`, `zero_shot` and `eccv` compute metrics; `error_analysis` selects queries; `html_report`, `arguments` and `command` are the command line.
+`bootstrap` turn scores into ranks and intervals; `retrieval`, `zero_shot` and `eccv` compute metrics;
+`error_analysis` selects queries; `html_report`, `arguments` and `command` are the command line.
 """
 
 from alignment.evaluate.bootstrap import Difference, Estimate

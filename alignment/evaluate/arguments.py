@@ -3,8 +3,6 @@
 Place in the flow: `argv -> parse, check, read_task (here) -> command`.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ queries; the candidates stay. A seed gives the same draws for every model, so tw
 paired, and the interval of their difference is narrower than their own intervals suggest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

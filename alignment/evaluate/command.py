@@ -4,8 +4,6 @@ Place in the flow: `arguments, DualEncoder -> command (here) -> terminal, files`
 first picture is encoded.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

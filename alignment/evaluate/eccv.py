@@ -5,8 +5,6 @@ of a picture as right, although captions of others often fit. ECCV Caption (Chun
 2021) add pairs judged by people. The package (extra `coco`) holds their labels and computes the metrics.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import warnings

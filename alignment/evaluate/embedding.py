@@ -3,8 +3,6 @@
 Place in the flow: `data + encoder -> embed_pairs (here) -> retrieval, error_analysis`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Place in the flow: `embedding -> error_analysis (here) -> html_report`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Place in the flow: `retrieval, zero_shot, error_analysis -> html_report (here) -
 jinja2 escapes all text of the data set, and a content security policy forbids the page to load anything.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping, Sequence
 from io import BytesIO

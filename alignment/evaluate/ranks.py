@@ -4,8 +4,6 @@ Place in the flow: `embeddings -> ranks (here) -> retrieval, zero_shot`. The con
 rate over unit-norm embeddings compared in float32, but ties count against the query.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

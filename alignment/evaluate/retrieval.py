@@ -5,8 +5,6 @@ captions and images of the split as candidates, no prompt, no logit scale (it wo
 batch, or with one caption per image, are higher and cannot be compared with these.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar

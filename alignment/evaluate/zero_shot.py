@@ -6,8 +6,6 @@ the normalised embeddings of all its names in all templates, as in the CLIP pape
 Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, section 3.1.4.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import re

@@ -11,8 +11,6 @@ Contributions are gradient times value, which for attention is the weight of a p
 with the model's own attention and without its cut at zero, so that contributions keep the cosine's scale and sign.
 """
 
-from __future__ import annotations
-
 import torch
 from PIL import Image
 from torch import Tensor

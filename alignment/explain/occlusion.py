@@ -4,8 +4,6 @@ Place in the flow: `picture -> covered pictures -> encoder -> cosines lost (here
 preprocessing, so it means the same to every family, whatever it crops and whatever its tokens are.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

@@ -3,8 +3,6 @@
 Place in the flow: `picture + captions -> gradient, or occlusion -> relevance (here) -> heatmap.patch_overlay`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -3,8 +3,6 @@
 Place in the flow: `caption -> words (here) -> encoder -> cosine with and without`. Only the text tower runs, once.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterator

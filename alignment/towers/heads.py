@@ -1,7 +1,5 @@
 """What both towers end in: the projection into the shared space."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

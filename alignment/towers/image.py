@@ -1,7 +1,5 @@
 """The image tower: EfficientNet-Lite, plain or with the head that aligns it with captions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -3,8 +3,6 @@
 Source: Universal Sentence Encoder multilingual (Yang et al., 2019), its CNN variant.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
