@@ -2,11 +2,9 @@
 
 Place in the flow: `similarity, relevance -> heatmap (here) -> page`. Numpy arrays and PIL images only, no torch.
 
-The two colour maps are quadratic Bezier curves through OKLab, sampled at equal distances, so that equal steps of the
-value look like equal steps of colour. Lightness is monotone, so they also read in greyscale and to the colour-blind.
-The light map runs from paper to indigo, the dark one from night to pale yellow: high values always stand out.
-
-Source: OKLab, Bjorn Ottosson 2020.
+The colour maps are quadratic Bezier curves through OKLab (Bjorn Ottosson, 2020), sampled at equal distances, so that
+equal steps of the value look equal. Lightness is monotone, for greyscale and the colour-blind. The light map runs from
+paper to indigo, the dark one from night to pale yellow: high values always stand out.
 """
 
 from functools import lru_cache

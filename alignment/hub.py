@@ -33,12 +33,8 @@ def translate_hub_errors(
 ) -> Iterator[None]:
     """Turn the Hub's errors into built-in exceptions whose message says what to do.
 
-    `again` says what to do once the cause is gone; `refusals` are messages for an HTTP status that replace the general
-    one.
-
-    Raises:
-        ValueError: when the Hub refuses.
-        ConnectionError: when it cannot be reached, disconnects or fails.
+    That is a ValueError when the Hub refuses, else a ConnectionError. `again` says what to do once the cause is gone;
+    `refusals` replace the general message for an HTTP status.
     """
     try:
         yield

@@ -34,11 +34,7 @@ def cosine_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
 def logits_per_image(
     similarity: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None = None
 ) -> Tensor:
-    """Scale cosines (num_images, num_texts) to the logits a model was trained with.
-
-    `logit_scale` is already exponentiated, and a tensor keeps its gradient; `logit_bias` is SigLIP's, None for models
-    trained with a softmax.
-    """
+    """Scale cosines (num_images, num_texts) to logits; the scale is exponentiated, the bias None for softmax models."""
     logits = similarity * logit_scale
     return logits if logit_bias is None else logits + logit_bias
 
@@ -46,12 +42,8 @@ def logits_per_image(
 def match_probabilities(logits: Tensor, *, dim: int, logit_bias: float | Tensor | None = None) -> Tensor:
     """Turn logits into the probability of a match, as the model was trained.
 
-    Without a bias the candidates along `dim` compete (softmax). With one, every pair is judged by itself (sigmoid).
-
-    Args:
-        logits: (num_images, num_texts) of `logits_per_image`, which has already added the bias.
-        dim: the axis of the candidates: 1 ranks texts for an image, 0 ranks images for a text.
-        logit_bias: the model's, None for a softmax model.
+    Without a bias the candidates along `dim` compete (softmax): 1 ranks texts for an image, 0 images for a text. With
+    one, which `logits_per_image` has already added, every pair is judged by itself (sigmoid).
     """
     logits = _at_least_float32(logits)
     return logits.softmax(dim) if logit_bias is None else logits.sigmoid()

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageStat
 
-from alignment.explain.occlusion import blurred, masked, shrunk
+from alignment.explain.patches import blurred, masked, shrunk
 from alignment.model import DualEncoder
 from alignment.preprocess import ImageSource, open_image
 from alignment.similarity import cosine_similarity

@@ -13,8 +13,8 @@ from deletion import DeletionCurves, deletion_curves, filling
 from PIL import Image, ImageDraw
 from torch.nn import functional
 
-from alignment.explain import PatchRelevance, patch_relevance, word_contributions
-from alignment.explain.occlusion import UNIT, masked, shrunk, windows
+from alignment.explain import UNIT, PatchRelevance, patch_relevance, word_contributions
+from alignment.explain.patches import masked, shrunk, windows
 from alignment.explain.words import split_words
 from alignment.gallery import Picture
 from alignment.model import DualEncoder

@@ -47,11 +47,7 @@ class ModelOutput:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate a model, or compare two, and print the metrics; returns the exit status.
-
-    Raises:
-        SystemExit: with the reason, when nothing is measured.
-    """
+    """Evaluate a model, or compare two; returns the exit status, or raises SystemExit when nothing is measured."""
     arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -167,8 +163,10 @@ def _compare(before: ModelOutput, after: ModelOutput, resampling: Mapping[str, i
 def _issues(task: EvalTask, measured: Sequence[ModelOutput]) -> dict[str, Any]:
     """Print how the data was read: left out, repaired, unread, truncated; returns it for the JSON file."""
     lines = describe_issues(task.reading) if task.reading else []
+    captioned = {pair.image: pair.id for pair in task.pairs or () if pair.captions}
     for found in measured:
-        if unopened := _unopened(task, found):
+        opened = set(found.embedded.images if found.embedded is not None else captioned)
+        if unopened := list(dict.fromkeys(name for image, name in captioned.items() if image not in opened)):
             lines.append(f"left out, pictures that cannot be opened: {len(unopened):,} ({join_first(unopened)})")
         lines += describe_truncated(found.cut, found.max_length)
     for line in dict.fromkeys(lines):
@@ -178,14 +176,6 @@ def _issues(task: EvalTask, measured: Sequence[ModelOutput]) -> dict[str, Any]:
     content: dict[str, Any] = {name: dict(getattr(task.reading, name)) for name in ("left_out", "repaired", "unread")}
     content["cut"] = [{"max_tokens": found.max_length, "captions": len(found.cut)} for found in measured]
     return content
-
-
-def _unopened(task: EvalTask, found: ModelOutput) -> list[str]:
-    """List the captioned pictures that could not be opened."""
-    if task.pairs is None or found.embedded is None:
-        return []
-    opened = set(found.embedded.images)
-    return list(dict.fromkeys(pair.id for pair in task.pairs if pair.captions and pair.image not in opened))
 
 
 class _Progress:

@@ -26,21 +26,13 @@ NamedProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Images and captions with the embeddings of one model.
-
-    Attributes:
-        images: paths.
-        texts: captions, image by image.
-        image_of_text: (num_texts,) index of the image that each caption describes.
-        image_embeds: (num_images, embed_dim).
-        text_embeds: (num_texts, embed_dim).
-    """
+    """Images (paths) and captions, image by image, with the embeddings of one model."""
 
     images: Sequence[str]
     texts: Sequence[str]
-    image_of_text: Tensor
-    image_embeds: Tensor
-    text_embeds: Tensor
+    image_of_text: Tensor  # (num_texts,) index of the image that each caption describes
+    image_embeds: Tensor  # (num_images, embed_dim)
+    text_embeds: Tensor  # (num_texts, embed_dim)
 
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
@@ -58,11 +50,8 @@ def embed_pairs(
 ) -> Embedded:
     """Embed the images of a data set and all their captions.
 
-    Pairs of the same image are merged; images without captions or that cannot be opened are left out and logged.
-    `progress` is called with ("images" or "captions", done, total).
-
-    Raises:
-        ValueError: when no image with a caption is left.
+    Pairs of the same image are merged; images without captions or that cannot be opened are left out and logged; when
+    none is left, ValueError is raised. `progress` is called with ("images" or "captions", done, total).
     """
     captions = _captions_by_image(pairs)
     images, image_embeds = embed_images(encoder, list(captions), "images", batch_size=batch_size, progress=progress)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from alignment.evaluate.embedding import Embedded
 from alignment.evaluate.ranks import DIRECTIONS, ROUNDING, scored_blocks
+from alignment.similarity import cosine_similarity
 
 
 @dataclass(frozen=True)
@@ -90,27 +91,17 @@ def _largest(values: Tensor, count: int) -> list[int]:
 
 def _examples(direction: str, queries: Sequence[int], models: Sequence[Embedded]) -> list[Example]:
     """Look up the answers of each model to some queries; only their rows of the score matrix are computed."""
-    rows = torch.tensor(queries, dtype=torch.long)
-    answers = [_answers(direction, rows, model) for model in models]
-    last = models[-1]
-    asked, offered = (last.images, last.texts) if direction == DIRECTIONS[0] else (last.texts, last.images)
+    by_image, last, rows = direction == DIRECTIONS[0], models[-1], torch.tensor(queries, dtype=torch.long)
+    asked, offered = (last.images, last.texts) if by_image else (last.texts, last.images)
+    tops = []
+    for model in models:
+        (embeds, images), candidates = model.sides if by_image else model.sides[::-1]
+        scores, positives = cosine_similarity(embeds[rows], candidates[0]), images[rows, None] == candidates[1]
+        best = scores.where(positives, -torch.inf).argmax(dim=1).tolist()
+        tops.append((scores - ROUNDING * positives).argmax(dim=1).tolist())  # a negative comes first among equals
+    ranks = [model.ranks[direction][rows].tolist() for model in models]
+    answers = zip(queries, best, zip(*ranks, strict=True), zip(*tops, strict=True), strict=True)
     return [
-        Example(
-            direction,
-            asked[query],
-            offered[answers[-1][0][place]],
-            tuple(int(model.ranks[direction][query]) for model in models),
-            tuple(offered[tops[place]] for _, tops in answers),
-        )
-        for place, query in enumerate(queries)
+        Example(direction, asked[query], offered[answer], of_models, tuple(offered[top] for top in firsts))
+        for query, answer, of_models, firsts in answers
     ]
-
-
-def _answers(direction: str, rows: Tensor, model: Embedded) -> tuple[list[int], list[int]]:
-    """Return the best positive and the best candidate of each query; a negative comes first among equals."""
-    (embeds, images), candidates = model.sides if direction == DIRECTIONS[0] else model.sides[::-1]
-    best, tops = list[int](), list[int]()
-    for _, scores, positives in scored_blocks((embeds[rows], images[rows]), candidates):
-        best += scores.where(positives, -torch.inf).argmax(dim=1).tolist()
-        tops += (scores - ROUNDING * positives).argmax(dim=1).tolist()
-    return best, tops

@@ -31,14 +31,9 @@ def html_page(
     examples: Sequence[Sequence[Example]] = (),
     negatives: Sequence[FalseNegative] = (),
 ) -> str:
-    """Render the report of one model, or the comparison of two.
+    """Render the report of one model, or the comparison of two; `facts` are data set, sizes and settings by title.
 
-    Args:
-        models: their names.
-        facts: the data set, sizes and settings by title.
-        metrics: by name; differences for two models.
-        examples: [`worst_queries`] of one model, `changed_queries` of two.
-        negatives: `suspected_false_negatives`.
+    `examples` are [`worst_queries`] of one model or `changed_queries` of two, `negatives` `suspected_false_negatives`.
     """
     one = len(models) == 1
     titles = {"Worst queries": "Rank of the right answer."} if one else dict.fromkeys(_CHANGED, _BOTH_RANKS)

@@ -70,10 +70,9 @@ def query_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor
 def scored_blocks(
     queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Score the queries block by block; a candidate of the same image is a positive.
+    """Score the queries block by block: indices of the queries, their similarity to all candidates, and positives.
 
-    Both sides are embeddings (n, embed_dim) and the index of each one's image (n,). Yields the indices of the block's
-    queries, their similarity to all candidates, and the positives, bool of that shape.
+    Both sides are embeddings (n, embed_dim) and the index of each one's image (n,); the same image is a positive.
     """
     for rows in torch.arange(len(queries[0])).split(_QUERIES_AT_ONCE):
         embeds, images = queries[0][rows], queries[1][rows]

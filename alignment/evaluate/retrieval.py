@@ -76,11 +76,7 @@ def evaluate_embedded(embedded: Embedded, *, resamples: int = 1000, seed: int = 
 def compare_retrieval(
     before: Embedded, after: Embedded, *, resamples: int = 1000, seed: int = 0
 ) -> RetrievalReport[Difference]:
-    """Subtract model A (`before`) from model B (`after`), by the same draws of a paired bootstrap.
-
-    Raises:
-        ValueError: on different images or captions, or embeddings that are not finite.
-    """
+    """Subtract model A (`before`) from model B (`after`); raises ValueError on different images or captions."""
     is_same = list(before.images) == list(after.images) and list(before.texts) == list(after.texts)
     if not is_same or not torch.equal(before.image_of_text, after.image_of_text):
         raise ValueError("The two models were given different images or captions; compare them on the same.")

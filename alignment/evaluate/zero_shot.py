@@ -48,12 +48,8 @@ def read_class_folders(folder: Path, class_names: Path | None = None) -> Labelle
     """Read a folder that holds a folder of pictures for each class, named like it, with underscores for spaces.
 
     `class_names` is a file with other names, see `read_class_names`; its classes are the candidates, with or without
-    pictures, and every folder must be among them.
-
-    Raises:
-        FileNotFoundError: when there is no such folder or file.
-        PermissionError: when a folder cannot be listed; accuracy on a part of a class would mislead.
-        ValueError: when no class folder holds a picture, or the file does not name one of them.
+    pictures, and every folder must be among them. A folder that cannot be listed raises PermissionError: accuracy on a
+    part of a class would mislead.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} to classify.")

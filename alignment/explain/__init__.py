@@ -4,7 +4,7 @@ Place in the flow: `encoder + one picture + captions -> contributions (here) -> 
 cosines, on one scale for all results of a model: a caption that does not fit has little anywhere.
 """
 
-from alignment.explain.occlusion import UNIT
+from alignment.explain.gradient import UNIT
 from alignment.explain.patches import PatchRelevance, patch_relevance
 from alignment.explain.words import WordContribution, word_contributions
 

@@ -16,9 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.explain.occlusion import UNIT
 from alignment.model import DualEncoder
 from alignment.preprocess import Preprocessor
+
+UNIT = 1 / 9
+"""Share of the picture whose loss relevance is quoted for, whatever the method and the size of its windows."""
 
 STEPS = 8  # of the integral over our own tower's maps; more change nothing that can be seen
 

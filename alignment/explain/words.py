@@ -27,13 +27,10 @@ _HAN_WORD = re.compile(
 
 @dataclass(frozen=True)
 class WordContribution:
-    """One word and what it adds to the match.
+    """One word, at `caption[start:end]`, and what it adds to the match.
 
-    Attributes:
-        word: as it stands in the caption, at `caption[start:end]`.
-        start, end: its place in the caption.
-        contributions: per picture, the cosine lost when the word is left out, in [-2, 2]; negative where the caption
-            fits better without it. The same scale for every caption and every picture of a model.
+    `contributions` are per picture the cosine lost when the word is left out, in [-2, 2]; negative where the caption
+    fits better without it. The scale is the same for every caption and every picture of a model.
     """
 
     word: str
@@ -49,14 +46,8 @@ def word_contributions(
 
     Punctuation is no word, and a caption of nothing else has none.
 
-    Args:
-        encoder: its text tower reads the captions, in one batch.
-        image_embeds: (num_images, embed_dim), or (embed_dim,) for one picture.
-        caption: as the person typed it.
-        background: the cosine of unrelated pictures and captions; a caption of a single word is compared with it.
-
-    Raises:
-        InputError: when the caption is empty or too long.
+    `image_embeds` is (num_images, embed_dim), or (embed_dim,) for one picture. A caption of a single word is compared
+    with `background`, the cosine of unrelated pictures and captions. An empty or too long one raises InputError.
 
     Source: leave-one-out, or erasure (Li, Monroe and Jurafsky, 2016).
     """
@@ -110,22 +101,14 @@ def _kind(caption: str, place: int) -> str | None:
 
 
 def _han_words(run: str) -> Iterator[tuple[int, int]]:
-    """Cut a run of Chinese characters into (start, end)."""
+    """Cut a run of Chinese characters into (start, end): known words, and twos, the last a three if that is odd."""
     start = 0
-    for match in _HAN_WORD.finditer(run):
-        yield from _pieces(start, match.start())
-        yield match.span()
-        start = match.end()
-    yield from _pieces(start, len(run))
-
-
-def _pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Cut into twos, the last a three if the length is odd."""
-    while end - start > 3:
-        yield start, start + 2
-        start += 2
-    if end > start:
-        yield start, end
+    for first, last in [*(match.span() for match in _HAN_WORD.finditer(run)), (len(run), len(run))]:
+        while first - start > 3:
+            yield start, start + 2
+            start += 2
+        yield from (span for span in ((start, first), (first, last)) if span[0] < span[1])
+        start = last
 
 
 def _seam(caption: str, start: int, end: int) -> str:

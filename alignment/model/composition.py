@@ -25,10 +25,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from alignment.model.tower import Pooling, Projection
 from alignment.towers import ResidualMLP  # the import also registers the compact model's towers
 
-Pooling = Literal["mean", "cls", "pooler"]
-Projection = Literal["linear", "mlp", "none"]
 Masked = Literal["pixel_attention_mask", "attention_mask"]
 
 FRESH_LOGIT_SCALE = math.log(1 / 0.07)  # where CLIP's temperature starts before training

@@ -1,11 +1,8 @@
 """The interface of every dual encoder: pictures and captions in, embeddings out, whatever its family and back end.
 
 Place in the flow: `preprocess -> encoder (here) -> similarity`. Every family has transformers' `get_image_features`
-and `get_text_features`, so no code here depends on the family. Device, precision and back end stay private to this
-package.
+and `get_text_features`, so no code here depends on it. Device, precision and back end stay private to this package.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -16,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 from PIL import Image
@@ -29,12 +26,9 @@ from alignment.model.devices import best_device, find_device
 from alignment.model.graph_cache import GraphCache, ModelInfo
 from alignment.model.openvino import OpenVINOTower, export_tower, openvino
 from alignment.model.torch_tower import LazyModule, TorchTower, TracedSide, pinned
-from alignment.model.tower import Inputs, Kind, Tower, concatenate
+from alignment.model.tower import Inputs, Kind, Pooling, Projection, Tower, concatenate
 from alignment.prefetch import prefetch_map
 from alignment.preprocess import ImageSource, Preprocessor, clean_caption
-
-if TYPE_CHECKING:  # composition imports what builds models; serving does not need it
-    from alignment.model.composition import Pooling, Projection
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +86,7 @@ class DualEncoder:
         revision: str | None = None,
         device: str | torch.device | None = None,
         runtime: Runtime = "auto",
-    ) -> DualEncoder:
+    ) -> Self:
         """Load a CLIP, SigLIP, SigLIP2, Chinese-CLIP, vision-text-dual-encoder or composed checkpoint.
 
         Args:
@@ -138,7 +132,7 @@ class DualEncoder:
         pooling: Pooling | tuple[Pooling, Pooling] = ("pooler", "mean"),
         projection: Projection = "linear",
         device: str | torch.device | None = None,
-    ) -> DualEncoder:
+    ) -> Self:
         """Join a vision tower and a text tower with fresh projections; train it before use.
 
         Args:
@@ -214,18 +208,10 @@ class DualEncoder:
     def encode_images(
         self, images: Sequence[ImageSource], *, batch_size: int | None = None, progress: Progress | None = None
     ) -> Tensor:
-        """Embed pictures; they are opened as they are needed.
+        """Embed anything `open_image` takes, opened as it is needed: (n, embed_dim) float32, CPU, unit norm, in order.
 
-        Args:
-            images: anything `open_image` takes.
-            batch_size: pictures per forward pass; what suits the device when None.
-            progress: called after each batch with (done, total).
-
-        Returns:
-            (n, embed_dim) float32, CPU, unit norm, in the order given.
-
-        Raises:
-            InputError: when one of them cannot be opened.
+        A `batch_size` of None suits the device; `progress` is called after each batch with (done, total). Raises
+        InputError when a picture cannot be opened.
         """
         sources = _listed(images)
         if len(sources) < 2:

@@ -11,8 +11,6 @@ Entries lie in `graphs` below `$ALIGNMENT_CACHE`, else below `~/.cache/alignment
 altered is made again; where nothing may be written, a graph lives as long as the process.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
@@ -23,7 +21,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from alignment.atomic import atomic_write, read_json_checksummed, remove_stale_temp, sha256_of, write_json_checksummed
 from alignment.model.checkpoints import SMALL_FILES, TRAINING_FILES
@@ -63,7 +61,7 @@ class GraphCache:
         self.entry = entry
 
     @classmethod
-    def of(cls, folder: Path) -> GraphCache:
+    def of(cls, folder: Path) -> Self:
         """Find the entry of a checkpoint, new or old."""
         try:
             home = Path(os.environ.get("ALIGNMENT_CACHE") or "~/.cache/alignment").expanduser()

@@ -150,8 +150,7 @@ def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: P
         probes: batches of inputs; the first is traced, the others differ in size, which shows constants in the trace.
         path: "NAME.xml"; weights go to "NAME.bin" beside it, in half precision.
 
-    Raises:
-        ValueError: when no graph of this tower is accurate enough.
+    Raises ValueError when no graph of this tower is accurate enough.
     """
     names = list(probes[0])
     if not set(names) <= _KNOWN_INPUTS[kind]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 Kind = Literal["image", "text"]
+Pooling = Literal["mean", "cls", "pooler"]
+Projection = Literal["linear", "mlp", "none"]
 Inputs = Mapping[str, Tensor]
 
 

@@ -45,10 +45,9 @@ def on_zerogpu() -> bool:
 
 
 def patch_cuda_capture() -> None:
-    """Stub `is_current_stream_capturing`, which transformers calls for every caption.
+    """Stub `is_current_stream_capturing`, which transformers calls for every caption; call this before a model is run.
 
-    A real call initialises CUDA in this process, after which no forked process finds a GPU. No stream is ever captured
-    here, so the answer is right. Call it before a model is run.
+    A real call initialises CUDA in this process, after which no forked process finds a GPU. Nothing is captured here.
     """
     torch.cuda.is_current_stream_capturing = lambda: False
 
