@@ -6,7 +6,7 @@ compute what the module does, PyTorch runs the tower.
 
 Where the processor has bfloat16 the graph computes in it, which doubles the speed. A vision transformer keeps its
 accuracy, a narrow convolutional network loses some: its first layers then stay in float32, as many as it takes.
-OpenVINO has no public option for that, so the graph's XML text is marked (`mark_first_layers_precise`).
+OpenVINO has no public option for that, so the graph's XML text is marked; `tests/test_openvino.py` checks the mark.
 """
 
 import logging
