@@ -3,14 +3,9 @@
 import importlib.util
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-"""Folder that holds the package `alignment` and the data beside it."""
-
-MODEL, GALLERY = "checkpoints/compact", "assets/gallery"
-"""The bundled model and gallery, relative to `ROOT`."""
-
-PACKAGE = "package:"
-"""Prefix of a picture's source that lies inside an installed package."""
+ROOT = Path(__file__).resolve().parents[1]  # holds the package `alignment` and the data beside it
+MODEL, GALLERY = "checkpoints/compact", "assets/gallery"  # relative to `ROOT`
+PACKAGE = "package:"  # prefix of a picture's source that lies inside an installed package
 
 
 def bundled(name: str) -> str:

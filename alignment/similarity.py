@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_FEW = 64
-"""Rows up to which numpy multiplies faster than torch: beyond, its threads wake up."""
+_FEW = 64  # rows up to which numpy multiplies faster than torch: beyond, its threads wake up
 
 
 def cosine_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:

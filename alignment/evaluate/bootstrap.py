@@ -17,8 +17,7 @@ Statistics = Callable[[Tensor], Mapping[str, float]]
 Sampled = Mapping[str, tuple[float, Tensor]]
 """Metrics by name: of the data set, and of its resamples, (num_resamples,) float64; without these the value alone."""
 
-LOWER_IS_BETTER = "median_rank"
-"""Suffix of the metrics that are better when low."""
+LOWER_IS_BETTER = "median_rank"  # suffix of the metrics that are better when low
 
 
 @dataclass(frozen=True)

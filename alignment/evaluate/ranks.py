@@ -12,12 +12,8 @@ from torch import Tensor
 from alignment.similarity import cosine_similarity
 
 KS = (1, 5, 10)
-ROUNDING = 1e-6
-"""Cosines closer than this are ties: in float32, equal embeddings get scores that differ in the last bits."""
-
-DIRECTIONS = ("image_to_text", "text_to_image")
-"""The query is named first."""
-
+ROUNDING = 1e-6  # closer cosines are ties: in float32, equal embeddings get scores that differ in the last bits
+DIRECTIONS = ("image_to_text", "text_to_image")  # the query is named first
 _QUERIES_AT_ONCE = 1024  # rows of the similarity matrix in memory at a time
 
 

@@ -19,9 +19,7 @@ from torch.nn import functional
 from alignment.model import DualEncoder
 from alignment.preprocess import Preprocessor
 
-UNIT = 1 / 9
-"""Share of the picture whose loss relevance is quoted for, whatever the method and the size of its windows."""
-
+UNIT = 1 / 9  # share of the picture whose loss relevance is quoted for, whatever the method
 STEPS = 8  # of the integral over our own tower's maps; more change nothing that can be seen
 
 Inputs = dict[str, Tensor]
@@ -124,9 +122,8 @@ def _token_grid(encoder: DualEncoder, inputs: Inputs) -> tuple[int, int] | None:
         rows, columns = inputs["spatial_shapes"][0].tolist()
         return rows, columns
     patch = getattr(encoder.module.vision_model.config, "patch_size", None)
-    if not isinstance(patch, int):
-        return None
-    return inputs["pixel_values"].shape[-2] // patch, inputs["pixel_values"].shape[-1] // patch
+    height, width = inputs["pixel_values"].shape[-2:]
+    return (height // patch, width // patch) if isinstance(patch, int) else None
 
 
 def _seen(preprocessor: Preprocessor, image: Image.Image, inputs: Inputs) -> Box:
@@ -144,8 +141,7 @@ def _seen(preprocessor: Preprocessor, image: Image.Image, inputs: Inputs) -> Box
     pictures = (Image.merge("RGB", (across, rising, black)), black.convert("RGB"), white)
     ramp, dark, light = (preprocessor.images([picture])["pixel_values"][0] for picture in pictures)
     shares = (ramp - dark) / (light - dark)
-    left, right = _ends(shares[0].mean(0))
-    top, bottom = _ends(shares[1].mean(1))
+    (left, right), (top, bottom) = _ends(shares[0].mean(0)), _ends(shares[1].mean(1))
     return left, top, right, bottom
 
 
@@ -163,7 +159,5 @@ def _laid_out(places: Tensor, box: Box, side: int) -> Tensor:
     centres = (torch.arange(side) + 0.5) / side
     across, down = (2 * (centres - left) / (right - left) - 1, 2 * (centres - top) / (bottom - top) - 1)
     points = torch.stack([across.expand(side, side), down[:, None].expand(side, side)], dim=-1)
-    spread = functional.grid_sample(
-        places[None], points[None], mode="bilinear", padding_mode="border", align_corners=False
-    )[0]
+    (spread,) = functional.grid_sample(places[None], points[None], padding_mode="border", align_corners=False)
     return spread * ((points.abs() <= 1).all(-1))

@@ -22,12 +22,8 @@ from alignment.similarity import cosine_similarity
 
 Method = Literal["gradient", "occlusion"]
 
-RESOLUTION = 5
-"""Smaller windows along a side: 25 of these and 9 larger ones, and a result of 12 x 12."""
-
-MAX_SIDE = 512
-"""Pixels: larger pictures are shrunk first, since no encoder here sees more and dozens of copies are made."""
-
+RESOLUTION = 5  # smaller windows along a side: 25 of these and 9 larger ones, and a result of 12 x 12
+MAX_SIDE = 512  # pixels; larger pictures are shrunk first: no encoder here sees more, and dozens of copies are made
 _BLUR = 1 / 8  # radius as a share of the longer side: no object stays recognisable
 
 
@@ -76,11 +72,10 @@ def patch_relevance(
     if found is None and method == "gradient":
         raise ValueError("This vision tower has no places to watch; use 'occlusion'.")
     used: Method = "occlusion" if found is None else "gradient"
-    if found is None:
-        found = occlusion(encoder, picture, texts, resolution)
+    grid = occlusion(encoder, picture, texts, resolution) if found is None else found
     embeds = encoder.encode_images([picture])
-    cosines = cosine_similarity(embeds, texts)[0]
-    return PatchRelevance(found.numpy().astype(np.float32), tuple(cosines.tolist()), used, embeds[0])
+    cosines = tuple(cosine_similarity(embeds, texts)[0].tolist())
+    return PatchRelevance(grid.numpy().astype(np.float32), cosines, used, embeds[0])
 
 
 def occlusion(encoder: DualEncoder, image: Image.Image, text_embeds: Tensor, resolution: int) -> Tensor:

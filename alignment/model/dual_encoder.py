@@ -36,9 +36,7 @@ Runtime = Literal["auto", "openvino", "torch"]
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
 
-MIN_PARAMS_TO_EXPORT = 2_000_000
-"""Weights from which "auto" exports graphs; smaller models take longer to export than graphs save."""
-
+MIN_PARAMS_TO_EXPORT = 2_000_000  # for "auto"; smaller models take longer to export than graphs save
 _IMAGE_BATCH = {"cpu": 8, "cuda": 256}  # pictures per forward pass by device
 _TEXT_BATCH = {"cpu": 64, "cuda": 1024}
 

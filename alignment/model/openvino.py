@@ -30,14 +30,9 @@ from alignment.prefetch import prefetch_map
 
 logger = logging.getLogger(__name__)
 
-MIN_COSINE = 0.999
-"""Least cosine between a graph's embedding and PyTorch's."""
-
+MIN_COSINE = 0.999  # between a graph's embedding and PyTorch's
+# Over all probes, which lose more than photographs; a text tower is held to more, for it costs a tenth of the time.
 _MIN_COSINE_ON_PROBES: dict[Kind, float] = {"image": MIN_COSINE, "text": 0.9999}
-"""Least cosine over all probes, which lose more than photographs. The text tower, which costs a tenth of the image
-tower's time, is held to more.
-"""
-
 _BATCHES_BEFORE_PARALLEL = 4  # after which a second compilation, for parallel requests, pays
 _PRECISE_SHARES = (0.0, 1 / 16, 1 / 8, 1 / 5, 1 / 2)  # of the layers, from the first on, in float32: tried in turn
 _KNOWN_INPUTS: dict[Kind, set[str]] = {
@@ -91,10 +86,7 @@ class OpenVINOTower:
         return self._single(inputs)
 
     def stream(self, batches: Iterable[Inputs]) -> Generator[Tensor]:
-        """Embed batch after batch, in order: the first few on all cores, the others on one core each, in parallel.
-
-        The batches are read in the caller's thread, a few ahead.
-        """
+        """Embed batch after batch, in order: the first few on all cores, the others on one core each, in parallel."""
         stream = iter(batches)
         if self._parallel is None:
             yield from map(self._single, islice(stream, _BATCHES_BEFORE_PARALLEL))

@@ -34,10 +34,9 @@ def _draw_shapes(picture: Image.Image, count: int, rng: np.random.Generator) -> 
         (canvas.ellipse if rng.random() < 0.5 else canvas.rectangle)(box, fill=colour)
 
 
-CAPTIONS = (
+CAPTIONS = (  # batches of different sizes and lengths
     ("a dog runs on the beach", "two children play football in the park"),
     ("一只狗在沙滩上奔跑",),
     ("red", "a plate of pasta with tomatoes, basil and a glass of water on a wooden table by the window", "夜晚的城市"),
     ("A man in a yellow jacket climbs a snowy mountain!", "ein Hund am Strand", "3 cats", "雨中撑伞的人们走过斑马线"),
 )
-"""Batches of different sizes and lengths."""

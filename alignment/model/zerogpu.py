@@ -27,16 +27,11 @@ Encode = Callable[[Inputs], Tensor]
 Result = TypeVar("Result")
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-MAX_CPU_PICTURES = 7
-"""Pictures that the CPU encodes sooner than a GPU is assigned."""
-
-GPU_BATCH = 64
-"""Pictures in one call to the GPU, some 0.6 MB each."""
-
+MAX_CPU_PICTURES = 7  # the CPU encodes these sooner than a GPU is assigned
+GPU_BATCH = 64  # pictures in one call to the GPU, some 0.6 MB each
 _CPU_BATCH = 8  # pictures at a time when no GPU was assigned
 GPU_DEVICE = "cuda"
-DURATION_S = 10
-"""GPU time to ask for; less is used, and a low request suits visitors with little quota left."""
+DURATION_S = 10  # GPU time to ask for; less is used, and a low request suits visitors with little quota left
 
 
 def on_zerogpu() -> bool:
@@ -71,9 +66,7 @@ class ZeroGPUTower:
     def __init__(self, gpu: Encode, cpu: Encode) -> None:
         """Register `gpu`, which is run in another process, with ZeroGPU; call this before the page is served."""
         self.gpu, self._cpu = gpu, cpu
-        self.call_gpu: Callable[[Arrays], np.ndarray[Any, Any]] = sys.modules["spaces"].GPU(
-            self._run_on_gpu, duration=DURATION_S
-        )
+        self.call_gpu: Any = sys.modules["spaces"].GPU(self._run_on_gpu, duration=DURATION_S)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Embed a batch: (n, embed_dim) float32, CPU, unit norm."""

@@ -180,9 +180,8 @@ class EfficientNetLiteModel(PreTrainedModel):
         if concepts is None:
             concepts, certainty = self.concept(trunk_maps)
         low, high = self.config.concept_weight
-        return BaseModelOutputWithPooling(
-            pooler_output=join_parts(self.align(last), concepts, low + (high - low) * certainty)
-        )
+        embeds = join_parts(self.align(last), concepts, low + (high - low) * certainty)
+        return BaseModelOutputWithPooling(pooler_output=embeds)
 
 
 def _blocks(config: EfficientNetLiteConfig) -> list[InvertedResidual]:
@@ -191,8 +190,7 @@ def _blocks(config: EfficientNetLiteConfig) -> list[InvertedResidual]:
         deepened = stage not in (0, len(STAGES) - 1)
         out_channels = _round_to_8(width * config.width_multiplier)
         for repeat in range(math.ceil(repeats * config.depth_multiplier) if deepened else repeats):
-            first = repeat == 0
-            blocks.append(InvertedResidual(channels, out_channels, expansion, kernel, stride if first else 1))
+            blocks.append(InvertedResidual(channels, out_channels, expansion, kernel, 1 if repeat else stride))
             channels = out_channels
     return blocks
 
