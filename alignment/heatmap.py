@@ -48,13 +48,11 @@ def patch_overlay(
     Args:
         image: the picture that the patches cover edge to edge; the result has its size, in RGB.
         relevance: (rows, columns) numbers of any range, first row at the top; what is not finite counts as the least.
-        limits: relevance of the first and last colour, which makes pictures comparable. None takes the smallest and
-            largest here; relevance that is the same everywhere then leaves the picture as it is.
+        limits: relevance of the first and last colour, low < high, which makes pictures comparable. None takes the
+            smallest and largest here; relevance that is the same everywhere then leaves the picture as it is.
         opacity: of the colours over the photograph, in [0, 1].
 
-    Raises:
-        ValueError: when the relevance is not a two-dimensional, non-empty array, the limits are not (low, high)
-            with low < high, or the opacity lies outside [0, 1].
+    Raises ValueError when the relevance is no matrix or empty, or limits or opacity are out of range.
     """
     matrix = np.asarray(relevance, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0:

@@ -1,7 +1,4 @@
-"""Floor 1, the Hugging Face Hub: repository names, login and error messages that say what to do.
-
-Place in the flow: `train` and `space` upload inside `translate_hub_errors`.
-"""
+"""Floor 1, the Hugging Face Hub: names, login and errors; `train` and `space` upload in `translate_hub_errors`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -21,10 +21,8 @@ def softmax_loss(logits_per_image: Tensor, positives: Tensor | None = None, *, i
     alternative, -log of their summed p, is content once one caption of five is close; here each caption has to be
     found, as recall counts it. A query without a positive is left out of its direction's mean but stays a candidate.
 
-    Half precision is lifted to float32. Returns a scalar; log B when B x B logits are all equal.
-
-    Raises:
-        ValueError: on masks of another shape or type, or without any positive.
+    Half precision is lifted to float32. Returns a scalar; log B when B x B logits are all equal. Raises ValueError on
+    masks of another shape or type, or without any positive.
 
     Source: InfoNCE, van den Oord et al. 2018; symmetric as in CLIP, Radford et al. 2021; several positives as L_out of
     SupCon, Khosla et al. 2020.
@@ -39,13 +37,9 @@ def sigmoid_loss(logits_per_image: Tensor, positives: Tensor | None = None, *, i
     """Judge every pair by itself: a logistic loss per cell, summed over texts, averaged over images.
 
     The sum is divided by the number of images, not of pairs: the parts of a large batch, each scored against all texts,
-    then average to the loss of the whole.
-
-    The logits include the bias; half precision is lifted to float32. An image may have no positive. Returns a scalar;
-    num_texts * log 2 when all logits are 0.
-
-    Raises:
-        ValueError: on masks of another shape or type.
+    then average to the loss of the whole. The logits include the bias; half precision is lifted to float32. An image
+    may have no positive. Returns a scalar; num_texts * log 2 when all logits are 0. Raises ValueError on masks of
+    another shape or type.
 
     Source: SigLIP, Zhai et al. 2023.
     """

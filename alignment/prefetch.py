@@ -30,11 +30,8 @@ def prefetch_map(
     An error is raised when its item's turn comes, and ends the series; results of later items are dropped.
     Close the generator (`contextlib.closing`) to stop early: calls that have not begun are cancelled, others finish.
 
-    Args:
-        function: called in the threads, for several items at once.
-        items: read in the consumer's thread, no more than `depth` ahead of what was yielded.
-        workers: number of threads, at least one; `num_workers()` when None.
-        depth: results that may be under way or waiting, at least one; sixteen for each thread when None.
+    Items are read in the consumer's thread, no more than `depth` ahead of what was yielded; that is sixteen for each of
+    the `workers` when None, and these are `num_workers()` when None. ValueError when either is below one.
     """
     workers = num_workers() if workers is None else workers
     depth = 16 * workers if depth is None else depth

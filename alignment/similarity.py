@@ -16,9 +16,7 @@ def cosine_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """Score images (num_images, embed_dim) against texts (num_texts, embed_dim): (num_images, num_texts).
 
     Embeddings need no unit norm, a zero vector scores 0. Computed in float32 at least; in [-1, 1] up to rounding.
-
-    Raises:
-        ValueError: when either is not two-dimensional or the widths differ.
+    Raises ValueError when either is not two-dimensional or the widths differ.
     """
     if image_embeds.dim() != 2 or text_embeds.dim() != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(

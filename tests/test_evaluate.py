@@ -17,19 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignment.data import Pair, positive_mask
-from alignment.evaluate import (
-    KS,
-    ROUNDING,
-    Estimate,
-    RetrievalReport,
-    embed_pairs,
-    evaluate_embedded,
-    evaluate_embeddings,
-    main,
-    report_table,
-    retrieval_ranks,
-)
+from alignment.evaluate import KS, Estimate, embed_pairs, evaluate_embedded, evaluate_embeddings, main
 from alignment.evaluate.embedding import NamedProgress
+from alignment.evaluate.ranks import ROUNDING, retrieval_ranks
+from alignment.evaluate.retrieval import RetrievalReport, report_table
 from alignment.preprocess import InputError
 
 

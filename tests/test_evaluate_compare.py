@@ -19,16 +19,15 @@ from alignment.evaluate import (
     Difference,
     Embedded,
     Estimate,
-    changed_queries,
     compare_retrieval,
     difference_table,
     evaluate_embedded,
-    retrieval_ranks,
     suspected_false_negatives,
     worst_queries,
 )
-from alignment.evaluate.error_analysis import Example, FalseNegative
+from alignment.evaluate.error_analysis import Example, FalseNegative, changed_queries
 from alignment.evaluate.html_report import THUMBNAIL, html_page
+from alignment.evaluate.ranks import retrieval_ranks
 
 
 def random_embeds(*shape: int, seed: int = 0) -> Tensor:

@@ -13,13 +13,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.evaluate import Estimate, LabelledImages, read_class_folders
+from alignment.evaluate import Estimate
 from alignment.evaluate.zero_shot import (
     CHINESE_TEMPLATES,
     ENGLISH_TEMPLATES,
+    LabelledImages,
     class_embeddings,
     class_ranks,
     compare_zero_shot,
+    read_class_folders,
     read_class_names,
     read_templates,
     zero_shot_line,

@@ -11,20 +11,11 @@ Place in the flow: `data + model -> evaluate (here) -> report`. `embedding` enco
 from alignment.evaluate.bootstrap import Difference, Estimate
 from alignment.evaluate.command import main
 from alignment.evaluate.embedding import Embedded, embed_pairs
-from alignment.evaluate.error_analysis import changed_queries, suspected_false_negatives, worst_queries
-from alignment.evaluate.ranks import KS, ROUNDING, retrieval_ranks
-from alignment.evaluate.retrieval import (
-    RetrievalReport,
-    compare_retrieval,
-    difference_table,
-    evaluate_embedded,
-    evaluate_embeddings,
-    report_table,
-)
-from alignment.evaluate.zero_shot import LabelledImages, read_class_folders
+from alignment.evaluate.error_analysis import suspected_false_negatives, worst_queries
+from alignment.evaluate.ranks import KS
+from alignment.evaluate.retrieval import compare_retrieval, difference_table, evaluate_embedded, evaluate_embeddings
 
 __all__ = [
-    "KS", "ROUNDING", "Difference", "Embedded", "Estimate", "LabelledImages", "RetrievalReport", "changed_queries",
-    "compare_retrieval", "difference_table", "embed_pairs", "evaluate_embedded", "evaluate_embeddings", "main",
-    "read_class_folders", "report_table", "retrieval_ranks", "suspected_false_negatives", "worst_queries",
+    "KS", "Difference", "Embedded", "Estimate", "compare_retrieval", "difference_table", "embed_pairs",
+    "evaluate_embedded", "evaluate_embeddings", "main", "suspected_false_negatives", "worst_queries",
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """The command: measure one model or compare two, print the metrics, write JSON and a page.
 
-Place in the flow: `arguments, DualEncoder -> command (here) -> terminal, files`. All options are checked before the
-first picture is encoded.
+Place in the flow: `arguments, DualEncoder -> command (here) -> terminal, files`.
 """
 
 import argparse
@@ -181,8 +180,7 @@ def _issues(task: EvalTask, measured: Sequence[ModelOutput]) -> dict[str, Any]:
 class _Progress:
     """Print progress on standard error: in place on a terminal, else one line per tenth."""
 
-    def __init__(self) -> None:
-        self.printed = ("", -1)
+    printed = ("", -1)
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if sys.stderr.isatty():

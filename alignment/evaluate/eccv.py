@@ -39,9 +39,8 @@ class EccvData:
 def read_eccv(pairs: Sequence[Pair], source: Path) -> EccvData:
     """Keep the pictures of ECCV Caption, and look up the ids of their captions.
 
-    `source` is `dataset_coco.json`, `captions_val2014.json`, or a folder that holds one; `pairs` were read from it.
-    Raises ModuleNotFoundError without the package, FileNotFoundError without annotations, and ValueError when these are
-    not COCO's or lack pictures or captions of the test split.
+    `source`, which `pairs` were read from, is an annotation file or a folder that holds one. Raises ModuleNotFoundError
+    without the package, and ValueError when pictures or captions of the test split are missing.
     """
     labels = _package().coco_gts["i2t"]
     places = [source, *(path for name in _FILES for path in (source / name, *sorted(source.glob(f"*/{name}"))))]
@@ -71,14 +70,11 @@ def evaluate_eccv(embedded: Embedded, data: EccvData) -> dict[str, float]:
 def eccv_metrics(
     image_embeds: Tensor, text_embeds: Tensor, image_ids: Sequence[int], caption_ids: Sequence[int]
 ) -> dict[str, float]:
-    """Compute ECCV Caption's, CxC's and COCO's metrics from embeddings (n, embed_dim) and COCO's ids.
+    """Compute ECCV Caption's, CxC's and COCO's metrics in [0, 1] from embeddings (n, embed_dim) and COCO's ids.
 
     The package's 5,000 images and 25,000 captions are required, others are left out. Cosines within `ROUNDING` of each
-    other are ties, and labelled candidates come last among them.
-
-    Returns:
-        For both directions `image_to_text` and `text_to_image`: `..._eccv_map@r`, `..._eccv_r_precision`,
-        `..._eccv_recall@1`, `..._cxc_recall@1`, `@5`, `@10` and `..._coco_recall@1`, `@5`, `@10`, in [0, 1].
+    other are ties, and labelled candidates come last among them. For both `DIRECTIONS`: `..._eccv_map@r`,
+    `..._eccv_r_precision`, `..._eccv_recall@1`, `..._cxc_recall@1`, `@5`, `@10` and `..._coco_recall@1`, `@5`, `@10`.
     """
     package = _package()
     coco = package.coco_gts["i2t"]

@@ -16,11 +16,11 @@ from torch import Tensor
 from alignment.data import Pair
 from alignment.evaluate.ranks import query_ranks
 from alignment.model import DualEncoder
+from alignment.model.dual_encoder import Progress
 from alignment.preprocess import InputError, message_with_option, open_image, sanitize_text
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
 NamedProgress = Callable[[str, int, int], None]
 
 

@@ -42,11 +42,8 @@ class FalseNegative:
 
 def worst_queries(embedded: Embedded, count: int) -> list[Example]:
     """Select at most `count` queries of each direction whose answer ranks last, those at rank 1 left out."""
-    return [
-        example
-        for direction in DIRECTIONS
-        for example in _examples(direction, _largest(embedded.ranks[direction] - 1, count), [embedded])
-    ]
+    last = {direction: _largest(embedded.ranks[direction] - 1, count) for direction in DIRECTIONS}
+    return [example for direction, queries in last.items() for example in _examples(direction, queries, [embedded])]
 
 
 def changed_queries(before: Embedded, after: Embedded, count: int) -> tuple[list[Example], list[Example]]:

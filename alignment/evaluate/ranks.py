@@ -31,8 +31,7 @@ def retrieval_ranks(similarity: Tensor, positives: Tensor, *, tolerance: float =
         positives: same shape, bool; several positives per query are allowed.
         tolerance: scores that differ by no more than this are ties.
 
-    Raises:
-        ValueError: on shapes that differ, non-finite scores, or a query without a positive.
+    Raises ValueError on shapes that differ, non-finite scores, or a query without a positive.
     """
     if similarity.dim() != 2 or similarity.shape != positives.shape or positives.dtype != torch.bool:
         raise ValueError(

@@ -32,11 +32,9 @@ Metric = TypeVar("Metric", Estimate, Difference)
 class RetrievalReport(Generic[Metric]):
     """Retrieval metrics of one model (`Estimate`), or the differences between two (`Difference`).
 
-    Attributes:
-        num_images, num_texts: images and captions that were queries and candidates.
-        metrics: for both directions `image_to_text` and `text_to_image` (the query comes first): `..._recall@1`, `@5`,
-            `@10` in [0, 1], `..._recall_sum` of these, `..._median_rank` from 1; and `recall_sum`, of all six, in
-            [0, 6] (papers print 100 times that).
+    The metrics are for both directions `image_to_text` and `text_to_image` (the query comes first): `..._recall@1`,
+    `@5`, `@10` in [0, 1], `..._recall_sum` of these, `..._median_rank` from 1; and `recall_sum`, of all six, in [0, 6]
+    (papers print 100 times that).
     """
 
     num_images: int
@@ -52,15 +50,9 @@ def evaluate_embeddings(
 ) -> RetrievalReport[Estimate]:
     """Measure recall in both directions between embeddings; ties, cosines within `ROUNDING`, count against the model.
 
-    Args:
-        image_embeds: (num_images, embed_dim).
-        text_embeds: (num_texts, embed_dim).
-        image_of_text: (num_texts,) index of the image that each text describes; every image needs a text.
-        resamples: bootstrap samples; 0 gives no interval.
-        seed: of the bootstrap; the same draws for every model, so that two reports can be compared.
-
-    Raises:
-        ValueError: on non-finite embeddings, no embeddings, or an image without a text.
+    Embeddings are (num_images, embed_dim) and (num_texts, embed_dim); `image_of_text` (num_texts,) is the index of the
+    image that each text describes. The bootstrap draws the same for every model; without `resamples` there is no
+    interval. Raises ValueError on non-finite embeddings, no embeddings, or an image without a text.
     """
     ranks = query_ranks(image_embeds, text_embeds, image_of_text)
     sampled = _bootstrap(ranks, image_of_text, resamples, seed)

@@ -1,9 +1,7 @@
 """Zero-shot classification: the class whose names lie closest to the picture.
 
 Place in the flow: `folder of class folders + encoder -> zero_shot (here) -> report`. A class is the normalised mean of
-the normalised embeddings of all its names in all templates, as in the CLIP paper.
-
-Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, section 3.1.4.
+the normalised embeddings of all its names in all templates (Radford et al. 2021, CLIP, section 3.1.4).
 """
 
 import errno
@@ -76,10 +74,7 @@ def _raise_unlisted(reason: str, folder: Path) -> None:
 
 
 def read_class_names(file: Path) -> dict[str, list[str]]:
-    """Read class names: JSON {folder: name or [names]}, or lines of folder and names separated by tabs.
-
-    Raises FileNotFoundError, and ValueError when the file cannot be parsed or a class has no name.
-    """
+    """Read class names: JSON {folder: name or [names]}, or lines of folder and names separated by tabs."""
     text = _read(file)
     if file.suffix.lower() == ".json":
         try:
@@ -97,7 +92,7 @@ def read_class_names(file: Path) -> dict[str, list[str]]:
 
 
 def read_templates(file: Path) -> list[str]:
-    """Read templates, one a line; raises FileNotFoundError, and ValueError unless each has {} once for the name."""
+    """Read templates, one a line, each with {} once for the name."""
     templates = [line.strip() for line in _read(file).splitlines() if line.strip()]
     if not templates or any(template.count("{}") != 1 for template in templates):
         raise ValueError(f"{file} must hold a template a line, with {{}} once where the class name goes.")

@@ -29,9 +29,8 @@ Box = tuple[float, float, float, float]
 def gradient(encoder: DualEncoder, image: Image.Image, text_embeds: Tensor, resolution: int) -> Tensor | None:
     """Trace the cosine with captions (num_captions, embed_dim) back to the places of the picture.
 
-    Returns:
-        (num_captions, side, side) with side 2 * (resolution + 1), cosine per `UNIT` of the picture, 0 where the encoder
-        crops; None for a tower without places to watch.
+    The result is (num_captions, side, side) with side 2 * (resolution + 1), cosine per `UNIT` of the picture, 0 where
+    the encoder crops; None for a tower without places to watch.
 
     Source: Grad-ECLIP (Zhao et al., 2024); integrated gradients (Sundararajan et al., 2017) for our own tower.
     """

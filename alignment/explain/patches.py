@@ -52,17 +52,9 @@ def patch_relevance(
 ) -> PatchRelevance:
     """Find where in the picture its match with each caption lies; several captions cost little more than one.
 
-    Args:
-        encoder: of any family.
-        image: anything `open_image` takes.
-        captions: one result each.
-        resolution: smaller windows along a side, at least 2; occlusion costs some 1.25 * resolution ** 2 passes.
-        method: "gradient" costs one pass, "occlusion" works for every tower; None takes occlusion only for a tower
-            that has no places to watch.
-
-    Raises:
-        InputError: when the picture cannot be opened or a caption is empty or too long.
-        ValueError: on a resolution below 2, or "gradient" for a tower that has no places to watch.
+    The method "gradient" costs one pass, "occlusion", some 1.25 * resolution ** 2 passes, works for every tower; None
+    takes it only for a tower that has no places to watch. `resolution`, the number of smaller windows along a side, is
+    at least 2. Raises InputError when the picture cannot be opened or a caption is empty or too long.
     """
     if resolution < 2:
         raise ValueError(f"The resolution must be at least 2, it is {resolution}.")

@@ -59,11 +59,9 @@ def _foreign(folder: Path, name: str) -> str:
         rest = f"its dual encoder lies in it: say {inner}" if inner else "it embeds text alone: choose a dual encoder"
         return f"{name} is a sentence-transformers model; {rest}."
     if any(folder.glob("open_clip_*")) and not (is_dual and has_weights):
-        return (
-            f"{name} is an open_clip checkpoint: take the model's version for transformers, such as those of the Hub "
-            "whose files are config.json and model.safetensors, or convert it with transformers' convert script for "
-            "CLIP."
-        )
+        hub = "such as those of the Hub whose files are config.json and model.safetensors"
+        convert = "or convert it with transformers' convert script for CLIP"
+        return f"{name} is an open_clip checkpoint: take the model's version for transformers, {hub}, {convert}."
     if (folder / "adapter_config.json").is_file() and not has_weights:
         merge = "merge it with PEFT's `merge_and_unload`, and save that with `save_pretrained`"
         return f"{name} is an adapter (PEFT) without its model: {merge}."
@@ -151,7 +149,7 @@ def _load_weights(auto: Any, folder: Path) -> tuple[Any, list[str]]:
             options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
             module, report = auto.from_pretrained(folder, **options, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{folder} cannot be loaded ({reason}): it is damaged, of another family, or needs code of its own, which "
             "is never run; download it again or choose another checkpoint."

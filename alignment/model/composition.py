@@ -7,7 +7,7 @@ and the compact model's towers, with transformers' Auto classes; it is imported 
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -27,8 +27,6 @@ from transformers.utils import ModelOutput
 
 from alignment.model.tower import Pooling, Projection
 from alignment.towers import ResidualMLP  # the import also registers the compact model's towers
-
-Masked = Literal["pixel_attention_mask", "attention_mask"]
 
 FRESH_LOGIT_SCALE = math.log(1 / 0.07)  # where CLIP's temperature starts before training
 
@@ -147,7 +145,7 @@ def build_tower(config: PreTrainedConfig) -> Any:
 
 
 def pool_tower(
-    tower: Any, pooling: str, inputs: Mapping[str, Tensor | None], mask: Masked
+    tower: Any, pooling: str, inputs: Mapping[str, Tensor | None], mask: str
 ) -> tuple[Tensor | None, Tensor]:
     """Run a tower and make one vector of its tokens; also the tokens, (n, length, width), if it shows them."""
     known = inspect.signature(tower.forward).parameters  # a BERT tokenizer's token_type_ids mean nothing to DistilBERT
@@ -177,6 +175,6 @@ def pool_tokens(states: Tensor, pooling: str, keep: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def pooled_width(tower: Any, pooling: Pooling, inputs: Mapping[str, Tensor], mask: Masked) -> int:
+def pooled_width(tower: Any, pooling: Pooling, inputs: Mapping[str, Tensor], mask: str) -> int:
     """Measure the width of a tower's pooled output: configs name it in a dozen ways."""
     return int(pool_tower(tower, pooling, inputs, mask)[1].shape[-1])

@@ -11,11 +11,7 @@ def best_device() -> str:
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
-    """Find a device by its name, such as "cuda", "cuda:1", "mps" or "cpu"; the best there is when None.
-
-    Raises:
-        ValueError: when there is no such device here.
-    """
+    """Find "cuda", "cuda:1", "mps", "cpu", or by default the best there is; ValueError when it is not here."""
     name = name or best_device()
     try:
         device = torch.device(name)

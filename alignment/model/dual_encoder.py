@@ -87,12 +87,8 @@ class DualEncoder:
     ) -> Self:
         """Load a CLIP, SigLIP, SigLIP2, Chinese-CLIP, vision-text-dual-encoder or composed checkpoint.
 
-        Args:
-            name_or_path: folder, or Hub id.
-            revision: branch, tag or commit on the Hub.
-            device: "cuda", "mps", "cpu"; the best one there is when None, and on ZeroGPU the CPU, with a GPU for many
-                pictures at once, see `zerogpu`.
-            runtime: see the class.
+        It is a folder, or a Hub id at a branch, tag or commit (`revision`). The `device` is "cuda", "mps" or "cpu", by
+        default the best one there is, and on ZeroGPU the CPU, with a GPU for many pictures at once.
 
         Raises:
             FileNotFoundError: when the checkpoint, its safetensors, tokenizer or image processor is missing.
@@ -137,8 +133,8 @@ class DualEncoder:
             vision: folder or Hub id of any vision tower; of a dual encoder the vision half is taken.
             text: the same for the text tower.
             embed_dim: width of the space they share.
-            pooling: how a tower's tokens become one vector, for both towers or as (vision, text): the mean of all
-                tokens (padding left out), the first token, or the tower's own pooler.
+            pooling: for both towers or as (vision, text): the mean of all tokens (padding left out), the first token,
+                or the tower's own pooler.
             projection: "linear", "mlp" for a linear layer plus a two-layer correction, or "none" for towers that
                 already share a space of width `embed_dim`.
             device: as for `load`.
@@ -211,11 +207,9 @@ class DualEncoder:
         A `batch_size` of None suits the device; `progress` is called after each batch with (done, total). Raises
         InputError when a picture cannot be opened.
         """
-        sources = _listed(images)
-        if len(sources) < 2:
-            inputs = (self.preprocessor.image(source) for source in sources)
-        else:  # one picture is decoded while another is embedded
-            inputs = prefetch_map(self.preprocessor.image, sources)
+        sources, prepare = _listed(images), self.preprocessor.image
+        # One picture is decoded while another is embedded.
+        inputs = prefetch_map(prepare, sources) if len(sources) > 1 else (prepare(source) for source in sources)
         with closing(inputs), closing(self._batched(inputs, batch_size)) as batches:
             return self._encode_batches("image", batches, len(sources), progress)
 
@@ -302,10 +296,9 @@ class DualEncoder:
         """Join the inputs of single pictures to batches; for a GPU while it computes the batch before."""
         stream, size = iter(inputs), size or _IMAGE_BATCH.get(self.device.type, 8)
         groups = iter(lambda: list(islice(stream, size)), [])
-        if self.device.type != "cuda":
-            yield from map(concatenate, groups)
-            return
-        with closing(prefetch_map(pinned, groups, workers=1, depth=2)) as batches:
+        cuda = self.device.type == "cuda"
+        joined = prefetch_map(pinned, groups, workers=1, depth=2) if cuda else (concatenate(group) for group in groups)
+        with closing(joined) as batches:
             yield from batches
 
     def _encode_batches(self, kind: Kind, batches: Iterable[Inputs], total: int, progress: Progress | None) -> Tensor:

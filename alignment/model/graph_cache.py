@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from alignment.atomic import atomic_write, read_json_checksummed, remove_stale_temp, sha256_of, write_json_checksummed
 from alignment.model.checkpoints import SMALL_FILES, TRAINING_FILES
-from alignment.model.openvino import OpenVINOTower, native_precision, openvino
+from alignment.model.openvino import OpenVINOTower, openvino, version_token
 from alignment.model.tower import Kind
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class GraphCache:
         try:
             about = read_json_checksummed(self.entry / f"{kind}.json")
             files = {name: sha256_of(self.entry / name) for name in about["files"]}
-            if files != about["files"] or about["made_by"] != _version_token():
+            if files != about["files"] or about["made_by"] != version_token():
                 return None
             return OpenVINOTower(self.entry / f"{kind}.xml", about["precision"])
         except Exception as error:  # OpenVINO raises anything on a damaged file
@@ -122,7 +122,7 @@ class GraphCache:
         except OSError as error:
             logger.warning("The %s graph is not kept for the next start, which takes longer: %s", kind, error)
             return False
-        self._write(f"{kind}.json", {"precision": precision, "made_by": _version_token(), "files": hashes})
+        self._write(f"{kind}.json", {"precision": precision, "made_by": version_token(), "files": hashes})
         _evict_oldest(self.entry.parent)
         return True
 
@@ -133,10 +133,6 @@ class GraphCache:
             write_json_checksummed(self.entry / name, content)
         except OSError as error:
             logger.warning("%s is not kept for the next start, which takes longer: %s", name, error)
-
-
-def _version_token() -> str:
-    return f"{openvino().__version__} {native_precision()}"
 
 
 def _evict_oldest(home: Path) -> None:

@@ -69,6 +69,11 @@ def native_precision() -> Literal["bf16", "f32"]:
     return "bf16" if _core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name() == "bf16" else "f32"
 
 
+def version_token() -> str:
+    """Name what a graph depends on besides its model."""
+    return f"{openvino().__version__} {native_precision()}"
+
+
 class OpenVINOTower:
     """One tower, compiled for this processor."""
 
@@ -136,13 +141,9 @@ class _Compiled:
 def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: Path) -> str:
     """Write a tower as a graph, the fastest one that is close enough to PyTorch; returns the precision to run it in.
 
-    Args:
-        kind: which one.
-        tower: takes the probes' tensors in their order, returns (n, embed_dim), unit norm.
-        probes: batches of inputs; the first is traced, the others differ in size, which shows constants in the trace.
-        path: "NAME.xml"; weights go to "NAME.bin" beside it, in half precision.
-
-    Raises ValueError when no graph of this tower is accurate enough.
+    The tower takes the tensors of a batch in their order. The first batch of `probes` is traced, the others differ in
+    size, which shows constants in the trace. `path` is "NAME.xml"; weights go to "NAME.bin" beside it, in half
+    precision. Raises ValueError when no graph of this tower is accurate enough.
     """
     names = list(probes[0])
     if not set(names) <= _KNOWN_INPUTS[kind]:

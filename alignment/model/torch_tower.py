@@ -18,17 +18,12 @@ from alignment.model.tower import Inputs, Kind, features_of
 
 
 class LazyModule:
-    """A transformers model on its device, float32, in evaluation mode.
-
-    Attributes:
-        device: where it lies.
-        exposed: whether code outside this package may have changed it.
-    """
+    """A transformers model on its device, float32, in evaluation mode."""
 
     def __init__(self, module: nn.Module | Callable[[], Any], device: torch.device) -> None:
         """Take a model, or a function that loads one when it is first needed."""
         self.device = device
-        self.exposed = isinstance(module, nn.Module)
+        self.exposed = isinstance(module, nn.Module)  # whether code outside this package may have changed it
         self._load: Callable[[], Any] = (lambda: module) if self.exposed else module
         self._lock = threading.RLock()
         self._module: Any = None

@@ -3,9 +3,9 @@
 Place in the flow: `batches of pictures -> a few large ones -> assigned GPU (here) -> embeddings`. A GPU takes a second
 to be assigned and uses up the visitor's quota. Without a visitor, as at the start, no GPU is assigned.
 
-ZeroGPU's package `spaces` emulates CUDA in this process and runs wrapped functions in a forked process that has a GPU.
-Arguments and results are pickled; no other state comes back. A process that has called the CUDA driver cannot fork a
-process that finds a GPU. The names of `spaces` and of torch that this depends on are tested in `tests/test_zerogpu.py`.
+The package `spaces` emulates CUDA in this process and runs wrapped functions in a forked process that has a GPU, unless
+this one has called the CUDA driver. Arguments and results are pickled; no other state comes back. The names of `spaces`
+and of torch that this depends on are tested in `tests/test_zerogpu.py`.
 """
 
 import logging

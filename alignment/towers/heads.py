@@ -6,10 +6,9 @@ from torch.nn import functional
 
 
 class AlignmentHead(nn.Module):
-    """Project one tower's summary vector and its tokens into the shared space.
+    """Project one tower's summary vector, and what a few attention queries pick from its tokens, into the shared space.
 
-    A linear map and a two-layer correction of the summary, plus the same of what a few attention queries pick from the
-    tokens: the summary says what a whole is about, the queries may look at the part a caption names.
+    The summary says what a whole is about, the queries may look at the part a caption names.
     """
 
     def __init__(

@@ -92,10 +92,7 @@ class Tail(nn.Module):
 
 
 class ConceptBranch(nn.Module):
-    """What the ImageNet head sees, as a sentence embedding.
-
-    Source: ConSE (Norouzi et al., 2014): class-name embeddings averaged by the classifier's probabilities.
-    """
+    """What the ImageNet head sees, as a sentence embedding: ConSE (Norouzi et al., 2014)."""
 
     def __init__(self, config: EfficientNetLiteConfig, tail: Tail) -> None:
         super().__init__()
@@ -168,9 +165,8 @@ class EfficientNetLiteModel(PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Encode normalised pictures (n, 3, side, side), or what `until` made of them.
 
-        Returns:
-            Plain: `pooler_output` (n, 1280) averaged features, `last_hidden_state` (n, tokens, 1280).
-            Aligned: `pooler_output` (n, embed_dim + concept_dim), unit norm.
+        Plain, `pooler_output` is (n, 1280) averaged features and `last_hidden_state` (n, tokens, 1280); aligned,
+        `pooler_output` is (n, embed_dim + concept_dim), unit norm.
         """
         if pixel_values is not None:
             trunk_maps = self.trunk_maps(pixel_values)

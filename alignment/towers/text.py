@@ -1,7 +1,4 @@
-"""The text tower: a multilingual n-gram sentence encoder.
-
-Source: Universal Sentence Encoder multilingual (Yang et al., 2019), its CNN variant.
-"""
+"""The text tower: the CNN variant of Universal Sentence Encoder multilingual (Yang et al., 2019), over n-grams."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -147,11 +144,7 @@ class NgramTextModel(PreTrainedModel):
         return functional.normalize(self.concept_norm(sentences), dim=-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
-        """Encode token ids (n, length).
-
-        Returns:
-            Plain: `pooler_output` (n, sentence_dim), unit norm. Aligned: (n, embed_dim + sentence_dim), unit norm.
-        """
+        """Encode token ids (n, length): `pooler_output` (n, sentence_dim), aligned (n, embed_dim + sentence_dim)."""
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         features, sentences = self.sentences(input_ids, attention_mask)
