@@ -1,18 +1,11 @@
 """Floor 1, bundled data: `assets/` and `checkpoints/`, beside this package in a clone and in a wheel."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-"""Folder that holds the package `alignment` and the data beside it."""
-
-MODEL, GALLERY = "checkpoints/compact", "assets/gallery"
-"""The bundled model and gallery, relative to `ROOT`."""
-
-PACKAGE = "package:"
-"""Prefix of a picture's source that lies inside an installed package."""
+ROOT = Path(__file__).resolve().parents[1]  # holds the package `alignment` and the data beside it
+MODEL, GALLERY = "checkpoints/compact", "assets/gallery"  # relative to `ROOT`
+PACKAGE = "package:"  # prefix of a picture's source that lies inside an installed package
 
 
 def bundled(name: str) -> str:
@@ -21,14 +14,7 @@ def bundled(name: str) -> str:
 
 
 def installed_file(source: str) -> Path:
-    """Find a file inside an installed package, which is not imported.
-
-    Args:
-        source: "package:NAME/PATH".
-
-    Raises:
-        FileNotFoundError: when the package is not installed.
-    """
+    """Find "package:NAME/PATH" in an installed package, which is not imported; raises FileNotFoundError without it."""
     package, _, path = source.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

@@ -1,9 +1,4 @@
-"""Floor 1, the Hugging Face Hub: repository names, login and error messages that say what to do.
-
-Place in the flow: `train` and `space` upload inside `translate_hub_errors`.
-"""
-
-from __future__ import annotations
+"""Floor 1, the Hugging Face Hub: names, login and errors; `train` and `space` upload in `translate_hub_errors`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,14 +30,8 @@ def translate_hub_errors(
 ) -> Iterator[None]:
     """Turn the Hub's errors into built-in exceptions whose message says what to do.
 
-    Args:
-        repo_id: the repository that is written to.
-        again: what to do once the cause is gone.
-        refusals: HTTP status -> a message more specific than the general one.
-
-    Raises:
-        ValueError: when the Hub refuses.
-        ConnectionError: when it cannot be reached, disconnects or fails.
+    That is a ValueError when the Hub refuses, else a ConnectionError. `again` says what to do once the cause is gone;
+    `refusals` replace the general message for an HTTP status.
     """
     try:
         yield
@@ -61,16 +50,14 @@ def translate_hub_errors(
 
 def _refusal(error: HfHubHTTPError, repo_id: str, again: str, refusals: Mapping[int, str]) -> Exception:
     status = error.response.status_code
-    if status in refusals:
-        return ValueError(refusals[status])
-    if status == 401:
-        return ValueError(f"The Hub does not accept the token: run `hf auth login` with a valid one, and {again}.")
-    if status in (402, 403, 404):
-        return ValueError(
-            f"This account may not write to {repo_id}: take a name of your own, or a token with the right to write."
-        )
-    if status == 409:
-        return ValueError(f"The name {repo_id} is taken on the Hub: choose another.")
-    if status == 400:
-        return ValueError(f"The Hub refuses what was sent to {repo_id}: {error.server_message or error}.")
+    foreign = f"This account may not write to {repo_id}: take a name of your own, or a token with the right to write."
+    known = {
+        400: f"The Hub refuses what was sent to {repo_id}: {error.server_message or error}.",
+        401: f"The Hub does not accept the token: run `hf auth login` with a valid one, and {again}.",
+        **dict.fromkeys((402, 403, 404), foreign),
+        409: f"The name {repo_id} is taken on the Hub: choose another.",
+        **refusals,
+    }
+    if status in known:
+        return ValueError(known[status])
     return ConnectionError(f"The Hub answered with an error ({status}): {again} later.")

@@ -4,8 +4,6 @@ Place in the flow: `files -> prefetch_map (open, hash, resize) -> model`, so tha
 is embedded. Threads suffice: decoders, resizing and hashing release Python's global lock.
 """
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -32,14 +30,8 @@ def prefetch_map(
     An error is raised when its item's turn comes, and ends the series; results of later items are dropped.
     Close the generator (`contextlib.closing`) to stop early: calls that have not begun are cancelled, others finish.
 
-    Args:
-        function: called in the threads, for several items at once.
-        items: read in the consumer's thread, no more than `depth` ahead of what was yielded.
-        workers: number of threads; `num_workers()` when None.
-        depth: results that may be under way or waiting; sixteen for each thread when None.
-
-    Raises:
-        ValueError: on fewer than one thread, or a depth below one.
+    Items are read in the consumer's thread, no more than `depth` ahead of what was yielded; that is sixteen for each of
+    the `workers` when None, and these are `num_workers()` when None. ValueError when either is below one.
     """
     workers = num_workers() if workers is None else workers
     depth = 16 * workers if depth is None else depth

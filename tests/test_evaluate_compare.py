@@ -19,16 +19,15 @@ from alignment.evaluate import (
     Difference,
     Embedded,
     Estimate,
-    changed_queries,
     compare_retrieval,
     difference_table,
     evaluate_embedded,
-    retrieval_ranks,
     suspected_false_negatives,
     worst_queries,
 )
-from alignment.evaluate.error_analysis import Example, FalseNegative
-from alignment.evaluate.html_report import THUMBNAIL, comparison_page, report_page
+from alignment.evaluate.error_analysis import Example, FalseNegative, changed_queries
+from alignment.evaluate.html_report import THUMBNAIL, html_page
+from alignment.evaluate.ranks import retrieval_ranks
 
 
 def random_embeds(*shape: int, seed: int = 0) -> Tensor:
@@ -292,12 +291,13 @@ METRICS = {
 def comparison(picture: str) -> str:
     better = examples(picture, models=2)
     negatives = [FalseNegative(picture, "its own", HOSTILE, 0.1234)]
-    return comparison_page((HOSTILE, "runs/mine"), {"Data": HOSTILE}, METRICS, (better, better[:1]), negatives)
+    return html_page((HOSTILE, "runs/mine"), {"Data": HOSTILE}, METRICS, (better, better[:1]), negatives)
 
 
 def report(picture: str) -> str:
     metrics = {"recall_sum": Estimate(3.123, 3.0, 3.2), "text_to_image_recall@1": Estimate(0.297, 0.28, 0.31)}
-    return report_page(HOSTILE, {}, metrics, examples(picture, models=1), [FalseNegative(picture, HOSTILE, "b", 0.5)])
+    negatives = [FalseNegative(picture, HOSTILE, "b", 0.5)]
+    return html_page([HOSTILE], {}, metrics, [examples(picture, models=1)], negatives)
 
 
 @pytest.mark.parametrize("page", [comparison, report])
@@ -346,12 +346,12 @@ def test_the_report_shows_figures_and_the_worst(picture: str) -> None:
 
 
 def test_sections_without_anything_to_show_are_left_out() -> None:
-    text = Tags(comparison_page(("a", "b"), {}, METRICS)).text
+    text = Tags(html_page(("a", "b"), {}, METRICS)).text
     assert "Got better" not in text
     assert "Suspected" not in text
 
 
 def test_a_picture_that_is_gone_is_named(tmp_path: Path) -> None:
     gone = str(tmp_path / "gone <b>.png")
-    text = Tags(report_page("m", {}, {}, [Example("image_to_text", gone, "a", (2,), ("b",))])).text
+    text = Tags(html_page(["m"], {}, {}, [[Example("image_to_text", gone, "a", (2,), ("b",))]])).text
     assert "gone <b>.png" in text

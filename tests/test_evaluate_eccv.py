@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignment.data import Pair
-from alignment.evaluate import Embedded, eccv_metrics
-from alignment.evaluate.eccv import eccv_table, evaluate_eccv, read_eccv
+from alignment.evaluate import Embedded
+from alignment.evaluate.eccv import eccv_metrics, eccv_table, evaluate_eccv, read_eccv
 
 WIDTH = 12
 

@@ -1,15 +1,13 @@
-"""Colour maps that are even and monotone, cells that show what the matrix says, overlays that sit where they should."""
+"""Colour maps that are even and monotone, overlays that sit where they should."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from alignment.heatmap import MAX_CELLS_A_SIDE, heat_colours, patch_overlay, similarity_heatmap
+from alignment.heatmap import heat_colours, patch_overlay
 
 MODES = pytest.mark.parametrize("dark", [False, True])
 
@@ -31,17 +29,6 @@ def cielab(colours: NDArray[np.uint8]) -> NDArray[np.float64]:
 def contrast(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     low, high = sorted(float(linear_rgb(colour) @ [0.2126, 0.7152, 0.0722]) for colour in (one, other))
     return (high + 0.05) / (low + 0.05)
-
-
-def cell(image: Image.Image, row: int, column: int, shape: tuple[int, int], size: int) -> NDArray[np.uint8]:
-    """Pixels of one cell: the grid ends eight pixels before the right and the lower edge."""
-    x = image.width - 8 - (shape[1] - column) * size
-    y = image.height - 8 - (shape[0] - row) * size
-    return np.asarray(image)[y : y + size, x : x + size]
-
-
-def ground(pixels: NDArray[np.uint8]) -> tuple[int, ...]:
-    return tuple(int(channel) for channel in pixels[2, 2])
 
 
 @MODES
@@ -80,93 +67,10 @@ def test_changing_a_result_does_not_spoil_the_map() -> None:
     assert heat_colours([0.0]).sum() > 600
 
 
-@MODES
-def test_cells_take_the_colours_of_their_values(dark: bool) -> None:
-    matrix = np.array([[0.1, 0.2, 0.3], [0.3, 0.1, 0.2]])
-    image = similarity_heatmap(matrix, dark=dark)
-    for (row, column), value in np.ndenumerate(matrix):
-        expected = heat_colours((value - 0.1) / (0.3 - 0.1), dark=dark)
-        assert ground(cell(image, row, column, matrix.shape, 64)) == tuple(expected.tolist())
-
-
-def test_limits_fix_the_colours_across_pictures() -> None:
-    one = similarity_heatmap([[0.2, 0.4]], limits=(0.0, 1.0))
-    other = similarity_heatmap([[0.2, 0.9]], limits=(0.0, 1.0))
-    assert ground(cell(one, 0, 0, (1, 2), 64)) == ground(cell(other, 0, 0, (1, 2), 64))
-    with pytest.raises(ValueError, match="low, high"):
-        similarity_heatmap([[0.2]], limits=(1.0, 0.0))
-
-
-def test_a_constant_matrix_is_drawn_in_the_middle_of_the_map() -> None:
-    assert ground(cell(similarity_heatmap([[0.3, 0.3]]), 0, 1, (1, 2), 64)) == tuple(heat_colours(0.5).tolist())
-
-
-def test_values_are_written_and_rounded_as_asked() -> None:
-    def drawn(value: float, decimals: int = 2) -> bytes:
-        return cell(similarity_heatmap([[value]], limits=(0, 1), decimals=decimals), 0, 0, (1, 1), 64).tobytes()
-
-    assert drawn(0.123) == drawn(0.1234)
-    assert drawn(0.123) != drawn(0.133)
-    assert drawn(0.123, decimals=3) != drawn(0.1234, decimals=4)
-    assert drawn(-0.001) == drawn(0.0), "no minus in front of nothing"
-
-
-@MODES
-def test_figures_can_be_read_on_every_colour(dark: bool) -> None:
-    matrix = np.linspace(0, 1, 21)[None]
-    image = similarity_heatmap(matrix, dark=dark)
-    for column in range(21):
-        pixels = cell(image, 0, column, matrix.shape, 64)
-        background = pixels[2, 2]
-        assert max(contrast(background, pixel) for pixel in pixels[20:44, 8:56].reshape(-1, 3)) > 4.5
-
-
-def test_a_nan_is_a_grey_cell_with_a_dash() -> None:
-    image = similarity_heatmap([[0.1, np.nan], [0.2, 0.3]])
-    assert ground(cell(image, 0, 1, (2, 2), 64)) == (128, 128, 128)
-    assert len(np.unique(cell(image, 0, 1, (2, 2), 64))) > 2
-    assert similarity_heatmap([[np.nan]]).size == similarity_heatmap([[0.5]]).size
-
-
-def test_cells_of_large_matrices_shrink_and_drop_their_figures() -> None:
-    image = similarity_heatmap(np.random.default_rng(0).random((300, 500)))
-    assert 4000 < image.width < 4400
-    assert len(np.unique(cell(image, 5, 7, (300, 500), 8).reshape(-1, 3), axis=0)) == 1
-    assert similarity_heatmap(np.zeros((1, MAX_CELLS_A_SIDE))).width >= MAX_CELLS_A_SIDE
-
-
-def test_labels_change_the_margins_and_long_ones_are_shortened() -> None:
-    plain = similarity_heatmap(np.eye(2))
-    labelled = similarity_heatmap(
-        np.eye(2), row_labels=["a photo of a dog", "b"], column_labels=["x", "two lines\nof text"]
-    )
-    assert labelled.width > plain.width
-    assert labelled.height > plain.height
-    assert similarity_heatmap(np.eye(2), row_labels=["word " * 500, ""]).width < plain.width + 270
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(["a"], None), (None, ["a", "b", "c"]), ([], None)])
-def test_labels_must_fit(rows: list[str] | None, columns: list[str] | None) -> None:
-    with pytest.raises(ValueError, match="labels"):
-        similarity_heatmap(np.eye(2), row_labels=rows, column_labels=columns)
-
-
-@pytest.mark.parametrize("shape", [(3,), (0, 3), (3, 0), (2, 2, 2), (MAX_CELLS_A_SIDE + 1, 1)])
-def test_what_is_not_a_drawable_matrix_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="matrix"):
-        similarity_heatmap(np.zeros(shape))
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (3, 0), (2, 2, 2)])
+def test_what_is_no_matrix_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="matrix"):
         patch_overlay(Image.new("RGB", (8, 8)), np.zeros(shape))
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 80), st.integers(0, 3), st.booleans())
-def test_any_small_matrix_can_be_drawn(rows: int, columns: int, size: int, decimals: int, dark: bool) -> None:
-    matrix = np.random.default_rng(rows * 7 + columns).normal(0, 100, (rows, columns))
-    image = similarity_heatmap(matrix, cell_size=size, decimals=decimals, dark=dark)
-    assert image.mode == "RGB"
-    assert image.width > columns * size
-    assert image.height > rows * size
 
 
 def test_the_overlay_glows_where_the_relevance_is_and_nowhere_else() -> None:

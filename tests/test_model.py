@@ -13,9 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, BertModel, ViTConfig, ViTModel
 
-from alignment.model import DualEncoder, best_device, composition, find_device
-from alignment.model import module as module_state
-from alignment.model.torch_tower import embed_in_half
+from alignment.model import DualEncoder, best_device, composition, find_device, torch_tower
+from alignment.model.torch_tower import embed_in_half, weights_sha256
 from alignment.preprocess import InputError
 from alignment.similarity import cosine_similarity, logits_per_image
 
@@ -232,8 +231,8 @@ def test_it_finds_a_device_by_itself(checkpoint: Checkpoint) -> None:
 def test_a_fingerprint_is_computed_once_and_only_when_asked_for(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed, real = [], module_state.weights_sha256
-    monkeypatch.setattr(module_state, "weights_sha256", lambda state: computed.append(1) or real(state))
+    computed = []
+    monkeypatch.setattr(torch_tower, "weights_sha256", lambda state: computed.append(1) or weights_sha256(state))
     encoder = load(checkpoint("clip"))
     encoder.encode_texts(TEXTS)
     assert computed == []
@@ -262,8 +261,8 @@ def test_a_fingerprint_tells_names_shapes_and_types_apart() -> None:
     retyped = {**plain, "a": torch.zeros(4, dtype=torch.int32)}
     reordered = dict(reversed(plain.items()))
     states = (plain, swapped, reshaped, retyped, {**plain, "c": torch.tensor(True)}, {**plain, "c": torch.zeros(0)})
-    assert len({module_state.weights_sha256(state) for state in states}) == 6
-    assert module_state.weights_sha256(reordered) == module_state.weights_sha256(plain)
+    assert len({weights_sha256(state) for state in states}) == 6
+    assert weights_sha256(reordered) == weights_sha256(plain)
 
 
 # ---------------------------------------------------------------- loading
@@ -463,9 +462,9 @@ def test_pooling_means_what_it_says(checkpoint: Checkpoint) -> None:
 
 def test_padding_on_the_left_is_left_out_too() -> None:
     states, keep = torch.randn(2, 4, 3), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    first = composition._pool_tokens(states, "cls", keep)
+    first = composition.pool_tokens(states, "cls", keep)
     torch.testing.assert_close(first, torch.stack([states[0, 2], states[1, 0]]))
-    mean = composition._pool_tokens(states, "mean", keep)
+    mean = composition.pool_tokens(states, "mean", keep)
     torch.testing.assert_close(mean, torch.stack([states[0, 2:].mean(dim=0), states[1].mean(dim=0)]))
 
 

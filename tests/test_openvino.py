@@ -17,7 +17,7 @@ from PIL import Image
 from alignment.gallery.records import read_hand_written
 from alignment.model import DualEncoder, probes
 from alignment.model.graph_cache import MAX_ENTRIES, checkpoint_digest
-from alignment.model.openvino import MIN_COSINE
+from alignment.model.openvino import MIN_COSINE, mark_first_layers_precise, openvino
 from alignment.preprocess import InputError
 
 Checkpoint = Callable[[str], Path]
@@ -244,6 +244,20 @@ def test_the_oldest_models_are_forgotten(kept: tuple[Path, Path], checkpoint: Ch
     assert len(left) == MAX_ENTRIES
     assert entry.name in left
     assert "old-0" not in left
+
+
+def test_openvino_understands_the_mark_of_layers_that_keep_float32(kept: tuple[Path, Path]) -> None:
+    """A contract with OpenVINO's file format: an attribute that it does not know would be passed over in silence."""
+    graph = kept[1] / "text.xml"
+
+    def marked() -> int:
+        operations = openvino().Core().read_model(graph).get_ordered_ops()
+        return sum(key.startswith("DisablePrecisionConversion") for op in operations for key in op.get_rt_info())
+
+    before, plain = marked(), graph.read_text("utf-8")
+    graph.write_text(mark_first_layers_precise(plain, 1 / 2), "utf-8")
+    added = graph.read_text("utf-8").count('name="precise"') - plain.count('name="precise"')
+    assert before < added <= marked()
 
 
 # ---------------------------------------------------------------- a good neighbour

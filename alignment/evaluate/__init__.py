@@ -4,31 +4,18 @@
     python -m alignment.evaluate --compare checkpoints/compact runs/mine --data DATASET --split dev --html gains.html
 
 Place in the flow: `data + model -> evaluate (here) -> report`. `embedding` encodes a data set once; `ranks` and
-`bootstrap` turn scores into ranks and intervals; `retrieval`, `zero_shot` (with `class_folders`) and `eccv` compute
-metrics; `error_analysis` selects queries; `html_report`, `arguments` and `command` are the command line.
+`bootstrap` turn scores into ranks and intervals; `retrieval`, `zero_shot` and `eccv` compute metrics;
+`error_analysis` selects queries; `html_report`, `arguments` and `command` are the command line.
 """
 
 from alignment.evaluate.bootstrap import Difference, Estimate
-from alignment.evaluate.class_folders import LabelledImages, read_class_folders
 from alignment.evaluate.command import main
-from alignment.evaluate.eccv import eccv_metrics
-from alignment.evaluate.embedding import Embedded, Encoder, embed_pairs
-from alignment.evaluate.error_analysis import changed_queries, suspected_false_negatives, worst_queries
-from alignment.evaluate.ranks import KS, ROUNDING, recall_at_k, retrieval_ranks
-from alignment.evaluate.retrieval import (
-    RetrievalReport,
-    compare_retrieval,
-    difference_table,
-    evaluate_embedded,
-    evaluate_embeddings,
-    report_table,
-)
-from alignment.evaluate.zero_shot import ZeroShotReport
+from alignment.evaluate.embedding import Embedded, embed_pairs
+from alignment.evaluate.error_analysis import suspected_false_negatives, worst_queries
+from alignment.evaluate.ranks import KS
+from alignment.evaluate.retrieval import compare_retrieval, difference_table, evaluate_embedded, evaluate_embeddings
 
 __all__ = [
-    "KS", "ROUNDING", "Difference", "Embedded", "Encoder", "Estimate", "LabelledImages",
-    "RetrievalReport", "ZeroShotReport", "changed_queries", "compare_retrieval",
-    "difference_table", "eccv_metrics", "embed_pairs", "evaluate_embedded", "evaluate_embeddings",
-    "main", "read_class_folders", "recall_at_k", "report_table", "retrieval_ranks", "suspected_false_negatives",
-    "worst_queries",
+    "KS", "Difference", "Embedded", "Estimate", "compare_retrieval", "difference_table", "embed_pairs",
+    "evaluate_embedded", "evaluate_embeddings", "main", "suspected_false_negatives", "worst_queries",
 ]  # fmt: skip

@@ -3,17 +3,15 @@
 Place in the flow: `argv -> parse, check, read_task (here) -> command`.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import expanduser
 from pathlib import Path
 
 from alignment.data import Pair, ReadResult, describe_issues, read_data
-from alignment.evaluate.class_folders import LabelledImages, read_class_folders, read_templates
 from alignment.evaluate.eccv import EccvData, read_eccv
+from alignment.evaluate.zero_shot import LabelledImages, read_class_folders, read_templates
 from alignment.model import find_device
 from alignment.picture_limits import add_size_options
 
@@ -43,11 +41,11 @@ the rest), or if nothing was measured
 class EvalTask:
     """The data to evaluate on: captioned `pairs` and how they were read, `photos` with classes and templates."""
 
-    pairs: Sequence[Pair] | None
-    reading: ReadResult | None
-    eccv: EccvData | None
-    photos: LabelledImages | None
-    templates: Sequence[str] | None
+    pairs: Sequence[Pair] | None = None
+    reading: ReadResult | None = None
+    eccv: EccvData | None = None
+    photos: LabelledImages | None = None
+    templates: Sequence[str] | None = None
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -125,18 +123,16 @@ def check(arguments: argparse.Namespace) -> None:
 
 def read_task(arguments: argparse.Namespace) -> EvalTask:
     """Read the data to evaluate on; raises what its readers raise, and ValueError without any caption."""
-    pairs: Sequence[Pair] | None = None
-    reading = eccv = photos = None
-    templates = read_templates(arguments.templates) if arguments.templates else None
+    task = EvalTask()
     if arguments.zero_shot:
+        templates = read_templates(arguments.templates) if arguments.templates else None
         photos = read_class_folders(arguments.zero_shot, arguments.class_names)
+        task = EvalTask(photos=photos, templates=templates)
     if arguments.data:
         reading = read_data(arguments.data, format=arguments.format, split=arguments.split)
-        pairs = reading.pairs
-        if not any(pair.captions for pair in pairs):
+        if not any(pair.captions for pair in reading.pairs):
             why = "".join(f"\n- {line}" for line in describe_issues(reading))
             raise ValueError(f"{arguments.data}: there is no picture with a caption to measure on.{why}")
-    if arguments.eccv and pairs is not None:
-        eccv = read_eccv(pairs, Path(arguments.data))
-        pairs = eccv.pairs
-    return EvalTask(pairs, reading, eccv, photos, templates)
+        eccv = read_eccv(reading.pairs, Path(arguments.data)) if arguments.eccv else None
+        task = replace(task, pairs=eccv.pairs if eccv else reading.pairs, reading=reading, eccv=eccv)
+    return task

@@ -5,8 +5,6 @@ queries; the candidates stay. A seed gives the same draws for every model, so tw
 paired, and the interval of their difference is narrower than their own intervals suggest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,8 +14,10 @@ from torch import Tensor
 Statistics = Callable[[Tensor], Mapping[str, float]]
 """Metrics by name when image i is drawn `draws[i]` times; draws is (num_images,) int64."""
 
-LOWER_IS_BETTER = "median_rank"
-"""Suffix of the metrics that are better when low."""
+Sampled = Mapping[str, tuple[float, Tensor]]
+"""Metrics by name: of the data set, and of its resamples, (num_resamples,) float64; without these the value alone."""
+
+LOWER_IS_BETTER = "median_rank"  # suffix of the metrics that are better when low
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,7 @@ class Difference:
     p_not_better: float
 
 
-@dataclass(frozen=True, eq=False)
-class Bootstrap:
-    """Metrics of the data set, and of its resamples: (num_resamples,) float64, without resampling the value alone."""
-
-    values: Mapping[str, float]
-    samples: Mapping[str, Tensor]
-
-
-def bootstrap(statistics: Statistics, num_images: int, *, resamples: int, seed: int) -> Bootstrap:
+def bootstrap(statistics: Statistics, num_images: int, *, resamples: int, seed: int) -> Sampled:
     """Compute metrics of a data set, and of `resamples` draws that depend on `num_images` and `seed` alone."""
     values = statistics(torch.ones(num_images, dtype=torch.long))
     generator = torch.Generator().manual_seed(seed)
@@ -62,19 +54,20 @@ def bootstrap(statistics: Statistics, num_images: int, *, resamples: int, seed: 
         draws = torch.randint(num_images, (num_images,), generator=generator).bincount(minlength=num_images)
         for name, value in statistics(draws).items():
             samples[name].append(value)
-    return Bootstrap(values, {name: torch.tensor(drawn, dtype=torch.double) for name, drawn in samples.items()})
+    return {name: (value, torch.tensor(samples[name], dtype=torch.double)) for name, value in values.items()}
 
 
-def estimates(measured: Bootstrap) -> dict[str, Estimate]:
+def estimates(sampled: Sampled) -> dict[str, Estimate]:
     """Add an interval to each metric."""
-    return {name: Estimate(value, *_interval(measured.samples[name])) for name, value in measured.values.items()}
+    return {name: Estimate(value, *_interval(samples)) for name, (value, samples) in sampled.items()}
 
 
-def differences(before: Bootstrap, after: Bootstrap) -> dict[str, Difference]:
+def differences(before: Sampled, after: Sampled) -> dict[str, Difference]:
     """Subtract model A (`before`) from model B (`after`) draw by draw; both need the same resamples and seed."""
     found = {}
-    for name, old in before.values.items():
-        new, gains = after.values[name], after.samples[name] - before.samples[name]
+    for name, (old, old_samples) in before.items():
+        new, new_samples = after[name]
+        gains = new_samples - old_samples
         better = gains < 0 if name.endswith(LOWER_IS_BETTER) else gains > 0
         found[name] = Difference(old, new, new - old, *_interval(gains), (~better).double().mean().item())
     return found

@@ -1,10 +1,7 @@
 """The command: measure one model or compare two, print the metrics, write JSON and a page.
 
-Place in the flow: `arguments, DualEncoder -> command (here) -> terminal, files`. All options are checked before the
-first picture is encoded.
+Place in the flow: `arguments, DualEncoder -> command (here) -> terminal, files`.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -13,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +21,9 @@ from alignment.evaluate.bootstrap import Difference, Estimate
 from alignment.evaluate.eccv import eccv_table, evaluate_eccv
 from alignment.evaluate.embedding import Embedded, embed_pairs
 from alignment.evaluate.error_analysis import changed_queries, suspected_false_negatives, worst_queries
-from alignment.evaluate.html_report import comparison_page, report_page
+from alignment.evaluate.html_report import html_page
 from alignment.evaluate.retrieval import compare_retrieval, difference_table, evaluate_embedded, report_table
-from alignment.evaluate.zero_shot import class_ranks, compare_zero_shot, zero_shot_line, zero_shot_report
+from alignment.evaluate.zero_shot import class_ranks, compare_zero_shot, zero_shot_line, zero_shot_metrics
 from alignment.model import DualEncoder
 from alignment.picture_limits import use_size_options
 from alignment.preprocess import join_first
@@ -50,11 +46,7 @@ class ModelOutput:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate a model, or compare two, and print the metrics; returns the exit status.
-
-    Raises:
-        SystemExit: with the reason, when nothing is measured.
-    """
+    """Evaluate a model, or compare two; returns the exit status, or raises SystemExit when nothing is measured."""
     arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -62,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_size_options(arguments.max_megapixels, arguments.max_aspect_ratio)
         task = read_task(arguments)
         _warn_of_repeated(task.pairs or ())
-        if arguments.compare:
-            _compare(arguments, task)
-        else:
-            _report(arguments, task)
+        _evaluate(arguments, task)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"evaluate: {describe_error(error)}") from error
     if task.reading is None or task.reading.is_complete:
@@ -100,99 +89,98 @@ def _measure(name: str, task: EvalTask, arguments: argparse.Namespace) -> ModelO
     return ModelOutput(encoder.fingerprint, embedded, ranks, eccv, cut, encoder.preprocessor.max_length)
 
 
-def _report(arguments: argparse.Namespace, task: EvalTask) -> None:
-    """Measure one model."""
-    found, options = _measure(arguments.model, task, arguments), _resampling(arguments)
-    content: dict[str, Any] = {"model": arguments.model, "revision": arguments.revision} | _settings(arguments)
-    content["fingerprint"] = found.fingerprint
+def _evaluate(arguments: argparse.Namespace, task: EvalTask) -> None:
+    """Measure one model or two; print, and write the JSON file and the page that were asked for."""
+    resampling = {"resamples": arguments.resamples, "seed": arguments.seed}
+    settings = {"data": arguments.data, "split": arguments.split, **resampling}
+    if arguments.zero_shot:
+        settings["zero_shot_folder"] = str(arguments.zero_shot)
+    models = arguments.compare or [arguments.model]
+    found = [_measure(name, task, arguments) for name in models]
+    content: dict[str, Any]
+    if arguments.compare:
+        content = {"compare": models, **settings, "fingerprints": [one.fingerprint for one in found]}
+        results, metrics, *shown = _compare(found[0], found[1], resampling)
+    else:
+        content = {"model": arguments.model, "revision": arguments.revision, **settings}
+        content["fingerprint"] = found[0].fingerprint
+        results, metrics, *shown = _report(found[0], task, resampling)
+    content |= results | _issues(task, found)
+    if arguments.json is not None:
+        write_file(arguments.json, json.dumps(content, indent=2) + "\n")
+    if arguments.html:
+        write_file(arguments.html, html_page(models, _facts(arguments, task), metrics, *shown))
+        print(f"Page: {arguments.html.absolute()}", file=sys.stderr)
+
+
+def _report(found: ModelOutput, task: EvalTask, resampling: Mapping[str, int]) -> tuple[Any, ...]:
+    """Print the metrics of one model; returns them for the JSON file, for the page, and its worst queries."""
+    content: dict[str, Any] = {}
     metrics: dict[str, Estimate] = {}
+    shown: tuple[Any, ...] = ()
     if found.embedded is not None:
-        report = evaluate_embedded(found.embedded, **options)
+        report = evaluate_embedded(found.embedded, **resampling)
         print(report_table(report))
         content |= asdict(report)
         metrics |= report.metrics
+        shown = [worst_queries(found.embedded, EXAMPLES)], suspected_false_negatives(found.embedded, 2 * EXAMPLES)
     if found.class_ranks is not None and task.photos is not None:
-        zero_shot = zero_shot_report(found.class_ranks, len(task.photos.class_names), **options)
-        print(zero_shot_line(zero_shot))
-        content["zero_shot"] = asdict(zero_shot)
-        metrics |= zero_shot.metrics
+        zero_shot = zero_shot_metrics(found.class_ranks, **resampling)
+        sizes = {"num_images": len(found.class_ranks), "num_classes": len(task.photos.class_names)}
+        print(zero_shot_line(zero_shot, **sizes))
+        content["zero_shot"] = sizes | {"metrics": {name: asdict(one) for name, one in zero_shot.items()}}
+        metrics |= zero_shot
     if found.eccv is not None:
         print(eccv_table(found.eccv))
         content["eccv"] = dict(found.eccv)
-    _finish(arguments, task, content, found)
-    if arguments.html:
-        side = found.embedded
-        shown = (worst_queries(side, EXAMPLES), suspected_false_negatives(side, 2 * EXAMPLES)) if side else ()
-        _write_page(arguments.html, report_page(arguments.model, _facts(arguments, task), metrics, *shown))
+    return content, metrics, *shown
 
 
-def _compare(arguments: argparse.Namespace, task: EvalTask) -> None:
-    """Measure two models on the same data and subtract."""
-    before, after = (_measure(name, task, arguments) for name in arguments.compare)
-    options = _resampling(arguments)
-    content: dict[str, Any] = {"compare": list(arguments.compare)} | _settings(arguments)
-    content["fingerprints"] = [before.fingerprint, after.fingerprint]
+def _compare(before: ModelOutput, after: ModelOutput, resampling: Mapping[str, int]) -> tuple[Any, ...]:
+    """Print the differences between two models; returns them for JSON and page, and the queries that changed most."""
+    content: dict[str, Any] = {}
     metrics: dict[str, Difference] = {}
     shown: tuple[Any, ...] = ()
     if before.embedded is not None and after.embedded is not None:
-        comparison = compare_retrieval(before.embedded, after.embedded, **options)
-        content |= {"num_images": comparison.num_images, "num_texts": comparison.num_texts}
+        comparison = compare_retrieval(before.embedded, after.embedded, **resampling)
+        content = {"num_images": comparison.num_images, "num_texts": comparison.num_texts}
         metrics |= comparison.metrics
         better = after.embedded if comparison["recall_sum"] >= 0 else before.embedded
         changed = changed_queries(before.embedded, after.embedded, EXAMPLES)
         shown = changed, suspected_false_negatives(better, 2 * EXAMPLES)
     if before.class_ranks is not None and after.class_ranks is not None:
-        metrics |= compare_zero_shot(before.class_ranks, after.class_ranks, **options)
+        metrics |= compare_zero_shot(before.class_ranks, after.class_ranks, **resampling)
     print(difference_table(metrics))
-    content["metrics"] = {name: _difference_json(found) for name, found in metrics.items()}
+    rows = {name: asdict(found) for name, found in metrics.items()}
+    content["metrics"] = {name: {**row, "not_better": row.pop("p_not_better")} for name, row in rows.items()}
     if before.eccv is not None and after.eccv is not None:
         content["eccv"] = [dict(before.eccv), dict(after.eccv)]
         print(f"\nModel A\n{eccv_table(before.eccv)}\n\nModel B\n{eccv_table(after.eccv)}")
-    _finish(arguments, task, content, before, after)
-    if arguments.html:
-        names = (arguments.compare[0], arguments.compare[1])
-        _write_page(arguments.html, comparison_page(names, _facts(arguments, task), metrics, *shown))
+    return content, metrics, *shown
 
 
-def _difference_json(found: Difference) -> dict[str, float]:
-    """Return the fields by the keys of the JSON format."""
-    values = asdict(found)
-    return {**values, "not_better": values.pop("p_not_better")}
-
-
-def _finish(arguments: argparse.Namespace, task: EvalTask, content: dict[str, Any], *measured: ModelOutput) -> None:
-    """Print and write how the data was read: left out, repaired, unread, truncated."""
+def _issues(task: EvalTask, measured: Sequence[ModelOutput]) -> dict[str, Any]:
+    """Print how the data was read: left out, repaired, unread, truncated; returns it for the JSON file."""
     lines = describe_issues(task.reading) if task.reading else []
+    captioned = {pair.image: pair.id for pair in task.pairs or () if pair.captions}
     for found in measured:
-        if unopened := _unopened(task, found):
+        opened = set(found.embedded.images if found.embedded is not None else captioned)
+        if unopened := list(dict.fromkeys(name for image, name in captioned.items() if image not in opened)):
             lines.append(f"left out, pictures that cannot be opened: {len(unopened):,} ({join_first(unopened)})")
         lines += describe_truncated(found.cut, found.max_length)
     for line in dict.fromkeys(lines):
         print(f"- {line}")
-    if task.reading is not None:
-        content |= {name: dict(getattr(task.reading, name)) for name in ("left_out", "repaired", "unread")}
-        content["cut"] = [{"max_tokens": found.max_length, "captions": len(found.cut)} for found in measured]
-    if arguments.json is not None:
-        write_file(arguments.json, json.dumps(content, indent=2) + "\n")
-
-
-def _unopened(task: EvalTask, found: ModelOutput) -> list[str]:
-    """List the captioned pictures that could not be opened."""
-    if task.pairs is None or found.embedded is None:
-        return []
-    opened = set(found.embedded.images)
-    return list(dict.fromkeys(pair.id for pair in task.pairs if pair.captions and pair.image not in opened))
-
-
-def _resampling(arguments: argparse.Namespace) -> dict[str, int]:
-    return {"resamples": arguments.resamples, "seed": arguments.seed}
+    if task.reading is None:
+        return {}
+    content: dict[str, Any] = {name: dict(getattr(task.reading, name)) for name in ("left_out", "repaired", "unread")}
+    content["cut"] = [{"max_tokens": found.max_length, "captions": len(found.cut)} for found in measured]
+    return content
 
 
 class _Progress:
     """Print progress on standard error: in place on a terminal, else one line per tenth."""
 
-    def __init__(self) -> None:
-        self.printed = ("", -1)
+    printed = ("", -1)
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -200,11 +188,6 @@ class _Progress:
         elif self.printed != (what, done * 10 // total):
             self.printed = (what, done * 10 // total)
             print(f"{what} {done:,}/{total:,}", file=sys.stderr, flush=True)
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    settings = {name: getattr(arguments, name) for name in ("data", "split", "resamples", "seed")}
-    return settings | ({"zero_shot_folder": str(arguments.zero_shot)} if arguments.zero_shot else {})
 
 
 def _facts(arguments: argparse.Namespace, task: EvalTask) -> dict[str, str]:
@@ -217,8 +200,3 @@ def _facts(arguments: argparse.Namespace, task: EvalTask) -> dict[str, str]:
         size = f"{len(task.photos.images):,} pictures, {len(task.photos.class_names):,} classes"
         facts["Zero-shot"] = f"{arguments.zero_shot}: {size}"
     return facts | {"Intervals": f"{arguments.resamples:,} resamples, seed {arguments.seed}"}
-
-
-def _write_page(out: Path, page: str) -> None:
-    write_file(out, page)
-    print(f"Page: {out.absolute()}", file=sys.stderr)

@@ -1,12 +1,9 @@
 """COCO with additional labels: ECCV Caption's mAP@R and CxC's recall, through the package `eccv_caption`.
 
 Place in the flow: `COCO's test split, embedded -> evaluate_eccv (here) -> report`. COCO labels only the five captions
-of a picture as right, although captions of other pictures often fit as well. ECCV Caption (Chun et al. 2022) and CxC
-(Parekh et al. 2021) add pairs judged by people. The package (extra `coco`) holds their labels and computes the metrics
-from the rankings made here.
+of a picture as right, although captions of others often fit. ECCV Caption (Chun et al. 2022) and CxC (Parekh et al.
+2021) add pairs judged by people. The package (extra `coco`) holds their labels and computes the metrics.
 """
-
-from __future__ import annotations
 
 import io
 import json
@@ -33,12 +30,7 @@ _METRICS = ("coco_5k_recalls", "cxc_recalls", "eccv_map_at_r", "eccv_rprecision"
 
 @dataclass(frozen=True)
 class EccvData:
-    """COCO's test split with the caption ids that ECCV Caption uses.
-
-    Attributes:
-        pairs: the pictures; their `id` is COCO's.
-        caption_ids: COCO's ids of a caption, by the path of its picture and its text.
-    """
+    """Pictures of COCO's test split, and COCO's ids of a caption by the path of its picture and its text."""
 
     pairs: Sequence[Pair]
     caption_ids: Mapping[tuple[str, str], Sequence[int]]
@@ -47,15 +39,15 @@ class EccvData:
 def read_eccv(pairs: Sequence[Pair], source: Path) -> EccvData:
     """Keep the pictures of ECCV Caption, and look up the ids of their captions.
 
-    `source` is `dataset_coco.json`, `captions_val2014.json`, or a folder that holds one; `pairs` were read from it.
-
-    Raises:
-        ModuleNotFoundError: without the package `eccv_caption`.
-        FileNotFoundError: when there is no such annotation file.
-        ValueError: when it is not COCO's, or pictures or captions of the test split are missing.
+    `source`, which `pairs` were read from, is an annotation file or a folder that holds one. Raises ModuleNotFoundError
+    without the package, and ValueError when pictures or captions of the test split are missing.
     """
     labels = _package().coco_gts["i2t"]
-    ids = _caption_ids(_annotation_file(source))
+    places = [source, *(path for name in _FILES for path in (source / name, *sorted(source.glob(f"*/{name}"))))]
+    file = next(filter(Path.is_file, places), None)
+    if file is None:
+        raise FileNotFoundError(f"{source} holds no {' and no '.join(_FILES)}; ECCV Caption needs COCO's annotations.")
+    ids = _caption_ids(file)
     kept = [pair for pair in pairs if pair.id.isdecimal() and int(pair.id) in labels]
     found = {(pair.image, text): ids.get((int(pair.id), text), []) for pair in kept for text in pair.captions}
     _check_complete(labels, {int(pair.id) for pair in kept}, set(chain.from_iterable(found.values())))
@@ -78,23 +70,11 @@ def evaluate_eccv(embedded: Embedded, data: EccvData) -> dict[str, float]:
 def eccv_metrics(
     image_embeds: Tensor, text_embeds: Tensor, image_ids: Sequence[int], caption_ids: Sequence[int]
 ) -> dict[str, float]:
-    """Compute ECCV Caption's, CxC's and COCO's metrics from embeddings.
+    """Compute ECCV Caption's, CxC's and COCO's metrics in [0, 1] from embeddings (n, embed_dim) and COCO's ids.
 
-    Cosines within `ROUNDING` of each other are ties, and labelled candidates come last among them.
-
-    Args:
-        image_embeds: (num_images, embed_dim).
-        text_embeds: (num_texts, embed_dim).
-        image_ids: COCO's id of each image; the package's 5,000 are required, others are left out.
-        caption_ids: COCO's id of each caption; its 25,000 are required, others are left out.
-
-    Returns:
-        For both directions `image_to_text` and `text_to_image`: `..._eccv_map@r`, `..._eccv_r_precision`,
-        `..._eccv_recall@1`, `..._cxc_recall@1`, `@5`, `@10` and `..._coco_recall@1`, `@5`, `@10`, in [0, 1].
-
-    Raises:
-        ModuleNotFoundError: without the package `eccv_caption`.
-        ValueError: when images or captions are missing.
+    The package's 5,000 images and 25,000 captions are required, others are left out. Cosines within `ROUNDING` of each
+    other are ties, and labelled candidates come last among them. For both `DIRECTIONS`: `..._eccv_map@r`,
+    `..._eccv_r_precision`, `..._eccv_recall@1`, `..._cxc_recall@1`, `@5`, `@10` and `..._coco_recall@1`, `@5`, `@10`.
     """
     package = _package()
     coco = package.coco_gts["i2t"]
@@ -175,16 +155,6 @@ def _retrieve(
         top = scores.topk(depth, dim=1).indices
         retrieved |= dict(zip(numbers, candidates[1][top].tolist(), strict=True))
     return retrieved
-
-
-def _annotation_file(source: Path) -> Path:
-    if source.is_file():
-        return source
-    for name in _FILES:
-        for file in (source / name, *sorted(source.glob(f"*/{name}"))):
-            if file.is_file():
-                return file
-    raise FileNotFoundError(f"{source} holds no {' and no '.join(_FILES)}; ECCV Caption needs COCO's annotations.")
 
 
 def _caption_ids(file: Path) -> dict[tuple[int, str], list[int]]:

@@ -3,56 +3,36 @@
 Place in the flow: `data + encoder -> embed_pairs (here) -> retrieval, error_analysis`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from alignment.data import Pair
 from alignment.evaluate.ranks import query_ranks
+from alignment.model import DualEncoder
+from alignment.model.dual_encoder import Progress
 from alignment.preprocess import InputError, message_with_option, open_image, sanitize_text
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
 NamedProgress = Callable[[str, int, int], None]
-
-
-class Encoder(Protocol):
-    """The interface that evaluation needs; `DualEncoder` has it."""
-
-    def encode_images(self, images: Sequence[str], *, batch_size: int = 16, progress: Progress | None = None) -> Tensor:
-        """Embed images, (n, embed_dim) float32 on the CPU."""
-
-    def encode_texts(self, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
-        """Embed captions, (n, embed_dim) float32 on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Images and captions with the embeddings of one model.
-
-    Attributes:
-        images: paths.
-        texts: captions, image by image.
-        image_of_text: (num_texts,) index of the image that each caption describes.
-        image_embeds: (num_images, embed_dim).
-        text_embeds: (num_texts, embed_dim).
-    """
+    """Images (paths) and captions, image by image, with the embeddings of one model."""
 
     images: Sequence[str]
     texts: Sequence[str]
-    image_of_text: Tensor
-    image_embeds: Tensor
-    text_embeds: Tensor
+    image_of_text: Tensor  # (num_texts,) index of the image that each caption describes
+    image_embeds: Tensor  # (num_images, embed_dim)
+    text_embeds: Tensor  # (num_texts, embed_dim)
 
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
@@ -66,20 +46,15 @@ class Embedded:
 
 
 def embed_pairs(
-    encoder: Encoder, pairs: Sequence[Pair], *, batch_size: int = 16, progress: NamedProgress | None = None
+    encoder: DualEncoder, pairs: Sequence[Pair], *, batch_size: int = 16, progress: NamedProgress | None = None
 ) -> Embedded:
     """Embed the images of a data set and all their captions.
 
-    Pairs of the same image are merged; images without captions or that cannot be opened are left out and logged.
-
-    `batch_size` is the number of images per forward pass; `progress` is called with ("images" or "captions", done,
-    total).
-
-    Raises:
-        ValueError: when no image with a caption is left.
+    Pairs of the same image are merged; images without captions or that cannot be opened are left out and logged; when
+    none is left, ValueError is raised. `progress` is called with ("images" or "captions", done, total).
     """
     captions = _captions_by_image(pairs)
-    images, image_embeds = embed_images(encoder, list(captions), batch_size=batch_size, progress=progress)
+    images, image_embeds = embed_images(encoder, list(captions), "images", batch_size=batch_size, progress=progress)
     texts = [caption for image in images for caption in captions[image]]
     text_embeds = encoder.encode_texts(texts, progress=with_name(progress, "captions"))
     image_of_text = torch.repeat_interleave(torch.tensor([len(captions[image]) for image in images]))
@@ -87,30 +62,21 @@ def embed_pairs(
 
 
 def embed_images(
-    encoder: Encoder,
-    images: Sequence[str],
-    *,
-    batch_size: int = 16,
-    progress: NamedProgress | None = None,
-    name: str = "images",
+    encoder: DualEncoder, images: Sequence[str], name: str, *, batch_size: int, progress: NamedProgress | None
 ) -> tuple[list[str], Tensor]:
-    """Embed images, without those that cannot be opened; they are called `name` in `progress` and in the log.
+    """Embed images, without those that cannot be opened: the paths that are left, and their embeddings (n, embed_dim).
 
-    Returns:
-        The paths that are left, and their embeddings (n, embed_dim).
-
-    Raises:
-        ValueError: when none can be opened.
+    They are called `name` in `progress` and in the log. Raises ValueError when none can be opened.
     """
     images, report = list(images), with_name(progress, name)
     try:
         return images, encoder.encode_images(images, batch_size=batch_size, progress=report)
     except InputError:
         refused = {image: reason for image in images if (reason := _open_error(image))}
-        first = [f"{sanitize_text(os.path.basename(image))} ({reason})" for image, reason in islice(refused.items(), 3)]
-        more = ", ..." if len(refused) > len(first) else ""
-        logger.warning("Left out %d %s that cannot be opened: %s%s", len(refused), name, " ".join(first), more)
-        images = [image for image in images if image not in refused]
+    first = [f"{sanitize_text(os.path.basename(image))} ({reason})" for image, reason in islice(refused.items(), 3)]
+    more = ", ..." if len(refused) > len(first) else ""
+    logger.warning("Left out %d %s that cannot be opened: %s%s", len(refused), name, " ".join(first), more)
+    images = [image for image in images if image not in refused]
     if not images:
         raise ValueError(f"None of the images can be opened; check the data set. {first[0]}")
     return images, encoder.encode_images(images, batch_size=batch_size, progress=report)

@@ -3,8 +3,6 @@
 Place in the flow: `embedding -> error_analysis (here) -> html_report`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,37 +12,26 @@ from torch.nn import functional
 
 from alignment.evaluate.embedding import Embedded
 from alignment.evaluate.ranks import DIRECTIONS, ROUNDING, scored_blocks
+from alignment.similarity import cosine_similarity
 
 
 @dataclass(frozen=True)
 class Example:
-    """A query with the answers of one or two models.
+    """A query with the answers of one or two models; an image is a path."""
 
-    Attributes:
-        direction: one of `DIRECTIONS`; for "image_to_text" the query is a path and the answers are captions.
-        query: the image or the caption.
-        answer: the positive that the last model scores highest.
-        ranks: of the best positive, one per model.
-        tops: the first candidate of each model.
-    """
-
-    direction: str
+    direction: str  # one of `DIRECTIONS`
     query: str
-    answer: str
-    ranks: tuple[int, ...]
-    tops: tuple[str, ...]
+    answer: str  # the positive that the last model scores highest
+    ranks: tuple[int, ...]  # of the best positive, one per model
+    tops: tuple[str, ...]  # the first candidate of each model
 
 
 @dataclass(frozen=True)
 class FalseNegative:
-    """An image and a caption that are not labelled as a pair, but score above the labelled pairs of both.
+    """An image and the caption of another (`rival`) that score above the labelled pairs of both.
 
-    Attributes:
-        image: path.
-        caption: the best-scored of its own captions.
-        rival: the caption of another image.
-        margin: by how much the cosine with the rival exceeds both the image's with its best own caption and the
-            rival's with its own image.
+    `caption` is the best-scored of the image's own captions. `margin` is by how much the cosine with the rival exceeds
+    both the image's with that caption and the rival's with its own image.
     """
 
     image: str
@@ -55,18 +42,14 @@ class FalseNegative:
 
 def worst_queries(embedded: Embedded, count: int) -> list[Example]:
     """Select at most `count` queries of each direction whose answer ranks last, those at rank 1 left out."""
-    return [
-        example
-        for direction in DIRECTIONS
-        for example in _examples(direction, _largest(embedded.ranks[direction] - 1, count), [embedded])
-    ]
+    last = {direction: _largest(embedded.ranks[direction] - 1, count) for direction in DIRECTIONS}
+    return [example for direction, queries in last.items() for example in _examples(direction, queries, [embedded])]
 
 
 def changed_queries(before: Embedded, after: Embedded, count: int) -> tuple[list[Example], list[Example]]:
-    """Select the queries whose rank changed most, as a ratio: from 8 to 1 is more than from 800 to 400.
+    """Select at most `count` queries of each direction that got better from model A to B most, and that got worse most.
 
-    Returns:
-        At most `count` of each direction that got better from model A to B, and the same that got worse.
+    Changes of the rank are ratios: from 8 to 1 is more than from 800 to 400.
     """
     better, worse = [], []
     for direction in DIRECTIONS:
@@ -79,22 +62,18 @@ def changed_queries(before: Embedded, after: Embedded, count: int) -> tuple[list
 def suspected_false_negatives(embedded: Embedded, count: int) -> list[FalseNegative]:
     """Select at most `count` images with such a caption, one caption each, the widest margin first."""
     images, texts = (functional.normalize(embeds.float(), dim=-1) for embeds, _ in embedded.sides)
-    text_scores = (images[embedded.image_of_text] * texts).sum(dim=-1)
+    text_scores = (images[embedded.image_of_text] * texts).sum(dim=-1)  # of the captions with their own images
     found = [_rivals(scores, positives, text_scores) for _, scores, positives in scored_blocks(*embedded.sides)]
     margins, owns, rivals = (torch.cat(parts).tolist() for parts in zip(*found, strict=True))
+    names = embedded.texts
     return [
-        FalseNegative(
-            embedded.images[image], embedded.texts[owns[image]], embedded.texts[rivals[image]], margins[image]
-        )
+        FalseNegative(embedded.images[image], names[owns[image]], names[rivals[image]], margins[image])
         for image in _largest(torch.tensor(margins) - ROUNDING, count)
     ]
 
 
 def _rivals(scores: Tensor, positives: Tensor, text_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each image the widest margin of a negative, the best own caption, and that negative.
-
-    `text_scores` (num_texts,) are the cosines of the captions with their own images.
-    """
+    """Return for each image the widest margin of a negative, the best own caption, and that negative."""
     own_scores, owns = scores.where(positives, -torch.inf).max(dim=1)
     margins = (scores - own_scores[:, None]).minimum(scores - text_scores).where(~positives, -torch.inf)
     widest, rivals = margins.max(dim=1)
@@ -109,27 +88,17 @@ def _largest(values: Tensor, count: int) -> list[int]:
 
 def _examples(direction: str, queries: Sequence[int], models: Sequence[Embedded]) -> list[Example]:
     """Look up the answers of each model to some queries; only their rows of the score matrix are computed."""
-    rows = torch.tensor(queries, dtype=torch.long)
-    answers = [_answers(direction, rows, model) for model in models]
-    last = models[-1]
-    asked, offered = (last.images, last.texts) if direction == DIRECTIONS[0] else (last.texts, last.images)
+    by_image, last, rows = direction == DIRECTIONS[0], models[-1], torch.tensor(queries, dtype=torch.long)
+    asked, offered = (last.images, last.texts) if by_image else (last.texts, last.images)
+    tops = []
+    for model in models:
+        (embeds, images), candidates = model.sides if by_image else model.sides[::-1]
+        scores, positives = cosine_similarity(embeds[rows], candidates[0]), images[rows, None] == candidates[1]
+        best = scores.where(positives, -torch.inf).argmax(dim=1).tolist()
+        tops.append((scores - ROUNDING * positives).argmax(dim=1).tolist())  # a negative comes first among equals
+    ranks = [model.ranks[direction][rows].tolist() for model in models]
+    answers = zip(queries, best, zip(*ranks, strict=True), zip(*tops, strict=True), strict=True)
     return [
-        Example(
-            direction,
-            asked[query],
-            offered[answers[-1][0][place]],
-            tuple(int(model.ranks[direction][query]) for model in models),
-            tuple(offered[tops[place]] for _, tops in answers),
-        )
-        for place, query in enumerate(queries)
+        Example(direction, asked[query], offered[answer], of_models, tuple(offered[top] for top in firsts))
+        for query, answer, of_models, firsts in answers
     ]
-
-
-def _answers(direction: str, rows: Tensor, model: Embedded) -> tuple[list[int], list[int]]:
-    """Return the best positive and the best candidate of each query; a negative comes first among equals."""
-    (embeds, images), candidates = model.sides if direction == DIRECTIONS[0] else model.sides[::-1]
-    best, tops = list[int](), list[int]()
-    for _, scores, positives in scored_blocks((embeds[rows], images[rows]), candidates):
-        best += scores.where(positives, -torch.inf).argmax(dim=1).tolist()
-        tops += (scores - ROUNDING * positives).argmax(dim=1).tolist()
-    return best, tops

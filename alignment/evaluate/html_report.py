@@ -1,13 +1,11 @@
 """The evaluation report as one HTML file without scripts, pictures included.
 
-Place in the flow: `compare, retrieval, error_analysis -> html_report (here) -> file`. `templates/` holds the markup;
+Place in the flow: `retrieval, zero_shot, error_analysis -> html_report (here) -> file`. `templates/` holds the markup;
 jinja2 escapes all text of the data set, and a content security policy forbids the page to load anything.
 """
 
-from __future__ import annotations
-
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,57 +21,35 @@ THUMBNAIL = 160  # pixels of the longer side
 
 _HEADLINES = ("recall_sum", "image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1")
 _GROUPS = {"image_to_text_": "Image to text", "text_to_image_": "Text to image", "": "Overall"}
+_CHANGED, _BOTH_RANKS = ("Got better", "Got worse"), "Rank of the right answer, under A and under B."
 
 
-def comparison_page(
-    names: tuple[str, str],
-    facts: Mapping[str, str],
-    metrics: Mapping[str, Difference],
-    changed: tuple[Sequence[Example], Sequence[Example]] = ((), ()),
-    negatives: Sequence[FalseNegative] = (),
-) -> str:
-    """Render the comparison of models A and B, with `changed_queries` and `suspected_false_negatives`.
-
-    `facts` are the data set, sizes and settings by title.
-    """
-    note = "Rank of the right answer, under A and under B."
-    sections = zip(("Got better", "Got worse"), (note, note), changed, strict=True)
-    facts = {"Model A": names[0], "Model B": names[1], **facts}
-    return _render("comparison.html.j2", facts, metrics, sections, ("A", "B"), negatives)
-
-
-def report_page(
-    name: str,
-    facts: Mapping[str, str],
-    metrics: Mapping[str, Estimate],
-    worst: Sequence[Example] = (),
-    negatives: Sequence[FalseNegative] = (),
-) -> str:
-    """Render the report of one model; arguments as for `comparison_page`, `worst` from `worst_queries`."""
-    sections = [("Worst queries", "Rank of the right answer.", worst)]
-    return _render("report.html.j2", {"Model": name, **facts}, metrics, sections, ("Model",), negatives)
-
-
-def _render(
-    template: str,
-    facts: Mapping[str, str],
-    metrics: Mapping[str, Difference] | Mapping[str, Estimate],
-    sections: Iterable[tuple[str, str, Sequence[Example]]],
+def html_page(
     models: Sequence[str],
-    negatives: Sequence[FalseNegative],
+    facts: Mapping[str, str],
+    metrics: Mapping[str, Estimate] | Mapping[str, Difference],
+    examples: Sequence[Sequence[Example]] = (),
+    negatives: Sequence[FalseNegative] = (),
 ) -> str:
+    """Render the report of one model, or the comparison of two; `facts` are data set, sizes and settings by title.
+
+    `examples` are [`worst_queries`] of one model or `changed_queries` of two, `negatives` `suspected_false_negatives`.
+    """
+    one = len(models) == 1
+    titles = {"Worst queries": "Rank of the right answer."} if one else dict.fromkeys(_CHANGED, _BOTH_RANKS)
+    names = ("Model",) if one else ("Model A", "Model B")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
     )  # fmt: skip
     rows = {name: {"title": metric_title(name), **_cells(name, found)} for name, found in metrics.items()}
-    return environment.get_template(template).render(
-        facts=facts,
+    return environment.get_template("report.html.j2" if one else "comparison.html.j2").render(
+        facts={**dict(zip(names, models, strict=True)), **facts},
         tiles=[rows[name] for name in _HEADLINES if name in rows],
         groups=_grouped(rows),
-        sections=sections,
+        sections=[(*title, shown) for title, shown in zip(titles.items(), examples, strict=False)],
         negatives=negatives,
-        titled_answers=lambda example: _titled_answers(example, models),
+        titled_answers=lambda example: _titled_answers(example, [name.removeprefix("Model ") for name in names]),
         thumbnail=_thumbnail,
         file_name=lambda path: Path(path).name,
     )
@@ -96,8 +72,8 @@ def _grouped(rows: Mapping[str, dict[str, str]]) -> dict[str, list[dict[str, str
     """Sort the rows into one group per direction, and an overall group."""
     groups: dict[str, list[dict[str, str]]] = {title: [] for title in _GROUPS.values()}
     for name, row in rows.items():
-        prefix, title = next(item for item in _GROUPS.items() if name.startswith(item[0]))
-        groups[title].append(row | {"title": metric_title(name.removeprefix(prefix))})
+        prefix = next(prefix for prefix in _GROUPS if name.startswith(prefix))
+        groups[_GROUPS[prefix]].append(row | {"title": metric_title(name.removeprefix(prefix))})
     return {title: group for title, group in groups.items() if group}
 
 

@@ -1,12 +1,10 @@
-"""Ranks and recall at k as pure functions of the scores.
+"""Ranks as functions of the scores.
 
-Place in the flow: `embeddings -> ranks (here) -> retrieval, zero_shot`. The convention is CLIP_benchmark's,
-the hit rate over unit-norm embeddings compared in float32, but ties count against the query.
+Place in the flow: `embeddings -> ranks (here) -> retrieval, zero_shot`. The convention is CLIP_benchmark's, the hit
+rate over unit-norm embeddings compared in float32, but ties count against the query.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,30 +12,26 @@ from torch import Tensor
 from alignment.similarity import cosine_similarity
 
 KS = (1, 5, 10)
-ROUNDING = 1e-6
-"""Cosines closer than this are ties: in float32, equal embeddings get scores that differ in the last bits."""
-
-DIRECTIONS = ("image_to_text", "text_to_image")
-"""The query is named first."""
-
+ROUNDING = 1e-6  # closer cosines are ties: in float32, equal embeddings get scores that differ in the last bits
+DIRECTIONS = ("image_to_text", "text_to_image")  # the query is named first
 _QUERIES_AT_ONCE = 1024  # rows of the similarity matrix in memory at a time
 
 
 def retrieval_ranks(similarity: Tensor, positives: Tensor, *, tolerance: float = 0.0) -> Tensor:
-    """Rank each query's best positive among the negatives, from 1.
+    """Rank each query's best positive among the negatives, from 1; recall@k is the share of ranks up to k.
 
-    Every negative that scores no less counts as ranked before it; other positives of the query do not.
+    Every negative that scores no less counts as ranked before it, so a collapsed encoder that scores every pair equally
+    earns a recall of 0; other positives of the query do not count. Two queries over four candidates:
+
+        scores      .9  .8  .1  .0       positives   0 1 0 0       rank 2
+                    .7  .6  .5  .5                   0 0 0 1       rank 4
 
     Args:
         similarity: (num_queries, num_candidates), any monotone score, higher is closer.
         positives: same shape, bool; several positives per query are allowed.
         tolerance: scores that differ by no more than this are ties.
 
-    Returns:
-        (num_queries,) int64.
-
-    Raises:
-        ValueError: on shapes that differ, non-finite scores, or a query without a positive.
+    Raises ValueError on shapes that differ, non-finite scores, or a query without a positive.
     """
     if similarity.dim() != 2 or similarity.shape != positives.shape or positives.dtype != torch.bool:
         raise ValueError(
@@ -52,45 +46,10 @@ def retrieval_ranks(similarity: Tensor, positives: Tensor, *, tolerance: float =
     return ((similarity >= best_positive - tolerance) & ~positives).sum(dim=1) + 1
 
 
-def recall_at_k(similarity: Tensor, positives: Tensor, ks: Sequence[int] = KS) -> dict[int, float]:
-    """Share of queries that find at least one of their positives among the top k.
-
-    Ties count against the model: a collapsed encoder that scores every pair equally earns 0, not 1. Two queries over
-    four candidates, where the first finds its positive second and the other ties with a negative for third:
-
-        scores      .9  .8  .1  .0       positives   0 1 0 0       rank 2
-                    .7  .6  .5  .5                   0 0 0 1       rank 4
-        recall@1 = 0, recall@2 = 0.5, recall@3 = 0.5, recall@4 = 1
-
-    Args:
-        similarity: (num_queries, num_candidates), any monotone score, higher is closer.
-        positives: same shape, bool; several positives per query are allowed.
-        ks: cut-offs; one beyond the number of candidates is trivially met.
-
-    Returns:
-        k -> recall in [0, 1].
-
-    Raises:
-        ValueError: as `retrieval_ranks`, and without a query or with a k below 1.
-
-    Source: hit-rate convention of CLIP_benchmark.
-    """
-    ranks = retrieval_ranks(similarity, positives)
-    if len(ranks) == 0 or min(ks, default=1) < 1:
-        raise ValueError(f"Recall needs at least one query and cut-offs from 1, not {len(ranks)} and {list(ks)}.")
-    return {k: (ranks <= k).double().mean().item() for k in ks}
-
-
 def query_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> dict[str, Tensor]:
-    """Rank the best positive of every query in both directions; cosines within `ROUNDING` are ties.
+    """Rank the best positive of every query in both `DIRECTIONS`; cosines within `ROUNDING` are ties.
 
-    Args:
-        image_embeds: (num_images, embed_dim).
-        text_embeds: (num_texts, embed_dim).
-        image_of_text: (num_texts,) index of the image that each text describes; every image needs a text.
-
-    Returns:
-        For each of `DIRECTIONS` the ranks from 1, int64: (num_images,) and (num_texts,).
+    Arguments as for `retrieval.evaluate_embeddings`. Ranks are from 1, int64: (num_images,) and (num_texts,).
     """
     rows = torch.arange(len(image_embeds))
     is_covered = len(image_of_text) == len(text_embeds) and image_of_text.unique().tolist() == rows.tolist()
@@ -106,10 +65,9 @@ def query_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor
 def scored_blocks(
     queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Score the queries block by block; a candidate of the same image is a positive.
+    """Score the queries block by block: indices of the queries, their similarity to all candidates, and positives.
 
-    Both sides are embeddings (n, embed_dim) and the index of each one's image (n,). Yields the indices of the block's
-    queries, their similarity to all candidates, and the positives, bool of that shape.
+    Both sides are embeddings (n, embed_dim) and the index of each one's image (n,); the same image is a positive.
     """
     for rows in torch.arange(len(queries[0])).split(_QUERIES_AT_ONCE):
         embeds, images = queries[0][rows], queries[1][rows]

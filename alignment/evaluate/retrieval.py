@@ -5,9 +5,7 @@ captions and images of the split as candidates, no prompt, no logit scale (it wo
 batch, or with one caption per image, are higher and cannot be compared with these.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -16,9 +14,10 @@ from torch import Tensor
 
 from alignment.evaluate.bootstrap import (
     LOWER_IS_BETTER,
-    Bootstrap,
     Difference,
     Estimate,
+    Sampled,
+    Statistics,
     bootstrap,
     differences,
     estimates,
@@ -33,11 +32,9 @@ Metric = TypeVar("Metric", Estimate, Difference)
 class RetrievalReport(Generic[Metric]):
     """Retrieval metrics of one model (`Estimate`), or the differences between two (`Difference`).
 
-    Attributes:
-        num_images, num_texts: images and captions that were queries and candidates.
-        metrics: for both directions `image_to_text` and `text_to_image` (the query comes first): `..._recall@1`, `@5`,
-            `@10` in [0, 1], `..._recall_sum` of these, `..._median_rank` from 1; and `recall_sum`, of all six, in
-            [0, 6] (papers print 100 times that).
+    The metrics are for both directions `image_to_text` and `text_to_image` (the query comes first): `..._recall@1`,
+    `@5`, `@10` in [0, 1], `..._recall_sum` of these, `..._median_rank` from 1; and `recall_sum`, of all six, in [0, 6]
+    (papers print 100 times that).
     """
 
     num_images: int
@@ -51,93 +48,79 @@ class RetrievalReport(Generic[Metric]):
 def evaluate_embeddings(
     image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, *, resamples: int = 1000, seed: int = 0
 ) -> RetrievalReport[Estimate]:
-    """Measure recall in both directions between embeddings.
+    """Measure recall in both directions between embeddings; ties, cosines within `ROUNDING`, count against the model.
 
-    Cosines within `ROUNDING` of each other are ties, and ties count against the model.
-
-    Args:
-        image_embeds: (num_images, embed_dim).
-        text_embeds: (num_texts, embed_dim).
-        image_of_text: (num_texts,) index of the image that each text describes; every image needs a text.
-        resamples: bootstrap samples; images are drawn with their texts, the candidates stay. 0 gives no interval.
-        seed: of the bootstrap; the same draws for every model, so that two reports can be compared.
-
-    Raises:
-        ValueError: on non-finite embeddings, no embeddings, or an image without a text.
+    Embeddings are (num_images, embed_dim) and (num_texts, embed_dim); `image_of_text` (num_texts,) is the index of the
+    image that each text describes. The bootstrap draws the same for every model; without `resamples` there is no
+    interval. Raises ValueError on non-finite embeddings, no embeddings, or an image without a text.
     """
-    return _report(query_ranks(image_embeds, text_embeds, image_of_text), image_of_text, resamples, seed)
+    ranks = query_ranks(image_embeds, text_embeds, image_of_text)
+    sampled = _bootstrap(ranks, image_of_text, resamples, seed)
+    return RetrievalReport(len(image_embeds), len(text_embeds), estimates(sampled))
 
 
 def evaluate_embedded(embedded: Embedded, *, resamples: int = 1000, seed: int = 0) -> RetrievalReport[Estimate]:
     """Measure recall in both directions on an embedded data set, see `evaluate_embeddings`."""
-    return _report(embedded.ranks, embedded.image_of_text, resamples, seed)
+    sampled = _bootstrap(embedded.ranks, embedded.image_of_text, resamples, seed)
+    return RetrievalReport(len(embedded.images), len(embedded.texts), estimates(sampled))
 
 
 def compare_retrieval(
     before: Embedded, after: Embedded, *, resamples: int = 1000, seed: int = 0
 ) -> RetrievalReport[Difference]:
-    """Subtract model A (`before`) from model B (`after`), by the same draws of a paired bootstrap.
-
-    Raises:
-        ValueError: on different images or captions, or embeddings that are not finite.
-    """
+    """Subtract model A (`before`) from model B (`after`); raises ValueError on different images or captions."""
     is_same = list(before.images) == list(after.images) and list(before.texts) == list(after.texts)
     if not is_same or not torch.equal(before.image_of_text, after.image_of_text):
         raise ValueError("The two models were given different images or captions; compare them on the same.")
-    measured = (_bootstrap(model.ranks, model.image_of_text, resamples, seed) for model in (before, after))
-    return RetrievalReport(len(before.images), len(before.texts), differences(*measured))
+    sampled = (_bootstrap(model.ranks, model.image_of_text, resamples, seed) for model in (before, after))
+    return RetrievalReport(len(before.images), len(before.texts), differences(*sampled))
 
 
-def _report(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> RetrievalReport[Estimate]:
-    measured = _bootstrap(ranks, image_of_text, resamples, seed)
-    return RetrievalReport(len(ranks[DIRECTIONS[0]]), len(image_of_text), estimates(measured))
-
-
-def _bootstrap(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> Bootstrap:
+def _bootstrap(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> Sampled:
     num_images = len(ranks[DIRECTIONS[0]])
     images = (torch.arange(num_images), image_of_text)
-    directions = [_Direction(name, ranks[name], of) for name, of in zip(DIRECTIONS, images, strict=True)]
+    directions = [_statistics(name, ranks[name], of) for name, of in zip(DIRECTIONS, images, strict=True)]
 
     def statistics(draws: Tensor) -> dict[str, float]:
-        found = dict(item for direction in directions for item in direction.statistics(draws))
+        found = {name: value for direction in directions for name, value in direction(draws).items()}
         return found | {"recall_sum": sum(found[f"{name}_recall_sum"] for name in DIRECTIONS)}
 
     return bootstrap(statistics, num_images, resamples=resamples, seed=seed)
 
 
-class _Direction:
-    """Ranks of one direction in ascending order, so that a resample costs one cumulative sum."""
+def _statistics(direction: str, ranks: Tensor, images: Tensor) -> Statistics:
+    """Prepare one direction: with the ranks in ascending order, a resample costs one cumulative sum."""
+    ascending, order = ranks.sort()
+    images = images[order]
+    within = {k: int((ranks <= k).sum()) for k in KS}
 
-    def __init__(self, name: str, ranks: Tensor, images: Tensor) -> None:
-        self.name = name
-        self.ranks, order = ranks.sort()
-        self.images = images[order]
-        self.within = {k: int((ranks <= k).sum()) for k in KS}
-
-    def statistics(self, draws: Tensor) -> Iterator[tuple[str, float]]:
-        """Yield (name, metric) when image i is drawn `draws[i]` times, each with all its queries."""
-        cumulative = draws[self.images].cumsum(0)
+    def statistics(draws: Tensor) -> dict[str, float]:
+        cumulative = draws[images].cumsum(0)
         total = int(cumulative[-1])
-        recalls = {k: int(cumulative[count - 1]) / total if count else 0.0 for k, count in self.within.items()}
-        for k, recall in recalls.items():
-            yield f"{self.name}_recall@{k}", recall
-        yield f"{self.name}_recall_sum", sum(recalls.values())
+        recalls = {k: int(cumulative[count - 1]) / total if count else 0.0 for k, count in within.items()}
+        found = {f"{direction}_recall@{k}": recall for k, recall in recalls.items()}
         # The lower median: the first rank that half of the queries do not exceed.
-        yield f"{self.name}_median_rank", float(self.ranks[torch.searchsorted(cumulative, (total + 1) // 2)])
+        median = float(ascending[torch.searchsorted(cumulative, (total + 1) // 2)])
+        return found | {f"{direction}_recall_sum": sum(recalls.values()), f"{direction}_median_rank": median}
+
+    return statistics
 
 
 def report_table(report: RetrievalReport[Estimate]) -> str:
     """Format a report as text: recalls in percent with their 95 % intervals."""
+
+    def row(title: str, *names: str) -> str:
+        cells = (" ".join(estimate_cells(name, report.metrics[name])) for name in names)
+        return f"{title:14}" + "".join(f"{cell:>21}" for cell in cells)
+
     columns = [*(f"R@{k}" for k in KS), "sum", "median rank"]
-    lines = [f"{'':14}" + "".join(f"{column:>21}" for column in columns)]
-    for direction in DIRECTIONS:
-        names = [f"{direction}_{name}" for name in (*(f"recall@{k}" for k in KS), "recall_sum", LOWER_IS_BETTER)]
-        cells = [" ".join(estimate_cells(name, report.metrics[name])) for name in names]
-        lines.append(f"{direction.replace('_', ' '):14}" + "".join(f"{cell:>21}" for cell in cells))
-    total = " ".join(estimate_cells("recall_sum", report.metrics["recall_sum"]))
-    lines.append(f"recall sum    {total:>21}")
-    lines.append(f"{report.num_images} images, {report.num_texts} captions; in brackets 95 % intervals over images")
-    return "\n".join(lines)
+    suffixes = [*(f"recall@{k}" for k in KS), "recall_sum", LOWER_IS_BETTER]
+    return "\n".join([
+        f"{'':14}" + "".join(f"{column:>21}" for column in columns),
+        *(row(side.replace("_", " "), *(f"{side}_{suffix}" for suffix in suffixes)) for side in DIRECTIONS),
+        row("recall sum", "recall_sum"),
+        f"{report.num_images} images, {report.num_texts} captions; in brackets 95 % intervals over images",
+    ])  # fmt: skip
 
 
 def difference_table(metrics: Mapping[str, Difference]) -> str:
@@ -145,9 +128,8 @@ def difference_table(metrics: Mapping[str, Difference]) -> str:
     lines = [f"{'':26}{'A':>8}{'B':>8}{'B - A':>8}   {'95 % interval':18}{'B not better':>12}"]
     for name, found in metrics.items():
         before, after, gain, interval = difference_cells(name, found)
-        lines.append(
-            f"{metric_title(name):26}{before:>8}{after:>8}{gain:>8}   {interval:18}{found.p_not_better:>12.1%}"
-        )
+        figures = f"{before:>8}{after:>8}{gain:>8}   {interval:18}{found.p_not_better:>12.1%}"
+        lines.append(f"{metric_title(name):26}{figures}")
     return "\n".join(lines)
 
 

@@ -1,31 +1,25 @@
-"""Where a match is in the picture, by what each place of the last features brings into the embedding.
+"""Places of a match, found by what each place of the last features brings into the embedding.
 
-Place in the flow: `picture -> vision tower, watched (here) -> cosine -> gradients -> places`. One pass of the picture,
-and per caption one backward pass through the last layers. What is watched follows from the tower, not from its family:
+Place in the flow: `picture -> vision tower with a hook (here) -> cosine -> gradients -> places`. One pass of the
+picture, and per caption one backward pass through the last layers. The tensors that are watched follow from the tower:
 
     our own tower       its last feature maps, 9 x 9
     mean, or attention  the last hidden state, which the pooling reads (SigLIP)
     class token         the values that the last layer's attention picks from (CLIP, Chinese-CLIP, ViT)
 
 Contributions are gradient times value, which for attention is the weight of a place times what lies there: Grad-ECLIP
-with the model's own attention in place of a loosened one, and without its cut at zero, so that they keep the cosine's
-scale and their sign.
+with the model's own attention and without its cut at zero, so that contributions keep the cosine's scale and sign.
 """
-
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from alignment.explain.occlusion import UNIT
 from alignment.model import DualEncoder
 from alignment.preprocess import Preprocessor
 
+UNIT = 1 / 9  # share of the picture whose loss relevance is quoted for, whatever the method
 STEPS = 8  # of the integral over our own tower's maps; more change nothing that can be seen
 
 Inputs = dict[str, Tensor]
@@ -33,17 +27,10 @@ Box = tuple[float, float, float, float]
 
 
 def gradient(encoder: DualEncoder, image: Image.Image, text_embeds: Tensor, resolution: int) -> Tensor | None:
-    """Trace the cosine back to the places of the picture.
+    """Trace the cosine with captions (num_captions, embed_dim) back to the places of the picture.
 
-    Args:
-        encoder: its vision tower is watched.
-        image: opened.
-        text_embeds: (num_captions, embed_dim).
-        resolution: fixes the size of the result; the tower's own places are what there is to know.
-
-    Returns:
-        (num_captions, side, side) with side 2 * (resolution + 1), cosine per `UNIT` of the picture, 0 where the encoder
-        crops; None for a tower without places to watch.
+    The result is (num_captions, side, side) with side 2 * (resolution + 1), cosine per `UNIT` of the picture, 0 where
+    the encoder crops; None for a tower without places to watch.
 
     Source: Grad-ECLIP (Zhao et al., 2024); integrated gradients (Sundararajan et al., 2017) for our own tower.
     """
@@ -57,14 +44,11 @@ def gradient(encoder: DualEncoder, image: Image.Image, text_embeds: Tensor, reso
     return _laid_out(density.cpu(), _seen(encoder.preprocessor, image, inputs), 2 * (resolution + 1))
 
 
-# ---------------------------------------------------------------- our own tower
-
-
 def _of_maps(encoder: DualEncoder, inputs: Inputs, texts: Tensor) -> Tensor:
-    """Integrate gradients from empty maps to the picture's.
+    """Integrate gradients from empty maps to the picture's; all places together bring the cosine.
 
-    That splits what the cosine has over that of empty maps; the latter, which is the caption's alone and no place's,
-    is spread evenly, so that all places together bring the cosine.
+    The integral splits what the cosine has over that of empty maps; the latter depends on the caption alone and is
+    spread evenly.
     """
     tower = encoder.module.vision_model
     with torch.no_grad():
@@ -87,14 +71,11 @@ def _of_maps(encoder: DualEncoder, inputs: Inputs, texts: Tensor) -> Tensor:
     return functional.avg_pool2d(places, 3, stride=1, padding=1, count_include_pad=False)
 
 
-# ---------------------------------------------------------------- transformers
-
-
 def _of_tokens(encoder: DualEncoder, inputs: Inputs, texts: Tensor) -> Tensor | None:
-    """Split the cosine over the tokens of the last layer; the embedding's length counts as given.
+    """Split the cosine over the tokens of the last layer; the embedding's length is held constant.
 
-    With the length given, a tower that is linear behind its tokens is split exactly, and a caption with a low cosine
-    has little to split. Through the length, contributions would cancel to nothing for every caption alike.
+    A tower that is linear behind its tokens is then split exactly. Through the length, contributions would cancel to
+    nothing for every caption alike.
     """
     grid = _token_grid(encoder, inputs)
     values = [module for name, module in encoder.module.vision_model.named_modules() if name.endswith("v_proj")]
@@ -102,7 +83,9 @@ def _of_tokens(encoder: DualEncoder, inputs: Inputs, texts: Tensor) -> Tensor | 
         return None
     inputs = {name: value.to(encoder.device) for name, value in inputs.items()}
     inputs["pixel_values"].requires_grad_()
-    with torch.enable_grad(), _watching(values[-1]) as seen:
+    seen: list[Tensor] = []
+    hook = values[-1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.enable_grad(), hook:  # leaving a handle removes the hook
         output = encoder.module.get_image_features(**inputs)
     features = output.pooler_output[0].float()
     cosines = texts @ (features / features.detach().norm())
@@ -114,13 +97,10 @@ def _of_tokens(encoder: DualEncoder, inputs: Inputs, texts: Tensor) -> Tensor | 
 
 
 def _contributions(cosines: Tensor, tokens: Tensor, grid: tuple[int, int], *, padded: bool) -> Tensor | None:
-    """Gradient times value of the picture's tokens, (num_captions, rows, columns).
+    """Multiply gradient and value of the picture's tokens, (num_captions, rows, columns).
 
-    Args:
-        cosines: (num_captions,), with their graph.
-        tokens: (1, length, width); special tokens stand in front of the picture's.
-        grid: rows and columns of the picture's tokens.
-        padded: whether padding stands behind them; such towers have no special tokens.
+    `cosines` come with their graph. In `tokens` (1, length, width) special ones stand in front of the picture's, or
+    padding behind them (`padded`); no tower has both.
     """
     count = grid[0] * grid[1]
     if tokens.ndim != 3 or tokens.shape[1] < count:
@@ -141,45 +121,26 @@ def _token_grid(encoder: DualEncoder, inputs: Inputs) -> tuple[int, int] | None:
         rows, columns = inputs["spatial_shapes"][0].tolist()
         return rows, columns
     patch = getattr(encoder.module.vision_model.config, "patch_size", None)
-    if not isinstance(patch, int):
-        return None
-    return inputs["pixel_values"].shape[-2] // patch, inputs["pixel_values"].shape[-1] // patch
-
-
-@contextmanager
-def _watching(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a module returns while this lasts."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-# ---------------------------------------------------------------- places
+    height, width = inputs["pixel_values"].shape[-2:]
+    return (height // patch, width // patch) if isinstance(patch, int) else None
 
 
 def _seen(preprocessor: Preprocessor, image: Image.Image, inputs: Inputs) -> Box:
     """Find the part of the picture that the encoder sees: left, top, right, bottom as shares of its sides.
 
-    A picture whose red rises from left to right and whose green rises from top to bottom goes the same way; where a
-    colour comes out tells where it came from. So it holds for whatever resizing, cropping and padding a family does.
+    A picture whose red rises from left to right and whose green rises from top to bottom is preprocessed the same way;
+    where a colour comes out tells where it came from, whatever resizing, cropping and padding a family does.
     """
     if inputs["pixel_values"].ndim != 4:  # patches of the whole picture
         return 0.0, 0.0, 1.0, 1.0
     rising = Image.linear_gradient("L").resize(image.size)  # from top to bottom
     across = Image.linear_gradient("L").rotate(90).resize(image.size)
     black = Image.new("L", image.size)
-    pictures = (
-        Image.merge("RGB", (across, rising, black)),
-        black.convert("RGB"),
-        Image.new("RGB", image.size, "white"),
-    )
+    white = Image.new("RGB", image.size, "white")
+    pictures = (Image.merge("RGB", (across, rising, black)), black.convert("RGB"), white)
     ramp, dark, light = (preprocessor.images([picture])["pixel_values"][0] for picture in pictures)
     shares = (ramp - dark) / (light - dark)
-    left, right = _ends(shares[0].mean(0))
-    top, bottom = _ends(shares[1].mean(1))
+    (left, right), (top, bottom) = _ends(shares[0].mean(0)), _ends(shares[1].mean(1))
     return left, top, right, bottom
 
 
@@ -197,7 +158,5 @@ def _laid_out(places: Tensor, box: Box, side: int) -> Tensor:
     centres = (torch.arange(side) + 0.5) / side
     across, down = (2 * (centres - left) / (right - left) - 1, 2 * (centres - top) / (bottom - top) - 1)
     points = torch.stack([across.expand(side, side), down[:, None].expand(side, side)], dim=-1)
-    spread = functional.grid_sample(
-        places[None], points[None], mode="bilinear", padding_mode="border", align_corners=False
-    )[0]
+    (spread,) = functional.grid_sample(places[None], points[None], padding_mode="border", align_corners=False)
     return spread * ((points.abs() <= 1).all(-1))

@@ -1,10 +1,7 @@
 """What each word of a caption adds to its match with a picture.
 
-Place in the flow: `caption -> words (here) -> encoder -> cosine with and without`. Only the text tower runs, once, so
-this works for every family, and one batch of captions serves any number of pictures.
+Place in the flow: `caption -> words (here) -> encoder -> cosine with and without`. Only the text tower runs, once.
 """
-
-from __future__ import annotations
 
 import re
 import unicodedata
@@ -12,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from alignment.model import DualEncoder
@@ -22,7 +18,7 @@ from alignment.similarity import cosine_similarity
 _INNER = "'’-"  # part of a word between two letters: "dog's", "T-shirt"
 _JOINERS = "\u200d\ufe0f"  # hold an emoji of several characters together
 
-# Chinese has no spaces. What stands by itself: number and measure word, particles, prepositions, the verb "to wear".
+# Chinese has no spaces. Words of their own: number and measure word, particles, prepositions, the verb "to wear".
 _HAN_WORD = re.compile(
     "[一二两三四五六七八九十几半这那每]+[个只位名条张匹辆群座头把杯件对双块片架艘朵棵间家排堆根支本部台幅种些身道口]"
     "|[的了着是在和与及或被把从向对穿戴里]|上(?![衣面])|下(?![雨面])"
@@ -31,43 +27,27 @@ _HAN_WORD = re.compile(
 
 @dataclass(frozen=True)
 class WordContribution:
-    """One word and what the match owes to it.
+    """One word, at `caption[start:end]`, and what it adds to the match.
 
-    Attributes:
-        word: as it stands in the caption.
-        start: its first character in the caption.
-        end: one beyond its last, so that `caption[start:end] == word`.
-        contributions: per picture, the cosine lost when the word is left out, in [-2, 2]; negative where the caption
-            fits better without it. The same scale for every caption and every picture of a model.
-        shares: the same as shares of what the whole caption's cosine has over the background, 0 where it has nothing;
-            None without a background. They need not add up to 1: words say things together.
+    `contributions` are per picture the cosine lost when the word is left out, in [-2, 2]; negative where the caption
+    fits better without it. The scale is the same for every caption and every picture of a model.
     """
 
     word: str
     start: int
     end: int
     contributions: tuple[float, ...]
-    shares: tuple[float, ...] | None = None
 
 
 def word_contributions(
-    encoder: DualEncoder, image_embeds: Tensor, caption: str, *, background: float | None = None
+    encoder: DualEncoder, image_embeds: Tensor, caption: str, *, background: float = 0.0
 ) -> list[WordContribution]:
     """Leave each word of a caption out in turn and see what the match loses.
 
-    A caption of a single word leaves nothing; it is compared with the background, or with a cosine of 0.
+    Punctuation is no word, and a caption of nothing else has none.
 
-    Args:
-        encoder: whose text tower reads the captions, in one batch.
-        image_embeds: (num_images, embed_dim), or (embed_dim,) for one picture.
-        caption: as the person typed it.
-        background: the cosine that pictures and captions have which have nothing to do with each other.
-
-    Returns:
-        The words in the order of the caption; punctuation is no word, and a caption of nothing else has none.
-
-    Raises:
-        InputError: when the caption is empty or too long.
+    `image_embeds` is (num_images, embed_dim), or (embed_dim,) for one picture. A caption of a single word is compared
+    with `background`, the cosine of unrelated pictures and captions. An empty or too long one raises InputError.
 
     Source: leave-one-out, or erasure (Li, Monroe and Jurafsky, 2016).
     """
@@ -78,25 +58,20 @@ def word_contributions(
     rests = [caption[:start] + _seam(caption, start, end) + caption[end:] for start, end in spans]
     asked = [caption, *(rest for rest in rests if split_words(rest))]
     cosines = cosine_similarity(image_embeds.reshape(-1, image_embeds.shape[-1]), encoder.encode_texts(asked)).T
-    whole, nothing = cosines[0], torch.full_like(cosines[0], background or 0.0)
-    without = iter(cosines[1:])
-    losses = [whole - (next(without) if split_words(rest) else nothing) for rest in rests]
-    shares = [None if background is None else _share(loss, whole - background) for loss in losses]
+    whole, without = cosines[0], iter(cosines[1:])
+    losses = [whole - (next(without) if split_words(rest) else background) for rest in rests]
     return [
-        WordContribution(caption[start:end], start, end, tuple(loss.tolist()), share)
-        for (start, end), loss, share in zip(spans, losses, shares, strict=True)
+        WordContribution(caption[start:end], start, end, tuple(loss.tolist()))
+        for (start, end), loss in zip(spans, losses, strict=True)
     ]
 
 
 def split_words(caption: str) -> list[tuple[int, int]]:
-    """Find the words of a caption in any script.
+    """Find the (start, end) of each word of a caption in any script, in order.
 
     Letters, digits and their marks make words; runs of Chinese characters are cut at particles and after measure words
     and the rest into pieces of two or three, which is how long Chinese words mostly are; Japanese changes its script
     between words; an emoji is a word.
-
-    Returns:
-        (start, end) of each, in order; they do not overlap.
     """
     spans: list[tuple[int, int]] = []
     for kind, places in groupby(range(len(caption)), lambda place: _kind(caption, place)):
@@ -110,7 +85,7 @@ def split_words(caption: str) -> list[tuple[int, int]]:
 
 
 def _kind(caption: str, place: int) -> str | None:
-    """Say what a character belongs to: one of the scripts, an emoji, or None for what parts words."""
+    """Classify a character: one of the scripts, an emoji, or None for what separates words."""
     character = caption[place]
     if character in _JOINERS or unicodedata.category(character)[0] == "M":
         return _kind(caption, place - 1) if place else None
@@ -126,22 +101,14 @@ def _kind(caption: str, place: int) -> str | None:
 
 
 def _han_words(run: str) -> Iterator[tuple[int, int]]:
-    """Cut a run of Chinese characters into (start, end)."""
+    """Cut a run of Chinese characters into (start, end): known words, and twos, the last a three if that is odd."""
     start = 0
-    for match in _HAN_WORD.finditer(run):
-        yield from _pieces(start, match.start())
-        yield match.span()
-        start = match.end()
-    yield from _pieces(start, len(run))
-
-
-def _pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Cut into twos, the last a three if the length is odd."""
-    while end - start > 3:
-        yield start, start + 2
-        start += 2
-    if end > start:
-        yield start, end
+    for first, last in [*(match.span() for match in _HAN_WORD.finditer(run)), (len(run), len(run))]:
+        while first - start > 3:
+            yield start, start + 2
+            start += 2
+        yield from (span for span in ((start, first), (first, last)) if span[0] < span[1])
+        start = last
 
 
 def _seam(caption: str, start: int, end: int) -> str:
@@ -149,7 +116,3 @@ def _seam(caption: str, start: int, end: int) -> str:
     before, after = caption[:start][-1:], caption[end:][:1]
     touching = "han" in (_kind(before, 0) if before else None, _kind(after, 0) if after else None)
     return "" if touching or not before or not after or before.isspace() else " "
-
-
-def _share(losses: Tensor, above: Tensor) -> tuple[float, ...]:
-    return tuple(torch.where(above > 0, losses / above.clamp(min=torch.finfo(above.dtype).eps), 0.0).tolist())

@@ -1,10 +1,8 @@
 """Find and read checkpoints: safetensors and JSON, from a folder or the Hugging Face Hub; no pickle, no foreign code.
 
-Place in the flow: `folder or Hub id -> weights (here) -> DualEncoder`. What builds models is imported when a model is
-built: a folder is found, and a known model served, without it.
+Place in the flow: `folder or Hub id -> weights (here) -> DualEncoder`. Serving a known model builds none, so
+what builds models is imported in the functions that do.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Iterator
@@ -16,18 +14,15 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-_SMALL_FILES = ["*.json", "*.txt", "*.model"]  # configuration and vocabularies: no code, no pickle
-_NOT_OF_A_MODEL = ("recipe.json", "run.json", "trainer_state.json", "training_args.json")  # what a training leaves
+SMALL_FILES = ["*.json", "*.txt", "*.model"]  # configuration and vocabularies: no code, no pickle
+TRAINING_FILES = ("recipe.json", "run.json", "trainer_state.json", "training_args.json")  # not part of a model
 _INDEX = "model.safetensors.index.json"
 
 
 def checkpoint_folder(name: str, revision: str | None, *, fetch: bool = True) -> Path:
     """Find a checkpoint on disk; a Hub id is fetched first: configuration, vocabulary, safetensors, nothing else.
 
-    Args:
-        name: folder or Hub id.
-        revision: branch, tag or commit on the Hub.
-        fetch: if not, only what was fetched before is found.
+    Without `fetch`, only what was fetched before is found.
 
     Raises:
         FileNotFoundError: when there is none, or its weights are pickled.
@@ -44,7 +39,7 @@ def checkpoint_folder(name: str, revision: str | None, *, fetch: bool = True) ->
         raise FileNotFoundError(foreign)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name} is not a checkpoint: it has no config.json; check the path.")
-    if not any((folder / file).is_file() for file in ("model.safetensors", _INDEX)):
+    if not _has_weights(folder):
         raise FileNotFoundError(
             f"{name} has no model.safetensors, and pickled weights are not read: convert it once with transformers' "
             "`save_pretrained`, or choose a checkpoint or revision in safetensors."
@@ -52,24 +47,26 @@ def checkpoint_folder(name: str, revision: str | None, *, fetch: bool = True) ->
     return folder
 
 
+def _has_weights(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("model.safetensors", _INDEX))
+
+
 def _foreign(folder: Path, name: str) -> str:
-    """Say what a folder is that another library wrote, and what to do with it; "" for any other."""
-    is_dual = _is_dual(folder)
+    """Describe a folder that another library wrote, and what to do with it; "" for any other."""
+    is_dual, has_weights = _is_dual(folder), _has_weights(folder)
     if (folder / "modules.json").is_file() and not is_dual:
         inner = next((path.parent for path in sorted(folder.glob("*/config.json")) if _is_dual(path.parent)), None)
         rest = f"its dual encoder lies in it: say {inner}" if inner else "it embeds text alone: choose a dual encoder"
         return f"{name} is a sentence-transformers model; {rest}."
-    has_weights = any((folder / file).is_file() for file in ("model.safetensors", _INDEX))
-    is_open_clip = any(folder.glob("open_clip_*")) and not (is_dual and has_weights)
-    for is_there, what in (
-        (is_open_clip, "open_clip checkpoint: take the model's version for transformers, such as those of the Hub whose"
-         " files are config.json and model.safetensors, or convert it with transformers' convert script for CLIP"),
-        ((folder / "adapter_config.json").is_file() and not has_weights, "adapter (PEFT) without its model: merge it"
-         " with PEFT's `merge_and_unload`, and save that with `save_pretrained`"),
-        ((folder / "model_index.json").is_file(), "diffusers pipeline, which makes pictures: choose a dual encoder"),
-    ):  # fmt: skip
-        if is_there:
-            return f"{name} is an {what}." if what[0] in "ao" else f"{name} is a {what}."
+    if any(folder.glob("open_clip_*")) and not (is_dual and has_weights):
+        hub = "such as those of the Hub whose files are config.json and model.safetensors"
+        convert = "or convert it with transformers' convert script for CLIP"
+        return f"{name} is an open_clip checkpoint: take the model's version for transformers, {hub}, {convert}."
+    if (folder / "adapter_config.json").is_file() and not has_weights:
+        merge = "merge it with PEFT's `merge_and_unload`, and save that with `save_pretrained`"
+        return f"{name} is an adapter (PEFT) without its model: {merge}."
+    if (folder / "model_index.json").is_file():
+        return f"{name} is a diffusers pipeline, which makes pictures: choose a dual encoder."
     return ""
 
 
@@ -84,8 +81,8 @@ def _is_dual(folder: Path) -> bool:
 
 def checkpoint_files(folder: Path) -> list[str]:
     """Name the files of a checkpoint that `checkpoint_folder` would fetch, and nothing that lies beside them."""
-    small = {path.name for pattern in _SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted({*small.difference(_NOT_OF_A_MODEL), *_weights(folder)})
+    small = {path.name for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted({*small.difference(TRAINING_FILES), *_weights(folder)})
 
 
 def _weights(folder: Path) -> set[str]:
@@ -100,8 +97,8 @@ def _fetched(name: str, revision: str | None, fetch: bool) -> Path:
 
     get = partial(snapshot_download, name, revision=revision, local_files_only=not fetch)
     try:
-        folder = Path(get(allow_patterns=_SMALL_FILES))
-        return Path(get(allow_patterns=[*_SMALL_FILES, *sorted(_weights(folder))]))
+        folder = Path(get(allow_patterns=SMALL_FILES))
+        return Path(get(allow_patterns=[*SMALL_FILES, *sorted(_weights(folder))]))
     except (OSError, ValueError) as error:
         wanted = f"{name} at revision {revision}" if revision else name
         raise FileNotFoundError(
@@ -111,11 +108,7 @@ def _fetched(name: str, revision: str | None, fetch: bool) -> Path:
 
 
 def load_dual_encoder(folder: Path, name: str) -> Any:
-    """Read a checkpoint of a dual encoder of any family, in float32.
-
-    Raises:
-        ValueError: when it is no dual encoder, is damaged, or would need code of its own.
-    """
+    """Read a dual encoder in float32; raises ValueError when it is none, is damaged, or would need code of its own."""
     from transformers import AutoModel
 
     from alignment.model import composition  # noqa: F401 - registers our own models
@@ -132,11 +125,7 @@ def load_dual_encoder(folder: Path, name: str) -> Any:
 
 
 def load_tower(folder: Path, side: Literal["vision", "text"], pooling: str) -> Any:
-    """Load one tower; of a dual encoder, the half on this side.
-
-    Raises:
-        ValueError: when it is damaged, or its pooler was never trained.
-    """
+    """Load one tower, of a dual encoder the half; raises ValueError when it is damaged or its pooler never trained."""
     from transformers import AutoConfig, PreTrainedConfig
 
     from alignment.model.composition import auto_class, build_tower
@@ -154,18 +143,13 @@ def load_tower(folder: Path, side: Literal["vision", "text"], pooling: str) -> A
 
 
 def _load_weights(auto: Any, folder: Path) -> tuple[Any, list[str]]:
-    """Read a checkpoint in float32; also which of its weights were not there and are therefore random."""
+    """Read a checkpoint in float32; also the names of weights that it lacks, which are random."""
     try:
         with without_progress_bar():
-            module, report = auto.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+            module, report = auto.from_pretrained(folder, **options, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{folder} cannot be loaded ({reason}): it is damaged, of another family, or needs code of its own, which "
             "is never run; download it again or choose another checkpoint."

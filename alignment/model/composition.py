@@ -1,16 +1,13 @@
-"""Join any vision tower and any text tower; to everyone else an ordinary dual encoder of transformers.
+"""Join any vision tower and any text tower into an ordinary dual encoder of transformers.
 
 Place in the flow: `checkpoints -> towers -> ComposedModel (here) -> DualEncoder`. Importing this registers the model,
-and the compact model's towers, with transformers' Auto classes.
+and the compact model's towers, with transformers' Auto classes; it is imported when a model is built, not served.
 """
-
-from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -28,10 +25,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from alignment import towers  # noqa: F401 - registers the compact model's towers with the Auto classes
-
-Pooling = Literal["mean", "cls", "pooler"]
-Projection = Literal["linear", "mlp", "none"]
+from alignment.model.tower import Pooling, Projection
+from alignment.towers import ResidualMLP  # the import also registers the compact model's towers
 
 FRESH_LOGIT_SCALE = math.log(1 / 0.07)  # where CLIP's temperature starts before training
 
@@ -40,69 +35,36 @@ class ComposedConfig(PreTrainedConfig):
     """Two towers, how each is pooled, and the projections that join them."""
 
     model_type = "composed-dual-encoder"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012 - transformers' protocol
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
-    def __init__(
-        self,
-        vision_config: dict[str, Any] | PreTrainedConfig | None = None,
-        text_config: dict[str, Any] | PreTrainedConfig | None = None,
-        projection_dim: int = 512,
-        vision_pooling: Pooling = "pooler",
-        text_pooling: Pooling = "mean",
-        vision_width: int = 768,
-        text_width: int = 768,
-        projection: Projection = "linear",
-        **kwargs: Any,
-    ) -> None:
-        self.vision_config = _sub_config(vision_config or {"model_type": "vit"})
-        self.text_config = _sub_config(text_config or {"model_type": "bert"})
-        self.projection_dim = projection_dim
-        self.vision_pooling = vision_pooling
-        self.text_pooling = text_pooling
-        self.vision_width = vision_width
-        self.text_width = text_width
-        self.projection = projection
-        super().__init__(**kwargs)
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    vision_pooling: Pooling = "pooler"
+    text_pooling: Pooling = "mean"
+    vision_width: int = 768
+    text_width: int = 768
+    projection: Projection = "linear"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _sub_config(self.vision_config or {"model_type": "vit"})
+        self.text_config = _sub_config(self.text_config or {"model_type": "bert"})
+        super().__post_init__(**kwargs)
 
 
 def _sub_config(config: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
-    # Where a tower once lay on somebody's disk is not written into the composition.
+    # The composition must not publish the path that a tower was loaded from.
     return AutoConfig.for_model(**{name: value for name, value in config.items() if name != "_name_or_path"})
-
-
-@dataclass
-class ComposedOutput(ModelOutput):
-    """What transformers' dual encoders return from `forward`, without the loss."""
-
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    image_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
-
-
-class MlpProjection(nn.Module):
-    """A linear projection and a two-layer correction to it."""
-
-    def __init__(self, width: int, embed_dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, embed_dim, bias=False)
-        self.hidden = nn.Linear(width, 2 * embed_dim)
-        self.out = nn.Linear(2 * embed_dim, embed_dim)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Project (n, width) to (n, embed_dim)."""
-        projected: Tensor = self.linear(features) + self.out(functional.gelu(self.hidden(features)))
-        return projected
 
 
 def _projection(config: ComposedConfig, width: int) -> nn.Module:
     if config.projection == "mlp":
-        return MlpProjection(width, config.projection_dim)
+        return ResidualMLP(width, config.projection_dim, 2 * config.projection_dim, bias=False)
     if config.projection == "linear":
         return nn.Linear(width, config.projection_dim, bias=False)
-    if config.projection == "none":  # towers that already speak the shared space, such as the compact model's
+    if config.projection == "none":  # towers that already share a space, such as the compact model's
         if width != config.projection_dim:
             raise ValueError(f"A tower of width {width} needs a projection to width {config.projection_dim}.")
         return nn.Identity()
@@ -110,7 +72,7 @@ def _projection(config: ComposedConfig, width: int) -> nn.Module:
 
 
 class ComposedModel(PreTrainedModel):
-    """Any vision tower and any text tower, joined; an ordinary transformers dual encoder to everyone else."""
+    """Any vision tower and any text tower, joined, with the methods of transformers' dual encoders."""
 
     config_class = ComposedConfig
     base_model_prefix = "composed"
@@ -120,8 +82,8 @@ class ComposedModel(PreTrainedModel):
 
     def __init__(self, config: ComposedConfig, vision_model: Any = None, text_model: Any = None) -> None:
         super().__init__(config)
-        self.vision_model = vision_model if vision_model is not None else build_tower(config.vision_config)
-        self.text_model = text_model if text_model is not None else build_tower(config.text_config)
+        self.vision_model = build_tower(config.vision_config) if vision_model is None else vision_model
+        self.text_model = build_tower(config.text_config) if text_model is None else text_model
         self.visual_projection = _projection(config, config.vision_width)
         self.text_projection = _projection(config, config.text_width)
         self.logit_scale = nn.Parameter(torch.tensor(FRESH_LOGIT_SCALE))
@@ -149,16 +111,17 @@ class ComposedModel(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-    ) -> ComposedOutput:
+    ) -> ModelOutput:
         """Score every picture against every caption."""
         images = self.get_image_features(
             pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
         )
         texts = self.get_text_features(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        image_embeds = functional.normalize(images.pooler_output, dim=-1)
-        text_embeds = functional.normalize(texts.pooler_output, dim=-1)
-        logits_per_image = image_embeds @ text_embeds.T * self.logit_scale.exp()
-        return ComposedOutput(logits_per_image, logits_per_image.T, image_embeds, text_embeds)
+        image_embeds, text_embeds = (functional.normalize(side.pooler_output, dim=-1) for side in (images, texts))
+        logits = image_embeds @ text_embeds.T * self.logit_scale.exp()
+        return ModelOutput(
+            logits_per_image=logits, logits_per_text=logits.T, image_embeds=image_embeds, text_embeds=text_embeds
+        )
 
 
 AutoConfig.register(ComposedConfig.model_type, ComposedConfig, exist_ok=True)
@@ -195,13 +158,13 @@ def pool_tower(
         pooled = getattr(output, "pooler_output", None)
     elif states is not None and not (is_map and pooling == "cls"):
         keep = inputs.get(mask)
-        pooled = _pool_tokens(states, pooling, states.new_ones(states.shape[:2]) if keep is None else keep)
+        pooled = pool_tokens(states, pooling, states.new_ones(states.shape[:2]) if keep is None else keep)
     if pooled is None:
         raise ValueError(f"A {tower.config.model_type} tower cannot be pooled by {pooling!r}: choose another pooling.")
     return states, pooled.flatten(1)
 
 
-def _pool_tokens(states: Tensor, pooling: str, keep: Tensor) -> Tensor | None:
+def pool_tokens(states: Tensor, pooling: str, keep: Tensor) -> Tensor | None:
     """Pool tokens (n, length, width) by their mean or to the first; `keep` is (n, length), 0 at padding."""
     if pooling == "mean":
         weights = keep.to(states.dtype)

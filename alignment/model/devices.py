@@ -1,7 +1,5 @@
 """Which device a model runs on: the best there is, or the one asked for, if it is there."""
 
-from __future__ import annotations
-
 import torch
 
 
@@ -13,11 +11,7 @@ def best_device() -> str:
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
-    """Find a device by its name, such as "cuda", "cuda:1", "mps" or "cpu"; the best there is when None.
-
-    Raises:
-        ValueError: when there is no such device here.
-    """
+    """Find "cuda", "cuda:1", "mps", "cpu", or by default the best there is; ValueError when it is not here."""
     name = name or best_device()
     try:
         device = torch.device(name)
@@ -35,6 +29,4 @@ def _is_there(device: torch.device) -> bool:
     """Look for a device without touching it: each process would take memory of its own there."""
     if device.type == "cuda":
         return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    if device.type == "mps":
-        return torch.backends.mps.is_available()
-    return device.type == "cpu"
+    return device.type == "cpu" or (device.type == "mps" and torch.backends.mps.is_available())

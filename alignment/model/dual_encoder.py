@@ -1,11 +1,8 @@
 """The interface of every dual encoder: pictures and captions in, embeddings out, whatever its family and back end.
 
 Place in the flow: `preprocess -> encoder (here) -> similarity`. Every family has transformers' `get_image_features`
-and `get_text_features`, so no code here depends on the family. Embeddings leave as float32, on the CPU, of unit norm;
-device, precision and back end stay private to this package.
+and `get_text_features`, so no code here depends on it. Device, precision and back end stay private to this package.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -16,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 from PIL import Image
@@ -27,15 +24,11 @@ from alignment.model import probes, zerogpu
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
 from alignment.model.devices import best_device, find_device
 from alignment.model.graph_cache import GraphCache, ModelInfo
-from alignment.model.module import LazyModule
 from alignment.model.openvino import OpenVINOTower, export_tower, openvino
-from alignment.model.torch_tower import TorchTower, TracedSide, pinned
-from alignment.model.tower import Inputs, Kind, Tower, concatenate
+from alignment.model.torch_tower import LazyModule, TorchTower, TracedSide, pinned
+from alignment.model.tower import Inputs, Kind, Pooling, Projection, Tower, concatenate
 from alignment.prefetch import prefetch_map
 from alignment.preprocess import ImageSource, Preprocessor, clean_caption
-
-if TYPE_CHECKING:  # composition imports what builds models; serving does not need it
-    from alignment.model.composition import Pooling, Projection
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +36,7 @@ Runtime = Literal["auto", "openvino", "torch"]
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
 
-MIN_PARAMS_TO_EXPORT = 2_000_000
-"""Weights from which "auto" exports graphs; smaller models take longer to export than graphs save."""
-
+MIN_PARAMS_TO_EXPORT = 2_000_000  # for "auto"; smaller models take longer to export than graphs save
 _IMAGE_BATCH = {"cpu": 8, "cuda": 256}  # pictures per forward pass by device
 _TEXT_BATCH = {"cpu": 64, "cuda": 1024}
 
@@ -53,12 +44,8 @@ _TEXT_BATCH = {"cpu": 64, "cuda": 1024}
 class DualEncoder:
     """A pair of encoders that put images and texts into one space; safe to use from several threads.
 
-    Attributes:
-        preprocessor: turns opened images and captions into the model's inputs.
-        name: what it was loaded from.
-        device: where it runs.
-        runtime: "openvino" runs the towers as OpenVINO graphs on a CPU, "torch" the module itself; "auto" chooses
-            graphs where they are worth it. Weights that were changed are always run by PyTorch.
+    `runtime` "openvino" runs the towers as OpenVINO graphs on a CPU, "torch" the module itself; "auto" chooses graphs
+    where they are worth it. Weights that were changed are always run by PyTorch. `name` is what it was loaded from.
     """
 
     def __init__(
@@ -70,15 +57,7 @@ class DualEncoder:
         device: str | torch.device | None = None,
         runtime: Runtime = "auto",
     ) -> None:
-        """Take a transformers model; it is moved to the device and switched to evaluation.
-
-        Args:
-            module: a model, or a function that loads one when it is first needed.
-            preprocessor: of the same checkpoint.
-            name: what it was loaded from.
-            device: "cuda", "mps", "cpu"; the best one there is when None.
-            runtime: see the class.
-        """
+        """Take a transformers model, or a function that loads one when it is first needed; see the class."""
         self.device = torch.device(device or best_device())
         self.preprocessor = preprocessor
         self.name = name
@@ -105,15 +84,11 @@ class DualEncoder:
         revision: str | None = None,
         device: str | torch.device | None = None,
         runtime: Runtime = "auto",
-    ) -> DualEncoder:
+    ) -> Self:
         """Load a CLIP, SigLIP, SigLIP2, Chinese-CLIP, vision-text-dual-encoder or composed checkpoint.
 
-        Args:
-            name_or_path: folder, or Hub id.
-            revision: branch, tag or commit on the Hub.
-            device: "cuda", "mps", "cpu"; the best one there is when None, and on ZeroGPU the CPU, with a GPU for many
-                pictures at once, see `alignment.model.zerogpu`.
-            runtime: see the class.
+        It is a folder, or a Hub id at a branch, tag or commit (`revision`). The `device` is "cuda", "mps" or "cpu", by
+        default the best one there is, and on ZeroGPU the CPU, with a GPU for many pictures at once.
 
         Raises:
             FileNotFoundError: when the checkpoint, its safetensors, tokenizer or image processor is missing.
@@ -123,21 +98,22 @@ class DualEncoder:
         on_zerogpu = device is None and zerogpu.on_zerogpu()
         device = find_device("cpu" if on_zerogpu else device)
         folder = checkpoint_folder(name, revision)
+        load_module = partial(load_dual_encoder, folder, name)
         graphs_are_used = device.type == "cpu" and runtime != "torch" and openvino() is not None
         cache = GraphCache.of(folder) if graphs_are_used else GraphCache(None)
         info = cache.info()
         # An unknown model is built now, so that its faults show; a known one only if its graphs are not enough.
-        module = load_dual_encoder(folder, name) if info is None else lambda: load_dual_encoder(folder, name)
+        module = load_module() if info is None else load_module
         encoder = cls(module, Preprocessor.load(folder), name=name, device=device, runtime=runtime)
         encoder._cache, encoder._info, encoder._lazy.exposed = cache, info, False
         if on_zerogpu:
-            encoder._use_zerogpu(lambda: load_dual_encoder(folder, name))
+            encoder._use_zerogpu(load_module())
         return encoder
 
-    def _use_zerogpu(self, load_module: Callable[[], Any]) -> None:
+    def _use_zerogpu(self, module: Any) -> None:
         """Let ZeroGPU run the image tower for many pictures at once."""
         zerogpu.patch_cuda_capture()
-        gpu = TorchTower(LazyModule(load_module(), torch.device(zerogpu.GPU_DEVICE)), "image")
+        gpu = TorchTower(LazyModule(module, torch.device(zerogpu.GPU_DEVICE)), "image")
         self._zerogpu = zerogpu.ZeroGPUTower(gpu, lambda inputs: self._local_tower("image")(inputs))
 
     @classmethod
@@ -150,15 +126,15 @@ class DualEncoder:
         pooling: Pooling | tuple[Pooling, Pooling] = ("pooler", "mean"),
         projection: Projection = "linear",
         device: str | torch.device | None = None,
-    ) -> DualEncoder:
+    ) -> Self:
         """Join a vision tower and a text tower with fresh projections; train it before use.
 
         Args:
             vision: folder or Hub id of any vision tower; of a dual encoder the vision half is taken.
             text: the same for the text tower.
             embed_dim: width of the space they share.
-            pooling: how a tower's tokens become one vector, for both towers or as (vision, text): the mean of all
-                tokens (padding left out), the first token, or the tower's own pooler.
+            pooling: for both towers or as (vision, text): the mean of all tokens (padding left out), the first token,
+                or the tower's own pooler.
             projection: "linear", "mlp" for a linear layer plus a two-layer correction, or "none" for towers that
                 already share a space of width `embed_dim`.
             device: as for `load`.
@@ -170,7 +146,8 @@ class DualEncoder:
         from alignment.model.composition import ComposedConfig, ComposedModel, pooled_width
 
         device = find_device(device)
-        folders = checkpoint_folder(os.fspath(vision), None), checkpoint_folder(os.fspath(text), None)
+        names = os.fspath(vision), os.fspath(text)
+        folders = checkpoint_folder(names[0], None), checkpoint_folder(names[1], None)
         vision_pooling, text_pooling = (pooling, pooling) if isinstance(pooling, str) else pooling
         preprocessor = Preprocessor.load(*folders)
         vision_model = load_tower(folders[0], "vision", vision_pooling)
@@ -187,7 +164,7 @@ class DualEncoder:
             projection=projection,
         )
         module = ComposedModel(config, vision_model, text_model)
-        return cls(module, preprocessor, name=f"{os.fspath(vision)} + {os.fspath(text)}", device=device)
+        return cls(module, preprocessor, name=" + ".join(names), device=device)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights (float32 safetensors), configuration, image processor and tokenizer; `load` reads them back."""
@@ -214,71 +191,41 @@ class DualEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over names, types, shapes and bytes of the weights.
-
-        Computed when asked for, and anew once they change (other than through `.data`, which leaves no trace).
-        """
-        if not self._lazy.is_built and self._info is not None:
-            return self._info.fingerprint
-        return self._lazy.fingerprint()
+        """Sha256 over the weights; anew once they have changed (other than through `.data`, which leaves no trace)."""
+        return self._known_info.fingerprint or self._lazy.fingerprint()
 
     @property
     def _known_info(self) -> ModelInfo:
-        """Properties of the model as it is now; the fingerprint is empty unless it is cached."""
-        if not self._lazy.is_built and self._info is not None:
-            return self._info
-        return self._lazy.info()
+        """Properties of the model as it is now; the fingerprint is empty once the module is built."""
+        return self._lazy.info() if self._lazy.is_built or self._info is None else self._info
 
     def encode_images(
         self, images: Sequence[ImageSource], *, batch_size: int | None = None, progress: Progress | None = None
     ) -> Tensor:
-        """Embed pictures; they are opened as they are needed.
+        """Embed anything `open_image` takes, opened as it is needed: (n, embed_dim) float32, CPU, unit norm, in order.
 
-        Args:
-            images: anything `open_image` takes.
-            batch_size: pictures per forward pass; what suits the device when None.
-            progress: called after each batch with (done, total).
-
-        Returns:
-            (n, embed_dim) float32, CPU, unit norm, in the order given.
-
-        Raises:
-            InputError: when one of them cannot be opened.
+        A `batch_size` of None suits the device; `progress` is called after each batch with (done, total). Raises
+        InputError when a picture cannot be opened.
         """
-        sources, size = _listed(images), batch_size or _IMAGE_BATCH.get(self.device.type, 8)
-        if len(sources) < 2:
-            inputs = (self.preprocessor.image(source) for source in sources)
-        else:  # one picture is decoded while another is embedded
-            inputs = prefetch_map(self.preprocessor.image, sources)
-        with closing(inputs), closing(self._batched(inputs, size)) as batches:
+        sources, prepare = _listed(images), self.preprocessor.image
+        # One picture is decoded while another is embedded.
+        inputs = prefetch_map(prepare, sources) if len(sources) > 1 else (prepare(source) for source in sources)
+        with closing(inputs), closing(self._batched(inputs, batch_size)) as batches:
             return self._encode_batches("image", batches, len(sources), progress)
 
     def encode_texts(
         self, texts: Sequence[str], *, batch_size: int | None = None, progress: Progress | None = None
     ) -> Tensor:
-        """Embed captions; arguments and result as for `encode_images`.
-
-        Raises:
-            InputError: when one of them is empty or too long.
-        """
+        """Embed captions; as for `encode_images`, and an InputError when one of them is empty or too long."""
         captions = [clean_caption(text) for text in _listed(texts)]
         size = batch_size or _TEXT_BATCH.get(self.device.type, 64)
         batches = (self.preprocessor.texts(captions[start : start + size]) for start in range(0, len(captions), size))
         return self._encode_batches("text", batches, len(captions), progress)
 
     def encode_prepared(self, inputs: Iterable[Inputs], *, batch_size: int | None = None) -> Iterator[Tensor]:
-        """Embed pictures whose inputs are ready, as they come.
-
-        Args:
-            inputs: what `preprocessor.images` made of one picture each.
-            batch_size: as for `encode_images`.
-
-        Yields:
-            (embed_dim,) for each, in order; float32, CPU, unit norm.
-        """
-        size = batch_size or _IMAGE_BATCH.get(self.device.type, 8)
-        with closing(self._batched(inputs, size)) as batches, closing(self.tower("image").stream(batches)) as embedded:
-            for embeds in map(self._checked, embedded):
+        """Embed pictures as their inputs come, each what `preprocessor.images` made of one: (embed_dim,), in order."""
+        with closing(self._batched(inputs, batch_size)) as batches, closing(self._stream("image", batches)) as embedded:
+            for embeds in embedded:
                 yield from embeds
 
     def embed_images(self, inputs: Inputs) -> Tensor:
@@ -288,8 +235,6 @@ class DualEncoder:
     def embed_texts(self, inputs: Inputs) -> Tensor:
         """Embed what `preprocessor.texts` made; on the device and with gradients, for training."""
         return self._torch["text"].embed(inputs)
-
-    # ------------------------------------------------------------ back ends
 
     def evaluating(self) -> AbstractContextManager[Any]:
         """Switch dropout off, and back on afterwards if the model is being trained."""
@@ -341,40 +286,41 @@ class DualEncoder:
 
     def _export(self, kind: Kind, path: Path) -> str:
         if kind == "image":
-            pictures = probes.pictures()
-            batches = [self.preprocessor.images(some) for some in (pictures[:2], pictures[2:])]
+            drawn = probes.pictures()
+            batches = [self.preprocessor.images(pictures) for pictures in (drawn[:2], drawn[2:])]
         else:
             batches = [self.preprocessor.texts(captions) for captions in probes.CAPTIONS]
         return export_tower(kind, TracedSide(self._lazy.get(), kind, list(batches[0])).eval(), batches, path)
 
-    def _batched(self, inputs: Iterable[Inputs], size: int) -> Generator[Inputs]:
-        """Join the inputs of single items to batches; for a GPU while it computes the batch before."""
-        stream = iter(inputs)
+    def _batched(self, inputs: Iterable[Inputs], size: int | None) -> Generator[Inputs]:
+        """Join the inputs of single pictures to batches; for a GPU while it computes the batch before."""
+        stream, size = iter(inputs), size or _IMAGE_BATCH.get(self.device.type, 8)
         groups = iter(lambda: list(islice(stream, size)), [])
-        if self.device.type != "cuda":
-            yield from map(concatenate, groups)
-            return
-        with closing(prefetch_map(pinned, groups, workers=1, depth=2)) as batches:
+        cuda = self.device.type == "cuda"
+        joined = prefetch_map(pinned, groups, workers=1, depth=2) if cuda else (concatenate(group) for group in groups)
+        with closing(joined) as batches:
             yield from batches
 
     def _encode_batches(self, kind: Kind, batches: Iterable[Inputs], total: int, progress: Progress | None) -> Tensor:
         embeds, done = [torch.empty(0, self.embed_dim)], 0
-        with closing(self.tower(kind).stream(batches)) as embedded:
-            for rows in map(self._checked, embedded):
+        with closing(self._stream(kind, batches)) as embedded:
+            for rows in embedded:
                 embeds.append(rows)
                 done += len(rows)
                 if progress is not None:
                     progress(done, total)
         return torch.cat(embeds)
 
-    def _checked(self, embeds: Tensor) -> Tensor:
-        """Refuse embeddings that are not finite."""
-        if not bool(embeds.isfinite().all()):
-            raise ValueError(
-                f"{self.name} makes embeddings that are no numbers (NaN or infinite): its weights are damaged, or its "
-                "training failed. Download or train it again, or choose another --model."
-            )
-        return embeds
+    def _stream(self, kind: Kind, batches: Iterable[Inputs]) -> Generator[Tensor]:
+        """Embed batch after batch; refuse embeddings that are not finite."""
+        with closing(self.tower(kind).stream(batches)) as embedded:
+            for embeds in embedded:
+                if not bool(embeds.isfinite().all()):
+                    raise ValueError(
+                        f"{self.name} makes embeddings that are no numbers (NaN or infinite): its weights are damaged, "
+                        "or its training failed. Download or train it again, or choose another --model."
+                    )
+                yield embeds
 
 
 def _listed(items: Sequence[Item]) -> Sequence[Item]:

@@ -1,4 +1,4 @@
-"""The cache of OpenVINO graphs: kept from one start to the next, by the content of the checkpoint's files.
+"""The cache of OpenVINO graphs, by the content of the checkpoint's files.
 
 Place in the flow: `checkpoint folder -> digest -> graphs and model info (here) -> encoder`. An entry holds what serving
 needs of a model, so that a known one answers without building the PyTorch module:
@@ -11,8 +11,6 @@ Entries lie in `graphs` below `$ALIGNMENT_CACHE`, else below `~/.cache/alignment
 altered is made again; where nothing may be written, a graph lives as long as the process.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
@@ -20,22 +18,20 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from alignment.atomic import atomic_write, read_json_checksummed, remove_stale_temp, sha256_of, write_json_checksummed
-from alignment.model.openvino import OpenVINOTower, native_precision, openvino
+from alignment.model.checkpoints import SMALL_FILES, TRAINING_FILES
+from alignment.model.openvino import OpenVINOTower, openvino, version_token
 from alignment.model.tower import Kind
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of an entry; also what a change of the export raises
 MAX_ENTRIES = 16
-
-_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-_TRAINING_FILES = ("recipe.json", "trainer_state.json", "training_args.json")  # what a training leaves beside it
 
 
 @dataclass(frozen=True)
@@ -51,9 +47,8 @@ class ModelInfo:
 def checkpoint_digest(folder: Path) -> str:
     """Name a checkpoint by the content of its files."""
     digest = hashlib.sha256()
-    paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
-    for path in paths:
-        if path.name not in _TRAINING_FILES:
+    for path in sorted({path for pattern in (*SMALL_FILES, "*.safetensors") for path in folder.glob(pattern)}):
+        if path.name not in TRAINING_FILES:
             digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
@@ -66,7 +61,7 @@ class GraphCache:
         self.entry = entry
 
     @classmethod
-    def of(cls, folder: Path) -> GraphCache:
+    def of(cls, folder: Path) -> Self:
         """Find the entry of a checkpoint, new or old."""
         try:
             home = Path(os.environ.get("ALIGNMENT_CACHE") or "~/.cache/alignment").expanduser()
@@ -75,7 +70,7 @@ class GraphCache:
         return cls(Path(os.path.abspath(home), "graphs", f"{checkpoint_digest(folder)[:32]}-{FORMAT}"))
 
     def info(self) -> ModelInfo | None:
-        """Read what is known of the model."""
+        """Read what is known of the model; None where nothing intact is."""
         try:
             return ModelInfo(**read_json_checksummed(self.entry / "facts.json")) if self.entry else None
         except (OSError, ValueError, TypeError):
@@ -92,7 +87,7 @@ class GraphCache:
         try:
             about = read_json_checksummed(self.entry / f"{kind}.json")
             files = {name: sha256_of(self.entry / name) for name in about["files"]}
-            if files != about["files"] or about["made_by"] != _version_token():
+            if files != about["files"] or about["made_by"] != version_token():
                 return None
             return OpenVINOTower(self.entry / f"{kind}.xml", about["precision"])
         except Exception as error:  # OpenVINO raises anything on a damaged file
@@ -100,36 +95,24 @@ class GraphCache:
             return None
 
     def make(self, kind: Kind, export: Callable[[Path], str]) -> OpenVINOTower:
-        """Make a graph, and keep it.
-
-        Args:
-            kind: of the tower.
-            export: writes "NAME.xml" and "NAME.bin", returns the precision to run it in.
-        """
-        aside = tempfile.mkdtemp(prefix="alignment-graph-")
-        try:
+        """Make a graph, and keep it; `export` writes "NAME.xml" and "NAME.bin", and returns the precision to run in."""
+        with ExitStack() as stack:
+            aside = tempfile.mkdtemp(prefix="alignment-graph-")
+            stack.callback(shutil.rmtree, aside, ignore_errors=True)
             path = Path(aside, f"{kind}.xml")
             precision = export(path)
-            tower = self.tower(kind) if self._keep(kind, path, precision) else None
-            if tower is None:
-                tower = OpenVINOTower(path, precision)
-                weakref.finalize(tower, shutil.rmtree, aside, ignore_errors=True)
-                aside = ""
+            if self._keep(kind, path, precision) and (kept := self.tower(kind)) is not None:
+                return kept
+            tower = OpenVINOTower(path, precision)
+            weakref.finalize(tower, stack.pop_all().close)  # the files live as long as the graph
             return tower
-        finally:
-            if aside:
-                shutil.rmtree(aside, ignore_errors=True)
 
     def _keep(self, kind: Kind, path: Path, precision: str) -> bool:
         """Put a graph's files in place, the one with their hashes last."""
         if self.entry is None:
             return False
         parts = (path, path.with_suffix(".bin"))
-        about = {
-            "precision": precision,
-            "made_by": _version_token(),
-            "files": {part.name: sha256_of(part) for part in parts},
-        }
+        hashes = {part.name: sha256_of(part) for part in parts}
         try:
             self.entry.mkdir(parents=True, exist_ok=True)
             remove_stale_temp(self.entry)
@@ -139,7 +122,7 @@ class GraphCache:
         except OSError as error:
             logger.warning("The %s graph is not kept for the next start, which takes longer: %s", kind, error)
             return False
-        self._write(f"{kind}.json", about)
+        self._write(f"{kind}.json", {"precision": precision, "made_by": version_token(), "files": hashes})
         _evict_oldest(self.entry.parent)
         return True
 
@@ -150,10 +133,6 @@ class GraphCache:
             write_json_checksummed(self.entry / name, content)
         except OSError as error:
             logger.warning("%s is not kept for the next start, which takes longer: %s", name, error)
-
-
-def _version_token() -> str:
-    return f"{openvino().__version__} {native_precision()}"
 
 
 def _evict_oldest(home: Path) -> None:

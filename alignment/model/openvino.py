@@ -6,18 +6,15 @@ compute what the module does, PyTorch runs the tower.
 
 Where the processor has bfloat16 the graph computes in it, which doubles the speed. A vision transformer keeps its
 accuracy, a narrow convolutional network loses some: its first layers then stay in float32, as many as it takes.
-OpenVINO has no public option for that, so the graph's XML text is marked (`mark_first_layers_precise`, with a contract
-test in `tests/test_openvino.py`).
+OpenVINO has no public option for that, so the graph's XML text is marked; `tests/test_openvino.py` checks the mark.
 """
-
-from __future__ import annotations
 
 import logging
 import re
 import sys
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from functools import cache
 from itertools import chain, islice
@@ -33,14 +30,9 @@ from alignment.prefetch import prefetch_map
 
 logger = logging.getLogger(__name__)
 
-MIN_COSINE = 0.999
-"""Least cosine between a graph's embedding and PyTorch's."""
-
+MIN_COSINE = 0.999  # between a graph's embedding and PyTorch's
+# Over all probes, which lose more than photographs; a text tower is held to more, for it costs a tenth of the time.
 _MIN_COSINE_ON_PROBES: dict[Kind, float] = {"image": MIN_COSINE, "text": 0.9999}
-"""Least cosine over all probes. Photographs lose less than the drawn probes. A caption costs a tenth of a picture and
-is compared with every picture, so the text tower is held to more.
-"""
-
 _BATCHES_BEFORE_PARALLEL = 4  # after which a second compilation, for parallel requests, pays
 _PRECISE_SHARES = (0.0, 1 / 16, 1 / 8, 1 / 5, 1 / 2)  # of the layers, from the first on, in float32: tried in turn
 _KNOWN_INPUTS: dict[Kind, set[str]] = {
@@ -77,18 +69,18 @@ def native_precision() -> Literal["bf16", "f32"]:
     return "bf16" if _core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name() == "bf16" else "f32"
 
 
+def version_token() -> str:
+    """Name what a graph depends on besides its model."""
+    return f"{openvino().__version__} {native_precision()}"
+
+
 class OpenVINOTower:
     """One tower, compiled for this processor."""
 
     backend = "openvino"
 
     def __init__(self, path: Path, precision: str) -> None:
-        """Compile.
-
-        Args:
-            path: of the graph, "NAME.xml" with "NAME.bin" beside it; both are read as they are used.
-            precision: "bf16" or "f32".
-        """
+        """Compile "NAME.xml", with "NAME.bin" beside it, in "bf16" or "f32"; the files are read as they are used."""
         self._path, self._precision = path, precision
         self._single = _Compiled(path, precision, streams=1)
         self._parallel: _Compiled | None = None
@@ -99,11 +91,7 @@ class OpenVINOTower:
         return self._single(inputs)
 
     def stream(self, batches: Iterable[Inputs]) -> Generator[Tensor]:
-        """Embed batch after batch, in order: the first few on all cores, the others on one core each, in parallel.
-
-        Args:
-            batches: read in the caller's thread, a few ahead.
-        """
+        """Embed batch after batch, in order: the first few on all cores, the others on one core each, in parallel."""
         stream = iter(batches)
         if self._parallel is None:
             yield from map(self._single, islice(stream, _BATCHES_BEFORE_PARALLEL))
@@ -112,15 +100,12 @@ class OpenVINOTower:
             yield from map(self._single, two)
             return
         streams = torch.get_num_threads()
-        run = self._compiled_for(streams)
-        with closing(prefetch_map(run, chain(two, stream), workers=streams, depth=2 * streams)) as embedded:
-            yield from embedded
-
-    def _compiled_for(self, streams: int) -> _Compiled:
         with self._lock:
             if self._parallel is None and streams > 1:
                 self._parallel = _Compiled(self._path, self._precision, streams)
-        return self._parallel or self._single
+        run = self._parallel or self._single
+        with closing(prefetch_map(run, chain(two, stream), workers=streams, depth=2 * streams)) as embedded:
+            yield from embedded
 
 
 class _Compiled:
@@ -154,20 +139,11 @@ class _Compiled:
 
 
 def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: Path) -> str:
-    """Write a tower as a graph, the fastest one whose embeddings are close enough to PyTorch's.
+    """Write a tower as a graph, the fastest one that is close enough to PyTorch; returns the precision to run it in.
 
-    Args:
-        kind: which one.
-        tower: takes the probes' tensors in their order, returns (n, embed_dim), unit norm.
-        probes: batches of inputs. The first is traced; the others differ from it in size, which shows a trace that made
-            it a constant.
-        path: "NAME.xml"; weights go to "NAME.bin" beside it, in half precision.
-
-    Returns:
-        The precision to run it in.
-
-    Raises:
-        ValueError: when no graph of this tower is accurate enough.
+    The tower takes the tensors of a batch in their order. The first batch of `probes` is traced, the others differ in
+    size, which shows constants in the trace. `path` is "NAME.xml"; weights go to "NAME.bin" beside it, in half
+    precision. Raises ValueError when no graph of this tower is accurate enough.
     """
     names = list(probes[0])
     if not set(names) <= _KNOWN_INPUTS[kind]:
@@ -180,7 +156,8 @@ def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: P
     # The shapes stay free: with fixed ones, OpenVINO fuses layers over the marks that keep some of them exact.
     openvino().save_model(model, path, compress_to_fp16=True)
     plain = path.read_text("utf-8")
-    for precision, share in _attempts():
+    halves = [("bf16", share) for share in _PRECISE_SHARES] if native_precision() == "bf16" else []
+    for precision, share in (*halves, ("f32", 0.0)):  # the fastest first
         path.write_text(mark_first_layers_precise(plain, share), "utf-8")
         run = OpenVINOTower(path, precision)
         worst = min(float((run(batch) * right).sum(-1).min()) for batch, right in zip(probes, expected, strict=True))
@@ -188,13 +165,6 @@ def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: P
         if worst >= _MIN_COSINE_ON_PROBES[kind]:
             return precision
     raise ValueError(f"the graph is not faithful: worst cosine {worst:.4f}")
-
-
-def _attempts() -> Iterator[tuple[str, float]]:
-    """Precision and the share of layers in float32, the fastest first."""
-    if native_precision() == "bf16":
-        yield from (("bf16", share) for share in _PRECISE_SHARES)
-    yield "f32", 0.0
 
 
 def _converted(tower: nn.Module, inputs: Inputs) -> Any:

@@ -1,13 +1,11 @@
 """Inputs that a graph is checked with before it is used: drawn pictures and sample captions."""
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image, ImageDraw
 
 
 def pictures(count: int = 16, side: int = 320, seed: int = 0) -> list[Image.Image]:
-    """Draw pictures with the spectrum of photographs and, on most, a few shapes; they check a graph.
+    """Draw pictures with the spectrum of photographs and, on most, a few shapes.
 
     Source: natural images have an amplitude of about 1 / frequency (Field, 1987).
     """
@@ -36,10 +34,9 @@ def _draw_shapes(picture: Image.Image, count: int, rng: np.random.Generator) -> 
         (canvas.ellipse if rng.random() < 0.5 else canvas.rectangle)(box, fill=colour)
 
 
-CAPTIONS = (
+CAPTIONS = (  # batches of different sizes and lengths
     ("a dog runs on the beach", "two children play football in the park"),
     ("一只狗在沙滩上奔跑",),
     ("red", "a plate of pasta with tomatoes, basil and a glass of water on a wooden table by the window", "夜晚的城市"),
     ("A man in a yellow jacket climbs a snowy mountain!", "ein Hund am Strand", "3 cats", "雨中撑伞的人们走过斑马线"),
 )
-"""Batches of different sizes and lengths."""

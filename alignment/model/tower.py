@@ -1,7 +1,5 @@
 """What every back end is: a function of one side's inputs, with a faster way for many batches."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -9,6 +7,8 @@ import torch
 from torch import Tensor
 
 Kind = Literal["image", "text"]
+Pooling = Literal["mean", "cls", "pooler"]
+Projection = Literal["linear", "mlp", "none"]
 Inputs = Mapping[str, Tensor]
 
 

@@ -1,15 +1,12 @@
 """The ZeroGPU back end: many pictures on a GPU that Hugging Face assigns for seconds; all else stays on the CPU.
 
 Place in the flow: `batches of pictures -> a few large ones -> assigned GPU (here) -> embeddings`. A GPU takes a second
-to be assigned and uses up the visitor's quota. Captions and up to `MAX_CPU_PICTURES` pictures are encoded sooner by the
-CPU's graphs. Without a visitor, as at the start, no GPU is assigned.
+to be assigned and uses up the visitor's quota. Without a visitor, as at the start, no GPU is assigned.
 
-ZeroGPU's package `spaces` emulates CUDA in this process and runs wrapped functions in a forked process that has a GPU.
-Arguments and results are pickled; no other state comes back. A process that has called the CUDA driver cannot fork a
-process that finds a GPU. The names of `spaces` and of torch that this depends on are tested in `tests/test_zerogpu.py`.
+The package `spaces` emulates CUDA in this process and runs wrapped functions in a forked process that has a GPU, unless
+this one has called the CUDA driver. Arguments and results are pickled; no other state comes back. The names of `spaces`
+and of torch that this depends on are tested in `tests/test_zerogpu.py`.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -30,16 +27,11 @@ Encode = Callable[[Inputs], Tensor]
 Result = TypeVar("Result")
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-MAX_CPU_PICTURES = 7
-"""Pictures that the CPU encodes sooner than a GPU is assigned."""
-
-GPU_BATCH = 64
-"""Pictures in one call to the GPU, some 0.6 MB each."""
-
+MAX_CPU_PICTURES = 7  # the CPU encodes these sooner than a GPU is assigned
+GPU_BATCH = 64  # pictures in one call to the GPU, some 0.6 MB each
 _CPU_BATCH = 8  # pictures at a time when no GPU was assigned
 GPU_DEVICE = "cuda"
-DURATION_S = 10
-"""GPU time to ask for; less is used, and a low request suits visitors with little quota left."""
+DURATION_S = 10  # GPU time to ask for; less is used, and a low request suits visitors with little quota left
 
 
 def on_zerogpu() -> bool:
@@ -48,10 +40,9 @@ def on_zerogpu() -> bool:
 
 
 def patch_cuda_capture() -> None:
-    """Stub `is_current_stream_capturing`, which transformers calls for every caption.
+    """Stub `is_current_stream_capturing`, which transformers calls for every caption; call this before a model is run.
 
-    A real call initialises CUDA in this process, after which no forked process finds a GPU. No stream is ever captured
-    here, so the answer is right. Call it before a model is run.
+    A real call initialises CUDA in this process, after which no forked process finds a GPU. Nothing is captured here.
     """
     torch.cuda.is_current_stream_capturing = lambda: False
 
@@ -73,16 +64,9 @@ class ZeroGPUTower:
     backend = "zerogpu"
 
     def __init__(self, gpu: Encode, cpu: Encode) -> None:
-        """Register the GPU function with ZeroGPU, which has to happen before the page is served.
-
-        Args:
-            gpu: embeds a batch on the device "cuda"; run in another process.
-            cpu: embeds a batch in this process.
-        """
+        """Register `gpu`, which is run in another process, with ZeroGPU; call this before the page is served."""
         self.gpu, self._cpu = gpu, cpu
-        self.call_gpu: Callable[[Arrays], np.ndarray[Any, Any]] = sys.modules["spaces"].GPU(
-            self._run_on_gpu, duration=DURATION_S
-        )
+        self.call_gpu: Any = sys.modules["spaces"].GPU(self._run_on_gpu, duration=DURATION_S)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Embed a batch: (n, embed_dim) float32, CPU, unit norm."""
@@ -92,7 +76,8 @@ class ZeroGPUTower:
             return torch.from_numpy(self.call_gpu({name: tensor.numpy() for name, tensor in inputs.items()}))
         except Exception as error:  # no GPU free, no quota left, a worker that died: Gradio raises all of them
             logger.warning("No GPU was assigned, so the CPU encodes %d pictures: %s", _count(inputs), error)
-            return torch.cat([self._cpu(part) for part in _split(inputs)])
+            parts = zip(*(tensor.split(_CPU_BATCH) for tensor in inputs.values()), strict=True)
+            return torch.cat([self._cpu(dict(zip(inputs, part, strict=True))) for part in parts])
 
     def stream(self, batches: Iterable[Inputs]) -> Generator[Tensor]:
         """Embed batch after batch, joined to few large ones."""
@@ -117,8 +102,3 @@ def _gathered(batches: Iterable[Inputs]) -> Iterator[Inputs]:
             waiting = []
     if waiting:
         yield concatenate(waiting)
-
-
-def _split(inputs: Inputs) -> Iterator[Inputs]:
-    for start in range(0, _count(inputs), _CPU_BATCH):
-        yield {name: tensor[start : start + _CPU_BATCH] for name, tensor in inputs.items()}

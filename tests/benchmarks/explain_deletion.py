@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,8 +21,11 @@ import torch
 from torch import Tensor
 
 from alignment.evaluate.bootstrap import bootstrap, estimates
-from alignment.explain import deletion_curves, patch_relevance
+from alignment.explain import patch_relevance
 from alignment.model import DualEncoder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from deletion import deletion_curves
 
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, float]

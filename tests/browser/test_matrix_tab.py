@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 
 import app
 from alignment.engine import AlignmentEngine, SecondModel
-from alignment.evaluate import recall_at_k
+from alignment.evaluate.ranks import retrieval_ranks
 from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.model import DualEncoder
 from alignment.server import Service, Settings
@@ -116,7 +116,9 @@ def test_loss_and_recall_are_those_of_the_package(maths, seed, bias):
         asked = own.any(dim=1)
         assert [hit is not None for hit in found[name]] == asked.tolist()
         hits = [hit for hit in found[name] if hit is not None]
-        assert sum(hits) / len(hits) == pytest.approx(recall_at_k(scores[asked], own[asked])[1])
+        assert sum(hits) / len(hits) == pytest.approx(
+            (retrieval_ranks(scores[asked], own[asked]) == 1).double().mean().item()
+        )
 
 
 def test_ties_count_against_the_model_and_nothing_is_counted_without_pairs(maths):

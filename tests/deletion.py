@@ -1,20 +1,21 @@
-"""The deletion test: does a match fade as the places go that are said to matter?
-
-Place in the flow: `relevance -> pictures with holes -> encoder -> curves (here)`, for tests and benchmarks.
-"""
+"""The deletion test: does a match fade as the places go that are said to matter?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageStat
 
-from alignment.explain.masking import Fill, filling, masked, shrunk
+from alignment.explain.patches import blurred, masked, shrunk
 from alignment.model import DualEncoder
 from alignment.preprocess import ImageSource, open_image
 from alignment.similarity import cosine_similarity
+
+Fill = Literal["blur", "mean"]
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)
 
@@ -66,16 +67,8 @@ def deletion_curves(
         random_orders: orders at random to average over.
         seed: of these.
 
-    Raises:
-        InputError: when the picture cannot be opened or the caption is empty or too long.
-        ValueError: when the relevance is not two-dimensional or the fractions do not rise from above 0 to 1 at most.
-
     Source: deletion metric of RISE (Petsiuk, Das and Saenko, 2018).
     """
-    if relevance.ndim != 2:
-        raise ValueError(f"Relevance must be (rows, columns), it is of shape {relevance.shape}.")
-    if not fractions or any(low >= high for low, high in zip((0, *fractions), (*fractions, 1 + 1e-9), strict=True)):
-        raise ValueError(f"Fractions must rise from above 0 to 1 at most, they are {tuple(fractions)}.")
     picture = shrunk(open_image(image))
     rng = np.random.default_rng(seed)
     best_first = np.argsort(-relevance.ravel(), kind="stable")
@@ -89,6 +82,13 @@ def deletion_curves(
     return DeletionCurves(
         float(cosines[0]), tuple(fractions), tuple(most.tolist()), tuple(random.tolist()), tuple(least.tolist())
     )
+
+
+def filling(image: Image.Image, fill: Fill) -> Image.Image:
+    """Make what is put in the place of what is taken out: the picture out of all focus, or its mean colour."""
+    if fill == "blur":
+        return blurred(image)
+    return Image.new("RGB", image.size, tuple(round(channel) for channel in ImageStat.Stat(image).mean))
 
 
 def _first(order: NDArray[np.integer], fraction: float, shape: tuple[int, ...]) -> NDArray[np.bool_]:
