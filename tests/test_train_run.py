@@ -30,7 +30,7 @@ from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.train.command import main
 from alignment.train.objective import Objective
-from alignment.train.phases import Setup, interpolate_weights, load_setup
+from alignment.train.phases import Setup, interpolate_weights
 from alignment.train.prepare import prepare
 from alignment.train.record import RunRecord
 from alignment.train.run import train
@@ -187,7 +187,7 @@ def test_the_scale_is_the_checkpoints_and_a_fresh_one_elsewhere(
         "joined": replace(kept, model=None, vision=str(checkpoint("vit")), text=str(checkpoint("distilbert"))),
         "scratch": replace(kept, model=None, scratch="tiny"),
     }
-    scales = {name: load_setup(one, prepared, tmp_path, str).encoder.logit_scale for name, one in starts.items()}
+    scales = {name: Setup(one, prepared, tmp_path, str).encoder.logit_scale for name, one in starts.items()}
     assert scales == pytest.approx({"kept": math.exp(2.5), "joined": 1 / 0.07, "scratch": 1 / 0.07})
 
 
@@ -196,7 +196,7 @@ def test_the_scale_is_the_checkpoints_and_a_fresh_one_elsewhere(
 
 def moved(config: TrainConfig) -> Setup:
     """Come back with a model whose weights are no longer those of the start, as after training."""
-    setup = load_setup(config, prepare(config), Path(config.output), str)
+    setup = Setup(config, prepare(config), Path(config.output), str)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in setup.encoder.module.parameters():
@@ -222,13 +222,14 @@ def test_the_weights_between_start_and_end_that_measure_best_are_kept(
             return {"recall_sum": float(sums[len(seen) - 1])}
 
     scripted = Scripted(setup.encoder, setup.prepared.evaluation)
-    mixed = interpolate_weights(replace(setup, validator=scripted))
+    setup.validator = scripted
+    points, alpha = interpolate_weights(setup)
     assert torch.equal(seen[0], start)
     assert torch.equal(seen[-1], end)
     assert not torch.equal(start, end)
-    assert [point["alpha"] for point in mixed.interpolation] == list(ALPHAS)
-    assert [point["recall_sum"] for point in mixed.interpolation] == list(sums)
-    assert mixed.alpha == chosen
+    assert [point["alpha"] for point in points] == list(ALPHAS)
+    assert [point["recall_sum"] for point in points] == list(sums)
+    assert alpha == chosen
     assert torch.equal(setup.encoder.encode_texts(texts), seen[ALPHAS.index(chosen)])
 
 
@@ -260,7 +261,7 @@ def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_gradient(
     for checkpointing in (False, True):
         options = {"gradient_checkpointing": checkpointing, "augment": False, "interpolate": False}
         told = config(flags, tmp_path, checkpoint(model), **options)
-        setup = load_setup(told, prepare(told), tmp_path, str)
+        setup = Setup(told, prepare(told), tmp_path, str)
         calls: list[int] = []
         for tower in (setup.encoder.module.vision_model, setup.encoder.module.text_model):
             first = next(layer for layer in tower.modules() if type(layer).__name__.endswith("Attention"))
@@ -284,7 +285,7 @@ def test_a_model_that_cannot_is_told_how_else_to_save_memory(flags: Path, tmp_pa
     compact = Path(__file__).parents[1] / "checkpoints" / "compact"
     told = config(flags, tmp_path, compact, gradient_checkpointing=True)
     with pytest.raises(ValueError, match=r"compact cannot compute its layers twice; .* with --chunk-size"):
-        load_setup(told, prepare(told), tmp_path, str)
+        Setup(told, prepare(told), tmp_path, str)
 
 
 # ---------------------------------------------------------------- killed and resumed, in processes of their own

@@ -1,6 +1,6 @@
-"""The checkpoints of a run: which are complete, and their weights.
+"""Folders whose files are checksummed last, so that an interrupted or damaged one is noticed.
 
-Place in the flow: `trainer` writes them, `run` resumes from the last complete one.
+Place in the flow: `trainer` marks checkpoints and `feature_cache` its files; a resumed run takes the last checkpoint.
 """
 
 from __future__ import annotations
@@ -9,40 +9,26 @@ import logging
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-
-from alignment.train.checksums import verify_checksums, write_checksums
-from alignment.train.presets import Towers
+from alignment.atomic import fsync_tree, read_json_checksummed, sha256_of, write_json_checksummed
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
-_COMPLETE = "complete"  # checksums of all files; a checkpoint without it was being written when the run was killed
+_CHECKSUMS = "complete"
 
 
-def save_trained(towers: Towers, folder: Path) -> None:
-    """Write the trained weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(towers.state_dict(), folder / WEIGHTS)
+def mark_complete(folder: Path, name: str = _CHECKSUMS) -> None:
+    """Flush a folder to disk and write the sha256 of its files to the file `name` in it."""
+    fsync_tree(folder)
+    write_json_checksummed(folder / name, {path.name: sha256_of(path) for path in sorted(folder.iterdir())})
 
 
-def load_trained(towers: Towers, checkpoint: Path) -> None:
-    """Replace the trained weights; raises ValueError when the checkpoint is of another model or preset."""
-    towers.load_state_dict(load_file(checkpoint / WEIGHTS))
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Write the checksums of a checkpoint."""
-    write_checksums(checkpoint, _COMPLETE)
-
-
-def is_complete(checkpoint: Path) -> bool:
+def is_complete(folder: Path, name: str = _CHECKSUMS) -> bool:
     """Whether every file is there and as it was written."""
     try:
-        verify_checksums(checkpoint, _COMPLETE)
+        return all(sha256_of(folder / file) == sha256 for file, sha256 in read_json_checksummed(folder / name).items())
     except (OSError, ValueError):
         return False
-    return True
 
 
 def last_checkpoint(folder: Path) -> Path | None:

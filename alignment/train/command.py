@@ -87,7 +87,7 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     options = {name: value for name, value in vars(arguments).items() if value is not None}
     resume, push, private, _ = (options.pop(name, None) for name in ("resume", "push_to_hub", "private", "check"))
     options.setdefault("data", "")
-    record = train(TrainConfig.from_dict(options), resume=resume, log=_log, command=command)
+    record = train(TrainConfig(**options), resume=resume, log=_log, command=command)
     if int(os.environ.get("RANK", "0")):
         return 0
     print(f"Model and report: {arguments.output} (report.md, plots/, run.json)")

@@ -11,14 +11,12 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.train.plan import format_duration
 from alignment.train.record import Interval
-
-Verdict = Literal["better", "worse", "within the interval", "the same"]
 
 LABELS = {
     **{f"image_to_text_recall@{k}": f"picture to captions R@{k}" for k in (1, 5, 10)},
@@ -71,17 +69,14 @@ def block(text: str, language: str = "") -> str:
 
 
 def _fence(text: str, least: int) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    return "`" * max(least, longest + 1)
+    return "`" * max(least, *(len(run) + 1 for run in re.findall("`+", text)), 0)
 
 
 def number(value: Any) -> str:
     """Format a number with thousands separators; other values as code."""
-    if value is None:
-        return "an unknown number of"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return code(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if isinstance(value, float) else code(value)
 
 
 # ---------------------------------------------------------------- before and after
@@ -91,7 +86,7 @@ def number(value: Any) -> str:
 class Change:
     """A metric before and after, for people to read: in per cent (a median rank as it is) with the 95 % interval.
 
-    `gained` is whether it is better than before; `verdict` is better or worse only where the interval excludes chance.
+    `verdict` is a key of `_VERDICTS`.
     """
 
     metric: str
@@ -99,64 +94,51 @@ class Change:
     before: str
     after: str
     difference: str
-    gained: bool
-    verdict: Verdict
+    verdict: str
+
+
+# Better or worse only where the interval of the difference excludes zero; the words are those of `reading`.
+_VERDICTS = {
+    "better": "**Better:**",
+    "worse": "**Worse:**",
+    "a little better": "A little better, but the difference is within the interval and may be chance:",
+    "a little worse": "A little worse, but the difference is within the interval and may be chance:",
+    "the same": "The same:",
+}
 
 
 def changes(
-    before: Mapping[str, Interval], after: Mapping[str, Interval], difference: Mapping[str, Interval] | None = None
+    before: Mapping[str, Interval], after: Mapping[str, Interval], difference: Mapping[str, Interval]
 ) -> list[Change]:
-    """Compare the metrics that both sides have, in the order of `LABELS`.
-
-    With a paired difference, a metric is better or worse when the interval of the difference excludes zero. Without
-    one, it is when the interval after excludes the value before, a rougher test.
-    """
-    return [
-        _change(metric, before[metric], after[metric], (difference or {}).get(metric))
-        for metric in LABELS
-        if metric in before and metric in after
-    ]
+    """Compare the metrics of `difference`, in the order of `LABELS`."""
+    found = []
+    for metric, label in LABELS.items():
+        if gap := difference.get(metric):
+            cells = (_interval(metric, before[metric]), _interval(metric, after[metric]), _interval(metric, gap, "+"))
+            found.append(Change(metric, label, *cells, _verdict(metric, gap)))
+    return found
 
 
-def _change(metric: str, before: Interval, after: Interval, difference: Interval | None) -> Change:
-    gap = difference or {"value": after["value"] - before["value"]}
-    gained = (gap["value"] < 0) == metric.endswith("median_rank")
-    if difference is not None:
-        is_clear = difference["low"] > 0 or difference["high"] < 0
-    else:
-        is_clear = not after["low"] <= before["value"] <= after["high"]
-    verdict: Verdict = "within the interval" if gap["value"] else "the same"
-    if is_clear:
-        verdict = "better" if gained else "worse"
-    cells = (_interval(metric, before), _interval(metric, after), _interval(metric, gap, sign="+"))
-    return Change(metric, LABELS[metric], *cells, gained, verdict)
+def _verdict(metric: str, gap: Interval) -> str:
+    direction = "better" if (gap["value"] < 0) == metric.endswith("median_rank") else "worse"
+    if gap["low"] > 0 or gap["high"] < 0:
+        return direction
+    return f"a little {direction}" if gap["value"] else "the same"
 
 
-def _interval(metric: str, found: Interval, *, sign: str = "") -> str:
+def _interval(metric: str, found: Interval, sign: str = "") -> str:
     """Format `38.8 [35.9, 41.7]` in per cent, a median rank as it is."""
-    values = [found[name] for name in ("value", "low", "high") if found.get(name) is not None]
-    if metric.endswith("median_rank"):
-        cells = [f"{value:{sign}g}" for value in values]
-    else:
-        cells = [f"{100 * value + 0.0:{sign}.1f}" for value in values]
-    return f"{cells[0]} [{cells[1]}, {cells[2]}]" if len(cells) == 3 else "".join(cells[:1]) or "–"
+    factor, form = (1, "g") if metric.endswith("median_rank") else (100, ".1f")
+    value, low, high = (f"{factor * found[name] + 0.0:{sign}{form}}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def reading(found: Sequence[Change]) -> str:
     """List in words which metrics got better and which got worse."""
-    chance = "but the difference is within the interval and may be chance:"
-    groups: dict[str, tuple[Verdict, bool | None]] = {
-        "**Better:**": ("better", None),
-        "**Worse:**": ("worse", None),
-        f"A little better, {chance}": ("within the interval", True),
-        f"A little worse, {chance}": ("within the interval", False),
-        "The same:": ("the same", None),
-    }
     lines = []
-    for words, (verdict, gained) in groups.items():
-        group = [change for change in found if change.verdict == verdict and gained in (None, change.gained)]
-        if group:
-            lines.append(f"- {words} {', '.join(f'{change.label} ({change.difference})' for change in group)}.")
+    for verdict, words in _VERDICTS.items():
+        if group := [f"{change.label} ({change.difference})" for change in found if change.verdict == verdict]:
+            lines.append(f"- {words} {', '.join(group)}.")
     if found and not any(change.verdict == "worse" for change in found):
         lines.append("- No figure got clearly worse.")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """The contrastive step: embed a batch, gather it across processes, compute the loss, backpropagate.
 
-Place in the flow: `dataset -> objective (here) -> optimiser`, called by `trainer` once a step. Two methods make large
-batches possible: every process contrasts its part with those of all (`gather`), and a batch too large for memory is
-embedded in chunks, twice (`Objective.backward`), which gives the exact gradient of the whole batch.
+Place in the flow: `dataset -> objective (here) -> optimiser`, called by `trainer` once a step. Every process contrasts
+its part with those of all (`gather`), and a batch too large for memory is embedded in chunks, twice, which gives the
+exact gradient of the whole batch (`Objective.backward`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from torch import Tensor, distributed
 from torch.autograd.function import FunctionCtx
 
 from alignment.losses import sigmoid_loss, softmax_loss
+from alignment.similarity import logits_per_image
 from alignment.train.config import Loss
+
+Chunk = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""Inputs of the image side and of the text side."""
 
 LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 
@@ -38,15 +42,14 @@ class Batch:
     rows: Tensor
     captions: Tensor
 
-    def chunks(self, size: int) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+    def chunks(self, size: int) -> Iterator[Chunk]:
         """Split the inputs into `size` images and their texts at a time."""
-        texts_per_image = len(self.captions) // len(self.rows)
+        each = len(self.captions) // len(self.rows)
         for start in range(0, len(self.rows), size):
-            images = slice(start, start + size)
-            texts = slice(start * texts_per_image, (start + size) * texts_per_image)
+            end = start + size
             yield (
-                {name: value[images] for name, value in self.images.items()},
-                {name: value[texts] for name, value in self.texts.items()},
+                {name: value[start:end] for name, value in self.images.items()},
+                {name: value[start * each : end * each] for name, value in self.texts.items()},
             )
 
 
@@ -54,11 +57,9 @@ class Objective:
     """The loss of a batch and its backward pass.
 
     Args:
-        towers: embeds `(images, texts)` as unit-norm float32 `(image_embeds, text_embeds)`; its attributes
-            `logit_scale` (a logarithm) and `logit_bias` (or None) are parameters.
-        positive_mask: returns `(positives, ignored)` of image rows and caption numbers, both bool
-            (num_images, num_texts).
-        loss: "softmax" or "sigmoid".
+        towers: embeds `(images, texts)` as unit-norm float32 `(image_embeds, text_embeds)`; see `Towers`.
+        positive_mask: returns `(positives, ignored)` of image rows and caption numbers; see `CaptionIndex`.
+        loss: a key of LOSSES.
         chunk_size: images in memory together; the whole batch when None.
     """
 
@@ -70,10 +71,7 @@ class Objective:
         loss: Loss = "softmax",
         chunk_size: int | None = None,
     ) -> None:
-        self.towers = towers
-        self.positive_mask = positive_mask
-        self.loss = LOSSES[loss]
-        self.chunk_size = chunk_size
+        self.towers, self.positive_mask, self.loss, self.chunk_size = towers, positive_mask, LOSSES[loss], chunk_size
 
     def backward(
         self,
@@ -89,10 +87,7 @@ class Objective:
         Args:
             batch: this process's part.
             backward: differentiates a loss; a gradient scaler goes here.
-            precision: autocast context of the towers; the loss is always float32.
-
-        Returns:
-            The loss, a scalar without a graph; the same on every process.
+            precision: autocast context of the towers; the loss, which is returned, is always float32.
 
         Source: gradient cache, Gao et al. 2021; gradients through the gathering as in open_clip's `gather_with_grad`.
         """
@@ -111,14 +106,12 @@ class Objective:
         """Return the loss over the embeddings of all processes; those of this process carry their graph."""
         images, texts = gather(image_embeds), gather(text_embeds)
         positives, ignored = self.positive_mask(gather(batch.rows), gather(batch.captions))
-        logits = images @ texts.T * self.towers.logit_scale.exp()
-        if self.towers.logit_bias is not None:
-            logits = logits + self.towers.logit_bias
+        logits = logits_per_image(images @ texts.T, self.towers.logit_scale.exp(), self.towers.logit_bias)
         return self.loss(logits, positives.to(logits.device), ignored=ignored.to(logits.device))
 
     def _in_chunks(
         self,
-        chunks: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        chunks: Sequence[Chunk],
         batch: Batch,
         backward: Callable[[Tensor], None],
         precision: Callable[[], AbstractContextManager[Any]],
@@ -131,39 +124,32 @@ class Objective:
         joint = [torch.cat(side).requires_grad_() for side in zip(*embedded, strict=True)]
         loss = self.score(joint[0], joint[1], batch)
         backward(loss)
-        sizes = [[len(side) for side in part] for part in embedded]
         gradients = [
-            whole.grad.split(lengths)  # type: ignore[union-attr]
-            for whole, lengths in zip(joint, zip(*sizes, strict=True), strict=True)
+            whole.grad.split(len(first))  # type: ignore[union-attr]
+            for whole, first in zip(joint, embedded[0], strict=True)
         ]
         for chunk, state, *parts in zip(chunks, states, *gradients, strict=True):
             with _replayed(state), precision():
                 again = self.towers(*chunk)
             # A frozen side has no graph.
             trained = [(side, part) for side, part in zip(again, parts, strict=True) if side.requires_grad]
-            if trained:
-                torch.autograd.backward([side for side, _ in trained], [part for _, part in trained])
+            torch.autograd.backward([side for side, _ in trained], [part for _, part in trained])
         return loss
 
     def _average_gradients(self) -> None:
-        """Average the gradients over processes.
-
-        Each process differentiates the joint loss down to its own embeddings, and `gather` sums these gradients over
-        the processes; their average over processes is the gradient of the joint batch.
-        """
-        if _num_processes() == 1:
+        """Average the gradients over processes; `gather` has summed those of the joint loss over them."""
+        if num_processes() == 1:
             return
-        for parameter in self.towers.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                distributed.all_reduce(parameter.grad)
-                parameter.grad /= _num_processes()
+        for weight in filter(lambda weight: weight.requires_grad, self.towers.parameters()):
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            distributed.all_reduce(weight.grad)
+            weight.grad /= num_processes()
 
 
 def gather(tensor: Tensor) -> Tensor:
     """Concatenate a tensor (n, ...) of all processes by rank, n being equal on all; gradients flow back."""
-    if _num_processes() == 1:
+    if num_processes() == 1:
         return tensor
     gathered: Tensor = _Gather.apply(tensor)
     return gathered
@@ -183,30 +169,31 @@ class _Gather(torch.autograd.Function):
         return grad.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
-def _num_processes() -> int:
+def num_processes() -> int:
+    """Count the processes that train together."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    if torch.backends.mps.is_available():
-        return torch.get_rng_state(), [torch.mps.get_rng_state()]
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def _generators() -> list[Any]:
+    """List the modules that hold a random state: of the CPU, and of the accelerator if there is one."""
+    return [torch, torch.get_device_module()] if torch.accelerator.is_available() else [torch]
+
+
+def _random_state() -> list[Tensor]:
+    return [generator.get_rng_state() for generator in _generators()]
+
+
+def _set_random_state(state: Sequence[Tensor]) -> None:
+    for generator, own in zip(_generators(), state, strict=True):
+        generator.set_rng_state(own)
 
 
 @contextmanager
-def _replayed(state: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
+def _replayed(state: Sequence[Tensor]) -> Iterator[None]:
     """Set an earlier random state, and restore the present one afterwards."""
     present = _random_state()
+    _set_random_state(state)
     try:
-        _set_random_state(state)
         yield
     finally:
         _set_random_state(present)
-
-
-def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state[1][0])
-    elif state[1]:
-        torch.cuda.set_rng_state_all(state[1])

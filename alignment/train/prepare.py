@@ -41,7 +41,7 @@ class Prepared:
         report: of the check.
         evaluation_name: source of the validation data, for people to read.
         second: another data set to measure on, or empty.
-        readings: option and data set -> result of reading it.
+        readings: option and data set -> result of reading it, that of --data first.
     """
 
     train: list[Pair]
@@ -63,9 +63,8 @@ class Prepared:
 
     def other_summaries(self) -> list[str]:
         """List the same of --eval-data and --second-data, with the option before each line."""
-        return [
-            f"{option}: {line}" for option in [*self.readings][1:] for line in describe_issues(self.readings[option])
-        ]
+        others = list(self.readings.items())[1:]
+        return [f"{option}: {line}" for option, reading in others for line in describe_issues(reading)]
 
     @property
     def digest(self) -> str:

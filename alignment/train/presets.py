@@ -31,18 +31,15 @@ def apply_preset(encoder: DualEncoder, preset: Preset) -> None:
     - heads: the projections (or the layers in their place) and the scale;
     - lora: low-rank adapters in every linear layer of both towers, and the heads; `merge_lora` merges them.
 
-    Raises:
-        ValueError: when the model has no such weights.
+    Raises ValueError when the model has no such weights.
 
     Source: LiT, Zhai et al. 2022; LoRA, Hu et al. 2021.
     """
     module = encoder.module
     held = _held(module)
     for name, weight in module.named_parameters():
-        is_in_preset = preset == "full" or (
-            not name.startswith(_IMAGE_SIDE) if preset == "lit" else name.startswith(_HEADS)
-        )
-        weight.requires_grad_(is_in_preset and not name.startswith(held))
+        is_locked = {"full": False, "lit": name.startswith(_IMAGE_SIDE)}.get(preset, not name.startswith(_HEADS))
+        weight.requires_grad_(not is_locked and not name.startswith(held))
     if preset == "lora":
         _add_lora(module)
     if all(name.startswith("logit_") for name in trained_weights(module)):
@@ -51,18 +48,16 @@ def apply_preset(encoder: DualEncoder, preset: Preset) -> None:
 
 def _held(module: Any) -> tuple[str, ...]:
     """List the name prefixes of the weights that the towers always freeze."""
-    sides = {side: module.get_submodule(side) for side in ("vision_model", "text_model")}
-    return tuple(f"{side}.{name}" for side, tower in sides.items() for name in getattr(tower, "held", ()))
+    sides = ("vision_model", "text_model")
+    return tuple(f"{side}.{name}" for side in sides for name in getattr(module.get_submodule(side), "held", ()))
 
 
 def _add_lora(module: Any) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and not f"{name}.".startswith(_HEADS + _held(module))
-    ]
+    outside = _HEADS + _held(module)
+    layers = {name: layer for name, layer in module.named_modules() if not f"{name}.".startswith(outside)}
+    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     if not linear:
         raise ValueError("This model has no linear layers outside its heads; choose another preset than 'lora'.")
     heads = trained_weights(module)
@@ -83,8 +78,7 @@ def merge_lora(module: Any) -> None:
 def checkpoint_activations(encoder: DualEncoder) -> None:
     """Turn gradient checkpointing on: less memory, since the backward pass runs the layers again.
 
-    Raises:
-        ValueError: when the model does not support it.
+    Raises ValueError when the model does not support it.
     """
     module = encoder.module
     try:
@@ -107,8 +101,7 @@ class Towers(nn.Module):
 
     def __init__(self, encoder: DualEncoder) -> None:
         super().__init__()
-        self.module = encoder.module
-        self._encoder = encoder
+        self.module, self._encoder = encoder.module, encoder
         self._freeze_point: FreezePoint | None = None
         self._augment = False
 
@@ -131,12 +124,10 @@ class Towers(nn.Module):
 
     def forward(self, images: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Embed both sides of a batch, each (n, embed_dim), unit norm."""
-        return self._embed_images(images), self._encoder.embed_texts(texts)
-
-    def _embed_images(self, images: Mapping[str, Tensor]) -> Tensor:
-        if self._freeze_point is None:
-            return self._encoder.embed_images(images)
-        return self._freeze_point.after(random_window(images) if self._augment and self.training else images)
+        embed_images = self._freeze_point.after if self._freeze_point else self._encoder.embed_images
+        if self._freeze_point and self._augment and self.training:
+            images = random_window(images)
+        return embed_images(images), self._encoder.embed_texts(texts)
 
     def train(self, mode: bool = True) -> Towers:
         """Switch the trained layers to training mode."""
@@ -153,11 +144,7 @@ class Towers(nn.Module):
         return {name: weight.detach().cpu().contiguous() for name, weight in trained_weights(self.module).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Replace the trained weights.
-
-        Raises:
-            ValueError: when they are of another model or preset.
-        """
+        """Replace the trained weights; raises ValueError when they are of another model or preset."""
         if state_dict.keys() != trained_weights(self.module).keys():
             raise ValueError("The checkpoint is of a run with another model or preset; choose another --output.")
         self.module.load_state_dict(state_dict, strict=False, assign=assign)

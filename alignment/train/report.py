@@ -26,11 +26,10 @@ _ZERO_SHOT = {"clip", "siglip", "siglip2", "chinese_clip"}
 
 def write_report(record: RunRecord, folder: str | os.PathLike[str]) -> Path:
     """Write `report.md` and its `plots/` into the result folder, in place of earlier ones; returns its path."""
-    folder = Path(folder)
-    plots = write_plots(record, folder / "plots")
-    path = folder / "report.md"
+    path = Path(folder, "report.md")
+    values = _values(record) | {"plots": write_plots(record, path.with_name("plots"))}
     settings = json.dumps(record.settings, indent=1, ensure_ascii=False)
-    path.write_text(render("report.md.j2", **_values(record), plots=plots, settings=settings), encoding="utf-8")
+    path.write_text(render("report.md.j2", **values, settings=settings), encoding="utf-8")
     return path
 
 
@@ -42,33 +41,27 @@ def model_card(record: RunRecord) -> str:
 
 def _values(record: RunRecord) -> dict[str, Any]:
     """Collect what the templates need."""
-    second = None
-    if record.second_before and record.second_after:
-        second = changes(record.second_before, record.second_after, record.second_difference)
+    second = (record.second_before or {}, record.second_after or {}, record.second_difference or {})
     return {
         "record": record,
         "plan": record.plan,
-        "plan_rows": [
-            (plain(key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")), _plan_cell(key, value))
-            for key, value in record.plan.items()
-            if value is not None
-        ],
+        "plan_rows": [_plan_row(key, value) for key, value in record.plan.items()],
         "changes": changes(record.before, record.after, record.difference),
-        "second_changes": second,
+        "second_changes": changes(*second),
     }
 
 
-def _plan_cell(key: str, value: Any) -> str:
-    if isinstance(value, int | float) and key.endswith("_seconds"):
-        return format_duration(value)
-    if isinstance(value, int | float) and key.endswith("_bytes"):
-        return f"{value / 1e9:.2f} GB"
-    return number(value)
+def _plan_row(key: str, value: Any) -> tuple[str, str]:
+    name, _, unit = key.rpartition("_")
+    if unit == "seconds":
+        return plain(name.replace("_", " ")), format_duration(value)
+    if unit == "bytes":
+        return plain(name.replace("_", " ")), f"{value / 1e9:.2f} GB"
+    return plain(key.replace("_", " ")), number(value)
 
 
 def _metadata(record: RunRecord) -> ModelCardData:
     """Build the card's front matter from what is known."""
-    licence = record.settings.get("license")
     zero_shot = record.model_type in _ZERO_SHOT
     return ModelCardData(
         library_name="transformers" if zero_shot else "image-text-alignment",
@@ -76,7 +69,6 @@ def _metadata(record: RunRecord) -> ModelCardData:
         tags=["image-text-retrieval", "dual-encoder", "contrastive"],
         model_name=one_line(record.name),
         eval_results=_results(record),
-        license=one_line(licence) if licence else None,
         base_model=record.base_model_id and one_line(record.base_model_id),
         datasets=[one_line(record.dataset_id)] if record.dataset_id else None,
     )
@@ -95,5 +87,5 @@ def _results(record: RunRecord) -> list[EvalResult]:
             metric_name=change.label,
             metric_value=round(record.after[change.metric]["value"] * (100 if "recall" in change.metric else 1), 2),
         )
-        for change in changes(record.before, record.after)
+        for change in changes(record.before, record.after, record.difference)
     ]

@@ -12,13 +12,13 @@ from pathlib import Path
 from alignment.atomic import LOCK, TEMP_PREFIX, read_json_checksummed, write_json_checksummed
 from alignment.model import best_device
 from alignment.train.config import TrainConfig
-from alignment.train.prepare import Prepared
 from alignment.train.settings import TrainRecipe
 
 SETTINGS = "settings.json"  # written before training begins, deleted when it is finished
 RECORD = "run.json"  # written when it is finished
 CHECKPOINTS = "checkpoints"
 FEATURES = "kept"
+_HASHES = {"data_digest": "data have", "base_fingerprint": "start model has"}
 _FREE = ("output", "minutes")  # options that a resumed run may change
 
 
@@ -40,16 +40,16 @@ class ResumeState:
     def resume(self, config: TrainConfig) -> ResumeState:
         """Return the state to resume with: as saved, but for the folder and the minutes of `config`.
 
-        Raises:
-            ValueError: naming the options of `config` that differ from those saved; None was not given.
+        Raises ValueError naming the options of `config` that differ from those saved; None was not given.
         """
-        given = {name: value for name, value in config.as_dict().items() if value not in (None, "")}
-        saved, chosen = self.config.as_dict(), asdict(self.recipe)
+        saved, chosen = asdict(self.config), asdict(self.recipe)
         saved["device"] = saved["device"] or best_device()
         differing = [
             f"--{name.replace('_', '-')} {value} (it began with {saved[name] if saved[name] else chosen.get(name)})"
-            for name, value in given.items()
-            if name not in _FREE and not any(_is_same(value, known.get(name)) for known in (saved, chosen))
+            for name, value in asdict(config).items()
+            if value not in (None, "")
+            and name not in _FREE
+            and not any(_is_same(value, known.get(name)) for known in (saved, chosen))
         ]
         if differing:
             raise ValueError(
@@ -58,19 +58,16 @@ class ResumeState:
             )
         return replace(self, config=replace(self.config, output=config.output, minutes=config.minutes))
 
-    def check(self, prepared: Prepared, base_fingerprint: str) -> None:
+    def check(self, now: ResumeState) -> None:
         """Raise ValueError when the data or the start weights have changed."""
-        if self.data_digest != prepared.digest:
-            raise ValueError("The data have changed since this run began; start a new one with another --output.")
-        if self.base_fingerprint != base_fingerprint:
-            raise ValueError("The start model has changed since this run began; start a new one with another --output.")
+        if changed := [what for name, what in _HASHES.items() if getattr(self, name) != getattr(now, name)]:
+            raise ValueError(f"The {changed[0]} changed since this run began; start a new one with another --output.")
 
 
 def _is_same(one: object, other: object) -> bool:
     """Whether two values of an option are equal, or paths of the same file."""
-    return one == other or (
-        isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
-    )
+    are_texts = isinstance(one, str) and isinstance(other, str)
+    return one == other or (are_texts and Path(str(one)).resolve() == Path(str(other)).resolve())
 
 
 def acquire(folder: Path, *, resume: bool) -> None:
@@ -112,7 +109,7 @@ def read_resume_state(folder: Path) -> ResumeState:
     """Read the state of an interrupted run; raises ValueError when the file is damaged."""
     try:
         values = read_json_checksummed(folder / SETTINGS)
-        config, recipe = TrainConfig.from_dict(values["config"]), TrainRecipe(**values["recipe"])
+        config, recipe = TrainConfig(**values["config"]), TrainRecipe(**values["recipe"])
         return ResumeState(**values | {"config": config, "recipe": recipe})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / SETTINGS} is damaged ({error}); start a new run with another --output.") from error

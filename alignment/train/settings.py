@@ -78,16 +78,9 @@ _EPOCHS: dict[Kind, int] = {"pretrained": 10, "compact": 10, "composed": 15, "sc
 
 
 def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_processes: int = 1) -> TrainRecipe:
-    """Choose the settings that are None.
+    """Choose the settings that are None, for a start model and `num_images` to train on.
 
-    Args:
-        config: the options given.
-        encoder: the start model.
-        num_images: images to train on.
-        num_processes: that share a batch, each an equal part.
-
-    Raises:
-        ValueError: on settings that contradict each other, in one sentence.
+    `num_processes` share a batch, each an equal part. Raises ValueError on settings that contradict each other.
     """
     kind, on_cpu = kind_of(config, encoder), encoder.device.type == "cpu"
     # On a CPU a small image tower trains in minutes and a large one in days, so a large one is locked by default.
