@@ -15,9 +15,8 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from alignment.train.markdown import block, changes, code, plain, reading
 from alignment.train.record import RunRecord
-from alignment.train.report import model_card, write_report
+from alignment.train.report import block, changes, code, model_card, plain, reading, write_report
 
 SIDES = ("image_to_text", "text_to_image")
 HOSTILE = "evil](http://x.example) <script>alert(1)</script> | `tick`\n---\n# heading ![i](y)\u202e"

@@ -21,12 +21,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from alignment.data import Pair
 from alignment.model import DualEncoder
 from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
-from alignment.train.checkpoints import last_checkpoint, mark_complete
 from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.objective import Batch, Objective
-from alignment.train.plan import format_duration
 from alignment.train.presets import Towers, apply_preset, weight_groups
-from alignment.train.settings import TrainRecipe
+from alignment.train.run_dir import last_checkpoint, mark_complete
+from alignment.train.settings import TrainRecipe, format_duration
 from alignment.train.trainer import ContrastiveTrainer, training_arguments
 
 IMAGES, BATCH = 8, 4

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import EarlyStoppingCallback
 
 from alignment.train.objective import gather
-from alignment.train.plan import format_duration
+from alignment.train.settings import format_duration
 
 METRIC = "recall_sum"
 

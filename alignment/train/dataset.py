@@ -1,8 +1,8 @@
 """The training data as a numbered series of images with sampled captions.
 
-Place in the flow: `data -> dataset (here) -> objective`. Example number p belongs to a known epoch, and all that is
-random about it (image, captions, crop, mirroring) follows from the seed and p alone: a run that is resumed, or split
-among any number of workers, sees the same examples as an uninterrupted one.
+Place in the flow: `data -> dataset (here) -> objective`. All that is random about an example (image, captions, crop,
+mirroring) follows from the seed and its number alone, so a run that is resumed, or split among any number of workers,
+sees the same examples as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, get_worker_info
 
 from alignment.data import Pair
@@ -47,10 +48,13 @@ class CaptionIndex:
         self._first = self._count.cumsum(0) - self._count
         known: dict[str, int] = {}
         self._key = torch.tensor([known.setdefault(_normalize(text), len(known)) for text in self.texts])
-        self._keys = torch.nn.utils.rnn.pad_sequence(  # (num_images, most captions), padded with -1
-            list(self._key.split(self._count.tolist())), batch_first=True, padding_value=-1
-        )
-        self._group = torch.tensor(_components(len(pairs), near_duplicates))
+        keys = list(self._key.split(self._count.tolist()))
+        self._keys = pad_sequence(keys, batch_first=True, padding_value=-1)  # (num_images, most captions)
+        labels = np.arange(len(pairs))  # near-duplicates of near-duplicates form one group
+        for one, other in near_duplicates:
+            if labels[one] != labels[other]:
+                labels[labels == labels[other]] = labels[one]
+        self._group = torch.from_numpy(labels)
         group = self._group[self.image_of_text]
         in_group = self._group.bincount(minlength=len(pairs))[group] > 1
         self._group_keys = (group * len(self._key) + self._key)[in_group].unique()  # captions of each group
@@ -170,17 +174,3 @@ def _normalize(text: str) -> str:
     """Drop case and punctuation; a caption of punctuation alone stays as it is."""
     marks = (" " if unicodedata.category(mark)[0] == "P" else mark for mark in text.casefold())
     return " ".join("".join(marks).split()) or text
-
-
-def _components(count: int, links: Sequence[tuple[int, int]]) -> list[int]:
-    """Label connected components by union-find: linked items get the same number."""
-    parent = list(range(count))
-
-    def root(item: int) -> int:
-        while parent[item] != item:
-            parent[item] = item = parent[parent[item]]
-        return item
-
-    for one, other in links:
-        parent[root(one)] = root(other)
-    return [root(item) for item in range(count)]

@@ -24,7 +24,7 @@ from torch.nn import functional
 from alignment.atomic import exclusive_lock, fsync_path
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
-from alignment.train.checkpoints import is_complete, mark_complete
+from alignment.train.run_dir import is_complete, mark_complete
 
 logger = logging.getLogger(__name__)
 
@@ -111,19 +111,15 @@ class CachedFeatures:
         if not is_complete(self.folder, _CHECKSUMS):
             with exclusive_lock(self.folder.parent, timeout=-1):  # another run may be computing the same features
                 if not is_complete(self.folder, _CHECKSUMS):
-                    self._replace(batch_size, progress)
+                    if self.folder.exists():
+                        logger.warning("%s is damaged and is made again.", self.folder)
+                    partial = self.folder.with_suffix(".partial")
+                    for folder in (self.folder, partial):
+                        shutil.rmtree(folder, ignore_errors=True)
+                    self._write(partial, batch_size, progress)
+                    partial.replace(self.folder)
             fsync_path(self.folder.parent)
         self._maps = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
-
-    def _replace(self, batch_size: int, progress: Progress | None) -> None:
-        if self.folder.exists():
-            logger.warning("%s is damaged and is made again.", self.folder)
-            shutil.rmtree(self.folder, ignore_errors=True)
-        partial = self.folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        self._write(partial, batch_size, progress)
-        mark_complete(partial, _CHECKSUMS)
-        partial.replace(self.folder)
 
     def _write(self, folder: Path, batch_size: int, progress: Progress | None) -> None:
         folder.mkdir(parents=True)
@@ -140,6 +136,7 @@ class CachedFeatures:
                     files[name].write(views.half().cpu().contiguous().numpy().data)
                 if progress is not None:
                     progress(rows.stop, len(self.images))
+        mark_complete(folder, _CHECKSUMS)
 
     def __call__(self, row: int, rng: np.random.Generator, *, mirror: bool = True) -> Inputs:
         """Return one view of an image as a batch of one; the plain view unless it may be mirrored."""

@@ -2,26 +2,24 @@
 
 Place in the flow: `dataset -> objective (here) -> optimiser`, called by `trainer` once a step. Every process contrasts
 its part with those of all (`gather`), and a batch too large for memory is embedded in chunks, twice, which gives the
-exact gradient of the whole batch (`Objective.backward`).
+exact gradient of the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import FunctionCtx
+from torch.utils.checkpoint import checkpoint
 
 from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.similarity import logits_per_image
 from alignment.train.config import Loss
-
-Chunk = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
-"""Inputs of the image side and of the text side."""
 
 LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 
@@ -42,7 +40,7 @@ class Batch:
     rows: Tensor
     captions: Tensor
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
+    def chunks(self, size: int) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
         """Split the inputs into `size` images and their texts at a time."""
         each = len(self.captions) // len(self.rows)
         for start in range(0, len(self.rows), size):
@@ -79,28 +77,30 @@ class Objective:
         backward: Callable[[Tensor], None] = Tensor.backward,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
-        """Add the gradient of the joint batch of all processes to the weights.
-
-        With several chunks, the batch is embedded without a graph, the loss is differentiated down to the embeddings,
-        and each chunk is embedded again, with the same dropout, to backpropagate its part of that gradient.
+        """Add the gradient of the joint batch of all processes to the weights, and return the loss.
 
         Args:
             batch: this process's part.
             backward: differentiates a loss; a gradient scaler goes here.
-            precision: autocast context of the towers; the loss, which is returned, is always float32.
+            precision: autocast context of the towers; the loss is always float32.
 
-        Source: gradient cache, Gao et al. 2021; gradients through the gathering as in open_clip's `gather_with_grad`.
+        Source: as GradCache, Gao et al. 2021, by checkpointing; gradients through the gathering as in open_clip's
+        `gather_with_grad`.
         """
         chunks = list(batch.chunks(self.chunk_size or len(batch.rows)))
-        if len(chunks) == 1:
-            with precision():
-                images, texts = self.towers(*chunks[0])
-            loss = self.score(images, texts, batch)
-            backward(loss)
-        else:
-            loss = self._in_chunks(chunks, batch, backward, precision)
+        with precision():
+            embedded = [self._embed(*chunk) if len(chunks) > 1 else self.towers(*chunk) for chunk in chunks]
+        images, texts = (torch.cat(side) for side in zip(*embedded, strict=True))
+        loss = self.score(images, texts, batch)
+        backward(loss)
         self._average_gradients()
         return loss.detach()
+
+    def _embed(self, images: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> Any:
+        """Embed a chunk that is embedded again, with the same dropout, when its gradient is due."""
+        # The scale is an argument so that the random state of its device is restored, too.
+        scale = self.towers.logit_scale
+        return checkpoint(lambda *inputs: self.towers(*inputs[:2]), images, texts, scale, use_reentrant=False)
 
     def score(self, image_embeds: Tensor, text_embeds: Tensor, batch: Batch) -> Tensor:
         """Return the loss over the embeddings of all processes; those of this process carry their graph."""
@@ -108,33 +108,6 @@ class Objective:
         positives, ignored = self.positive_mask(gather(batch.rows), gather(batch.captions))
         logits = logits_per_image(images @ texts.T, self.towers.logit_scale.exp(), self.towers.logit_bias)
         return self.loss(logits, positives.to(logits.device), ignored=ignored.to(logits.device))
-
-    def _in_chunks(
-        self,
-        chunks: Sequence[Chunk],
-        batch: Batch,
-        backward: Callable[[Tensor], None],
-        precision: Callable[[], AbstractContextManager[Any]],
-    ) -> Tensor:
-        states, embedded = [], []
-        with torch.no_grad(), precision():
-            for chunk in chunks:
-                states.append(_random_state())
-                embedded.append(self.towers(*chunk))
-        joint = [torch.cat(side).requires_grad_() for side in zip(*embedded, strict=True)]
-        loss = self.score(joint[0], joint[1], batch)
-        backward(loss)
-        gradients = [
-            whole.grad.split(len(first))  # type: ignore[union-attr]
-            for whole, first in zip(joint, embedded[0], strict=True)
-        ]
-        for chunk, state, *parts in zip(chunks, states, *gradients, strict=True):
-            with _replayed(state), precision():
-                again = self.towers(*chunk)
-            # A frozen side has no graph.
-            trained = [(side, part) for side, part in zip(again, parts, strict=True) if side.requires_grad]
-            torch.autograd.backward([side for side, _ in trained], [part for _, part in trained])
-        return loss
 
     def _average_gradients(self) -> None:
         """Average the gradients over processes; `gather` has summed those of the joint loss over them."""
@@ -172,28 +145,3 @@ class _Gather(torch.autograd.Function):
 def num_processes() -> int:
     """Count the processes that train together."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _generators() -> list[Any]:
-    """List the modules that hold a random state: of the CPU, and of the accelerator if there is one."""
-    return [torch, torch.get_device_module()] if torch.accelerator.is_available() else [torch]
-
-
-def _random_state() -> list[Tensor]:
-    return [generator.get_rng_state() for generator in _generators()]
-
-
-def _set_random_state(state: Sequence[Tensor]) -> None:
-    for generator, own in zip(_generators(), state, strict=True):
-        generator.set_rng_state(own)
-
-
-@contextmanager
-def _replayed(state: Sequence[Tensor]) -> Iterator[None]:
-    """Set an earlier random state, and restore the present one afterwards."""
-    present = _random_state()
-    _set_random_state(state)
-    try:
-        yield
-    finally:
-        _set_random_state(present)

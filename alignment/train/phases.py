@@ -25,19 +25,16 @@ from transformers import TrainerState, set_seed
 from alignment.data import Pair
 from alignment.model import DualEncoder
 from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
-from alignment.train.checkpoints import last_checkpoint
 from alignment.train.config import TrainConfig
 from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.feature_cache import CachedFeatures
 from alignment.train.objective import Objective, gather
-from alignment.train.plan import format_duration, plan_text
 from alignment.train.prepare import Prepared
 from alignment.train.presets import Towers, apply_preset, checkpoint_activations, snapshot, weight_groups
-from alignment.train.run_dir import CHECKPOINTS, FEATURES, ResumeState
+from alignment.train.run_dir import CHECKPOINTS, FEATURES, ResumeState, last_checkpoint
 from alignment.train.scratch import build_scratch
-from alignment.train.settings import ALPHAS, TrainRecipe, complete
-from alignment.train.trainer import ContrastiveTrainer, training_arguments
-from alignment.train.validator import Validator
+from alignment.train.settings import ALPHAS, TrainRecipe, complete, format_duration, plan_text
+from alignment.train.trainer import ContrastiveTrainer, Validator, training_arguments
 
 logger = logging.getLogger(__name__)
 

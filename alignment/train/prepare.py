@@ -109,33 +109,27 @@ def _split(config: TrainConfig, readings: Mapping[str, ReadResult]) -> tuple[lis
     splits = {pair.split for pair in pairs}
     default = {"train", ""} if "train" in splits else splits - {"dev", "test"}
     wanted = {canonical_split(config.split)} if config.split else default
-    if not wanted & splits:
-        raise ValueError(_no_split(config.data, config.split or "train", splits))
-    train = [pair for pair in pairs if pair.split in wanted]
-    if others:
-        return train, others[0], f"{config.eval_data}{f', split {config.eval_split}' if config.eval_split else ''}"
     split = canonical_split(config.eval_split or "dev")
-    evaluation = [pair for pair in pairs if pair.split == split]
-    if config.eval_split and not evaluation:
-        raise ValueError(_no_split(config.data, split, splits))
+    train = [pair for pair in pairs if pair.split in wanted]
+    evaluation = others[0] if others else [pair for pair in pairs if pair.split == split]
+    for name, is_missing in (
+        (config.split or "train", not train),
+        (split, config.eval_split and not others and not evaluation),
+    ):
+        if is_missing:
+            names = sorted(filter(None, splits))
+            there = f"its splits are {join_first(names)}" if names else "it has no splits, so leave the option out"
+            raise ValueError(f"{config.data} has no split {name!r}; {there}.")
+    if others:
+        return train, evaluation, f"{config.eval_data}{f', split {config.eval_split}' if config.eval_split else ''}"
     return train, evaluation, f"split {split}" if evaluation else ""
-
-
-def _no_split(data: str, split: str, splits: set[str]) -> str:
-    names = sorted(filter(None, splits))
-    there = f"its splits are {join_first(names)}" if names else "it has no splits, so leave the option out"
-    return f"{data} has no split {split!r}; {there}."
 
 
 def _hold_out(pairs: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> tuple[list[Pair], list[Pair], str]:
     """Hold out a part by the hash of the pictures' content: the same pictures in every run, in any order."""
     count = min(MAX_HELD_OUT, max(MIN_HELD_OUT, round(HELD_OUT * len(pairs))), len(pairs) // 2)
-
-    def content(pair: Pair) -> str:
-        found = prints[pair.image]
-        return found.content if found else ""
-
-    held = {pair.image for pair in sorted(pairs, key=content)[:count]}
+    contents = {image: found.content for image, found in prints.items() if found}
+    held = {pair.image for pair in sorted(pairs, key=lambda pair: contents[pair.image])[:count]}
     train = [pair for pair in pairs if pair.image not in held]
     # A near-duplicate of a training picture would be too easy a query.
     duplicated = {image for pair in near_duplicates(prints) for image in pair}

@@ -1,7 +1,6 @@
 """Which weights are trained: all, all but the image tower, the heads, or low-rank adapters.
 
-Place in the flow: `model -> presets (here) -> trainer`. `apply_preset` freezes weights of the dual encoder, and
-`Towers` wraps it for the training loop.
+Place in the flow: `model -> presets (here) -> trainer`.
 """
 
 from __future__ import annotations
@@ -24,14 +23,11 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 def apply_preset(encoder: DualEncoder, preset: Preset) -> None:
-    """Freeze the weights that the preset does not train.
+    """Freeze the weights that the preset does not train; raises ValueError when none would be trained.
 
-    - full: trains all weights, except those that a tower always freezes (`held` in `towers`);
-    - lit: the text side, with a locked image tower;
-    - heads: the projections (or the layers in their place) and the scale;
-    - lora: low-rank adapters in every linear layer of both towers, and the heads; `merge_lora` merges them.
-
-    Raises ValueError when the model has no such weights.
+    "full" trains all weights but those that a tower always freezes (`held` in `towers`), "lit" the text side, "heads"
+    the projections (or the layers in their place) and the scale, and "lora" low-rank adapters in every linear layer of
+    both towers, and the heads.
 
     Source: LiT, Zhai et al. 2022; LoRA, Hu et al. 2021.
     """
@@ -76,19 +72,14 @@ def merge_lora(module: Any) -> None:
 
 
 def checkpoint_activations(encoder: DualEncoder) -> None:
-    """Turn gradient checkpointing on: less memory, since the backward pass runs the layers again.
-
-    Raises ValueError when the model does not support it.
-    """
+    """Turn gradient checkpointing on; raises ValueError when the model does not support it."""
     module = encoder.module
     try:
         for part in [module] if module.supports_gradient_checkpointing else [module.vision_model, module.text_model]:
             part.activation_checkpointing_enable()
     except ValueError as error:
-        raise ValueError(
-            f"{encoder.name} cannot compute its layers twice; leave --gradient-checkpointing out and save memory with "
-            "--chunk-size."
-        ) from error
+        cure = "leave --gradient-checkpointing out and save memory with --chunk-size"
+        raise ValueError(f"{encoder.name} cannot compute its layers twice; {cure}.") from error
 
 
 class Towers(nn.Module):
@@ -106,16 +97,14 @@ class Towers(nn.Module):
         self._augment = False
 
     @property
-    def logit_scale(self) -> Tensor:
+    def logit_scale(self) -> Any:
         """Logarithm of the multiplier."""
-        scale: Tensor = self.module.logit_scale
-        return scale
+        return self.module.logit_scale
 
     @property
-    def logit_bias(self) -> Tensor | None:
-        """Bias of the logits, if the model has one."""
-        bias: Tensor | None = getattr(self.module, "logit_bias", None)
-        return bias
+    def logit_bias(self) -> Any:
+        """Bias of the logits; None if the model has none."""
+        return getattr(self.module, "logit_bias", None)
 
     def cache_features(self, *, augment: bool) -> FreezePoint | None:
         """Take cached features as image inputs from now on; returns the freeze point, None if there is none."""
@@ -133,9 +122,8 @@ class Towers(nn.Module):
         """Switch the trained layers to training mode."""
         super().train(mode)
         for layer in self.modules():
-            weights = list(layer.parameters())
-            is_frozen = bool(weights) and not any(weight.requires_grad for weight in weights)
-            if is_frozen or isinstance(layer, _BATCH_NORMS):
+            trained = [weight.requires_grad for weight in layer.parameters()]
+            if (trained and not any(trained)) or isinstance(layer, _BATCH_NORMS):
                 layer.eval()
         return self
 

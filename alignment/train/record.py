@@ -26,7 +26,7 @@ Interval = Mapping[str, float]
 _START = r"(?:file:/{2,3}(?=[\w~.])|(?<![\w.])(?:~[\w-]*|\.\.)?[\\/]+(?=[\w~.])|\b[A-Za-z]:[\\/])"
 _URL = r"\b(?!file:)[a-z][a-z0-9+]*://[^\s'\"`<>]+"
 _LOCAL_START = re.compile(_START)
-_LOCAL = re.compile(rf"(?P<url>{_URL})|{_START}[^\s'\"`,;:()\[\]<>|]*")
+_LOCAL = re.compile(rf"{_URL}|{_START}[^\s'\"`,;:()\[\]<>|]*")
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,12 @@ def _public(value: Any, known: Sequence[str]) -> Any:
         return value
     if known:
         either = "|".join(re.escape(path.rstrip("\\/")) for path in known)
-        value = re.sub(rf"(?<![\w.])(?:{either})[\\/]?(?!\w)", lambda match: _last_part(match[0]), value)
-    return _LOCAL.sub(_public_match, value)
+        value = re.sub(rf"(?<![\w.])(?:{either})[\\/]?(?!\w)", _shorten, value)
+    return _LOCAL.sub(_shorten, value)
 
 
-def _public_match(match: re.Match[str]) -> str:
-    return re.sub(r"//[^/@]*@", "//", match[0].split("?")[0]) if match["url"] else _last_part(match[0])
-
-
-def _last_part(path: str) -> str:
-    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+def _shorten(match: re.Match[str]) -> str:
+    """Cut a path to its last part, and login and query out of a URL."""
+    if "://" in match[0] and not match[0].startswith("file:"):
+        return re.sub(r"//[^/@]*@", "//", match[0].split("?")[0])
+    return re.split(r"[\\/]", match[0].rstrip("\\/"))[-1]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainingArguments
@@ -23,12 +23,15 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from alignment.data import Pair, positive_mask
+from alignment.evaluate import Embedded, evaluate_embedded
+from alignment.model import DualEncoder
 from alignment.train.callbacks import METRIC
-from alignment.train.checkpoints import WEIGHTS, is_complete, last_checkpoint, mark_complete
 from alignment.train.dataset import ContrastiveDataset
-from alignment.train.objective import Batch, Objective
+from alignment.train.feature_cache import CachedFeatures
+from alignment.train.objective import Batch, Objective, num_processes
 from alignment.train.presets import Towers
-from alignment.train.run_dir import CHECKPOINTS
+from alignment.train.run_dir import CHECKPOINTS, WEIGHTS, is_complete, last_checkpoint, mark_complete
 from alignment.train.settings import TrainRecipe
 from alignment.train.trainer_internals import CheckpointHook
 
@@ -59,7 +62,7 @@ class ContrastiveTrainer(CheckpointHook):
         groups: list[dict[str, Any]],
         callbacks: list[TrainerCallback],
     ) -> None:
-        """Connect the parts; `validate` returns the metrics of a report, `recall_sum` among them."""
+        """Connect the parts; `validate` returns metrics, `recall_sum` among them."""
         self.objective, self.validate, self.steps_per_epoch = objective, validate, dataset.steps_per_epoch
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)  # CLIP's
         optimizer.register_step_post_hook(self._clamp_scale)
@@ -146,6 +149,51 @@ class ContrastiveTrainer(CheckpointHook):
             # Only now: a kill while an older one is half deleted then leaves this one.
             rotate_checkpoints(self.args.output_dir, _NUM_CHECKPOINTS, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # before another process looks for the best checkpoint
+
+
+class Validator:
+    """Retrieval on `pairs`, each image once; `cache` has features of the images. All captions are candidates."""
+
+    def __init__(self, encoder: DualEncoder, pairs: Sequence[Pair], cache: CachedFeatures | None = None) -> None:
+        self.encoder, self.cache = encoder, cache
+        self.images = [pair.image for pair in pairs]
+        positives, self.texts = positive_mask(pairs)
+        self.image_of_text = positives.int().argmax(dim=0)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of a `RetrievalReport`, without intervals."""
+        report = evaluate_embedded(self.embed(), resamples=0)
+        return {name: estimate.value for name, estimate in report.metrics.items()}
+
+    def embed(self) -> Embedded:
+        """Embed images and captions; each process embeds its share."""
+        image_embeds = _distributed(range(len(self.images)), self._embed_images)
+        text_embeds = _distributed(range(len(self.texts)), self._embed_texts)
+        return Embedded(self.images, self.texts, self.image_of_text, image_embeds, text_embeds)
+
+    def _embed_images(self, rows: Sequence[int]) -> Tensor:
+        if self.cache is not None:
+            return self.cache.embed(rows)
+        return self.encoder.encode_images([self.images[row] for row in rows])
+
+    def _embed_texts(self, rows: Sequence[int]) -> Tensor:
+        # Sorted by length, batches have less padding.
+        order = sorted(range(len(rows)), key=lambda place: len(self.texts[rows[place]]))
+        embeds = self.encoder.encode_texts([self.texts[rows[place]] for place in order], batch_size=256)
+        return embeds[torch.tensor(order, dtype=torch.long).argsort()]
+
+
+def _distributed(rows: range, embed: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """Embed rows r, r + W, ... on process r of W, and gather the embeddings of all processes."""
+    processes = num_processes()
+    if processes == 1:
+        return embed(rows)
+    parts: list[Any] = [None] * processes
+    distributed.all_gather_object(parts, embed(rows[distributed.get_rank() :: processes]))
+    gathered = torch.empty(len(rows), parts[0].shape[1])
+    for rank, part in enumerate(parts):
+        gathered[rank::processes] = part
+    return gathered
 
 
 class OneDeviceArguments(TrainingArguments):
