@@ -64,9 +64,7 @@ class Setting:
             ),
             objective=objective(self.towers) if objective else Objective(self.towers, captions.positive_mask),
             validate=measure,
-            groups=weight_groups(
-                self.module, rate=recipe.learning_rate, head_rate=recipe.head_learning_rate, weight_decay=0.0
-            ),
+            groups=weight_groups(self.module, recipe),
             callbacks=[self.stop, EarlyStopping(recipe.patience), ConsoleLogger(self.said.append), *more],
         )
 

@@ -1,7 +1,4 @@
-"""Callbacks of the training loop: early stopping, graceful stop, progress lines.
-
-Place in the flow: `trainer` calls them.
-"""
+"""Callbacks that `trainer` calls: early stopping, graceful stop, progress lines."""
 
 from __future__ import annotations
 
@@ -44,11 +41,9 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class GracefulStop(TrainerCallback):
-    """Ends a run early with a validation and a checkpoint, at a deadline or on request.
+    """Ends a run early with a validation and a checkpoint, at a deadline (`time.monotonic`) or on request.
 
-    Attributes:
-        deadline: by `time.monotonic`; no step begins after it.
-        reason: why training ended before its last step; "" if it did not.
+    `reason` is why training ended before its last step, "" if it did not.
     """
 
     def __init__(self, deadline: float | None = None) -> None:

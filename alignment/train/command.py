@@ -1,7 +1,4 @@
-"""The command line of fine-tuning.
-
-Place in the flow: `argv -> command (here) -> run`. The options of a run are declared in `config`.
-"""
+"""The command line of fine-tuning: `argv -> command (here) -> run`; `config` declares the options of a run."""
 
 from __future__ import annotations
 
@@ -55,11 +52,7 @@ _RETRY = "go on with --resume, or, if it had not begun to train, with the same c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a fine-tuning from the command line; returns its exit status.
-
-    Raises:
-        SystemExit: with the reason, when it fails.
-    """
+    """Run a fine-tuning from the command line; returns its exit status, or raises SystemExit with the reason."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     _check(parser, arguments)

@@ -81,7 +81,6 @@ def find_freeze_point(encoder: DualEncoder) -> FreezePoint | None:
 
 
 def _input_of(projection: nn.Module, encoder: DualEncoder, inputs: Inputs) -> Tensor:
-    """Embed images and return the input of the projection."""
     seen: list[Tensor] = []
     handle = projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
@@ -160,7 +159,6 @@ class CachedFeatures:
 
     @torch.no_grad()
     def _compute(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return (n, views, ...) by name."""
         with self.encoder.evaluating():
             images = [open_image(self.images[row]) for row in rows]
             mirrored = [ImageOps.mirror(image) for image in images] if self.views > 1 else []

@@ -31,8 +31,7 @@ class Batch:
     Attributes:
         images: inputs of the image side, num_images rows each.
         texts: inputs of the text side, num_texts rows each; the same number of texts for every image, image by image.
-        rows: (num_images,) int64, index of each image in the data set.
-        captions: (num_texts,) int64, number of each caption in the data set.
+        rows, captions: (num_images,) and (num_texts,) int64, the number of each image and caption in the data set.
     """
 
     images: Mapping[str, Tensor]

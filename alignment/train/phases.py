@@ -1,7 +1,4 @@
-"""The phases of a run, as functions that pass values on.
-
-Place in the flow: `run` calls `Setup -> make_plan -> fit -> interpolate_weights`.
-"""
+"""The phases of a run: `run` calls `Setup -> make_plan -> fit -> interpolate_weights`."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +82,16 @@ class Setup:
         self.towers, self.captions = Towers(encoder), CaptionIndex(prepared.train, prepared.near_duplicates)
         with PartialState().main_process_first():
             self.cache, eval_cache = self._cache_features()
+        self.dataset = partial(
+            ContrastiveDataset,
+            prepared.train,
+            self.captions,
+            encoder.preprocessor,
+            captions_per_image=self.recipe.captions_per_image,
+            augment=self.recipe.augment,
+            seed=self.recipe.seed,
+            cache=self.cache,
+        )
         self.validator = Validator(encoder, prepared.evaluation, eval_cache)
         self.second = Validator(encoder, prepared.second) if prepared.second else None
 
@@ -92,28 +100,14 @@ class Setup:
         """The options with every choice made."""
         return self.state.recipe
 
-    def dataset(self, *, batch_size: int, num_steps: int) -> ContrastiveDataset:
-        """Build the training data."""
-        return ContrastiveDataset(
-            self.prepared.train,
-            self.captions,
-            self.encoder.preprocessor,
-            batch_size=batch_size,
-            num_steps=num_steps,
-            captions_per_image=self.recipe.captions_per_image,
-            augment=self.recipe.augment,
-            seed=self.recipe.seed,
-            cache=self.cache,
-        )
-
     def _cache_features(self) -> tuple[CachedFeatures | None, CachedFeatures | None]:
         """Cache the frozen layers' features of training and validation images; None where no layer is frozen."""
         config, augment = self.state.config, self.recipe.augment
         point = self.towers.cache_features(augment=augment) if self.recipe.keep_images else None
         if point is None:
             if config.keep_images or config.kept_folder:
-                unused = "with this preset no part of the image side is frozen"
-                self.log(f"--keep-images and --kept-folder have no effect: {unused}.")
+                why = "with this preset no part of the image side is frozen"
+                self.log(f"--keep-images and --kept-folder have no effect: {why}.")
             return None, None
         place = Path(config.kept_folder or self.folder / FEATURES)
 
@@ -149,7 +143,8 @@ def make_plan(setup: Setup, validation_seconds: float, *, deadline: float | None
         every = min(recipe.measure_every, math.ceil(steps / 6))  # a short run is validated several times, too
         recipe = replace(recipe, max_steps=steps, measure_every=every)
         setup.state = replace(setup.state, recipe=recipe)
-    images, weights = len(setup.prepared.train), list(setup.encoder.module.parameters())
+    images = len(setup.prepared.train)
+    sizes = {weight: weight.numel() for weight in setup.encoder.module.parameters()}
     plan = {
         "train_images": images,
         "train_captions": len(setup.captions.texts),
@@ -160,8 +155,8 @@ def make_plan(setup: Setup, validation_seconds: float, *, deadline: float | None
         "batch_size": recipe.batch_size,
         "chunk_size": recipe.chunk_size,
         "processes": PartialState().num_processes,
-        "trainable_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
-        "total_parameters": sum(weight.numel() for weight in weights),
+        "trainable_parameters": sum(size for weight, size in sizes.items() if weight.requires_grad),
+        "total_parameters": sum(sizes.values()),
         "device": str(setup.encoder.device),
         "precision": recipe.precision,
         "estimated_seconds": per_step * recipe.max_steps,
@@ -192,36 +187,28 @@ def _probe(setup: Setup) -> tuple[float, int]:
 
 
 def fit(setup: Setup, stop: GracefulStop, *, resume: bool) -> tuple[TrainerState, str]:
-    """Train until the last step, early stopping, the deadline or a signal; the model gets the best weights.
-
-    Returns Trainer's state, and why training ended.
-    """
-    trainer = _build_trainer(setup, stop)
-    checkpoint = last_checkpoint(setup.folder / CHECKPOINTS) if resume else None
-    with stop.on_signals(), _thread_errors_logged():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    state = trainer.state
-    is_early = state.global_step < setup.recipe.max_steps
-    stopped = stop.reason or ("the validation recall sum had stopped rising" if is_early else "all steps done")
-    setup.log(f"Training ended: {stopped}. Best weights: step {state.best_global_step}.")
-    return state, stopped
-
-
-def _build_trainer(setup: Setup, stop: GracefulStop) -> ContrastiveTrainer:
+    """Train, and give the model the best weights; returns Trainer's state, and why training ended."""
     recipe, towers = setup.recipe, setup.towers
     workers, use_cpu = 0 if setup.cache else recipe.workers, setup.encoder.device.type == "cpu"
     arguments = training_arguments(setup.folder, recipe, workers=workers, use_cpu=use_cpu)
     setup.encoder.device = arguments.device
-    rates = {"rate": recipe.learning_rate, "head_rate": recipe.head_learning_rate}
-    return ContrastiveTrainer(
+    trainer = ContrastiveTrainer(
         towers,
         arguments,
         dataset=setup.dataset(batch_size=recipe.batch_size, num_steps=recipe.max_steps),
         objective=Objective(towers, setup.captions.positive_mask, loss=recipe.loss, chunk_size=recipe.chunk_size),
         validate=setup.validator.metrics,
-        groups=weight_groups(setup.encoder.module, weight_decay=recipe.weight_decay, **rates),
+        groups=weight_groups(setup.encoder.module, recipe),
         callbacks=[stop, EarlyStopping(recipe.patience), ConsoleLogger(setup.log)],
     )
+    checkpoint = last_checkpoint(setup.folder / CHECKPOINTS) if resume else None
+    with stop.on_signals(), _thread_errors_logged():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.state
+    is_early = state.global_step < recipe.max_steps
+    stopped = stop.reason or ("the validation recall sum had stopped rising" if is_early else "all steps done")
+    setup.log(f"Training ended: {stopped}. Best weights: step {state.best_global_step}.")
+    return state, stopped
 
 
 @contextmanager
@@ -239,9 +226,7 @@ def _thread_errors_logged() -> Iterator[None]:
 def interpolate_weights(setup: Setup) -> tuple[list[dict[str, Any]], float]:
     """Measure mixtures of start and tuned weights, and keep the one with the best validation recall sum.
 
-    Returns the `interpolation` and the `alpha` of a `RunRecord`.
-
-    Source: WiSE-FT, Wortsman et al. 2022.
+    Returns `interpolation` and `alpha` of a `RunRecord`. Source: WiSE-FT, Wortsman et al. 2022.
     """
     start = setup.start_weights
     weights = dict(setup.encoder.module.named_parameters())

@@ -1,7 +1,4 @@
-"""Curves of a run as PNG files: loss, validation recall, learned scale, interpolated weights.
-
-Place in the flow: `record -> plots (here) -> report`. Drawn without pyplot, so no global state is changed.
-"""
+"""Curves of a run as PNG files, drawn without pyplot and its global state: `record -> plots (here) -> report`."""
 
 from __future__ import annotations
 
@@ -120,7 +117,6 @@ def _interpolation(record: RunRecord) -> Figure | None:
 
 
 def _panels(count: int, *, share_y: bool = False) -> tuple[Figure, Sequence[Axes]]:
-    """Create one or two panels side by side."""
     figure = Figure(figsize=(6.4 if count == 1 else 10.4, 3.8), dpi=144, layout=ConstrainedLayoutEngine(wspace=0.06))
     panels = list(figure.subplots(1, count, squeeze=False, sharey=share_y)[0])
     for axes in panels:

@@ -1,7 +1,4 @@
-"""The data of a run: read, checked, split into training and validation data.
-
-Place in the flow: `data -> prepare (here) -> run`; `--check` ends here.
-"""
+"""The data of a run, read, checked and split: `data -> prepare (here) -> run`; `--check` ends here."""
 
 from __future__ import annotations
 
@@ -33,15 +30,10 @@ MIN_IMAGES = 4  # fewer cannot be contrasted
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training and validation data.
+    """Training and validation data: pictures with captions, each once, none in both.
 
-    Attributes:
-        train, evaluation: pictures with captions, each once, none in both.
-        near_duplicates: pairs of rows of `train` that are near-duplicates.
-        report: of the check.
-        evaluation_name: source of the validation data, for people to read.
-        second: another data set to measure on, or empty.
-        readings: option and data set -> result of reading it, that of --data first.
+    `near_duplicates` are pairs of rows of `train`, `second` is another data set to measure on, or empty, and `readings`
+    maps option and data set to the result of reading it, that of --data first.
     """
 
     train: list[Pair]

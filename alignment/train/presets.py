@@ -1,7 +1,4 @@
-"""Which weights are trained: all, all but the image tower, the heads, or low-rank adapters.
-
-Place in the flow: `model -> presets (here) -> trainer`.
-"""
+"""Which weights are trained, and the model as the training loop sees it: `model -> presets (here) -> trainer`."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 from alignment.model import DualEncoder
 from alignment.train.config import Preset
 from alignment.train.feature_cache import FreezePoint, find_freeze_point, random_window
+from alignment.train.settings import TrainRecipe
 
 _IMAGE_SIDE = ("vision_model.", "visual_projection.")
 # Heads: the layers after the towers. Those of the compact model and SigLIP's pooling lie inside the tower.
@@ -139,15 +137,15 @@ class Towers(nn.Module):
         return nn.Module().load_state_dict({})  # neither missing nor unexpected keys
 
 
-def weight_groups(module: nn.Module, *, rate: float, head_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+def weight_groups(module: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
     """Group the trained weights by learning rate and decay; vectors and scalars (norms, biases, scale) get no decay."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, weight in trained_weights(module).items():
-        groups.setdefault((name.startswith(_HEADS) or "lora_" in name, weight.ndim > 1), []).append(weight)
-    return [
-        {"params": weights, "lr": head_rate if is_head else rate, "weight_decay": weight_decay if is_matrix else 0.0}
-        for (is_head, is_matrix), weights in groups.items()
-    ]
+        is_head, is_matrix = name.startswith(_HEADS) or "lora_" in name, weight.ndim > 1
+        rate = recipe.head_learning_rate if is_head else recipe.learning_rate
+        group = {"params": [], "lr": rate, "weight_decay": recipe.weight_decay if is_matrix else 0.0}
+        groups.setdefault((is_head, is_matrix), group)["params"].append(weight)
+    return list(groups.values())
 
 
 def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,7 +1,4 @@
-"""Upload a result folder to the Hugging Face Hub: weights, configuration, card and report, and no other files.
-
-Place in the flow: `train -> report -> publish (here)`; the end of a run with `--push-to-hub`.
-"""
+"""Upload a result folder to the Hugging Face Hub: the end of a run with `--push-to-hub`."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ def push_to_hub(
         folder: written by training; it is loaded before anything is sent.
         repo_id: "user/name", or "name" for one's own account.
         private: for a repository that is created; an existing one stays as it is.
-        api: the Hub and token to use; the public Hub and the token of `hf auth login` when None.
+        api: the Hub and token to use, if not the public Hub and the token of `hf auth login`.
 
     Raises:
         FileNotFoundError: when the folder holds no checkpoint, or no card.

@@ -1,7 +1,4 @@
-"""The record of a run as one JSON file, without local paths of the machine it ran on.
-
-Place in the flow: `run -> record (here) -> report, model card -> publish`.
-"""
+"""The record of a run as one JSON file, without local paths: `run -> record (here) -> report -> publish`."""
 
 from __future__ import annotations
 
@@ -123,10 +120,7 @@ def _split(command: str) -> list[str]:
 
 
 def _public(value: Any, known: Sequence[str]) -> Any:
-    """Convert to a JSON value without local paths and without numbers that are not finite.
-
-    Paths in `known` are recognised whole, others up to the next space.
-    """
+    """Drop local paths and numbers that are not finite; paths in `known` are found whole, others up to a space."""
     if isinstance(value, Mapping):
         return {key: _public(item, known) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -50,7 +50,6 @@ def model_card(record: RunRecord) -> str:
 
 
 def _values(record: RunRecord) -> dict[str, Any]:
-    """Collect what the templates need."""
     second = (record.second_before or {}, record.second_after or {}, record.second_difference or {})
     return {
         "record": record,
@@ -71,7 +70,6 @@ def _plan_row(key: str, value: Any) -> tuple[str, str]:
 
 
 def _metadata(record: RunRecord) -> ModelCardData:
-    """Build the card's front matter from what is known."""
     zero_shot = record.model_type in _ZERO_SHOT
     return ModelCardData(
         library_name="transformers" if zero_shot else "image-text-alignment",
@@ -107,12 +105,8 @@ def _render(template: str, **values: Any) -> str:
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
-    filters = {"code": code, "plain": plain, "block": block, "number": number, "duration": format_duration}
-    environment.filters |= filters
+    environment.filters |= {"code": code, "plain": plain, "block": block, "number": number, "duration": format_duration}
     return environment.get_template(template).render(reading=reading, **values)
-
-
-# ---------------------------------------------------------------- untrusted text
 
 
 def one_line(text: object) -> str:
@@ -153,15 +147,9 @@ def number(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else code(value)
 
 
-# ---------------------------------------------------------------- before and after
-
-
 @dataclass(frozen=True)
 class Change:
-    """A metric before and after, for people to read: in per cent (a median rank as it is) with the 95 % interval.
-
-    `verdict` is a key of `_VERDICTS`.
-    """
+    """A metric before and after, for people to read, with a key of `_VERDICTS`."""
 
     metric: str
     label: str
@@ -201,7 +189,7 @@ def _verdict(metric: str, gap: Interval) -> str:
 
 
 def _interval(metric: str, found: Interval, sign: str = "") -> str:
-    """Format `38.8 [35.9, 41.7]` in per cent, a median rank as it is."""
+    """Format a value and its 95 % interval, `38.8 [35.9, 41.7]` in per cent, a median rank as it is."""
     factor, form = (1, "g") if metric.endswith("median_rank") else (100, ".1f")
     value, low, high = (f"{factor * found[name] + 0.0:{sign}{form}}" for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"

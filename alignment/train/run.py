@@ -20,7 +20,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from alignment.atomic import exclusive_lock, fsync_path, wrap_write_errors
+from alignment.atomic import exclusive_lock, fsync_path, wrap_write_errors, write_json_checksummed
 from alignment.data import describe_truncated
 from alignment.evaluate import Difference, Embedded, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import find_device
@@ -52,8 +52,7 @@ def train(
         command: the arguments of the call, for the report; those of this process if left out.
 
     Raises:
-        BlockingIOError: when another run is writing to the output folder.
-        FileExistsError: when the output folder is not empty and `resume` is off.
+        BlockingIOError, FileExistsError: when the output folder is written to, or not empty and `resume` is off.
         FileNotFoundError: when data or model are missing.
         ValueError: on unusable data or settings, or options that differ from those of the run to resume.
         FloatingPointError: when training diverges, naming the step and the cure.
@@ -92,7 +91,7 @@ def _train(config: TrainConfig, processes: PartialState, resume: bool, log: Log,
     second_before = setup.second.embed() if setup.second else None
     plan = make_plan(setup, seconds, deadline=None if saved else stop.deadline)
     if not saved and processes.is_main_process:
-        setup.state.write(folder)  # from now on there is a run to resume
+        write_json_checksummed(folder / SETTINGS, asdict(setup.state))  # from now on there is a run to resume
     processes.wait_for_everyone()
     trained, stopped = fit(setup, stop, resume=resume)
     merge_lora(setup.encoder.module)

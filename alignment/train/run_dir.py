@@ -30,7 +30,7 @@ _FREE = ("output", "minutes")  # options that a resumed run may change
 
 @dataclass(frozen=True)
 class ResumeState:
-    """The settings of a run, saved before training begins: options as given, with every choice made, and hashes."""
+    """The settings of a run, as `settings.json` has them: options as given, with every choice made, and hashes."""
 
     config: TrainConfig
     recipe: TrainRecipe
@@ -38,10 +38,6 @@ class ResumeState:
     command: str
     data_digest: str
     base_fingerprint: str
-
-    def write(self, folder: Path) -> None:
-        """Write `settings.json` atomically."""
-        write_json_checksummed(folder / SETTINGS, asdict(self))
 
     def resume(self, config: TrainConfig) -> ResumeState:
         """Return the state to resume with: as saved, but for the folder and the minutes of `config`.

@@ -1,7 +1,6 @@
-"""A small dual encoder with random weights: a ViT and a BERT, with a vocabulary learnt from the captions.
+"""The start model of --scratch: a ViT and a BERT with random weights, and a vocabulary learnt from the captions.
 
-Place in the flow: the start model of `run` with --scratch. For teaching and experiments; from a few thousand pictures
-it learns colours and scenes, not the content of a pretrained tower.
+For teaching and experiments; from a few thousand pictures it learns colours and scenes.
 """
 
 from __future__ import annotations
