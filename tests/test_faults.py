@@ -25,8 +25,7 @@ from alignment.gallery import Gallery, build_gallery, main, modality
 from alignment.gallery.database import DATABASE
 from alignment.model import DualEncoder
 from alignment.model.graph_cache import GraphCache, ModelInfo
-from alignment.train.checkpoints import last_checkpoint
-from alignment.train.run_dir import SETTINGS, read_resume_state
+from alignment.train.run_dir import SETTINGS, last_checkpoint, read_resume_state
 
 __all__ = ["galleries", "run", "trainings"]
 

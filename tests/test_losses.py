@@ -26,8 +26,10 @@ from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.similarity import logits_per_image
 
 Loss = Callable[..., Tensor]
-SOFTMAX_FAMILIES = ("clip", "chinese-clip", "vit-bert", "clip-roberta")
-SIGMOID_FAMILIES = ("siglip", "siglip2", "siglip2-naflex")
+LOSS_OF_FAMILY = {
+    **dict.fromkeys(("clip", "chinese-clip", "vit-bert", "clip-roberta"), softmax_loss),
+    **dict.fromkeys(("siglip", "siglip2", "siglip2-naflex"), sigmoid_loss),
+}
 PARITY = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -110,19 +112,10 @@ def test_softmax_loss_equals_transformers_on_random_logits(batch: int) -> None:
     torch.testing.assert_close(softmax_loss(logits), image_text_contrastive_loss(logits.T))
 
 
-@pytest.mark.parametrize("name", SOFTMAX_FAMILIES)
-def test_softmax_loss_equals_what_the_model_returns(name: str, checkpoint: Callable[[str], Path]) -> None:
-    assert_equal_to_the_models_own_loss(softmax_loss, checkpoint(name))
-
-
-@pytest.mark.parametrize("name", SIGMOID_FAMILIES)
-def test_sigmoid_loss_equals_what_the_model_returns(name: str, checkpoint: Callable[[str], Path]) -> None:
-    assert_equal_to_the_models_own_loss(sigmoid_loss, checkpoint(name))
-
-
-def assert_equal_to_the_models_own_loss(loss: Loss, folder: Path) -> None:
+@pytest.mark.parametrize(("name", "loss"), LOSS_OF_FAMILY.items())
+def test_a_loss_equals_what_the_model_returns(name: str, loss: Loss, checkpoint: Callable[[str], Path]) -> None:
     """Value, and gradient with regard to both sides' embeddings, the scale and the bias."""
-    model = AutoModel.from_pretrained(folder).eval()
+    model = AutoModel.from_pretrained(checkpoint(name)).eval()
     output = model(**random_inputs(model.config), return_loss=True)
     bias = [model.logit_bias] if hasattr(model, "logit_bias") else []
     wanted = [output.image_embeds, output.text_embeds, model.logit_scale, *bias]
@@ -159,18 +152,18 @@ def open_clip_losses() -> ModuleType:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 9])
-@pytest.mark.parametrize("bias", [None, -3.0])
-def test_softmax_loss_equals_open_clips(batch: int, bias: float | None, open_clip_losses: ModuleType) -> None:
-    assert_equal_to_open_clips(softmax_loss, open_clip_losses.ClipLoss(), batch, bias)
-
-
-@pytest.mark.parametrize("batch", [1, 2, 9])
-@pytest.mark.parametrize("bias", [-10.0, 1.0])
-def test_sigmoid_loss_equals_open_clips(batch: int, bias: float, open_clip_losses: ModuleType) -> None:
-    assert_equal_to_open_clips(sigmoid_loss, open_clip_losses.SigLipLoss(), batch, bias)
-
-
-def assert_equal_to_open_clips(loss: Loss, theirs: torch.nn.Module, batch: int, bias: float | None) -> None:
+@pytest.mark.parametrize(
+    ("loss", "theirs", "bias"),
+    [
+        (softmax_loss, "ClipLoss", None),
+        (softmax_loss, "ClipLoss", -3.0),
+        (sigmoid_loss, "SigLipLoss", -10.0),
+        (sigmoid_loss, "SigLipLoss", 1.0),
+    ],
+)
+def test_a_loss_equals_open_clips(
+    loss: Loss, theirs: str, batch: int, bias: float | None, open_clip_losses: ModuleType
+) -> None:
     """Value, and gradient with regard to both sides' embeddings, the scale and the bias, if there is one."""
     generator = torch.Generator().manual_seed(batch)
     images, texts = (functional.normalize(torch.randn(batch, 16, generator=generator)) for _ in range(2))
@@ -179,7 +172,7 @@ def assert_equal_to_open_clips(loss: Loss, theirs: torch.nn.Module, batch: int, 
         parameter.requires_grad_()
     # The embeddings have unit norm already, so their own normalisation must not be differentiated.
     ours = loss(logits_per_image(images @ texts.T, *parameters[2:]))
-    expected = theirs(*parameters)
+    expected = getattr(open_clip_losses, theirs)()(*parameters)
     torch.testing.assert_close(ours, expected, **PARITY)
     torch.testing.assert_close(
         torch.autograd.grad(ours, parameters), torch.autograd.grad(expected, parameters), **PARITY
@@ -234,20 +227,15 @@ def test_captions_of_one_image_do_not_push_each_other_away(loss: Loss) -> None:
     assert (masked[ALIKE] == 0).all()
 
 
+@pytest.mark.parametrize(("loss", "slow"), [(softmax_loss, slow_softmax_loss), (sigmoid_loss, slow_sigmoid_loss)])
 @settings(deadline=None, max_examples=60)
 @given(masked_logits())
-def test_softmax_loss_equals_the_slow_definition(case: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_a_loss_equals_the_slow_definition(
+    loss: Loss, slow: Callable[..., float], case: tuple[Tensor, Tensor, Tensor]
+) -> None:
     logits, positives, ignored = case
-    expected = slow_softmax_loss(logits, positives, ignored)
-    assert softmax_loss(logits, positives, ignored=ignored).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
-@settings(deadline=None, max_examples=60)
-@given(masked_logits())
-def test_sigmoid_loss_equals_the_slow_definition(case: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, positives, ignored = case
-    expected = slow_sigmoid_loss(logits, positives, ignored)
-    assert sigmoid_loss(logits, positives, ignored=ignored).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    expected = slow(logits, positives, ignored)
+    assert loss(logits, positives, ignored=ignored).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @settings(deadline=None, max_examples=60)

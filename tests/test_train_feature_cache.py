@@ -21,7 +21,7 @@ from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.feature_cache import CachedFeatures, find_freeze_point, random_window
 from alignment.train.objective import Batch, Objective
 from alignment.train.presets import Preset, Towers, apply_preset
-from alignment.train.validator import Validator
+from alignment.train.trainer import Validator
 
 Checkpoint = Callable[[str], Path]
 
@@ -318,7 +318,7 @@ def test_measured_figures_are_those_of_an_evaluation(
 ) -> None:
     encoder, towers = build(name, "lit")
     expected = evaluate_embedded(embed_pairs(encoder, pairs), resamples=20)
-    measure = Validator(encoder, pairs, batch_size=4)
+    measure = Validator(encoder, pairs)
     towers.train()
     assert measure.metrics() == {figure: estimate.value for figure, estimate in expected.metrics.items()}
     assert towers.module.training, "a measurement in the middle of training leaves it at that"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from test_train_trainer import RECIPE
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
@@ -89,7 +91,7 @@ def step(encoder: DualEncoder, pictures: Pictures, rate: float = 0.1) -> set[str
         logits = logits + towers.logit_bias
     # Not shifted away by anything: a softmax would give biases that all images share no gradient.
     (logits * torch.linspace(-1, 2, logits.numel()).view(logits.shape)).sum().backward()
-    groups = weight_groups(encoder.module, rate=rate, head_rate=rate, weight_decay=0.0)
+    groups = weight_groups(encoder.module, replace(RECIPE, learning_rate=rate, head_learning_rate=rate))
     torch.optim.SGD(groups, lr=rate).step()
     encoder.module.zero_grad()
     after = encoder.module.state_dict()
@@ -305,7 +307,8 @@ def test_dropout_of_the_compact_models_heads(preset: Preset, steady: tuple[bool,
 def test_heads_have_their_own_rate_and_vectors_no_decay(preset: Preset, checkpoint: Checkpoint) -> None:
     encoder = load(checkpoint("siglip"))
     apply_preset(encoder, preset)
-    groups = weight_groups(encoder.module, rate=1e-5, head_rate=1e-3, weight_decay=0.1)
+    recipe = replace(RECIPE, learning_rate=1e-5, head_learning_rate=1e-3, weight_decay=0.1)
+    groups = weight_groups(encoder.module, recipe)
     names = {id(weight): name for name, weight in encoder.module.named_parameters()}
     seen = []
     for group in groups:

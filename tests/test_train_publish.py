@@ -27,6 +27,8 @@ from alignment.train.report import model_card
 # huggingface_hub hands large files to its HTTP client by an argument which that client has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
+COUNTS = ("train_images", "train_captions", "eval_images", "eval_captions", "steps", "estimated_seconds")
+PLAN = dict.fromkeys(COUNTS, 3)
 TOKEN = "hf_of_the_test"
 
 
@@ -190,7 +192,7 @@ def record_of(encoder: DualEncoder) -> RunRecord:
         seconds=1.0,
         versions={},
         settings={"output": "/home/me/tuned"},
-        plan={},
+        plan=PLAN,
         data="/home/me/pets: 3 images",
         base_model="/home/me/m",
         base_fingerprint="ab" * 32,
@@ -198,6 +200,7 @@ def record_of(encoder: DualEncoder) -> RunRecord:
         history=[],
         before={},
         after={},
+        difference={},
         stopped="All steps were made.",
         best_step=1,
         model_type="clip",

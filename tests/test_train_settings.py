@@ -33,16 +33,6 @@ def on_gpu(encoder: DualEncoder) -> DualEncoder:
     return encoder
 
 
-# ---------------------------------------------------------------- reading a config
-
-
-def test_a_config_is_read_back_and_unknown_settings_are_named() -> None:
-    told = config(learning_rate=1e-3, preset="lit")
-    assert TrainConfig.from_dict(told.as_dict()) == told
-    with pytest.raises(ValueError, match=r"Unknown settings: banana, rate\."):
-        TrainConfig.from_dict({"data": "d", "output": "o", "rate": 1, "banana": 2})
-
-
 # ---------------------------------------------------------------- kinds of start
 
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from alignment.data import Pair
 from alignment.model import DualEncoder
 from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
-from alignment.train.checkpoints import last_checkpoint, load_trained, mark_complete
 from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.objective import Batch, Objective
-from alignment.train.plan import format_duration
-from alignment.train.presets import Preset, Towers, apply_preset, weight_groups
+from alignment.train.presets import Towers, apply_preset, weight_groups
+from alignment.train.run_dir import last_checkpoint, mark_complete
+from alignment.train.settings import TrainRecipe, format_duration
 from alignment.train.trainer import ContrastiveTrainer, training_arguments
 
 IMAGES, BATCH = 8, 4
 PAIRS = [Pair(f"{n}.jpg", (f"picture number {'abcdefgh'[n]}",), id=str(n)) for n in range(IMAGES)]
+RECIPE = TrainRecipe(
+    preset="full", loss="softmax", max_steps=1, batch_size=BATCH, chunk_size=BATCH, captions_per_image=1,
+    learning_rate=1e-3, head_learning_rate=1e-3, weight_decay=0.0, warmup=0.0, augment=False, keep_images=True,
+    measure_every=1, patience=99, interpolate=False, precision="fp32", gradient_checkpointing=False, workers=0, seed=0,
+)  # fmt: skip
 PIXELS = torch.randn(IMAGES, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -38,19 +44,16 @@ class Setting:
     def __init__(self, folder: Path, model: Path, *, steps: int, **options: Any) -> None:
         torch.manual_seed(0)
         self.encoder = DualEncoder.load(model, device="cpu")
-        preset: Preset = options.pop("preset", "full")
-        apply_preset(self.encoder, preset)
+        apply_preset(self.encoder, options.get("preset", "full"))
         self.module, self.towers, self.said = self.encoder.module, Towers(self.encoder), list[str]()
         captions = CaptionIndex(PAIRS)
         objective = options.pop("objective", None)
         self.stop = GracefulStop(options.pop("deadline", None))
-        rates = {"rate": options.pop("rate", 1e-3), "head_rate": options.pop("head_rate", 1e-3)}
-        measure = options.pop("measure", rising())
-        patience, more = options.pop("patience", 99), options.pop("callbacks", [])
-        arguments = {"batch_size": BATCH, "measure_every": 1, "warmup_steps": 0, "seed": 0, "use_cpu": True}
+        measure, more = options.pop("measure", rising()), options.pop("callbacks", [])
+        recipe = replace(RECIPE, max_steps=steps, **options)
         self.trainer = ContrastiveTrainer(
             self.towers,
-            training_arguments(folder, num_steps=steps, **(arguments | options)),
+            training_arguments(folder, recipe, workers=0, use_cpu=True),
             dataset=ContrastiveDataset(
                 PAIRS,
                 captions,
@@ -61,8 +64,8 @@ class Setting:
             ),
             objective=objective(self.towers) if objective else Objective(self.towers, captions.positive_mask),
             validate=measure,
-            groups=weight_groups(self.module, weight_decay=0.0, **rates),
-            callbacks=[self.stop, EarlyStopping(patience), ConsoleLogger(self.said.append), *more],
+            groups=weight_groups(self.module, recipe),
+            callbacks=[self.stop, EarlyStopping(recipe.patience), ConsoleLogger(self.said.append), *more],
         )
 
     @property
@@ -192,7 +195,7 @@ def test_the_scale_never_passes_a_hundred(make: Make) -> None:
         towers.module.logit_scale.grad = torch.tensor(-1.0)
         return 1.0
 
-    setting = make(steps=2, head_rate=0.5, objective=lambda towers: Stub(towers, push))
+    setting = make(steps=2, head_learning_rate=0.5, objective=lambda towers: Stub(towers, push))
     with torch.no_grad():
         setting.module.logit_scale.fill_(math.log(99.9))
     setting.trainer.train()
@@ -211,7 +214,7 @@ def test_below_a_hundred_the_scale_is_free(make: Make) -> None:
 
 
 def test_a_poisoned_weight_ends_the_run_with_step_and_cure(make: Make) -> None:
-    setting = make(steps=3, rate=3e-4)
+    setting = make(steps=3, learning_rate=3e-4)
     with torch.no_grad():
         setting.module.text_projection.weight[0, 0] = math.nan
     with pytest.raises(
@@ -242,7 +245,7 @@ def test_embeddings_that_are_no_numbers_end_the_run_where_they_are_measured(make
 
 
 def test_in_half_precision_full_precision_is_the_first_cure(make: Make) -> None:
-    setting = make(steps=3, bf16=True)
+    setting = make(steps=3, precision="bf16")
     with torch.no_grad():
         setting.module.text_projection.weight[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match=r"step 1: train in full precision \(--precision fp32\), or lower the"):
@@ -250,7 +253,7 @@ def test_in_half_precision_full_precision_is_the_first_cure(make: Make) -> None:
 
 
 def test_bfloat16_runs_on_a_processor_and_is_what_the_towers_see(make: Make) -> None:
-    setting = make(steps=2, bf16=True)
+    setting = make(steps=2, precision="bf16")
     seen: list[torch.dtype] = []
     handle = setting.module.text_projection.register_forward_hook(lambda *parts: seen.append(parts[2].dtype))
     setting.trainer.train()
@@ -386,7 +389,7 @@ def test_a_checkpoint_of_another_preset_is_refused(make: Make, tmp_path: Path) -
     make("one", steps=1, preset="lit").trainer.train()
     other = make("other", steps=1, preset="full")
     with pytest.raises(ValueError, match="another model or preset; choose another --output"):
-        load_trained(other.towers, tmp_path / "one" / "checkpoints" / "checkpoint-1")
+        other.trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoints" / "checkpoint-1"))
 
 
 # ---------------------------------------------------------------- what is said and logged

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_train_trainer import RECIPE
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -37,10 +39,10 @@ class Recorder(CheckpointHook):
         return {"eval_recall_sum": float(self.state.global_step)}
 
 
-def trainer(folder: Path, **options: Any) -> Recorder:
-    arguments = {"batch_size": 2, "num_steps": 4, "measure_every": 2, "warmup_steps": 0, "use_cpu": True}
+def trainer(folder: Path) -> Recorder:
     data = [{"x": torch.tensor(float(number))} for number in range(8)]
-    args = training_arguments(folder, **(arguments | options))
+    recipe = replace(RECIPE, batch_size=2, max_steps=4, measure_every=2)
+    args = training_arguments(folder, recipe, workers=0, use_cpu=True)
     return Recorder(Model(), args, train_dataset=data, eval_dataset=data)
 
 
@@ -71,7 +73,7 @@ def test_a_library_that_cannot_write_a_checkpoint_ends_in_an_error_of_the_system
 
 
 def test_a_process_never_splits_its_batch_over_several_gpus(tmp_path: Path) -> None:
-    args = training_arguments(tmp_path, batch_size=4, num_steps=1, measure_every=1, warmup_steps=0, use_cpu=True)
+    args = training_arguments(tmp_path, RECIPE, workers=0, use_cpu=True)
     args._n_gpu = 4
     assert args.n_gpu == 1
     assert args.train_batch_size == 4

@@ -1,11 +1,7 @@
-"""Callbacks of the training loop: early stopping, graceful stop, the scale's limit, progress lines.
-
-Place in the flow: `trainer` calls them.
-"""
+"""Callbacks that `trainer` calls: early stopping, graceful stop, progress lines."""
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -19,36 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import EarlyStoppingCallback
 
 from alignment.train.objective import gather
-from alignment.train.plan import format_duration
-from alignment.train.presets import Towers
+from alignment.train.settings import format_duration
 
-MAX_LOGIT_SCALE = 100.0
 METRIC = "recall_sum"
-
-
-class EpochCounter(TrainerCallback):
-    """Counts epochs as passes over the images; for Trainer the whole run is one epoch."""
-
-    def __init__(self, steps_per_epoch: int) -> None:
-        self.steps_per_epoch = steps_per_epoch
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Set the fractional epoch."""
-        state.epoch = state.global_step / self.steps_per_epoch
-
-
-class ClampScale(TrainerCallback):
-    """Keeps the multiplier at or below 100, as CLIP did: beyond it, training is unstable."""
-
-    def __init__(self, towers: Towers) -> None:
-        self.towers = towers
-
-    @torch.no_grad()
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Clamp the scale."""
-        self.towers.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -72,16 +41,13 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class GracefulStop(TrainerCallback):
-    """Ends a run early with a validation and a checkpoint, at a deadline or on request.
+    """Ends a run early with a validation and a checkpoint, at a deadline (`time.monotonic`) or on request.
 
-    Attributes:
-        deadline: by `time.monotonic`; no step begins after it.
-        reason: why training ended before its last step; "" if it did not.
+    `reason` is why training ended before its last step, "" if it did not.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
-        self.deadline = deadline
-        self.reason = ""
+        self.deadline, self.reason = deadline, ""
 
     def request(self, reason: str) -> None:
         """End training after the current step."""
@@ -122,8 +88,6 @@ class ConsoleLogger(TrainerCallback):
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self.log = log
-        self.started = time.monotonic()
-        self.first_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
@@ -133,16 +97,12 @@ class ConsoleLogger(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Print the entry."""
-        if not state.is_world_process_zero or not logs:
-            return
         place = f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
-            done = state.global_step - self.first_step
-            left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
-            self.log(
-                f"{place}  epoch {state.epoch:.1f}  loss {logs['loss']:.3f}  scale {logs['logit_scale']:.1f}  "
-                f"{format_duration(left)} left"
-            )
+            per_step = (time.monotonic() - self.started) / (state.global_step - self.first_step)
+            left = format_duration(per_step * (state.max_steps - state.global_step))
+            figures = f"epoch {state.epoch:.1f}  loss {logs['loss']:.3f}  scale {logs['logit_scale']:.1f}"
+            self.log(f"{place}  {figures}  {left} left")
         elif f"eval_{METRIC}" in logs:
             sides = "  ".join(
                 f"{name.replace('_', ' ')} R@1 {100 * logs[f'eval_{name}_recall@1']:.1f}"

@@ -1,7 +1,4 @@
-"""The command line of fine-tuning.
-
-Place in the flow: `argv -> command (here) -> run`. The options of a run are declared in `config`.
-"""
+"""The command line of fine-tuning: `argv -> command (here) -> run`; `config` declares the options of a run."""
 
 from __future__ import annotations
 
@@ -11,10 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 
 from alignment.atomic import describe_error
 from alignment.picture_limits import add_size_options, use_size_options
-from alignment.train.config import DATA, RESULT, TrainConfig
+from alignment.train.config import DATA, MACHINE, RESULT, START, TRAINING, TrainConfig
 
 DESCRIPTION = """\
 Fine-tune a dual encoder (CLIP, SigLIP, Chinese-CLIP, the compact model, or any vision and text tower) on captioned
@@ -54,11 +52,7 @@ _RETRY = "go on with --resume, or, if it had not begun to train, with the same c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a fine-tuning from the command line; returns its exit status.
-
-    Raises:
-        SystemExit: with the reason, when it fails.
-    """
+    """Run a fine-tuning from the command line; returns its exit status, or raises SystemExit with the reason."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
@@ -68,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _check_data(arguments)
         return _train(arguments, sys.argv[1:] if argv is None else argv)
     except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"train: {error.name} is missing; install what training needs with: pip install '.[train]'"
-        ) from error
+        cure = "install what training needs with: pip install '.[train]'"
+        raise SystemExit(f"train: {error.name} is missing; {cure}") from error
     except (OSError, ValueError, FloatingPointError) as error:
         raise SystemExit(f"train: {describe_error(error, _RETRY)}") from error
     except KeyboardInterrupt as error:
@@ -82,12 +75,13 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 
     from alignment.train.run import train
 
-    transformers.utils.logging.set_verbosity_error()  # only the lines of `_log` are printed
+    transformers.utils.logging.set_verbosity_error()  # only the lines of `log` are printed
     transformers.utils.logging.disable_progress_bar()
     options = {name: value for name, value in vars(arguments).items() if value is not None}
     resume, push, private, _ = (options.pop(name, None) for name in ("resume", "push_to_hub", "private", "check"))
     options.setdefault("data", "")
-    record = train(TrainConfig.from_dict(options), resume=resume, log=_log, command=command)
+    log = partial(print, file=sys.stderr, flush=True)
+    record = train(TrainConfig(**options), resume=resume, log=log, command=command)
     if int(os.environ.get("RANK", "0")):
         return 0
     print(f"Model and report: {arguments.output} (report.md, plots/, run.json)")
@@ -99,10 +93,9 @@ def _train(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _status(is_complete: bool) -> int:
-    if is_complete:
-        return 0
-    print("Not all of the data could be read, see above.", file=sys.stderr)
-    return 1
+    if not is_complete:
+        print("Not all of the data could be read, see above.", file=sys.stderr)
+    return 0 if is_complete else 1
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
@@ -122,15 +115,9 @@ def _check_data(arguments: argparse.Namespace) -> int:
     captions = (caption for part in (prepared.train, prepared.evaluation) for pair in part for caption in pair.captions)
     for line in describe_truncated(preprocessor.truncated(captions), preprocessor.max_length):
         print(f"- {line} ({model})")
-    print(
-        f"A run would learn from {len(prepared.train)} pictures and be measured on {len(prepared.evaluation)} "
-        f"({prepared.evaluation_name})."
-    )
+    found, measured = len(prepared.train), f"{len(prepared.evaluation)} ({prepared.evaluation_name})"
+    print(f"A run would learn from {found} pictures and be measured on {measured}.")
     return _status(prepared.is_complete)
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -156,14 +143,11 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups = {group: parser.add_argument_group(group) for group in (START, DATA, TRAINING, MACHINE, RESULT)}
     for option in fields(TrainConfig):
         if group := option.metadata.get("group"):
-            if group not in groups:
-                groups[group] = parser.add_argument_group(group)
-            groups[group].add_argument(
-                f"--{option.name.replace('_', '-')}", default=None, **option.metadata["argument"]
-            )
+            flag = f"--{option.name.replace('_', '-')}"
+            groups[group].add_argument(flag, default=None, **option.metadata["argument"])
     groups[DATA].add_argument("--check", action="store_true", help="only check the data and print what is in them")
     add_size_options(groups[DATA])
     result = groups[RESULT]

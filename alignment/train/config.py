@@ -9,8 +9,8 @@ is printed at once.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field
 from os.path import expanduser
 from typing import Any, Literal, get_args
 
@@ -26,21 +26,11 @@ MACHINE = "machine"
 RESULT = "result"
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
+def _number(kind: type, is_allowed: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
     def number(text: str) -> Any:
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    return number
-
-
-def _between(lowest: float, highest: float, kind: type = float) -> Callable[[str], Any]:
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not lowest <= value <= highest:
-            raise argparse.ArgumentTypeError(f"{text} is not between {lowest:g} and {highest:g}")
+        if not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
     return number
@@ -53,8 +43,12 @@ def _option(group: str, help: str, *, default: Any = None, **argument: Any) -> A
 
 _PATH: dict[str, Any] = {"type": expanduser}
 _SWITCH: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-_COUNT: dict[str, Any] = {"type": _positive(int)}
-_RATE: dict[str, Any] = {"type": _positive(float)}
+_COUNT: dict[str, Any] = {"type": _number(int, lambda value: value > 0, "above 0")}
+_RATE: dict[str, Any] = {"type": _number(float, lambda value: 0 < value < float("inf"), "above 0")}
+_SHARE: dict[str, Any] = {"type": _number(float, lambda value: 0 <= value <= 1, "between 0 and 1")}
+_DECAY: dict[str, Any] = {"type": _number(float, lambda value: 0 <= value <= 10, "between 0 and 10")}
+_SEED: dict[str, Any] = {"type": _number(int, lambda value: 0 <= value < 2**32, "between 0 and 4294967295")}
+_WORKERS: dict[str, Any] = {"type": _number(int, lambda value: 0 <= value <= 1024, "between 0 and 1024")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,35 +84,21 @@ class TrainConfig:
     captions_per_image: int | None = _option(TRAINING, "captions of a picture in one step", **_COUNT)
     learning_rate: float | None = _option(TRAINING, "peak, of the towers", **_RATE)
     head_learning_rate: float | None = _option(TRAINING, "peak, of projections and adapters", **_RATE)
-    weight_decay: float | None = _option(TRAINING, "of matrices (0.05)", type=_between(0, 10))
-    warmup: float | None = _option(
-        TRAINING, "share of the steps with a rising learning rate (0.1)", type=_between(0, 1)
-    )
+    weight_decay: float | None = _option(TRAINING, "of matrices (0.05)", **_DECAY)
+    warmup: float | None = _option(TRAINING, "share of the steps with a rising learning rate (0.1)", **_SHARE)
     patience: int | None = _option(TRAINING, "measurements without a better recall sum (5)", **_COUNT)
     measure_every: int | None = _option(TRAINING, "steps between measurements, each with a checkpoint", **_COUNT)
     augment: bool | None = _option(TRAINING, "crop and mirror pictures (yes)", **_SWITCH)
     interpolate: bool | None = _option(TRAINING, "mix start and end weights, WiSE-FT (yes if pretrained)", **_SWITCH)
-    seed: int | None = _option(TRAINING, "of everything random (0)", type=_between(0, 2**32 - 1, int))
+    seed: int | None = _option(TRAINING, "of everything random (0)", **_SEED)
 
     device: str | None = _option(MACHINE, "the best there is", choices=["cuda", "mps", "cpu"])
     precision: Precision | None = _option(
         MACHINE, "of the forward pass; bf16 on a GPU that has it", choices=get_args(Precision)
     )
-    workers: int | None = _option(MACHINE, "processes that read pictures", type=_between(0, 1024, int))
+    workers: int | None = _option(MACHINE, "processes that read pictures", **_WORKERS)
     gradient_checkpointing: bool | None = _option(MACHINE, "less memory, more time", action="store_true")
     keep_images: bool | None = _option(MACHINE, "cache frozen image features (yes where that saves time)", **_SWITCH)
     kept_folder: str | None = _option(MACHINE, "folder of that cache, for several runs to share", **_PATH)
 
     output: str = _option(RESULT, "folder for model, report, plots and logs; must be new", default=MISSING, **_PATH)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build a config; raises ValueError on unknown names."""
-        unknown = set(values) - {known.name for known in fields(cls)}
-        if unknown:
-            raise ValueError(f"Unknown settings: {', '.join(sorted(unknown))}.")
-        return cls(**values)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return a JSON-able copy."""
-        return asdict(self)

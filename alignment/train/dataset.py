@@ -1,24 +1,24 @@
 """The training data as a numbered series of images with sampled captions.
 
-Place in the flow: `data -> dataset (here) -> objective`. Example number p belongs to a known epoch, and all that is
-random about it (image, captions, crop, mirroring) follows from the seed and p alone: a run that is resumed, or split
-among any number of workers, sees the same examples as an uninterrupted one.
+Place in the flow: `data -> dataset (here) -> objective`. All that is random about an example (image, captions, crop,
+mirroring) follows from the seed and its number alone, so a run that is resumed, or split among any number of workers,
+sees the same examples as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, get_worker_info
 
 from alignment.data import Pair
@@ -34,28 +34,27 @@ _SIDES = re.compile(r"\b(left|right)\b|左|右", re.IGNORECASE)  # mirroring the
 class CaptionIndex:
     """The captions of the training images, numbered, and the images each one fits.
 
-    Captions with the same words count as one: every image that has it is a positive.
-
-    Attributes:
-        texts: captions, image by image.
-        image_of_text: (num_captions,) index of each caption's image.
-        first, count: (num_images,) number of an image's first caption, and how many it has.
+    Captions with the same words count as one: every image that has it is a positive. `texts` are the captions, image by
+    image, and `image_of_text` (num_captions,) is the index of each one's image.
     """
 
     def __init__(self, pairs: Sequence[Pair], near_duplicates: Sequence[tuple[int, int]] = ()) -> None:
         """Assign numbers to the captions; `near_duplicates` are pairs of near-duplicate images, by index."""
         self.texts = [caption for pair in pairs for caption in pair.captions]
-        self.count = torch.tensor([len(pair.captions) for pair in pairs])
-        if not len(pairs) or not bool(self.count.all()):
+        self._count = torch.tensor([len(pair.captions) for pair in pairs])
+        if not len(pairs) or not bool(self._count.all()):
             raise ValueError("There must be images to train on, and each needs a caption.")
-        self.image_of_text = torch.arange(len(pairs)).repeat_interleave(self.count)
-        self.first = self.count.cumsum(0) - self.count
+        self.image_of_text = torch.arange(len(pairs)).repeat_interleave(self._count)
+        self._first = self._count.cumsum(0) - self._count
         known: dict[str, int] = {}
         self._key = torch.tensor([known.setdefault(_normalize(text), len(known)) for text in self.texts])
-        self._keys = torch.nn.utils.rnn.pad_sequence(  # (num_images, most captions), padded with -1
-            list(self._key.split(self.count.tolist())), batch_first=True, padding_value=-1
-        )
-        self._group = torch.tensor(_components(len(pairs), near_duplicates))
+        keys = list(self._key.split(self._count.tolist()))
+        self._keys = pad_sequence(keys, batch_first=True, padding_value=-1)  # (num_images, most captions)
+        labels = np.arange(len(pairs))  # near-duplicates of near-duplicates form one group
+        for one, other in near_duplicates:
+            if labels[one] != labels[other]:
+                labels[labels == labels[other]] = labels[one]
+        self._group = torch.from_numpy(labels)
         group = self._group[self.image_of_text]
         in_group = self._group.bincount(minlength=len(pairs))[group] > 1
         self._group_keys = (group * len(self._key) + self._key)[in_group].unique()  # captions of each group
@@ -63,12 +62,8 @@ class CaptionIndex:
     def positive_mask(self, rows: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
         """Find the positive pairs, and the pairs with captions of near-duplicates, which are not contrasted.
 
-        Args:
-            rows: (num_images,) image indices.
-            captions: (num_texts,) caption numbers.
-
-        Returns:
-            positives and ignored, bool (num_images, num_texts).
+        From image indices (num_images,) and caption numbers (num_texts,): positives and ignored, bool (num_images,
+        num_texts).
         """
         rows, captions = rows.cpu(), captions.cpu()
         positives = torch.zeros(len(rows), len(captions), dtype=torch.bool)
@@ -79,7 +74,7 @@ class CaptionIndex:
 
     def sample(self, row: int, num: int, rng: np.random.Generator) -> list[int]:
         """Sample `num` captions of an image, without repeats while they last."""
-        first, count = int(self.first[row]), int(self.count[row])
+        first, count = int(self._first[row]), int(self._count[row])
         rounds = [rng.permutation(count) for _ in range(-(-num // count))]
         return [first + int(number) for number in np.concatenate(rounds)[:num]]
 
@@ -87,16 +82,8 @@ class CaptionIndex:
 class ContrastiveDataset(Dataset[dict[str, Any]]):
     """Maps a number to an image's inputs and the numbers of its captions; for a DataLoader that counts from 0.
 
-    Args:
-        pairs: images with captions, the same that `captions` was made of.
-        captions: their captions.
-        preprocessor: of the model.
-        batch_size: images per step, over all processes; no image comes twice in a batch.
-        num_steps: length of the run.
-        captions_per_image: sampled for each image of a step.
-        augment: crop slightly and mirror.
-        seed: of everything random.
-        cache: features to return in place of the pixels.
+    `captions` is made of `pairs`; `batch_size` counts images per step, over all processes, and no image comes twice in
+    one; `cache` has features to return in place of the pixels.
     """
 
     def __init__(
@@ -114,9 +101,7 @@ class ContrastiveDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.pairs, self.captions, self.preprocessor = pairs, captions, preprocessor
         self.batch_size, self.num_steps = min(batch_size, len(pairs)), num_steps
-        self.captions_per_image, self.augment, self.seed = captions_per_image, augment, seed
-        self.cache = cache
-        self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self.captions_per_image, self.augment, self.seed, self.cache = captions_per_image, augment, seed, cache
         self._limits = dict(LIMITS)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -136,13 +121,11 @@ class ContrastiveDataset(Dataset[dict[str, Any]]):
         rng = np.random.default_rng([self.seed, 1, number])
         row, captions = self.pick(number, rng)
         mirror = not any(map(_SIDES.search, self.pairs[row].captions))
-        images: Mapping[str, Tensor]
         if self.cache is not None:
-            images = self.cache(row, rng, mirror=mirror)
-        else:
-            image = open_image(self.pairs[row].image)
-            images = self.preprocessor.images([_augmented(image, rng, mirror=mirror) if self.augment else image])
-        return {"images": images, "row": row, "captions": captions}
+            return {"images": self.cache(row, rng, mirror=mirror), "row": row, "captions": captions}
+        image = open_image(self.pairs[row].image)
+        image = _augmented(image, rng, mirror=mirror) if self.augment else image
+        return {"images": self.preprocessor.images([image]), "row": row, "captions": captions}
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         if self.cache is not None or get_worker_info() is not None:
@@ -153,7 +136,7 @@ class ContrastiveDataset(Dataset[dict[str, Any]]):
     def pick(self, number: int, rng: np.random.Generator) -> tuple[int, list[int]]:
         """Return the image of example `number`, and sample its captions."""
         epoch, place = divmod(number, self.steps_per_epoch * self.batch_size)
-        row = int(self._order(epoch)[place])
+        row = int(_shuffled(self.seed, epoch, len(self.pairs))[place])
         return row, self.captions.sample(row, self.captions_per_image, rng)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -172,12 +155,10 @@ class ContrastiveDataset(Dataset[dict[str, Any]]):
         first = step * self.batch_size
         return Batch(**self.collate(self.__getitems__(range(first, first + self.batch_size))))
 
-    def _order(self, epoch: int) -> np.ndarray:
-        shuffled = self._shuffled  # read once: threads of one batch may be in two epochs
-        if shuffled[0] != epoch:
-            rng = np.random.default_rng([self.seed, 0, epoch])
-            shuffled = self._shuffled = epoch, rng.permutation(len(self.pairs))
-        return shuffled[1]
+
+@lru_cache(maxsize=2)  # threads of one batch may be in two epochs
+def _shuffled(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(num_images)
 
 
 def _augmented(image: Image.Image, rng: np.random.Generator, *, mirror: bool) -> Image.Image:
@@ -191,24 +172,5 @@ def _augmented(image: Image.Image, rng: np.random.Generator, *, mirror: bool) ->
 
 def _normalize(text: str) -> str:
     """Drop case and punctuation; a caption of punctuation alone stays as it is."""
-    return " ".join(text.casefold().translate(_punctuation()).split()) or text
-
-
-@cache
-def _punctuation() -> Mapping[int, str]:
-    marks = (mark for mark in range(sys.maxunicode + 1) if unicodedata.category(chr(mark)).startswith("P"))
-    return dict.fromkeys(marks, " ")
-
-
-def _components(count: int, links: Sequence[tuple[int, int]]) -> list[int]:
-    """Label connected components by union-find: linked items get the same number."""
-    parent = list(range(count))
-
-    def root(item: int) -> int:
-        while parent[item] != item:
-            parent[item] = item = parent[parent[item]]
-        return item
-
-    for one, other in links:
-        parent[root(one)] = root(other)
-    return [root(item) for item in range(count)]
+    marks = (" " if unicodedata.category(mark)[0] == "P" else mark for mark in text.casefold())
+    return " ".join("".join(marks).split()) or text

@@ -1,8 +1,7 @@
 """A cache of the features that the frozen layers of the image side compute.
 
 Place in the flow: between `presets`, which freeze layers, and `dataset`. Frozen layers run once per image instead of
-once per epoch, so a locked tower, or training the heads alone, takes minutes on a laptop. The price is that a cached
-image comes in one or two fixed views instead of a random crop each time.
+once per epoch; the price is that a cached image comes in one or two fixed views instead of a random crop each time.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch.nn import functional
 from alignment.atomic import exclusive_lock, fsync_path
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
-from alignment.train.checksums import verify_checksums, write_checksums
+from alignment.train.run_dir import is_complete, mark_complete
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +41,8 @@ _MIN_WINDOW = 0.75  # of the side of a cached feature map
 class FreezePoint:
     """A point in the image side before which no weight is trained.
 
-    Attributes:
-        name: of the cached features, for people to read.
-        before: preprocessor output -> cached features by name, (n, ...) each.
-        after: cached features -> embeddings, (n, embed_dim) unit norm.
+    `before` turns preprocessor output into cached features by name, (n, ...) each, and `after` those into embeddings,
+    (n, embed_dim) unit norm; `name` describes the features.
     """
 
     name: str
@@ -56,9 +53,8 @@ class FreezePoint:
 def find_freeze_point(encoder: DualEncoder) -> FreezePoint | None:
     """Find the last point before which the image side is frozen; None where its first layers are trained."""
     module = encoder.module
-    trained = tuple(
-        name for name, weight in module.named_parameters() if weight.requires_grad and not name.startswith(_TEXT_SIDE)
-    )
+    weights = [name for name, weight in module.named_parameters() if weight.requires_grad]
+    trained = [name for name in weights if not name.startswith(_TEXT_SIDE)]
     if not trained:
         return FreezePoint(
             "finished embeddings",
@@ -66,10 +62,11 @@ def find_freeze_point(encoder: DualEncoder) -> FreezePoint | None:
             lambda cached: cached["embeds"].to(encoder.device),
         )
     if all(name.startswith("visual_projection.") for name in trained):
+        project = module.visual_projection
         return FreezePoint(
             "features before the projection",
-            lambda inputs: {"features": _input_of(module.visual_projection, encoder, inputs)},
-            lambda cached: _projected(module.visual_projection, cached["features"].to(encoder.device)),
+            lambda inputs: {"features": _input_of(project, encoder, inputs)},
+            lambda cached: functional.normalize(project(cached["features"].to(encoder.device)).float(), dim=-1),
         )
     tower = module.vision_model
     has_stages = hasattr(tower, "until") and tower.config.embed_dim  # EfficientNet-Lite alone has no concept features
@@ -83,12 +80,7 @@ def find_freeze_point(encoder: DualEncoder) -> FreezePoint | None:
     return None
 
 
-def _projected(projection: nn.Module, features: Tensor) -> Tensor:
-    return functional.normalize(projection(features).float(), dim=-1)
-
-
 def _input_of(projection: nn.Module, encoder: DualEncoder, inputs: Inputs) -> Tensor:
-    """Embed images and return the input of the projection."""
     seen: list[Tensor] = []
     handle = projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
@@ -102,8 +94,7 @@ class CachedFeatures:
     """The features of every image at a freeze point, plain and mirrored, in files on disk.
 
     Half-precision memory maps: 1 to 3 KB an image for embeddings and features, 70 to 210 KB for the compact model's
-    maps, twice that with mirror images. The folder is named by a hash of the frozen weights and the images, so a
-    resumed run finds it and no other run reads it by mistake.
+    maps, twice that with mirror images. The folder is named by a hash of what they depend on.
     """
 
     def __init__(
@@ -116,18 +107,20 @@ class CachedFeatures:
 
     def fill(self, *, batch_size: int = 16, progress: Progress | None = None) -> None:
         """Compute the features, unless the files are there and intact; an interrupted computation starts again."""
-        if not self._is_intact():
+        if not is_complete(self.folder, _CHECKSUMS):
             with exclusive_lock(self.folder.parent, timeout=-1):  # another run may be computing the same features
-                if not self._is_intact():
-                    shutil.rmtree(self.folder, ignore_errors=True)
+                if not is_complete(self.folder, _CHECKSUMS):
+                    if self.folder.exists():
+                        logger.warning("%s is damaged and is made again.", self.folder)
                     partial = self.folder.with_suffix(".partial")
+                    for folder in (self.folder, partial):
+                        shutil.rmtree(folder, ignore_errors=True)
                     self._write(partial, batch_size, progress)
                     partial.replace(self.folder)
             fsync_path(self.folder.parent)
         self._maps = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
 
     def _write(self, folder: Path, batch_size: int, progress: Progress | None) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with ExitStack() as opened:
             files = {}
@@ -142,16 +135,7 @@ class CachedFeatures:
                     files[name].write(views.half().cpu().contiguous().numpy().data)
                 if progress is not None:
                     progress(rows.stop, len(self.images))
-        write_checksums(folder, _CHECKSUMS)
-
-    def _is_intact(self) -> bool:
-        try:
-            verify_checksums(self.folder, _CHECKSUMS)
-        except (OSError, ValueError) as error:
-            if self.folder.exists():
-                logger.warning("%s is damaged and is made again: %s", self.folder, error)
-            return False
-        return True
+        mark_complete(folder, _CHECKSUMS)
 
     def __call__(self, row: int, rng: np.random.Generator, *, mirror: bool = True) -> Inputs:
         """Return one view of an image as a batch of one; the plain view unless it may be mirrored."""
@@ -160,16 +144,14 @@ class CachedFeatures:
     @torch.no_grad()
     def embed(self, rows: Sequence[int], batch_size: int = 64) -> Tensor:
         """Embed the plain views: (n, embed_dim) float32, CPU, unit norm."""
+        parts = [torch.empty(0, self.encoder.embed_dim)]
         with self.encoder.evaluating():
-            parts = [
-                self.point.after(self.batch(rows[start : start + batch_size])).cpu()
-                for start in range(0, len(rows), batch_size)
-            ]
-        return torch.cat([torch.empty(0, self.encoder.embed_dim), *parts])
+            for start in range(0, len(rows), batch_size):
+                parts.append(self.point.after(self.batch(rows[start : start + batch_size])).cpu())
+        return torch.cat(parts)
 
     def batch(self, rows: Sequence[int], view: int = 0) -> Inputs:
         """Read one view of several images; `fill` comes first."""
-        assert self._maps
         return {
             name: torch.from_numpy(np.stack([maps[row, view] for row in rows]).astype(np.float32))
             for name, maps in self._maps.items()
@@ -177,7 +159,6 @@ class CachedFeatures:
 
     @torch.no_grad()
     def _compute(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return (n, views, ...) by name."""
         with self.encoder.evaluating():
             images = [open_image(self.images[row]) for row in rows]
             mirrored = [ImageOps.mirror(image) for image in images] if self.views > 1 else []

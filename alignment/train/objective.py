@@ -1,22 +1,24 @@
 """The contrastive step: embed a batch, gather it across processes, compute the loss, backpropagate.
 
-Place in the flow: `dataset -> objective (here) -> optimiser`, called by `trainer` once a step. Two methods make large
-batches possible: every process contrasts its part with those of all (`gather`), and a batch too large for memory is
-embedded in chunks, twice (`Objective.backward`), which gives the exact gradient of the whole batch.
+Place in the flow: `dataset -> objective (here) -> optimiser`, called by `trainer` once a step. Every process contrasts
+its part with those of all (`gather`), and a batch too large for memory is embedded in chunks, twice, which gives the
+exact gradient of the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import FunctionCtx
+from torch.utils.checkpoint import checkpoint
 
 from alignment.losses import sigmoid_loss, softmax_loss
+from alignment.similarity import logits_per_image
 from alignment.train.config import Loss
 
 LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
@@ -29,8 +31,7 @@ class Batch:
     Attributes:
         images: inputs of the image side, num_images rows each.
         texts: inputs of the text side, num_texts rows each; the same number of texts for every image, image by image.
-        rows: (num_images,) int64, index of each image in the data set.
-        captions: (num_texts,) int64, number of each caption in the data set.
+        rows, captions: (num_images,) and (num_texts,) int64, the number of each image and caption in the data set.
     """
 
     images: Mapping[str, Tensor]
@@ -40,13 +41,12 @@ class Batch:
 
     def chunks(self, size: int) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
         """Split the inputs into `size` images and their texts at a time."""
-        texts_per_image = len(self.captions) // len(self.rows)
+        each = len(self.captions) // len(self.rows)
         for start in range(0, len(self.rows), size):
-            images = slice(start, start + size)
-            texts = slice(start * texts_per_image, (start + size) * texts_per_image)
+            end = start + size
             yield (
-                {name: value[images] for name, value in self.images.items()},
-                {name: value[texts] for name, value in self.texts.items()},
+                {name: value[start:end] for name, value in self.images.items()},
+                {name: value[start * each : end * each] for name, value in self.texts.items()},
             )
 
 
@@ -54,11 +54,9 @@ class Objective:
     """The loss of a batch and its backward pass.
 
     Args:
-        towers: embeds `(images, texts)` as unit-norm float32 `(image_embeds, text_embeds)`; its attributes
-            `logit_scale` (a logarithm) and `logit_bias` (or None) are parameters.
-        positive_mask: returns `(positives, ignored)` of image rows and caption numbers, both bool
-            (num_images, num_texts).
-        loss: "softmax" or "sigmoid".
+        towers: embeds `(images, texts)` as unit-norm float32 `(image_embeds, text_embeds)`; see `Towers`.
+        positive_mask: returns `(positives, ignored)` of image rows and caption numbers; see `CaptionIndex`.
+        loss: a key of LOSSES.
         chunk_size: images in memory together; the whole batch when None.
     """
 
@@ -70,10 +68,7 @@ class Objective:
         loss: Loss = "softmax",
         chunk_size: int | None = None,
     ) -> None:
-        self.towers = towers
-        self.positive_mask = positive_mask
-        self.loss = LOSSES[loss]
-        self.chunk_size = chunk_size
+        self.towers, self.positive_mask, self.loss, self.chunk_size = towers, positive_mask, LOSSES[loss], chunk_size
 
     def backward(
         self,
@@ -81,89 +76,52 @@ class Objective:
         backward: Callable[[Tensor], None] = Tensor.backward,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
-        """Add the gradient of the joint batch of all processes to the weights.
-
-        With several chunks, the batch is embedded without a graph, the loss is differentiated down to the embeddings,
-        and each chunk is embedded again, with the same dropout, to backpropagate its part of that gradient.
+        """Add the gradient of the joint batch of all processes to the weights, and return the loss.
 
         Args:
             batch: this process's part.
             backward: differentiates a loss; a gradient scaler goes here.
             precision: autocast context of the towers; the loss is always float32.
 
-        Returns:
-            The loss, a scalar without a graph; the same on every process.
-
-        Source: gradient cache, Gao et al. 2021; gradients through the gathering as in open_clip's `gather_with_grad`.
+        Source: as GradCache, Gao et al. 2021, by checkpointing; gradients through the gathering as in open_clip's
+        `gather_with_grad`.
         """
         chunks = list(batch.chunks(self.chunk_size or len(batch.rows)))
-        if len(chunks) == 1:
-            with precision():
-                images, texts = self.towers(*chunks[0])
-            loss = self.score(images, texts, batch)
-            backward(loss)
-        else:
-            loss = self._in_chunks(chunks, batch, backward, precision)
+        with precision():
+            embedded = [self._embed(*chunk) if len(chunks) > 1 else self.towers(*chunk) for chunk in chunks]
+        images, texts = (torch.cat(side) for side in zip(*embedded, strict=True))
+        loss = self.score(images, texts, batch)
+        backward(loss)
         self._average_gradients()
         return loss.detach()
+
+    def _embed(self, images: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> Any:
+        """Embed a chunk that is embedded again, with the same dropout, when its gradient is due."""
+        # The scale is an argument so that the random state of its device is restored, too.
+        scale = self.towers.logit_scale
+        return checkpoint(lambda *inputs: self.towers(*inputs[:2]), images, texts, scale, use_reentrant=False)
 
     def score(self, image_embeds: Tensor, text_embeds: Tensor, batch: Batch) -> Tensor:
         """Return the loss over the embeddings of all processes; those of this process carry their graph."""
         images, texts = gather(image_embeds), gather(text_embeds)
         positives, ignored = self.positive_mask(gather(batch.rows), gather(batch.captions))
-        logits = images @ texts.T * self.towers.logit_scale.exp()
-        if self.towers.logit_bias is not None:
-            logits = logits + self.towers.logit_bias
+        logits = logits_per_image(images @ texts.T, self.towers.logit_scale.exp(), self.towers.logit_bias)
         return self.loss(logits, positives.to(logits.device), ignored=ignored.to(logits.device))
 
-    def _in_chunks(
-        self,
-        chunks: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
-        batch: Batch,
-        backward: Callable[[Tensor], None],
-        precision: Callable[[], AbstractContextManager[Any]],
-    ) -> Tensor:
-        states, embedded = [], []
-        with torch.no_grad(), precision():
-            for chunk in chunks:
-                states.append(_random_state())
-                embedded.append(self.towers(*chunk))
-        joint = [torch.cat(side).requires_grad_() for side in zip(*embedded, strict=True)]
-        loss = self.score(joint[0], joint[1], batch)
-        backward(loss)
-        sizes = [[len(side) for side in part] for part in embedded]
-        gradients = [
-            whole.grad.split(lengths)  # type: ignore[union-attr]
-            for whole, lengths in zip(joint, zip(*sizes, strict=True), strict=True)
-        ]
-        for chunk, state, *parts in zip(chunks, states, *gradients, strict=True):
-            with _replayed(state), precision():
-                again = self.towers(*chunk)
-            # A frozen side has no graph.
-            trained = [(side, part) for side, part in zip(again, parts, strict=True) if side.requires_grad]
-            if trained:
-                torch.autograd.backward([side for side, _ in trained], [part for _, part in trained])
-        return loss
-
     def _average_gradients(self) -> None:
-        """Average the gradients over processes.
-
-        Each process differentiates the joint loss down to its own embeddings, and `gather` sums these gradients over
-        the processes; their average over processes is the gradient of the joint batch.
-        """
-        if _num_processes() == 1:
+        """Average the gradients over processes; `gather` has summed those of the joint loss over them."""
+        if num_processes() == 1:
             return
-        for parameter in self.towers.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                distributed.all_reduce(parameter.grad)
-                parameter.grad /= _num_processes()
+        for weight in filter(lambda weight: weight.requires_grad, self.towers.parameters()):
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            distributed.all_reduce(weight.grad)
+            weight.grad /= num_processes()
 
 
 def gather(tensor: Tensor) -> Tensor:
     """Concatenate a tensor (n, ...) of all processes by rank, n being equal on all; gradients flow back."""
-    if _num_processes() == 1:
+    if num_processes() == 1:
         return tensor
     gathered: Tensor = _Gather.apply(tensor)
     return gathered
@@ -183,30 +141,6 @@ class _Gather(torch.autograd.Function):
         return grad.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
-def _num_processes() -> int:
+def num_processes() -> int:
+    """Count the processes that train together."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    if torch.backends.mps.is_available():
-        return torch.get_rng_state(), [torch.mps.get_rng_state()]
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-@contextmanager
-def _replayed(state: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
-    """Set an earlier random state, and restore the present one afterwards."""
-    present = _random_state()
-    try:
-        _set_random_state(state)
-        yield
-    finally:
-        _set_random_state(present)
-
-
-def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state[1][0])
-    elif state[1]:
-        torch.cuda.set_rng_state_all(state[1])

@@ -1,7 +1,4 @@
-"""The data of a run: read, checked, split into training and validation data.
-
-Place in the flow: `data -> prepare (here) -> run`; `--check` ends here.
-"""
+"""The data of a run, read, checked and split: `data -> prepare (here) -> run`; `--check` ends here."""
 
 from __future__ import annotations
 
@@ -33,15 +30,10 @@ MIN_IMAGES = 4  # fewer cannot be contrasted
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training and validation data.
+    """Training and validation data: pictures with captions, each once, none in both.
 
-    Attributes:
-        train, evaluation: pictures with captions, each once, none in both.
-        near_duplicates: pairs of rows of `train` that are near-duplicates.
-        report: of the check.
-        evaluation_name: source of the validation data, for people to read.
-        second: another data set to measure on, or empty.
-        readings: option and data set -> result of reading it.
+    `near_duplicates` are pairs of rows of `train`, `second` is another data set to measure on, or empty, and `readings`
+    maps option and data set to the result of reading it, that of --data first.
     """
 
     train: list[Pair]
@@ -63,9 +55,8 @@ class Prepared:
 
     def other_summaries(self) -> list[str]:
         """List the same of --eval-data and --second-data, with the option before each line."""
-        return [
-            f"{option}: {line}" for option in [*self.readings][1:] for line in describe_issues(self.readings[option])
-        ]
+        others = list(self.readings.items())[1:]
+        return [f"{option}: {line}" for option, reading in others for line in describe_issues(reading)]
 
     @property
     def digest(self) -> str:
@@ -110,33 +101,27 @@ def _split(config: TrainConfig, readings: Mapping[str, ReadResult]) -> tuple[lis
     splits = {pair.split for pair in pairs}
     default = {"train", ""} if "train" in splits else splits - {"dev", "test"}
     wanted = {canonical_split(config.split)} if config.split else default
-    if not wanted & splits:
-        raise ValueError(_no_split(config.data, config.split or "train", splits))
-    train = [pair for pair in pairs if pair.split in wanted]
-    if others:
-        return train, others[0], f"{config.eval_data}{f', split {config.eval_split}' if config.eval_split else ''}"
     split = canonical_split(config.eval_split or "dev")
-    evaluation = [pair for pair in pairs if pair.split == split]
-    if config.eval_split and not evaluation:
-        raise ValueError(_no_split(config.data, split, splits))
+    train = [pair for pair in pairs if pair.split in wanted]
+    evaluation = others[0] if others else [pair for pair in pairs if pair.split == split]
+    for name, is_missing in (
+        (config.split or "train", not train),
+        (split, config.eval_split and not others and not evaluation),
+    ):
+        if is_missing:
+            names = sorted(filter(None, splits))
+            there = f"its splits are {join_first(names)}" if names else "it has no splits, so leave the option out"
+            raise ValueError(f"{config.data} has no split {name!r}; {there}.")
+    if others:
+        return train, evaluation, f"{config.eval_data}{f', split {config.eval_split}' if config.eval_split else ''}"
     return train, evaluation, f"split {split}" if evaluation else ""
-
-
-def _no_split(data: str, split: str, splits: set[str]) -> str:
-    names = sorted(filter(None, splits))
-    there = f"its splits are {join_first(names)}" if names else "it has no splits, so leave the option out"
-    return f"{data} has no split {split!r}; {there}."
 
 
 def _hold_out(pairs: Sequence[Pair], prints: Mapping[str, ImageHash | None]) -> tuple[list[Pair], list[Pair], str]:
     """Hold out a part by the hash of the pictures' content: the same pictures in every run, in any order."""
     count = min(MAX_HELD_OUT, max(MIN_HELD_OUT, round(HELD_OUT * len(pairs))), len(pairs) // 2)
-
-    def content(pair: Pair) -> str:
-        found = prints[pair.image]
-        return found.content if found else ""
-
-    held = {pair.image for pair in sorted(pairs, key=content)[:count]}
+    contents = {image: found.content for image, found in prints.items() if found}
+    held = {pair.image for pair in sorted(pairs, key=lambda pair: contents[pair.image])[:count]}
     train = [pair for pair in pairs if pair.image not in held]
     # A near-duplicate of a training picture would be too easy a query.
     duplicated = {image for pair in near_duplicates(prints) for image in pair}

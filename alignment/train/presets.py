@@ -1,8 +1,4 @@
-"""Which weights are trained: all, all but the image tower, the heads, or low-rank adapters.
-
-Place in the flow: `model -> presets (here) -> trainer`. `apply_preset` freezes weights of the dual encoder, and
-`Towers` wraps it for the training loop.
-"""
+"""Which weights are trained, and the model as the training loop sees it: `model -> presets (here) -> trainer`."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from torch import Tensor, nn
 from alignment.model import DualEncoder
 from alignment.train.config import Preset
 from alignment.train.feature_cache import FreezePoint, find_freeze_point, random_window
+from alignment.train.settings import TrainRecipe
 
 _IMAGE_SIDE = ("vision_model.", "visual_projection.")
 # Heads: the layers after the towers. Those of the compact model and SigLIP's pooling lie inside the tower.
@@ -24,25 +21,19 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 def apply_preset(encoder: DualEncoder, preset: Preset) -> None:
-    """Freeze the weights that the preset does not train.
+    """Freeze the weights that the preset does not train; raises ValueError when none would be trained.
 
-    - full: trains all weights, except those that a tower always freezes (`held` in `towers`);
-    - lit: the text side, with a locked image tower;
-    - heads: the projections (or the layers in their place) and the scale;
-    - lora: low-rank adapters in every linear layer of both towers, and the heads; `merge_lora` merges them.
-
-    Raises:
-        ValueError: when the model has no such weights.
+    "full" trains all weights but those that a tower always freezes (`held` in `towers`), "lit" the text side, "heads"
+    the projections (or the layers in their place) and the scale, and "lora" low-rank adapters in every linear layer of
+    both towers, and the heads.
 
     Source: LiT, Zhai et al. 2022; LoRA, Hu et al. 2021.
     """
     module = encoder.module
     held = _held(module)
     for name, weight in module.named_parameters():
-        is_in_preset = preset == "full" or (
-            not name.startswith(_IMAGE_SIDE) if preset == "lit" else name.startswith(_HEADS)
-        )
-        weight.requires_grad_(is_in_preset and not name.startswith(held))
+        is_locked = {"full": False, "lit": name.startswith(_IMAGE_SIDE)}.get(preset, not name.startswith(_HEADS))
+        weight.requires_grad_(not is_locked and not name.startswith(held))
     if preset == "lora":
         _add_lora(module)
     if all(name.startswith("logit_") for name in trained_weights(module)):
@@ -51,18 +42,16 @@ def apply_preset(encoder: DualEncoder, preset: Preset) -> None:
 
 def _held(module: Any) -> tuple[str, ...]:
     """List the name prefixes of the weights that the towers always freeze."""
-    sides = {side: module.get_submodule(side) for side in ("vision_model", "text_model")}
-    return tuple(f"{side}.{name}" for side, tower in sides.items() for name in getattr(tower, "held", ()))
+    sides = ("vision_model", "text_model")
+    return tuple(f"{side}.{name}" for side in sides for name in getattr(module.get_submodule(side), "held", ()))
 
 
 def _add_lora(module: Any) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and not f"{name}.".startswith(_HEADS + _held(module))
-    ]
+    outside = _HEADS + _held(module)
+    layers = {name: layer for name, layer in module.named_modules() if not f"{name}.".startswith(outside)}
+    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     if not linear:
         raise ValueError("This model has no linear layers outside its heads; choose another preset than 'lora'.")
     heads = trained_weights(module)
@@ -81,20 +70,14 @@ def merge_lora(module: Any) -> None:
 
 
 def checkpoint_activations(encoder: DualEncoder) -> None:
-    """Turn gradient checkpointing on: less memory, since the backward pass runs the layers again.
-
-    Raises:
-        ValueError: when the model does not support it.
-    """
+    """Turn gradient checkpointing on; raises ValueError when the model does not support it."""
     module = encoder.module
     try:
         for part in [module] if module.supports_gradient_checkpointing else [module.vision_model, module.text_model]:
             part.activation_checkpointing_enable()
     except ValueError as error:
-        raise ValueError(
-            f"{encoder.name} cannot compute its layers twice; leave --gradient-checkpointing out and save memory with "
-            "--chunk-size."
-        ) from error
+        cure = "leave --gradient-checkpointing out and save memory with --chunk-size"
+        raise ValueError(f"{encoder.name} cannot compute its layers twice; {cure}.") from error
 
 
 class Towers(nn.Module):
@@ -107,22 +90,19 @@ class Towers(nn.Module):
 
     def __init__(self, encoder: DualEncoder) -> None:
         super().__init__()
-        self.module = encoder.module
-        self._encoder = encoder
+        self.module, self._encoder = encoder.module, encoder
         self._freeze_point: FreezePoint | None = None
         self._augment = False
 
     @property
-    def logit_scale(self) -> Tensor:
+    def logit_scale(self) -> Any:
         """Logarithm of the multiplier."""
-        scale: Tensor = self.module.logit_scale
-        return scale
+        return self.module.logit_scale
 
     @property
-    def logit_bias(self) -> Tensor | None:
-        """Bias of the logits, if the model has one."""
-        bias: Tensor | None = getattr(self.module, "logit_bias", None)
-        return bias
+    def logit_bias(self) -> Any:
+        """Bias of the logits; None if the model has none."""
+        return getattr(self.module, "logit_bias", None)
 
     def cache_features(self, *, augment: bool) -> FreezePoint | None:
         """Take cached features as image inputs from now on; returns the freeze point, None if there is none."""
@@ -131,20 +111,17 @@ class Towers(nn.Module):
 
     def forward(self, images: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Embed both sides of a batch, each (n, embed_dim), unit norm."""
-        return self._embed_images(images), self._encoder.embed_texts(texts)
-
-    def _embed_images(self, images: Mapping[str, Tensor]) -> Tensor:
-        if self._freeze_point is None:
-            return self._encoder.embed_images(images)
-        return self._freeze_point.after(random_window(images) if self._augment and self.training else images)
+        embed_images = self._freeze_point.after if self._freeze_point else self._encoder.embed_images
+        if self._freeze_point and self._augment and self.training:
+            images = random_window(images)
+        return embed_images(images), self._encoder.embed_texts(texts)
 
     def train(self, mode: bool = True) -> Towers:
         """Switch the trained layers to training mode."""
         super().train(mode)
         for layer in self.modules():
-            weights = list(layer.parameters())
-            is_frozen = bool(weights) and not any(weight.requires_grad for weight in weights)
-            if is_frozen or isinstance(layer, _BATCH_NORMS):
+            trained = [weight.requires_grad for weight in layer.parameters()]
+            if (trained and not any(trained)) or isinstance(layer, _BATCH_NORMS):
                 layer.eval()
         return self
 
@@ -153,26 +130,22 @@ class Towers(nn.Module):
         return {name: weight.detach().cpu().contiguous() for name, weight in trained_weights(self.module).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Replace the trained weights.
-
-        Raises:
-            ValueError: when they are of another model or preset.
-        """
+        """Replace the trained weights; raises ValueError when they are of another model or preset."""
         if state_dict.keys() != trained_weights(self.module).keys():
             raise ValueError("The checkpoint is of a run with another model or preset; choose another --output.")
         self.module.load_state_dict(state_dict, strict=False, assign=assign)
         return nn.Module().load_state_dict({})  # neither missing nor unexpected keys
 
 
-def weight_groups(module: nn.Module, *, rate: float, head_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+def weight_groups(module: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
     """Group the trained weights by learning rate and decay; vectors and scalars (norms, biases, scale) get no decay."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, weight in trained_weights(module).items():
-        groups.setdefault((name.startswith(_HEADS) or "lora_" in name, weight.ndim > 1), []).append(weight)
-    return [
-        {"params": weights, "lr": head_rate if is_head else rate, "weight_decay": weight_decay if is_matrix else 0.0}
-        for (is_head, is_matrix), weights in groups.items()
-    ]
+        is_head, is_matrix = name.startswith(_HEADS) or "lora_" in name, weight.ndim > 1
+        rate = recipe.head_learning_rate if is_head else recipe.learning_rate
+        group = {"params": [], "lr": rate, "weight_decay": recipe.weight_decay if is_matrix else 0.0}
+        groups.setdefault((is_head, is_matrix), group)["params"].append(weight)
+    return list(groups.values())
 
 
 def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,7 +1,4 @@
-"""Upload a result folder to the Hugging Face Hub: weights, configuration, card and report, and no other files.
-
-Place in the flow: `train -> report -> publish (here)`; the end of a run with `--push-to-hub`.
-"""
+"""Upload a result folder to the Hugging Face Hub: the end of a run with `--push-to-hub`."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -34,7 +32,7 @@ _OLD_WEIGHTS = ["model.safetensors", _INDEX, "model-?????-of-?????.safetensors"]
 def push_to_hub(
     folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, api: HfApi | None = None
 ) -> str:
-    """Upload a result folder as a model repository, which is created if needed.
+    """Upload a result folder as a model repository, which is created if needed; returns its address.
 
     Files are selected by name: configuration, tokenizer, image processor, weights, README.md, report.md, run.json and
     the plots; never checkpoints, optimizer states or logs. In README.md, `USER/NAME` becomes the repository's id, on
@@ -44,10 +42,7 @@ def push_to_hub(
         folder: written by training; it is loaded before anything is sent.
         repo_id: "user/name", or "name" for one's own account.
         private: for a repository that is created; an existing one stays as it is.
-        api: the Hub and token to use; the public Hub and the token of `hf auth login` when None.
-
-    Returns:
-        Address of the repository.
+        api: the Hub and token to use, if not the public Hub and the token of `hf auth login`.
 
     Raises:
         FileNotFoundError: when the folder holds no checkpoint, or no card.
@@ -61,11 +56,14 @@ def push_to_hub(
     check_login(api)
     with translate_hub_errors(repo_id):
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
-        _name_in_card(folder / "README.md", repository.repo_id)
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8")
+        if (placeholder := f'DualEncoder.load("{REPOSITORY}")') in text:
+            card.write_text(text.replace(placeholder, f'DualEncoder.load("{repository.repo_id}")'), encoding="utf-8")
         api.upload_folder(
             repo_id=repository.repo_id,
             folder_path=folder,
-            allow_patterns=[_literal(name) for name in files],
+            allow_patterns=[escape(name) for name in files],
             delete_patterns=_OLD_WEIGHTS,
             commit_message="Upload the fine-tuned model, its card and its report",
         )
@@ -88,9 +86,10 @@ def _files_to_send(folder: Path) -> list[str]:
     plots = [f"plots/{path.name}" for path in sorted((folder / "plots").glob("*.png"))]
     names = dict.fromkeys([*_CONFIGURATION, *_weights(folder), *_REPORT, *plots])
     files = [name for name in names if (folder / name).is_file()]
-    for name in files:
-        if name.endswith("config.json"):
-            _refuse_local_paths(folder / name)
+    for file in (folder / name for name in files if name.endswith("config.json")):
+        for text in _texts(json.loads(file.read_text(encoding="utf-8"))):
+            if is_local(text) and len(re.split(r"[\\/]+", text)) > 2:  # a token may begin with "/"
+                raise ValueError(f"{file} names a folder of this machine ({text}); take it out and push again.")
     return files
 
 
@@ -102,27 +101,10 @@ def _weights(folder: Path) -> list[str]:
     return [_INDEX, *sorted(name for name in shards if Path(name).name == name and name.endswith(".safetensors"))]
 
 
-def _refuse_local_paths(file: Path) -> None:
-    path = next(_local_paths(json.loads(file.read_text(encoding="utf-8"))), None)
-    if path is not None:
-        raise ValueError(f"{file} names a folder of this machine ({path}); take it out and push again.")
-
-
-def _local_paths(value: object) -> Iterator[str]:
-    if isinstance(value, str) and is_local(value) and len(re.split(r"[\\/]+", value)) > 2:  # a token may begin with "/"
+def _texts(value: object) -> Iterator[str]:
+    """Yield all strings in a JSON value, but for keys."""
+    if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _local_paths(item)
-
-
-def _name_in_card(card: Path, repo_id: str) -> None:
-    text = card.read_text(encoding="utf-8")
-    named = text.replace(f'DualEncoder.load("{REPOSITORY}")', f'DualEncoder.load("{repo_id}")')
-    if named != text:
-        card.write_text(named, encoding="utf-8")
-
-
-def _literal(name: str) -> str:
-    """Quote a path as a pattern that matches nothing else."""
-    return "".join(f"[{mark}]" if mark in "*?[" else mark for mark in name)
+            yield from _texts(item)

@@ -1,7 +1,4 @@
-"""The record of a run as one JSON file, without local paths of the machine it ran on.
-
-Place in the flow: `run -> record (here) -> report, model card -> publish`.
-"""
+"""The record of a run as one JSON file, without local paths: `run -> record (here) -> report -> publish`."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ Interval = Mapping[str, float]
 _START = r"(?:file:/{2,3}(?=[\w~.])|(?<![\w.])(?:~[\w-]*|\.\.)?[\\/]+(?=[\w~.])|\b[A-Za-z]:[\\/])"
 _URL = r"\b(?!file:)[a-z][a-z0-9+]*://[^\s'\"`<>]+"
 _LOCAL_START = re.compile(_START)
-_LOCAL = re.compile(rf"(?P<url>{_URL})|{_START}[^\s'\"`,;:()\[\]<>|]*")
+_LOCAL = re.compile(rf"{_URL}|{_START}[^\s'\"`,;:()\[\]<>|]*")
 
 
 @dataclass(frozen=True)
@@ -39,12 +36,9 @@ class RunRecord:
 
     Attributes:
         command, started, seconds: of the call: quoted for a shell, ISO 8601, and from start to end.
-        settings: every setting of the run; `license` of the result and `output`, its folder, are used if there.
-        plan: the fields of `Plan`; unknown ones are left out or None.
         data, data_complete: report of the check of the training data, and whether all of it could be read.
         base_model, base_fingerprint, fingerprint: start model, its weights, and the written weights.
-        history: log of transformers' Trainer: entries with step and epoch, and either loss, learning_rate, grad_norm,
-            logit_scale, logit_bias, or the validation recalls `eval_...` in [0, 1].
+        history: log of transformers' Trainer; recalls `eval_...` in [0, 1].
         before, after, difference: metric -> value, low, high on the validation data, named as in `RetrievalReport`;
             likewise `second_...` on the second data set.
         stopped, best_step: why training ended, a sentence, and the step of the best weights.
@@ -67,14 +61,14 @@ class RunRecord:
     history: list[dict[str, Any]]
     before: dict[str, Interval]
     after: dict[str, Interval]
+    difference: dict[str, Interval]
     stopped: str
     best_step: int
-    difference: dict[str, Interval] | None = None
     second_data: str | None = None
     second_before: dict[str, Interval] | None = None
     second_after: dict[str, Interval] | None = None
     second_difference: dict[str, Interval] | None = None
-    interpolation: list[dict[str, float | None]] = field(default_factory=list)
+    interpolation: list[dict[str, Any]] = field(default_factory=list)
     alpha: float | None = None
     model_type: str = ""
     data_name: str = "own data"
@@ -83,20 +77,19 @@ class RunRecord:
     data_complete: bool = True
 
     def __post_init__(self) -> None:
-        paths = {value for _, value in _arguments(self.command) if is_local(value)} | set(_local_paths(self.settings))
-        known = sorted(paths, key=len, reverse=True)
+        words = _split(self.command)
+        texts = [self.base_model, self.data_name, *words, *(word.partition("=")[2] for word in words)]
+        texts += [value for value in self.settings.values() if isinstance(value, str)]
+        known = sorted(filter(is_local, texts), key=len, reverse=True)
         for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name == "command" and (arguments := _arguments(value)):
-                value = shlex.join(option + _last_part(argument) for option, argument in arguments)
-            elif item.name in ("base_model", "data_name"):
-                value = _last_part(value)
-            object.__setattr__(self, item.name, _public(value, known))
+            object.__setattr__(self, item.name, _public(getattr(self, item.name), known))
+        if words:
+            object.__setattr__(self, "command", shlex.join(_public(words, known)))
 
     @property
     def name(self) -> str:
         """Display name of the result: the name of its folder."""
-        return Path(str(self.settings.get("output") or "fine-tuned")).name or "fine-tuned"
+        return Path(self.settings["output"]).name or "fine-tuned"
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the record atomically."""
@@ -118,53 +111,32 @@ def is_local(text: str) -> bool:
     return bool(_LOCAL_START.match(text))
 
 
-def _last_part(text: str) -> str:
-    """Cut a local path to its last part; another text stays as it is."""
-    return re.split(r"[\\/]", text.rstrip("\\/"))[-1] if is_local(text) else text
-
-
-def _arguments(command: str) -> list[tuple[str, str]]:
-    """Split a command into ("--option=" or "", value); empty when a quotation is not closed."""
+def _split(command: str) -> list[str]:
+    """Split a command into words; empty when a quotation is not closed."""
     try:
-        words = shlex.split(command)
+        return shlex.split(command)
     except ValueError:
         return []
-    parts = [re.fullmatch(r"(--?[\w-]+=)?(.*)", word, re.DOTALL) for word in words]
-    return [(part[1] or "", part[2]) for part in parts if part]
-
-
-def _local_paths(value: Any) -> Iterator[str]:
-    """Yield the local paths in the settings, which are then cut in other texts, too."""
-    if isinstance(value, str | Path):
-        if is_local(str(value)):
-            yield str(value)
-    elif isinstance(value, Mapping | Sequence):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _local_paths(item)
 
 
 def _public(value: Any, known: Sequence[str]) -> Any:
-    """Convert to a JSON value without local paths and without numbers that are not finite."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
+    """Drop local paths and numbers that are not finite; paths in `known` are found whole, others up to a space."""
     if isinstance(value, Mapping):
-        return {str(key): _public(item, known) for key, item in value.items()}
-    if not isinstance(value, str) and isinstance(value, Sequence | set | frozenset):
+        return {key: _public(item, known) for key, item in value.items()}
+    if isinstance(value, list | tuple):
         return [_public(item, known) for item in value]
-    if hasattr(value, "item"):  # a number of numpy or torch
-        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if value is None or isinstance(value, bool | int | float) else _public_text(str(value), known)
-
-
-def _public_text(text: str, known: Sequence[str]) -> str:
-    """Cut every local path in a text: those in `known` exactly, others up to the next space."""
+    if not isinstance(value, str):
+        return value
     if known:
         either = "|".join(re.escape(path.rstrip("\\/")) for path in known)
-        text = re.sub(rf"(?<![\w.])(?:{either})(?!\w)", lambda match: _last_part(match[0]), text)
-    return _LOCAL.sub(_public_match, text)
+        value = re.sub(rf"(?<![\w.])(?:{either})[\\/]?(?!\w)", _shorten, value)
+    return _LOCAL.sub(_shorten, value)
 
 
-def _public_match(match: re.Match[str]) -> str:
-    return re.sub(r"//[^/@]*@", "//", match[0].split("?")[0]) if match["url"] else _last_part(match[0])
+def _shorten(match: re.Match[str]) -> str:
+    """Cut a path to its last part, and login and query out of a URL."""
+    if "://" in match[0] and not match[0].startswith("file:"):
+        return re.sub(r"//[^/@]*@", "//", match[0].split("?")[0])
+    return re.split(r"[\\/]", match[0].rstrip("\\/"))[-1]

@@ -1,30 +1,36 @@
-"""The result folder: acquired by one run, with the state that a resumed run needs.
+"""The result folder: acquired by one run, with the checkpoints and the settings that a resumed run needs.
 
-Place in the flow: `run` acquires the folder first, and reads the state when it resumes.
+Place in the flow: `run` acquires the folder first; `trainer` marks checkpoints and `feature_cache` its folders as
+complete, by checksums that are written last.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from alignment.atomic import LOCK, TEMP_PREFIX, read_json_checksummed, write_json_checksummed
+from alignment.atomic import LOCK, TEMP_PREFIX, fsync_tree, read_json_checksummed, sha256_of, write_json_checksummed
 from alignment.model import best_device
 from alignment.train.config import TrainConfig
-from alignment.train.prepare import Prepared
 from alignment.train.settings import TrainRecipe
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"  # written before training begins, deleted when it is finished
 RECORD = "run.json"  # written when it is finished
 CHECKPOINTS = "checkpoints"
 FEATURES = "kept"
+WEIGHTS = "model.safetensors"  # of a checkpoint
+_CHECKSUMS = "complete"
+_HASHES = {"data_digest": "data have", "base_fingerprint": "start model has"}
 _FREE = ("output", "minutes")  # options that a resumed run may change
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """The settings of a run, saved before training begins: options as given, with every choice made, and hashes."""
+    """The settings of a run, as `settings.json` has them: options as given, with every choice made, and hashes."""
 
     config: TrainConfig
     recipe: TrainRecipe
@@ -33,23 +39,17 @@ class ResumeState:
     data_digest: str
     base_fingerprint: str
 
-    def write(self, folder: Path) -> None:
-        """Write `settings.json` atomically."""
-        write_json_checksummed(folder / SETTINGS, asdict(self))
-
     def resume(self, config: TrainConfig) -> ResumeState:
         """Return the state to resume with: as saved, but for the folder and the minutes of `config`.
 
-        Raises:
-            ValueError: naming the options of `config` that differ from those saved; None was not given.
+        Raises ValueError naming the options of `config` that differ from those saved; None was not given.
         """
-        given = {name: value for name, value in config.as_dict().items() if value not in (None, "")}
-        saved, chosen = self.config.as_dict(), asdict(self.recipe)
+        saved, chosen = asdict(self.config), asdict(self.recipe)
         saved["device"] = saved["device"] or best_device()
         differing = [
             f"--{name.replace('_', '-')} {value} (it began with {saved[name] if saved[name] else chosen.get(name)})"
-            for name, value in given.items()
-            if name not in _FREE and not any(_is_same(value, known.get(name)) for known in (saved, chosen))
+            for name, value in asdict(config).items()
+            if name not in _FREE and not _is_same(value, None, "", saved[name], chosen.get(name))
         ]
         if differing:
             raise ValueError(
@@ -58,27 +58,23 @@ class ResumeState:
             )
         return replace(self, config=replace(self.config, output=config.output, minutes=config.minutes))
 
-    def check(self, prepared: Prepared, base_fingerprint: str) -> None:
+    def check(self, now: ResumeState) -> None:
         """Raise ValueError when the data or the start weights have changed."""
-        if self.data_digest != prepared.digest:
-            raise ValueError("The data have changed since this run began; start a new one with another --output.")
-        if self.base_fingerprint != base_fingerprint:
-            raise ValueError("The start model has changed since this run began; start a new one with another --output.")
+        if changed := [what for name, what in _HASHES.items() if getattr(self, name) != getattr(now, name)]:
+            raise ValueError(f"The {changed[0]} changed since this run began; start a new one with another --output.")
 
 
-def _is_same(one: object, other: object) -> bool:
-    """Whether two values of an option are equal, or paths of the same file."""
-    return one == other or (
-        isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
-    )
+def _is_same(value: object, *others: object) -> bool:
+    """Whether a value of an option is one of the others, or a path of the same file."""
+    paths = [Path(other).resolve() for other in others if isinstance(other, str) and other]
+    return value in others or (isinstance(value, str) and Path(value).resolve() in paths)
 
 
 def acquire(folder: Path, *, resume: bool) -> None:
     """Create the result folder, or check that it holds a run to resume.
 
-    Raises:
-        FileExistsError: when a new run finds the folder in use, or the run to resume is finished.
-        FileNotFoundError: when there is no run to resume.
+    Raises FileExistsError when a new run finds the folder in use, or the run to resume is finished, and
+    FileNotFoundError when there is no run to resume.
     """
     begun, finished = (folder / SETTINGS).exists(), (folder / RECORD).exists()
     if begun and finished:  # killed during `clear_away`
@@ -90,15 +86,13 @@ def acquire(folder: Path, *, resume: bool) -> None:
     if begun and not finished and not resume:
         raise FileExistsError(f"{folder} holds an unfinished run: go on with --resume, or choose another --output.")
     # A run killed before its first step leaves cached features, which the next one reuses, or a temporary file.
-    if not resume and folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    foreign = [name for name in names if name not in (FEATURES, LOCK) and not name.startswith(TEMP_PREFIX)]
+    if not resume and (foreign or folder.is_file()):
         raise FileExistsError(
             f"{folder} is not an empty folder, and nothing in it is overwritten: choose another --output."
         )
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def _is_foreign(path: Path) -> bool:
-    return path.name not in (FEATURES, LOCK) and not path.name.startswith(TEMP_PREFIX)
 
 
 def clear_away(folder: Path) -> None:
@@ -112,7 +106,33 @@ def read_resume_state(folder: Path) -> ResumeState:
     """Read the state of an interrupted run; raises ValueError when the file is damaged."""
     try:
         values = read_json_checksummed(folder / SETTINGS)
-        config, recipe = TrainConfig.from_dict(values["config"]), TrainRecipe(**values["recipe"])
+        config, recipe = TrainConfig(**values["config"]), TrainRecipe(**values["recipe"])
         return ResumeState(**values | {"config": config, "recipe": recipe})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / SETTINGS} is damaged ({error}); start a new run with another --output.") from error
+
+
+def mark_complete(folder: Path, name: str = _CHECKSUMS) -> None:
+    """Flush a folder to disk and write the sha256 of its files to the file `name` in it."""
+    fsync_tree(folder)
+    write_json_checksummed(folder / name, {path.name: sha256_of(path) for path in sorted(folder.iterdir())})
+
+
+def is_complete(folder: Path, name: str = _CHECKSUMS) -> bool:
+    """Whether every file is there and as it was written."""
+    try:
+        return all(sha256_of(folder / file) == sha256 for file, sha256 in read_json_checksummed(folder / name).items())
+    except (OSError, ValueError):
+        return False
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Find the newest complete checkpoint, and delete incomplete and damaged ones."""
+    last = None
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        if is_complete(path):
+            last = path
+        else:
+            logger.warning("%s was not finished or is damaged, and is removed.", path)
+            shutil.rmtree(path, ignore_errors=True)  # another process of the run may delete it at the same time
+    return last

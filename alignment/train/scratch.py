@@ -1,7 +1,6 @@
-"""A small dual encoder with random weights: a ViT and a BERT, with a vocabulary learnt from the captions.
+"""The start model of --scratch: a ViT and a BERT with random weights, and a vocabulary learnt from the captions.
 
-Place in the flow: the start model of `run` with --scratch. For teaching and experiments; from a few thousand pictures
-it learns colours and scenes, not the content of a pretrained tower.
+For teaching and experiments; from a few thousand pictures it learns colours and scenes.
 """
 
 from __future__ import annotations
@@ -29,16 +28,10 @@ VOCABULARY = 8000
 
 
 def build_scratch(captions: Iterable[str], size: ScratchSize = "small", *, device: str | None = None) -> DualEncoder:
-    """Build the model; the weights are random, so call `torch.manual_seed` first.
-
-    Args:
-        captions: texts to learn the vocabulary from.
-        size: a key of SIZES.
-        device: as for `DualEncoder.load`.
-    """
+    """Build the model with a vocabulary of these captions; the weights are random: call `torch.manual_seed` first."""
     image, patch, width, depth, heads = SIZES[size]
-    shape = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
-    shape["intermediate_size"] = 4 * width
+    shape = {"hidden_size": width, "intermediate_size": 4 * width}
+    shape |= {"num_hidden_layers": depth, "num_attention_heads": heads}
     tokenizer = learn_tokenizer(captions)
     # With poolers, though the tokens' mean is used: the towers are built so when the model is loaded again.
     vision = ViTModel(ViTConfig(**shape, image_size=image, patch_size=patch))

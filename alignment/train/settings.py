@@ -1,4 +1,4 @@
-"""The defaults of a run: everything that a `TrainConfig` leaves open is chosen here.
+"""The defaults of a run: everything that a `TrainConfig` leaves open is chosen here, and shown before training.
 
 Place in the flow: `config -> settings (here) -> run`. Rates, batch and length depend on the kind of model, the size of
 the data set and the machine.
@@ -7,8 +7,9 @@ the data set and the machine.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -78,16 +79,9 @@ _EPOCHS: dict[Kind, int] = {"pretrained": 10, "compact": 10, "composed": 15, "sc
 
 
 def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_processes: int = 1) -> TrainRecipe:
-    """Choose the settings that are None.
+    """Choose the settings that are None, for a start model and `num_images` to train on.
 
-    Args:
-        config: the options given.
-        encoder: the start model.
-        num_images: images to train on.
-        num_processes: that share a batch, each an equal part.
-
-    Raises:
-        ValueError: on settings that contradict each other, in one sentence.
+    `num_processes` share a batch, each an equal part. Raises ValueError on settings that contradict each other.
     """
     kind, on_cpu = kind_of(config, encoder), encoder.device.type == "cpu"
     # On a CPU a small image tower trains in minutes and a large one in days, so a large one is locked by default.
@@ -99,7 +93,9 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
     if loss == "sigmoid" and encoder.logit_bias is None:
         raise ValueError(f"{encoder.name} has no logit bias, which the sigmoid loss needs; choose --loss softmax.")
     rate, head_rate = _RATES[kind, preset]
-    batch_size = min(config.batch_size or _batch_size(num_images, _LARGEST[kind]), num_images)
+    # A power of two that leaves some ten steps per epoch, from 16 on.
+    batch_size = config.batch_size or min(_LARGEST[kind], max(16, 2 ** int(math.log2(max(num_images / 10, 1)))))
+    batch_size = min(batch_size, num_images)
     batch_size = max(1, batch_size // num_processes) * num_processes
     if batch_size < 2:
         raise ValueError("--batch-size 1 has no second caption to tell a picture's from: choose 2 or more.")
@@ -108,12 +104,15 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
     if config.max_steps:
         steps = min(steps, config.max_steps) if config.epochs else config.max_steps
     measure_every = config.measure_every or max(steps_per_epoch, math.ceil(steps / 15))
+    # The activations of a whole batch would fill a laptop's memory where a large image tower is trained.
+    is_large = preset in ("full", "lora") and sum(weight.numel() for weight in encoder.module.parameters()) > LARGE
+    chunk_size = config.chunk_size or (64 if on_cpu and is_large else batch_size)
     return TrainRecipe(
         preset=preset,
         loss=loss,
         max_steps=steps,
         batch_size=batch_size,
-        chunk_size=min(config.chunk_size or (64 if on_cpu and _is_large(encoder, preset) else batch_size), batch_size),
+        chunk_size=min(chunk_size, batch_size),
         captions_per_image=config.captions_per_image or (3 if kind == "compact" else 1),
         learning_rate=config.learning_rate or rate,
         head_learning_rate=config.head_learning_rate or config.learning_rate or head_rate,
@@ -131,16 +130,6 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
     )
 
 
-def _is_large(encoder: DualEncoder, preset: Preset) -> bool:
-    """Whether the activations of a whole batch would fill a laptop's memory: a large image tower is trained."""
-    return preset in ("full", "lora") and sum(weight.numel() for weight in encoder.module.parameters()) > LARGE
-
-
-def _batch_size(num_images: int, largest: int) -> int:
-    """Choose a power of two that leaves some ten steps per epoch, from 16 on."""
-    return int(min(largest, max(16, 2 ** int(math.log2(max(num_images / 10, 1))))))
-
-
 def _precision(wanted: Precision | None, device: str) -> Precision:
     has_bf16 = device != "cuda" or torch.cuda.is_bf16_supported()
     if wanted == "fp16" and device != "cuda":
@@ -148,3 +137,35 @@ def _precision(wanted: Precision | None, device: str) -> Precision:
     if wanted == "bf16" and not has_bf16:
         raise ValueError("--precision bf16 needs a newer GPU than this one: choose fp16 or fp32.")
     return wanted or ("fp32" if device != "cuda" else "bf16" if has_bf16 else "fp16")
+
+
+_TRAINED = {"full": "both sides", "lit": "the text side", "heads": "the heads", "lora": "low-rank adapters"}
+
+
+def plan_text(plan: Mapping[str, Any], recipe: TrainRecipe, model: str, evaluation: str) -> str:
+    """Format the plan; `model` is the start model, `evaluation` the source of the validation data."""
+    chunks = (
+        f"{recipe.chunk_size} at a time in memory" if recipe.chunk_size < recipe.batch_size else "all in memory at once"
+    )
+    heads = f", heads {recipe.head_learning_rate:g}" if recipe.head_learning_rate != recipe.learning_rate else ""
+    processes = f", {plan['processes']} processes" if plan["processes"] > 1 else ""
+    memory = plan["peak_memory_bytes"] / 2**30
+    return (
+        f"Fine-tuning {model} ({recipe.preset}: {_TRAINED[recipe.preset]}, {plan['trainable_parameters'] / 1e6:.1f} of "
+        f"{plan['total_parameters'] / 1e6:.1f} million weights), {recipe.loss} loss, "
+        f"learning rate {recipe.learning_rate:g}{heads}\n"
+        f"  learns from  {plan['train_images']} pictures, {plan['train_captions']} captions\n"
+        f"  measured on  {plan['eval_images']} pictures, {plan['eval_captions']} captions ({evaluation})\n"
+        f"  steps        {recipe.max_steps} ({plan['epochs']:g} passes) of {recipe.batch_size} pictures, "
+        f"{chunks}{processes}\n"
+        f"  takes about  {format_duration(plan['estimated_seconds'])} on {plan['device']} in {recipe.precision}, "
+        f"measured every {recipe.measure_every} steps; {memory:.1f} GiB of memory in a trial step"
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """Format a time as 42 s, 12 min or 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainingArguments
@@ -22,16 +23,21 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from alignment.train.callbacks import METRIC, ClampScale, EpochCounter
-from alignment.train.checkpoints import is_complete, last_checkpoint, load_trained, mark_complete, save_trained
+from alignment.data import Pair, positive_mask
+from alignment.evaluate import Embedded, evaluate_embedded
+from alignment.model import DualEncoder
+from alignment.train.callbacks import METRIC
 from alignment.train.dataset import ContrastiveDataset
-from alignment.train.objective import Batch, Objective
+from alignment.train.feature_cache import CachedFeatures
+from alignment.train.objective import Batch, Objective, num_processes
 from alignment.train.presets import Towers
-from alignment.train.run_dir import CHECKPOINTS
+from alignment.train.run_dir import CHECKPOINTS, WEIGHTS, is_complete, last_checkpoint, mark_complete
+from alignment.train.settings import TrainRecipe
 from alignment.train.trainer_internals import CheckpointHook
 
 logger = logging.getLogger(__name__)
 
+MAX_LOGIT_SCALE = 100.0  # as CLIP did: beyond it, training is unstable
 _NUM_CHECKPOINTS = 2  # kept on disk: the last one, and the best or the one before
 
 
@@ -56,19 +62,25 @@ class ContrastiveTrainer(CheckpointHook):
         groups: list[dict[str, Any]],
         callbacks: list[TrainerCallback],
     ) -> None:
-        """Connect the parts; `validate` returns the metrics of a report, `recall_sum` among them."""
-        self.objective, self.validate, self.groups = objective, validate, groups
+        """Connect the parts; `validate` returns metrics, `recall_sum` among them."""
+        self.objective, self.validate, self.steps_per_epoch = objective, validate, dataset.steps_per_epoch
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)  # CLIP's
+        optimizer.register_step_post_hook(self._clamp_scale)
         super().__init__(
             model=towers,
             args=args,
             train_dataset=dataset,
             eval_dataset=dataset,  # required by Trainer; `evaluate` does not read it
             data_collator=dataset.collate,
-            callbacks=[EpochCounter(dataset.steps_per_epoch), ClampScale(towers), *callbacks],
+            callbacks=callbacks,
+            optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)  # replaced by `ConsoleLogger`
         if args.should_log:
             self.add_callback(TensorBoardCallback(SummaryWriter(str(Path(args.output_dir).with_name("logs")))))
+
+    def _clamp_scale(self, *_: Any) -> None:
+        self.model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         """Train, and load the best weights; raises FloatingPointError naming the step and the cure."""
@@ -76,7 +88,7 @@ class ContrastiveTrainer(CheckpointHook):
         # By the step, since the folder may have been moved since Trainer recorded its path.
         best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
         if is_complete(best):
-            load_trained(self.model, best)
+            self.model.load_state_dict(load_file(best / WEIGHTS))
         else:
             logger.warning("%s is gone or damaged, so the last weights are taken for the best.", best)
             self.state.best_global_step = self.state.global_step
@@ -89,10 +101,9 @@ class ContrastiveTrainer(CheckpointHook):
         if not bool(loss.isfinite()):
             raise self._divergence(f"The loss is {loss.item()}")
         if self.accelerator.scaler is None:  # a gradient scaler skips steps that overflow
-            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-            norm = float(get_total_norm(gradients))
-            if not math.isfinite(norm):
-                raise self._divergence(f"The gradient's norm is {norm}")
+            norm = get_total_norm([weight.grad for weight in self.model.parameters() if weight.grad is not None])
+            if not bool(norm.isfinite()):
+                raise self._divergence(f"The gradient's norm is {norm.item()}")
         return loss.to(self.args.device)
 
     def _divergence(self, what: str, step: int = 0) -> FloatingPointError:
@@ -105,25 +116,20 @@ class ContrastiveTrainer(CheckpointHook):
         step = step or self.state.global_step + 1
         return FloatingPointError(f"{what} at step {step}: {cure}, into another --output.{saved}")
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build AdamW over the weight groups."""
-        if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98), eps=1e-6, fused=True)  # CLIP's
-        return self.optimizer
-
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure retrieval on the validation data; raises FloatingPointError on embeddings that are not finite."""
         try:
             measured = self.validate()
         except ValueError as error:  # the start weights were measured without one
             raise self._divergence("The embeddings are no numbers", self.state.global_step) from error
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the scale beside the loss."""
+        """Log the scale beside the loss, and epochs as passes over the images: for Trainer the run is one epoch."""
+        self.state.epoch = self.state.global_step / self.steps_per_epoch
         if "loss" in logs:
             logs["logit_scale"] = float(self.model.logit_scale.detach().exp())
         super().log(logs, start_time)
@@ -131,7 +137,9 @@ class ContrastiveTrainer(CheckpointHook):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the trained weights."""
         if self.args.should_save:
-            save_trained(self.model, Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.model.state_dict(), folder / WEIGHTS)
 
     def finish_checkpoint(self, folder: Path) -> None:
         """Mark a checkpoint as complete, and delete old ones."""
@@ -143,6 +151,51 @@ class ContrastiveTrainer(CheckpointHook):
         self.accelerator.wait_for_everyone()  # before another process looks for the best checkpoint
 
 
+class Validator:
+    """Retrieval on `pairs`, each image once; `cache` has features of the images. All captions are candidates."""
+
+    def __init__(self, encoder: DualEncoder, pairs: Sequence[Pair], cache: CachedFeatures | None = None) -> None:
+        self.encoder, self.cache = encoder, cache
+        self.images = [pair.image for pair in pairs]
+        positives, self.texts = positive_mask(pairs)
+        self.image_of_text = positives.int().argmax(dim=0)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of a `RetrievalReport`, without intervals."""
+        report = evaluate_embedded(self.embed(), resamples=0)
+        return {name: estimate.value for name, estimate in report.metrics.items()}
+
+    def embed(self) -> Embedded:
+        """Embed images and captions; each process embeds its share."""
+        image_embeds = _distributed(range(len(self.images)), self._embed_images)
+        text_embeds = _distributed(range(len(self.texts)), self._embed_texts)
+        return Embedded(self.images, self.texts, self.image_of_text, image_embeds, text_embeds)
+
+    def _embed_images(self, rows: Sequence[int]) -> Tensor:
+        if self.cache is not None:
+            return self.cache.embed(rows)
+        return self.encoder.encode_images([self.images[row] for row in rows])
+
+    def _embed_texts(self, rows: Sequence[int]) -> Tensor:
+        # Sorted by length, batches have less padding.
+        order = sorted(range(len(rows)), key=lambda place: len(self.texts[rows[place]]))
+        embeds = self.encoder.encode_texts([self.texts[rows[place]] for place in order], batch_size=256)
+        return embeds[torch.tensor(order, dtype=torch.long).argsort()]
+
+
+def _distributed(rows: range, embed: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """Embed rows r, r + W, ... on process r of W, and gather the embeddings of all processes."""
+    processes = num_processes()
+    if processes == 1:
+        return embed(rows)
+    parts: list[Any] = [None] * processes
+    distributed.all_gather_object(parts, embed(rows[distributed.get_rank() :: processes]))
+    gathered = torch.empty(len(rows), parts[0].shape[1])
+    for rank, part in enumerate(parts):
+        gathered[rank::processes] = part
+    return gathered
+
+
 class OneDeviceArguments(TrainingArguments):
     """Arguments of a process that uses one GPU; several GPUs take several processes (torchrun)."""
 
@@ -152,38 +205,31 @@ class OneDeviceArguments(TrainingArguments):
         return min(1, super().n_gpu)
 
 
-def training_arguments(
-    folder: Path, *, batch_size: int, num_steps: int, measure_every: int, warmup_steps: int, **settings: Any
-) -> TrainingArguments:
-    """Fill in the arguments that all contrastive runs share.
-
-    Args:
-        folder: the result folder; checkpoints and logs go below it.
-        batch_size: images per step, over all processes.
-        num_steps: optimiser steps.
-        measure_every: steps between two validations, each followed by a checkpoint.
-        warmup_steps: of linear warm-up, before a cosine schedule.
-        settings: further `TrainingArguments`.
-    """
+def training_arguments(folder: Path, recipe: TrainRecipe, *, use_cpu: bool, workers: int) -> TrainingArguments:
+    """Fill in the arguments of a run into a result folder; `workers` processes read pictures."""
     return OneDeviceArguments(
         output_dir=str(folder / CHECKPOINTS),
-        per_device_train_batch_size=batch_size // int(os.environ.get("WORLD_SIZE", "1")),
-        max_steps=num_steps,
+        per_device_train_batch_size=recipe.batch_size // int(os.environ.get("WORLD_SIZE", "1")),
+        max_steps=recipe.max_steps,
         train_sampling_strategy="sequential",  # the data set is shuffled already
         eval_strategy="steps",
-        eval_steps=measure_every,
+        eval_steps=recipe.measure_every,
         save_strategy="steps",
-        save_steps=measure_every,
+        save_steps=recipe.measure_every,
         metric_for_best_model=METRIC,
         greater_is_better=True,
-        warmup_steps=warmup_steps,
+        warmup_steps=round(recipe.warmup * recipe.max_steps),
         lr_scheduler_type="cosine",
-        logging_steps=math.ceil(num_steps / 50),
+        logging_steps=math.ceil(recipe.max_steps / 50),
         logging_nan_inf_filter=False,
         report_to=[],  # `ContrastiveTrainer` adds TensorBoard with the folder `logs`
         remove_unused_columns=False,
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=workers,
         disable_tqdm=True,
-        **settings,
+        seed=recipe.seed,
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        use_cpu=use_cpu,
     )
