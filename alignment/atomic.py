@@ -31,7 +31,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_ROOM = 16 * 2**20  # bytes; PyTorch's write errors do not carry the error number
-_WRITE_ERROR = re.compile(r"writ|inline_container|iostream")  # in the messages of PyTorch and faiss
+_WRITE_ERROR = re.compile(r"writ|inline_container|iostream")  # in the messages of PyTorch
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
@@ -113,10 +113,8 @@ def fsync_path(path: Path) -> None:
 
 def fsync_tree(folder: Path) -> None:
     """Flush a folder and everything below it to the disk."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            fsync_path(Path(parent, name))
-        fsync_path(Path(parent))
+    for path in (*folder.rglob("*"), folder):
+        fsync_path(path)
 
 
 def remove_stale_temp(folder: Path, age: float = _STALE_AFTER_S) -> None:
@@ -124,7 +122,7 @@ def remove_stale_temp(folder: Path, age: float = _STALE_AFTER_S) -> None:
     for path in folder.glob(f"{TEMP_PREFIX}*"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime >= age:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink()
 
 
 @contextmanager
@@ -138,18 +136,16 @@ def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    new = not folder.exists()
-    path = folder / LOCK
+    new, path = not folder.exists(), folder / LOCK
     lock = FileLock(path, timeout=timeout)
-    while not lock.is_locked:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            text = f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
-            raise BlockingIOError(text) from None
-        except FileNotFoundError:  # another process removed the empty folder in between
-            continue
+    try:
+        while not lock.is_locked:
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process removed the empty folder in between
+                lock.acquire()
+    except Timeout:
+        text = f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
+        raise BlockingIOError(text) from None
     try:
         with suppress(OSError):  # a full disk
             since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -174,7 +170,7 @@ def _holder(path: Path) -> str:
 
 @contextmanager
 def wrap_write_errors(path: Path) -> Iterator[None]:
-    """Turn the write errors of safetensors, PyTorch and faiss into an `OSError` that names the file."""
+    """Turn the write errors of safetensors and PyTorch into an `OSError` that names the file."""
     from safetensors import SafetensorError
 
     try:
@@ -183,16 +179,11 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
         text = str(error)
         if isinstance(error, RuntimeError) and not _WRITE_ERROR.search(text):
             raise
-        code = _error_number(text, path)
+        full = shutil.disk_usage(path.parent).free < _NO_ROOM
+        named = (code for code in (*_FULL, *_FORBIDDEN) if os.strerror(code) in text)
+        found = _RUST_ERRNO.search(text)
+        code = int(found[1]) if found else next(named, errno.ENOSPC if full else errno.EIO)
         raise OSError(code, os.strerror(code), str(path)) from error
-
-
-def _error_number(text: str, path: Path) -> int:
-    if found := _RUST_ERRNO.search(text):
-        return int(found[1])
-    full = shutil.disk_usage(path.parent).free < _NO_ROOM
-    named = (code for code in (*_FULL, *_FORBIDDEN) if os.strerror(code) in text)
-    return next(named, errno.ENOSPC if full else errno.EIO)
 
 
 def describe_error(error: Exception, again: str = "run the same command again") -> str:

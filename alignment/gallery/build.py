@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ from alignment.gallery.records import (
 )
 from alignment.gallery.scan import ImageScanner, ScannedImage
 from alignment.gallery.search import Gallery
-from alignment.gallery.writer import GalleryWriter, content_of
+from alignment.gallery.writer import GalleryWriter, content_of, delete_database
 from alignment.model import DualEncoder
 from alignment.prefetch import prefetch_map
 from alignment.preprocess import InputError, sanitize_text
@@ -59,31 +61,18 @@ _AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; onl
 
 @dataclass
 class BuildReport:
-    """What a build did.
+    """What a build did."""
 
-    Attributes:
-        encoded: how many "pictures" and "captions" went through the model.
-        reused: how many kept the embedding they had.
-        skipped: name and reason of each picture that could not be read.
-        errors: what was raised for those whose file is to blame, by their name.
-        left_out: reason -> what reading the source left out for it.
-        repaired: what was read although something is wrong with it -> where.
-        unread: files of captions in the source of which nothing could be read -> why.
-        cut: captions that are longer than the model reads.
-        unlisted: folders of the source that could not be listed.
-        held: pictures, in those folders or not readable now, that the gallery keeps as they were.
-    """
-
-    encoded: Counter[str] = field(default_factory=Counter)
-    reused: Counter[str] = field(default_factory=Counter)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    errors: dict[str, InputError] = field(default_factory=dict)
-    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    unread: Mapping[str, str] = field(default_factory=dict)
-    cut: Sequence[str] = ()
-    unlisted: Sequence[str] = ()
-    held: list[str] = field(default_factory=list)
+    encoded: Counter[str] = field(default_factory=Counter)  # how many "pictures" and "captions" went through the model
+    reused: Counter[str] = field(default_factory=Counter)  # how many kept the embedding they had
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # pictures that could not be read: name, reason
+    errors: dict[str, InputError] = field(default_factory=dict)  # raised for those whose file is to blame, by name
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> what the source's reader left out
+    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what was read although it is faulty -> where
+    unread: Mapping[str, str] = field(default_factory=dict)  # caption files of which nothing could be read -> why
+    cut: Sequence[str] = ()  # captions that are longer than the model reads
+    unlisted: Sequence[str] = ()  # folders of the source that could not be listed
+    held: list[str] = field(default_factory=list)  # pictures, there or not readable now, kept as they were
 
     @property
     def is_complete(self) -> bool:
@@ -105,7 +94,7 @@ def build_gallery(
     build that was killed, or ran out of room, is resumed by the next one.
 
     Args:
-        source: a folder of pictures, whatever `read_pairs` reads, or a hand-written list (see `read_hand_written`).
+        source: a folder of pictures, whatever `read_data` reads, or a hand-written list (see `read_hand_written`).
         out: the gallery folder, new or old.
         encoder: embeds.
         format: of the data set, where the found one is wrong.
@@ -132,23 +121,17 @@ def build_gallery(
     with exclusive_lock(out, timeout=timeout):
         import_gallery(out, remote.embeds if remote else None)
         remove_stale_temp(out, age=0)
-        writer = _open_writer(out / DATABASE, encoder)
-        try:
+        with closing(_open_writer(out / DATABASE, encoder)) as writer:
+            if count := writer.count_unused():
+                logger.warning("%d embeddings that were made before are taken over.", count)
             for share in sorted(out.glob("share-*.db")):
                 try:
                     writer.merge(share)
                 except ValueError as error:
                     logger.warning("%s is damaged (%s): what it holds is embedded again.", share, error)
-                _delete(share)
+                delete_database(share)
             build = _Build(writer, encoder, metadata, report, progress, growing, like)
             build.finish(*build.embed(*build.with_unlisted(pictures, captions)), calibrate)
-        finally:
-            empty = False
-            with suppress(OSError, ValueError):  # the first error is the one to report
-                empty = writer.is_empty()
-            writer.close()
-            if empty:  # a first build that read nothing
-                _delete(out / DATABASE)
     with closing(GalleryDatabase.open(out, encoder.name)) as database:
         if remote is not None:
             remote.push(database, lambda what, done, total: progress(done, total) if progress else None)
@@ -203,51 +186,36 @@ def _read_source(
 
 
 def _open_writer(path: Path, encoder: DualEncoder, base: Path | None = None) -> GalleryWriter:
-    """Open a database and delete damaged rows, which are made again; one damaged beyond that is made anew."""
+    """Open a database; one that is damaged beyond repair is made anew."""
     try:
-        writer = GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
-        try:
-            faults = writer.repair()
-        except BaseException:
-            writer.close()
-            raise
+        return GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
     except ValueError as error:
         logger.warning("%s is damaged (%s), and built anew.", path, error)
-        _delete(path)
+        delete_database(path)
         return GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
-    if faults:
-        logger.warning("%s is damaged in %d places, which are made again: %s", path, len(faults), faults[0])
-    if base is None and (count := writer.count_unused()):
-        logger.warning("%d embeddings that were made before are taken over.", count)
-    return writer
 
 
-def _delete(path: Path) -> None:
-    for name in (path, path.with_name(f"{path.name}-journal")):
-        name.unlink(missing_ok=True)
+class _Previous(NamedTuple):
+    """What the gallery in the folder holds, if this model made it."""
 
-
-@dataclass(frozen=True)
-class _Previous:
-    """What the gallery in the folder holds, if this model made it: records of all pictures and captions."""
-
-    metadata: GalleryMetadata
+    metadata: GalleryMetadata = GalleryMetadata("", "", 1.0, None)
     pictures: Sequence[Picture] = ()
     captions: Sequence[Caption] = ()
-    cohort: Mapping[str, Tensor] = field(default_factory=dict)
+    cohort: Mapping[str, Tensor] = MappingProxyType({})
 
-    @classmethod
-    def read(cls, folder: Path, encoder: DualEncoder) -> _Previous:
-        with suppress(FileNotFoundError):
-            try:
-                with closing(GalleryDatabase.open(folder, encoder.name)) as database:
-                    if database.metadata.fingerprint == encoder.fingerprint:
-                        pictures = database.pictures(database.ids("picture").tolist())
-                        captions = database.captions(database.ids("caption").tolist())
-                        return cls(database.metadata, pictures, captions, database.cohort())
-            except (ValueError, KeyError) as error:
-                logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
-        return cls(GalleryMetadata("", "", 1.0, None))
+
+def _read_previous(folder: Path, encoder: DualEncoder) -> _Previous:
+    try:
+        with closing(GalleryDatabase.open(folder, encoder.name)) as database:
+            if database.metadata.fingerprint == encoder.fingerprint:
+                pictures = database.pictures(database.ids("picture").tolist())
+                captions = database.captions(database.ids("caption").tolist())
+                return _Previous(database.metadata, pictures, captions, database.cohort())
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError) as error:
+        logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
+    return _Previous()
 
 
 class _Build:
@@ -260,7 +228,7 @@ class _Build:
         self.writer, self.encoder, self.metadata, self.report = writer, encoder, metadata, report
         self.progress = progress or (lambda done, total: None)
         self.growing, self.like, self.grown = growing, like, 0  # number of pictures shown last
-        self.before = _Previous.read(writer.path.parent, encoder)
+        self.before = _read_previous(writer.path.parent, encoder)
         same_source = self.before.metadata.source == metadata.source
         self.files = {picture.source: picture.file for picture in self.before.pictures if picture.file and same_source}
         self.scanned = {**self.files, **writer.scanned()}
@@ -299,33 +267,26 @@ class _Build:
         self.writer.commit()
         return read, kept
 
-    def _commit_sometimes(self) -> None:
-        if time.monotonic() - self.committed >= COMMIT_S:
-            self.writer.commit()
-            self.committed = time.monotonic()
-
     def _encode_pictures(self, pictures: Sequence[Picture], num_captions: int) -> list[Picture]:
         """Embed those that can be read and return them, each with the state of its file."""
         read: list[Picture] = []
-        total = len(pictures) + num_captions
-        has_thumbnail = self.writer.has_thumbnail
-        scanner = ImageScanner(self.scanned, self._is_known, has_thumbnail, self.encoder.preprocessor)
+        advance = partial(self._advance, read, len(pictures) + num_captions)
+        scanner = ImageScanner(self.scanned, self._is_known, self.writer.has_thumbnail, self.encoder.preprocessor)
         with closing(prefetch_map(scanner, pictures, depth=_AHEAD)) as scans:
-            for row in self.encoder.encode_prepared(self._unseen(scans, read, total)):
+            for row in self.encoder.encode_prepared(self._unseen(scans, read, advance)):
                 sha256 = next(iter(self.waiting))
                 self.writer.add("picture", [sha256], row[None])
                 del self.waiting[sha256]
-                self._commit_sometimes()
                 self.report.encoded["pictures"] += 1
-                self.progress(next(iter(self.waiting.values()), self.num_scanned), total)
-                self._show_growth(read)
+                advance()
         self.report.reused["pictures"] = len(read) - self.report.encoded["pictures"] - len(self.report.held)
         return read
 
-    def _unseen(self, scans: Iterable[ScannedImage], read: list[Picture], total: int) -> Iterator[Mapping[str, Tensor]]:
+    def _unseen(
+        self, scans: Iterable[ScannedImage], read: list[Picture], advance: Callable[[], None]
+    ) -> Iterator[Mapping[str, Tensor]]:
         """Pass on the inputs of pictures that no embedding is known of; list in `read` those that can be read."""
-        for number, scan in enumerate(scans):
-            self.num_scanned = number + 1
+        for self.num_scanned, scan in enumerate(scans, 1):
             picture, file = scan.picture, scan.picture.file
             before = self.files.get(picture.source)
             if before and (scan.unreadable_now or (scan.refusal and self._is_away(picture))):
@@ -344,18 +305,19 @@ class _Build:
                     self.writer.add_thumbnail(file.sha256, scan.thumbnail)
                 # Of two files with the same content, both may have been opened before the first came here.
                 if scan.inputs is not None and not self._is_known(file.sha256):
-                    self.waiting[file.sha256] = number
+                    self.waiting[file.sha256] = self.num_scanned - 1
                     yield scan.inputs
-                    continue
-            self._commit_sometimes()
-            if not self.waiting:
-                self.progress(self.num_scanned, total)
+            advance()
 
     def _is_known(self, sha256: str) -> bool:
         return sha256 in self.waiting or self.writer.has("picture", sha256)
 
-    def _show_growth(self, read: Sequence[Picture]) -> None:
-        """Show what can be searched already, each time it has grown by half."""
+    def _advance(self, read: Sequence[Picture], total: int) -> None:
+        """Commit now and then, and show how far the build is and what can be searched already."""
+        if time.monotonic() - self.committed >= COMMIT_S:
+            self.writer.commit()
+            self.committed = time.monotonic()
+        self.progress(next(iter(self.waiting.values()), self.num_scanned), total)
         ready = len(read) - len(self.waiting)
         if self.growing is None or ready < max(_MIN_GROWING, 1.5 * self.grown):
             return

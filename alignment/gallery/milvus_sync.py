@@ -155,7 +155,6 @@ class Remote:
                 captions = old.captions(old.ids("caption").tolist())
                 fingerprint = old.metadata.fingerprint
                 with closing(GalleryWriter(self.folder / DATABASE, fingerprint, old.embed_dim)) as writer:
-                    writer.repair()
                     if pictures:
                         self._fetch("picture", fingerprint, pictures, writer, progress)
                     if captions:
