@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -93,19 +91,11 @@ def build_gallery(
     listed, stays as it was in the gallery. Until all is embedded, readers see the gallery that was there before; a
     build that was killed, or ran out of room, is resumed by the next one.
 
-    Args:
-        source: a folder of pictures, whatever `read_data` reads, or a hand-written list (see `read_hand_written`).
-        out: the gallery folder, new or old.
-        encoder: embeds.
-        format: of the data set, where the found one is wrong.
-        split: only this one of the data set.
-        calibrate: embed the cohort too, so that the gallery can tell when nothing fits.
-        progress: called with (done, total) items.
-        report: filled in as the build goes.
-        remote: the server that gets a copy of the embeddings and searches them.
-        growing: called now and then with a gallery in memory of the pictures that are embedded so far.
-        like: a gallery of the same model; its cohort is taken over.
-        timeout: seconds to wait while another process builds there.
+    `source` is a folder of pictures, whatever `read_data` reads with `format` and `split`, or a hand-written list, see
+    `read_hand_written`. With `calibrate` the cohort is embedded too, so that the gallery can tell when nothing fits, or
+    taken over from `like`, a gallery of the same model. `progress` is called with (done, total) items, and `growing`
+    now and then with a gallery in memory of what is embedded so far. `remote` is the server that gets a copy of the
+    embeddings and searches them. Waits `timeout` seconds while another process builds there.
 
     Raises:
         FileNotFoundError: when there is no such source.
@@ -171,7 +161,7 @@ def _read_source(
     options = [word for name, value in (("--format", format), ("--split", split)) if value for word in (name, value)]
     model = encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias
     metadata = GalleryMetadata(*model, origin, shlex.join(options))
-    if folder.is_dir() and format is None and split is None and is_hand_written(folder):
+    if folder.is_dir() and not options and is_hand_written(folder):
         pictures, captions = read_hand_written(folder)
         return (share.select(pictures), share.select(captions), metadata) if share else (pictures, captions, metadata)
     reading = read_data(source, format=format, split=split, partition=share)
@@ -195,29 +185,6 @@ def _open_writer(path: Path, encoder: DualEncoder, base: Path | None = None) -> 
         return GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
 
 
-class _Previous(NamedTuple):
-    """What the gallery in the folder holds, if this model made it."""
-
-    metadata: GalleryMetadata = GalleryMetadata("", "", 1.0, None)
-    pictures: Sequence[Picture] = ()
-    captions: Sequence[Caption] = ()
-    cohort: Mapping[str, Tensor] = MappingProxyType({})
-
-
-def _read_previous(folder: Path, encoder: DualEncoder) -> _Previous:
-    try:
-        with closing(GalleryDatabase.open(folder, encoder.name)) as database:
-            if database.metadata.fingerprint == encoder.fingerprint:
-                pictures = database.pictures(database.ids("picture").tolist())
-                captions = database.captions(database.ids("caption").tolist())
-                return _Previous(database.metadata, pictures, captions, database.cohort())
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError) as error:
-        logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
-    return _Previous()
-
-
 class _Build:
     """Embeds a source into one database; what is there already, or in the gallery, is not embedded again."""
 
@@ -228,24 +195,38 @@ class _Build:
         self.writer, self.encoder, self.metadata, self.report = writer, encoder, metadata, report
         self.progress = progress or (lambda done, total: None)
         self.growing, self.like, self.grown = growing, like, 0  # number of pictures shown last
-        self.before = _read_previous(writer.path.parent, encoder)
-        same_source = self.before.metadata.source == metadata.source
-        self.files = {picture.source: picture.file for picture in self.before.pictures if picture.file and same_source}
+        self._read_previous(writer.path.parent)
+        same_source = self.before is not None and self.before.source == metadata.source
+        self.files = {picture.source: picture.file for picture in self.pictures if picture.file and same_source}
         self.scanned = {**self.files, **writer.scanned()}
+        self.read: list[Picture] = []  # those that can be read, each with the state of its file
         self.waiting: dict[str, int] = {}  # number of a picture that is with the model, by the hash of its file
-        self.num_scanned = 0
+        self.num_scanned = self.total = 0
         self.committed = time.monotonic()
+
+    def _read_previous(self, folder: Path) -> None:
+        """Read the records of the gallery in the folder, if this model made it."""
+        self.before: GalleryMetadata | None = None
+        self.pictures, self.captions, self.cohort = list[Picture](), list[Caption](), dict[str, Tensor]()
+        with suppress(FileNotFoundError):
+            try:
+                with closing(GalleryDatabase.open(folder, self.encoder.name)) as database:
+                    if database.metadata.fingerprint == self.encoder.fingerprint:
+                        self.pictures, self.captions = database.records()
+                        self.before, self.cohort = database.metadata, database.cohort()
+            except (ValueError, KeyError) as error:
+                logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
 
     def with_unlisted(
         self, pictures: Sequence[Picture], captions: Sequence[Caption]
     ) -> tuple[Sequence[Picture], Sequence[Caption]]:
         """Add what the gallery holds of folders that cannot be listed now."""
-        if not self.files or self.before.metadata.options != self.metadata.options:
+        if not self.before or not self.files or self.before.options != self.metadata.options:
             return pictures, captions
         listed = {picture.source for picture in pictures}
-        away = [picture for picture in self.before.pictures if self._is_away(picture) and picture.source not in listed]
+        away = [picture for picture in self.pictures if self._is_away(picture) and picture.source not in listed]
         scenes = {picture.id for picture in away}
-        return [*pictures, *away], [*captions, *(each for each in self.before.captions if each.scene in scenes)]
+        return [*pictures, *away], [*captions, *(caption for caption in self.captions if caption.scene in scenes)]
 
     def _is_away(self, picture: Picture) -> bool:
         """Whether a picture lies in a folder that could not be listed."""
@@ -256,49 +237,45 @@ class _Build:
     ) -> tuple[Sequence[Picture], Sequence[Caption]]:
         """Embed everything; returns what could be read, and the captions that do not belong to what could not."""
         try:
-            read = self._encode_pictures(pictures, len(captions))
-            lost = {picture.id for picture in pictures} - {picture.id for picture in read}
+            self.total = len(pictures) + len(captions)
+            self._encode_pictures(pictures)
+            lost = {picture.id for picture in pictures} - {picture.id for picture in self.read}
             kept = [caption for caption in captions if caption.scene not in lost]
-            self._encode_captions(kept, len(read))
+            self.total = len(self.read) + len(kept)
+            self._encode_captions(kept)
         except BaseException:
             with suppress(OSError, ValueError):  # the first error is the one to report
                 self.writer.commit()
             raise
         self.writer.commit()
-        return read, kept
+        return self.read, kept
 
-    def _encode_pictures(self, pictures: Sequence[Picture], num_captions: int) -> list[Picture]:
-        """Embed those that can be read and return them, each with the state of its file."""
-        read: list[Picture] = []
-        advance = partial(self._advance, read, len(pictures) + num_captions)
+    def _encode_pictures(self, pictures: Sequence[Picture]) -> None:
         scanner = ImageScanner(self.scanned, self._is_known, self.writer.has_thumbnail, self.encoder.preprocessor)
         with closing(prefetch_map(scanner, pictures, depth=_AHEAD)) as scans:
-            for row in self.encoder.encode_prepared(self._unseen(scans, read, advance)):
+            for row in self.encoder.encode_prepared(self._unseen(scans)):
                 sha256 = next(iter(self.waiting))
                 self.writer.add("picture", [sha256], row[None])
                 del self.waiting[sha256]
                 self.report.encoded["pictures"] += 1
-                advance()
-        self.report.reused["pictures"] = len(read) - self.report.encoded["pictures"] - len(self.report.held)
-        return read
+                self._advance()
+        self.report.reused["pictures"] = len(self.read) - self.report.encoded["pictures"] - len(self.report.held)
 
-    def _unseen(
-        self, scans: Iterable[ScannedImage], read: list[Picture], advance: Callable[[], None]
-    ) -> Iterator[Mapping[str, Tensor]]:
-        """Pass on the inputs of pictures that no embedding is known of; list in `read` those that can be read."""
+    def _unseen(self, scans: Iterable[ScannedImage]) -> Iterator[Mapping[str, Tensor]]:
+        """Pass on the inputs of pictures that no embedding is known of."""
         for self.num_scanned, scan in enumerate(scans, 1):
             picture, file = scan.picture, scan.picture.file
             before = self.files.get(picture.source)
             if before and (scan.unreadable_now or (scan.refusal and self._is_away(picture))):
                 self.report.held.append(picture.source)
-                read.append(replace(picture, file=before))
+                self.read.append(replace(picture, file=before))
             elif scan.refusal or file is None:
                 self.report.skipped.append((picture.source, scan.refusal))
                 if scan.error:
                     self.report.errors[picture.source] = scan.error
                 logger.warning("Skipped %s: %s", sanitize_text(picture.source), scan.refusal)
             else:
-                read.append(picture)
+                self.read.append(picture)
                 if file.mtime_ns and file != self.scanned.get(picture.source):
                     self.writer.add_scanned(picture.source, file)
                 if scan.thumbnail is not None:
@@ -307,42 +284,38 @@ class _Build:
                 if scan.inputs is not None and not self._is_known(file.sha256):
                     self.waiting[file.sha256] = self.num_scanned - 1
                     yield scan.inputs
-            advance()
+            self._advance()
 
     def _is_known(self, sha256: str) -> bool:
         return sha256 in self.waiting or self.writer.has("picture", sha256)
 
-    def _advance(self, read: Sequence[Picture], total: int) -> None:
+    def _advance(self) -> None:
         """Commit now and then, and show how far the build is and what can be searched already."""
         if time.monotonic() - self.committed >= COMMIT_S:
             self.writer.commit()
             self.committed = time.monotonic()
-        self.progress(next(iter(self.waiting.values()), self.num_scanned), total)
-        ready = len(read) - len(self.waiting)
-        if self.growing is None or ready < max(_MIN_GROWING, 1.5 * self.grown):
-            return
-        self.grown = ready
-        known = [picture for picture in read if picture.file and picture.file.sha256 not in self.waiting]
-        images = self.writer.embeds("picture", [content_of(picture) for picture in known])
-        judge = self.like.judge if self.like else None
-        none = torch.empty(0, self.encoder.embed_dim)
-        self.growing(Gallery(known, (), images, none, self.metadata, judge=judge))
+        self.progress(next(iter(self.waiting.values()), self.num_scanned), self.total)
+        if self.growing and len(self.read) - len(self.waiting) >= max(_MIN_GROWING, 1.5 * self.grown):
+            self.grown = len(self.read) - len(self.waiting)
+            known = [picture for picture in self.read if picture.file and picture.file.sha256 not in self.waiting]
+            images = self.writer.embeds("picture", [content_of(picture) for picture in known])
+            judge, none = self.like.judge if self.like else None, torch.empty(0, self.encoder.embed_dim)
+            self.growing(Gallery(known, (), images, none, self.metadata, judge=judge))
 
-    def _encode_captions(self, captions: Sequence[Caption], num_pictures: int) -> None:
+    def _encode_captions(self, captions: Sequence[Caption]) -> None:
         texts = dict.fromkeys(caption.text for caption in captions)
         fresh = [text for text in texts if not self.writer.has("caption", text)]
-        done, total = num_pictures + len(captions) - len(fresh), num_pictures + len(captions)
         for start in range(0, len(fresh), _CAPTION_BATCH):
             batch = fresh[start : start + _CAPTION_BATCH]
 
-            def show(count: int, _: int, done: int = done + start) -> None:
-                self.progress(done + count, total)
+            def show(count: int, _: int, done: int = self.total - len(fresh) + start) -> None:
+                self.progress(done + count, self.total)
 
             self.writer.add("caption", batch, self.encoder.encode_texts(batch, progress=show))
             self.writer.commit()
         self.report.encoded["captions"] = len(fresh)
         self.report.reused["captions"] = len(captions) - len(fresh)
-        self.progress(total, total)
+        self.progress(self.total, self.total)
 
     def finish(self, pictures: Sequence[Picture], captions: Sequence[Caption], calibrate: bool) -> None:
         """Replace the records of the gallery."""
@@ -362,9 +335,9 @@ class _Build:
     def _cohort(self) -> Cohort:
         """Take over the cohort of the gallery, or of the one that lends it, while it is up to date."""
         version, lender = cohort_version(), self.like
-        if self.before.cohort and self.before.metadata.judged_by.endswith(version):
-            return Cohort(**{name: embeds.float() for name, embeds in self.before.cohort.items()})
-        if lender is not None and lender.judge and lender.metadata.judged_by.endswith(version):
+        if self.before and self.cohort and self.before.judged_by.endswith(version):
+            return Cohort(**{name: embeds.float() for name, embeds in self.cohort.items()})
+        if lender and lender.judge and lender.metadata.judged_by.endswith(version):
             return lender.judge.cohort
         return build_cohort(self.encoder)
 

@@ -119,12 +119,12 @@ def _check(args: argparse.Namespace) -> int:
     """Check every byte of the database, and whether the server, if one is named, holds all of it."""
     with closing(GalleryDatabase.open(Path(args.folder))) as database:
         if faults := database.check():
-            raise database.damaged("; ".join([*faults[:3], *[f"and {len(faults) - 3} more"][: len(faults) > 3]]))
+            more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise database.damaged("; ".join(faults[:3]) + more)
         metadata = database.metadata
-        if (remote := Remote.of(args.index, args.folder, args.index_name)) is not None:
-            for kind in KINDS:
-                if len(ids := database.ids(kind)):
-                    remote.open(kind, metadata.fingerprint, ids).close()
+        if remote := Remote.of(args.index, args.folder, args.index_name):
+            for kind in (kind for kind in KINDS if len(database.ids(kind))):
+                remote.open(kind, metadata.fingerprint, database.ids(kind)).close()
     print(f"{args.folder}: {metadata.num_pictures} pictures and {metadata.num_captions} captions, as written.")
     return 0
 
@@ -144,7 +144,7 @@ def _build(args: argparse.Namespace) -> int:
         encoder = DualEncoder.load(args.model, revision=args.revision, device=own_device() if group else None)
         if group or args.share:
             _embed_share(args, encoder, data, report, group)
-            if not group or group.rank:
+            if not group or group.share.number > 1:
                 return 0
         before, report = report, BuildReport()
         with progress_bar() as show:
@@ -160,11 +160,13 @@ def _build(args: argparse.Namespace) -> int:
 def _embed_share(
     args: argparse.Namespace, encoder: DualEncoder, data: dict[str, Any], report: BuildReport, group: WorkerGroup | None
 ) -> None:
-    """Embed one share; among the processes of a torchrun, add up what all of them did."""
+    """Embed one share; among the processes of a torchrun, which have the same model, add up what all of them did."""
     share = group.share if group else args.share
-    if group:
-        group.check_same_model(encoder.fingerprint)
-    with progress_bar(f"Embedding {share}", quiet=bool(group and group.rank)) as show:
+    models = group.gather(encoder.fingerprint) if group else []
+    if wrong := [rank for rank, model in enumerate(models) if model != models[0]]:
+        theirs = f"Process {wrong[0]} has another model ({models[wrong[0]][:12]}) than process 0 ({models[0][:12]})"
+        raise ValueError(f"{theirs}: give all of them the same files.")
+    with progress_bar(f"Embedding {share}", quiet=bool(group) and share.number > 1) as show:
         embed_share(args.source, args.out, encoder, share, progress=show, report=report, **data)
     counts = f"{report.encoded['pictures']} pictures and {report.encoded['captions']} captions encoded"
     print(f"Share {share}: {counts}." + ("" if group else _LATER), flush=True)

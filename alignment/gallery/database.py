@@ -111,20 +111,20 @@ class SQLiteFile:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        """Translate the errors of SQLite; keep other threads out."""
         try:
             with self._lock:
                 yield
         except sqlite3.Error as error:
-            raise self._translated(error) from error
-
-    def _translated(self, error: sqlite3.Error) -> Exception:
-        code = getattr(error, "sqlite_errorcode", -1) & 0xFF
-        if code in _DAMAGED or "decode" in str(error):  # to text; this has no code
-            return self.damaged(error)
-        if (number := _ERRNO.get(code)) is None:
-            return error
-        number = errno.EISDIR if self.path.is_dir() else _write_errno(self.path) if number == errno.EIO else number
-        return OSError(number, os.strerror(number), str(self.path))
+            code = getattr(error, "sqlite_errorcode", -1) & 0xFF
+            if code in _DAMAGED or "decode" in str(error):  # to text; this has no code
+                raise self.damaged(error) from error
+            if (number := _ERRNO.get(code)) is None:
+                raise
+            if number == errno.EIO:
+                number = _write_errno(self.path)
+            number = errno.EISDIR if self.path.is_dir() else number
+            raise OSError(number, os.strerror(number), str(self.path)) from error
 
     def damaged(self, what: object) -> ValueError:
         """Make the error that says what is damaged."""
@@ -233,8 +233,6 @@ class GalleryDatabase(SQLiteFile):
         command = rebuild_command(self.folder, self.metadata.model, self.metadata)
         return ValueError(f"The gallery in {self.folder} is damaged ({what}). Rebuild it with: {command}")
 
-    # ------------------------------------------------------------ records
-
     def ids(self, kind: Kind, tag: str | None = None) -> Tensor:
         """List ids in order of position, (n,) int64: of all, or of a folder and those below it, or of a language."""
         return self._ids[kind] if tag is None else self._tagged(kind, tag)
@@ -271,6 +269,10 @@ class GalleryDatabase(SQLiteFile):
         """Fetch records; as `pictures`."""
         return [_caption(row) for row in self._records("caption", ids)]
 
+    def records(self) -> tuple[list[Picture], list[Caption]]:
+        """Fetch all records, in order of position."""
+        return self.pictures(self.ids("picture").tolist()), self.captions(self.ids("caption").tolist())
+
     def _records(self, kind: Kind, ids: Sequence[int]) -> list[Row]:
         wanted = [int(id) for id in ids]
         sql = f"SELECT *, crc IS crc_of({COLUMNS[kind]}) FROM {kind} WHERE id IN {_CHOSEN}"
@@ -290,8 +292,6 @@ class GalleryDatabase(SQLiteFile):
         sha256 = bytes.fromhex(picture.file.sha256) if picture.file else b""
         sql = "SELECT webp FROM thumbnail WHERE sha256 = ? AND crc IS crc_of(sha256, webp)"
         return next((webp for (webp,) in self(sql, (sha256,))), None)
-
-    # ------------------------------------------------------------ embeddings
 
     def embeds(self, kind: Kind, ids: Tensor) -> Tensor:
         """Fetch embeddings, (n, embed_dim) float16, in the order of the ids; KeyError when an item is gone."""
@@ -314,8 +314,6 @@ class GalleryDatabase(SQLiteFile):
         """Fetch the embeddings of the cohort by name, (n, embed_dim) float16; empty if there is none."""
         blobs = self._meta("LIKE 'cohort.%'").items()
         return {key.removeprefix(COHORT): to_tensor([blob], "<f2").reshape(-1, self.embed_dim) for key, blob in blobs}
-
-    # ------------------------------------------------------------ check
 
     def check(self) -> list[str]:
         """Read every byte of the gallery and list the faults; empty if it is sound."""

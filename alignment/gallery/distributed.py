@@ -8,41 +8,29 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
 
 from alignment.data import Partition
 
-START = timedelta(minutes=10)
-"""Time that all processes have to come together."""
-
+_START = timedelta(minutes=10)  # that all processes have to come together
 _LONGEST = timedelta(days=30)  # that a process waits for the others
 
 
-@dataclass(frozen=True)
-class WorkerGroup:
-    """The processes of one torchrun: the rank of this one, from 0, how many there are, and their gloo group."""
+class WorkerGroup(NamedTuple):
+    """The processes of one torchrun: what this one embeds, and their gloo group."""
 
-    rank: int
-    size: int
+    share: Partition
     group: Any
-
-    @property
-    def share(self) -> Partition:
-        """What this process embeds."""
-        return Partition(self.rank + 1, self.size)
 
     def gather(self, value: Any) -> list[Any]:
         """Wait for all processes; returns their values by rank, ChildProcessError when one of them has ended."""
-        values = [None] * self.size
+        values = [None] * self.share.count
         try:
             distributed.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
@@ -52,13 +40,6 @@ class WorkerGroup:
             ) from error
         return values
 
-    def check_same_model(self, fingerprint: str) -> None:
-        """Raise a ValueError when a process has another model than the first."""
-        for rank, other in enumerate(found := self.gather(fingerprint)):
-            if other != found[0]:
-                ours = f"Process {rank} has another model ({other[:12]}) than process 0 ({found[0][:12]})"
-                raise ValueError(f"{ours}: give all of them the same files.")
-
 
 @contextmanager
 def worker_group() -> Iterator[WorkerGroup | None]:
@@ -67,34 +48,26 @@ def worker_group() -> Iterator[WorkerGroup | None]:
         yield None
         return
     try:
-        distributed.init_process_group("gloo", timeout=START)
+        distributed.init_process_group("gloo", timeout=_START)
         group = distributed.new_group(timeout=_LONGEST)
     except distributed.DistError as error:
         raise TimeoutError(f"The processes of this torchrun did not come together: {error}") from error
     try:
-        yield WorkerGroup(distributed.get_rank(), distributed.get_world_size(), group)
+        yield WorkerGroup(Partition(distributed.get_rank() + 1, distributed.get_world_size()), group)
     finally:
         distributed.destroy_process_group()
 
 
 def own_device() -> str | None:
     """Name the GPU of this process, one each; None where there is none."""
-    if not torch.cuda.is_available():
-        return None
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    count = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else None
 
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """Handle SIGTERM, as torchrun sends it when another process has failed, like Ctrl-C: what is embedded is kept."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -170,27 +170,22 @@ def read_hand_written(folder: Path) -> tuple[list[Picture], list[Caption]]:
         ValueError: naming file and line, when a line is not of this form.
     """
     root, pictures, captions = os.path.abspath(folder), list[Picture](), list[Caption]()
-    for where, line in _lines(folder / PICTURES):
-        id, source, credit = _id(line, where), _string(line, "source", where), _string(line, "credit", where, "")
-        pictures.append(Picture(id, source, _texts(line, ("id", "source", "credit"), where), credit, root))
-    for where, line in _lines(folder / CAPTIONS):
-        topic = _string(line, "topic", where, "")
-        captions += _scene(_id(line, where), _texts(line, ("id", "topic"), where), topic)
-    for picture in pictures:
-        captions += _scene(picture.id, picture.captions)
+    for (id, source, credit), own in _entries(folder / PICTURES, "id", "source", "credit"):
+        pictures.append(Picture(id, source, own, credit, root))
+    scenes: list[tuple[str, str, Mapping[str, str]]] = []
+    scenes += [(id, topic, own) for (id, topic), own in _entries(folder / CAPTIONS, "id", "topic")]
+    scenes += [(picture.id, "", picture.captions) for picture in pictures]
+    for scene, topic, texts in scenes:
+        captions += [Caption(f"{scene}.{lang}", text, lang, scene, topic) for lang, text in texts.items()]
     for ids in ([picture.id for picture in pictures], [caption.id for caption in captions]):
         if twice := [name for name, count in Counter(ids).items() if count > 1]:
             raise ValueError(f"{folder} uses an id more than once: {', '.join(twice[:5])}.")
     return pictures, captions
 
 
-def _scene(scene: str, texts: Mapping[str, str], topic: str = "") -> list[Caption]:
-    return [Caption(f"{scene}.{lang}", text, lang, scene, topic) for lang, text in texts.items()]
-
-
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects of a file, which may be missing, each with its place for error messages."""
-    for number, text in enumerate(path.read_text("utf-8").split("\n") if path.is_file() else [], 1):
+    for number, text in enumerate(path.read_text("utf-8").split("\n") if os.path.isfile(path) else [], 1):
         where = f"{path}, line {number}"
         try:
             line = json.loads(text or "{}")
@@ -202,28 +197,20 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, line
 
 
-def _string(line: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    value = line.get(key, default)
-    if not isinstance(value, str) or (default is None and not value):
-        raise ValueError(f'{where} needs a text for "{key}".')
-    return value
-
-
-def _id(line: Mapping[str, Any], where: str) -> str:
-    value = _string(line, "id", where)
-    if not _ID.fullmatch(value):
-        raise ValueError(f"{where}: the id {value!r} may only hold letters, digits, '.', '_' and '-'.")
-    return value
-
-
-def _texts(line: Mapping[str, Any], fields: Sequence[str], where: str) -> dict[str, str]:
-    """Read the captions of a line: every key that is no field has to be a language."""
-    texts = {}
-    for key in (key for key in line if key not in fields):
-        if not _LANGUAGE.fullmatch(key):
-            raise ValueError(f'{where}: "{key}" is neither {", ".join(fields)} nor a language such as "en".')
-        try:
-            texts[key] = clean_caption(_string(line, key, where))
-        except InputError as error:
-            raise ValueError(f'{where}, "{key}": {error}') from error
-    return texts
+def _entries(path: Path, *fields: str) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Yield of each line the values of these fields and the captions: every other key has to be a language."""
+    for where, line in _lines(path):
+        values, texts = [line.pop(key, "") for key in fields], dict[str, str]()
+        for key, value in [*zip(fields, values, strict=True), *line.items()]:
+            if not isinstance(value, str) or (not value and key in ("id", "source")):
+                raise ValueError(f'{where} needs a text for "{key}".')
+        if not _ID.fullmatch(values[0]):
+            raise ValueError(f"{where}: the id {values[0]!r} may only hold letters, digits, '.', '_' and '-'.")
+        for key, text in line.items():
+            if not _LANGUAGE.fullmatch(key):
+                raise ValueError(f'{where}: "{key}" is neither {", ".join(fields)} nor a language such as "en".')
+            try:
+                texts[key] = clean_caption(text)
+            except InputError as error:
+                raise ValueError(f'{where}, "{key}": {error}') from error
+        yield values, texts

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from alignment.atomic import sha256_of
 from alignment.gallery.records import FileFingerprint, Picture
 from alignment.preprocess import InputError, Preprocessor, message_with_option, open_image
 
@@ -25,37 +25,22 @@ _MAX_IN_MEMORY = 64 * 2**20  # bytes of a file; a larger one is read again for i
 
 @dataclass(frozen=True)
 class ScannedImage:
-    """State of a picture's file, and what has to be embedded and stored of it.
+    """State of a picture's file, and what has to be embedded and stored of it."""
 
-    Attributes:
-        picture: with its state, or as it was if it cannot be read.
-        inputs: of the model; None if the embedding is there already.
-        thumbnail: WebP; None if it is there already, or not needed.
-        refusal: why it cannot be read; `error` is the same, as it was raised, if the file is to blame.
-        unreadable_now: whether the file is there, but the operating system does not let it be read.
-    """
-
-    picture: Picture
-    inputs: Mapping[str, Tensor] | None = None
-    thumbnail: bytes | None = None
-    refusal: str = ""
-    error: InputError | None = None
-    unreadable_now: bool = False
+    picture: Picture  # with its state, or as it was if it cannot be read
+    inputs: Mapping[str, Tensor] | None = None  # of the model; None if the embedding is there already
+    thumbnail: bytes | None = None  # WebP; None if it is there already, or not needed
+    refusal: str = ""  # why it cannot be read
+    error: InputError | None = None  # the same, as it was raised, if the file is to blame
+    unreadable_now: bool = False  # the file is there, but the operating system does not let it be read
 
 
 @dataclass(frozen=True)
 class ImageScanner:
-    """Scans one picture; called from several threads.
+    """Scans one picture; called from several threads."""
 
-    Attributes:
-        files: last known state of files, by the source of a picture.
-        has_embedding: whether a file is embedded or about to be, by its SHA-256.
-        has_thumbnail: the same for its thumbnail.
-        preprocessor: of the model.
-    """
-
-    files: Mapping[str, FileFingerprint]
-    has_embedding: Callable[[str], bool]
+    files: Mapping[str, FileFingerprint]  # last known state, by the source of a picture
+    has_embedding: Callable[[str], bool]  # whether a file is embedded or about to be, by its SHA-256
     has_thumbnail: Callable[[str], bool]
     preprocessor: Preprocessor
 
@@ -77,7 +62,7 @@ class ImageScanner:
         time = 0 if picture.package else stat.st_mtime_ns  # the time of a package's installation says nothing
         if before and time and (before.size, before.mtime_ns) == (stat.st_size, time) and all(self._has(before.sha256)):
             return ScannedImage(replace(picture, file=before))
-        content, sha256 = _read(path)
+        content, sha256 = _read(path, stat.st_size)
         picture = replace(picture, file=FileFingerprint(stat.st_size, time, sha256))
         embedded, shown = self._has(sha256)
         shown = shown or bool(picture.package)
@@ -100,10 +85,9 @@ def _thumbnail(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _read(path: Path) -> tuple[bytes | Path, str]:
+def _read(path: Path, size: int) -> tuple[bytes | Path, str]:
     """Read a file once: its content, or its path if it is very large, and its SHA-256."""
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size > _MAX_IN_MEMORY:
-            return path, hashlib.file_digest(file, "sha256").hexdigest()
-        content = file.read()
+    if size > _MAX_IN_MEMORY:
+        return path, sha256_of(path)
+    content = path.read_bytes()
     return content, hashlib.sha256(content).hexdigest()

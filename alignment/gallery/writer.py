@@ -55,14 +55,8 @@ class GalleryWriter(SQLiteFile):
     def __init__(self, path: Path, fingerprint: str, embed_dim: int, base: Path | None = None) -> None:
         """Open or create a file, and delete the embeddings and thumbnails that are damaged: they are made again.
 
-        Args:
-            path: of the file.
-            fingerprint: of the model; the embeddings of other models stay until `finish`.
-            embed_dim: of the model.
-            base: a gallery whose embeddings and thumbnails count as there, if it exists.
-
-        Raises:
-            ValueError: when the file is damaged in another way; it has to be deleted.
+        The embeddings of other models than `fingerprint` stay until `finish`. What the gallery `base` holds counts as
+        there. ValueError when the file is damaged in another way; it has to be deleted.
         """
         super().__init__(path, "rwc")
         self.embed_dim, self._fingerprint = embed_dim, fingerprint
@@ -105,8 +99,6 @@ class GalleryWriter(SQLiteFile):
         super().close()
         if empty:
             delete_database(self.path)
-
-    # ------------------------------------------------------------ embeddings, thumbnails, files
 
     def _key(self, kind: Kind, content: str) -> int:
         text = f"{self._fingerprint}\0{kind}\0{content}".encode("utf-8", "surrogatepass")
@@ -170,21 +162,14 @@ class GalleryWriter(SQLiteFile):
             self.rollback()
             self("DETACH share")
 
-    # ------------------------------------------------------------ the end of a build
-
     def finish(
         self, pictures: Sequence[Picture], captions: Sequence[Caption], metadata: GalleryMetadata,
         cohort: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """Replace the records in one transaction, and delete embeddings and thumbnails that no record refers to.
 
-        Nothing is written where only the date differs.
-
-        Args:
-            pictures: in order of position; embeddings of all were added, else KeyError.
-            captions: likewise.
-            metadata: of the new gallery; counts are filled in.
-            cohort: embeddings by name.
+        Nothing is written where only the date differs. Pictures and captions come in order of position; KeyError unless
+        embeddings of all were added. The counts of the metadata are filled in.
         """
         self.commit()
         before = self._connection.total_changes
@@ -271,15 +256,8 @@ def write_gallery(
 ) -> None:  # fmt: skip
     """Write a new `gallery.db` in a folder, and rename it to its place at the end.
 
-    Args:
-        folder: new or old; no other process writes to it, see `alignment.atomic.exclusive_lock`.
-        pictures: in order of position.
-        captions: likewise.
-        embeds: kind -> batches in order of position, (n, embed_dim) each.
-        embed_dim: of the model.
-        metadata: of the gallery.
-        cohort: embeddings by name.
-        thumbnail: returns the WebP file of a picture, if there is one.
+    No other process writes to the folder, see `alignment.atomic.exclusive_lock`. Pictures, captions and the batches of
+    their embeddings, (n, embed_dim) each, come in order of position. `thumbnail` returns the WebP file of a picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = metadata.fingerprint
