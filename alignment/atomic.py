@@ -26,7 +26,6 @@ from typing import Any
 TEMP_PREFIX = ".writing-"  # of the names of files that are being written; readers ignore them
 LOCK = ".lock"  # name of the lock file in a folder; it holds process, host and time as JSON
 _CHECKSUM = "sha256"  # key of the checksum in a JSON object
-_STALE_AFTER_S = 3600.0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -117,7 +116,7 @@ def fsync_tree(folder: Path) -> None:
         fsync_path(path)
 
 
-def remove_stale_temp(folder: Path, age: float = _STALE_AFTER_S) -> None:
+def remove_stale_temp(folder: Path, age: float = 3600) -> None:
     """Delete temporary files that killed processes left behind at least `age` seconds ago."""
     for path in folder.glob(f"{TEMP_PREFIX}*"):
         with suppress(OSError):

@@ -1,8 +1,8 @@
 """Embed pictures and captions into a gallery folder; what has not changed is kept.
 
-Place in the flow: `SOURCE -> records (pairs, records) -> embeddings (here) -> gallery.db`. Threads scan files ahead of
-the model. Embeddings and thumbnails go into the database as they are made, so that a build that was killed is
-resumed by the next one; the records are replaced at the end.
+Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threads scan files ahead of the model.
+Embeddings and thumbnails go into the database as they are made, so that a build that was killed is resumed by the next
+one; the records are replaced at the end.
 """
 
 from __future__ import annotations
@@ -42,16 +42,14 @@ from alignment.gallery.search import Gallery
 from alignment.gallery.writer import GalleryWriter, content_of, delete_database
 from alignment.model import DualEncoder
 from alignment.prefetch import prefetch_map
-from alignment.preprocess import InputError, sanitize_text
+from alignment.preprocess import InputError, message_with_option, sanitize_text
 
 logger = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[int, int], None]
 Growing: TypeAlias = Callable[[Gallery], None]
 
-COMMIT_S = 2.0
-"""Seconds between two commits: what was embedded since then is lost if the process is killed."""
-
+COMMIT_S = 2.0  # between two commits: what was embedded since then is lost if the process is killed
 _CAPTION_BATCH = 4096
 _MIN_GROWING = 32  # pictures from which a growing gallery is shown
 _AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; only those under way are held decoded
@@ -251,7 +249,7 @@ class _Build:
         return self.read, kept
 
     def _encode_pictures(self, pictures: Sequence[Picture]) -> None:
-        scanner = ImageScanner(self.scanned, self._is_known, self.writer.has_thumbnail, self.encoder.preprocessor)
+        scanner = ImageScanner(self.scanned, self._known, self.encoder.preprocessor)
         with closing(prefetch_map(scanner, pictures, depth=_AHEAD)) as scans:
             for row in self.encoder.encode_prepared(self._unseen(scans)):
                 sha256 = next(iter(self.waiting))
@@ -265,29 +263,38 @@ class _Build:
         """Pass on the inputs of pictures that no embedding is known of."""
         for self.num_scanned, scan in enumerate(scans, 1):
             picture, file = scan.picture, scan.picture.file
-            before = self.files.get(picture.source)
-            if before and (scan.unreadable_now or (scan.refusal and self._is_away(picture))):
+            before, failure = self.files.get(picture.source), scan.failure
+            is_there = isinstance(failure, OSError) and not isinstance(failure, FileNotFoundError)
+            if before and failure and (is_there or self._is_away(picture)):
                 self.report.held.append(picture.source)
                 self.read.append(replace(picture, file=before))
-            elif scan.refusal or file is None:
-                self.report.skipped.append((picture.source, scan.refusal))
-                if scan.error:
-                    self.report.errors[picture.source] = scan.error
-                logger.warning("Skipped %s: %s", sanitize_text(picture.source), scan.refusal)
+            elif failure:
+                self._skip(picture.source, failure)
             else:
+                assert file is not None  # it was scanned
                 self.read.append(picture)
                 if file.mtime_ns and file != self.scanned.get(picture.source):
                     self.writer.add_scanned(picture.source, file)
                 if scan.thumbnail is not None:
                     self.writer.add_thumbnail(file.sha256, scan.thumbnail)
                 # Of two files with the same content, both may have been opened before the first came here.
-                if scan.inputs is not None and not self._is_known(file.sha256):
+                if scan.inputs is not None and not self._known(file.sha256)[0]:
                     self.waiting[file.sha256] = self.num_scanned - 1
                     yield scan.inputs
             self._advance()
 
-    def _is_known(self, sha256: str) -> bool:
-        return sha256 in self.waiting or self.writer.has("picture", sha256)
+    def _skip(self, name: str, failure: InputError | OSError) -> None:
+        """Report a picture that cannot be read."""
+        if isinstance(failure, InputError):
+            self.report.errors[name], reason = failure, message_with_option(failure)
+        else:
+            reason = failure.strerror or str(failure)
+        self.report.skipped.append((name, reason))
+        logger.warning("Skipped %s: %s", sanitize_text(name), reason)
+
+    def _known(self, sha256: str) -> tuple[bool, bool]:
+        """Whether a file is embedded, or about to be, and has a thumbnail."""
+        return sha256 in self.waiting or self.writer.has("picture", sha256), self.writer.has_thumbnail(sha256)
 
     def _advance(self) -> None:
         """Commit now and then, and show how far the build is and what can be searched already."""
@@ -322,31 +329,31 @@ class _Build:
         if not pictures and not captions:
             raise ValueError(f"Nothing in {self.metadata.source} could be read, so no gallery was made.")
         metadata = replace(self.metadata, built=datetime.now(UTC).isoformat(timespec="seconds"))
-        cohort: Mapping[str, Tensor] = {}
-        if calibrate:
-            found = self._cohort()
-            rows = (_Rows(self.writer, "picture", pictures), _Rows(self.writer, "caption", captions))
-            calibration, how = fit_calibration(pictures, captions, *rows, found)
+        cohort = self._cohort() if calibrate else None
+        if cohort:
+            rows = _Rows(self.writer, "picture", pictures), _Rows(self.writer, "caption", captions)
+            calibration, how = fit_calibration(pictures, captions, *rows, cohort)
             judged_by = f"{how}; background {cohort_version()}"
             metadata = replace(metadata, calibration=calibration.to_dict(), judged_by=judged_by)
-            cohort = found.tensors()
-        self.writer.finish(pictures, captions, metadata, cohort)
+        self.writer.finish(pictures, captions, metadata, cohort.tensors() if cohort else {})
 
     def _cohort(self) -> Cohort:
         """Take over the cohort of the gallery, or of the one that lends it, while it is up to date."""
-        version, lender = cohort_version(), self.like
+        version = cohort_version()
         if self.before and self.cohort and self.before.judged_by.endswith(version):
             return Cohort(**{name: embeds.float() for name, embeds in self.cohort.items()})
-        if lender and lender.judge and lender.metadata.judged_by.endswith(version):
-            return lender.judge.cohort
+        if self.like and self.like.judge and self.like.metadata.judged_by.endswith(version):
+            return self.like.judge.cohort
         return build_cohort(self.encoder)
 
 
+@dataclass
 class _Rows:
     """Embeddings of items by position."""
 
-    def __init__(self, writer: GalleryWriter, kind: Kind, items: Sequence[Picture | Caption]) -> None:
-        self._writer, self._kind, self._items = writer, kind, items
+    writer: GalleryWriter
+    kind: Kind
+    items: Sequence[Picture | Caption]
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        return self._writer.embeds(self._kind, [content_of(self._items[row]) for row in positions.tolist()])
+        return self.writer.embeds(self.kind, [content_of(self.items[row]) for row in positions.tolist()])

@@ -182,14 +182,8 @@ class GalleryDatabase(SQLiteFile):
     def open(cls, folder: Path, model: str = "MODEL") -> GalleryDatabase:
         """Open the gallery in a folder, whichever model made it; one of the previous format is converted first.
 
-        Args:
-            folder: with `gallery.db`.
-            model: name of the one in use, for the advice in the errors.
-
-        Raises:
-            FileNotFoundError: when there is no finished gallery.
-            PermissionError: when it may not be read.
-            ValueError: when it is damaged. All say what to run.
+        `model` is the name of the one in use, for the advice in the errors: FileNotFoundError when there is no finished
+        gallery, PermissionError when it may not be read, ValueError when it is damaged. All say what to run.
         """
         path = folder / DATABASE
         if not path.exists() and (folder / _OLD_FORMAT).exists():
@@ -252,13 +246,12 @@ class GalleryDatabase(SQLiteFile):
 
     def tags(self, kind: Kind) -> dict[str, int]:
         """Count the pictures below each folder, or the captions of each language ("" if unknown)."""
+        if kind == "caption":
+            return dict(self("SELECT lang, count(*) FROM caption GROUP BY 1"))
         counts: Counter[str] = Counter()
-        column = "folder" if kind == "picture" else "lang"
-        for tag, count in self(f"SELECT {column}, count(*) FROM {kind} GROUP BY 1"):
-            names = os.fsdecode(tag).split("/") if kind == "picture" else [tag]
+        for folder, count in self("SELECT folder, count(*) FROM picture WHERE folder != x'' GROUP BY 1"):
+            names = os.fsdecode(folder).split("/")
             counts.update({"/".join(names[: end + 1]): count for end in range(len(names))})
-        if kind == "picture":
-            counts.pop("", None)
         return dict(sorted(counts.items()))
 
     def pictures(self, ids: Sequence[int]) -> list[Picture]:
@@ -324,11 +317,10 @@ class GalleryDatabase(SQLiteFile):
 
     def _wrong_references(self) -> Iterator[str]:
         for kind, count in zip(KINDS, (self.metadata.num_pictures, self.metadata.num_captions), strict=True):
-            there = {id for (id,) in self(f"SELECT id FROM {kind}")}
-            if there != set(self._ids[kind].tolist()) or len(self._ids[kind]) != count:
+            there: dict[int, int] = dict(self(f"SELECT id, embedding IN (SELECT id FROM embedding) FROM {kind}"))
+            if there.keys() != set(self._ids[kind].tolist()) or len(self._ids[kind]) != count:
                 yield f"there are {len(there)} records of {kind}s instead of {count}"
-            sql = f"SELECT count(*) FROM {kind} WHERE embedding NOT IN (SELECT id FROM embedding)"
-            if missing := self(sql)[0][0]:
+            if missing := list(there.values()).count(0):
                 yield f"{missing} {kind}s have no embedding"
 
 

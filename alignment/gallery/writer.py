@@ -76,15 +76,12 @@ class GalleryWriter(SQLiteFile):
                 self._files.append(SQLiteFile(base, "ro"))
 
     def _repair(self) -> None:
-        faults = list(self.faults())
-        for fault in faults:
-            table, _, row = fault.partition(":")[0].partition(" ")
-            if table not in COLUMNS:
-                raise self.damaged(fault)
-            if table in ("embedding", "thumbnail"):  # the others are replaced anyway
-                self(f"DELETE FROM {table} WHERE id = ?", (int(row),))
-        self.commit()
-        if faults:
+        if faults := list(self.faults()):
+            if broken := [fault for fault in faults if fault.partition(" ")[0] not in COLUMNS]:
+                raise self.damaged(broken[0])
+            for table in ("embedding", "thumbnail"):  # the others are replaced anyway
+                self(f"DELETE FROM {table} WHERE crc IS NOT crc_of({COLUMNS[table]})")
+            self.commit()
             text = "%s is damaged in %d places, which are made again: %s"
             logger.warning(text, self.path, len(faults), faults[0])
 
@@ -145,7 +142,7 @@ class GalleryWriter(SQLiteFile):
 
     def merge(self, share: Path) -> None:
         """Take over the embeddings, thumbnails and files of another database; what is there already stays."""
-        GalleryWriter(share, "", 0).close()  # recovers and repairs it
+        GalleryWriter(share, "", 0).close()  # undoes what a killed process left half written, and repairs it
         if not share.exists():  # it was empty
             return
         self("ATTACH ? AS share", (f"{share.absolute().as_uri()}?mode=rw",))
