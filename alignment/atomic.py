@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,10 @@ def atomic_write(path: Path, *, fsync: bool = True) -> Iterator[Path]:
     """
     temp = path.with_name(TEMP_PREFIX + secrets.token_hex(8))
     try:
+        temp.touch()
+        mode = temp.stat().st_mode  # of the user's umask; safetensors writes 0600
         yield temp
-        apply_umask(temp)
+        temp.chmod(mode)
         if fsync:
             fsync_path(temp)
         os.replace(temp, path)
@@ -53,18 +54,6 @@ def atomic_write(path: Path, *, fsync: bool = True) -> Iterator[Path]:
         raise
     if fsync:
         fsync_path(path.parent)
-
-
-def apply_umask(path: Path) -> None:
-    """Give a new file the permissions of the user's umask; safetensors writes 0600."""
-    path.chmod(_mode())
-
-
-@cache
-def _mode() -> int:
-    mask = os.umask(0o077)  # the only way to read it
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def write_file(path: Path, content: bytes | str, *, fsync: bool = True) -> None:

@@ -25,18 +25,12 @@ from torch import Tensor
 from alignment.atomic import exclusive_lock, remove_stale_temp
 from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
 from alignment.data import Partition, read_data
+from alignment.gallery import records
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
 from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.modality import write_index
 from alignment.gallery.old_format import import_gallery
-from alignment.gallery.records import (
-    Caption,
-    GalleryMetadata,
-    Picture,
-    is_hand_written,
-    read_captioned,
-    read_hand_written,
-)
+from alignment.gallery.records import Caption, GalleryMetadata, Picture
 from alignment.gallery.scan import ImageScanner, ScannedImage
 from alignment.gallery.search import Gallery
 from alignment.gallery.writer import GalleryWriter, content_of, delete_database
@@ -159,8 +153,8 @@ def _read_source(
     options = [word for name, value in (("--format", format), ("--split", split)) if value for word in (name, value)]
     model = encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias
     metadata = GalleryMetadata(*model, origin, shlex.join(options))
-    if folder.is_dir() and not options and is_hand_written(folder):
-        pictures, captions = read_hand_written(folder)
+    if folder.is_dir() and not options and records.is_hand_written(folder):
+        pictures, captions = records.read_hand_written(folder)
         return (share.select(pictures), share.select(captions), metadata) if share else (pictures, captions, metadata)
     reading = read_data(source, format=format, split=split, partition=share)
     report.left_out, report.repaired = reading.left_out, reading.repaired
@@ -170,7 +164,7 @@ def _read_source(
         if not images:
             raise ValueError(f"All pictures of {source} lie in the gallery folder {out}: choose another one for --out.")
         report.left_out = {**report.left_out, "pictures in the folder of the gallery itself": inside}
-    return *read_captioned(images, origin if folder.is_dir() else ""), metadata
+    return *records.read_captioned(images, origin if folder.is_dir() else ""), metadata
 
 
 def _open_writer(path: Path, encoder: DualEncoder, base: Path | None = None) -> GalleryWriter:
@@ -281,6 +275,7 @@ class _Build:
                 if scan.inputs is not None and not self._known(file.sha256)[0]:
                     self.waiting[file.sha256] = self.num_scanned - 1
                     yield scan.inputs
+                    continue
             self._advance()
 
     def _skip(self, name: str, failure: InputError | OSError) -> None:

@@ -29,7 +29,8 @@ _TIMEOUT_S = 600.0  # to wait for another process that builds the same starter g
 
 def cached_folder(encoder: DualEncoder, source: str | os.PathLike[str]) -> Path:
     """Say where the gallery of a source lies that this model embeds; one folder for each model and source."""
-    return _folder(encoder, f"{_hash(os.fsencode(os.path.realpath(source)))}-photos")
+    place = os.fsencode(os.path.realpath(source))
+    return _galleries(encoder) / f"{hashlib.sha256(place).hexdigest()[:12]}-photos"
 
 
 def starter_gallery(encoder: DualEncoder) -> Gallery:
@@ -73,12 +74,9 @@ def _sources() -> Path:
 def _starter_folder(encoder: DualEncoder) -> Path:
     """Name the sources and the cohort by their content: after an update of the code the gallery is made anew."""
     parts = [*((_sources() / name).read_bytes() for name in (PICTURES, CAPTIONS)), cohort_version().encode()]
-    return _folder(encoder, "starter-" + _hash(b"\0".join(parts)))
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+    return _galleries(encoder) / f"starter-{digest}"
 
 
-def _folder(encoder: DualEncoder, name: str) -> Path:
-    return cache_folder() / "galleries" / encoder.fingerprint[:12] / name
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
+def _galleries(encoder: DualEncoder) -> Path:
+    return cache_folder() / "galleries" / encoder.fingerprint[:12]

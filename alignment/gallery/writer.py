@@ -147,7 +147,7 @@ class GalleryWriter(SQLiteFile):
             return
         self("ATTACH ? AS share", (f"{share.absolute().as_uri()}?mode=rw",))
         try:
-            for table, columns in (("embedding", "key, embeds, crc"), ("thumbnail", "sha256, webp, crc")):
+            for table, columns in ((table, f"{COLUMNS[table]}, crc") for table in ("embedding", "thumbnail")):
                 last = self(f"SELECT max(id) FROM share.{table}")[0][0] or 0
                 for start in range(0, last, _BATCH):
                     rows = f"SELECT {columns} FROM share.{table} WHERE id > {start} AND id <= {start + _BATCH}"

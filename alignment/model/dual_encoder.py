@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
@@ -22,7 +23,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.atomic import apply_umask
 from alignment.model import probes, zerogpu
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
 from alignment.model.devices import best_device, find_device
@@ -194,7 +194,7 @@ class DualEncoder:
         with without_progress_bar():
             self.module.save_pretrained(folder)
         for weights in Path(folder).glob("*.safetensors"):
-            apply_umask(weights)
+            shutil.copymode(Path(folder, "config.json"), weights)  # safetensors writes 0600
         self.preprocessor.save(folder)
 
     @property
