@@ -19,19 +19,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 TEMP_PREFIX = ".writing-"  # of the names of files that are being written; readers ignore them
 LOCK = ".lock"  # name of the lock file in a folder; it holds process, host and time as JSON
 _CHECKSUM = "sha256"  # key of the checksum in a JSON object
-_STALE_AFTER_S = 3600.0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_ROOM = 16 * 2**20  # bytes; PyTorch's write errors do not carry the error number
-_WRITE_ERROR = re.compile(r"writ|inline_container|iostream")  # in the messages of PyTorch and faiss
+_WRITE_ERROR = re.compile(r"writ|inline_container|iostream")  # in the messages of PyTorch
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
@@ -43,8 +41,10 @@ def atomic_write(path: Path, *, fsync: bool = True) -> Iterator[Path]:
     """
     temp = path.with_name(TEMP_PREFIX + secrets.token_hex(8))
     try:
+        temp.touch()
+        mode = temp.stat().st_mode  # of the user's umask; safetensors writes 0600
         yield temp
-        apply_umask(temp)
+        temp.chmod(mode)
         if fsync:
             fsync_path(temp)
         os.replace(temp, path)
@@ -54,18 +54,6 @@ def atomic_write(path: Path, *, fsync: bool = True) -> Iterator[Path]:
         raise
     if fsync:
         fsync_path(path.parent)
-
-
-def apply_umask(path: Path) -> None:
-    """Give a new file the permissions of the user's umask; safetensors writes 0600."""
-    path.chmod(_mode())
-
-
-@cache
-def _mode() -> int:
-    mask = os.umask(0o077)  # the only way to read it
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def write_file(path: Path, content: bytes | str, *, fsync: bool = True) -> None:
@@ -113,18 +101,16 @@ def fsync_path(path: Path) -> None:
 
 def fsync_tree(folder: Path) -> None:
     """Flush a folder and everything below it to the disk."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            fsync_path(Path(parent, name))
-        fsync_path(Path(parent))
+    for path in (*folder.rglob("*"), folder):
+        fsync_path(path)
 
 
-def remove_stale_temp(folder: Path, age: float = _STALE_AFTER_S) -> None:
+def remove_stale_temp(folder: Path, age: float = 3600) -> None:
     """Delete temporary files that killed processes left behind at least `age` seconds ago."""
     for path in folder.glob(f"{TEMP_PREFIX}*"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime >= age:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink()
 
 
 @contextmanager
@@ -138,18 +124,16 @@ def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    new = not folder.exists()
-    path = folder / LOCK
+    new, path = not folder.exists(), folder / LOCK
     lock = FileLock(path, timeout=timeout)
-    while not lock.is_locked:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            text = f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
-            raise BlockingIOError(text) from None
-        except FileNotFoundError:  # another process removed the empty folder in between
-            continue
+    try:
+        while not lock.is_locked:
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process removed the empty folder in between
+                lock.acquire()
+    except Timeout:
+        text = f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
+        raise BlockingIOError(text) from None
     try:
         with suppress(OSError):  # a full disk
             since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -174,7 +158,7 @@ def _holder(path: Path) -> str:
 
 @contextmanager
 def wrap_write_errors(path: Path) -> Iterator[None]:
-    """Turn the write errors of safetensors, PyTorch and faiss into an `OSError` that names the file."""
+    """Turn the write errors of safetensors and PyTorch into an `OSError` that names the file."""
     from safetensors import SafetensorError
 
     try:
@@ -183,16 +167,11 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
         text = str(error)
         if isinstance(error, RuntimeError) and not _WRITE_ERROR.search(text):
             raise
-        code = _error_number(text, path)
+        full = shutil.disk_usage(path.parent).free < _NO_ROOM
+        named = (code for code in (*_FULL, *_FORBIDDEN) if os.strerror(code) in text)
+        found = _RUST_ERRNO.search(text)
+        code = int(found[1]) if found else next(named, errno.ENOSPC if full else errno.EIO)
         raise OSError(code, os.strerror(code), str(path)) from error
-
-
-def _error_number(text: str, path: Path) -> int:
-    if found := _RUST_ERRNO.search(text):
-        return int(found[1])
-    full = shutil.disk_usage(path.parent).free < _NO_ROOM
-    named = (code for code in (*_FULL, *_FORBIDDEN) if os.strerror(code) in text)
-    return next(named, errno.ENOSPC if full else errno.EIO)
 
 
 def describe_error(error: Exception, again: str = "run the same command again") -> str:

@@ -14,7 +14,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import faiss
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -33,7 +32,7 @@ from alignment.atomic import (
     write_json_checksummed,
 )
 
-FULL = Path("/dev/full")  # whoever writes to it is told that there is no room left
+FULL = Path("/dev/full")  # writing to it fails as on a full disk
 
 
 # ---------------------------------------------------------------- files
@@ -117,10 +116,9 @@ def test_a_sealed_object_is_read_as_it_was_written_or_not_at_all(tmp_path: Path)
 def test_what_was_left_behind_is_swept_but_not_what_is_being_written(tmp_path: Path) -> None:
     for name in (f"{TEMP_PREFIX}old", f"{TEMP_PREFIX}new", "mine"):
         (tmp_path / name).touch()
-    (tmp_path / f"{TEMP_PREFIX}folder").mkdir()
     os.utime(tmp_path / f"{TEMP_PREFIX}old", (0, 0))
     remove_stale_temp(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {f"{TEMP_PREFIX}new", f"{TEMP_PREFIX}folder", "mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{TEMP_PREFIX}new", "mine"}
     remove_stale_temp(tmp_path, age=0)
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}
 
@@ -183,22 +181,12 @@ def test_a_folder_made_for_nothing_is_taken_away_again(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- errors
 
 
-def faiss_index() -> faiss.Index:
-    index = faiss.IndexFlatL2(64)
-    index.add(torch.zeros(4096, 64).numpy())
-    return index
-
-
 @pytest.mark.parametrize(
     "write",
-    [
-        lambda: FULL.write_bytes(b"content"),
-        lambda: torch.save(torch.zeros(10**6), FULL),
-        lambda: faiss.write_index(faiss_index(), str(FULL)),
-    ],
-    ids=["python", "torch", "faiss"],
+    [lambda: FULL.write_bytes(b"content"), lambda: torch.save(torch.zeros(10**6), FULL)],
+    ids=["python", "torch"],
 )
-def test_a_full_disk_is_told_in_the_same_words_whoever_meets_it(write: Callable[[], object]) -> None:
+def test_a_full_disk_is_told_in_the_same_words_whatever_writes(write: Callable[[], object]) -> None:
     with pytest.raises(OSError, match=r"full|No space") as met, wrap_write_errors(FULL):
         write()
     assert met.value.errno in (errno.ENOSPC, errno.EIO)  # PyTorch does not say why

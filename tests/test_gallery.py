@@ -11,32 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_gallery_build import encoder, other, photos
 
 from alignment.gallery import Caption, Gallery, Picture, build_gallery, main
 from alignment.gallery.records import PICTURES, GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
 
-
-@pytest.fixture(scope="module")
-def encoder(checkpoint: Callable[[str], Path]) -> DualEncoder:
-    return DualEncoder.load(checkpoint("clip"), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def other(checkpoint: Callable[[str], Path]) -> DualEncoder:
-    return DualEncoder.load(checkpoint("siglip"), device="cpu")
-
-
-@pytest.fixture
-def photos(tmp_path: Path, pictures: list[Image.Image]) -> Path:
-    """A folder of three photos, one of them deeper down."""
-    folder = tmp_path / "photos"
-    (folder / "holiday" / "day 1").mkdir(parents=True)
-    pictures[0].save(folder / "a.png")
-    pictures[1].save(folder / "holiday" / "b.png")
-    pictures[2].resize((800, 400)).save(folder / "holiday" / "day 1" / "c.JPG")
-    return folder
+__all__ = ["encoder", "other", "photos"]
 
 
 # ---------------------------------------------------------------- search

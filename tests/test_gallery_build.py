@@ -23,7 +23,7 @@ from PIL import Image
 
 from alignment.confidence import cohort_version
 from alignment.gallery import BuildReport, Gallery, build_gallery, main, scan
-from alignment.gallery.database import DATABASE
+from alignment.gallery.database import DATABASE, GalleryDatabase
 from alignment.gallery.records import CAPTIONS, PICTURES
 from alignment.model import DualEncoder
 from alignment.picture_limits import lift_limits
@@ -152,6 +152,19 @@ def test_what_has_not_changed_is_not_touched(photos: Path, tmp_path: Path, encod
     _, report = build(photos, tmp_path / "out", encoder)
     assert counts(report) == (0, 3, 0)
     assert snapshot(tmp_path / "out") == before
+
+
+def test_a_gallery_without_the_table_of_scanned_files_is_brought_up_to_date(
+    photos: Path, tmp_path: Path, encoder: DualEncoder
+) -> None:
+    """Earlier versions made that table for the time of a build only."""
+    first, _ = build(photos, tmp_path / "out", encoder)
+    with closing(sqlite3.connect(tmp_path / "out" / DATABASE)) as connection, connection:
+        connection.execute("DROP TABLE scanned")
+    assert GalleryDatabase.open(tmp_path / "out").check() == []
+    second, report = build(photos, tmp_path / "out", encoder)
+    assert counts(report) == (0, 3, 0)
+    assert list(second.pictures) == list(first.pictures)
 
 
 def test_a_new_date_alone_is_no_change(photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:

@@ -6,21 +6,6 @@ made it and refuses to be searched with the embeddings of another.
     python -m alignment.gallery build SOURCE --out DIR [--model PATH_OR_HUB_ID]
     python -m alignment.gallery check DIR
     python -m alignment.gallery push DIR --index http://host:19530
-
-| module        | what it does |
-|---------------|--------------|
-| `records`     | pictures, captions and metadata, and how they are listed from a source |
-| `scan`        | reads, hashes and decodes pictures in threads, ahead of the model |
-| `build`       | embeds what is new of a source |
-| `distributed` | divides a build among the processes of a `torchrun` |
-| `database`    | reads `gallery.db` |
-| `writer`      | writes it |
-| `old_format`  | converts galleries of the previous format |
-| `modality`    | pictures or captions by position, and the search among them |
-| `search`      | finds the pictures of a caption and the captions of a picture |
-| `milvus_sync` | copies embeddings to a Milvus server and back |
-| `starter`     | galleries that the app makes for itself, in the cache folder |
-| `command`     | the command |
 """
 
 from alignment.gallery.build import BuildReport, build_gallery
@@ -32,20 +17,6 @@ from alignment.gallery.search import Gallery, Match, SearchResult
 from alignment.gallery.starter import build_starter, cached_folder, starter_gallery
 
 __all__ = [
-    "THUMBNAIL_PIXELS",
-    "BuildReport",
-    "Caption",
-    "Gallery",
-    "Match",
-    "Picture",
-    "Remote",
-    "SearchResult",
-    "Show",
-    "add_index_options",
-    "build_gallery",
-    "build_starter",
-    "cached_folder",
-    "main",
-    "progress_bar",
-    "starter_gallery",
-]
+    "THUMBNAIL_PIXELS", "BuildReport", "Caption", "Gallery", "Match", "Picture", "Remote", "SearchResult", "Show",
+    "add_index_options", "build_gallery", "build_starter", "cached_folder", "main", "progress_bar", "starter_gallery",
+]  # fmt: skip

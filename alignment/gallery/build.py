@@ -1,8 +1,8 @@
 """Embed pictures and captions into a gallery folder; what has not changed is kept.
 
-Place in the flow: `SOURCE -> records (pairs, records) -> embeddings (here) -> gallery.db`. Threads scan files ahead of
-the model. Embeddings and thumbnails go into the database as they are made, so that a build that was killed is
-resumed by the next one; the records are replaced at the end.
+Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threads scan files ahead of the model.
+Embeddings and thumbnails go into the database as they are made, so that a build that was killed is resumed by the next
+one; the records are replaced at the end.
 """
 
 from __future__ import annotations
@@ -25,33 +25,25 @@ from torch import Tensor
 from alignment.atomic import exclusive_lock, remove_stale_temp
 from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
 from alignment.data import Partition, read_data
+from alignment.gallery import records
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
 from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.modality import write_index
 from alignment.gallery.old_format import import_gallery
-from alignment.gallery.records import (
-    Caption,
-    GalleryMetadata,
-    Picture,
-    is_hand_written,
-    read_captioned,
-    read_hand_written,
-)
+from alignment.gallery.records import Caption, GalleryMetadata, Picture
 from alignment.gallery.scan import ImageScanner, ScannedImage
 from alignment.gallery.search import Gallery
-from alignment.gallery.writer import GalleryWriter, content_of
+from alignment.gallery.writer import GalleryWriter, content_of, delete_database
 from alignment.model import DualEncoder
 from alignment.prefetch import prefetch_map
-from alignment.preprocess import InputError, sanitize_text
+from alignment.preprocess import InputError, message_with_option, sanitize_text
 
 logger = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[int, int], None]
 Growing: TypeAlias = Callable[[Gallery], None]
 
-COMMIT_S = 2.0
-"""Seconds between two commits: what was embedded since then is lost if the process is killed."""
-
+COMMIT_S = 2.0  # between two commits: what was embedded since then is lost if the process is killed
 _CAPTION_BATCH = 4096
 _MIN_GROWING = 32  # pictures from which a growing gallery is shown
 _AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; only those under way are held decoded
@@ -59,31 +51,18 @@ _AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; onl
 
 @dataclass
 class BuildReport:
-    """What a build did.
+    """What a build did."""
 
-    Attributes:
-        encoded: how many "pictures" and "captions" went through the model.
-        reused: how many kept the embedding they had.
-        skipped: name and reason of each picture that could not be read.
-        errors: what was raised for those whose file is to blame, by their name.
-        left_out: reason -> what reading the source left out for it.
-        repaired: what was read although something is wrong with it -> where.
-        unread: files of captions in the source of which nothing could be read -> why.
-        cut: captions that are longer than the model reads.
-        unlisted: folders of the source that could not be listed.
-        held: pictures, in those folders or not readable now, that the gallery keeps as they were.
-    """
-
-    encoded: Counter[str] = field(default_factory=Counter)
-    reused: Counter[str] = field(default_factory=Counter)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    errors: dict[str, InputError] = field(default_factory=dict)
-    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    unread: Mapping[str, str] = field(default_factory=dict)
-    cut: Sequence[str] = ()
-    unlisted: Sequence[str] = ()
-    held: list[str] = field(default_factory=list)
+    encoded: Counter[str] = field(default_factory=Counter)  # how many "pictures" and "captions" went through the model
+    reused: Counter[str] = field(default_factory=Counter)  # how many kept the embedding they had
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # pictures that could not be read: name, reason
+    errors: dict[str, InputError] = field(default_factory=dict)  # raised for those whose file is to blame, by name
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> what the source's reader left out
+    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what was read although it is faulty -> where
+    unread: Mapping[str, str] = field(default_factory=dict)  # caption files of which nothing could be read -> why
+    cut: Sequence[str] = ()  # captions that are longer than the model reads
+    unlisted: Sequence[str] = ()  # folders of the source that could not be listed
+    held: list[str] = field(default_factory=list)  # pictures, there or not readable now, kept as they were
 
     @property
     def is_complete(self) -> bool:
@@ -104,19 +83,11 @@ def build_gallery(
     listed, stays as it was in the gallery. Until all is embedded, readers see the gallery that was there before; a
     build that was killed, or ran out of room, is resumed by the next one.
 
-    Args:
-        source: a folder of pictures, whatever `read_pairs` reads, or a hand-written list (see `read_hand_written`).
-        out: the gallery folder, new or old.
-        encoder: embeds.
-        format: of the data set, where the found one is wrong.
-        split: only this one of the data set.
-        calibrate: embed the cohort too, so that the gallery can tell when nothing fits.
-        progress: called with (done, total) items.
-        report: filled in as the build goes.
-        remote: the server that gets a copy of the embeddings and searches them.
-        growing: called now and then with a gallery in memory of the pictures that are embedded so far.
-        like: a gallery of the same model; its cohort is taken over.
-        timeout: seconds to wait while another process builds there.
+    `source` is a folder of pictures, whatever `read_data` reads with `format` and `split`, or a hand-written list, see
+    `read_hand_written`. With `calibrate` the cohort is embedded too, so that the gallery can tell when nothing fits, or
+    taken over from `like`, a gallery of the same model. `progress` is called with (done, total) items, and `growing`
+    now and then with a gallery in memory of what is embedded so far. `remote` is the server that gets a copy of the
+    embeddings and searches them. Waits `timeout` seconds while another process builds there.
 
     Raises:
         FileNotFoundError: when there is no such source.
@@ -132,23 +103,17 @@ def build_gallery(
     with exclusive_lock(out, timeout=timeout):
         import_gallery(out, remote.embeds if remote else None)
         remove_stale_temp(out, age=0)
-        writer = _open_writer(out / DATABASE, encoder)
-        try:
+        with closing(_open_writer(out / DATABASE, encoder)) as writer:
+            if count := writer.count_unused():
+                logger.warning("%d embeddings that were made before are taken over.", count)
             for share in sorted(out.glob("share-*.db")):
                 try:
                     writer.merge(share)
                 except ValueError as error:
                     logger.warning("%s is damaged (%s): what it holds is embedded again.", share, error)
-                _delete(share)
+                delete_database(share)
             build = _Build(writer, encoder, metadata, report, progress, growing, like)
             build.finish(*build.embed(*build.with_unlisted(pictures, captions)), calibrate)
-        finally:
-            empty = False
-            with suppress(OSError, ValueError):  # the first error is the one to report
-                empty = writer.is_empty()
-            writer.close()
-            if empty:  # a first build that read nothing
-                _delete(out / DATABASE)
     with closing(GalleryDatabase.open(out, encoder.name)) as database:
         if remote is not None:
             remote.push(database, lambda what, done, total: progress(done, total) if progress else None)
@@ -188,8 +153,8 @@ def _read_source(
     options = [word for name, value in (("--format", format), ("--split", split)) if value for word in (name, value)]
     model = encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias
     metadata = GalleryMetadata(*model, origin, shlex.join(options))
-    if folder.is_dir() and format is None and split is None and is_hand_written(folder):
-        pictures, captions = read_hand_written(folder)
+    if folder.is_dir() and not options and records.is_hand_written(folder):
+        pictures, captions = records.read_hand_written(folder)
         return (share.select(pictures), share.select(captions), metadata) if share else (pictures, captions, metadata)
     reading = read_data(source, format=format, split=split, partition=share)
     report.left_out, report.repaired = reading.left_out, reading.repaired
@@ -199,55 +164,17 @@ def _read_source(
         if not images:
             raise ValueError(f"All pictures of {source} lie in the gallery folder {out}: choose another one for --out.")
         report.left_out = {**report.left_out, "pictures in the folder of the gallery itself": inside}
-    return *read_captioned(images, origin if folder.is_dir() else ""), metadata
+    return *records.read_captioned(images, origin if folder.is_dir() else ""), metadata
 
 
 def _open_writer(path: Path, encoder: DualEncoder, base: Path | None = None) -> GalleryWriter:
-    """Open a database and delete damaged rows, which are made again; one damaged beyond that is made anew."""
+    """Open a database; one that is damaged beyond repair is made anew."""
     try:
-        writer = GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
-        try:
-            faults = writer.repair()
-        except BaseException:
-            writer.close()
-            raise
+        return GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
     except ValueError as error:
         logger.warning("%s is damaged (%s), and built anew.", path, error)
-        _delete(path)
+        delete_database(path)
         return GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
-    if faults:
-        logger.warning("%s is damaged in %d places, which are made again: %s", path, len(faults), faults[0])
-    if base is None and (count := writer.count_unused()):
-        logger.warning("%d embeddings that were made before are taken over.", count)
-    return writer
-
-
-def _delete(path: Path) -> None:
-    for name in (path, path.with_name(f"{path.name}-journal")):
-        name.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class _Previous:
-    """What the gallery in the folder holds, if this model made it: records of all pictures and captions."""
-
-    metadata: GalleryMetadata
-    pictures: Sequence[Picture] = ()
-    captions: Sequence[Caption] = ()
-    cohort: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path, encoder: DualEncoder) -> _Previous:
-        with suppress(FileNotFoundError):
-            try:
-                with closing(GalleryDatabase.open(folder, encoder.name)) as database:
-                    if database.metadata.fingerprint == encoder.fingerprint:
-                        pictures = database.pictures(database.ids("picture").tolist())
-                        captions = database.captions(database.ids("caption").tolist())
-                        return cls(database.metadata, pictures, captions, database.cohort())
-            except (ValueError, KeyError) as error:
-                logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
-        return cls(GalleryMetadata("", "", 1.0, None))
 
 
 class _Build:
@@ -260,24 +187,38 @@ class _Build:
         self.writer, self.encoder, self.metadata, self.report = writer, encoder, metadata, report
         self.progress = progress or (lambda done, total: None)
         self.growing, self.like, self.grown = growing, like, 0  # number of pictures shown last
-        self.before = _Previous.read(writer.path.parent, encoder)
-        same_source = self.before.metadata.source == metadata.source
-        self.files = {picture.source: picture.file for picture in self.before.pictures if picture.file and same_source}
+        self._read_previous(writer.path.parent)
+        same_source = self.before is not None and self.before.source == metadata.source
+        self.files = {picture.source: picture.file for picture in self.pictures if picture.file and same_source}
         self.scanned = {**self.files, **writer.scanned()}
+        self.read: list[Picture] = []  # those that can be read, each with the state of its file
         self.waiting: dict[str, int] = {}  # number of a picture that is with the model, by the hash of its file
-        self.num_scanned = 0
+        self.num_scanned = self.total = 0
         self.committed = time.monotonic()
+
+    def _read_previous(self, folder: Path) -> None:
+        """Read the records of the gallery in the folder, if this model made it."""
+        self.before: GalleryMetadata | None = None
+        self.pictures, self.captions, self.cohort = list[Picture](), list[Caption](), dict[str, Tensor]()
+        with suppress(FileNotFoundError):
+            try:
+                with closing(GalleryDatabase.open(folder, self.encoder.name)) as database:
+                    if database.metadata.fingerprint == self.encoder.fingerprint:
+                        self.pictures, self.captions = database.records()
+                        self.before, self.cohort = database.metadata, database.cohort()
+            except (ValueError, KeyError) as error:
+                logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
 
     def with_unlisted(
         self, pictures: Sequence[Picture], captions: Sequence[Caption]
     ) -> tuple[Sequence[Picture], Sequence[Caption]]:
         """Add what the gallery holds of folders that cannot be listed now."""
-        if not self.files or self.before.metadata.options != self.metadata.options:
+        if not self.before or not self.files or self.before.options != self.metadata.options:
             return pictures, captions
         listed = {picture.source for picture in pictures}
-        away = [picture for picture in self.before.pictures if self._is_away(picture) and picture.source not in listed]
+        away = [picture for picture in self.pictures if self._is_away(picture) and picture.source not in listed]
         scenes = {picture.id for picture in away}
-        return [*pictures, *away], [*captions, *(each for each in self.before.captions if each.scene in scenes)]
+        return [*pictures, *away], [*captions, *(caption for caption in self.captions if caption.scene in scenes)]
 
     def _is_away(self, picture: Picture) -> bool:
         """Whether a picture lies in a folder that could not be listed."""
@@ -288,130 +229,126 @@ class _Build:
     ) -> tuple[Sequence[Picture], Sequence[Caption]]:
         """Embed everything; returns what could be read, and the captions that do not belong to what could not."""
         try:
-            read = self._encode_pictures(pictures, len(captions))
-            lost = {picture.id for picture in pictures} - {picture.id for picture in read}
+            self.total = len(pictures) + len(captions)
+            self._encode_pictures(pictures)
+            lost = {picture.id for picture in pictures} - {picture.id for picture in self.read}
             kept = [caption for caption in captions if caption.scene not in lost]
-            self._encode_captions(kept, len(read))
+            self.total = len(self.read) + len(kept)
+            self._encode_captions(kept)
         except BaseException:
             with suppress(OSError, ValueError):  # the first error is the one to report
                 self.writer.commit()
             raise
         self.writer.commit()
-        return read, kept
+        return self.read, kept
 
-    def _commit_sometimes(self) -> None:
-        if time.monotonic() - self.committed >= COMMIT_S:
-            self.writer.commit()
-            self.committed = time.monotonic()
-
-    def _encode_pictures(self, pictures: Sequence[Picture], num_captions: int) -> list[Picture]:
-        """Embed those that can be read and return them, each with the state of its file."""
-        read: list[Picture] = []
-        total = len(pictures) + num_captions
-        has_thumbnail = self.writer.has_thumbnail
-        scanner = ImageScanner(self.scanned, self._is_known, has_thumbnail, self.encoder.preprocessor)
+    def _encode_pictures(self, pictures: Sequence[Picture]) -> None:
+        scanner = ImageScanner(self.scanned, self._known, self.encoder.preprocessor)
         with closing(prefetch_map(scanner, pictures, depth=_AHEAD)) as scans:
-            for row in self.encoder.encode_prepared(self._unseen(scans, read, total)):
+            for row in self.encoder.encode_prepared(self._unseen(scans)):
                 sha256 = next(iter(self.waiting))
                 self.writer.add("picture", [sha256], row[None])
                 del self.waiting[sha256]
-                self._commit_sometimes()
                 self.report.encoded["pictures"] += 1
-                self.progress(next(iter(self.waiting.values()), self.num_scanned), total)
-                self._show_growth(read)
-        self.report.reused["pictures"] = len(read) - self.report.encoded["pictures"] - len(self.report.held)
-        return read
+                self._advance()
+        self.report.reused["pictures"] = len(self.read) - self.report.encoded["pictures"] - len(self.report.held)
 
-    def _unseen(self, scans: Iterable[ScannedImage], read: list[Picture], total: int) -> Iterator[Mapping[str, Tensor]]:
-        """Pass on the inputs of pictures that no embedding is known of; list in `read` those that can be read."""
-        for number, scan in enumerate(scans):
-            self.num_scanned = number + 1
+    def _unseen(self, scans: Iterable[ScannedImage]) -> Iterator[Mapping[str, Tensor]]:
+        """Pass on the inputs of pictures that no embedding is known of."""
+        for self.num_scanned, scan in enumerate(scans, 1):
             picture, file = scan.picture, scan.picture.file
-            before = self.files.get(picture.source)
-            if before and (scan.unreadable_now or (scan.refusal and self._is_away(picture))):
+            before, failure = self.files.get(picture.source), scan.failure
+            is_there = isinstance(failure, OSError) and not isinstance(failure, FileNotFoundError)
+            if before and failure and (is_there or self._is_away(picture)):
                 self.report.held.append(picture.source)
-                read.append(replace(picture, file=before))
-            elif scan.refusal or file is None:
-                self.report.skipped.append((picture.source, scan.refusal))
-                if scan.error:
-                    self.report.errors[picture.source] = scan.error
-                logger.warning("Skipped %s: %s", sanitize_text(picture.source), scan.refusal)
+                self.read.append(replace(picture, file=before))
+            elif failure:
+                self._skip(picture.source, failure)
             else:
-                read.append(picture)
+                assert file is not None  # it was scanned
+                self.read.append(picture)
                 if file.mtime_ns and file != self.scanned.get(picture.source):
                     self.writer.add_scanned(picture.source, file)
                 if scan.thumbnail is not None:
                     self.writer.add_thumbnail(file.sha256, scan.thumbnail)
                 # Of two files with the same content, both may have been opened before the first came here.
-                if scan.inputs is not None and not self._is_known(file.sha256):
-                    self.waiting[file.sha256] = number
+                if scan.inputs is not None and not self._known(file.sha256)[0]:
+                    self.waiting[file.sha256] = self.num_scanned - 1
                     yield scan.inputs
                     continue
-            self._commit_sometimes()
-            if not self.waiting:
-                self.progress(self.num_scanned, total)
+            self._advance()
 
-    def _is_known(self, sha256: str) -> bool:
-        return sha256 in self.waiting or self.writer.has("picture", sha256)
+    def _skip(self, name: str, failure: InputError | OSError) -> None:
+        """Report a picture that cannot be read."""
+        if isinstance(failure, InputError):
+            self.report.errors[name], reason = failure, message_with_option(failure)
+        else:
+            reason = failure.strerror or str(failure)
+        self.report.skipped.append((name, reason))
+        logger.warning("Skipped %s: %s", sanitize_text(name), reason)
 
-    def _show_growth(self, read: Sequence[Picture]) -> None:
-        """Show what can be searched already, each time it has grown by half."""
-        ready = len(read) - len(self.waiting)
-        if self.growing is None or ready < max(_MIN_GROWING, 1.5 * self.grown):
-            return
-        self.grown = ready
-        known = [picture for picture in read if picture.file and picture.file.sha256 not in self.waiting]
-        images = self.writer.embeds("picture", [content_of(picture) for picture in known])
-        judge = self.like.judge if self.like else None
-        none = torch.empty(0, self.encoder.embed_dim)
-        self.growing(Gallery(known, (), images, none, self.metadata, judge=judge))
+    def _known(self, sha256: str) -> tuple[bool, bool]:
+        """Whether a file is embedded, or about to be, and has a thumbnail."""
+        return sha256 in self.waiting or self.writer.has("picture", sha256), self.writer.has_thumbnail(sha256)
 
-    def _encode_captions(self, captions: Sequence[Caption], num_pictures: int) -> None:
+    def _advance(self) -> None:
+        """Commit now and then, and show how far the build is and what can be searched already."""
+        if time.monotonic() - self.committed >= COMMIT_S:
+            self.writer.commit()
+            self.committed = time.monotonic()
+        self.progress(next(iter(self.waiting.values()), self.num_scanned), self.total)
+        if self.growing and len(self.read) - len(self.waiting) >= max(_MIN_GROWING, 1.5 * self.grown):
+            self.grown = len(self.read) - len(self.waiting)
+            known = [picture for picture in self.read if picture.file and picture.file.sha256 not in self.waiting]
+            images = self.writer.embeds("picture", [content_of(picture) for picture in known])
+            judge, none = self.like.judge if self.like else None, torch.empty(0, self.encoder.embed_dim)
+            self.growing(Gallery(known, (), images, none, self.metadata, judge=judge))
+
+    def _encode_captions(self, captions: Sequence[Caption]) -> None:
         texts = dict.fromkeys(caption.text for caption in captions)
         fresh = [text for text in texts if not self.writer.has("caption", text)]
-        done, total = num_pictures + len(captions) - len(fresh), num_pictures + len(captions)
         for start in range(0, len(fresh), _CAPTION_BATCH):
             batch = fresh[start : start + _CAPTION_BATCH]
 
-            def show(count: int, _: int, done: int = done + start) -> None:
-                self.progress(done + count, total)
+            def show(count: int, _: int, done: int = self.total - len(fresh) + start) -> None:
+                self.progress(done + count, self.total)
 
             self.writer.add("caption", batch, self.encoder.encode_texts(batch, progress=show))
             self.writer.commit()
         self.report.encoded["captions"] = len(fresh)
         self.report.reused["captions"] = len(captions) - len(fresh)
-        self.progress(total, total)
+        self.progress(self.total, self.total)
 
     def finish(self, pictures: Sequence[Picture], captions: Sequence[Caption], calibrate: bool) -> None:
         """Replace the records of the gallery."""
         if not pictures and not captions:
             raise ValueError(f"Nothing in {self.metadata.source} could be read, so no gallery was made.")
         metadata = replace(self.metadata, built=datetime.now(UTC).isoformat(timespec="seconds"))
-        cohort: Mapping[str, Tensor] = {}
-        if calibrate:
-            found = self._cohort()
-            rows = (_Rows(self.writer, "picture", pictures), _Rows(self.writer, "caption", captions))
-            calibration, how = fit_calibration(pictures, captions, *rows, found)
+        cohort = self._cohort() if calibrate else None
+        if cohort:
+            rows = _Rows(self.writer, "picture", pictures), _Rows(self.writer, "caption", captions)
+            calibration, how = fit_calibration(pictures, captions, *rows, cohort)
             judged_by = f"{how}; background {cohort_version()}"
             metadata = replace(metadata, calibration=calibration.to_dict(), judged_by=judged_by)
-            cohort = found.tensors()
-        self.writer.finish(pictures, captions, metadata, cohort)
+        self.writer.finish(pictures, captions, metadata, cohort.tensors() if cohort else {})
 
     def _cohort(self) -> Cohort:
         """Take over the cohort of the gallery, or of the one that lends it, while it is up to date."""
-        version, lender = cohort_version(), self.like
-        if self.before.cohort and self.before.metadata.judged_by.endswith(version):
-            return Cohort(**{name: embeds.float() for name, embeds in self.before.cohort.items()})
-        if lender is not None and lender.judge and lender.metadata.judged_by.endswith(version):
-            return lender.judge.cohort
+        version = cohort_version()
+        if self.before and self.cohort and self.before.judged_by.endswith(version):
+            return Cohort(**{name: embeds.float() for name, embeds in self.cohort.items()})
+        if self.like and self.like.judge and self.like.metadata.judged_by.endswith(version):
+            return self.like.judge.cohort
         return build_cohort(self.encoder)
 
 
+@dataclass
 class _Rows:
     """Embeddings of items by position."""
 
-    def __init__(self, writer: GalleryWriter, kind: Kind, items: Sequence[Picture | Caption]) -> None:
-        self._writer, self._kind, self._items = writer, kind, items
+    writer: GalleryWriter
+    kind: Kind
+    items: Sequence[Picture | Caption]
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        return self._writer.embeds(self._kind, [content_of(self._items[row]) for row in positions.tolist()])
+        return self.writer.embeds(self.kind, [content_of(self.items[row]) for row in positions.tolist()])

@@ -1,17 +1,26 @@
-"""The command `python -m alignment.gallery`."""
+"""The command `python -m alignment.gallery`.
+
+Place in the flow: `command (here) -> build_gallery`. Under `torchrun` each process embeds its share; the first one
+gathers what the others report and finishes the gallery. When a process fails, torchrun ends the others.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
+from torch import distributed
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -20,15 +29,16 @@ from alignment.bundled import MODEL, bundled
 from alignment.data import Partition, describe_issues, describe_truncated
 from alignment.gallery.build import BuildReport, build_gallery, embed_share
 from alignment.gallery.database import KINDS, GalleryDatabase
-from alignment.gallery.distributed import WorkerGroup, own_device, sigterm_as_interrupt, worker_group
 from alignment.gallery.milvus_sync import Remote, add_index_options, add_push
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import join_first
 
-_LATER = " Once all are done, finish with the command without --share."
 Show: TypeAlias = Callable[[int, int], None]
+
+_START = timedelta(minutes=10)  # that all processes of a torchrun have to come together
+_LONGEST = timedelta(days=30)  # that a process waits for the others
 
 _HELP = """\
 Embed pictures and captions once, so that the app can search them at once.
@@ -119,12 +129,12 @@ def _check(args: argparse.Namespace) -> int:
     """Check every byte of the database, and whether the server, if one is named, holds all of it."""
     with closing(GalleryDatabase.open(Path(args.folder))) as database:
         if faults := database.check():
-            raise database.damaged("; ".join([*faults[:3], *[f"and {len(faults) - 3} more"][: len(faults) > 3]]))
+            more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise database.damaged("; ".join(faults[:3]) + more)
         metadata = database.metadata
-        if (remote := Remote.of(args.index, args.folder, args.index_name)) is not None:
-            for kind in KINDS:
-                if len(ids := database.ids(kind)):
-                    remote.open(kind, metadata.fingerprint, ids).close()
+        if remote := Remote.of(args.index, args.folder, args.index_name):
+            for kind in (kind for kind in KINDS if len(database.ids(kind))):
+                remote.open(kind, metadata.fingerprint, database.ids(kind)).close()
     print(f"{args.folder}: {metadata.num_pictures} pictures and {metadata.num_captions} captions, as written.")
     return 0
 
@@ -142,35 +152,37 @@ def _build(args: argparse.Namespace) -> int:
     report = BuildReport()
     with sigterm_as_interrupt(), worker_group() as group:
         encoder = DualEncoder.load(args.model, revision=args.revision, device=own_device() if group else None)
-        if group or args.share:
-            _embed_share(args, encoder, data, report, group)
-            if not group or group.rank:
-                return 0
-        before, report = report, BuildReport()
+        shared = _embed_share(args, encoder, data, group) if group or args.share else None
+        if shared and (not group or group.share.number > 1):
+            return 0
         with progress_bar() as show:
             gallery = build_gallery(
                 args.source, args.out, encoder, calibrate=not args.no_calibration, progress=show, report=report,
                 remote=Remote.of(args.index, args.out, args.index_name), **data,
             )  # fmt: skip
-        if group:
-            report.encoded, report.reused = before.encoded + report.encoded, before.reused
+        if shared:
+            report.encoded, report.reused = shared.encoded + report.encoded, shared.reused
     return _sum_up(args, gallery, report, encoder.preprocessor.max_length)
 
 
 def _embed_share(
-    args: argparse.Namespace, encoder: DualEncoder, data: dict[str, Any], report: BuildReport, group: WorkerGroup | None
-) -> None:
-    """Embed one share; among the processes of a torchrun, add up what all of them did."""
-    share = group.share if group else args.share
-    if group:
-        group.check_same_model(encoder.fingerprint)
-    with progress_bar(f"Embedding {share}", quiet=bool(group and group.rank)) as show:
+    args: argparse.Namespace, encoder: DualEncoder, data: dict[str, Any], group: WorkerGroup | None
+) -> BuildReport:
+    """Embed one share; among the processes of a torchrun, which have the same model, add up what all of them did."""
+    share, report = group.share if group else args.share, BuildReport()
+    models = group.gather(encoder.fingerprint) if group else []
+    if wrong := [rank for rank, model in enumerate(models) if model != models[0]]:
+        theirs = f"Process {wrong[0]} has another model ({models[wrong[0]][:12]}) than process 0 ({models[0][:12]})"
+        raise ValueError(f"{theirs}: give all of them the same files.")
+    with progress_bar(f"Embedding {share}", quiet=bool(group) and share.number > 1) as show:
         embed_share(args.source, args.out, encoder, share, progress=show, report=report, **data)
     counts = f"{report.encoded['pictures']} pictures and {report.encoded['captions']} captions encoded"
-    print(f"Share {share}: {counts}." + ("" if group else _LATER), flush=True)
+    later = "" if group else " Once all are done, finish with the command without --share."
+    print(f"Share {share}: {counts}.{later}", flush=True)
     if group:
         encoded, reused = zip(*group.gather((report.encoded, report.reused)), strict=True)
         report.encoded, report.reused = sum(encoded, Counter()), sum(reused, Counter())
+    return report
 
 
 @contextmanager
@@ -201,3 +213,58 @@ def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport, max
         return 0
     print(f"{args.out} is not complete: run the same command again once all of it can be read.", file=sys.stderr)
     return 1
+
+
+# ---------------------------------------------------------------- torchrun
+
+
+class WorkerGroup(NamedTuple):
+    """The processes of one torchrun: what this one embeds, and their gloo group."""
+
+    share: Partition
+    group: Any
+
+    def gather(self, value: Any) -> list[Any]:
+        """Wait for all processes; returns their values by rank, ChildProcessError when one of them has ended."""
+        values = [None] * self.share.count
+        try:
+            distributed.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            raise ChildProcessError(
+                f"Another process of this torchrun has ended ({str(error).splitlines()[0]}). What was embedded by then "
+                "is kept: run the same command again, and it goes on from there."
+            ) from error
+        return values
+
+
+@contextmanager
+def worker_group() -> Iterator[WorkerGroup | None]:
+    """Join the processes of this torchrun, TimeoutError when they do not come; None when this process is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield None
+        return
+    try:
+        distributed.init_process_group("gloo", timeout=_START)
+        group = distributed.new_group(timeout=_LONGEST)
+    except distributed.DistError as error:
+        raise TimeoutError(f"The processes of this torchrun did not come together: {error}") from error
+    try:
+        yield WorkerGroup(Partition(distributed.get_rank() + 1, distributed.get_world_size()), group)
+    finally:
+        distributed.destroy_process_group()
+
+
+def own_device() -> str | None:
+    """Name the GPU of this process, one each; None where there is none."""
+    count = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else None
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Handle SIGTERM, as torchrun sends it when another process has failed, like Ctrl-C: what is embedded is kept."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

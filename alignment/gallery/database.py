@@ -21,6 +21,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -40,16 +41,13 @@ KINDS: tuple[Kind, Kind] = ("picture", "caption")
 INDEX_FILES: dict[Kind, str] = {"picture": "image_embeds.faiss", "caption": "text_embeds.faiss"}
 COHORT = "cohort."
 VERSION = 1
-SCHEMA = """
-CREATE TABLE meta(key TEXT, value, crc INTEGER);
-CREATE TABLE embedding(id INTEGER PRIMARY KEY, key INTEGER UNIQUE, embeds BLOB, crc INTEGER);
-CREATE TABLE thumbnail(id INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, webp BLOB, crc INTEGER);
-CREATE TABLE picture(id INTEGER PRIMARY KEY, name TEXT, source BLOB, folder BLOB, captions TEXT, credit TEXT,
-    size INTEGER, mtime_ns INTEGER, sha256 BLOB, embedding INTEGER, crc INTEGER);
-CREATE TABLE caption(id INTEGER PRIMARY KEY, name TEXT, text TEXT, lang TEXT, scene TEXT, topic TEXT,
-    embedding INTEGER, crc INTEGER);
-CREATE INDEX picture_name ON picture(name);
-"""
+COLUMNS = {  # that the checksum of a row is of
+    "meta": "key, value",
+    "embedding": "key, embeds",
+    "thumbnail": "sha256, webp",
+    "picture": "id, name, source, folder, captions, credit, size, mtime_ns, sha256, embedding",
+    "caption": "id, name, text, lang, scene, topic, embedding",
+}
 _TIMEOUT_S = 60.0  # to wait for the commit of another process
 _CACHE_KB = 16384
 _OLD_FORMAT, _IMPORT_TIMEOUT_S = "gallery.json", 600.0
@@ -62,62 +60,82 @@ _ERRNO |= {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_BUSY: errno.EAGAIN,
 
 
 class SQLiteFile:
-    """A connection to a database file, which several threads use in turn; transactions are begun explicitly.
+    """A connection to a database file, which several threads use in turn; the first change begins a transaction.
 
     Every method raises an OSError that names the file, or a ValueError when its content is damaged.
     """
 
     def __init__(self, path: Path, mode: Literal["ro", "rw", "rwc"]) -> None:
-        """Open a file; one opened "ro" that a killed process was writing has to be opened "rw" first."""
-        self.path, self.lock = path, threading.RLock()
-        options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False, "uri": True}
+        """Open a file; what a killed process left half written is undone, which takes write access."""
+        self.path, self._lock = path, threading.RLock()
         try:
-            self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", _TIMEOUT_S, **options)
-        except sqlite3.Error as error:
-            raise self._translated(error) from error
-        self.close = self._connection.close
+            self._connect(mode)
+        except PermissionError:
+            if mode != "ro":
+                raise
+            self._connect("rw")
+            self.close()
+            self._connect(mode)
+
+    def _connect(self, mode: str) -> None:
+        options: dict[str, Any] = {"isolation_level": "IMMEDIATE", "check_same_thread": False, "uri": True}
+        with self._errors():
+            self._connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", _TIMEOUT_S, **options)
         try:
+            self._connection.create_function("crc_of", -1, _crc_of, deterministic=True)
             self(f"PRAGMA cache_size=-{_CACHE_KB}")
             self("SELECT 1 FROM sqlite_schema")
         except BaseException:
-            self.close()
+            self._connection.close()
             raise
 
-    def __call__(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
-        """Run a statement; returns the rows that it finds."""
-        with self.lock:
-            return list(self.each(sql, values))
+    def close(self) -> None:
+        """Close the file; what was not committed is gone."""
+        self._connection.close()
 
-    def each(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> Iterator[Row]:
-        """Run a statement, once or with each of `many` values, and yield rows; in a thread that uses the file alone."""
-        run = self._connection
+    def __call__(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> list[Row]:
+        """Run a statement, once or with each of `many` rows of values; returns what it finds."""
+        with self._errors():
+            run = self._connection
+            return (run.execute(sql, values) if many is None else run.executemany(sql, many)).fetchall()
+
+    def commit(self) -> None:
+        """Make the changes survive the end of the process and a power cut."""
+        with self._errors():
+            self._connection.commit()
+
+    def rollback(self) -> None:
+        """Undo what was not committed."""
+        with self._errors():
+            self._connection.rollback()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Translate the errors of SQLite; keep other threads out."""
         try:
-            yield from run.execute(sql, values) if many is None else run.executemany(sql, many)
+            with self._lock:
+                yield
         except sqlite3.Error as error:
-            raise self._translated(error) from error
+            code = getattr(error, "sqlite_errorcode", -1) & 0xFF
+            if code in _DAMAGED or "decode" in str(error):  # to text; this has no code
+                raise self.damaged(error) from error
+            if (number := _ERRNO.get(code)) is None:
+                raise
+            if number == errno.EIO:
+                number = _write_errno(self.path)
+            number = errno.EISDIR if self.path.is_dir() else number
+            raise OSError(number, os.strerror(number), str(self.path)) from error
 
-    @property
-    def in_transaction(self) -> bool:
-        """Whether there are changes that are not committed; `close` undoes them."""
-        return self._connection.in_transaction
-
-    def _translated(self, error: sqlite3.Error) -> Exception:
-        code = getattr(error, "sqlite_errorcode", -1) & 0xFF
-        if code in _DAMAGED or "decode" in str(error):  # to text; this has no code
-            return ValueError(str(error))
-        if (number := _ERRNO.get(code)) is None:
-            return error
-        number = errno.EISDIR if self.path.is_dir() else _write_errno(self.path) if number == errno.EIO else number
-        return OSError(number, os.strerror(number), str(self.path))
+    def damaged(self, what: object) -> ValueError:
+        """Make the error that says what is damaged."""
+        return ValueError(str(what))
 
     def faults(self) -> Iterator[str]:
         """Read every byte, and name damaged rows as "table id: ..."."""
         yield from (text for (text,) in self("PRAGMA integrity_check") if text != "ok")
-        for table, columns in (("meta", "rowid, *"), *((name, "*") for name in (*KINDS, "embedding", "thumbnail"))):
-            skipped = 0 if table in KINDS else 1  # in which the id is part of the checksum
-            for row in self.each(f"SELECT {columns} FROM {table}"):
-                if row[-1] != crc_of(row[skipped:-1]):
-                    yield f"{table} {row[0]}: wrong checksum"
+        for table, columns in COLUMNS.items():
+            for (row,) in self(f"SELECT rowid FROM {table} WHERE crc IS NOT crc_of({columns})"):
+                yield f"{table} {row}: wrong checksum"
 
 
 def _write_errno(path: Path) -> int:
@@ -131,16 +149,7 @@ def _write_errno(path: Path) -> int:
     return errno.EIO
 
 
-def open_recovered(path: Path) -> SQLiteFile:
-    """Open a file for reading; the transaction of a killed process is undone first, which takes write access."""
-    try:
-        return SQLiteFile(path, "ro")
-    except PermissionError:
-        SQLiteFile(path, "rw").close()
-        return SQLiteFile(path, "ro")
-
-
-def crc_of(row: Row) -> int:
+def _crc_of(*row: Any) -> int:
     """Compute the checksum of values; signed, as SQLite stores that in four bytes."""
     crc = 0
     for value in row:
@@ -148,30 +157,19 @@ def crc_of(row: Row) -> int:
     return crc - 2**31
 
 
-def to_tensor(blobs: Sequence[bytes], dtype: Literal["<f2", "<i8"], *shape: int) -> Tensor:
-    """Decode halves or ids."""
-    return torch.from_numpy(np.frombuffer(b"".join(blobs), dtype).astype(dtype[1:]).reshape(shape or -1))
+def to_tensor(blobs: Iterable[bytes], dtype: Literal["<f2", "<i8"]) -> Tensor:
+    """Decode halves or ids, (n,)."""
+    return torch.from_numpy(np.frombuffer(b"".join(blobs), dtype).astype(dtype[1:]))
 
 
-class GalleryDatabase:
-    """A finished gallery, read-only. Methods may be called from several threads.
-
-    Attributes:
-        folder: the gallery's.
-        metadata: which model made it, from what.
-        embed_dim: width of its embeddings.
-        build: a token that changes with every finished build.
-    """
+class GalleryDatabase(SQLiteFile):
+    """A finished gallery, read-only. Methods may be called from several threads."""
 
     def __init__(self, folder: Path, model: str) -> None:
         """Open a gallery; see `open`."""
         self.folder, self.metadata = folder, GalleryMetadata("", model, 1.0, None)  # until it is read
         self._tagged = lru_cache(_TAGS_CACHED)(self._select_tagged)
-        try:
-            self._file = open_recovered(folder / DATABASE)
-            self.close = self._file.close
-        except ValueError as error:
-            raise self.damaged(error) from error
+        super().__init__(folder / DATABASE, "ro")
         try:
             self._read_meta()
         except BaseException as error:
@@ -184,14 +182,8 @@ class GalleryDatabase:
     def open(cls, folder: Path, model: str = "MODEL") -> GalleryDatabase:
         """Open the gallery in a folder, whichever model made it; one of the previous format is converted first.
 
-        Args:
-            folder: with `gallery.db`.
-            model: name of the one in use, for the advice in the errors.
-
-        Raises:
-            FileNotFoundError: when there is no finished gallery.
-            PermissionError: when it may not be read.
-            ValueError: when it is damaged. All say what to run.
+        `model` is the name of the one in use, for the advice in the errors: FileNotFoundError when there is no finished
+        gallery, PermissionError when it may not be read, ValueError when it is damaged. All say what to run.
         """
         path = folder / DATABASE
         if not path.exists() and (folder / _OLD_FORMAT).exists():
@@ -207,47 +199,36 @@ class GalleryDatabase:
             raise FileNotFoundError(f"There is no gallery in {folder}. Build one: {command}") from None
 
     def _read_meta(self) -> None:
-        if (version := self._query("PRAGMA user_version")[0][0]) > VERSION:
+        if (version := self("PRAGMA user_version")[0][0]) > VERSION:
             raise self.damaged(f"it has the format {version} of a later version of this program")
-        tables = self._query("SELECT 1 FROM sqlite_schema WHERE name = 'meta'")
+        tables = self("SELECT 1 FROM sqlite_schema WHERE name = 'meta'")
         meta = self._meta("NOT LIKE 'cohort.%'") if tables else {}
         if "metadata" not in meta:
             raise FileNotFoundError
         header = json.loads(meta["metadata"])
         self.metadata = GalleryMetadata(**{**header, "source": source_from_folder(self.folder, header["source"])})
-        self.embed_dim, self.build = int(meta["embed_dim"]), str(meta["build"])
+        self.embed_dim = int(meta["embed_dim"])
         self._ids = {kind: to_tensor([meta[kind]], "<i8") for kind in KINDS}
-        self._packaged = to_tensor([meta["packaged"]], "<i8").tolist()
+        self.packaged: list[int] = to_tensor([meta["packaged"]], "<i8").tolist()
 
     def _meta(self, keys: str) -> dict[str, Any]:
-        rows = self._query(f"SELECT key, value, crc FROM meta WHERE key {keys}")
-        self._verify("meta", (row[2] == crc_of(row[:2]) for row in rows))
-        return {key: value for key, value, _ in rows}
+        sql = f"SELECT key, value, crc IS crc_of({COLUMNS['meta']}) FROM meta WHERE key {keys}"
+        return {key: value for key, value, _ in self._verified("meta", sql)}
 
-    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
-        try:
-            return self._file(sql, values)
-        except ValueError as error:
-            raise self.damaged(error) from error
-
-    def _verify(self, what: str, sound: Iterable[bool]) -> None:
-        if not all(sound):
+    def _verified(self, what: str, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+        """Fetch rows whose last column says whether the checksum is right; ValueError unless all are."""
+        rows = self(sql, values)
+        if not all(row[-1] for row in rows):
             raise self.damaged(f"a wrong checksum in {what}")
+        return rows
 
     def damaged(self, what: object) -> ValueError:
         """Make an error that says what is damaged and what to run."""
         command = rebuild_command(self.folder, self.metadata.model, self.metadata)
         return ValueError(f"The gallery in {self.folder} is damaged ({what}). Rebuild it with: {command}")
 
-    # ------------------------------------------------------------ records
-
     def ids(self, kind: Kind, tag: str | None = None) -> Tensor:
-        """List ids in order of position, (n,) int64.
-
-        Args:
-            kind: of the items.
-            tag: only pictures below this folder, however deep, or captions of this language.
-        """
+        """List ids in order of position, (n,) int64: of all, or of a folder and those below it, or of a language."""
         return self._ids[kind] if tag is None else self._tagged(kind, tag)
 
     def _select_tagged(self, kind: Kind, tag: str) -> Tensor:
@@ -256,47 +237,39 @@ class GalleryDatabase:
         except UnicodeEncodeError:  # a lone surrogate, which no folder's name and no language has
             return torch.empty(0, dtype=torch.int64)
         if kind == "caption":
-            rows = self._query("SELECT id FROM caption WHERE lang = ?", (folder.decode("utf-8", "replace"),))
+            rows = self("SELECT id FROM caption WHERE lang = ?", (folder.decode("utf-8", "replace"),))
         else:
             values = folder, folder + b"/", folder + b"0"  # "0" follows "/"
-            rows = self._query("SELECT id FROM picture WHERE folder = ? OR (folder > ? AND folder < ?)", values)
+            rows = self("SELECT id FROM picture WHERE folder = ? OR (folder > ? AND folder < ?)", values)
         found = np.array([id for (id,) in rows], np.int64)
         return self._ids[kind][torch.from_numpy(np.isin(self._ids[kind].numpy(), found))]
 
     def tags(self, kind: Kind) -> dict[str, int]:
         """Count the pictures below each folder, or the captions of each language ("" if unknown)."""
+        if kind == "caption":
+            return dict(self("SELECT lang, count(*) FROM caption GROUP BY 1"))
         counts: Counter[str] = Counter()
-        column = "folder" if kind == "picture" else "lang"
-        for tag, count in self._query(f"SELECT {column}, count(*) FROM {kind} GROUP BY 1"):
-            names = os.fsdecode(tag).split("/") if kind == "picture" else [tag]
+        for folder, count in self("SELECT folder, count(*) FROM picture WHERE folder != x'' GROUP BY 1"):
+            names = os.fsdecode(folder).split("/")
             counts.update({"/".join(names[: end + 1]): count for end in range(len(names))})
-        if kind == "picture":
-            counts.pop("", None)
         return dict(sorted(counts.items()))
 
-    def packaged(self) -> list[int]:
-        """List the ids of the pictures that lie inside installed packages."""
-        return list(self._packaged)
-
     def pictures(self, ids: Sequence[int]) -> list[Picture]:
-        """Fetch records, in the order of their ids.
-
-        Raises:
-            KeyError: when one is gone, as the gallery was replaced meanwhile.
-            ValueError: when one is damaged.
-        """
+        """Fetch records, in the order of their ids; KeyError when one is gone, as the gallery was replaced."""
         return [_picture(row, self.metadata.source) for row in self._records("picture", ids)]
 
     def captions(self, ids: Sequence[int]) -> list[Caption]:
         """Fetch records; as `pictures`."""
         return [_caption(row) for row in self._records("caption", ids)]
 
+    def records(self) -> tuple[list[Picture], list[Caption]]:
+        """Fetch all records, in order of position."""
+        return self.pictures(self.ids("picture").tolist()), self.captions(self.ids("caption").tolist())
+
     def _records(self, kind: Kind, ids: Sequence[int]) -> list[Row]:
         wanted = [int(id) for id in ids]
-        which, values = ("= ?", wanted) if len(wanted) == 1 else (f"IN {_CHOSEN}", [json.dumps(wanted)])
-        rows = self._query(f"SELECT * FROM {kind} WHERE id {which}", values)
-        self._verify(kind, (row[-1] == crc_of(row[:-1]) for row in rows))
-        found = {row[0]: row for row in rows}
+        sql = f"SELECT *, crc IS crc_of({COLUMNS[kind]}) FROM {kind} WHERE id IN {_CHOSEN}"
+        found = {row[0]: row for row in self._verified(kind, sql, [json.dumps(wanted)])}
         return [found[id] for id in wanted]
 
     def id_of(self, kind: Kind, name: str) -> int | None:
@@ -304,33 +277,25 @@ class GalleryDatabase:
         short = "" if kind == "picture" else "OR (substr(name, 1, 1) = '.' AND scene || name = ?1)"
         if any("\ud800" <= letter <= "\udfff" for letter in name):  # SQLite takes no lone surrogates, no name has any
             return None
-        rows = self._query(f"SELECT id FROM {kind} WHERE name = ?1 {short} LIMIT 1", (name,))
+        rows = self(f"SELECT id FROM {kind} WHERE name = ?1 {short} LIMIT 1", (name,))
         return int(rows[0][0]) if rows else None
 
     def thumbnail(self, picture: Picture) -> bytes | None:
         """Fetch the thumbnail of a picture, WebP; None if there is none, or it is damaged."""
         sha256 = bytes.fromhex(picture.file.sha256) if picture.file else b""
-        rows = self._query("SELECT webp, crc FROM thumbnail WHERE sha256 = ?", (sha256,))
-        return next((webp for webp, crc in rows if crc == crc_of((sha256, webp))), None)
-
-    # ------------------------------------------------------------ embeddings
+        sql = "SELECT webp FROM thumbnail WHERE sha256 = ? AND crc IS crc_of(sha256, webp)"
+        return next((webp for (webp,) in self(sql, (sha256,))), None)
 
     def embeds(self, kind: Kind, ids: Tensor) -> Tensor:
-        """Fetch embeddings, (n, embed_dim) float16, in the order of the ids.
-
-        Raises:
-            KeyError: when an item is gone, as the gallery was replaced meanwhile.
-            ValueError: when a row is damaged.
-        """
+        """Fetch embeddings, (n, embed_dim) float16, in the order of the ids; KeyError when an item is gone."""
         wanted = ids.tolist()
         # In the order of the table: pages of 64 kB in random order take ten times as long.
         which = f"WHERE id IN {_CHOSEN}" if len(wanted) < len(self._ids[kind]) else "WHERE ? != ''"
         sql = f"WITH c(owner, row) AS MATERIALIZED (SELECT id, embedding FROM {kind} {which} ORDER BY 2)"
-        sql += " SELECT owner, key, embeds, crc FROM c LEFT JOIN embedding ON embedding.id = row"
-        rows = self._query(sql, [json.dumps(wanted)])
-        self._verify("embedding", (crc == crc_of((key, embeds)) for _, key, embeds, crc in rows))
-        places = {row[0]: place for place, row in enumerate(rows)}
-        found = to_tensor([row[2] for row in rows], "<f2", len(rows), self.embed_dim)
+        sql += " SELECT owner, embeds, crc IS crc_of(key, embeds) FROM c LEFT JOIN embedding ON embedding.id = row"
+        rows = self._verified("embedding", sql, [json.dumps(wanted)])
+        places = {owner: place for place, (owner, *_) in enumerate(rows)}
+        found = to_tensor((embeds for _, embeds, _ in rows), "<f2").reshape(len(rows), self.embed_dim)
         return found[[places[id] for id in wanted]]
 
     def batches(self, kind: Kind, size: int = 16384) -> Iterator[tuple[Tensor, Tensor]]:
@@ -340,26 +305,22 @@ class GalleryDatabase:
 
     def cohort(self) -> dict[str, Tensor]:
         """Fetch the embeddings of the cohort by name, (n, embed_dim) float16; empty if there is none."""
-        blobs = {key.removeprefix(COHORT): blob for key, blob in self._meta("LIKE 'cohort.%'").items()}
-        rows = {name: len(blob) // (2 * self.embed_dim) for name, blob in blobs.items()}
-        return {name: to_tensor([blob], "<f2", rows[name], self.embed_dim) for name, blob in blobs.items()}
-
-    # ------------------------------------------------------------ check
+        blobs = self._meta("LIKE 'cohort.%'").items()
+        return {key.removeprefix(COHORT): to_tensor([blob], "<f2").reshape(-1, self.embed_dim) for key, blob in blobs}
 
     def check(self) -> list[str]:
         """Read every byte of the gallery and list the faults; empty if it is sound."""
         try:
-            return [*self._file.faults(), *self._wrong_references()]
+            return [*self.faults(), *self._wrong_references()]
         except ValueError as error:
-            return [str(error)]
+            return [str(error.__cause__ or error)]
 
     def _wrong_references(self) -> Iterator[str]:
         for kind, count in zip(KINDS, (self.metadata.num_pictures, self.metadata.num_captions), strict=True):
-            there = {id for (id,) in self._query(f"SELECT id FROM {kind}")}
-            if there != set(self._ids[kind].tolist()) or len(self._ids[kind]) != count:
+            there: dict[int, int] = dict(self(f"SELECT id, embedding IN (SELECT id FROM embedding) FROM {kind}"))
+            if there.keys() != set(self._ids[kind].tolist()) or len(self._ids[kind]) != count:
                 yield f"there are {len(there)} records of {kind}s instead of {count}"
-            sql = f"SELECT count(*) FROM {kind} WHERE embedding NOT IN (SELECT id FROM embedding)"
-            if missing := self._query(sql)[0][0]:
+            if missing := list(there.values()).count(0):
                 yield f"{missing} {kind}s have no embedding"
 
 
@@ -374,14 +335,6 @@ def _caption(row: Row) -> Caption:
     return Caption(scene + name if name.startswith(".") else name, text, lang, scene, topic)  # see `GalleryWriter`
 
 
-def source_to_folder(folder: Path, source: str) -> str:
-    """Name a source in, beside or around the gallery relative to it: the two may move together."""
-    here = Path(os.path.abspath(folder))
-    if not os.path.isabs(source) or not Path(source).is_relative_to(here.parent):
-        return source  # elsewhere, or a Hub id
-    return "./" + os.path.relpath(source, here).replace(os.sep, "/")
-
-
 def source_from_folder(folder: Path, source: str) -> str:
-    """Undo `source_to_folder`."""
+    """Find a source that was stored relative to the gallery, see `alignment.gallery.writer`."""
     return os.path.abspath(folder / source) if source.startswith("./") else source

@@ -108,7 +108,7 @@ def tags_of(item: Picture | Caption) -> list[str]:
 
 def missing_pictures(database: GalleryDatabase) -> list[int]:
     """List the ids of pictures inside packages that are not installed here; a warning counts them."""
-    pictures = zip(database.packaged(), database.pictures(database.packaged()), strict=True)
+    pictures = zip(database.packaged, database.pictures(database.packaged), strict=True)
     missing = {id: picture.package for id, picture in pictures if not picture.exists}
     for package, count in Counter(missing.values()).items():
         logger.warning("%d pictures of the package %s are left out: it is not installed here.", count, package)

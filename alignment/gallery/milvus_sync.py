@@ -151,11 +151,9 @@ class Remote:
         with exclusive_lock(self.folder):
             import_gallery(self.folder, self.embeds)
             with closing(GalleryDatabase.open(self.folder)) as old:
-                pictures = old.pictures(old.ids("picture").tolist())
-                captions = old.captions(old.ids("caption").tolist())
+                pictures, captions = old.records()
                 fingerprint = old.metadata.fingerprint
                 with closing(GalleryWriter(self.folder / DATABASE, fingerprint, old.embed_dim)) as writer:
-                    writer.repair()
                     if pictures:
                         self._fetch("picture", fingerprint, pictures, writer, progress)
                     if captions:

@@ -40,21 +40,14 @@ class FileFingerprint:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that can be found; its id is its public name, unique in a gallery.
+    """A picture that can be found."""
 
-    Attributes:
-        source: "relative/path.jpg" below `root`, an absolute path, or "package:NAME/PATH" inside an installed package.
-        captions: language -> text, "" for an unknown language; may be empty.
-        credit: author and licence.
-        file: the file that was embedded; None before that.
-    """
-
-    id: str
-    source: str
-    captions: Mapping[str, str] = field(default_factory=dict, hash=False)
-    credit: str = ""
+    id: str  # its public name, unique in a gallery
+    source: str  # "relative/path.jpg" below `root`, an absolute path, or "package:NAME/PATH" in an installed package
+    captions: Mapping[str, str] = field(default_factory=dict, hash=False)  # language -> text, "" for an unknown one
+    credit: str = ""  # author and licence
     root: str = field(default="", compare=False)
-    file: FileFingerprint | None = field(default=None, compare=False, repr=False)
+    file: FileFingerprint | None = field(default=None, compare=False, repr=False)  # as it was embedded; None before
 
     @property
     def package(self) -> str:
@@ -81,48 +74,30 @@ class Picture:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption that can be found; its id is its public name, unique in a gallery.
+    """A caption that can be found."""
 
-    Attributes:
-        lang: "en", "zh", ... or "" for unknown.
-        scene: shared by captions of the same scene, such as the two languages of it; the picture's id if there is one.
-        topic: category of the scene.
-    """
-
-    id: str
+    id: str  # its public name, unique in a gallery
     text: str
-    lang: str = ""
-    scene: str = ""
-    topic: str = ""
+    lang: str = ""  # "en", "zh", ... or "" for unknown
+    scene: str = ""  # shared by captions of the same scene, such as its two languages; the picture's id if there is one
+    topic: str = ""  # category of the scene
 
 
 @dataclass(frozen=True)
 class GalleryMetadata:
-    """Which model made a gallery, from what, and when.
+    """Which model made a gallery, from what, and when."""
 
-    Attributes:
-        fingerprint: of the model's weights.
-        model: folder or Hub id that the model was loaded from.
-        logit_scale: already exponentiated.
-        logit_bias: None for a softmax model.
-        source: the absolute path or the Hub id it was built from.
-        options: of the command that built it, beside source, folder and model.
-        built: UTC, ISO 8601.
-        calibration: of match probabilities, see `Calibration.to_dict`; None in galleries built without.
-        judged_by: what the calibration was fitted on, and the name of its cohort.
-    """
-
-    fingerprint: str
-    model: str
-    logit_scale: float
-    logit_bias: float | None
-    source: str = ""
-    options: str = ""
+    fingerprint: str  # of the model's weights
+    model: str  # folder or Hub id that the model was loaded from
+    logit_scale: float  # already exponentiated
+    logit_bias: float | None  # None for a softmax model
+    source: str = ""  # the absolute path or the Hub id it was built from
+    options: str = ""  # of the command that built it, beside source, folder and model
     num_pictures: int = 0
     num_captions: int = 0
-    built: str = ""
-    calibration: Mapping[str, Any] | None = field(default=None, hash=False)
-    judged_by: str = ""
+    built: str = ""  # UTC, ISO 8601
+    calibration: Mapping[str, Any] | None = field(default=None, hash=False)  # see `Calibration.to_dict`
+    judged_by: str = ""  # what the calibration was fitted on, and the name of its cohort
 
 
 def rebuild_command(folder: Path, model: str, metadata: GalleryMetadata | None = None) -> str:
@@ -131,10 +106,7 @@ def rebuild_command(folder: Path, model: str, metadata: GalleryMetadata | None =
     if os.path.isabs(source) and Path(source).is_relative_to(Path.cwd()):
         source = os.path.relpath(source)
     words = ["python", "-m", "alignment.gallery", "build", source, "--out", str(folder), "--model", model]
-    try:
-        return shlex.join(words + shlex.split(metadata.options if metadata else ""))
-    except ValueError:  # damaged options
-        return shlex.join(words)
+    return shlex.join(words + shlex.split(metadata.options if metadata else ""))
 
 
 def item_ids(items: Iterable[Picture | Caption]) -> Tensor:
@@ -160,15 +132,10 @@ def folder_of(source: str) -> str:
     return "" if os.path.isabs(source) or source.startswith(PACKAGE) else source.rpartition("/")[0]
 
 
-# ---------------------------------------------------------------- captioned data sets
-
-
 def read_captioned(images: Iterable[tuple[str, Sequence[str]]], root: str = "") -> tuple[list[Picture], list[Caption]]:
-    """List a data set, given as image files with their captions.
+    """List a data set, given as (absolute path of an image, its captions).
 
-    Args:
-        images: (absolute path, captions), the captions clean; none for a folder of photos.
-        root: pictures below this folder are named relative to it, so that the two may move together.
+    Pictures below the folder `root` are named relative to it, so that the two may move together.
     """
     pictures: list[Picture] = []
     captions: list[Caption] = []
@@ -187,15 +154,10 @@ def language_of(text: str) -> str:
     return "zh" if _HAN.search(text) and not _KANA_OR_HANGUL.search(text) else ""
 
 
-# ---------------------------------------------------------------- hand-written lists
-
-
 def is_hand_written(folder: Path) -> bool:
     """Whether `read_hand_written` reads this folder; `captions.jsonl` may also be the table of a captioned data set."""
-    for name, field_of_ours in ((PICTURES, "source"), (CAPTIONS, "topic")):
-        if os.path.isfile(folder / name) and field_of_ours in next(_lines(folder / name), ("", {}))[1]:
-            return True
-    return False
+    own = ((PICTURES, "source"), (CAPTIONS, "topic"))
+    return any(key in next(_lines(folder / name), ("", {}))[1] for name, key in own)
 
 
 def read_hand_written(folder: Path) -> tuple[list[Picture], list[Caption]]:
@@ -207,31 +169,23 @@ def read_hand_written(folder: Path) -> tuple[list[Picture], list[Caption]]:
     Raises:
         ValueError: naming file and line, when a line is not of this form.
     """
-    pictures: list[Picture] = []
-    captions: list[Caption] = []
-    for where, line in _lines(folder / PICTURES):
-        source, credit = _string(line, "source", where), _string(line, "credit", where, "")
-        texts = _texts(line, ("id", "source", "credit"), where)
-        pictures.append(Picture(_id(line, where), source, texts, credit, root=os.path.abspath(folder)))
-    for where, line in _lines(folder / CAPTIONS):
-        scene, topic = _id(line, where), _string(line, "topic", where, "")
-        captions += _scene(scene, _texts(line, ("id", "topic"), where), topic)
-    for picture in pictures:
-        captions += _scene(picture.id, picture.captions)
+    root, pictures, captions = os.path.abspath(folder), list[Picture](), list[Caption]()
+    for (id, source, credit), own in _entries(folder / PICTURES, "id", "source", "credit"):
+        pictures.append(Picture(id, source, own, credit, root))
+    scenes: list[tuple[str, str, Mapping[str, str]]] = []
+    scenes += [(id, topic, own) for (id, topic), own in _entries(folder / CAPTIONS, "id", "topic")]
+    scenes += [(picture.id, "", picture.captions) for picture in pictures]
+    for scene, topic, texts in scenes:
+        captions += [Caption(f"{scene}.{lang}", text, lang, scene, topic) for lang, text in texts.items()]
     for ids in ([picture.id for picture in pictures], [caption.id for caption in captions]):
         if twice := [name for name, count in Counter(ids).items() if count > 1]:
             raise ValueError(f"{folder} uses an id more than once: {', '.join(twice[:5])}.")
     return pictures, captions
 
 
-def _scene(scene: str, texts: Mapping[str, str], topic: str = "") -> list[Caption]:
-    return [Caption(f"{scene}.{lang}", text, lang, scene, topic) for lang, text in texts.items()]
-
-
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects of a file, which may be missing, each with its place for error messages."""
-    lines = path.read_text("utf-8").split("\n") if path.exists() else []
-    for number, text in enumerate(lines, 1):
+    for number, text in enumerate(path.read_text("utf-8").split("\n") if os.path.isfile(path) else [], 1):
         where = f"{path}, line {number}"
         try:
             line = json.loads(text or "{}")
@@ -243,30 +197,20 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, line
 
 
-def _string(line: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    value = line.get(key, default)
-    if not isinstance(value, str) or (default is None and not value):
-        raise ValueError(f'{where} needs a text for "{key}".')
-    return value
-
-
-def _id(line: Mapping[str, Any], where: str) -> str:
-    value = _string(line, "id", where)
-    if not _ID.fullmatch(value):
-        raise ValueError(f"{where}: the id {value!r} may only hold letters, digits, '.', '_' and '-'.")
-    return value
-
-
-def _texts(line: Mapping[str, Any], fields: Sequence[str], where: str) -> dict[str, str]:
-    """Read the captions of a line: every key that is no field has to be a language."""
-    texts = {}
-    for key in line:
-        if key in fields:
-            continue
-        if not _LANGUAGE.fullmatch(key):
-            raise ValueError(f'{where}: "{key}" is neither {", ".join(fields)} nor a language such as "en".')
-        try:
-            texts[key] = clean_caption(_string(line, key, where))
-        except InputError as error:
-            raise ValueError(f'{where}, "{key}": {error}') from error
-    return texts
+def _entries(path: Path, *fields: str) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Yield of each line the values of these fields and the captions: every other key has to be a language."""
+    for where, line in _lines(path):
+        values, texts = [line.pop(key, "") for key in fields], dict[str, str]()
+        for key, value in [*zip(fields, values, strict=True), *line.items()]:
+            if not isinstance(value, str) or (not value and key in ("id", "source")):
+                raise ValueError(f'{where} needs a text for "{key}".')
+        if not _ID.fullmatch(values[0]):
+            raise ValueError(f"{where}: the id {values[0]!r} may only hold letters, digits, '.', '_' and '-'.")
+        for key, text in line.items():
+            if not _LANGUAGE.fullmatch(key):
+                raise ValueError(f'{where}: "{key}" is neither {", ".join(fields)} nor a language such as "en".')
+            try:
+                texts[key] = clean_caption(text)
+            except InputError as error:
+                raise ValueError(f'{where}, "{key}": {error}') from error
+        yield values, texts

@@ -8,78 +8,59 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
+from alignment.atomic import sha256_of
 from alignment.gallery.records import FileFingerprint, Picture
-from alignment.preprocess import InputError, Preprocessor, message_with_option, open_image
+from alignment.preprocess import InputError, Preprocessor, open_image
 
 THUMBNAIL_PIXELS = 320
-_MAX_IN_MEMORY = 64 * 2**20  # bytes of a file; a larger one is read again for its pixels
+_MAX_IN_MEMORY = 64 * 2**20  # bytes of a file
 
 
 @dataclass(frozen=True)
 class ScannedImage:
-    """State of a picture's file, and what has to be embedded and stored of it.
+    """State of a picture's file, and what has to be embedded and stored of it."""
 
-    Attributes:
-        picture: with its state, or as it was if it cannot be read.
-        inputs: of the model; None if the embedding is there already.
-        thumbnail: WebP; None if it is there already, or not needed.
-        refusal: why it cannot be read; `error` is the same, as it was raised, if the file is to blame.
-        unreadable_now: whether the file is there, but the operating system does not let it be read.
-    """
-
-    picture: Picture
-    inputs: Mapping[str, Tensor] | None = None
-    thumbnail: bytes | None = None
-    refusal: str = ""
-    error: InputError | None = None
-    unreadable_now: bool = False
+    picture: Picture  # with its state, or as it was if it cannot be read
+    inputs: Mapping[str, Tensor] | None = None  # of the model; None if the embedding is there already
+    thumbnail: bytes | None = None  # WebP; None if it is there already, or not needed
+    failure: InputError | OSError | None = None  # why it cannot be read
 
 
 @dataclass(frozen=True)
 class ImageScanner:
-    """Scans one picture; called from several threads.
+    """Scans one picture; called from several threads."""
 
-    Attributes:
-        files: last known state of files, by the source of a picture.
-        has_embedding: whether a file is embedded or about to be, by its SHA-256.
-        has_thumbnail: the same for its thumbnail.
-        preprocessor: of the model.
-    """
-
-    files: Mapping[str, FileFingerprint]
-    has_embedding: Callable[[str], bool]
-    has_thumbnail: Callable[[str], bool]
+    files: Mapping[str, FileFingerprint]  # last known state, by the source of a picture
+    known: Callable[[str], tuple[bool, bool]]  # whether a SHA-256 is embedded or about to be, and has a thumbnail
     preprocessor: Preprocessor
 
     def __call__(self, picture: Picture) -> ScannedImage:
         """Scan a picture; one that cannot be read is reported, not raised."""
         try:
             return self._scan(picture)
-        except InputError as error:
-            return ScannedImage(picture, refusal=message_with_option(error), error=error)
-        except OSError as error:
-            away = not isinstance(error, FileNotFoundError)
-            return ScannedImage(picture, refusal=error.strerror or str(error), unreadable_now=away)
+        except (InputError, OSError) as error:
+            return ScannedImage(picture, failure=error)
 
     def _scan(self, picture: Picture) -> ScannedImage:
         path, before = picture.path, self.files.get(picture.source)
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         stat = path.stat()
-        time = 0 if picture.package else stat.st_mtime_ns  # the time of a package's installation says nothing
-        if before and time and (before.size, before.mtime_ns) == (stat.st_size, time) and all(self._has(before.sha256)):
+        # The time of a package's installation says nothing.
+        size, time = stat.st_size, 0 if picture.package else stat.st_mtime_ns
+        if before and time and (before.size, before.mtime_ns) == (size, time) and all(self.known(before.sha256)):
             return ScannedImage(replace(picture, file=before))
-        content, sha256 = _read(path)
-        picture = replace(picture, file=FileFingerprint(stat.st_size, time, sha256))
-        embedded, shown = self._has(sha256)
+        # Read once; a very large file is opened again for its pixels.
+        content = path.read_bytes() if size <= _MAX_IN_MEMORY else path
+        sha256 = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256_of(path)
+        picture = replace(picture, file=FileFingerprint(size, time, sha256))
+        embedded, shown = self.known(sha256)
         shown = shown or bool(picture.package)
         if embedded and shown:
             return ScannedImage(picture)
@@ -88,9 +69,6 @@ class ImageScanner:
         inputs = None if embedded else self.preprocessor.images([image])
         return ScannedImage(picture, inputs, None if shown else _thumbnail(image))
 
-    def _has(self, sha256: str) -> tuple[bool, bool]:
-        return self.has_embedding(sha256), self.has_thumbnail(sha256)
-
 
 def _thumbnail(image: Image.Image) -> bytes:
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
@@ -98,12 +76,3 @@ def _thumbnail(image: Image.Image) -> bytes:
     # As sharp as by the default method, in 2 ms instead of 5, for a tenth more bytes.
     image.save(buffer, "WEBP", quality=80, method=1)
     return buffer.getvalue()
-
-
-def _read(path: Path) -> tuple[bytes | Path, str]:
-    """Read a file once: its content, or its path if it is very large, and its SHA-256."""
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size > _MAX_IN_MEMORY:
-            return path, hashlib.file_digest(file, "sha256").hexdigest()
-        content = file.read()
-    return content, hashlib.sha256(content).hexdigest()

@@ -17,7 +17,7 @@ from alignment.confidence import cohort_version
 from alignment.data.image_store import cache_folder
 from alignment.gallery.build import build_gallery
 from alignment.gallery.database import GalleryDatabase
-from alignment.gallery.records import GalleryMetadata, read_hand_written
+from alignment.gallery.records import CAPTIONS, PICTURES, GalleryMetadata, read_hand_written
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
 
@@ -29,9 +29,8 @@ _TIMEOUT_S = 600.0  # to wait for another process that builds the same starter g
 
 def cached_folder(encoder: DualEncoder, source: str | os.PathLike[str]) -> Path:
     """Say where the gallery of a source lies that this model embeds; one folder for each model and source."""
-    place = os.path.realpath(source)
-    name = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    return cache_folder() / "galleries" / encoder.fingerprint[:12] / f"{name}-photos"
+    place = os.fsencode(os.path.realpath(source))
+    return _galleries(encoder) / f"{hashlib.sha256(place).hexdigest()[:12]}-photos"
 
 
 def starter_gallery(encoder: DualEncoder) -> Gallery:
@@ -43,13 +42,24 @@ def starter_gallery(encoder: DualEncoder) -> Gallery:
     Raises:
         ValueError: when the bundled gallery is damaged, or its sources cannot be read.
     """
-    come_along = Path(bundled(GALLERY))
-    if _made_by(come_along) in ("", encoder.fingerprint):
-        return Gallery.load(come_along, encoder)
+    try:
+        with closing(GalleryDatabase.open(Path(bundled(GALLERY)))) as database:
+            is_ours = database.metadata.fingerprint == encoder.fingerprint
+    except (OSError, ValueError):
+        is_ours = True  # to be reported
+    if is_ours:
+        return Gallery.load(bundled(GALLERY), encoder)
     try:
         return Gallery.load(_starter_folder(encoder), encoder)
     except (FileNotFoundError, ValueError):  # not made yet, or damaged
-        return _begin_starter(encoder)
+        pictures, captions = read_hand_written(_sources())
+    shown = [picture for picture in pictures if picture.exists]
+    scenes = {picture.id for picture in shown}
+    own = [caption for caption in captions if caption.scene in scenes]
+    images = encoder.encode_images([picture.path for picture in shown])
+    texts = encoder.encode_texts([caption.text for caption in own])
+    model = encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias
+    return Gallery(shown, own, images, texts, GalleryMetadata(*model, str(_sources())))
 
 
 def build_starter(encoder: DualEncoder, progress: Callable[[int, int], None]) -> Gallery:
@@ -57,35 +67,16 @@ def build_starter(encoder: DualEncoder, progress: Callable[[int, int], None]) ->
     return build_gallery(_sources(), _starter_folder(encoder), encoder, progress=progress, timeout=_TIMEOUT_S)
 
 
-def _begin_starter(encoder: DualEncoder) -> Gallery:
-    pictures, captions = read_hand_written(_sources())
-    shown = [picture for picture in pictures if picture.exists]
-    scenes = {picture.id for picture in shown}
-    own = [caption for caption in captions if caption.scene in scenes]
-    images = encoder.encode_images([os.fspath(picture.path) for picture in shown])
-    texts = encoder.encode_texts([caption.text for caption in own])
-    model = encoder.fingerprint, encoder.name, encoder.logit_scale, encoder.logit_bias
-    return Gallery(shown, own, images, texts, GalleryMetadata(*model, os.fspath(_sources())))
-
-
 def _sources() -> Path:
     return Path(bundled(GALLERY)) / "sources"
 
 
 def _starter_folder(encoder: DualEncoder) -> Path:
-    return cache_folder() / "galleries" / encoder.fingerprint[:12] / f"starter-{_version(_sources())}"
+    """Name the sources and the cohort by their content: after an update of the code the gallery is made anew."""
+    parts = [*((_sources() / name).read_bytes() for name in (PICTURES, CAPTIONS)), cohort_version().encode()]
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+    return _galleries(encoder) / f"starter-{digest}"
 
 
-def _made_by(folder: Path) -> str:
-    """Read the fingerprint of the model that made a gallery; "" where there is none, or it is damaged."""
-    try:
-        with closing(GalleryDatabase.open(folder)) as database:
-            return database.metadata.fingerprint
-    except (OSError, ValueError):
-        return ""
-
-
-def _version(sources: Path) -> str:
-    """Name the sources and the background by their content: after an update of the code the gallery is made anew."""
-    parts = [(sources / name).read_bytes() for name in ("pictures.jsonl", "captions.jsonl")]
-    return hashlib.sha256(b"\0".join([*parts, cohort_version().encode()])).hexdigest()[:12]
+def _galleries(encoder: DualEncoder) -> Path:
+    return cache_folder() / "galleries" / encoder.fingerprint[:12]

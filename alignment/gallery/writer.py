@@ -1,13 +1,14 @@
 """Write `gallery.db`, or the file of one share of a build.
 
-Place in the flow: `embeddings and thumbnails as they are made, then records -> gallery.db (here)`. The schema is in
-`alignment.gallery.database`.
+Place in the flow: `embeddings and thumbnails as they are made, then records -> gallery.db (here)`. Its tables
+are explained in `alignment.gallery.database`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,77 +21,81 @@ from typing import Any
 from torch import Tensor
 
 from alignment.atomic import atomic_write
-from alignment.gallery.database import (
-    COHORT,
-    DATABASE,
-    KINDS,
-    SCHEMA,
-    VERSION,
-    Kind,
-    Row,
-    SQLiteFile,
-    crc_of,
-    open_recovered,
-    source_to_folder,
-    to_tensor,
-)
+from alignment.gallery.database import COHORT, COLUMNS, DATABASE, VERSION, Kind, Row, SQLiteFile, to_tensor
 from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture, folder_of, item_ids
 
+logger = logging.getLogger(__name__)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta(key TEXT, value, crc INTEGER);
+CREATE TABLE IF NOT EXISTS embedding(id INTEGER PRIMARY KEY, key INTEGER UNIQUE, embeds BLOB, crc INTEGER);
+CREATE TABLE IF NOT EXISTS thumbnail(id INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, webp BLOB, crc INTEGER);
+CREATE TABLE IF NOT EXISTS picture(id INTEGER PRIMARY KEY, name TEXT, source BLOB, folder BLOB, captions TEXT,
+    credit TEXT, size INTEGER, mtime_ns INTEGER, sha256 BLOB, embedding INTEGER, crc INTEGER);
+CREATE TABLE IF NOT EXISTS caption(id INTEGER PRIMARY KEY, name TEXT, text TEXT, lang TEXT, scene TEXT, topic TEXT,
+    embedding INTEGER, crc INTEGER);
+CREATE INDEX IF NOT EXISTS picture_name ON picture(name);
+CREATE TABLE IF NOT EXISTS scanned(source BLOB PRIMARY KEY, size, mtime_ns, sha256) WITHOUT ROWID;
+"""
 _PAGE_BYTES = 65536  # 31 rows of 1,024 halves; a row of 2 kB wastes half of a page of 4,096
 _SPILL_PAGES = 4096  # of changes in memory
 _BATCH = 4096  # rows of one transaction
 _SMALL = 64 * 2**20  # bytes up to which a database is always packed at the end of a build
 _WASTE = 0.25  # share of free pages from which a large one is packed
 _USED = "(SELECT embedding FROM picture UNION ALL SELECT embedding FROM caption)"
-_SCANNED = "TABLE IF NOT EXISTS scanned(source BLOB PRIMARY KEY, size, mtime_ns, sha256) WITHOUT ROWID"
 
 
-class GalleryWriter:
+class GalleryWriter(SQLiteFile):
     """Adds embeddings and thumbnails as they come, and replaces the records at the end.
 
-    One process at a time, see `alignment.atomic.exclusive_lock`. What is not committed is lost with the process. `has`
-    and `has_thumbnail` may be called from several threads. Errors are those of `SQLiteFile`.
+    One process at a time, see `alignment.atomic.exclusive_lock`. `has` and `has_thumbnail` may be called from several
+    threads.
     """
 
     def __init__(self, path: Path, fingerprint: str, embed_dim: int, base: Path | None = None) -> None:
-        """Open or create a file.
+        """Open or create a file, and delete the embeddings and thumbnails that are damaged: they are made again.
 
-        Args:
-            path: of the file.
-            fingerprint: of the model; the embeddings of other models stay until `finish`.
-            embed_dim: of the model.
-            base: a gallery whose embeddings and thumbnails count as there, if it exists.
+        The embeddings of other models than `fingerprint` stay until `finish`. What the gallery `base` holds counts as
+        there. ValueError when the file is damaged in another way; it has to be deleted.
         """
-        self.path, self.embed_dim, self._fingerprint = path, embed_dim, fingerprint
-        self._file = SQLiteFile(path, "rwc")
-        self._files = [self._file]
-        self._file(f"PRAGMA page_size={_PAGE_BYTES}")
-        self._file(f"PRAGMA cache_spill={_SPILL_PAGES}")  # up to that, readers are locked out for the commit only
-        if not self._file("SELECT 1 FROM sqlite_schema WHERE name = 'picture_name'"):
-            for statement in ("BEGIN", *SCHEMA.split(";")[:-1], f"PRAGMA user_version={VERSION}", "COMMIT"):
-                self._file(statement)
+        super().__init__(path, "rwc")
+        self.embed_dim, self._fingerprint = embed_dim, fingerprint
+        self._files: list[SQLiteFile] = [self]
+        try:
+            self(f"PRAGMA page_size={_PAGE_BYTES}")
+            self(f"PRAGMA cache_spill={_SPILL_PAGES}")  # up to that, readers are locked out for the commit only
+            if not self("SELECT 1 FROM sqlite_schema WHERE name = 'scanned'"):
+                for statement in ("BEGIN", *_SCHEMA.split(";")[:-1], f"PRAGMA user_version={VERSION}", "COMMIT"):
+                    self(statement)
+            self._repair()
+        except BaseException:
+            super().close()
+            raise
         if base is not None:
             with suppress(OSError, ValueError):  # there is none, or it is damaged
-                self._files.append(open_recovered(base))
+                self._files.append(SQLiteFile(base, "ro"))
+
+    def _repair(self) -> None:
+        if faults := list(self.faults()):
+            if broken := [fault for fault in faults if fault.partition(" ")[0] not in COLUMNS]:
+                raise self.damaged(broken[0])
+            for table in ("embedding", "thumbnail"):  # the others are replaced anyway
+                self(f"DELETE FROM {table} WHERE crc IS NOT crc_of({COLUMNS[table]})")
+            self.commit()
+            text = "%s is damaged in %d places, which are made again: %s"
+            logger.warning(text, self.path, len(faults), faults[0])
 
     def close(self) -> None:
-        """Close the file; what was not committed is gone."""
-        for file in self._files:
+        """Close the file, and delete it if it holds nothing; what was not committed is gone."""
+        empty = False
+        with suppress(OSError, ValueError):  # an earlier error is the one to report
+            self.rollback()
+            empty = not any(self(f"SELECT 1 FROM {table} LIMIT 1") for table in ("meta", "embedding", "scanned"))
+        for file in self._files[1:]:
             file.close()
-
-    def _write(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> None:
-        with self._file.lock:  # threads of the scan ask at the same time
-            if not self._file.in_transaction:
-                self._file("BEGIN IMMEDIATE")
-            for _ in self._file.each(sql, values, many):
-                pass
-
-    def commit(self) -> None:
-        """Make what was added survive the end of the process and a power cut."""
-        if self._file.in_transaction:
-            self._file("COMMIT")
-
-    # ------------------------------------------------------------ embeddings, thumbnails, files
+        super().close()
+        if empty:
+            delete_database(self.path)
 
     def _key(self, kind: Kind, content: str) -> int:
         text = f"{self._fingerprint}\0{kind}\0{content}".encode("utf-8", "surrogatepass")
@@ -108,83 +113,51 @@ class GalleryWriter:
 
     def add(self, kind: Kind, contents: Iterable[str], embeds: Tensor) -> None:
         """Add embeddings, (n, embed_dim), in half precision; contents as for `has`."""
-        keys, blobs = (self._key(kind, content) for content in contents), _blobs(embeds)
-        rows = ((key, blob, crc_of((key, blob))) for key, blob in zip(keys, blobs, strict=True))
-        self._write("INSERT OR IGNORE INTO embedding(key, embeds, crc) VALUES (?, ?, ?)", many=rows)
+        rows = zip((self._key(kind, content) for content in contents), _blobs(embeds), strict=True)
+        self("INSERT OR IGNORE INTO embedding(key, embeds, crc) VALUES (?1, ?2, crc_of(?1, ?2))", many=rows)
 
     def embeds(self, kind: Kind, contents: Sequence[str]) -> Tensor:
         """Fetch embeddings by content, (n, embed_dim) float16; KeyError when one is missing."""
         keys = [self._key(kind, content) for content in contents]
         sql = "SELECT key, embeds FROM embedding WHERE key IN (SELECT value FROM json_each(?))"
-        found: dict[int, bytes] = dict(self._file(sql, (json.dumps(keys),)))
-        return to_tensor([found[key] for key in keys], "<f2", len(keys), self.embed_dim)
+        found: dict[int, bytes] = dict(self(sql, (json.dumps(keys),)))
+        return to_tensor((found[key] for key in keys), "<f2").reshape(len(keys), self.embed_dim)
 
     def add_thumbnail(self, sha256: str, webp: bytes) -> None:
         """Add the thumbnail of a picture's file."""
-        row = bytes.fromhex(sha256), webp, crc_of((bytes.fromhex(sha256), webp))
-        self._write("INSERT OR REPLACE INTO thumbnail(sha256, webp, crc) VALUES (?, ?, ?)", row)
+        sql = "INSERT OR REPLACE INTO thumbnail(sha256, webp, crc) VALUES (?1, ?2, crc_of(?1, ?2))"
+        self(sql, (bytes.fromhex(sha256), webp))
 
     def add_scanned(self, source: str, file: FileFingerprint) -> None:
         """Note the state of a picture's file until the build is finished: the next one need not read it again."""
-        self._write(f"CREATE {_SCANNED}")
-        self._write("INSERT OR REPLACE INTO scanned VALUES (?, ?, ?, ?)", (os.fsencode(source), *astuple(file)))
+        self("INSERT OR REPLACE INTO scanned VALUES (?, ?, ?, ?)", (os.fsencode(source), *astuple(file)))
 
     def scanned(self) -> dict[str, FileFingerprint]:
         """Return what `add_scanned` noted, by source."""
-        there = self._file("SELECT 1 FROM sqlite_schema WHERE name = 'scanned'")
-        rows = self._file("SELECT * FROM scanned") if there else []
-        return {os.fsdecode(source): FileFingerprint(*state) for source, *state in rows}
+        return {os.fsdecode(source): FileFingerprint(*state) for source, *state in self("SELECT * FROM scanned")}
 
     def count_unused(self) -> int:
         """Count the embeddings that no record refers to, which an unfinished build left."""
-        return int(self._file(f"SELECT count(*) FROM embedding WHERE id NOT IN {_USED}")[0][0])
-
-    def is_empty(self) -> bool:
-        """Whether there is neither a finished gallery nor an embedding."""
-        return not self._file("SELECT 1 FROM meta UNION ALL SELECT 1 FROM embedding LIMIT 1")
+        return int(self(f"SELECT count(*) FROM embedding WHERE id NOT IN {_USED}")[0][0])
 
     def merge(self, share: Path) -> None:
         """Take over the embeddings, thumbnails and files of another database; what is there already stays."""
-        self.commit()
-        with closing(GalleryWriter(share, "", 0)) as other:  # recovers and verifies it
-            other.repair()
-            scanned = other.scanned()
-        self._file("ATTACH ? AS share", (f"{share.absolute().as_uri()}?mode=rw",))
+        GalleryWriter(share, "", 0).close()  # undoes what a killed process left half written, and repairs it
+        if not share.exists():  # it was empty
+            return
+        self("ATTACH ? AS share", (f"{share.absolute().as_uri()}?mode=rw",))
         try:
-            for table, columns in (("embedding", "key, embeds, crc"), ("thumbnail", "sha256, webp, crc")):
-                last = self._file(f"SELECT max(id) FROM share.{table}")[0][0] or 0
+            for table, columns in ((table, f"{COLUMNS[table]}, crc") for table in ("embedding", "thumbnail")):
+                last = self(f"SELECT max(id) FROM share.{table}")[0][0] or 0
                 for start in range(0, last, _BATCH):
                     rows = f"SELECT {columns} FROM share.{table} WHERE id > {start} AND id <= {start + _BATCH}"
-                    self._write(f"INSERT OR IGNORE INTO {table}({columns}) {rows} ORDER BY id")
+                    self(f"INSERT OR IGNORE INTO {table}({columns}) {rows} ORDER BY id")
                     self.commit()
-            for source, file in scanned.items():
-                self.add_scanned(source, file)
+            self("INSERT OR REPLACE INTO scanned SELECT * FROM share.scanned")
             self.commit()
         finally:
-            self._undo()
-            self._file("DETACH share")
-
-    def _undo(self) -> None:
-        if self._file.in_transaction:
-            self._file("ROLLBACK")
-
-    def repair(self) -> list[str]:
-        """Delete embeddings and thumbnails whose checksum is wrong, so that they are made again; returns the faults.
-
-        Raises:
-            ValueError: when the file is damaged in another way; it has to be deleted.
-        """
-        faults = list(self._file.faults())
-        for fault in faults:
-            table, _, row = fault.partition(":")[0].partition(" ")
-            if table not in ("meta", *KINDS, "embedding", "thumbnail"):
-                raise ValueError(fault)
-            if table not in KINDS and table != "meta":  # records are replaced anyway
-                self._write(f"DELETE FROM {table} WHERE id = ?", (int(row),))
-        self.commit()
-        return faults
-
-    # ------------------------------------------------------------ the end of a build
+            self.rollback()
+            self("DETACH share")
 
     def finish(
         self, pictures: Sequence[Picture], captions: Sequence[Caption], metadata: GalleryMetadata,
@@ -192,74 +165,62 @@ class GalleryWriter:
     ) -> None:  # fmt: skip
         """Replace the records in one transaction, and delete embeddings and thumbnails that no record refers to.
 
-        Nothing is written where only the date differs.
-
-        Args:
-            pictures: in order of position; embeddings of all were added, else KeyError.
-            captions: likewise.
-            metadata: of the new gallery; counts are filled in.
-            cohort: embeddings by name.
+        Nothing is written where only the date differs. Pictures and captions come in order of position; KeyError unless
+        embeddings of all were added. The counts of the metadata are filled in.
         """
         self.commit()
-        try:
-            ids = {"picture": item_ids(pictures), "caption": item_ids(captions)}
-            rows: dict[int, int] = dict(self._file("SELECT key, id FROM embedding"))
-            changed = [self._replace("picture", pictures, ids["picture"], rows)]
-            changed += [self._replace("caption", captions, ids["caption"], rows)]
-            self._write(f"DELETE FROM embedding WHERE id NOT IN {_USED}")
-            self._write("DELETE FROM thumbnail WHERE sha256 NOT IN (SELECT sha256 FROM picture)")
-            self._write("DROP TABLE IF EXISTS scanned")
-            header = asdict(metadata) | {"num_pictures": len(pictures), "num_captions": len(captions)}
-            header["source"] = source_to_folder(self.path.parent, metadata.source)
-            packaged = [place for place, picture in enumerate(pictures) if picture.package]
-            meta: dict[str, Any] = {kind: ids[kind].numpy().astype("<i8").tobytes() for kind in KINDS}
-            meta["packaged"] = ids["picture"][packaged].numpy().astype("<i8").tobytes()
-            meta |= {COHORT + name: b"".join(_blobs(part)) for name, part in cohort.items()}
-            meta |= {"metadata": json.dumps(header), "embed_dim": self.embed_dim}
-            changed.append(self._replace_meta(meta))
-            self.commit()
-        finally:
-            self._undo()
-        pages, free = (self._file(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count"))
-        if any(changed) and (pages * _PAGE_BYTES <= _SMALL or free > _WASTE * pages):
+        before = self._connection.total_changes
+        rows: dict[int, int] = dict(self("SELECT key, id FROM embedding"))
+        ids = {"picture": self._replace("picture", pictures, rows), "caption": self._replace("caption", captions, rows)}
+        self(f"DELETE FROM embedding WHERE id NOT IN {_USED}")
+        self("DELETE FROM thumbnail WHERE sha256 NOT IN (SELECT sha256 FROM picture)")
+        self("DELETE FROM scanned WHERE 1")  # without a WHERE, it changes the file even if there are none
+        ids["packaged"] = ids["picture"][[place for place, picture in enumerate(pictures) if picture.package]]
+        meta: dict[str, Any] = {name: part.numpy().astype("<i8").tobytes() for name, part in ids.items()}
+        meta |= {COHORT + name: b"".join(_blobs(part)) for name, part in cohort.items()}
+        header = asdict(metadata) | {"num_pictures": len(pictures), "num_captions": len(captions)}
+        header["source"] = _source_to_folder(self.path.parent, metadata.source)
+        self._replace_meta(meta | {"embed_dim": self.embed_dim}, header, self._connection.total_changes > before)
+        self.commit()
+        pages, free = (self(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count"))
+        changed = self._connection.total_changes > before
+        if changed and (pages * _PAGE_BYTES <= _SMALL or free > _WASTE * pages):
             with suppress(OSError):  # in use, or no room for the copy; it is complete anyway
-                self._file("VACUUM")
+                self("VACUUM")
 
-    def _replace(
-        self, kind: Kind, items: Sequence[Picture] | Sequence[Caption], ids: Tensor, rows: Mapping[int, int]
-    ) -> bool:  # fmt: skip
-        """Write the records that are new or differ; returns whether there were any, or any to delete."""
+    def _replace(self, kind: Kind, items: Sequence[Picture | Caption], rows: Mapping[int, int]) -> Tensor:
+        """Write the records that are new or differ, and delete those that are gone; returns the ids of all."""
+        ids = item_ids(items)
         embeddings = (rows[self._key(kind, content_of(item))] for item in items)
-        values = (
-            (id, *columns, row) for id, columns, row in zip(ids.tolist(), map(_columns, items), embeddings, strict=True)
-        )
-        new, gone = {row[0]: (*row, crc_of(row)) for row in values}, []
-        for row in self._file.each(f"SELECT * FROM {kind}"):
-            if row[0] not in new:
-                gone.append((row[0],))
-            elif new[row[0]] == row:
-                del new[row[0]]
-        marks = ", ".join("?" * (11 if kind == "picture" else 8))
-        self._write(f"DELETE FROM {kind} WHERE id = ?", many=gone)
-        self._write(f"INSERT OR REPLACE INTO {kind} VALUES ({marks})", many=[new[id] for id in sorted(new)])
-        if new or gone:
-            self._write("DELETE FROM meta WHERE key = 'build'")
-        return bool(new or gone)
+        values = ((id, *_columns(item), row) for id, item, row in zip(ids.tolist(), items, embeddings, strict=True))
+        marks = ", ".join(f"?{place}" for place in range(1, COLUMNS[kind].count(",") + 2))
+        self(f"DELETE FROM {kind} WHERE id NOT IN (SELECT value FROM json_each(?))", (json.dumps(ids.tolist()),))
+        differs = f"SELECT {marks}, crc_of({marks}) EXCEPT SELECT * FROM {kind} WHERE id = ?1"
+        self(f"INSERT OR REPLACE INTO {kind} {differs}", many=values)
+        return ids
 
-    def _replace_meta(self, meta: Mapping[str, Any]) -> bool:
+    def _replace_meta(self, meta: dict[str, Any], header: dict[str, Any], changed: bool) -> None:
         """Write metadata, ids and cohort, unless only the date differs from a gallery of the same records."""
-        old = {key: value for key, value, crc in self._file("SELECT * FROM meta") if crc == crc_of((key, value))}
-        undated = [{**each, "metadata": _undated(each.get("metadata", "{}"))} for each in (old, meta)]
-        if undated[0].pop("build", "") and undated[0] == undated[1]:
-            return False
-        rows = [*meta.items(), ("build", secrets.token_hex(8))]
-        self._write("DELETE FROM meta")
-        self._write("INSERT INTO meta VALUES (?, ?, ?)", many=[(*row, crc_of(row)) for row in rows])
-        return True
+        old: dict[str, Any] = dict(self("SELECT key, value FROM meta WHERE crc IS crc_of(key, value)"))
+        built, build = json.loads(old.get("metadata", "{}")).get("built"), old.get("build")
+        if changed or old != meta | {"metadata": json.dumps(header | {"built": built}), "build": build}:
+            meta |= {"metadata": json.dumps(header), "build": secrets.token_hex(8)}
+            self("DELETE FROM meta")
+            self("INSERT INTO meta VALUES (?1, ?2, crc_of(?1, ?2))", many=meta.items())
 
 
-def _undated(header: str) -> dict[str, Any]:
-    return {**json.loads(header), "built": ""}
+def _source_to_folder(folder: Path, source: str) -> str:
+    """Name a source in, beside or around the gallery relative to it: the two may move together."""
+    here = Path(os.path.abspath(folder))
+    if not os.path.isabs(source) or not Path(source).is_relative_to(here.parent):
+        return source  # elsewhere, or a Hub id
+    return "./" + os.path.relpath(source, here).replace(os.sep, "/")
+
+
+def delete_database(path: Path) -> None:
+    """Delete a database and its journal."""
+    for name in (path, path.with_name(f"{path.name}-journal")):
+        name.unlink(missing_ok=True)
 
 
 def _blobs(embeds: Tensor) -> list[bytes]:
@@ -267,7 +228,7 @@ def _blobs(embeds: Tensor) -> list[bytes]:
 
 
 def _columns(item: Picture | Caption) -> Row:
-    """Lay a record out as its row, without id, embedding and checksum."""
+    """Lay a record out as its row, without id and embedding."""
     if isinstance(item, Caption):
         name, text, lang, scene, topic = astuple(item)
         # Nearly every name begins with the scene: that is a tenth of the row.
@@ -292,15 +253,8 @@ def write_gallery(
 ) -> None:  # fmt: skip
     """Write a new `gallery.db` in a folder, and rename it to its place at the end.
 
-    Args:
-        folder: new or old; no other process writes to it, see `alignment.atomic.exclusive_lock`.
-        pictures: in order of position.
-        captions: likewise.
-        embeds: kind -> batches in order of position, (n, embed_dim) each.
-        embed_dim: of the model.
-        metadata: of the gallery.
-        cohort: embeddings by name.
-        thumbnail: returns the WebP file of a picture, if there is one.
+    No other process writes to the folder, see `alignment.atomic.exclusive_lock`. Pictures, captions and the batches of
+    their embeddings, (n, embed_dim) each, come in order of position. `thumbnail` returns the WebP file of a picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = metadata.fingerprint

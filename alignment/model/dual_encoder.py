@@ -6,6 +6,7 @@ and `get_text_features`, so no code here depends on it. Device, precision and ba
 
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
@@ -19,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.atomic import apply_umask
 from alignment.model import probes, zerogpu
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
 from alignment.model.devices import best_device, find_device
@@ -171,7 +171,7 @@ class DualEncoder:
         with without_progress_bar():
             self.module.save_pretrained(folder)
         for weights in Path(folder).glob("*.safetensors"):
-            apply_umask(weights)
+            shutil.copymode(Path(folder, "config.json"), weights)  # safetensors writes 0600
         self.preprocessor.save(folder)
 
     @property
