@@ -23,7 +23,7 @@ from alignment.gallery import Gallery, build_gallery
 from alignment.gallery.database import GalleryDatabase
 from alignment.model import DualEncoder
 from alignment.space import ModelSource, Space, choose_model, main, stage
-from alignment.space.card import LONGEST_DESCRIPTION, card
+from alignment.space.card import card
 from alignment.space.checks import check_folder, check_variables, private_paths
 from alignment.space.folder import contents, requirements
 
@@ -114,7 +114,7 @@ def test_the_card_is_what_the_hub_expects_and_the_readme_says_the_same(exported:
     front = front_matter((exported / "README.md").read_text("utf-8"))
     assert (front["sdk"], front["sdk_version"]) == ("gradio", version("gradio"))
     assert (front["python_version"], front["app_file"], front["suggested_hardware"]) == ("3.12", "app.py", "cpu-basic")
-    assert len(front["short_description"]) <= LONGEST_DESCRIPTION
+    assert len(front["short_description"]) <= 60  # the Hub refuses more
     assert front["thumbnail"].endswith("/spaces/me/app/resolve/main/assets/screenshots/search_en.png")
     assert (exported / front["thumbnail"].partition("/main/")[2]).is_file()
     ours = front_matter((ROOT / "README.md").read_text("utf-8"))

@@ -1,20 +1,19 @@
-"""The Space's README.md: its configuration, which the Hub reads, and a few lines for people.
+"""Write the Space's README.md: its configuration, which the Hub reads, and a description.
 
-Place in the flow: `model, gallery, hardware -> README.md (here) -> the Space's folder`.
+Place in the flow: `model, title, hardware -> README.md (here) -> the Space's folder`.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import version
 
-from huggingface_hub import SpaceCard, SpaceCardData
+from huggingface_hub import SpaceCardData
 
 from alignment.space.model_source import ModelSource
 
 TITLE = "Image-Text Alignment"
 THUMBNAIL = "assets/screenshots/search_en.png"
-DESCRIPTION = "Search pictures by caption and captions by picture"
-LONGEST_DESCRIPTION = 60  # characters; the Hub refuses more
+DESCRIPTION = "Search pictures by caption and captions by picture"  # the Hub refuses more than 60 characters
 
 _BODY = """\
 # {title}
@@ -32,10 +31,15 @@ def card(repo_id: str, title: str, model: ModelSource, hardware: str | None) -> 
     Args:
         repo_id: "USER/NAME" of the Space.
         title: shown on its card and tab.
-        model: what it runs; one of the Hub is fetched while the Space is built, not when it starts.
-        hardware: what is suggested to whoever duplicates it.
+        model: what it runs; a model on the Hub is fetched while the Space is built, not when it starts.
+        hardware: what is suggested for duplicates of the Space.
+
+    Raises:
+        ValueError: when the title is empty.
     """
-    title = " ".join(title.split())  # a line of its own could end the front matter
+    title = " ".join(title.split())  # a line break could end the front matter
+    if not title:
+        raise ValueError("A Space needs a title.")
     data = SpaceCardData(
         title=title,
         emoji="🔎",
@@ -54,15 +58,4 @@ def card(repo_id: str, title: str, model: ModelSource, hardware: str | None) -> 
         suggested_hardware=hardware or "cpu-basic",
     )
     link = f"[{model.name}](https://huggingface.co/{model.name})" if model.revision else f"`{model.name}`"
-    text = f"---\n{data.to_yaml()}\n---\n\n{_BODY.format(title=title, model=link)}"
-    check_card(text)
-    return text
-
-
-def check_card(text: str) -> None:
-    """Refuse what the Hub would refuse of a README.md; raises ValueError."""
-    data = SpaceCard(text).data.to_dict()
-    if len(data["short_description"]) > LONGEST_DESCRIPTION:
-        raise ValueError(f"short_description has more than {LONGEST_DESCRIPTION} characters.")
-    if not str(data["title"]).strip():
-        raise ValueError("A Space needs a title.")
+    return f"---\n{data.to_yaml()}\n---\n\n{_BODY.format(title=title, model=link)}"

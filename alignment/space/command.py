@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; publish again to finish.", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:  # what the person who typed the command can mend
+    except (OSError, ValueError) as error:  # mistakes in the command, which the message says how to correct
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Lay out the command line."""
+    """Build the command line parser."""
     parser = argparse.ArgumentParser(prog="python -m alignment.space", description="Put the app on a Space.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser(
@@ -113,11 +113,11 @@ def _publish(args: argparse.Namespace) -> None:
         _variables(args.variable),
     )
     check_variables(space.variables)
-    look_only = args.dry_run or args.export
-    if not look_only:
+    local = args.dry_run or args.export
+    if not local:
         check_login(HfApi(), AGAIN)
     export = _new_folder(args.export) if args.export else None
-    # An export is laid out beside its place: it is there when it has been found fit to be sent, and not before.
+    # An export is staged beside its place and renamed after the checks have passed.
     with TemporaryDirectory(prefix=".alignment-space-", dir=export and export.parent) as scratch:
         folder = Path(scratch, "space")
         notes = stage(space, folder)
@@ -125,7 +125,7 @@ def _publish(args: argparse.Namespace) -> None:
         check_folder(folder, private_paths(Path.home(), Path.cwd(), ROOT, gallery, folder, *own))
         if export:
             folder = folder.replace(export)
-        if look_only:
+        if local:
             _show(space, folder, notes, args.export)
             return
         for note in notes:
@@ -151,11 +151,11 @@ def _variables(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         if "=" not in word:
             raise ValueError(f"{word!r} is no variable: write NAME=VALUE.")
-    return {name: value for name, _, value in (word.partition("=") for word in words)}
+    return dict(word.split("=", 1) for word in words)
 
 
 def _show(space: Space, folder: Path, notes: Sequence[str], export: str | None) -> None:
-    """Print all that would be sent."""
+    """Print everything that would be sent."""
     files = contents(folder)
     for name, size in files.items():
         large = "  (to the store for large files)" if size > LARGE else ""
@@ -168,9 +168,5 @@ def _show(space: Space, folder: Path, notes: Sequence[str], export: str | None) 
     print(f"Hardware: {space.hardware or 'as the Hub gives it'}")
     for note in notes:
         print(note)
-    print("Nothing was sent." if export is None else f"Nothing was sent. Try it: {_trial(space.variables, export)}")
-
-
-def _trial(variables: Mapping[str, str], export: str) -> str:
-    settings = " ".join(f"{name}={value}" for name, value in variables.items() if name.startswith("ALIGNMENT_"))
-    return f"cd {export} && {settings} python app.py"
+    settings = " ".join(f"{name}={value}" for name, value in space.variables.items() if name.startswith("ALIGNMENT_"))
+    print(f"Nothing was sent. Try it: cd {export} && {settings} python app.py" if export else "Nothing was sent.")

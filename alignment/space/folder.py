@@ -1,7 +1,7 @@
-"""All files of a Space, laid out in a folder: the same for a look, for a trial run and for the Hub.
+"""Stage all files of a Space in a folder: the same for a dry run, for an export and for the Hub.
 
-Place in the flow: `model, gallery -> folder (here) -> checks -> the Hub`. Files are chosen by name. What is not the
-app's, its gallery's or its model's stays behind, and so do hidden files, caches, tests and what only training needs.
+Place in the flow: `model, gallery -> folder (here) -> checks -> the Hub`. Files are chosen by name: those of the app,
+its gallery and its model. Hidden files, caches, tests and the packages that only training needs are left out.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ _FILES = (
     "assets/parallel_captions.jsonl",
     THUMBNAIL,
 )
-_STARTER = ("assets/gallery/**/*",)
-_BACKGROUND = ("assets/gallery/sources/*",)  # of a second model, and of galleries that are built
+_STARTER, _SOURCES = "assets/gallery/**/*", "assets/gallery/sources/*"  # sources: the cohort of another model
 _NOT_SERVED = ("alignment/train/", "alignment/compact/", "alignment/space/")
-_OF_THE_SPACE = ("gradio", "huggingface-hub")  # it brings these along
-_CPU_TORCH = "https://download.pytorch.org/whl/cpu"  # PyPI's brings gigabytes of CUDA libraries
+_PREINSTALLED = ("gradio", "huggingface-hub")
+_CPU_TORCH = "https://download.pytorch.org/whl/cpu"  # the wheels on PyPI depend on gigabytes of CUDA libraries
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,9 @@ class Space:
 
     Attributes:
         repo_id: "USER/NAME".
-        model: what it runs.
-        gallery: the gallery's folder; None for the one that comes along.
+        gallery: the gallery's folder; None for the bundled one.
         title: shown on its card and tab.
-        hardware: what it runs on, such as "zero-a10g"; None for what the Hub gives.
+        hardware: such as "zero-a10g"; None for the Hub's default.
         more: further variables.
     """
 
@@ -57,12 +55,12 @@ class Space:
 
     @property
     def place(self) -> str:
-        """Where the gallery lies in the Space."""
+        """Folder of the gallery in the Space."""
         return f"galleries/{safe_name(self.gallery, 'gallery')}" if self.gallery else GALLERY
 
     @property
     def variables(self) -> dict[str, str]:
-        """The Space's environment; everybody may read it."""
+        """The Space's environment variables, which are public."""
         revision = {"ALIGNMENT_REVISION": self.model.revision} if self.model.revision else {}
         own = {"ALIGNMENT_MODEL": self.model.name, **revision, "ALIGNMENT_GALLERY": self.place}
         return {**own, "GRADIO_SSR_MODE": "False", **self.more}
@@ -72,12 +70,12 @@ def stage(space: Space, folder: Path) -> list[str]:
     """Write the Space into a new folder.
 
     Returns:
-        Sentences on what becomes public.
+        Sentences that say what becomes public.
 
     Raises:
-        FileNotFoundError: when something is missing.
-        ValueError: when gallery and model do not belong together.
-        FileExistsError: when there is such a folder.
+        FileNotFoundError: when a source file is missing.
+        FileExistsError: when the folder exists.
+        ValueError: when another model made the gallery.
     """
     if space.gallery is None and space.model.name != MODEL:
         raise ValueError(
@@ -87,7 +85,7 @@ def stage(space: Space, folder: Path) -> list[str]:
     if not (ROOT / "requirements.txt").is_file():
         raise FileNotFoundError("A Space is published from a clone of the repository; an installed wheel lacks a part.")
     folder.mkdir(parents=True)
-    for path in _chosen(*_FILES, *(_BACKGROUND if space.gallery else _STARTER)):
+    for path in _chosen(*_FILES, _SOURCES if space.gallery else _STARTER):
         _copy(ROOT / path, folder / path)
     if not space.model.revision:
         for name in space.model.files:
@@ -106,20 +104,15 @@ def contents(folder: Path) -> dict[str, int]:
 
 
 def requirements(hardware: str | None) -> str:
-    """Write the Space's requirements.txt: the versions that are installed here, with which it was tried."""
+    """Return the Space's requirements.txt: the versions that are installed on this machine."""
     lines = ["# What the app needs, in the versions that it was tried with; the Space itself brings Gradio along."]
     for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines():
         name = re.split(r"[^A-Za-z0-9._-]", line)[0]
-        if name and name not in _OF_THE_SPACE:
-            lines += _pinned(name, on_cpu=(hardware or "cpu").startswith("cpu"))
+        if name and name not in _PREINSTALLED:
+            on_cpu = name == "torch" and (hardware or "cpu").startswith("cpu")
+            lines += [f"--extra-index-url {_CPU_TORCH}"] * on_cpu
+            lines.append(f"{name}=={version(name).partition('+')[0]}{'+cpu' * on_cpu}")
     return "".join(f"{line}\n" for line in lines)
-
-
-def _pinned(name: str, *, on_cpu: bool) -> list[str]:
-    number = version(name).partition("+")[0]
-    if name == "torch" and on_cpu:
-        return [f"--extra-index-url {_CPU_TORCH}", f"torch=={number}+cpu"]
-    return [f"{name}=={number}"]
 
 
 def _chosen(*patterns: str) -> Iterator[str]:
@@ -133,4 +126,4 @@ def _chosen(*patterns: str) -> Iterator[str]:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(os.path.realpath(source), target)  # what the Hub's cache holds is links
+    shutil.copyfile(os.path.realpath(source), target)  # the Hub's cache consists of links

@@ -1,7 +1,7 @@
-"""The model of a Space: a folder that is sent along, or a model of the Hub that the Space fetches at one commit.
+"""Find the model of a Space: a folder that is sent along, or a model on the Hub that the Space fetches at one commit.
 
-Place in the flow: `--model, --revision -> choice (here) -> folder, card`. Nothing is fetched: whoever has built a
-gallery with a model of the Hub has it, and the commit that made the gallery is the one that the Space has to run.
+Place in the flow: `--model, --revision -> ModelSource (here) -> folder, card`. Nothing is fetched: the Space has to run
+the commit that made the gallery, and the build of the gallery has left that on this machine.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class ModelSource:
     """The model of a Space.
 
     Attributes:
-        name: what the Space calls it: a folder of its own, or a Hub id.
-        folder: where it lies here.
+        name: a folder of the Space, or a Hub id.
+        folder: the one on this machine.
         files: the names of its files.
         revision: the commit on the Hub; "" for a model that is sent along.
     """
@@ -36,7 +36,7 @@ def choose_model(name: str, revision: str | None = None) -> ModelSource:
 
     Args:
         name: folder or Hub id.
-        revision: branch, tag or commit on the Hub; by default what was fetched last.
+        revision: branch, tag or commit on the Hub; by default the one fetched last.
 
     Raises:
         FileNotFoundError: when there is none.
@@ -60,7 +60,7 @@ def choose_model(name: str, revision: str | None = None) -> ModelSource:
 
 
 def _place(folder: Path) -> str:
-    """Say where a model lies in the Space; only the one that comes along may go by its name."""
+    """Return the folder of a model in the Space; the name of the bundled model is reserved for that."""
     if folder.resolve() == (ROOT / MODEL).resolve():
         return MODEL
     place = f"checkpoints/{safe_name(folder, 'model')}"
@@ -68,5 +68,5 @@ def _place(folder: Path) -> str:
 
 
 def safe_name(folder: Path, otherwise: str) -> str:
-    """Name a folder of the Space after one of this machine, in letters that every file system takes."""
+    """Return the name of a folder in characters that every file system takes."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip(".-") or otherwise

@@ -1,8 +1,7 @@
 """Create or update a Space: its variables, its hardware, its files.
 
 Place in the flow: `the Space's folder -> the Hub (here)`. The token is that of `hf auth login` or HF_TOKEN; it is never
-shown, stored or passed on. Whatever the owner has set in the Space's settings stays, but for the variables that this
-command sets itself.
+shown, stored or passed on. The owner's settings stay, except for the variables that this command sets.
 """
 
 from __future__ import annotations
@@ -13,28 +12,20 @@ from pathlib import Path
 from huggingface_hub import HfApi, SpaceInfo
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from alignment.hub import check_login, check_repo_id
-from alignment.hub import translate_hub_errors as plain_errors
+from alignment.hub import check_repo_id, translate_hub_errors
 from alignment.space.folder import Space, contents
 
 AGAIN = "publish again"
 _OURS = ("ALIGNMENT_MODEL", "ALIGNMENT_REVISION", "ALIGNMENT_GALLERY")
-"""Variables that mean another Space if they are left over from before."""
+"""Variables that are deleted where an earlier version of the Space has left them."""
 
-_FRESH = {"README.md", ".gitattributes"}  # what the Hub itself puts into a new Space
-_APP = {"app.py", "alignment/__init__.py"}  # what shows that a Space is one of ours
+_FRESH = {"README.md", ".gitattributes"}  # the Hub puts these into a new Space
+_APP = {"app.py", "alignment/__init__.py"}  # a Space with both runs this app
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What was done.
-
-    Attributes:
-        url: of the Space's page.
-        created: whether it is new.
-        deleted: files that an earlier version had and this one has not.
-        variables: those that were set or taken away.
-    """
+    """What was done: the page, whether the Space is new, the files deleted, the variables set or deleted."""
 
     url: str
     created: bool
@@ -45,27 +36,26 @@ class PublishResult:
 def publish(
     space: Space, folder: Path, *, private: bool = False, replace: bool = False, api: HfApi | None = None
 ) -> PublishResult:
-    """Send a Space that was laid out in a folder; files that it no longer has are deleted there.
+    """Upload the folder of a Space; files on the Hub that the folder lacks are deleted.
 
     Args:
         space: what is published.
         folder: its files, see `stage`.
-        private: of a Space that is created now; an existing one stays as it is.
+        private: visibility of a new Space; an existing one keeps its own.
         replace: whether another app that runs under this name may be overwritten.
-        api: the Hub to send to, with its token; the public one and the token of the login when None.
+        api: client with token; by default the public Hub and the token of the login.
 
     Raises:
         ValueError: when the Hub refuses, or another app runs under this name.
-        ConnectionError: when it cannot be reached or breaks off.
+        ConnectionError: when the Hub cannot be reached or disconnects.
     """
     api = api or HfApi()
-    check_login(api, AGAIN)
-    with plain_errors(space.repo_id, AGAIN, _refusals(space)):
+    with translate_hub_errors(space.repo_id, AGAIN, _refusals(space)):
         there = _existing(api, space.repo_id)
     if there is not None and not replace:
         _check_ours(there)
-    with plain_errors(space.repo_id, AGAIN, _refusals(space)):
-        _settle(api, space, there, private)
+    with translate_hub_errors(space.repo_id, AGAIN, _refusals(space)):
+        _create(api, space, there, private)
         api.upload_folder(
             repo_id=space.repo_id,
             repo_type="space",
@@ -73,7 +63,7 @@ def publish(
             delete_patterns="*",
             commit_message="Publish the app, its gallery and its model",
         )
-        variables = _set_variables(api, space, there)  # last: until then, what runs there finds what it needs
+        variables = _set_variables(api, space, there)  # last: the running version needs the old ones
     gone = _files(there) - contents(folder).keys() - {".gitattributes"} if there else set()
     url = f"{api.endpoint}/spaces/{space.repo_id}"
     return PublishResult(url, there is None, tuple(sorted(gone)), variables)
@@ -106,14 +96,14 @@ def _check_ours(there: SpaceInfo) -> None:
         )
 
 
-def _settle(api: HfApi, space: Space, there: SpaceInfo | None, private: bool) -> None:
-    """Create the Space if need be, on the hardware that was asked for."""
+def _create(api: HfApi, space: Space, there: SpaceInfo | None, private: bool) -> None:
+    """Create the Space if it does not exist, and request its hardware."""
     if there is None:
         api.create_repo(
             space.repo_id,
             repo_type="space",
             space_sdk="gradio",
-            space_hardware=space.hardware,  # type: ignore[arg-type]  # a name that the library need not know yet
+            space_hardware=space.hardware,  # type: ignore[arg-type]  # the Hub may know more names
             private=private or None,
         )
     elif space.hardware and space.hardware != api.get_space_runtime(space.repo_id).requested_hardware:
@@ -121,7 +111,7 @@ def _settle(api: HfApi, space: Space, there: SpaceInfo | None, private: bool) ->
 
 
 def _set_variables(api: HfApi, space: Space, there: SpaceInfo | None) -> tuple[str, ...]:
-    """Set what differs, since each change restarts the Space; returns the names of what was changed."""
+    """Set variables that differ, as each change restarts the Space; returns the names set or deleted."""
     wanted = space.variables
     old = {} if there is None else {key: found.value for key, found in api.get_space_variables(space.repo_id).items()}
     left_over = [key for key in _OURS if key in old and key not in wanted]
