@@ -59,7 +59,7 @@ def test_the_scale_is_what_unrelated_items_score(engine):
     mean, spread = engine.gallery.judge.cohort.units["text_to_image"]
     scale = engine.scale
     assert (scale.unrelated, scale.spread) == (mean, spread)
-    assert scale.accidents[0] < mean < scale.accidents[1] < scale.cosines[1] <= 1
+    assert scale.noise_band[0] < mean < scale.noise_band[1] < scale.cosines[1] <= 1
     assert scale.places[0] < scale.places[1]
     assert scale.words > 0
 

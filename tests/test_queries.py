@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from alignment.engine import MAX_TERMS, AlignmentEngine, Query, Term, parse_query, write_query
-from alignment.engine.queries import SPARED, scores, search
+from alignment.engine.queries import MINUS_THRESHOLD, scores, search
 from alignment.gallery import Gallery, Picture, modality
 from alignment.gallery.modality import Modality
 from alignment.model import DualEncoder
@@ -143,7 +143,7 @@ def test_scores_are_the_weighted_sum_of_the_terms(engine):
         unrelated = background @ term.embed.double()
         unrelated = unrelated[unrelated < 0.99]
         standard = (pictures @ term.embed.double() - unrelated.mean()) / unrelated.std(correction=0)
-        expected += term.weight * (standard if term.weight > 0 else (standard - SPARED).clamp(min=0))
+        expected += term.weight * (standard if term.weight > 0 else (standard - MINUS_THRESHOLD).clamp(min=0))
     torch.testing.assert_close(scores(query, engine.gallery.image_embeds, background.float()), expected)
     found = engine.search_images(query, 12)
     rows = {item.id: row for row, item in enumerate(engine.gallery.pictures)}

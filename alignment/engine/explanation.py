@@ -53,24 +53,23 @@ class Scale:
         return cls(cosines.mean().item(), max(cosines.std().item(), 1e-4))
 
     def limits(self, low: float, high: float) -> Limits:
-        """Convert spreads above the mean to cosines."""
-        return self.unrelated + low * self.spread, self.unrelated + high * self.spread
+        """Convert two numbers of spreads above the mean to cosines in [-1, 1]."""
+        return max(self.unrelated + low * self.spread, -1.0), min(self.unrelated + high * self.spread, 1.0)
 
     @property
-    def accidents(self) -> Limits:
+    def noise_band(self) -> Limits:
         """Interval that contains nearly all cosines of unrelated pairs."""
         return self.limits(-_SOME, _SOME)
 
     @property
     def cosines(self) -> Limits:
-        """Interval that contains nearly all cosines; within [-1, 1]."""
-        low, high = self.limits(*_AXIS)
-        return max(low, -1.0), min(high, 1.0)
+        """Interval that contains nearly all cosines."""
+        return self.limits(*_AXIS)
 
     @property
     def places(self) -> Limits:
         """Cosines of the darkest and the brightest place of a heat map."""
-        return self.limits(_DARK, _BRIGHT)
+        return self.unrelated + _DARK * self.spread, self.unrelated + _BRIGHT * self.spread
 
     @property
     def words(self) -> float:
