@@ -49,21 +49,20 @@ _TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".token", ".cap
 _PICTURES_AT_ONCE, _CAPTIONS_AT_ONCE = 8, 128
 _CAPTION_COST = 0.1  # of a picture's; far less for the compact model, somewhat more for others
 
-# Reasons for which hardly any picture has a caption: error code, and what to do.
-_CAUSES = {
-    "unread": (
-        "trial.unread",
-        "The file {name} cannot be read as captions; save it as CSV in UTF-8, with the columns image and caption.",
-    ),
-    ClassLabelsOnly.REASON: (
-        "trial.classes",
-        "The file {name} holds classes, not captions; to take them as captions, call the column caption.",
-    ),
-    "missing pictures": (
-        "trial.missing",
-        "The captions file names {name}, which is not in the zip file; compare the file names.",
-    ),
+_MESSAGES = {
+    "trial.ambiguous": "{name} may mean several pictures in the zip file; write the folder before the names.",
+    "trial.captions": "The zip file holds {count} captions, and the limit is {limit}; put fewer into it.",
+    "trial.classes": "The file {name} holds classes, not captions; to take them as captions, call the column caption.",
+    "trial.few": "Fewer than two pictures in the zip file have a caption; compare its captions file with the example.",
+    "trial.folders": "The zip file holds more than {limit} folders; put the pictures into one.",
+    "trial.lines": "The captions file has more than {limit} lines; keep only those of the pictures in the zip.",
+    "trial.missing": "The captions file names {name}, which is not in the zip file; compare the file names.",
+    "trial.pictures": "The zip file holds {count} captioned pictures, and the limit is {limit}; put fewer into it.",
+    "trial.unread": "The file {name} cannot be read as captions; save it as CSV in UTF-8, with the columns image and "
+    "caption.",
+    "trial.unreadable": "The captions file cannot be read as any of the forms listed; compare it with the example.",
 }
+_CAUSES = {"unread": "trial.unread", ClassLabelsOnly.REASON: "trial.classes", "missing pictures": "trial.missing"}
 
 LeftOut = defaultdict[str, list[str]]
 
@@ -212,8 +211,7 @@ def _unpack(archive: SafeZip, folder: Path, left_out: LeftOut) -> Iterator[Progr
     for reason, names in archive.left_out.items():
         left_out[reason] += names
     if len({parent for name in archive.members for parent in Path(name).parents}) > MAX_FOLDERS:
-        message = "The zip file holds more than {limit} folders; put the pictures into one."
-        raise InputError(message, "trial.folders", limit=MAX_FOLDERS)
+        raise _error("trial.folders", limit=MAX_FOLDERS)
     pictures, lines = set(archive.pictures()), 0
     for done, name in enumerate(archive.members):
         if done % 20 == 0:
@@ -225,8 +223,7 @@ def _unpack(archive: SafeZip, folder: Path, left_out: LeftOut) -> Iterator[Progr
             data = archive.read(name, MAX_PICTURE_MB if name in pictures else MAX_TABLE_MB)
             lines += 0 if name in pictures else data.count(b"\n")
             if lines > MAX_LINES:
-                message = "The captions file has more than {limit} lines; keep only those of the pictures in the zip."
-                raise InputError(message, "trial.lines", limit=f"{MAX_LINES:,}")
+                raise _error("trial.lines", limit=f"{MAX_LINES:,}")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("xb") as file:
                 file.write(data)
@@ -243,13 +240,11 @@ def _read(root: Path, left_out: LeftOut) -> list[Pair]:
     try:
         reading = read_data(root, trusted=False)
     except AmbiguousImageNames as error:
-        message = "{name} may mean several pictures in the zip file; write the folder before the names."
-        raise InputError(message, "trial.ambiguous", name=sanitize_text(error.names[0], MAX_NAME)) from error
+        raise _error("trial.ambiguous", name=sanitize_text(error.names[0], MAX_NAME)) from error
     except (ValueError, OSError, RecursionError, MemoryError, ArithmeticError, LookupError) as error:
         if isinstance(error, EmptyDataset):
             _check_causes(error.left_out)
-        message = "The captions file cannot be read as any of the forms listed; compare it with the example."
-        raise InputError(message, "trial.unreadable") from error
+        raise _error("trial.unreadable") from error
     if not all(Path(os.path.realpath(pair.image)).is_relative_to(root) for pair in reading.pairs):
         raise AssertionError("a picture outside the unpacked folder")  # the reader refuses them already
     for reason, what in (*reading.left_out.items(), *reading.repaired.items(), ("unread", reading.unread)):
@@ -266,9 +261,9 @@ def _read(root: Path, left_out: LeftOut) -> list[Pair]:
 
 def _check_causes(left_out: Mapping[str, Sequence[str]]) -> None:
     """Raise an error that says why hardly any picture has a caption, if that is known."""
-    for reason, (code, message) in _CAUSES.items():
+    for reason, code in _CAUSES.items():
         for name in left_out.get(reason, ()):
-            raise InputError(message, code, name=sanitize_text(name, MAX_NAME))
+            raise _error(code, name=sanitize_text(name, MAX_NAME))
 
 
 def _name(path: str, root: Path) -> str:
@@ -309,11 +304,12 @@ def _measure_pairs(
 
 def _check_size(pictures: int, captions: int) -> None:
     if pictures < MIN_PICTURES:
-        message = "Fewer than two pictures in the zip file have a caption; compare its captions file with the example."
-        raise InputError(message, "trial.few")
+        raise _error("trial.few")
     if pictures > MAX_TRIAL_PICTURES:
-        message = "The zip file holds {count} captioned pictures, and the limit is {limit}; put fewer into it."
-        raise InputError(message, "trial.pictures", count=f"{pictures:,}", limit=MAX_TRIAL_PICTURES)
+        raise _error("trial.pictures", count=f"{pictures:,}", limit=MAX_TRIAL_PICTURES)
     if captions > MAX_TRIAL_CAPTIONS:
-        message = "The zip file holds {count} captions, and the limit is {limit}; put fewer into it."
-        raise InputError(message, "trial.captions", count=f"{captions:,}", limit=f"{MAX_TRIAL_CAPTIONS:,}")
+        raise _error("trial.captions", count=f"{captions:,}", limit=f"{MAX_TRIAL_CAPTIONS:,}")
+
+
+def _error(code: str, **values: object) -> InputError:
+    return InputError(_MESSAGES[code], code, **values)

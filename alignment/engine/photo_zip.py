@@ -13,6 +13,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -36,8 +36,7 @@ ALBUM = "my_photos"
 
 AT_ONCE = 4  # pictures between two signs of progress
 
-_STAMP, _PICTURES, _CAPTIONS = "gallery.json", "pictures.jsonl", "captions.jsonl"
-_EMBEDDINGS = "embeddings.safetensors"
+_STAMP, _PICTURES, _EMBEDDINGS = "gallery.json", "pictures.jsonl", "embeddings.safetensors"
 _TEXT_MB, _EMBEDDINGS_MB, _THUMBNAIL_MB = 2, 80, 1
 _THUMBNAIL_SIDE = 4 * THUMBNAIL_PIXELS
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -46,13 +45,7 @@ _MAX_NAME = 150  # characters
 
 @dataclass(frozen=True)
 class Added:
-    """A step of `add_archive`.
-
-    Attributes:
-        photos: all so far.
-        skipped: files that the step left out.
-        done, total: number of pictures in the archive.
-    """
+    """A step of `add_archive`: all photos so far, files that the step left out, and the pictures of the archive."""
 
     photos: Photos
     skipped: list[Skipped]
@@ -77,7 +70,7 @@ def export_zip(photos: Photos, encoder: DualEncoder) -> bytes:
     files: dict[str, str | bytes] = {
         _STAMP: json.dumps(header, ensure_ascii=False, indent=2) + "\n",
         _PICTURES: "".join(f"{line}\n" for line in lines),
-        _CAPTIONS: "",
+        "captions.jsonl": "",
         _EMBEDDINGS: save(halves, {"build": _checksums(header, lines, halves)}),
     }
     buffer = io.BytesIO()
@@ -162,7 +155,7 @@ def _add_album(engine: AlignmentEngine, photos: Photos, archive: SafeZip, folder
 
 
 def _read_album(archive: SafeZip, folder: str, encoder: DualEncoder) -> tuple[list[Picture], Tensor]:
-    """Read the pictures of an exported zip, with plain file names, and their embeddings, (num_pictures, embed_dim).
+    """Read the pictures of an exported zip, and their embeddings, (num_pictures, embed_dim).
 
     Args:
         archive: the open zip.
@@ -172,20 +165,29 @@ def _read_album(archive: SafeZip, folder: str, encoder: DualEncoder) -> tuple[li
     Raises:
         InputError: when a file is missing, malformed, or made by another model.
     """
-    stamp = _json(_read(archive, folder + _STAMP, _TEXT_MB))
-    if not isinstance(stamp, dict) or not isinstance(stamp.get("fingerprint"), str):
-        raise _corrupt(_STAMP)
-    if stamp["fingerprint"] != encoder.fingerprint:
-        theirs = sanitize_text(str(stamp.get("model", "")), _MAX_NAME) or "?"
+    with _malformed_is_damaged(_STAMP):
+        stamp = json.loads(_read(archive, folder + _STAMP, _TEXT_MB))
+        fingerprint, model = stamp["fingerprint"], sanitize_text(str(stamp.get("model", "")), _MAX_NAME) or "?"
+        if not isinstance(fingerprint, str):
+            raise TypeError(fingerprint)
+    if fingerprint != encoder.fingerprint:
         message = "These photos were embedded by the model {theirs}, but the one in use here is {ours}."
-        raise InputError(message, "album.model", theirs=theirs, ours=Path(encoder.name).name)
-    lines = _read(archive, folder + _PICTURES, _TEXT_MB).splitlines()
-    pictures = [_picture(_json(line)) for line in lines[: MAX_PHOTOS + 1]]
-    if len(pictures) > MAX_PHOTOS:
-        raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=MAX_PHOTOS)
-    if not pictures or len({picture.id for picture in pictures}) < len(pictures):
-        raise _corrupt(_PICTURES)
-    return pictures, _embeddings(_read(archive, folder + _EMBEDDINGS, _EMBEDDINGS_MB), len(pictures), encoder)
+        raise InputError(message, "album.model", theirs=model, ours=Path(encoder.name).name)
+    with _malformed_is_damaged(_PICTURES):
+        lines = _read(archive, folder + _PICTURES, _TEXT_MB).splitlines()
+        pictures = [_picture(line) for line in lines[: MAX_PHOTOS + 1]]
+        if len(pictures) > MAX_PHOTOS:
+            raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=MAX_PHOTOS)
+        if not pictures or len({picture.id for picture in pictures}) < len(pictures):
+            raise ValueError("no pictures, or one of them twice")
+    with _malformed_is_damaged(_EMBEDDINGS):
+        embeds = load(_read(archive, folder + _EMBEDDINGS, _EMBEDDINGS_MB))["image_embeds"]
+        if not embeds.is_floating_point() or tuple(embeds.shape) != (len(pictures), encoder.embed_dim):
+            raise ValueError(f"embeddings of the type {embeds.dtype} and the shape {tuple(embeds.shape)}")
+        lengths = embeds.float().norm(dim=-1)
+        if not ((lengths > 0.9) & (lengths < 1.1)).all():  # NaN is neither
+            raise ValueError("embeddings that are not of unit norm")
+    return pictures, embeds.float()
 
 
 def _read(archive: SafeZip, name: str, limit_mb: float) -> bytes:
@@ -195,47 +197,30 @@ def _read(archive: SafeZip, name: str, limit_mb: float) -> bytes:
     return archive.read(name, limit_mb)
 
 
-def _json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _corrupt("JSON") from error
-
-
-def _picture(line: Any) -> Picture:
-    """Read the id and the file name of a picture."""
-    id, source = (line.get("id"), line.get("source")) if isinstance(line, dict) else (None, None)
-    if not isinstance(id, str) or not _ID.fullmatch(id) or not isinstance(source, str):
-        raise _corrupt(_PICTURES)
+def _picture(line: bytes) -> Picture:
+    record = json.loads(line)
+    id, source = record["id"], record["source"]
+    if not _ID.fullmatch(id) or not isinstance(source, str):
+        raise ValueError(record)
     return Picture(id, _plain(sanitize_text(source, _MAX_NAME)))
-
-
-def _embeddings(data: bytes, count: int, encoder: DualEncoder) -> Tensor:
-    try:
-        embeds = load(data)["image_embeds"]
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise _corrupt(_EMBEDDINGS) from error
-    if not embeds.is_floating_point() or tuple(embeds.shape) != (count, encoder.embed_dim):
-        raise _corrupt(_EMBEDDINGS)
-    lengths = embeds.float().norm(dim=-1)
-    if not ((lengths > 0.9) & (lengths < 1.1)).all():  # no NaN passes
-        raise _corrupt(_EMBEDDINGS)
-    return embeds.float()
 
 
 def _thumbnail(archive: SafeZip, name: str) -> bytes:
     """Read a thumbnail as an untrusted upload, and encode its pixels anew."""
     data = _read(archive, name, _THUMBNAIL_MB)
-    try:
-        with Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
-            is_large = max(image.size) > _THUMBNAIL_SIDE
-    except Exception as error:  # decoders raise any exception on malformed bytes
-        raise _corrupt("thumbnails") from error
-    if is_large:
-        raise _corrupt("thumbnails")
+    with _malformed_is_damaged("thumbnails"), Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
+        if max(image.size) > _THUMBNAIL_SIDE:
+            raise ValueError(f"a thumbnail of {image.size} pixels")
     return as_webp(open_image(data))
 
 
-def _corrupt(file: str) -> InputError:
-    message = "The album is damaged or not one of ours ({file}); take the zip as it was downloaded."
-    return InputError(message, "album.damaged", file=file)
+@contextmanager
+def _malformed_is_damaged(file: str) -> Iterator[None]:
+    """Turn any exception of a parser, of which hostile bytes cause all kinds, into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        message = "The album is damaged or not one of ours ({file}); take the zip as it was downloaded."
+        raise InputError(message, "album.damaged", file=file) from error

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,18 @@ _FREE_MB = 20  # the ratio is not checked for archives that inflate to less
 _MAX_DIRECTORY = 2**20  # bytes; zipfile reads the directory in one piece when it opens a file
 _MAX_DEPTH, _MAX_NAME = 8, 150  # folders; bytes
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# Errors of zipfile and zlib on bytes that are not a zip, or a damaged one.
+# Raised by zipfile and zlib on bytes that are not a zip, or a damaged one.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, RuntimeError, OSError)
+_MESSAGES = {
+    "upload.size": "The file has more than {limit} MB; make it smaller.",
+    "zip.damaged": "This is no zip file, or it is damaged; pack it again.",
+    "zip.encrypted": "The zip file has a password; pack it without one.",
+    "zip.inflated": "The zip file unpacks to more than {limit} MB; put less into it.",
+    "zip.members": "The zip file holds more than {limit} files; put fewer into it.",
+    "zip.method": "The zip file is packed in a way not read here; pack it the ordinary way.",
+    "zip.no_pictures": "There is no picture in the zip file.",
+    "zip.ratio": "The zip file unpacks to more than {limit} times its size, which pictures never do; pack it anew.",
+}
 
 
 @dataclass(frozen=True)
@@ -52,21 +62,21 @@ class SafeZip:
         """Inflate one file; raises InputError when it is larger than the limit or damaged."""
         entry = self.members[name]
         if entry.file_size > limit_mb * 2**20:
-            raise _too_large(limit_mb)
+            raise _error("upload.size", limit=f"{limit_mb:g}")
         try:
             with self.file.open(entry) as handle:
                 data = handle.read(entry.file_size)  # bounded: the content may inflate to more than declared
         except _DAMAGED as error:
-            raise _damaged() from error
+            raise _error("zip.damaged") from error
         if len(data) != entry.file_size:
-            raise _damaged()
+            raise _error("zip.damaged")
         return data
 
     def pictures(self) -> list[str]:
         """List the files with the suffix of a picture; raises InputError when there is none."""
         names = [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
         if not names:
-            raise InputError("There is no picture in the zip file.", "zip.no_pictures")
+            raise _error("zip.no_pictures")
         return names
 
 
@@ -78,7 +88,7 @@ class _GuardedFile(io.FileIO):
     def read(self, size: int | None = -1) -> bytes:
         """Read bytes; raises InputError when too many are asked for at first."""
         if self.opening and size is not None and size > _MAX_DIRECTORY:
-            raise _too_many()
+            raise _error("zip.members", limit=f"{MAX_MEMBERS:,}")
         return super().read(-1 if size is None else size)
 
 
@@ -90,14 +100,14 @@ def open_archive(path: Path) -> Iterator[SafeZip]:
         InputError: when it is not a zip, damaged, encrypted, too large, or inflates to too much.
     """
     if path.stat().st_size > MAX_ZIP_MB * 2**20:
-        raise _too_large(MAX_ZIP_MB)
+        raise _error("upload.size", limit=MAX_ZIP_MB)
     with _GuardedFile(path) as guarded:
         try:
             file = zipfile.ZipFile(guarded)
         except InputError:
             raise
         except _DAMAGED as error:
-            raise _damaged() from error
+            raise _error("zip.damaged") from error
         guarded.opening = False
         with file:
             yield _checked(file, path.stat().st_size)
@@ -106,18 +116,16 @@ def open_archive(path: Path) -> Iterator[SafeZip]:
 def _checked(file: zipfile.ZipFile, size: int) -> SafeZip:
     entries = [entry for entry in file.infolist() if not entry.is_dir()]
     if len(entries) > MAX_MEMBERS:
-        raise _too_many()
+        raise _error("zip.members", limit=f"{MAX_MEMBERS:,}")
     total = sum(entry.file_size for entry in entries)
     if total > MAX_INFLATED_MB * 2**20:
-        message = "The zip file unpacks to more than {limit} MB; put less into it."
-        raise InputError(message, "zip.inflated", limit=MAX_INFLATED_MB)
+        raise _error("zip.inflated", limit=MAX_INFLATED_MB)
     if total > max(_FREE_MB * 2**20, MAX_RATIO * size):
-        message = "The zip file unpacks to more than {limit} times its size, which pictures never do; pack it anew."
-        raise InputError(message, "zip.ratio", limit=MAX_RATIO)
+        raise _error("zip.ratio", limit=MAX_RATIO)
     if any(entry.flag_bits & 1 for entry in entries):
-        raise InputError("The zip file has a password; pack it without one.", "zip.encrypted")
+        raise _error("zip.encrypted")
     if any(entry.compress_type not in _METHODS for entry in entries):
-        raise InputError("The zip file is packed in a way not read here; pack it the ordinary way.", "zip.method")
+        raise _error("zip.method")
     members: dict[str, zipfile.ZipInfo] = {}
     left_out: defaultdict[str, list[str]] = defaultdict(list)
     for entry in entries:
@@ -134,13 +142,10 @@ def _checked(file: zipfile.ZipFile, size: int) -> SafeZip:
 def _name_of(entry: zipfile.ZipInfo) -> str:
     """Decode a member's name; one without a declared encoding is UTF-8 or, from Chinese Windows, GB 18030."""
     name = entry.orig_filename
-    if not entry.flag_bits & 0x800:
-        for encoding in ("utf-8", "gb18030"):
-            try:
-                name = name.encode("cp437").decode(encoding)
-                break
-            except UnicodeError:
-                continue
+    for encoding in () if entry.flag_bits & 0x800 else ("utf-8", "gb18030"):
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode(encoding)
+            break
     return name.replace("\\", "/").removeprefix("./")
 
 
@@ -155,14 +160,5 @@ def _reason(entry: zipfile.ZipInfo, name: str, members: Mapping[str, object]) ->
     return "twice" if name in members else ""
 
 
-def _damaged() -> InputError:
-    return InputError("This is no zip file, or it is damaged; pack it again.", "zip.damaged")
-
-
-def _too_large(limit_mb: float) -> InputError:
-    return InputError("The file has more than {limit} MB; make it smaller.", "upload.size", limit=f"{limit_mb:g}")
-
-
-def _too_many() -> InputError:
-    message = "The zip file holds more than {limit} files; put fewer into it."
-    return InputError(message, "zip.members", limit=f"{MAX_MEMBERS:,}")
+def _error(code: str, **values: object) -> InputError:
+    return InputError(_MESSAGES[code], code, **values)

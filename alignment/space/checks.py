@@ -11,15 +11,11 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
-MOST_IN_A_FOLDER = 10_000
-"""Files that the Hub takes in one folder."""
-
-LARGE = 10_000_000
-"""Bytes from which a file goes to the Hub's store for large files, which the upload does by itself."""
-
+MAX_IN_A_FOLDER = 10_000  # files that the Hub takes
+LARGE = 10_000_000  # bytes from which the Hub stores a file as a large one
 _PEEK = 1 << 13  # bytes from a file's beginning that tell text from weights and pictures
 _BATCH = 4096  # texts that are searched together
 _SQLITE = b"SQLite format 3\0"
@@ -56,11 +52,9 @@ def check_folder(folder: Path, private: Sequence[str] = ()) -> None:
         while batch := list(islice(texts, _BATCH)):
             _check_texts(name, batch, private_path)
     for parent, count in Counter(path.relative_to(folder).parent.as_posix() for path in paths).items():
-        if count > MOST_IN_A_FOLDER:
-            raise ValueError(
-                f"{parent} holds {count:,} files, and the Hub takes {MOST_IN_A_FOLDER:,} in a folder: "
-                "publish a smaller gallery."
-            )
+        if count > MAX_IN_A_FOLDER:
+            limit = f"the Hub takes {MAX_IN_A_FOLDER:,} in a folder"
+            raise ValueError(f"{parent} holds {count:,} files, and {limit}: publish a smaller gallery.")
 
 
 def _texts(path: Path) -> Iterator[str]:
@@ -68,21 +62,16 @@ def _texts(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         start = file.read(_PEEK)
     if start.startswith(_SQLITE):
-        yield from _texts_in_tables(path)
-    elif b"\0" not in start:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            yield from lines
-
-
-def _texts_in_tables(path: Path) -> Iterator[str]:
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-        for (table,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
-            for row in database.execute(f'SELECT * FROM "{table}"'):
-                for value in row:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            for (table,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
+                for value in chain.from_iterable(database.execute(f'SELECT * FROM "{table}"')):
                     if isinstance(value, str):
                         yield value
                     elif isinstance(value, bytes) and b"\0" not in value:
                         yield value.decode("utf-8", "replace")
+    elif b"\0" not in start:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            yield from lines
 
 
 def _check_texts(name: str, texts: Sequence[str], private_path: re.Pattern[str]) -> None:
@@ -110,14 +99,12 @@ def check_variables(variables: Mapping[str, str]) -> None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"{name!r} is no name for a variable: use letters, digits and '_'.")
         if _SECRET_TEXT.search(value) or _SECRET_VARIABLE.search(name):
-            raise ValueError(
-                f"{name} looks like a secret, and everybody may read a Space's variables: set it under Secrets in the "
-                "settings of the Space instead."
-            )
+            advice = "set it under Secrets in the settings of the Space instead"
+            raise ValueError(f"{name} looks like a secret, and everybody may read a Space's variables: {advice}.")
 
 
 def private_paths(*folders: Path) -> list[str]:
     """List spellings of this machine's folders that must not be published; those too short to tell are left out."""
-    found = {str(folder.expanduser().absolute()) for folder in folders}
-    found |= {str(folder.expanduser().resolve()) for folder in folders}
+    whole = [folder.expanduser() for folder in folders]
+    found = {str(path) for folder in whole for path in (folder.absolute(), folder.resolve())}
     return sorted(path for path in found if len(Path(path).parts) > 2)

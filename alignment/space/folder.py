@@ -14,24 +14,36 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from huggingface_hub import SpaceCardData
+
 from alignment.bundled import GALLERY, MODEL, ROOT
-from alignment.space.card import THUMBNAIL, TITLE, card
 from alignment.space.gallery import copy_gallery
 from alignment.space.model_source import ModelSource, safe_name
 
+TITLE = "Image-Text Alignment"
+THUMBNAIL = "assets/screenshots/search_en.png"
+DESCRIPTION = "Search pictures by caption and captions by picture"  # the Hub refuses more than 60 characters
+
 _FILES = (
-    "app.py",
-    "LICENSE",
-    "alignment/**/*.py",
-    "alignment/sample_pictures/*",
-    "assets/ui/**/*",
-    "assets/parallel_captions.jsonl",
-    THUMBNAIL,
+    *("app.py", "LICENSE", "alignment/**/*.py", "alignment/sample_pictures/*"),
+    *("assets/ui/**/*", "assets/parallel_captions.jsonl", THUMBNAIL),
 )
 _STARTER, _SOURCES = "assets/gallery/**/*", "assets/gallery/sources/*"  # sources: the cohort of another model
 _NOT_SERVED = ("alignment/train/", "alignment/compact/", "alignment/space/")
 _PREINSTALLED = ("gradio", "huggingface-hub")
 _CPU_TORCH = "https://download.pytorch.org/whl/cpu"  # the wheels on PyPI depend on gigabytes of CUDA libraries
+_CARD = """\
+---
+{front}
+---
+
+# {title}
+
+Drop in a picture and read the captions that fit. Type a caption, in English or Chinese, and see the pictures that fit.
+Look at the similarity matrix that decides both. What you drop in is kept for your visit alone.
+
+Model: {model}.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,16 +78,16 @@ class Space:
         return {**own, "GRADIO_SSR_MODE": "False", **self.more}
 
 
-def stage(space: Space, folder: Path) -> list[str]:
+def stage(space: Space, folder: Path) -> str:
     """Write the Space into a new folder.
 
     Returns:
-        Sentences that say what becomes public.
+        A sentence that says what becomes public; "" for the bundled gallery.
 
     Raises:
         FileNotFoundError: when a source file is missing.
         FileExistsError: when the folder exists.
-        ValueError: when another model made the gallery.
+        ValueError: when another model made the gallery, or the title is empty.
     """
     if space.gallery is None and space.model.name != MODEL:
         raise ValueError(
@@ -90,17 +102,42 @@ def stage(space: Space, folder: Path) -> list[str]:
     if not space.model.revision:
         for name in space.model.files:
             _copy(space.model.folder / name, folder / space.model.name / name)
-    notes = copy_gallery(space.gallery, folder / space.place, space.model) if space.gallery else []
-    text = card(space.repo_id, space.title, space.model, space.hardware)
-    (folder / "README.md").write_text(text, "utf-8", newline="\n")
+    note = copy_gallery(space.gallery, folder / space.place, space.model) if space.gallery else ""
+    (folder / "README.md").write_text(card(space), "utf-8", newline="\n")
     (folder / "requirements.txt").write_text(requirements(space.hardware), "utf-8", newline="\n")
-    return notes
+    return note
 
 
 def contents(folder: Path) -> dict[str, int]:
     """List a folder's files with their sizes in bytes."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def card(space: Space) -> str:
+    """Return README.md: the configuration, which the Hub reads, and a description; ValueError without a title."""
+    title, model = " ".join(space.title.split()), space.model  # a line break could end the front matter
+    if not title:
+        raise ValueError("A Space needs a title.")
+    data = SpaceCardData(
+        title=title,
+        emoji="🔎",
+        colorFrom="indigo",
+        colorTo="gray",
+        sdk="gradio",
+        sdk_version=version("gradio"),
+        python_version="3.12",
+        app_file="app.py",
+        short_description=DESCRIPTION,
+        thumbnail=f"https://huggingface.co/spaces/{space.repo_id}/resolve/main/{THUMBNAIL}",
+        license="apache-2.0",
+        tags=["image-text-retrieval", "cross-modal-retrieval", "contrastive-learning"],
+        models=[model.name] if model.revision else None,
+        preload_from_hub=[f"{model.name} {','.join(model.files)} {model.revision}"] if model.revision else None,
+        suggested_hardware=space.hardware or "cpu-basic",
+    )
+    link = f"[{model.name}](https://huggingface.co/{model.name})" if model.revision else f"`{model.name}`"
+    return _CARD.format(front=data.to_yaml(), title=title, model=link)
 
 
 def requirements(hardware: str | None) -> str:

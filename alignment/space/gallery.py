@@ -19,14 +19,14 @@ from alignment.space.checks import check_folder, private_paths
 from alignment.space.model_source import ModelSource
 
 
-def copy_gallery(source: Path, target: Path, model: ModelSource) -> list[str]:
+def copy_gallery(source: Path, target: Path, model: ModelSource) -> str:
     """Write a gallery that may be public.
 
     A picture keeps its thumbnail, its captions, its credit and the bare name of its file. Its folder, size, date and
     hash are left out, and so are the source and the options of the build.
 
     Returns:
-        Sentences that say what becomes public.
+        A sentence that says what becomes public.
 
     Raises:
         FileNotFoundError: when there is no gallery in `source`.
@@ -57,11 +57,11 @@ def copy_gallery(source: Path, target: Path, model: ModelSource) -> list[str]:
         lambda picture: database.thumbnail(by_id[picture.id]),
     )
     check_folder(target, private_paths(Path(metadata.source)))
-    return [
+    return (
         f"Whoever may open the Space sees {sum(not picture.package for picture in pictures)} of your pictures as "
         f"thumbnails, with the names of their files, and {len(captions)} captions. The originals, and where they lie, "
         "stay on this machine."
-    ]
+    )
 
 
 def _digest_of_thumbnail(database: GalleryDatabase, picture: Picture) -> str:

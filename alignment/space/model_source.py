@@ -19,10 +19,9 @@ class ModelSource:
     """The model of a Space.
 
     Attributes:
-        name: a folder of the Space, or a Hub id.
-        folder: the one on this machine.
-        files: the names of its files.
-        revision: the commit on the Hub; "" for a model that is sent along.
+        name: folder in the Space, or Hub id.
+        folder: on this machine, with `files`.
+        revision: commit on the Hub; "" for a model that is sent along.
     """
 
     name: str
@@ -32,14 +31,9 @@ class ModelSource:
 
 
 def choose_model(name: str, revision: str | None = None) -> ModelSource:
-    """Find a model on this machine.
+    """Find a model on this machine by folder or Hub id; FileNotFoundError when there is none.
 
-    Args:
-        name: folder or Hub id.
-        revision: branch, tag or commit on the Hub; by default the one fetched last.
-
-    Raises:
-        FileNotFoundError: when there is none.
+    `revision` is a branch, tag or commit on the Hub; by default the one fetched last.
     """
     sent = Path(name).is_dir()
     try:
@@ -56,15 +50,11 @@ def choose_model(name: str, revision: str | None = None) -> ModelSource:
     if not sent:
         return ModelSource(name, folder, tuple(files), folder.name)
     card = ["README.md"] if (folder / "README.md").is_file() else []
-    return ModelSource(_place(folder), folder, (*card, *files))
-
-
-def _place(folder: Path) -> str:
-    """Return the folder of a model in the Space; the name of the bundled model is reserved for that."""
-    if folder.resolve() == (ROOT / MODEL).resolve():
-        return MODEL
     place = f"checkpoints/{safe_name(folder, 'model')}"
-    return f"{place}-2" if place == MODEL else place
+    is_bundled = folder.resolve() == (ROOT / MODEL).resolve()
+    if place == MODEL and not is_bundled:
+        place += "-2"
+    return ModelSource(MODEL if is_bundled else place, folder, (*card, *files))
 
 
 def safe_name(folder: Path, otherwise: str) -> str:

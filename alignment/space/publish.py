@@ -16,9 +16,7 @@ from alignment.hub import check_repo_id, translate_hub_errors
 from alignment.space.folder import Space, contents
 
 AGAIN = "publish again"
-_OURS = ("ALIGNMENT_MODEL", "ALIGNMENT_REVISION", "ALIGNMENT_GALLERY")
-"""Variables that are deleted where an earlier version of the Space has left them."""
-
+_OURS = ("ALIGNMENT_MODEL", "ALIGNMENT_REVISION", "ALIGNMENT_GALLERY")  # deleted if an earlier version has left them
 _FRESH = {"README.md", ".gitattributes"}  # the Hub puts these into a new Space
 _APP = {"app.py", "alignment/__init__.py"}  # a Space with both runs this app
 
@@ -52,9 +50,9 @@ def publish(
     api = api or HfApi()
     with translate_hub_errors(space.repo_id, AGAIN, _refusals(space)):
         there = _existing(api, space.repo_id)
-    if there is not None and not replace:
-        _check_ours(there)
-    with translate_hub_errors(space.repo_id, AGAIN, _refusals(space)):
+        files = {file.rfilename for file in there.siblings or ()} if there else set()
+        if there and not replace:
+            _check_ours(there, files)
         _create(api, space, there, private)
         api.upload_folder(
             repo_id=space.repo_id,
@@ -64,9 +62,8 @@ def publish(
             commit_message="Publish the app, its gallery and its model",
         )
         variables = _set_variables(api, space, there)  # last: the running version needs the old ones
-    gone = _files(there) - contents(folder).keys() - {".gitattributes"} if there else set()
-    url = f"{api.endpoint}/spaces/{space.repo_id}"
-    return PublishResult(url, there is None, tuple(sorted(gone)), variables)
+    deleted = tuple(sorted(files - contents(folder).keys() - {".gitattributes"}))
+    return PublishResult(f"{api.endpoint}/spaces/{space.repo_id}", there is None, deleted, variables)
 
 
 def check_name(repo_id: str) -> None:
@@ -83,12 +80,7 @@ def _existing(api: HfApi, repo_id: str) -> SpaceInfo | None:
         return None
 
 
-def _files(there: SpaceInfo) -> set[str]:
-    return {file.rfilename for file in there.siblings or ()}
-
-
-def _check_ours(there: SpaceInfo) -> None:
-    files = _files(there)
+def _check_ours(there: SpaceInfo, files: set[str]) -> None:
     if there.sdk not in (None, "gradio") or not (files >= _APP or files <= _FRESH):
         raise ValueError(
             f"{there.id} on the Hub is another app ({len(files)} files, {there.sdk or 'no SDK'}), and its files would "
