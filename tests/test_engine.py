@@ -3,7 +3,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from alignment.gallery.records import FileFingerprint
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, open_image
 
-ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = {
     "beach": ("a dog runs on the beach", "一只狗在海滩上奔跑"),
     "cats": ("two cats", "猫"),
@@ -253,7 +251,7 @@ def test_captions_that_wait_are_encoded_together_and_embedded_as_if_alone(engine
         assert begun.wait(30)
         rest = [pool.submit(engine.embed_caption, caption) for caption in captions]
         empty = pool.submit(engine.embed_caption, " ")
-        with pytest.raises(InputError, match="caption is empty"):  # said at once, to nobody else
+        with pytest.raises(InputError, match="caption is empty"):  # at once, and for this request alone
             empty.result(30)
         for _ in range(3000):
             if len(engine._encode_texts._waiting) == len(captions):
@@ -280,7 +278,7 @@ class Slow(BytesIO):
         return super().read(*sizes)
 
 
-def test_nobody_waits_for_the_decoding_of_somebody_elses_picture(engine, pictures):
+def test_decoding_one_picture_does_not_delay_other_requests(engine, pictures):
     slow = Slow(photo(5))
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(engine.embed_image, slow)
@@ -312,7 +310,7 @@ def test_what_is_still_there_to_show_is_told_without_opening_it(engine, tmp_path
     assert [other.can_show(picture.id) for picture in pictures] == [True, False, False]
 
 
-def test_thumbnails_of_the_gallerys_pictures_are_made_when_somebody_looks(engine):
+def test_thumbnails_of_the_gallerys_pictures_are_made_when_they_are_looked_up(engine):
     made = []
     thumbnails = Thumbnails(["one", "two"], lambda id: made.append(id) or engine.thumbnail(id))
     assert (list(thumbnails), len(thumbnails), "three" in thumbnails, made) == (["one", "two"], 2, False, [])
@@ -325,12 +323,6 @@ def test_thumbnails_of_the_gallerys_pictures_are_made_when_somebody_looks(engine
 # ---------------------------------------------------------------- meaning
 
 
-@pytest.fixture(scope="module")
-def real() -> AlignmentEngine:
-    encoder = DualEncoder.load(ROOT / "checkpoints/compact", device="cpu")
-    return AlignmentEngine(encoder, Gallery.load(ROOT / "assets/gallery", encoder))
-
-
 @pytest.mark.parametrize(
     ("query", "id"),
     [
@@ -341,13 +333,13 @@ def real() -> AlignmentEngine:
         ("a motorcycle", "motorcycle"),
     ],
 )
-def test_the_compact_model_finds_the_picture(real, query, id):
-    assert id in [match.item.id for match in real.search_images(query, 3).matches]
+def test_the_compact_model_finds_the_picture(compact_engine, query, id):
+    assert id in [match.item.id for match in compact_engine.search_images(query, 3).matches]
 
 
 @pytest.mark.parametrize(("lang", "word"), [("en", "cat"), ("zh", "猫")])
-def test_the_compact_model_finds_a_caption(real, lang, word):
-    cat = next(picture for picture in real.gallery.pictures if picture.id == "cat")
-    matches = real.search_captions(real.embed_image(cat.path), 5, lang).matches
+def test_the_compact_model_finds_a_caption(compact_engine, lang, word):
+    embed = compact_engine.embed_image(compact_engine.gallery.picture("cat").path)
+    matches = compact_engine.search_captions(embed, 5, lang).matches
     assert {match.item.lang for match in matches} == {lang}
     assert any(word in match.item.text.lower() for match in matches)

@@ -21,14 +21,12 @@ from alignment.preprocess import InputError
 from alignment.ui.explanation import ExplanationDialog, ExplanationState, Pair
 from alignment.ui.strings import strings, text
 
-ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = ("cheetah-running", "cat", "coffee", "cameraman", "motorcycle", "rocket")
 
 
 @pytest.fixture(scope="module")
-def engine() -> AlignmentEngine:
-    encoder = DualEncoder.load(ROOT / "checkpoints" / "compact", device="cpu")
-    return AlignmentEngine(encoder, Gallery.load(ROOT / "assets" / "gallery", encoder))
+def engine(compact_engine) -> AlignmentEngine:
+    return compact_engine
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,9 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 TEXTS_AT_ONCE = 32
-IMAGES_AT_ONCE = {"cpu": 1}
-"""Pictures by device, `MORE_IMAGES` on any other. A CPU takes as long for several pictures together as one by one, and
-the first would wait for the last; eight captions together take half the time that they take one by one."""
-
-MORE_IMAGES = 32
+# By device. A CPU takes as long for several pictures together as one by one, and the first would wait for the last;
+# eight captions together take half the time that they take one by one.
+IMAGES_AT_ONCE, MORE_IMAGES = {"cpu": 1}, 32
 
 
 class _Request(Future[Tensor], Generic[Item]):
@@ -42,12 +40,7 @@ class DynamicBatcher(Generic[Item]):
     """
 
     def __init__(self, encode: Callable[[Sequence[Item]], Tensor], max_batch: int) -> None:
-        """Take requests for an encoder.
-
-        Args:
-            encode: items -> (n, embed_dim), in their order.
-            max_batch: items that are encoded together; a single request may have more.
-        """
+        """Wrap an encoder, items -> (n, embed_dim); a single request may have more than `max_batch` items."""
         self._encode, self.max_batch = encode, max_batch
         self._changed = threading.Condition()  # guards the attributes below
         self._waiting: deque[_Request[Item]] = deque()

@@ -38,7 +38,6 @@ class AlignmentEngine:
     """One encoder and one gallery, searched in both directions; safe to call from several threads.
 
     Attributes:
-        encoder: the model.
         gallery: what is searched; see `show`.
         starter: the gallery of the worked examples.
         second: a model to compare with, if there is one.
@@ -46,14 +45,9 @@ class AlignmentEngine:
     """
 
     def __init__(
-        self,
-        encoder: DualEncoder,
-        gallery: Gallery,
-        second: SecondModel | None = None,
-        *,
-        starter: Gallery | None = None,
-        names_files: bool = False,
-    ) -> None:
+        self, encoder: DualEncoder, gallery: Gallery, second: SecondModel | None = None, *,
+        starter: Gallery | None = None, names_files: bool = False,
+    ) -> None:  # fmt: skip
         self.encoder, self.gallery, self.second = encoder, gallery, second
         self.starter, self.names_files = starter or gallery, names_files
         images_at_once = IMAGES_AT_ONCE.get(encoder.device.type, MORE_IMAGES)
@@ -122,11 +116,7 @@ class AlignmentEngine:
         return self.gallery.search_captions(image_embed, k, lang=lang if lang in self.gallery.languages else None)
 
     def search_images(self, query: str | Query, k: int = 12, *, photos: Photos | None = None) -> SearchResult[Picture]:
-        """Find the pictures that fit a caption or a composed query, in the gallery or among a visitor's photos.
-
-        Raises:
-            InputError: when the caption is empty or too long.
-        """
+        """Find pictures in the gallery or among photos; raises InputError on an empty or too long caption."""
         gallery = self.gallery if photos is None else photos.gallery
         if isinstance(query, Query):
             return search(gallery, query, k)
@@ -180,12 +170,7 @@ class AlignmentEngine:
     def add_photos(
         self, photos: Photos, files: Sequence[tuple[str, bytes]], *, limit: int = MAX_PHOTOS
     ) -> tuple[Photos, list[Skipped]]:
-        """Embed more photos, up to a limit; a file that is not taken is named.
-
-        Args:
-            photos: the collection so far.
-            files: name and content of each file.
-            limit: of photos in the collection.
+        """Embed files, given by name and content, up to a limit of photos in all.
 
         Returns:
             The larger collection, and the files that were left out.
@@ -208,20 +193,12 @@ class AlignmentEngine:
         return photos, skipped
 
     def add_embedded(
-        self,
-        photos: Photos,
-        pictures: Sequence[Picture],
-        embeds: Tensor,
-        thumbnails: Mapping[str, bytes],
+        self, photos: Photos, pictures: Sequence[Picture], embeds: Tensor, thumbnails: Mapping[str, bytes],
         second_embeds: Tensor | None = None,
-    ) -> Photos:
+    ) -> Photos:  # fmt: skip
         """Add photos with their embeddings, (num_pictures, embed_dim); `second_embeds` are those of all photos."""
-        return self._photos(
-            [*photos.gallery.pictures, *pictures],
-            torch.cat([photos.gallery.image_embeds, embeds]),
-            {**photos.thumbnails, **thumbnails},
-            second_embeds,
-        )
+        embeds, thumbnails = torch.cat([photos.gallery.image_embeds, embeds]), {**photos.thumbnails, **thumbnails}
+        return self._photos([*photos.gallery.pictures, *pictures], embeds, thumbnails, second_embeds)
 
     def _second_embeds(self, photos: Photos, more: Sequence[Image.Image]) -> Tensor | None:
         if self.second is None or photos.second_embeds is None or not more:
@@ -254,12 +231,7 @@ class AlignmentEngine:
         return embed
 
     def picture_image(self, id: str) -> Image.Image:
-        """Open a picture of the gallery, or its thumbnail where the file is gone.
-
-        Raises:
-            KeyError: when the gallery has no such picture.
-            InputError: when there is neither.
-        """
+        """Open a picture of the gallery, or its thumbnail where the file is gone; raises what `thumbnail` raises."""
         try:
             return open_image(self._find(id)[1].path)
         except (InputError, OSError):

@@ -32,16 +32,10 @@ from alignment.preprocess import InputError, open_image, sanitize_text
 
 MIN_PICTURES, MAX_TRIAL_PICTURES, MAX_TRIAL_CAPTIONS = 2, 500, 5000
 
-MAX_LINES = 60_000
-"""Lines of the annotations; all of Flickr8k's are 40,460."""
-
+MAX_LINES = 60_000  # of the annotations; all of Flickr8k's are 40,460
 MAX_TABLE_MB, MAX_FOLDERS = 10, 50
-MAX_NAME = 150
-"""Characters shown of a name from the annotations."""
-
-SHOWN = 5
-"""Worst queries of each direction, and suspected labels."""
-
+MAX_NAME = 150  # characters shown of a name from the annotations
+SHOWN = 5  # worst queries of each direction, and suspected labels
 THUMBNAIL_PIXELS = 200
 RESAMPLES = 1000
 
@@ -73,7 +67,6 @@ class Progress:
 
     Attributes:
         what: "unpacking", "pictures" or "captions".
-        done, total: number of these.
         share: of all the work, in [0, 1], roughly.
     """
 
@@ -109,9 +102,6 @@ class EvalResult(RetrievalReport[Estimate]):
     thumbnails: Mapping[str, bytes] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------- from embeddings
-
-
 def _measure(
     embedded: Embedded, thumbnail: Callable[[str], bytes], left_out: Mapping[str, Sequence[str]]
 ) -> EvalResult:
@@ -121,22 +111,14 @@ def _measure(
     names = [name for suspect in suspects for name in (suspect.image, suspect.owner)]
     for example in worst:
         names += [example.query] if example.direction == "image_to_text" else [example.answer, *example.tops]
-    return EvalResult(
-        **vars(report),
-        chance=random_baseline(embedded.image_of_text.bincount().tolist()),
-        left_out=left_out,
-        worst=worst,
-        suspects=suspects,
-        thumbnails={name: thumbnail(name) for name in dict.fromkeys(names)},
-    )
+    chance = random_baseline(embedded.image_of_text.bincount().tolist())
+    thumbnails = {name: thumbnail(name) for name in dict.fromkeys(names)}
+    size, metrics = (report.num_images, report.num_texts), report.metrics
+    return EvalResult(*size, metrics, chance, left_out, worst, suspects, thumbnails)
 
 
 def random_baseline(captions: Sequence[int]) -> dict[str, float]:
-    """Compute the metrics of a random ranking, by the names of a `RetrievalReport`.
-
-    Args:
-        captions: number of captions of each image.
-    """
+    """Compute the metrics of a random ranking, by their names, from the number of captions of each image."""
     images, texts = len(captions), sum(captions)
     # Share of queries whose best answer is among the first p of a shuffled list, for p = 1, 2, ...
     found = {"text_to_image": np.arange(1, images + 1) / images, "image_to_text": np.zeros(texts)}
@@ -152,7 +134,7 @@ def random_baseline(captions: Sequence[int]) -> dict[str, float]:
 
 
 def _suspects(embedded: Embedded) -> list[SuspectedLabel]:
-    owners: LeftOut = defaultdict(list)
+    owners: defaultdict[str, list[str]] = defaultdict(list)
     for text, owner in zip(embedded.texts, embedded.image_of_text.tolist(), strict=True):
         owners[text].append(embedded.images[owner])
     return [
@@ -182,9 +164,6 @@ def gallery_trial(gallery: Gallery, lang: str) -> EvalResult | None:
     image_embeds, text_embeds = gallery.images[torch.tensor(chosen)], gallery.texts[torch.tensor(texts)]
     embedded = Embedded(names, [captions[row].text for row in texts], owners, image_embeds, text_embeds)
     return _measure(embedded, lambda name: b"", {})
-
-
-# ---------------------------------------------------------------- from a zip
 
 
 def measure_archive(engine: AlignmentEngine, path: Path) -> Generator[Progress | EvalResult, None, None]:

@@ -20,7 +20,6 @@ from alignment.similarity import cosine_similarity
 Limits = tuple[float, float]
 
 _UNKNOWN = (0.1, 0.1)  # mean and spread of a gallery with too few items to measure them
-
 # In spreads of unrelated cosines above their mean. Chosen on 200 Flickr8k dev pictures with the compact model, each
 # with its own caption and with that of another picture (`tests/benchmarks/explain_limits.py`).
 _SOME = 2.0  # 7 % of the foreign captions and 94 % of the own ones are above
@@ -32,12 +31,7 @@ _AXIS = (-3.0, 8.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """How to judge a model's cosines; the same for all of its results.
-
-    Attributes:
-        unrelated: mean of the cosines between unrelated pictures and captions.
-        spread: their standard deviation.
-    """
+    """Mean and standard deviation (`spread`) of a model's cosines between unrelated pictures and captions."""
 
     unrelated: float
     spread: float
@@ -82,10 +76,8 @@ class Explanation:
     """Why a picture and a caption match, or do not.
 
     Attributes:
-        cosine: of the two.
         words: of the caption, each with one contribution.
         places: (rows, columns) over the whole picture: the cosine it would have if all of it were like this place.
-        scale: of the model.
     """
 
     cosine: float

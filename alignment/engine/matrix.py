@@ -17,9 +17,7 @@ from alignment.engine.explanation import Limits, Scale
 from alignment.model import DualEncoder
 from alignment.similarity import cosine_similarity, logits_per_image, match_probabilities
 
-NAME_ENDS = ":：,，\t"
-"""Characters that separate a picture's file name from its caption at the beginning of a line."""
-
+NAME_ENDS = ":：,，\t"  # between a picture's file name and its caption at the beginning of a line
 # Of Flickr8k's dev captions nine in ten lie 1.9 to 6.3 spreads above the unrelated, half of them above 4.4, and nine
 # in ten unrelated ones between 2.1 below and 2.3 above (200 pictures, compact model).
 _LOWEST, _HIGHEST = -2, 6
@@ -28,13 +26,9 @@ _NUM_PICTURES, _NUM_CAPTIONS = 64, 256  # of the cohort that measures a second m
 
 @dataclass(frozen=True)
 class Alignment:
-    """Scores of pictures against captions.
+    """Scores of pictures against captions: cosines and logits, (num_images, num_texts).
 
-    Attributes:
-        similarity: (num_images, num_texts) cosines.
-        logits_per_image: the same, scaled, with the model's bias if it has one.
-        logit_scale: factor of the logits.
-        logit_bias: added to the logits; None for models trained with a softmax.
+    `logit_bias` is None for models trained with a softmax.
     """
 
     similarity: Tensor
@@ -60,12 +54,12 @@ class Alignment:
 
     @property
     def best_captions(self) -> list[int]:
-        """For each picture the row of the best caption; the first of equals."""
+        """For each picture the index of the best caption; the first of equals."""
         return [int(row.argmax()) for row in self.similarity]
 
     @property
     def best_pictures(self) -> list[int]:
-        """For each caption the row of the best picture; the first of equals."""
+        """For each caption the index of the best picture; the first of equals."""
         return [int(column.argmax()) for column in self.similarity.T]
 
 
@@ -96,19 +90,13 @@ def named_captions(text: str, names: Sequence[str]) -> list[tuple[int | None, st
         cat.jpg: a cat asleep      the picture cat.jpg, "a cat asleep"
         cat, stretching            cat.jpg as well, if every line begins with a name; else a caption like any other
 
-    Args:
-        text: one caption per line.
-        names: the pictures' file names; one that occurs twice names no picture.
-
-    Returns:
-        For each line the picture's place in `names`, or None, and the caption without the name.
+    A file name that occurs twice names no picture. Returns for each line the picture's place in `names`, or None, and
+    the caption without the name.
     """
     lines = [line for line in text.splitlines() if _is_visible(line)]
-    full, short = (_unique(spellings) for spellings in (names, [PurePath(name).stem for name in names]))
+    full, short = _unique(names), _unique([PurePath(name).stem for name in names])
     found = [_named(line, short | full) for line in lines]
-    if all(place is not None for place, _ in found):
-        return found
-    return [_named(line, full) for line in lines]
+    return found if all(place is not None for place, _ in found) else [_named(line, full) for line in lines]
 
 
 def _unique(names: Sequence[str]) -> dict[str, int]:

@@ -40,8 +40,7 @@ class Scan:
     Attributes:
         state: "starter" while the starter gallery is built; "waiting" for another process that writes to the same
             gallery; "empty": the folder holds no pictures.
-        done, total: items; `total` is 0 until they are listed.
-        added, changed, removed: pictures that differ from those of the gallery before.
+        total: items; 0 until they are listed.
         skipped: pictures, folders and captions files that could not be read.
     """
 
@@ -67,23 +66,18 @@ class PhotoFolder:
     """A folder of photos and its gallery in the cache folder; or only the starter gallery of a model.
 
     Attributes:
-        engine: searches the gallery; the starter gallery until there is one.
         source: the folder; "" where only the starter gallery is built.
         out: the gallery's folder.
         scan: progress; replaced at each step.
         version: number of galleries shown so far.
     """
 
-    retry = 3.0
-    """Seconds between two attempts to lock a gallery that another process writes."""
+    retry = 3.0  # seconds between two attempts to lock a gallery that another process writes
 
     def __init__(self, engine: AlignmentEngine, source: str | os.PathLike[str] | None, bar: Bar) -> None:
-        """Show the gallery that an earlier scan has made of a folder, if there is one.
+        """Let the engine show the gallery of a folder, if there is one; without a folder the starter gallery.
 
-        Args:
-            engine: shows the gallery of this folder from now on.
-            source: the folder; None for the starter gallery alone.
-            bar: opened for each scan, to show its progress on the terminal.
+        `bar` is opened for each scan, to show its progress on the terminal.
         """
         self.engine, self.bar = engine, bar
         self.source = photo_folder(source) if source else ""
@@ -150,9 +144,10 @@ class PhotoFolder:
             self._last = self._build(report)
         except (OSError, ValueError) as error:
             logger.warning("The scan failed: %s", describe_error(error))
-            holds_pictures = any(path.suffix.lower() in IMAGE_SUFFIXES for path in walk(Path(self.source)))
-            state: State = "empty" if isinstance(error, ValueError) and not holds_pictures else "failed"
-            self.scan = Scan(state, skipped=_skipped(report, self.source))
+            is_empty = isinstance(error, ValueError) and not any(
+                path.suffix.lower() in IMAGE_SUFFIXES for path in walk(Path(self.source))
+            )
+            self.scan = Scan("empty" if is_empty else "failed", skipped=_skipped(report, self.source))
             return
         self._show(self._last)
         for line in describe_issues(report):
@@ -171,14 +166,10 @@ class PhotoFolder:
             try:
                 with self.bar(f"Reading {self.source}") as show:
                     return build_gallery(
-                        self.source,
-                        self.out,
-                        self.engine.encoder,
+                        self.source, self.out, self.engine.encoder, report=report, like=self.engine.starter,
                         progress=partial(self._progress, "running", show),
-                        report=report,
                         growing=None if self._last else self._show,
-                        like=self.engine.starter,
-                    )
+                    )  # fmt: skip
             except BlockingIOError:
                 self.scan = replace(self.scan, state="waiting")
                 if self._stopping.wait(self.retry):
@@ -197,12 +188,7 @@ class PhotoFolder:
 
 
 def photo_folder(source: str | os.PathLike[str]) -> str:
-    """Resolve a folder: `~` and links.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        NotADirectoryError: when it is a file.
-    """
+    """Resolve `~` and links; FileNotFoundError or NotADirectoryError when it is no folder."""
     folder = Path(os.path.expanduser(source))
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}.")
@@ -214,10 +200,9 @@ def photo_folder(source: str | os.PathLike[str]) -> str:
 def _load(folder: Path, encoder: DualEncoder) -> Gallery | None:
     try:
         return Gallery.load(folder, encoder)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:  # the scan builds it anew
-        logger.warning("%s", str(error).partition(" Rebuild it with")[0])
+    except (FileNotFoundError, ValueError) as error:  # the scan builds it
+        if isinstance(error, ValueError):
+            logger.warning("%s", str(error).partition(" Rebuild it with")[0])
         return None
 
 

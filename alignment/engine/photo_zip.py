@@ -31,9 +31,7 @@ from alignment.gallery import THUMBNAIL_PIXELS, Picture
 from alignment.model import DualEncoder, chunk_size
 from alignment.preprocess import InputError, open_image, sanitize_text
 
-ALBUM = "my_photos"
-"""Name of the exported zip and of the folder in it."""
-
+ALBUM = "my_photos"  # name of the exported zip and of the folder in it
 AT_ONCE = 4  # pictures between two signs of progress
 
 _STAMP, _PICTURES, _EMBEDDINGS = "gallery.json", "pictures.jsonl", "embeddings.safetensors"
@@ -51,9 +49,6 @@ class Added:
     skipped: list[Skipped]
     done: int
     total: int
-
-
-# ---------------------------------------------------------------- export
 
 
 def export_zip(photos: Photos, encoder: DualEncoder) -> bytes:
@@ -104,9 +99,6 @@ def _plain(name: str) -> str:
     return name[:_MAX_NAME] or "?"
 
 
-# ---------------------------------------------------------------- import
-
-
 def add_archive(engine: AlignmentEngine, photos: Photos, path: Path, *, limit: int = MAX_PHOTOS) -> Iterator[Added]:
     """Add the photos of an exported zip or of any zip of pictures, up to a limit; yields after each few.
 
@@ -155,12 +147,7 @@ def _add_album(engine: AlignmentEngine, photos: Photos, archive: SafeZip, folder
 
 
 def _read_album(archive: SafeZip, folder: str, encoder: DualEncoder) -> tuple[list[Picture], Tensor]:
-    """Read the pictures of an exported zip, and their embeddings, (num_pictures, embed_dim).
-
-    Args:
-        archive: the open zip.
-        folder: of the export in it, "" or "name/".
-        encoder: the model in use; embeddings of another model are refused.
+    """Read the pictures of an export in a folder of a zip, and their embeddings, (num_pictures, embed_dim).
 
     Raises:
         InputError: when a file is missing, malformed, or made by another model.

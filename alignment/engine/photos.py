@@ -12,8 +12,7 @@ from torch import Tensor
 from alignment.gallery import THUMBNAIL_PIXELS, Gallery
 from alignment.preprocess import InputError
 
-MAX_PHOTOS = 500
-"""Photos of one visitor; their embeddings and thumbnails stay in memory."""
+MAX_PHOTOS = 500  # of one visitor; their embeddings and thumbnails stay in memory
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Photos:
     """A visitor's own pictures: a gallery in memory. Never changed, only replaced.
 
     Attributes:
-        gallery: the pictures (`source` is the name the file came with) and their embeddings.
+        gallery: the pictures (`source` is the name of the uploaded file) and their embeddings.
         thumbnails: picture id -> WebP.
         second_embeds: (num_pictures, embed_dim) of a second model; None without one.
     """

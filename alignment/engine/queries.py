@@ -35,9 +35,7 @@ _SIGN = re.compile(
 )
 # "2 x dog", "2x dog", "0.5*dog", "2×狗"; but not "4x4 car", "2x4" or "3 x-rays".
 _WEIGHT = re.compile(rf"(?P<weight>\d{{1,6}}(?:[.,]\d{{1,6}})?)\s*(?:[xX](?=\s|[{_CJK}])|[×＊*])\s*(?=[^\d\s])")
-MINUS_THRESHOLD = 0.5
-"""Standardised score from which a minus term lowers a picture, in spreads of unrelated pictures."""
-
+MINUS_THRESHOLD = 0.5  # standardised score from which a minus term lowers a picture
 _MIN_PICTURES = 3  # to estimate a spread
 _SAME = 0.99  # cosine from which a picture is the term itself
 _MIN_SPREAD = 1e-4
@@ -46,12 +44,10 @@ _CONSIDERED, _GROWTH, _MAX_CONSIDERED = 1000, 4, 16_000  # of many pictures, for
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a query.
+    """One part of a query: a caption, or a picture by its id in the gallery or on the page.
 
     Attributes:
-        text: a caption; "" for a picture.
         weight: negative for a minus term.
-        picture: id of a picture in the gallery or on the page; "" for a caption.
         embed: (embed_dim,), unit norm; None until a caption has been embedded.
     """
 
@@ -102,9 +98,6 @@ class Query:
         return len(self.terms) > 1 or not self.wanted_captions
 
 
-# ---------------------------------------------------------------- reading and writing
-
-
 def parse_query(text: str) -> tuple[Term, ...]:
     """Read a typed query; without signs and weights it is one caption. Empty terms are left out.
 
@@ -143,13 +136,12 @@ def _read_term(text: str, sign: float) -> Term:
 
 def write_query(terms: Sequence[Term]) -> str:
     """Write the captions of a query so that `parse_query` reads them again; pictures are left out."""
-    written: list[str] = []
+    parts = []
     for term in terms:
         if term.text:
-            sign = ("+ " if term.wanted else "- ") if written or not term.wanted else ""
-            weight = abs(term.weight)
-            written.append(sign + ("" if weight == 1 else f"{weight:g} x ") + _quoted(term.text))
-    return " ".join(written)
+            weight = "" if abs(term.weight) == 1 else f"{abs(term.weight):g} x "
+            parts.append(f"{'+' if term.wanted else '-'} {weight}{_quoted(term.text)}")
+    return " ".join(parts).removeprefix("+ ")
 
 
 def _quoted(text: str) -> str:
@@ -160,19 +152,21 @@ def _quoted(text: str) -> str:
     return text if literal or '"' in text else f'"{text}"'
 
 
-# ---------------------------------------------------------------- search
-
-
 def search(gallery: Gallery, query: Query, k: int) -> SearchResult[Picture]:
     """Find the k pictures that fit a query best, without the pictures in the query itself."""
     if not query.composed:
         return gallery.search_images(query.terms[0].vector, k)
-    own = {term.picture for term in query.terms if term.picture}
-    judge, ood_captions = gallery.judge, _ood_captions(query, gallery.judge)
+    judge, captions = gallery.judge, query.captions
+    ood_captions: tuple[str, ...] = ()
+    if judge and captions:
+        embeds = torch.stack([term.vector for term in captions])
+        flags = judge.cohort.is_out_of_distribution(embeds, "text_to_image").tolist()
+        ood_captions = tuple(term.text for term, is_ood in zip(captions, flags, strict=True) if is_ood)
     unrelated = judge.cohort.image_embeds if judge else gallery.images.sample()
+    own = [gallery.pictures.position(term.picture) for term in query.terms if term.picture]
     scored, considered = _best(gallery.images, query, unrelated, k + len(own))
-    left_out = [position for id in own if (position := gallery.pictures.position(id)) is not None]
-    kept = ~torch.isin(considered, torch.tensor(left_out, dtype=torch.int64))
+    left_out = torch.tensor([position for position in own if position is not None], dtype=torch.int64)
+    kept = ~torch.isin(considered, left_out)
     best, order = top_k(scored[kept], len(scored))
     ranked, competing = considered[kept][order], len(gallery.pictures) - int((~kept).sum())
 
@@ -212,17 +206,12 @@ def _best(pictures: Modality[Picture], query: Query, unrelated: Tensor, k: int) 
 
 
 def scores(query: Query, pictures: Tensor, unrelated: Tensor) -> Tensor:
-    """Score pictures for a composed query: a weighted sum of standardised cosines, (n,) float64.
+    """Score pictures, (n, embed_dim), for a composed query: a weighted sum of standardised cosines, (n,) float64.
 
     Captions and pictures lie in different cones, and the spread of their cosines over the same pictures differs. So
-    each term's cosines are standardised by those with unrelated pictures. A minus term counts only above
-    `MINUS_THRESHOLD`; subtracted in full, it would rank the pictures least like it above those that the plus terms
-    ask for.
-
-    Args:
-        query: composed.
-        pictures: (n, embed_dim), unit norm.
-        unrelated: (num_unrelated, embed_dim), unrelated pictures.
+    each term's cosines are standardised by those with unrelated pictures, (num_unrelated, embed_dim). A minus term
+    counts only above `MINUS_THRESHOLD`; subtracted in full, it would rank the pictures least like it above those that
+    the plus terms ask for.
     """
     total = torch.zeros(len(pictures)).double()
     for term in query.terms:
@@ -239,14 +228,6 @@ def _units(embed: Tensor, unrelated: Tensor) -> tuple[float, float]:
     if len(others) < _MIN_PICTURES:
         return 0.0, 1.0
     return others.mean().item(), max(others.std(correction=0).item(), _MIN_SPREAD)
-
-
-def _ood_captions(query: Query, judge: MatchCalibrator | None) -> tuple[str, ...]:
-    if judge is None or not query.captions:
-        return ()
-    embeds = torch.stack([term.vector for term in query.captions])
-    flags = judge.cohort.is_out_of_distribution(embeds, "text_to_image").tolist()
-    return tuple(term.text for term, is_ood in zip(query.captions, flags, strict=True) if is_ood)
 
 
 def _assess(embeds: Tensor, query: Query, judge: MatchCalibrator, places: list[int], competing: int) -> MatchConfidence:
@@ -269,5 +250,5 @@ def _assess(embeds: Tensor, query: Query, judge: MatchCalibrator, places: list[i
         if not term.wanted:
             absent = 1 - curves.match["text_to_image"].probability(evidence(term.vector))
             matches, any_match = matches * absent, any_match * absent
-    probabilities = matches[places].float()
-    return MatchConfidence.of(probabilities, float(any_match.max()), curves.thresholds["text_to_image"])
+    thresholds = curves.thresholds["text_to_image"]
+    return MatchConfidence.of(matches[places].float(), float(any_match.max()), thresholds)

@@ -24,9 +24,7 @@ MAX_ZIP_MB = 100
 MAX_INFLATED_MB = 400
 MAX_PICTURE_MB = 30
 MAX_MEMBERS = 2000
-MAX_RATIO = 40
-"""Largest ratio of inflated size to zip size: photographs hardly shrink, and text shrinks some tenfold."""
-
+MAX_RATIO = 40  # of inflated size to zip size: photographs hardly shrink, and text shrinks some tenfold
 _FREE_MB = 20  # the ratio is not checked for archives that inflate to less
 _MAX_DIRECTORY = 2**20  # bytes; zipfile reads the directory in one piece when it opens a file
 _MAX_DEPTH, _MAX_NAME = 8, 150  # folders; bytes
@@ -66,10 +64,10 @@ class SafeZip:
         try:
             with self.file.open(entry) as handle:
                 data = handle.read(entry.file_size)  # bounded: the content may inflate to more than declared
+            if len(data) != entry.file_size:
+                raise EOFError
         except _DAMAGED as error:
             raise _error("zip.damaged") from error
-        if len(data) != entry.file_size:
-            raise _error("zip.damaged")
         return data
 
     def pictures(self) -> list[str]:
@@ -94,11 +92,7 @@ class _GuardedFile(io.FileIO):
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[SafeZip]:
-    """Open a zip file and check its directory.
-
-    Raises:
-        InputError: when it is not a zip, damaged, encrypted, too large, or inflates to too much.
-    """
+    """Open a zip file; raises InputError when it is damaged, encrypted, too large, or inflates to too much."""
     if path.stat().st_size > MAX_ZIP_MB * 2**20:
         raise _error("upload.size", limit=MAX_ZIP_MB)
     with _GuardedFile(path) as guarded:

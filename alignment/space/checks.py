@@ -94,7 +94,7 @@ def _search(pattern: re.Pattern[str], texts: Sequence[str]) -> str:
 
 
 def check_variables(variables: Mapping[str, str]) -> None:
-    """Refuse a variable that looks like a secret, since everybody may read it; raises ValueError."""
+    """Refuse a variable that looks like a secret, as variables are public; raises ValueError."""
     for name, value in variables.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"{name!r} is no name for a variable: use letters, digits and '_'.")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import SpaceCardData
 
@@ -22,16 +23,21 @@ from alignment.space.model_source import ModelSource, safe_name
 
 TITLE = "Image-Text Alignment"
 THUMBNAIL = "assets/screenshots/search_en.png"
-DESCRIPTION = "Search pictures by caption and captions by picture"  # the Hub refuses more than 60 characters
 
 _FILES = (
-    *("app.py", "LICENSE", "alignment/**/*.py", "alignment/sample_pictures/*"),
-    *("assets/ui/**/*", "assets/parallel_captions.jsonl", THUMBNAIL),
-)
+    "app.py", "LICENSE", "alignment/**/*.py", "alignment/sample_pictures/*", "assets/ui/**/*",
+    "assets/parallel_captions.jsonl", THUMBNAIL,
+)  # fmt: skip
 _STARTER, _SOURCES = "assets/gallery/**/*", "assets/gallery/sources/*"  # sources: the cohort of another model
 _NOT_SERVED = ("alignment/train/", "alignment/compact/", "alignment/space/")
 _PREINSTALLED = ("gradio", "huggingface-hub")
 _CPU_TORCH = "https://download.pytorch.org/whl/cpu"  # the wheels on PyPI depend on gigabytes of CUDA libraries
+_FRONT: dict[str, Any] = {
+    "emoji": "🔎", "colorFrom": "indigo", "colorTo": "gray", "license": "apache-2.0",
+    "sdk": "gradio", "python_version": "3.12", "app_file": "app.py",
+    "short_description": "Search pictures by caption and captions by picture",  # the Hub refuses over 60 characters
+    "tags": ["image-text-retrieval", "cross-modal-retrieval", "contrastive-learning"],
+}  # fmt: skip
 _CARD = """\
 ---
 {front}
@@ -53,7 +59,6 @@ class Space:
     Attributes:
         repo_id: "USER/NAME".
         gallery: the gallery's folder; None for the bundled one.
-        title: shown on its card and tab.
         hardware: such as "zero-a10g"; None for the Hub's default.
         more: further variables.
     """
@@ -121,17 +126,9 @@ def card(space: Space) -> str:
         raise ValueError("A Space needs a title.")
     data = SpaceCardData(
         title=title,
-        emoji="🔎",
-        colorFrom="indigo",
-        colorTo="gray",
-        sdk="gradio",
         sdk_version=version("gradio"),
-        python_version="3.12",
-        app_file="app.py",
-        short_description=DESCRIPTION,
         thumbnail=f"https://huggingface.co/spaces/{space.repo_id}/resolve/main/{THUMBNAIL}",
-        license="apache-2.0",
-        tags=["image-text-retrieval", "cross-modal-retrieval", "contrastive-learning"],
+        **_FRONT,
         models=[model.name] if model.revision else None,
         preload_from_hub=[f"{model.name} {','.join(model.files)} {model.revision}"] if model.revision else None,
         suggested_hardware=space.hardware or "cpu-basic",

@@ -35,27 +35,27 @@ def copy_gallery(source: Path, target: Path, model: ModelSource) -> str:
     """
     database = GalleryDatabase.open(source, model.name)
     metadata = database.metadata
-    _check_model(source, metadata.fingerprint, model)
+    if metadata.fingerprint != DualEncoder.load(model.folder, device="cpu").fingerprint:
+        name, commit = (model.name, f" at {model.revision[:12]}") if model.revision else (str(model.folder), "")
+        command = rebuild_command(source, name)
+        raise ValueError(f"The gallery in {source} was not made by {name}{commit}. Build it anew with: {command}")
     captions: list[Caption] = list(StoredRecords(database, "caption", database.ids("caption")))
     originals: list[Picture] = list(StoredRecords(database, "picture", database.ids("picture")))
-    digests = [_digest_of_thumbnail(database, picture) for picture in originals]
-    if missing := digests.count(""):
-        raise ValueError(
-            f"The gallery in {source} lacks the thumbnails of {missing} pictures. Rebuild it with: "
-            f"{rebuild_command(source, metadata.model, metadata)}"
-        )
-    pictures = [_public(picture, digest) for picture, digest in zip(originals, digests, strict=True)]
     by_id = {picture.id: picture for picture in originals}
-    write_gallery(
-        target,
-        pictures,
-        captions,
-        {kind: (embeds for _, embeds in database.batches(kind)) for kind in KINDS},
-        database.embed_dim,
-        replace(metadata, model=model.name, source="", options=""),
-        database.cohort(),
-        lambda picture: database.thumbnail(by_id[picture.id]),
-    )
+    copies = (_public(picture, database.thumbnail(picture)) for picture in originals)
+    pictures = [picture for picture in copies if picture]
+    if missing := len(originals) - len(pictures):
+        command = rebuild_command(source, metadata.model, metadata)
+        raise ValueError(
+            f"The gallery in {source} lacks the thumbnails of {missing} pictures. Rebuild it with: {command}"
+        )
+    embeds = {kind: (rows for _, rows in database.batches(kind)) for kind in KINDS}
+    public, cohort = replace(metadata, model=model.name, source="", options=""), database.cohort()
+
+    def thumbnail(picture: Picture) -> bytes | None:
+        return database.thumbnail(by_id[picture.id])
+
+    write_gallery(target, pictures, captions, embeds, database.embed_dim, public, cohort, thumbnail)
     check_folder(target, private_paths(Path(metadata.source)))
     return (
         f"Whoever may open the Space sees {sum(not picture.package for picture in pictures)} of your pictures as "
@@ -64,25 +64,12 @@ def copy_gallery(source: Path, target: Path, model: ModelSource) -> str:
     )
 
 
-def _digest_of_thumbnail(database: GalleryDatabase, picture: Picture) -> str:
-    """Hash the thumbnail of a picture, in place of its file; "" if it has none."""
-    if picture.package:
-        return picture.file.sha256 if picture.file else picture.id
-    webp = database.thumbnail(picture)
-    return hashlib.sha256(picture.id.encode() + webp).hexdigest() if webp else ""
-
-
-def _public(picture: Picture, digest: str) -> Picture:
+def _public(picture: Picture, webp: bytes | None) -> Picture | None:
+    """Reduce a picture to its file name and a hash of its thumbnail; None if it has no thumbnail."""
     if picture.package:  # the Space installs the same package
         return picture
+    if not webp:
+        return None
     name = picture.source.replace("\\", "/").rpartition("/")[2]
+    digest = hashlib.sha256(picture.id.encode() + webp).hexdigest()
     return replace(picture, source=name, root="", file=FileFingerprint(0, 0, digest))
-
-
-def _check_model(folder: Path, fingerprint: str, model: ModelSource) -> None:
-    if fingerprint != DualEncoder.load(model.folder, device="cpu").fingerprint:
-        name = model.name if model.revision else str(model.folder)
-        raise ValueError(
-            f"The gallery in {folder} was not made by {name}{f' at {model.revision[:12]}' if model.revision else ''}. "
-            f"Build it anew with: {rebuild_command(folder, name)}"
-        )

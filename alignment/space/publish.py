@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from huggingface_hub import HfApi, SpaceInfo
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -39,7 +40,7 @@ def publish(
     Args:
         space: what is published.
         folder: its files, see `stage`.
-        private: visibility of a new Space; an existing one keeps its own.
+        private: visibility of a new Space.
         replace: whether another app that runs under this name may be overwritten.
         api: client with token; by default the public Hub and the token of the login.
 
@@ -54,12 +55,9 @@ def publish(
         if there and not replace:
             _check_ours(there, files)
         _create(api, space, there, private)
+        message = "Publish the app, its gallery and its model"
         api.upload_folder(
-            repo_id=space.repo_id,
-            repo_type="space",
-            folder_path=folder,
-            delete_patterns="*",
-            commit_message="Publish the app, its gallery and its model",
+            repo_id=space.repo_id, repo_type="space", folder_path=folder, delete_patterns="*", commit_message=message
         )
         variables = _set_variables(api, space, there)  # last: the running version needs the old ones
     deleted = tuple(sorted(files - contents(folder).keys() - {".gitattributes"}))
@@ -90,16 +88,12 @@ def _check_ours(there: SpaceInfo, files: set[str]) -> None:
 
 def _create(api: HfApi, space: Space, there: SpaceInfo | None, private: bool) -> None:
     """Create the Space if it does not exist, and request its hardware."""
+    name, hardware = space.repo_id, cast(Any, space.hardware)  # the Hub may know more names than its library
     if there is None:
-        api.create_repo(
-            space.repo_id,
-            repo_type="space",
-            space_sdk="gradio",
-            space_hardware=space.hardware,  # type: ignore[arg-type]  # the Hub may know more names
-            private=private or None,
-        )
-    elif space.hardware and space.hardware != api.get_space_runtime(space.repo_id).requested_hardware:
-        api.request_space_hardware(space.repo_id, space.hardware)  # type: ignore[arg-type]
+        options = {"space_sdk": "gradio", "space_hardware": hardware, "private": private or None}
+        api.create_repo(name, repo_type="space", **options)
+    elif hardware and hardware != api.get_space_runtime(name).requested_hardware:
+        api.request_space_hardware(name, hardware)
 
 
 def _set_variables(api: HfApi, space: Space, there: SpaceInfo | None) -> tuple[str, ...]:
