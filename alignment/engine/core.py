@@ -125,8 +125,7 @@ class AlignmentEngine:
     def compose_query(self, terms: Sequence[Term]) -> Query:
         """Combine captions, which are embedded here, and pictures with their embeddings.
 
-        Raises:
-            InputError: without a plus term, with too many terms, or when a caption is too long.
+        Raises InputError without a plus term, on too many terms, and on a caption that is too long.
         """
         check_count(len(terms))
         texts = [term.text for term in terms if not term.picture]
@@ -249,9 +248,7 @@ class AlignmentEngine:
     def thumbnail(self, id: str) -> bytes:
         """Fetch the thumbnail of a picture of the gallery, WebP, or make it once.
 
-        Raises:
-            KeyError: when the gallery has no such picture.
-            InputError: when its file is gone.
+        Raises KeyError when the gallery has no such picture, and InputError when its file is gone.
         """
         gallery, picture = self._find(id)
         shown = gallery.thumbnail(picture)

@@ -90,9 +90,7 @@ class EvalResult(RetrievalReport[Estimate]):
     Attributes:
         chance: the metrics of a random ranking.
         left_out: reason -> names.
-        worst: queries whose answer ranks last.
-        suspects: labels that may be wrong or missing.
-        thumbnails: name -> WebP of the pictures among these.
+        thumbnails: name -> WebP of the pictures in `worst` and `suspects`.
     """
 
     chance: Mapping[str, float]
@@ -146,8 +144,7 @@ def _suspects(embedded: Embedded) -> list[SuspectedLabel]:
 def gallery_trial(gallery: Gallery, lang: str) -> EvalResult | None:
     """Evaluate a gallery's pictures with their captions in a language, or in any if it has none in this one.
 
-    Returns:
-        The report, its pictures by id and without thumbnails; None where fewer than two pictures have a caption.
+    The report names pictures by id, without thumbnails. None where fewer than two pictures have a caption.
     """
     pictures, captions = gallery.pictures[:MAX_TRIAL_PICTURES], list(gallery.captions)
     any_language = all(caption.lang != lang for caption in captions)
@@ -167,10 +164,7 @@ def gallery_trial(gallery: Gallery, lang: str) -> EvalResult | None:
 
 
 def measure_archive(engine: AlignmentEngine, path: Path) -> Generator[Progress | EvalResult, None, None]:
-    """Unpack a data set, evaluate it and delete it.
-
-    Yields:
-        Progress, and at last the report.
+    """Unpack a data set, evaluate it and delete it; yields progress, and at last the report.
 
     Raises:
         InputError: when it cannot be read, or holds too little or too much.

@@ -99,11 +99,7 @@ class Query:
 
 
 def parse_query(text: str) -> tuple[Term, ...]:
-    """Read a typed query; without signs and weights it is one caption. Empty terms are left out.
-
-    Raises:
-        InputError: on a weight that is out of bounds, or too many terms.
-    """
+    """Read a typed query, without its empty terms; InputError on too many terms or a weight that is out of bounds."""
     terms, sign, start = [], 1.0, 0
     for found in _SIGN.finditer(text):
         if found["sign"]:

@@ -32,11 +32,7 @@ _SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASS|_KEY|CREDENTIAL|^KEY", re.IGNO
 
 
 def check_folder(folder: Path, private: Sequence[str] = ()) -> None:
-    """Refuse a folder that holds secrets, names paths of this machine or has more files than the Hub takes.
-
-    Args:
-        folder: what is to be sent.
-        private: paths of this machine that must not become public, see `private_paths`.
+    """Refuse a folder that holds secrets, private paths (see `private_paths`) or more files than the Hub takes.
 
     Raises:
         ValueError: naming the file.

@@ -84,10 +84,7 @@ class Space:
 
 
 def stage(space: Space, folder: Path) -> str:
-    """Write the Space into a new folder.
-
-    Returns:
-        A sentence that says what becomes public; "" for the bundled gallery.
+    """Write the Space into a new folder; returns a sentence that says what becomes public, "" if nothing new does.
 
     Raises:
         FileNotFoundError: when a source file is missing.

@@ -20,13 +20,10 @@ from alignment.space.model_source import ModelSource
 
 
 def copy_gallery(source: Path, target: Path, model: ModelSource) -> str:
-    """Write a gallery that may be public.
+    """Write a gallery that may be public; returns a sentence that says what becomes public.
 
     A picture keeps its thumbnail, its captions, its credit and the bare name of its file. Its folder, size, date and
     hash are left out, and so are the source and the options of the build.
-
-    Returns:
-        A sentence that says what becomes public.
 
     Raises:
         FileNotFoundError: when there is no gallery in `source`.

@@ -35,11 +35,11 @@ def choose_model(name: str, revision: str | None = None) -> ModelSource:
 
     `revision` is a branch, tag or commit on the Hub; by default the one fetched last.
     """
-    sent = Path(name).is_dir()
+    is_local = Path(name).is_dir()
     try:
         folder = checkpoint_folder(name, revision, fetch=False)
     except FileNotFoundError as error:
-        if sent:
+        if is_local:
             raise
         wanted = f"{name} --revision {revision}" if revision else name
         raise FileNotFoundError(
@@ -47,7 +47,7 @@ def choose_model(name: str, revision: str | None = None) -> ModelSource:
             "the gallery with it, before the Space is published."
         ) from error
     files = checkpoint_files(folder)
-    if not sent:
+    if not is_local:
         return ModelSource(name, folder, tuple(files), folder.name)
     card = ["README.md"] if (folder / "README.md").is_file() else []
     place = f"checkpoints/{safe_name(folder, 'model')}"

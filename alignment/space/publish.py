@@ -24,7 +24,7 @@ _APP = {"app.py", "alignment/__init__.py"}  # a Space with both runs this app
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What was done: the page, whether the Space is new, the files deleted, the variables set or deleted."""
+    """The page, whether the Space is new, the files deleted, and the variables set or deleted."""
 
     url: str
     created: bool
@@ -39,7 +39,7 @@ def publish(
 
     Args:
         space: what is published.
-        folder: its files, see `stage`.
+        folder: the files, see `stage`.
         private: visibility of a new Space.
         replace: whether another app that runs under this name may be overwritten.
         api: client with token; by default the public Hub and the token of the login.
