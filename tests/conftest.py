@@ -82,6 +82,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return build
 
 
+@pytest.fixture(scope="session")
+def compact_engine():
+    """The bundled model with the bundled gallery; shared, so a test must not change it."""
+    from alignment.bundled import GALLERY, MODEL, ROOT
+    from alignment.engine import AlignmentEngine
+    from alignment.gallery import Gallery
+    from alignment.model import DualEncoder
+
+    encoder = DualEncoder.load(ROOT / MODEL, device="cpu")
+    return AlignmentEngine(encoder, Gallery.load(ROOT / GALLERY, encoder))
+
+
 @pytest.fixture
 def pictures() -> list[Image.Image]:
     """Three pictures of different shapes, with content that depends on the place."""

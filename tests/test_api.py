@@ -175,7 +175,7 @@ def test_a_picture_finds_captions_of_a_language(ask, photo, lang, langs):
 
 def test_without_a_language_all_captions_compete(ask, engine, photo):
     found = ask("search_captions", image=handle_file(photo("cat")))
-    every = engine.search_captions(Image.open(photo("cat")), 10)
+    every = engine.search_captions(engine.embed_image(photo("cat")), 10)
     assert [match["id"] for match in found["matches"]] == [match.item.id for match in every.matches]
 
 

@@ -265,7 +265,8 @@ def test_every_key_used_is_there_and_every_one_there_is_used():
 
 def test_every_error_of_the_door_is_translated():
     door = Path(preprocess.__file__).parent.glob("*.py")
-    sources = "".join(path.read_text("utf-8") for path in (*door, UI.parent / "engine" / "core.py", *UI.glob("*.py")))
+    engine = (UI.parent / "engine" / f"{name}.py" for name in ("core", "photos", "photo_folder"))
+    sources = "".join(path.read_text("utf-8") for path in (*door, *engine, *UI.glob("*.py")))
     codes = set(re.findall(r'"((?:image|caption|captions|photo|photos|upload)\.[a-z_]+)"', sources))
     codes -= {key for key in codes if key in strings()["en"]}  # words of a tab
     assert len(codes) >= 14

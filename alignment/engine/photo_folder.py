@@ -1,8 +1,8 @@
-"""A folder of photos that is searched while its gallery is made, or brought up to date, in the background.
+"""A folder of photos that is searched while its gallery is built or updated in the background.
 
-Place in the flow: `folder -> build_gallery, in a thread (here) -> engine.show`. The engine answers from the old gallery
-until the new one is whole; at the first scan, from what is embedded so far. The photos themselves are only read. Where
-the model has only begun the starter gallery, that is made whole first, also without any photos.
+Place in the flow: `folder -> build_gallery, in a thread (here) -> engine.show`. The engine searches the old gallery
+until the new one is complete; during the first scan, what is embedded so far. The photos are only read. For a model
+without a complete starter gallery, that is built first, also if there are no photos.
 """
 
 from __future__ import annotations
@@ -29,24 +29,19 @@ logger = logging.getLogger(__name__)
 
 State = Literal["none", "starter", "running", "waiting", "done", "empty", "failed"]
 
-_LIFTABLE = {"image.too_large": "photo.too_large", "image.too_narrow": "photo.too_narrow"}
-_STOP = 5.0  # seconds that a stop waits for the batch under way
+_WITH_OPTION = {"image.too_large": "photo.too_large", "image.too_narrow": "photo.too_narrow"}
+_STOP_TIMEOUT_S = 5.0  # to wait for the batch under way
 
 
 @dataclass(frozen=True)
 class Scan:
-    """How far a scan is, or what came of the last one.
+    """Progress of a scan, or the outcome of the last one.
 
     Attributes:
-        state: "starter" while the starter gallery is made; "waiting" for another process that writes to the same
+        state: "starter" while the starter gallery is built; "waiting" for another process that writes to the same
             gallery; "empty": the folder holds no pictures.
-        done: items that are dealt with.
-        total: items in all; 0 until they are listed.
-        added: pictures that are new.
-        changed: pictures whose files have changed.
-        removed: pictures that are gone.
-        skipped: each picture, folder or captions file that could not be read, and why.
-        problem: why the scan failed.
+        total: items; 0 until they are listed.
+        skipped: pictures, folders and captions files that could not be read.
     """
 
     state: State = "none"
@@ -56,39 +51,33 @@ class Scan:
     changed: int = 0
     removed: int = 0
     skipped: tuple[Skipped, ...] = field(default=(), repr=False)
-    problem: str = ""
 
     @property
     def running(self) -> bool:
-        """Whether the scan goes on."""
+        """Whether the scan is under way."""
         return self.state in ("starter", "running", "waiting")
 
 
 class _Stopped(Exception):
-    """The app ends; the next scan goes on from here."""
+    """The app ends; the next scan continues."""
 
 
 class PhotoFolder:
-    """A folder of photos, and its gallery in the cache folder; or the starter gallery of a model, alone.
+    """A folder of photos and its gallery in the cache folder; or only the starter gallery of a model.
 
     Attributes:
-        engine: searches the gallery; the starter gallery until there is one.
-        source: the folder; "" where only the starter gallery is to be made.
+        source: the folder; "" where only the starter gallery is built.
         out: the gallery's folder.
-        scan: how far the scan is; replaced as it goes.
-        version: how many galleries have been shown.
+        scan: progress; replaced at each step.
+        version: number of galleries shown so far.
     """
 
-    retry = 3.0
-    """Seconds between two looks whether another process is done with the gallery."""
+    retry = 3.0  # seconds between two attempts to lock a gallery that another process writes
 
     def __init__(self, engine: AlignmentEngine, source: str | os.PathLike[str] | None, bar: Bar) -> None:
-        """Take over a folder; show the gallery that an earlier start has made of it, if there is one.
+        """Let the engine show the gallery of a folder, if there is one; without a folder the starter gallery.
 
-        Args:
-            engine: shows the gallery of this folder from now on.
-            source: the folder; None for the starter gallery alone.
-            bar: opened for each scan, to show how far it is on the terminal.
+        `bar` is opened for each scan, to show its progress on the terminal.
         """
         self.engine, self.bar = engine, bar
         self.source = photo_folder(source) if source else ""
@@ -100,7 +89,7 @@ class PhotoFolder:
             self._show(self._last)
 
     def start(self) -> bool:
-        """Begin a scan in the background; False where one is under way already."""
+        """Begin a scan in the background; False if one is under way."""
         with self._lock:
             if self.scan.running or self._stopping.is_set():
                 return False
@@ -110,9 +99,9 @@ class PhotoFolder:
         return True
 
     def stop(self) -> None:
-        """End a scan; what is embedded so far is kept for the next one."""
+        """End a scan; the next one reuses what is embedded so far."""
         self._stopping.set()
-        self.wait(_STOP)
+        self.wait(_STOP_TIMEOUT_S)
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the scan has ended."""
@@ -123,7 +112,8 @@ class PhotoFolder:
 
     def _run(self) -> None:
         try:
-            self._make_starter()
+            if self.engine.starter.folder is None:  # incomplete
+                self._build_starter()
             if self.source:
                 self._scan()
         except _Stopped:
@@ -132,55 +122,43 @@ class PhotoFolder:
             logger.exception("The scan failed")
             self.scan = Scan("failed")
 
-    def _make_starter(self) -> None:
-        """Make the starter gallery whole where this model has only begun it; photos are scanned even if that fails."""
-        begun = self.engine.starter
-        if begun.folder is not None:
-            return
-        self.scan, after = Scan("starter"), Scan("running" if self.source else "none")
+    def _build_starter(self) -> None:
+        """Build the starter gallery; photos are scanned even if that fails."""
+        begun, self.scan = self.engine.starter, Scan("starter")
+        state: State = "running" if self.source else "none"
         try:
             with self.bar("Embedding the starter gallery") as show:
-                self.engine.starter = build_starter(self.engine.encoder, partial(self._go_on, "starter", show))
+                self.engine.starter = build_starter(self.engine.encoder, partial(self._progress, "starter", show))
             if self.engine.gallery is begun:
                 self.engine.show(self.engine.starter)
                 self.version += 1
         except (OSError, ValueError) as error:
             logger.warning("The starter gallery could not be made: %s", describe_error(error))
-            after = after if self.source else Scan("failed", problem=describe_error(error))
-        self.scan = after
+            state = "running" if self.source else "failed"
+        self.scan = Scan(state)
 
     def _scan(self) -> None:
         report = BuildReport()
         try:
             before = _files(self._last) if self._last else {}  # now: the build deletes records of the last one
             self._last = self._build(report)
-            self._show(self._last)
-            now = _files(self._last)
-            both = before.keys() & now.keys()
-            skipped = _skipped(report, self.source)
-            for line in describe_issues(report):
-                logger.warning("%s: %s", self.source, line)
-            self.scan = Scan(
-                "done",
-                added=len(now) - len(both),
-                changed=sum(before[name] != now[name] for name in both),
-                removed=len(before) - len(both),
-                skipped=skipped,
-            )
-            logger.info(
-                "%s: %d pictures can be searched; %d new, %d changed, %d gone, %d could not be read.",
-                self.source,
-                len(now),
-                self.scan.added,
-                self.scan.changed,
-                self.scan.removed,
-                len(skipped),
-            )
         except (OSError, ValueError) as error:
-            empty = isinstance(error, ValueError) and not holds_pictures(self.source)
             logger.warning("The scan failed: %s", describe_error(error))
-            state: State = "empty" if empty else "failed"
-            self.scan = Scan(state, skipped=_skipped(report, self.source), problem=describe_error(error))
+            is_empty = isinstance(error, ValueError) and not any(
+                path.suffix.lower() in IMAGE_SUFFIXES for path in walk(Path(self.source))
+            )
+            self.scan = Scan("empty" if is_empty else "failed", skipped=_skipped(report, self.source))
+            return
+        self._show(self._last)
+        for line in describe_issues(report):
+            logger.warning("%s: %s", self.source, line)
+        now, skipped = _files(self._last), _skipped(report, self.source)
+        both = before.keys() & now.keys()
+        changed = sum(before[name] != now[name] for name in both)
+        numbers = {"added": len(now) - len(both), "changed": changed, "removed": len(before) - len(both)}
+        self.scan = Scan("done", **numbers, skipped=skipped)
+        message = "%s: %d pictures can be searched; %d new, %d changed, %d gone, %d could not be read."
+        logger.info(message, self.source, len(now), *numbers.values(), len(skipped))
 
     def _build(self, report: BuildReport) -> Gallery:
         """Build as soon as no other process does."""
@@ -188,38 +166,29 @@ class PhotoFolder:
             try:
                 with self.bar(f"Reading {self.source}") as show:
                     return build_gallery(
-                        self.source,
-                        self.out,
-                        self.engine.encoder,
-                        progress=partial(self._go_on, "running", show),
-                        report=report,
+                        self.source, self.out, self.engine.encoder, report=report, like=self.engine.starter,
+                        progress=partial(self._progress, "running", show),
                         growing=None if self._last else self._show,
-                        like=self.engine.starter,
-                    )
+                    )  # fmt: skip
             except BlockingIOError:
                 self.scan = replace(self.scan, state="waiting")
                 if self._stopping.wait(self.retry):
                     raise _Stopped from None
 
-    def _go_on(self, state: State, show: Show, done: int, total: int) -> None:
+    def _progress(self, state: State, show: Show, done: int, total: int) -> None:
         if self._stopping.is_set():
             raise _Stopped
         self.scan = Scan(state, done, total)
         show(done, total)
 
     def _show(self, gallery: Gallery) -> None:
-        """Search this gallery from now on; where it has no captions, the starter gallery lends its own."""
+        """Search this gallery from now on; without captions of its own, with those of the starter gallery."""
         self.engine.show(gallery if gallery.captions else gallery.with_captions_of(self.engine.starter))
         self.version += 1
 
 
 def photo_folder(source: str | os.PathLike[str]) -> str:
-    """Find a folder, also by `~`, with links followed.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        NotADirectoryError: when it is a file.
-    """
+    """Resolve `~` and links; FileNotFoundError or NotADirectoryError when it is no folder."""
     folder = Path(os.path.expanduser(source))
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}.")
@@ -228,37 +197,28 @@ def photo_folder(source: str | os.PathLike[str]) -> str:
     return os.path.realpath(folder)
 
 
-def holds_pictures(folder: str) -> bool:
-    """Tell whether a folder holds a file that is called like a picture."""
-    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in walk(Path(folder)))
-
-
 def _load(folder: Path, encoder: DualEncoder) -> Gallery | None:
     try:
         return Gallery.load(folder, encoder)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:  # the scan makes it anew
-        logger.warning("%s", str(error).partition(" Rebuild it with")[0])
+    except (FileNotFoundError, ValueError) as error:  # the scan builds it
+        if isinstance(error, ValueError):
+            logger.warning("%s", str(error).partition(" Rebuild it with")[0])
         return None
 
 
 def _skipped(report: BuildReport, source: str) -> tuple[Skipped, ...]:
+    unlisted = InputError("This folder cannot be listed; its pictures stay as they were.", "photo.unlisted")
     unreadable = InputError("This file cannot be read.", "photo.unreadable")
-    closed = InputError("This folder cannot be listed; its pictures stay as they were.", "photo.unlisted")
-    files = [Skipped(name, _advised(report.errors.get(name, unreadable))) for name, _ in report.skipped]
-    unread = [Skipped(name, _unread(reason)) for name, reason in report.unread.items()]
-    return *(Skipped(os.path.relpath(folder, source), closed) for folder in report.unlisted), *unread, *files
-
-
-def _unread(reason: str) -> InputError:
-    return InputError("Its captions cannot be read: {reason}.", "photo.captions", reason=sanitize_text(reason, 200))
-
-
-def _advised(error: InputError) -> InputError:
-    """Say of a photo that is too large by which option the app takes it in."""
-    code = _LIFTABLE.get(error.code)
-    return InputError(message_with_option(error), code, **error.values) if code else error
+    skipped = [Skipped(os.path.relpath(folder, source), unlisted) for folder in report.unlisted]
+    for name, reason in report.unread.items():
+        message = "Its captions cannot be read: {reason}."
+        skipped.append(Skipped(name, InputError(message, "photo.captions", reason=sanitize_text(reason, 200))))
+    for name, _ in report.skipped:
+        error = report.errors.get(name, unreadable)
+        if code := _WITH_OPTION.get(error.code):
+            error = InputError(message_with_option(error), code, **error.values)
+        skipped.append(Skipped(name, error))
+    return tuple(skipped)
 
 
 def _files(gallery: Gallery) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 
 from PIL import Image
@@ -12,8 +12,7 @@ from torch import Tensor
 from alignment.gallery import THUMBNAIL_PIXELS, Gallery
 from alignment.preprocess import InputError
 
-MAX_PHOTOS = 500
-"""Photos a visitor may bring; their embeddings and thumbnails stay in memory."""
+MAX_PHOTOS = 500  # of one visitor; their embeddings and thumbnails stay in memory
 
 
 @dataclass(frozen=True)
@@ -21,21 +20,28 @@ class Photos:
     """A visitor's own pictures: a gallery in memory. Never changed, only replaced.
 
     Attributes:
-        gallery: the pictures (`source` is the name the file came with) and their embeddings.
+        gallery: the pictures (`source` is the name of the uploaded file) and their embeddings.
         thumbnails: picture id -> WebP.
-        second_embeds: (num_pictures, embed_dim) of a second model; None where it was not asked.
+        second_embeds: (num_pictures, embed_dim) of a second model; None without one.
     """
 
     gallery: Gallery
-    thumbnails: Mapping[str, bytes] = field(default_factory=dict)
+    thumbnails: Mapping[str, bytes]
     second_embeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.gallery.pictures)
 
+    def check_room(self, id: str, new: Collection[str], limit: int) -> None:
+        """Raise InputError when a picture is here or in `new` already, or when these reach the limit."""
+        if id in self.thumbnails or id in new:
+            raise InputError("This picture is there already.", "photo.duplicate")
+        if len(self) + len(new) >= limit:
+            raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
+
 
 class Thumbnails(Mapping[str, bytes]):
-    """Thumbnails that are made when somebody looks at them."""
+    """Thumbnails that are made when they are looked up."""
 
     def __init__(self, ids: Sequence[str], make: Callable[[str], bytes]) -> None:
         self._ids, self._make = dict.fromkeys(ids), make
@@ -54,7 +60,7 @@ class Thumbnails(Mapping[str, bytes]):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that was not taken, and why."""
+    """A file that was left out, and why."""
 
     name: str
     error: InputError

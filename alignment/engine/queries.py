@@ -1,11 +1,11 @@
 """Compose a query of captions and pictures, each wanted or unwanted, more or less.
 
-Place in the flow: `what was typed -> terms -> Query (here) -> search -> matches`.
+Place in the flow: `typed text -> terms -> Query (here) -> search -> matches`.
 
     2 x golden retriever + snow - people
 
-A ` + ` or ` - ` with spaces around it parts terms, and so does a full-width ＋ or －. A weight stands in front. What is
-in double quotes is taken literally.
+A ` + ` or ` - ` with spaces around it separates terms, and so does a full-width ＋ or －. A weight precedes its term.
+Text in double quotes is taken literally.
 """
 
 from __future__ import annotations
@@ -28,30 +28,26 @@ MAX_TERMS = 8
 MIN_WEIGHT, MAX_WEIGHT = 0.1, 10.0
 
 _CJK = "\u3400-\u9fff\uf900-\ufaff"
-# Between blanks or at either end; full-width signs anywhere; a plus also between Chinese characters, where nobody types
-# blanks. A minus there could be a hyphen.
+# Between blanks or at either end; full-width signs anywhere; a plus also between Chinese characters, which are written
+# without blanks. A minus there could be a hyphen.
 _SIGN = re.compile(
     rf'"[^"]*"|(?P<sign>(?:(?<=\s)|^)[+\-−](?=\s|$)|[＋－]|(?<=[{_CJK}])\+(?=[{_CJK}]|\d+(?:[.,]\d+)?\s*[x×*]\s*[{_CJK}]))'
 )
 # "2 x dog", "2x dog", "0.5*dog", "2×狗"; but not "4x4 car", "2x4" or "3 x-rays".
 _WEIGHT = re.compile(rf"(?P<weight>\d{{1,6}}(?:[.,]\d{{1,6}})?)\s*(?:[xX](?=\s|[{_CJK}])|[×＊*])\s*(?=[^\d\s])")
-SPARED = 0.5
-"""How far a picture may go beyond unrelated ones in what is not wanted before it counts; in their spreads."""
-
-_MIN_PICTURES = 3  # fewer do not tell the spread
-_ITSELF = 0.99  # cosine
+MINUS_THRESHOLD = 0.5  # standardised score from which a minus term lowers a picture
+_MIN_PICTURES = 3  # to estimate a spread
+_SAME = 0.99  # cosine from which a picture is the term itself
 _MIN_SPREAD = 1e-4
-_CONSIDERED, _DEEPER, _MAX_CONSIDERED = 1000, 4, 16_000  # of many pictures, for one query
+_CONSIDERED, _GROWTH, _MAX_CONSIDERED = 1000, 4, 16_000  # of many pictures, for one query
 
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a query.
+    """One part of a query: a caption, or a picture by its id in the gallery or on the page.
 
     Attributes:
-        text: a caption; "" for a picture.
-        weight: how much it counts; below 0 if it is unwanted.
-        picture: what a picture is known by, in the gallery or to the page; "" for a caption.
+        weight: negative for a minus term.
         embed: (embed_dim,), unit norm; None until a caption has been embedded.
     """
 
@@ -65,21 +61,17 @@ class Term:
         """Whether it is a plus term."""
         return self.weight > 0
 
-
-def embed_of(term: Term) -> Tensor:
-    """Tell the embedding of a term that has one."""
-    if term.embed is None:
-        raise ValueError(f"{term.text!r} has not been embedded yet.")
-    return term.embed
+    @property
+    def vector(self) -> Tensor:
+        """The embedding; ValueError where there is none yet."""
+        if self.embed is None:
+            raise ValueError(f"{self.text!r} has not been embedded yet.")
+        return self.embed
 
 
 @dataclass(frozen=True)
 class Query:
-    """What a search is for.
-
-    Attributes:
-        terms: all with their embedding; at least one is wanted.
-    """
+    """Terms with their embeddings, at least one of them a plus term; InputError otherwise."""
 
     terms: tuple[Term, ...]
 
@@ -92,12 +84,12 @@ class Query:
 
     @property
     def captions(self) -> tuple[Term, ...]:
-        """The terms that are texts."""
+        """The terms that are captions."""
         return tuple(term for term in self.terms if term.text)
 
     @property
     def wanted_captions(self) -> tuple[Term, ...]:
-        """The texts that a picture should fit: there is a probability only if there are any."""
+        """The captions that are plus terms; without any there is no match probability."""
         return tuple(term for term in self.captions if term.wanted)
 
     @property
@@ -106,17 +98,8 @@ class Query:
         return len(self.terms) > 1 or not self.wanted_captions
 
 
-# ---------------------------------------------------------------- reading and writing
-
-
 def parse_query(text: str) -> tuple[Term, ...]:
-    """Read a query as it is typed; without signs and weights it is one caption.
-
-    Terms with nothing in them are left out.
-
-    Raises:
-        InputError: on a weight that is out of bounds, or too many terms.
-    """
+    """Read a typed query, without its empty terms; InputError on too many terms or a weight that is out of bounds."""
     terms, sign, start = [], 1.0, 0
     for found in _SIGN.finditer(text):
         if found["sign"]:
@@ -148,14 +131,13 @@ def _read_term(text: str, sign: float) -> Term:
 
 
 def write_query(terms: Sequence[Term]) -> str:
-    """Write the captions of a query so that `parse_query` reads them again; pictures have no words."""
-    written: list[str] = []
+    """Write the captions of a query so that `parse_query` reads them again; pictures are left out."""
+    parts = []
     for term in terms:
         if term.text:
-            sign = ("+ " if term.wanted else "- ") if written or not term.wanted else ""
-            weight = abs(term.weight)
-            written.append(sign + ("" if weight == 1 else f"{weight:g} x ") + _quoted(term.text))
-    return " ".join(written)
+            weight = "" if abs(term.weight) == 1 else f"{abs(term.weight):g} x "
+            parts.append(f"{'+' if term.wanted else '-'} {weight}{_quoted(term.text)}")
+    return " ".join(parts).removeprefix("+ ")
 
 
 def _quoted(text: str) -> str:
@@ -166,46 +148,48 @@ def _quoted(text: str) -> str:
     return text if literal or '"' in text else f'"{text}"'
 
 
-# ---------------------------------------------------------------- search
-
-
 def search(gallery: Gallery, query: Query, k: int) -> SearchResult[Picture]:
-    """Find the k pictures that fit a query best, without the pictures it is made of."""
+    """Find the k pictures that fit a query best, without the pictures in the query itself."""
     if not query.composed:
-        return gallery.search_images(embed_of(query.terms[0]), k)
-    own = {term.picture for term in query.terms if term.picture}
-    judge, meaningless = gallery.judge, _ood_captions(query, gallery.judge)
+        return gallery.search_images(query.terms[0].vector, k)
+    judge, captions = gallery.judge, query.captions
+    ood_captions: tuple[str, ...] = ()
+    if judge and captions:
+        embeds = torch.stack([term.vector for term in captions])
+        flags = judge.cohort.is_out_of_distribution(embeds, "text_to_image").tolist()
+        ood_captions = tuple(term.text for term, is_ood in zip(captions, flags, strict=True) if is_ood)
     unrelated = judge.cohort.image_embeds if judge else gallery.images.sample()
+    own = [gallery.pictures.position(term.picture) for term in query.terms if term.picture]
     scored, considered = _best(gallery.images, query, unrelated, k + len(own))
-    left_out = [position for id in own if (position := gallery.pictures.position(id)) is not None]
-    kept = ~torch.isin(considered, torch.tensor(left_out, dtype=torch.int64))
+    left_out = torch.tensor([position for position in own if position is not None], dtype=torch.int64)
+    kept = ~torch.isin(considered, left_out)
     best, order = top_k(scored[kept], len(scored))
     ranked, competing = considered[kept][order], len(gallery.pictures) - int((~kept).sum())
 
     def assess(places: list[int]) -> MatchConfidence | None:
         if judge is None or not query.wanted_captions:
             return None
-        if meaningless:
+        if ood_captions:
             return MatchConfidence.out_of_distribution(len(places))
         return _assess(gallery.images[ranked], query, judge, places, competing)
 
     found = gallery.rank_images(best, ranked, k, assess)
-    return replace(found, composed=True, ood_captions=meaningless)
+    return replace(found, composed=True, ood_captions=ood_captions)
 
 
 def _best(pictures: Modality[Picture], query: Query, unrelated: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Score all pictures, or of many those that include the k best; and their positions, ascending.
+    """Score all pictures, or of many a part that includes the k best; returns scores and positions, ascending.
 
-    The plus terms add up to the cosine with one direction, and minus terms only lower a score. So no picture beyond
-    the nearest to that direction can score higher than the last of these does for the plus terms alone.
+    The plus terms add up to the cosine with one direction, and minus terms only lower a score. So no picture outside
+    the nearest to that direction can score higher than the last of these scores for the plus terms alone.
     """
     count = len(pictures)
     if not is_large(count):
         rows = torch.arange(count)
         return scores(query, pictures[rows], unrelated), rows
     wanted = Query(tuple(term for term in query.terms if term.wanted))
-    units = [(embed_of(term), term.weight / _units(embed_of(term), unrelated)[1]) for term in wanted.terms]
-    direction = functional.normalize(torch.stack([embed * share for embed, share in units]).sum(0), dim=0)
+    parts = [term.vector * (term.weight / _units(term.vector, unrelated)[1]) for term in wanted.terms]
+    direction = functional.normalize(torch.stack(parts).sum(0), dim=0)
     considered = max(_CONSIDERED, 2 * k)
     while True:
         considered = min(considered, count, _MAX_CONSIDERED)
@@ -214,54 +198,38 @@ def _best(pictures: Modality[Picture], query: Query, unrelated: Tensor, k: int) 
         found, bound = scores(query, embeds, unrelated), scores(wanted, embeds, unrelated).min()
         if considered in (count, _MAX_CONSIDERED) or found.topk(min(k, len(found))).values[-1] >= bound:
             return found, rows
-        considered *= _DEEPER
+        considered *= _GROWTH
 
 
 def scores(query: Query, pictures: Tensor, unrelated: Tensor) -> Tensor:
-    """Score pictures for a composed query, in units of what unrelated pictures scatter.
+    """Score pictures, (n, embed_dim), for a composed query: a weighted sum of standardised cosines, (n,) float64.
 
-    Captions and pictures lie in different cones, and how far their cosines spread over the same pictures differs from
-    query to query. So each term's cosines are standardised by its scores with unrelated pictures before they are added
-    up. A minus term lowers a score only where a picture shows more of it than unrelated ones do; its scores subtracted
-    as they are would rank the pictures least like it above those that the plus terms ask for.
-
-    Args:
-        query: composed.
-        pictures: (n, embed_dim), unit norm.
-        unrelated: (num_unrelated, embed_dim), unrelated pictures.
-
-    Returns:
-        (n,) float64.
+    Captions and pictures lie in different cones, and the spread of their cosines over the same pictures differs. So
+    each term's cosines are standardised by those with unrelated pictures, (num_unrelated, embed_dim). A minus term
+    counts only above `MINUS_THRESHOLD`; subtracted in full, it would rank the pictures least like it above those that
+    the plus terms ask for.
     """
     total = torch.zeros(len(pictures)).double()
     for term in query.terms:
-        mean, spread = _units(embed_of(term), unrelated)
-        standard = ((pictures.double() @ embed_of(term).double()) - mean) / spread
-        total += term.weight * (standard if term.wanted else (standard - SPARED).clamp_min(0))
+        mean, spread = _units(term.vector, unrelated)
+        standard = ((pictures.double() @ term.vector.double()) - mean) / spread
+        total += term.weight * (standard if term.wanted else (standard - MINUS_THRESHOLD).clamp_min(0))
     return total
 
 
 def _units(embed: Tensor, unrelated: Tensor) -> tuple[float, float]:
-    """Mean and spread of a term's cosines with unrelated pictures; it may be one of them itself."""
+    """Mean and spread of a term's cosines with unrelated pictures, of which it may be one."""
     cosines = unrelated.double() @ embed.double()
-    others = cosines[cosines < _ITSELF]
+    others = cosines[cosines < _SAME]
     if len(others) < _MIN_PICTURES:
         return 0.0, 1.0
     return others.mean().item(), max(others.std(correction=0).item(), _MIN_SPREAD)
 
 
-def _ood_captions(query: Query, judge: MatchCalibrator | None) -> tuple[str, ...]:
-    if judge is None or not query.captions:
-        return ()
-    embeds = torch.stack([embed_of(term) for term in query.captions])
-    meaningless = judge.cohort.is_out_of_distribution(embeds, "text_to_image").tolist()
-    return tuple(term.text for term, is_ood in zip(query.captions, meaningless, strict=True) if is_ood)
-
-
 def _assess(embeds: Tensor, query: Query, judge: MatchCalibrator, places: list[int], competing: int) -> MatchConfidence:
-    """Rate the plus terms as one caption, and each minus term by itself, taken as independent.
+    """Rate the plus terms as one caption, and each minus term by itself, as if it were independent.
 
-    Weights change the ranking only. Captions of one picture are anything but independent: multiplied, their
+    Weights change the ranking only. Captions of one picture are far from independent: the product of their
     probabilities would be far too low.
     """
     curves = judge.calibration
@@ -270,14 +238,13 @@ def _assess(embeds: Tensor, query: Query, judge: MatchCalibrator, places: list[i
         similarity = cosine_similarity(embed[None], embeds)
         return judge.cohort.evidence(similarity, embed[None], competing, "text_to_image")[0]
 
-    wanted = evidence(
-        functional.normalize(torch.stack([embed_of(term) for term in query.wanted_captions]).sum(0), dim=0)
-    )
+    captions = torch.stack([term.vector for term in query.wanted_captions])
+    wanted = evidence(functional.normalize(captions.sum(0), dim=0))
     matches = curves.match["text_to_image"].probability(wanted)
     any_match = curves.any_match["text_to_image"].probability(wanted)
     for term in query.captions:
         if not term.wanted:
-            spared = 1 - curves.match["text_to_image"].probability(evidence(embed_of(term)))
-            matches, any_match = matches * spared, any_match * spared
-    probabilities = matches[places].float()
-    return MatchConfidence.of(probabilities, float(any_match.max()), curves.thresholds["text_to_image"])
+            absent = 1 - curves.match["text_to_image"].probability(evidence(term.vector))
+            matches, any_match = matches * absent, any_match * absent
+    thresholds = curves.thresholds["text_to_image"]
+    return MatchConfidence.of(matches[places].float(), float(any_match.max()), thresholds)

@@ -1,4 +1,4 @@
-"""Zip files from a visitor, read as untrusted input.
+"""Read zip files from visitors as untrusted input.
 
 Place in the flow: `upload -> open_archive (here) -> photo_zip, dataset_eval`. The directory is checked before anything
 is inflated, the inflated size is bounded by the declared one, and a member's name becomes a path only if it is plain:
@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,25 +22,34 @@ from alignment.preprocess import IMAGE_SUFFIXES, InputError
 
 MAX_ZIP_MB = 100
 MAX_INFLATED_MB = 400
+MAX_PICTURE_MB = 30
 MAX_MEMBERS = 2000
-MAX_RATIO = 40
-"""What a zip may unpack to, as a multiple of its size: photographs hardly shrink, and text some tenfold."""
-
-_FREE_MB = 20  # an archive that unpacks to less is no bomb, whatever its ratio
-_MAX_DIRECTORY = 2**20  # bytes; read in one piece when a zip file is opened
+MAX_RATIO = 40  # of inflated size to zip size: photographs hardly shrink, and text shrinks some tenfold
+_FREE_MB = 20  # the ratio is not checked for archives that inflate to less
+_MAX_DIRECTORY = 2**20  # bytes; zipfile reads the directory in one piece when it opens a file
 _MAX_DEPTH, _MAX_NAME = 8, 150  # folders; bytes
-_WAYS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# What zipfile and zlib raise on bytes that are no zip, or a broken one.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# Raised by zipfile and zlib on bytes that are not a zip, or a damaged one.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, RuntimeError, OSError)
+_MESSAGES = {
+    "upload.size": "The file has more than {limit} MB; make it smaller.",
+    "zip.damaged": "This is no zip file, or it is damaged; pack it again.",
+    "zip.encrypted": "The zip file has a password; pack it without one.",
+    "zip.inflated": "The zip file unpacks to more than {limit} MB; put less into it.",
+    "zip.members": "The zip file holds more than {limit} files; put fewer into it.",
+    "zip.method": "The zip file is packed in a way not read here; pack it the ordinary way.",
+    "zip.no_pictures": "There is no picture in the zip file.",
+    "zip.ratio": "The zip file unpacks to more than {limit} times its size, which pictures never do; pack it anew.",
+}
 
 
 @dataclass(frozen=True)
 class SafeZip:
-    """An open zip file, looked over; nothing of it is inflated before it is asked for.
+    """An open zip file whose directory has been checked; members are inflated when they are read.
 
     Attributes:
         members: name -> entry of the files that may be read, in the order of the directory.
-        left_out: reason ("link", "name", "twice") -> names of those that may not.
+        left_out: reason ("link", "name", "twice") -> names of the others.
     """
 
     file: zipfile.ZipFile
@@ -48,83 +57,75 @@ class SafeZip:
     left_out: Mapping[str, Sequence[str]]
 
     def read(self, name: str, limit_mb: float) -> bytes:
-        """Inflate one file.
-
-        Raises:
-            InputError: when it is larger, encrypted, or damaged.
-        """
+        """Inflate one file; raises InputError when it is larger than the limit or damaged."""
         entry = self.members[name]
         if entry.file_size > limit_mb * 2**20:
-            message = "The file has more than {limit} MB; make it smaller."
-            raise InputError(message, "upload.size", limit=f"{limit_mb:g}")
+            raise _error("upload.size", limit=f"{limit_mb:g}")
         try:
             with self.file.open(entry) as handle:
-                data = handle.read(entry.file_size)  # never without a size: what is packed may be more than declared
+                data = handle.read(entry.file_size)  # bounded: the content may inflate to more than declared
+            if len(data) != entry.file_size:
+                raise EOFError
         except _DAMAGED as error:
-            raise _damaged() from error
-        if len(data) != entry.file_size:
-            raise _damaged()
+            raise _error("zip.damaged") from error
         return data
 
     def pictures(self) -> list[str]:
-        """List the files that are called pictures."""
-        return [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
+        """List the files with the suffix of a picture; raises InputError when there is none."""
+        names = [name for name in self.members if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not names:
+            raise _error("zip.no_pictures")
+        return names
 
 
-class _Watched(io.FileIO):
-    """A file that refuses to hand over a directory of unreasonable size while it is being opened."""
+class _GuardedFile(io.FileIO):
+    """A file that refuses a large read, such as that of a huge directory, while a zip is being opened."""
 
     opening = True
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read like any file, but not too much at once at first."""
+        """Read bytes; raises InputError when too many are asked for at first."""
         if self.opening and size is not None and size > _MAX_DIRECTORY:
-            raise _too_many()
+            raise _error("zip.members", limit=f"{MAX_MEMBERS:,}")
         return super().read(-1 if size is None else size)
 
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[SafeZip]:
-    """Open a zip file and look over what it says it holds.
-
-    Raises:
-        InputError: when it is none, damaged, encrypted, too large, or unpacks to too much.
-    """
+    """Open a zip file; raises InputError when it is damaged, encrypted, too large, or inflates to too much."""
     if path.stat().st_size > MAX_ZIP_MB * 2**20:
-        raise InputError("The file has more than {limit} MB; make it smaller.", "upload.size", limit=MAX_ZIP_MB)
-    with _Watched(path) as watched:
+        raise _error("upload.size", limit=MAX_ZIP_MB)
+    with _GuardedFile(path) as guarded:
         try:
-            file = zipfile.ZipFile(watched)
+            file = zipfile.ZipFile(guarded)
         except InputError:
             raise
         except _DAMAGED as error:
-            raise _damaged() from error
-        watched.opening = False
+            raise _error("zip.damaged") from error
+        guarded.opening = False
         with file:
-            yield _looked_over(file, path.stat().st_size)
+            yield _checked(file, path.stat().st_size)
 
 
-def _looked_over(file: zipfile.ZipFile, size: int) -> SafeZip:
+def _checked(file: zipfile.ZipFile, size: int) -> SafeZip:
     entries = [entry for entry in file.infolist() if not entry.is_dir()]
     if len(entries) > MAX_MEMBERS:
-        raise _too_many()
+        raise _error("zip.members", limit=f"{MAX_MEMBERS:,}")
     total = sum(entry.file_size for entry in entries)
     if total > MAX_INFLATED_MB * 2**20:
-        message = "The zip file unpacks to more than {limit} MB; put less into it."
-        raise InputError(message, "zip.inflated", limit=MAX_INFLATED_MB)
+        raise _error("zip.inflated", limit=MAX_INFLATED_MB)
     if total > max(_FREE_MB * 2**20, MAX_RATIO * size):
-        message = "The zip file unpacks to more than {limit} times its size, which pictures never do; pack it anew."
-        raise InputError(message, "zip.ratio", limit=MAX_RATIO)
+        raise _error("zip.ratio", limit=MAX_RATIO)
     if any(entry.flag_bits & 1 for entry in entries):
-        raise InputError("The zip file has a password; pack it without one.", "zip.encrypted")
-    if any(entry.compress_type not in _WAYS for entry in entries):
-        raise InputError("The zip file is packed in a way not read here; pack it the ordinary way.", "zip.method")
+        raise _error("zip.encrypted")
+    if any(entry.compress_type not in _METHODS for entry in entries):
+        raise _error("zip.method")
     members: dict[str, zipfile.ZipInfo] = {}
     left_out: defaultdict[str, list[str]] = defaultdict(list)
     for entry in entries:
         name = _name_of(entry)
         if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/") if part not in (".", "..")):
-            continue  # what a file system keeps for itself
+            continue  # metadata of a file system
         if reason := _reason(entry, name, members):
             left_out[reason].append(name[:_MAX_NAME])
         else:
@@ -133,22 +134,18 @@ def _looked_over(file: zipfile.ZipFile, size: int) -> SafeZip:
 
 
 def _name_of(entry: zipfile.ZipInfo) -> str:
-    """Read a member's name; where no encoding is declared it is UTF-8 or, from Windows in Chinese, GB 18030."""
+    """Decode a member's name; one without a declared encoding is UTF-8 or, from Chinese Windows, GB 18030."""
     name = entry.orig_filename
-    if not entry.flag_bits & 0x800:
-        for encoding in ("utf-8", "gb18030"):
-            try:
-                name = name.encode("cp437").decode(encoding)
-                break
-            except UnicodeError:
-                continue
+    for encoding in () if entry.flag_bits & 0x800 else ("utf-8", "gb18030"):
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode(encoding)
+            break
     return name.replace("\\", "/").removeprefix("./")
 
 
 def _reason(entry: zipfile.ZipInfo, name: str, members: Mapping[str, object]) -> str:
-    """Say why a member may not be read; "" if it may."""
-    kind = stat.S_IFMT(entry.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG):
+    """Return the reason why a member may not be read; "" if it may."""
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
         return "link"
     parts = name.split("/")
     plain = all(part not in ("", ".", "..") and part.isprintable() and ":" not in part for part in parts)
@@ -157,10 +154,5 @@ def _reason(entry: zipfile.ZipInfo, name: str, members: Mapping[str, object]) ->
     return "twice" if name in members else ""
 
 
-def _damaged() -> InputError:
-    return InputError("This is no zip file, or it is damaged; pack it again.", "zip.damaged")
-
-
-def _too_many() -> InputError:
-    message = "The zip file holds more than {limit} files; put fewer into it."
-    return InputError(message, "zip.members", limit=f"{MAX_MEMBERS:,}")
+def _error(code: str, **values: object) -> InputError:
+    return InputError(_MESSAGES[code], code, **values)

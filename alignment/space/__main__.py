@@ -7,5 +7,5 @@ if __name__ == "__main__":
         from alignment.space.command import main
 
         sys.exit(main())
-    except KeyboardInterrupt:  # while all was being imported; later ones are told what is kept
+    except KeyboardInterrupt:  # while modules are imported; `main` handles later ones
         sys.exit(130)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +13,8 @@ from huggingface_hub import HfApi
 
 from alignment.bundled import GALLERY, MODEL, ROOT, bundled
 from alignment.hub import check_login
-from alignment.space.card import TITLE
 from alignment.space.checks import LARGE, check_folder, check_variables, private_paths
-from alignment.space.folder import Space, contents, stage
+from alignment.space.folder import TITLE, Space, contents, stage
 from alignment.space.model_source import choose_model
 from alignment.space.publish import AGAIN, check_name, publish
 
@@ -46,89 +45,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; publish again to finish.", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:  # what the person who typed the command can mend
+    except (OSError, ValueError) as error:  # mistakes in the command, which the message says how to correct
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Lay out the command line."""
+    """Build the command line parser."""
     parser = argparse.ArgumentParser(prog="python -m alignment.space", description="Put the app on a Space.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "publish",
-        help="create or update a Space (publish --help says more)",
-        description=_HELP,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    short = "create or update a Space (publish --help says more)"
+    command = commands.add_parser("publish", help=short, description=_HELP, epilog=_EXAMPLES, formatter_class=form)
     add = command.add_argument
     add("name", metavar="USER/NAME", help="the Space, new or to be brought up to date")
-    add(
-        "--model",
-        type=expanduser,
-        default=bundled(MODEL),
-        metavar="PATH_OR_HUB_ID",
-        help="what it runs (default: %(default)s)",
-    )
+    add("--model", type=expanduser, default=bundled(MODEL), metavar="PATH_OR_HUB_ID",
+        help="what it runs (default: %(default)s)")  # fmt: skip
     add("--revision", help="branch, tag or commit of a model on the Hub (default: what was fetched last)")
-    add(
-        "--gallery",
-        type=expanduser,
-        default=bundled(GALLERY),
-        metavar="DIR",
-        help="what it searches (default: %(default)s)",
-    )
+    add("--gallery", type=expanduser, default=bundled(GALLERY), metavar="DIR",
+        help="what it searches (default: %(default)s)")  # fmt: skip
     add("--hardware", help="ask for it, such as cpu-basic, zero-a10g (ZeroGPU) or t4-small; some of it is paid for")
     add("--title", default=TITLE, help="shown on the Space's card (default: %(default)s)")
     add("--private", action="store_true", help="create it for your own eyes; one that exists stays as it is")
-    add(
-        "--variable",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="set one more variable, such as ALIGNMENT_LANG=zh; may be repeated; everybody may read it",
-    )
+    add("--variable", action="append", default=[], metavar="NAME=VALUE",
+        help="set one more variable, such as ALIGNMENT_LANG=zh; may be repeated; everybody may read it")  # fmt: skip
     add("--replace", action="store_true", help="overwrite another app that runs under this name")
     add("--dry-run", action="store_true", help="say what would be sent; needs neither a token nor the network")
-    add(
-        "--export",
-        type=expanduser,
-        metavar="DIR",
-        help="write what would be sent to a new folder, to look at it and to try it",
-    )
+    add("--export", type=expanduser, metavar="DIR",
+        help="write what would be sent to a new folder, to look at it and to try it")  # fmt: skip
     return parser
 
 
 def _publish(args: argparse.Namespace) -> None:
     check_name(args.name)
     gallery = Path(args.gallery)
-    space = Space(
-        args.name,
-        choose_model(args.model, args.revision),
-        None if gallery.resolve() == (ROOT / GALLERY).resolve() else gallery,
-        args.title,
-        args.hardware,
-        _variables(args.variable),
-    )
+    own_gallery = None if gallery.resolve() == (ROOT / GALLERY).resolve() else gallery
+    model, more = choose_model(args.model, args.revision), _variables(args.variable)
+    space = Space(args.name, model, own_gallery, args.title, args.hardware, more)
     check_variables(space.variables)
-    look_only = args.dry_run or args.export
-    if not look_only:
+    local = args.dry_run or args.export
+    if not local:
         check_login(HfApi(), AGAIN)
     export = _new_folder(args.export) if args.export else None
-    # An export is laid out beside its place: it is there when it has been found fit to be sent, and not before.
+    # An export is staged beside its place and renamed after the checks have passed.
     with TemporaryDirectory(prefix=".alignment-space-", dir=export and export.parent) as scratch:
         folder = Path(scratch, "space")
-        notes = stage(space, folder)
-        own = [] if space.model.revision else [space.model.folder]
+        note = stage(space, folder)
+        own = [] if model.revision else [model.folder]
         check_folder(folder, private_paths(Path.home(), Path.cwd(), ROOT, gallery, folder, *own))
         if export:
             folder = folder.replace(export)
-        if look_only:
-            _show(space, folder, notes, args.export)
+        if local:
+            _show(space, folder, note, args.export)
             return
-        for note in notes:
+        if note:
             print(note)
         sent = publish(space, folder, private=args.private, replace=args.replace)
     print(f"{'Created' if sent.created else 'Updated'} {sent.url}")
@@ -151,11 +122,11 @@ def _variables(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         if "=" not in word:
             raise ValueError(f"{word!r} is no variable: write NAME=VALUE.")
-    return {name: value for name, _, value in (word.partition("=") for word in words)}
+    return dict(word.split("=", 1) for word in words)
 
 
-def _show(space: Space, folder: Path, notes: Sequence[str], export: str | None) -> None:
-    """Print all that would be sent."""
+def _show(space: Space, folder: Path, note: str, export: str | None) -> None:
+    """Print everything that would be sent."""
     files = contents(folder)
     for name, size in files.items():
         large = "  (to the store for large files)" if size > LARGE else ""
@@ -166,11 +137,7 @@ def _show(space: Space, folder: Path, notes: Sequence[str], export: str | None) 
     for name, value in space.variables.items():
         print(f"  {name}={value}")
     print(f"Hardware: {space.hardware or 'as the Hub gives it'}")
-    for note in notes:
+    if note:
         print(note)
-    print("Nothing was sent." if export is None else f"Nothing was sent. Try it: {_trial(space.variables, export)}")
-
-
-def _trial(variables: Mapping[str, str], export: str) -> str:
-    settings = " ".join(f"{name}={value}" for name, value in variables.items() if name.startswith("ALIGNMENT_"))
-    return f"cd {export} && {settings} python app.py"
+    settings = " ".join(f"{name}={value}" for name, value in space.variables.items() if name.startswith("ALIGNMENT_"))
+    print(f"Nothing was sent. Try it: cd {export} && {settings} python app.py" if export else "Nothing was sent.")

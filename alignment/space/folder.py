@@ -1,7 +1,7 @@
-"""All files of a Space, laid out in a folder: the same for a look, for a trial run and for the Hub.
+"""Stage all files of a Space in a folder: the same for a dry run, for an export and for the Hub.
 
-Place in the flow: `model, gallery -> folder (here) -> checks -> the Hub`. Files are chosen by name. What is not the
-app's, its gallery's or its model's stays behind, and so do hidden files, caches, tests and what only training needs.
+Place in the flow: `model, gallery -> folder (here) -> checks -> the Hub`. Files are chosen by name: those of the app,
+its gallery and its model. Hidden files, caches, tests and the packages that only training needs are left out.
 """
 
 from __future__ import annotations
@@ -13,26 +13,43 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import SpaceCardData
 
 from alignment.bundled import GALLERY, MODEL, ROOT
-from alignment.space.card import THUMBNAIL, TITLE, card
 from alignment.space.gallery import copy_gallery
 from alignment.space.model_source import ModelSource, safe_name
 
+TITLE = "Image-Text Alignment"
+THUMBNAIL = "assets/screenshots/search_en.png"
+
 _FILES = (
-    "app.py",
-    "LICENSE",
-    "alignment/**/*.py",
-    "alignment/sample_pictures/*",
-    "assets/ui/**/*",
-    "assets/parallel_captions.jsonl",
-    THUMBNAIL,
-)
-_STARTER = ("assets/gallery/**/*",)
-_BACKGROUND = ("assets/gallery/sources/*",)  # of a second model, and of galleries that are built
+    "app.py", "LICENSE", "alignment/**/*.py", "alignment/sample_pictures/*", "assets/ui/**/*",
+    "assets/parallel_captions.jsonl", THUMBNAIL,
+)  # fmt: skip
+_STARTER, _SOURCES = "assets/gallery/**/*", "assets/gallery/sources/*"  # sources: the cohort of another model
 _NOT_SERVED = ("alignment/train/", "alignment/compact/", "alignment/space/")
-_OF_THE_SPACE = ("gradio", "huggingface-hub")  # it brings these along
-_CPU_TORCH = "https://download.pytorch.org/whl/cpu"  # PyPI's brings gigabytes of CUDA libraries
+_PREINSTALLED = ("gradio", "huggingface-hub")
+_CPU_TORCH = "https://download.pytorch.org/whl/cpu"  # the wheels on PyPI depend on gigabytes of CUDA libraries
+_FRONT: dict[str, Any] = {
+    "emoji": "🔎", "colorFrom": "indigo", "colorTo": "gray", "license": "apache-2.0",
+    "sdk": "gradio", "python_version": "3.12", "app_file": "app.py",
+    "short_description": "Search pictures by caption and captions by picture",  # the Hub refuses over 60 characters
+    "tags": ["image-text-retrieval", "cross-modal-retrieval", "contrastive-learning"],
+}  # fmt: skip
+_CARD = """\
+---
+{front}
+---
+
+# {title}
+
+Drop in a picture and read the captions that fit. Type a caption, in English or Chinese, and see the pictures that fit.
+Look at the similarity matrix that decides both. What you drop in is kept for your visit alone.
+
+Model: {model}.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,10 +58,8 @@ class Space:
 
     Attributes:
         repo_id: "USER/NAME".
-        model: what it runs.
-        gallery: the gallery's folder; None for the one that comes along.
-        title: shown on its card and tab.
-        hardware: what it runs on, such as "zero-a10g"; None for what the Hub gives.
+        gallery: the gallery's folder; None for the bundled one.
+        hardware: such as "zero-a10g"; None for the Hub's default.
         more: further variables.
     """
 
@@ -57,27 +72,24 @@ class Space:
 
     @property
     def place(self) -> str:
-        """Where the gallery lies in the Space."""
+        """Folder of the gallery in the Space."""
         return f"galleries/{safe_name(self.gallery, 'gallery')}" if self.gallery else GALLERY
 
     @property
     def variables(self) -> dict[str, str]:
-        """The Space's environment; everybody may read it."""
+        """The Space's environment variables, which are public."""
         revision = {"ALIGNMENT_REVISION": self.model.revision} if self.model.revision else {}
         own = {"ALIGNMENT_MODEL": self.model.name, **revision, "ALIGNMENT_GALLERY": self.place}
         return {**own, "GRADIO_SSR_MODE": "False", **self.more}
 
 
-def stage(space: Space, folder: Path) -> list[str]:
-    """Write the Space into a new folder.
-
-    Returns:
-        Sentences on what becomes public.
+def stage(space: Space, folder: Path) -> str:
+    """Write the Space into a new folder; returns a sentence that says what becomes public, "" if nothing new does.
 
     Raises:
-        FileNotFoundError: when something is missing.
-        ValueError: when gallery and model do not belong together.
-        FileExistsError: when there is such a folder.
+        FileNotFoundError: when a source file is missing.
+        FileExistsError: when the folder exists.
+        ValueError: when another model made the gallery, or the title is empty.
     """
     if space.gallery is None and space.model.name != MODEL:
         raise ValueError(
@@ -87,16 +99,15 @@ def stage(space: Space, folder: Path) -> list[str]:
     if not (ROOT / "requirements.txt").is_file():
         raise FileNotFoundError("A Space is published from a clone of the repository; an installed wheel lacks a part.")
     folder.mkdir(parents=True)
-    for path in _chosen(*_FILES, *(_BACKGROUND if space.gallery else _STARTER)):
+    for path in _chosen(*_FILES, _SOURCES if space.gallery else _STARTER):
         _copy(ROOT / path, folder / path)
     if not space.model.revision:
         for name in space.model.files:
             _copy(space.model.folder / name, folder / space.model.name / name)
-    notes = copy_gallery(space.gallery, folder / space.place, space.model) if space.gallery else []
-    text = card(space.repo_id, space.title, space.model, space.hardware)
-    (folder / "README.md").write_text(text, "utf-8", newline="\n")
+    note = copy_gallery(space.gallery, folder / space.place, space.model) if space.gallery else ""
+    (folder / "README.md").write_text(card(space), "utf-8", newline="\n")
     (folder / "requirements.txt").write_text(requirements(space.hardware), "utf-8", newline="\n")
-    return notes
+    return note
 
 
 def contents(folder: Path) -> dict[str, int]:
@@ -105,21 +116,34 @@ def contents(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
+def card(space: Space) -> str:
+    """Return README.md: the configuration, which the Hub reads, and a description; ValueError without a title."""
+    title, model = " ".join(space.title.split()), space.model  # a line break could end the front matter
+    if not title:
+        raise ValueError("A Space needs a title.")
+    data = SpaceCardData(
+        title=title,
+        sdk_version=version("gradio"),
+        thumbnail=f"https://huggingface.co/spaces/{space.repo_id}/resolve/main/{THUMBNAIL}",
+        **_FRONT,
+        models=[model.name] if model.revision else None,
+        preload_from_hub=[f"{model.name} {','.join(model.files)} {model.revision}"] if model.revision else None,
+        suggested_hardware=space.hardware or "cpu-basic",
+    )
+    link = f"[{model.name}](https://huggingface.co/{model.name})" if model.revision else f"`{model.name}`"
+    return _CARD.format(front=data.to_yaml(), title=title, model=link)
+
+
 def requirements(hardware: str | None) -> str:
-    """Write the Space's requirements.txt: the versions that are installed here, with which it was tried."""
+    """Return the Space's requirements.txt: the versions that are installed on this machine."""
     lines = ["# What the app needs, in the versions that it was tried with; the Space itself brings Gradio along."]
     for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines():
         name = re.split(r"[^A-Za-z0-9._-]", line)[0]
-        if name and name not in _OF_THE_SPACE:
-            lines += _pinned(name, on_cpu=(hardware or "cpu").startswith("cpu"))
+        if name and name not in _PREINSTALLED:
+            on_cpu = name == "torch" and (hardware or "cpu").startswith("cpu")
+            lines += [f"--extra-index-url {_CPU_TORCH}"] * on_cpu
+            lines.append(f"{name}=={version(name).partition('+')[0]}{'+cpu' * on_cpu}")
     return "".join(f"{line}\n" for line in lines)
-
-
-def _pinned(name: str, *, on_cpu: bool) -> list[str]:
-    number = version(name).partition("+")[0]
-    if name == "torch" and on_cpu:
-        return [f"--extra-index-url {_CPU_TORCH}", f"torch=={number}+cpu"]
-    return [f"{name}=={number}"]
 
 
 def _chosen(*patterns: str) -> Iterator[str]:
@@ -133,4 +157,4 @@ def _chosen(*patterns: str) -> Iterator[str]:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(os.path.realpath(source), target)  # what the Hub's cache holds is links
+    shutil.copyfile(os.path.realpath(source), target)  # the Hub's cache consists of links

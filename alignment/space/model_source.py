@@ -1,7 +1,7 @@
-"""The model of a Space: a folder that is sent along, or a model of the Hub that the Space fetches at one commit.
+"""Find the model of a Space: a folder that is sent along, or a model on the Hub that the Space fetches at one commit.
 
-Place in the flow: `--model, --revision -> choice (here) -> folder, card`. Nothing is fetched: whoever has built a
-gallery with a model of the Hub has it, and the commit that made the gallery is the one that the Space has to run.
+Place in the flow: `--model, --revision -> ModelSource (here) -> folder, card`. Nothing is fetched: the Space has to run
+the commit that made the gallery, and the build of the gallery has left that on this machine.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ class ModelSource:
     """The model of a Space.
 
     Attributes:
-        name: what the Space calls it: a folder of its own, or a Hub id.
-        folder: where it lies here.
-        files: the names of its files.
-        revision: the commit on the Hub; "" for a model that is sent along.
+        name: folder in the Space, or Hub id.
+        folder: on this machine, with `files`.
+        revision: commit on the Hub; "" for a model that is sent along.
     """
 
     name: str
@@ -32,20 +31,15 @@ class ModelSource:
 
 
 def choose_model(name: str, revision: str | None = None) -> ModelSource:
-    """Find a model on this machine.
+    """Find a model on this machine by folder or Hub id; FileNotFoundError when there is none.
 
-    Args:
-        name: folder or Hub id.
-        revision: branch, tag or commit on the Hub; by default what was fetched last.
-
-    Raises:
-        FileNotFoundError: when there is none.
+    `revision` is a branch, tag or commit on the Hub; by default the one fetched last.
     """
-    sent = Path(name).is_dir()
+    is_local = Path(name).is_dir()
     try:
         folder = checkpoint_folder(name, revision, fetch=False)
     except FileNotFoundError as error:
-        if sent:
+        if is_local:
             raise
         wanted = f"{name} --revision {revision}" if revision else name
         raise FileNotFoundError(
@@ -53,20 +47,16 @@ def choose_model(name: str, revision: str | None = None) -> ModelSource:
             "the gallery with it, before the Space is published."
         ) from error
     files = checkpoint_files(folder)
-    if not sent:
+    if not is_local:
         return ModelSource(name, folder, tuple(files), folder.name)
     card = ["README.md"] if (folder / "README.md").is_file() else []
-    return ModelSource(_place(folder), folder, (*card, *files))
-
-
-def _place(folder: Path) -> str:
-    """Say where a model lies in the Space; only the one that comes along may go by its name."""
-    if folder.resolve() == (ROOT / MODEL).resolve():
-        return MODEL
     place = f"checkpoints/{safe_name(folder, 'model')}"
-    return f"{place}-2" if place == MODEL else place
+    is_bundled = folder.resolve() == (ROOT / MODEL).resolve()
+    if place == MODEL and not is_bundled:
+        place += "-2"
+    return ModelSource(MODEL if is_bundled else place, folder, (*card, *files))
 
 
 def safe_name(folder: Path, otherwise: str) -> str:
-    """Name a folder of the Space after one of this machine, in letters that every file system takes."""
+    """Return the name of a folder in characters that every file system takes."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip(".-") or otherwise

@@ -1,40 +1,30 @@
 """Create or update a Space: its variables, its hardware, its files.
 
 Place in the flow: `the Space's folder -> the Hub (here)`. The token is that of `hf auth login` or HF_TOKEN; it is never
-shown, stored or passed on. Whatever the owner has set in the Space's settings stays, but for the variables that this
-command sets itself.
+shown, stored or passed on. The owner's settings stay, except for the variables that this command sets.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from huggingface_hub import HfApi, SpaceInfo
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from alignment.hub import check_login, check_repo_id
-from alignment.hub import translate_hub_errors as plain_errors
+from alignment.hub import check_repo_id, translate_hub_errors
 from alignment.space.folder import Space, contents
 
 AGAIN = "publish again"
-_OURS = ("ALIGNMENT_MODEL", "ALIGNMENT_REVISION", "ALIGNMENT_GALLERY")
-"""Variables that mean another Space if they are left over from before."""
-
-_FRESH = {"README.md", ".gitattributes"}  # what the Hub itself puts into a new Space
-_APP = {"app.py", "alignment/__init__.py"}  # what shows that a Space is one of ours
+_OURS = ("ALIGNMENT_MODEL", "ALIGNMENT_REVISION", "ALIGNMENT_GALLERY")  # deleted if an earlier version has left them
+_FRESH = {"README.md", ".gitattributes"}  # the Hub puts these into a new Space
+_APP = {"app.py", "alignment/__init__.py"}  # a Space with both runs this app
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What was done.
-
-    Attributes:
-        url: of the Space's page.
-        created: whether it is new.
-        deleted: files that an earlier version had and this one has not.
-        variables: those that were set or taken away.
-    """
+    """The page, whether the Space is new, the files deleted, and the variables set or deleted."""
 
     url: str
     created: bool
@@ -45,38 +35,33 @@ class PublishResult:
 def publish(
     space: Space, folder: Path, *, private: bool = False, replace: bool = False, api: HfApi | None = None
 ) -> PublishResult:
-    """Send a Space that was laid out in a folder; files that it no longer has are deleted there.
+    """Upload the folder of a Space; files on the Hub that the folder lacks are deleted.
 
     Args:
         space: what is published.
-        folder: its files, see `stage`.
-        private: of a Space that is created now; an existing one stays as it is.
+        folder: the files, see `stage`.
+        private: visibility of a new Space.
         replace: whether another app that runs under this name may be overwritten.
-        api: the Hub to send to, with its token; the public one and the token of the login when None.
+        api: client with token; by default the public Hub and the token of the login.
 
     Raises:
         ValueError: when the Hub refuses, or another app runs under this name.
-        ConnectionError: when it cannot be reached or breaks off.
+        ConnectionError: when the Hub cannot be reached or disconnects.
     """
     api = api or HfApi()
-    check_login(api, AGAIN)
-    with plain_errors(space.repo_id, AGAIN, _refusals(space)):
+    with translate_hub_errors(space.repo_id, AGAIN, _refusals(space)):
         there = _existing(api, space.repo_id)
-    if there is not None and not replace:
-        _check_ours(there)
-    with plain_errors(space.repo_id, AGAIN, _refusals(space)):
-        _settle(api, space, there, private)
+        files = {file.rfilename for file in there.siblings or ()} if there else set()
+        if there and not replace:
+            _check_ours(there, files)
+        _create(api, space, there, private)
+        message = "Publish the app, its gallery and its model"
         api.upload_folder(
-            repo_id=space.repo_id,
-            repo_type="space",
-            folder_path=folder,
-            delete_patterns="*",
-            commit_message="Publish the app, its gallery and its model",
+            repo_id=space.repo_id, repo_type="space", folder_path=folder, delete_patterns="*", commit_message=message
         )
-        variables = _set_variables(api, space, there)  # last: until then, what runs there finds what it needs
-    gone = _files(there) - contents(folder).keys() - {".gitattributes"} if there else set()
-    url = f"{api.endpoint}/spaces/{space.repo_id}"
-    return PublishResult(url, there is None, tuple(sorted(gone)), variables)
+        variables = _set_variables(api, space, there)  # last: the running version needs the old ones
+    deleted = tuple(sorted(files - contents(folder).keys() - {".gitattributes"}))
+    return PublishResult(f"{api.endpoint}/spaces/{space.repo_id}", there is None, deleted, variables)
 
 
 def check_name(repo_id: str) -> None:
@@ -93,12 +78,7 @@ def _existing(api: HfApi, repo_id: str) -> SpaceInfo | None:
         return None
 
 
-def _files(there: SpaceInfo) -> set[str]:
-    return {file.rfilename for file in there.siblings or ()}
-
-
-def _check_ours(there: SpaceInfo) -> None:
-    files = _files(there)
+def _check_ours(there: SpaceInfo, files: set[str]) -> None:
     if there.sdk not in (None, "gradio") or not (files >= _APP or files <= _FRESH):
         raise ValueError(
             f"{there.id} on the Hub is another app ({len(files)} files, {there.sdk or 'no SDK'}), and its files would "
@@ -106,22 +86,18 @@ def _check_ours(there: SpaceInfo) -> None:
         )
 
 
-def _settle(api: HfApi, space: Space, there: SpaceInfo | None, private: bool) -> None:
-    """Create the Space if need be, on the hardware that was asked for."""
+def _create(api: HfApi, space: Space, there: SpaceInfo | None, private: bool) -> None:
+    """Create the Space if it does not exist, and request its hardware."""
+    name, hardware = space.repo_id, cast(Any, space.hardware)  # the Hub may know more names than its library
     if there is None:
-        api.create_repo(
-            space.repo_id,
-            repo_type="space",
-            space_sdk="gradio",
-            space_hardware=space.hardware,  # type: ignore[arg-type]  # a name that the library need not know yet
-            private=private or None,
-        )
-    elif space.hardware and space.hardware != api.get_space_runtime(space.repo_id).requested_hardware:
-        api.request_space_hardware(space.repo_id, space.hardware)  # type: ignore[arg-type]
+        options = {"space_sdk": "gradio", "space_hardware": hardware, "private": private or None}
+        api.create_repo(name, repo_type="space", **options)
+    elif hardware and hardware != api.get_space_runtime(name).requested_hardware:
+        api.request_space_hardware(name, hardware)
 
 
 def _set_variables(api: HfApi, space: Space, there: SpaceInfo | None) -> tuple[str, ...]:
-    """Set what differs, since each change restarts the Space; returns the names of what was changed."""
+    """Set variables that differ, as each change restarts the Space; returns the names set or deleted."""
     wanted = space.variables
     old = {} if there is None else {key: found.value for key, found in api.get_space_variables(space.repo_id).items()}
     left_over = [key for key in _OURS if key in old and key not in wanted]

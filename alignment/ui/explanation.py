@@ -143,7 +143,7 @@ class ExplanationDialog:
 
 def _answer_value(lang: str, asked: ExplanationState, explained: Explanation) -> Value:
     scale = explained.scale
-    numbers = {"unrelated": cosine(scale.unrelated), "most": cosine(scale.accidents[1])}
+    numbers = {"unrelated": cosine(scale.unrelated), "most": cosine(scale.noise_band[1])}
     verdict = text(lang, _VERDICTS[explained.strength], **numbers)
     return {
         "alt": text(lang, "explain.picture", name=asked.name),
@@ -186,7 +186,7 @@ def _axis(lang: str, explained: Explanation) -> Value:
     return {
         "at": at(explained.cosine),
         "mean": at(scale.unrelated),
-        "band": [at(end) for end in scale.accidents],
+        "band": [at(end) for end in scale.noise_band],
         "pair": text(lang, "explain.pair", cosine=cosine(explained.cosine)),
         "unrelated": text(lang, "explain.unrelated", unrelated=cosine(scale.unrelated)),
     }

@@ -74,7 +74,7 @@ def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[Row
     steps: dict[str, Callable[[str], object]] = {
         "handler": lambda caption: orjson.dumps(tab._search("en", caption, TextQuery(""))[1:]),
         "embedding": lambda caption: encoder.encode_texts([caption]),
-        "search": lambda caption: engine.search_images(embeds[caption], 12),
+        "search": lambda caption: engine.gallery.search_images(embeds[caption], 12),
     }
     captions = [f"a {subject} {place}" for place in PLACES for subject in SUBJECTS]
     embeds = {caption: encoder.encode_texts([caption])[0] for caption in captions}

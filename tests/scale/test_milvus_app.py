@@ -118,7 +118,7 @@ def test_the_starter_gallery_is_served_from_the_server(folder: Path, remote: Rem
         shares = [match.share for match in one.matches]
         assert [match.share for match in other.matches] == pytest.approx(shares, abs=1e-3)
         assert other.verdict == one.verdict
-    cat = local.picture_image(local.gallery.pictures[0].id)
+    cat = local.picture_embed(local.gallery.pictures[0].id)
     one, other = (engine.search_captions(cat, 5) for engine in (local, served))
     assert [match.item.id for match in other.matches] == [match.item.id for match in one.matches]
 
