@@ -19,10 +19,8 @@ from alignment.confidence.cohort import Cohort, Direction
 MIN_FITTED = 100
 """Captioned pictures below which `DEFAULT_CALIBRATION` is used."""
 
-MAX_FITTED = 1000
-"""Captioned pictures that the curves are fitted on; more only take longer."""
-
-MAX_FITTED_CAPTIONS = 5  # of a picture
+_MAX_FITTED = 1000  # captioned pictures; more only take longer
+_MAX_CAPTIONS = 5  # of a picture
 
 
 class Embeddings(Protocol):
@@ -43,12 +41,7 @@ class _Caption(Protocol):
 
 @dataclass(frozen=True)
 class MatchCalibrator:
-    """A calibration with the cohort it was fitted on.
-
-    Attributes:
-        calibration: the curves.
-        cohort: unrelated pictures and captions.
-    """
+    """A calibration with the cohort it was fitted on."""
 
     calibration: Calibration
     cohort: Cohort
@@ -89,10 +82,10 @@ def fit_calibration(
     On pictures that the model was trained on, the probabilities come out too high.
 
     Args:
-        pictures: in the order of the rows of `image_embeds`.
-        captions: in the order of the rows of `text_embeds`; `scene` is the picture's id.
-        image_embeds: (num_pictures, embed_dim).
-        text_embeds: (num_captions, embed_dim).
+        pictures: with their `image_embeds` (num_pictures, embed_dim).
+        captions: with their `text_embeds` (num_captions, embed_dim); `scene` is the picture's id.
+        image_embeds: in the order of `pictures`.
+        text_embeds: in the order of `captions`.
         cohort: holds none of these items.
 
     Returns:
@@ -100,13 +93,13 @@ def fit_calibration(
     """
     own: dict[str, list[int]] = {picture.id: [] for picture in pictures}
     for row, caption in enumerate(captions):
-        if len(own.get(caption.scene, ())) < MAX_FITTED_CAPTIONS and caption.scene in own:
+        if caption.scene in own:
             own[caption.scene].append(row)
     captioned = [row for row, picture in enumerate(pictures) if own[picture.id]]
     if len(captioned) < MIN_FITTED:
         return DEFAULT_CALIBRATION, "borrowed from the compact model"
-    chosen = sorted(random.Random(0).sample(captioned, min(len(captioned), MAX_FITTED)))
-    texts = [(place, row) for place, image in enumerate(chosen) for row in own[pictures[image].id]]
+    chosen = sorted(random.Random(0).sample(captioned, min(len(captioned), _MAX_FITTED)))
+    texts = [(place, row) for place, image in enumerate(chosen) for row in own[pictures[image].id][:_MAX_CAPTIONS]]
     owners, rows = torch.tensor(texts).T
     relevance = (owners[None] == torch.arange(len(chosen))[:, None]).float()
     fitted = Calibration.fit(

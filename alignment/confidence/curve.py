@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_FEATURES = ("score", "tail", "mean", "log_size")
 _ITERATIONS, _CLOSE = 100, 1e-9  # of Newton's method
 
 
@@ -40,8 +39,8 @@ class Curve:
 
     def probability(self, evidence: Tensor) -> Tensor:
         """Evaluate the curve at (..., 4) evidence; float64, in [0, 1]."""
-        weights = evidence.new_tensor([getattr(self, name) for name in _FEATURES])
-        return (evidence @ weights + self.bias).sigmoid()
+        *weights, bias = astuple(self)
+        return (evidence @ evidence.new_tensor(weights) + bias).sigmoid()
 
     @classmethod
     def fit(cls, evidence: Tensor, labels: Tensor, *, prior: Curve | None = None, strength: float = 1.0) -> Curve:
