@@ -15,30 +15,21 @@ as prototypes of what a picture of the class looks like to the tower.
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from alignment.atomic import atomic_write
 from alignment.compact.features import VIEWS, ImageFeatures, TextFeatures
+from alignment.compact.optimiser import Groups, Optimiser
 from alignment.losses import softmax_loss
 from alignment.towers import AlignmentHead, ResidualMLP, Tail, join_parts
-
-logger = logging.getLogger(__name__)
 
 MAX_SCALE = 100.0
 
@@ -95,6 +86,10 @@ class Recipe:
     average: float = 0.995
     image_weight: tuple[float, float] = (0.0, 0.45)
     text_weight: float = 0.15
+
+    def optimiser(self, module: nn.Module, groups: Groups, steps: int) -> Optimiser:
+        """Make the optimiser of a stage."""
+        return Optimiser(module, groups, steps, self.weight_decay, self.average)
 
 
 class Teacher(nn.Module):
@@ -157,6 +152,10 @@ class Aligner(nn.Module):
         self.tail, self.head, self.teachers = tail, head, nn.ModuleDict(teachers)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """List what is trained beside the tail."""
+        return [*self.head.parameters(), *self.teachers.parameters()]
+
     def images(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Embed trunk maps; also return the averaged features they went through."""
         with torch.autocast("cpu", torch.bfloat16):
@@ -178,8 +177,9 @@ class Aligner(nn.Module):
 def train_heads(aligner: Aligner, features: ImageFeatures, data: Training, recipe: Recipe) -> None:
     """Stage 1: both heads on frozen features."""
     size = 2 * recipe.batch_size
-    groups = [(list(aligner.head.parameters()) + list(aligner.teachers.parameters()), recipe.heads_rate)]
-    optimiser = Optimiser(aligner, groups, recipe, recipe.heads_epochs * (len(data.train) // size))
+    optimiser = recipe.optimiser(
+        aligner, [(aligner.head_parameters(), recipe.heads_rate)], recipe.heads_epochs * (len(data.train) // size)
+    )
     for images in data.batches(size, recipe.heads_epochs):
         embeds = aligner.pooled(features.pooled[images, torch.randint(VIEWS, (size,))])
         optimiser.step(data.caption_loss(aligner, embeds, images) + data.names_loss(aligner))
@@ -202,18 +202,15 @@ def train_tail(
         features: of all pictures.
         data: which of them to train on, with their captions.
         recipe: the settings.
-        run: number of the run, counted from 0.
+        run: counted from 0.
         measured: called after each epoch with its number and the averaged weights.
         state: file that keeps the state after each epoch; a run that was stopped goes on from it.
     """
     size, whole, epochs = recipe.batch_size, features.maps.shape[-1], recipe.tail_epochs[run]
     set_dropout(aligner, recipe.tail_dropout)
-    groups = [
-        (list(aligner.head.parameters()) + list(aligner.teachers.parameters()), recipe.tuned_rate),
-        (list(aligner.tail.parameters()), recipe.tail_rate),
-    ]
+    groups = [(aligner.head_parameters(), recipe.tuned_rate), (list(aligner.tail.parameters()), recipe.tail_rate)]
     steps = len(data.train) // size
-    optimiser = Optimiser(aligner, groups, recipe, epochs * steps)
+    optimiser = recipe.optimiser(aligner, groups, epochs * steps)
     if state is not None and state.exists():
         optimiser.load(state)
     for epoch in range(optimiser.count // steps, epochs):
@@ -263,28 +260,23 @@ class Training:
 
     def _grouped(self, order: Tensor) -> Tensor:
         """Put pictures with similar captions next to each other, in groups of `neighbours` at the most."""
-        used: set[int] = set()
-        grouped: list[int] = []
+        grouped: dict[int, None] = {}  # an ordered set
         for row in order.tolist():
-            if row in used:
-                continue
-            free = [near for near in self.near[row].tolist() if near not in used and near != row]
-            chosen = [row, *free[: self.recipe.neighbours - 1]]
-            used.update(chosen)
-            grouped.extend(chosen)
+            if row not in grouped:
+                free = [near for near in self.near[row].tolist() if near not in grouped and near != row]
+                grouped |= dict.fromkeys([row, *free[: self.recipe.neighbours - 1]])
         start = int(torch.randint(len(grouped), ()))  # late groups are small: they shall not always end the epoch
-        return torch.tensor(grouped[start:] + grouped[:start])
+        return torch.tensor(list(grouped)).roll(-start)
 
     def caption_loss(self, aligner: Aligner, embeds: Tensor, images: Tensor) -> Tensor:
         """Contrast pictures with captions drawn for them, language by language."""
         total = embeds.new_zeros(())
         for language, captions in self.captions.items():
             told = captions.count[images] > 0
-            if not told.any():
-                continue
-            rows = captions.draw(images[told], self.recipe.captions_per_image)
-            loss = aligner.loss(embeds[told], aligner.teachers[language](captions.features[rows]))
-            total = total + self._weight(language) * loss
+            if told.any():
+                rows = captions.draw(images[told], self.recipe.captions_per_image)
+                loss = aligner.loss(embeds[told], aligner.teachers[language](captions.features[rows]))
+                total = total + self._weight(language) * loss
         return total
 
     def names_loss(self, aligner: Aligner) -> Tensor:
@@ -349,7 +341,7 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
     size = 2 * recipe.batch_size
     steps = recipe.text_epochs * (len(data.train) // size)
     set_dropout(head, recipe.text_dropout)
-    optimiser = Optimiser(head, [(list(head.parameters()), recipe.text_rate)], recipe, steps)
+    optimiser = recipe.optimiser(head, [(list(head.parameters()), recipe.text_rate)], steps)
     scale = aligner.logit_scale.detach().exp()
     place = torch.full((len(targets.images),), -1)
     place[data.train] = torch.arange(len(data.train))
@@ -364,12 +356,11 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
         embeds = head(sentences, tokens, mask)
         parts = embeds.split(sizes)
         wholes = targets.whole(embeds, sentences, recipe.text_weight).split(sizes)
-        seen, names = parts[-2:]
         pictures = targets.images[data.train, torch.randint(VIEWS, (len(data.train),))]
         with torch.no_grad():
             prototypes = aligner.pooled(data.prototypes.draw(classes))
-        loss = recipe.scenes_weight * (1 - (seen * targets.scene_teacher[scenes]).sum(-1)).mean()
-        loss = loss + recipe.names_weight * softmax_loss(scale * prototypes @ names.T)
+        loss = recipe.scenes_weight * (1 - (parts[-2] * targets.scene_teacher[scenes]).sum(-1)).mean()
+        loss = loss + recipe.names_weight * softmax_loss(scale * prototypes @ parts[-1].T)
         for (rows, owned), language, part, whole in zip(drawn.values(), drawn, parts, wholes, strict=False):
             owners = place[owned]
             loss = (
@@ -383,7 +374,7 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
 
 
 def _draw_one_each(captions: Captions, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose a caption for each picture that has one: its row, and the picture."""
+    """Choose a caption for each picture that has one: the rows of the captions, and the pictures."""
     told = images[captions.count[images] > 0]
     return captions.draw(told, 1).squeeze(1), told
 
@@ -398,73 +389,3 @@ def set_dropout(module: nn.Module, share: float) -> None:
 def draw_one(rows: Tensor) -> Tensor:
     """Choose one of some rows."""
     return rows[torch.randint(len(rows), ())]
-
-
-class Optimiser:
-    """AdamW on a one-cycle schedule, with a running average of the weights."""
-
-    def __init__(
-        self, module: nn.Module, groups: Sequence[tuple[list[nn.Parameter], float]], recipe: Recipe, steps: int
-    ) -> None:
-        self.module = module
-        parameters = [{"params": tuned, "weight_decay": recipe.weight_decay} for tuned, _ in groups]
-        rates = [rate for _, rate in groups]
-        if hasattr(module, "logit_scale"):
-            parameters.append({"params": [module.logit_scale], "weight_decay": 0.0})
-            rates.append(rates[0])
-        self.adam = torch.optim.AdamW(parameters, lr=rates[0])
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, steps, pct_start=0.1)
-        self.tuned = [weight for group in self.adam.param_groups for weight in group["params"]]
-        self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
-        self.count, self.started = 0, time.monotonic()
-        module.train()
-
-    def step(self, loss: Tensor) -> None:
-        """Take one step; a loss that is not finite ends the run."""
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss.item()} at step {self.count}: lower the learning rates.")
-        self.adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.tuned, 2.0)
-        self.adam.step()
-        self.schedule.step()
-        self.average.update_parameters(self.module)
-        self.count += 1
-        if self.count % 20 == 0:
-            logger.info("step %d, loss %.3f, %.0f s", self.count, loss.item(), time.monotonic() - self.started)
-
-    def save(self, path: Path) -> None:
-        """Write weights, averages and moments, so that `load` goes on from here."""
-        state = {f"weight.{name}": value for name, value in self.module.state_dict().items()}
-        state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        for number, moments in self.adam.state_dict()["state"].items():
-            state |= {f"adam.{number}.{name}": value for name, value in moments.items()}
-        with atomic_write(path) as fresh:
-            save_file({name: value.contiguous() for name, value in state.items()}, fresh, {"count": str(self.count)})
-
-    def load(self, path: Path) -> None:
-        """Go on from what `save` wrote."""
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a method
-            self.count = int(file.metadata()["count"])
-        part = partial(_part, state)
-        self.module.load_state_dict(part("weight."))
-        self.average.load_state_dict(part("average."))
-        adam = self.adam.state_dict()
-        for name, value in part("adam.").items():
-            number, moment = name.split(".")
-            adam["state"].setdefault(int(number), {})[moment] = value
-        self.adam.load_state_dict(adam)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the schedule steps here without the optimiser
-            for _ in range(self.count):
-                self.schedule.step()
-
-    def keep_average(self) -> None:
-        """Put the averaged weights in place of the last ones."""
-        self.module.load_state_dict(self.average.module.state_dict())
-        self.module.eval()
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
