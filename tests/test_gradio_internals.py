@@ -162,7 +162,6 @@ def test_the_queue_tells_what_waits_and_forgets_only_what_is_over(page, gate):
 
     ids = [call(page, "wait", "x") for _ in range(3)]  # one runs, two wait
     until(lambda: (queue_status(page).waiting, queue_status(page).active) == (2, 1))
-    assert page.seen[-1].queued_at > 0
     janitor.collect()
     assert known() == ids  # unfinished
     gate.set()

@@ -16,7 +16,7 @@ import uvicorn
 
 import alignment
 import app
-from alignment.server import Settings, UploadFolder, add_options, limit_arenas
+from alignment.server import Settings, add_options, limit_arenas, process_folder
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import HumanFormatter, JsonFormatter
 from alignment.server.malloc import trim
@@ -24,7 +24,7 @@ from alignment.server.page import is_possible_path
 from alignment.server.routes import log_name
 from alignment.server.sessions import SessionOwners, new_cookie
 from alignment.server.settings import variable
-from alignment.server.upload_folder import expire_files
+from alignment.server.uploads import expire_files
 
 # ---------------------------------------------------------------- settings
 
@@ -186,13 +186,13 @@ def test_paths_that_no_file_system_takes_are_known(path, possible):
 def test_the_folder_of_a_process_goes_with_it_and_others_stay(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     (tmp_path / "mine.txt").write_text("not ours")
-    with UploadFolder() as folder:
-        assert os.environ["GRADIO_TEMP_DIR"] == str(folder.path)
-        assert folder.path.stat().st_mode & 0o077 == 0
-        (folder.path / "a" / "b").mkdir(parents=True)
-        (folder.path / "a" / "b" / "x.png").write_bytes(b"x")
-        with UploadFolder(tmp_path):
-            assert folder.path.is_dir()
+    with process_folder() as folder:
+        assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
+        assert folder.stat().st_mode & 0o077 == 0
+        (folder / "a" / "b").mkdir(parents=True)
+        (folder / "a" / "b" / "x.png").write_bytes(b"x")
+        with process_folder(tmp_path):
+            assert folder.is_dir()
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 

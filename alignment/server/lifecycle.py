@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import gradio as gr
 
@@ -56,7 +55,7 @@ class Lifecycle:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-        def handle(number: int, frame: FrameType | None) -> None:
+        def handle(*received: object) -> None:
             self.stop()
             restore()
 
@@ -82,15 +81,14 @@ class Lifecycle:
                 page.close(verbose=False)
                 raise OSError("The queue of requests has broken down. Start the app again.")
         log_event(logger, "stopping")
-        begun = busy_at = time.monotonic()
-        while time.monotonic() - begun < timeout_s:
+        begun = busy_at = now = time.monotonic()
+        while (now := time.monotonic()) - begun < timeout_s:
             status = queue_status(page)
             if status.waiting or status.active or self._arriving:
-                busy_at = time.monotonic()
-            elif not status.undelivered or time.monotonic() - busy_at > _DELIVERY_S:
+                busy_at = now
+            elif not status.undelivered or now - busy_at > _DELIVERY_S:
                 break
             time.sleep(_POLL_S)
         status = queue_status(page)
-        waited = round(time.monotonic() - begun, 1)
-        log_event(logger, "stopped", waited_s=waited, unfinished=status.waiting + status.active)
+        log_event(logger, "stopped", waited_s=round(now - begun, 1), unfinished=status.waiting + status.active)
         page.close(verbose=False)

@@ -14,16 +14,15 @@ _MAX_ARENAS, _M_ARENA_MAX = 4, -8
 
 def limit_arenas() -> None:
     """Let all threads share a few arenas; to be called before there are threads."""
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_M_ARENA_MAX, _MAX_ARENAS)
+    _call("mallopt", _M_ARENA_MAX, _MAX_ARENAS)
 
 
 def trim() -> None:
     """Return what is free at present."""
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
+    _call("malloc_trim", 0)
 
 
-def _glibc() -> ctypes.CDLL | None:
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if hasattr(libc, "malloc_trim") else None  # musl has neither function
+def _call(name: str, *args: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None  # musl has none of them
+    if function is not None:
+        function(*args)

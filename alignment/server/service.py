@@ -30,8 +30,7 @@ from alignment.server.malloc import trim
 from alignment.server.middleware import RequestGuard
 from alignment.server.routes import UPLOAD
 from alignment.server.settings import Settings
-from alignment.server.upload_folder import expire_files
-from alignment.server.uploads import UploadQuota, receive_upload
+from alignment.server.uploads import UploadQuota, expire_files, receive_upload
 
 logger = logging.getLogger(__name__)
 
@@ -78,26 +77,16 @@ class Service:
         settings, self.uploads = self.settings, UploadQuota(self.settings, max_file_mb)
         # Behind a reverse proxy all connections are the proxy's.
         limit_connections(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
-        guard = Middleware(
-            RequestGuard,
-            settings=settings,
-            lifecycle=self.lifecycle,
-            uploads=self.uploads,
-            token=self.token,
-            translate=translate,
-        )
-        ours = [
-            Route("/healthz", partial(self._health, describe)),
-            *(Route(path, receive_upload, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")),
-        ]
+        guard = Middleware(RequestGuard, settings, self.lifecycle, self.uploads, self.token, translate)
+        health = Route("/healthz", partial(self._health, describe))
+        upload = [Route(path, receive_upload, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
+        refuse = partial(_framework_error, translate)
         return {
             "app_kwargs": {
-                "routes": [*ours, *routes],
+                "routes": [health, *upload, *routes],
                 "middleware": [guard],
                 "lifespan": self._clean_up,
-                "exception_handlers": dict.fromkeys(
-                    (RequestValidationError, HTTPException), partial(_framework_error, translate)
-                ),
+                "exception_handlers": {RequestValidationError: refuse, HTTPException: refuse},
             },
             "root_path": settings.root_path,
             "state_session_capacity": _MAX_SESSIONS,
