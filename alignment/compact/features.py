@@ -39,15 +39,10 @@ _SAVE_EVERY = 40  # batches
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the frozen trunk makes of the pictures.
+    """What the frozen trunk makes of the pictures."""
 
-    Attributes:
-        maps: (num_images, views, channels, side, side) float16, mapped into memory.
-        pooled: (num_images, views, 1280) float32, the plain tower's averaged features.
-    """
-
-    maps: np.ndarray
-    pooled: Tensor
+    maps: np.ndarray  # (num_images, views, channels, side, side) float16, mapped into memory
+    pooled: Tensor  # (num_images, views, 1280) float32, the plain tower's averaged features
 
     def windows(self, images: Tensor, views: Tensor, side: int, rng: np.random.Generator | None = None) -> Tensor:
         """Cut a window of `side` cells out of the maps, at a random place each: (n, channels, side, side) float32."""
@@ -78,8 +73,9 @@ def image_features(
     done_path = cache / f"maps-{key}.json"
     done = json.loads(done_path.read_text()) if done_path.exists() else 0
     side = tower.trunk_maps(torch.zeros(1, 3, tower.config.image_size, tower.config.image_size)).shape
-    maps = _open_array(maps_path, (len(paths), VIEWS, *side[1:]), np.float16, done)
-    pooled = _open_array(pooled_path, (len(paths), VIEWS, HEAD_CHANNELS), np.float32, done)
+    mode = "r+" if done else "w+"
+    maps = np.lib.format.open_memmap(maps_path, mode, np.float16, (len(paths), VIEWS, *side[1:]))
+    pooled = np.lib.format.open_memmap(pooled_path, mode, np.float32, (len(paths), VIEWS, HEAD_CHANNELS))
     started = time.monotonic()
     for batch, first in enumerate(range(done, len(paths), batch_size), 1):
         rows = slice(first, min(first + batch_size, len(paths)))
@@ -103,10 +99,6 @@ def _key(parts: list[object]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _open_array(path: Path, shape: tuple[int, ...], dtype: type, done: int) -> np.memmap:
-    return np.lib.format.open_memmap(path, "r+" if done else "w+", dtype, shape)
-
-
 def _views(image: Image.Image, seed: tuple[int, int]) -> list[Image.Image]:
     """Return the picture and two random crops of it, in the order of the views; mirroring is left to the caller."""
     rng = np.random.default_rng(seed)
@@ -123,18 +115,12 @@ def _random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What the frozen text tower makes of texts.
+    """What the frozen text tower makes of texts."""
 
-    Attributes:
-        sentences: (num_texts, sentence_dim), unit norm.
-        tokens: (num_tokens, width) float16, the texts one after the other.
-        first, length: (num_texts,) where a text's tokens begin and how many they are.
-    """
-
-    sentences: Tensor
-    tokens: Tensor
-    first: Tensor
-    length: Tensor
+    sentences: Tensor  # (num_texts, sentence_dim), unit norm
+    tokens: Tensor  # (num_tokens, width) float16, the texts one after the other
+    first: Tensor  # (num_texts,) where a text's tokens begin
+    length: Tensor  # (num_texts,) how many they are
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pad some texts to one length: tokens (n, length, width), sentences (n, sentence_dim) and the mask."""
@@ -170,20 +156,14 @@ def _batches(texts: Sequence[str], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-# Languages and the sentence encoders that teach the image side with them; none of them ships.
 TEACHERS = {"en": ("minilm", "mpnet"), "zh": ("e5",)}
+"""Languages and the sentence encoders that teach the image side with them: all-MiniLM-L6-v2, all-mpnet-base-v2 and
+multilingual-e5-small. None of them ships."""
 
 
 @torch.inference_mode()
 def teacher_embeddings(teacher: str, texts: Sequence[str], cache: Path) -> Tensor:
-    """Embed texts with a teacher: (num_texts, its width), unit norm; kept in `cache`.
-
-    Args:
-        teacher: "minilm" (all-MiniLM-L6-v2, English), "mpnet" (all-mpnet-base-v2, English) or "e5"
-            (multilingual-e5-small).
-        texts: in any order.
-        cache: folder for the result and for the unpacked weights.
-    """
+    """Embed texts with one of `TEACHERS`: (num_texts, its width), unit norm; kept in `cache`."""
     path = cache / f"teacher-{teacher}-{_key([teacher, list(texts)])}.safetensors"
     if not path.exists():
         embed = _e5() if teacher == "e5" else _transformer(teacher_folder(teacher, cache))

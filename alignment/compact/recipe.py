@@ -36,56 +36,34 @@ MAX_SCALE = 100.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run of the recipe may vary.
-
-    Attributes:
-        heads_epochs, tail_epochs, text_epochs: passes over the training pictures; the tail stage is a series of runs
-            from the same heads, each with a schedule of its own.
-        batch_size: pictures a step in the tail stage; the heads stage takes twice as many.
-        captions_per_image: captions drawn for each picture of a step, in each language.
-        dropout, tail_dropout, text_dropout: of the heads stage, of the tail stage, of the text stage.
-        heads_rate, tail_rate, tuned_rate, text_rate: peak learning rates; `tuned_rate` is that of the heads while the
-            tail is tuned.
-        windows: sides of the random windows cut from the 17 x 17 maps, one drawn a step.
-        neighbours: pictures with similar captions that a batch takes together, so that negatives are hard; 1 for none.
-        chinese_weight: weight of the Chinese captions beside the English.
-        names_per_step: class names in a step of the first two stages.
-        extras_per_step: class names, and as many scenes, in a step of the text stage.
-        names_weight: weight of the class names beside the captions.
-        hold_weight: weight of staying near the pretrained features, on whole pictures.
-        teacher_weight: weight of staying near the teachers' caption embeddings in the text stage.
-        scenes_weight: weight of the bilingual scenes there.
-        average: decay of the running average of the weights, which is what is kept.
-        image_weight: share of a picture's concept part, where the ImageNet head knows nothing and where it is sure.
-        text_weight: share of the plain sentence embedding of a text.
-    """
+    """All that a run of the recipe may vary."""
 
     seed: int = 0
-    heads_epochs: int = 20
-    tail_epochs: tuple[int, ...] = (13, 8, 8)
+    heads_epochs: int = 20  # passes over the training pictures
+    tail_epochs: tuple[int, ...] = (13, 8, 8)  # of each run of the tail stage; all start from the same heads
     text_epochs: int = 60
-    batch_size: int = 256
-    captions_per_image: int = 2
-    dropout: float = 0.3
+    batch_size: int = 256  # pictures a step in the tail stage; the other stages take twice as many
+    captions_per_image: int = 2  # drawn for each picture of a step, in each language
+    dropout: float = 0.3  # of the heads stage
     tail_dropout: float = 0.25
     text_dropout: float = 0.1
-    heads_rate: float = 2e-3
+    heads_rate: float = 2e-3  # peak learning rates
     tail_rate: float = 3e-4
-    tuned_rate: float = 5e-4
+    tuned_rate: float = 5e-4  # of the heads while the tail is tuned
     text_rate: float = 2e-3
     weight_decay: float = 0.05
-    windows: tuple[int, ...] = (13, 14, 15, 17)
-    neighbours: int = 4
-    chinese_weight: float = 0.7
-    names_weight: float = 0.5
-    names_per_step: int = 256
-    extras_per_step: int = 160
-    hold_weight: float = 0.1
-    teacher_weight: float = 10.0
-    scenes_weight: float = 1.0
-    average: float = 0.995
-    image_weight: tuple[float, float] = (0.0, 0.45)
-    text_weight: float = 0.15
+    windows: tuple[int, ...] = (13, 14, 15, 17)  # sides of the windows cut from the 17 x 17 maps, one drawn a step
+    neighbours: int = 4  # pictures with similar captions in a batch, so that negatives are hard; 1 for none
+    chinese_weight: float = 0.7  # of the Chinese captions beside the English
+    names_weight: float = 0.5  # of the class names beside the captions
+    names_per_step: int = 256  # class names in a step of the first two stages
+    extras_per_step: int = 160  # class names, and as many scenes, in a step of the text stage
+    hold_weight: float = 0.1  # of staying near the pretrained features, on whole pictures
+    teacher_weight: float = 10.0  # of staying near the teachers' caption embeddings in the text stage
+    scenes_weight: float = 1.0  # of the bilingual scenes there
+    average: float = 0.995  # decay of the running average of the weights, which is what is kept
+    image_weight: tuple[float, float] = (0.0, 0.45)  # of the concept part where ImageNet's head is unsure, and sure
+    text_weight: float = 0.15  # of the plain sentence embedding of a text
 
     def optimiser(self, module: nn.Module, groups: Groups, steps: int) -> Optimiser:
         """Make the optimiser of a stage."""
@@ -106,16 +84,11 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class Captions:
-    """Every caption of one language with the picture it belongs to.
+    """Every caption of one language with the picture it belongs to."""
 
-    Attributes:
-        features: (num_captions, width), a text side's frozen features.
-        first, count: (num_images,) where a picture's captions begin and how many they are.
-    """
-
-    features: Tensor
-    first: Tensor
-    count: Tensor
+    features: Tensor  # (num_captions, width), a text side's frozen features
+    first: Tensor  # (num_images,) where a picture's captions begin
+    count: Tensor  # (num_images,) how many they are
 
     def draw(self, images: Tensor, each: int) -> Tensor:
         """Choose `each` captions a picture, without repeats while they last: (n, each) row numbers."""
@@ -309,27 +282,16 @@ def _nearest(train: Tensor, captions: Captions, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TextTargets:
-    """What the text stage learns from; rows index one list of texts.
+    """What the text stage learns from; rows index one list of texts."""
 
-    Attributes:
-        features: the frozen text tower's features of all texts.
-        captions: language -> the pictures its captions belong to, and the teacher's embedding of each.
-        rows: language -> the rows of its captions.
-        scenes: rows of the project's own scenes, in English and in Chinese.
-        scene_teacher: (len(scenes), embed_dim), the English teacher's embedding of the English.
-        names: rows of each class's names, in both languages.
-        images: (num_images, views, embed_dim + sentence_dim), the finished image embeddings, both parts.
-        center: (sentence_dim,), what the concept part takes out of sentence embeddings.
-    """
-
-    features: TextFeatures
-    captions: Mapping[str, Captions]
-    rows: Mapping[str, Tensor]
-    scenes: Tensor
-    scene_teacher: Tensor
-    names: Sequence[Tensor]
-    images: Tensor
-    center: Tensor
+    features: TextFeatures  # the frozen text tower's, of all texts
+    captions: Mapping[str, Captions]  # language -> its captions with the teacher's embedding of each
+    rows: Mapping[str, Tensor]  # language -> rows of its captions
+    scenes: Tensor  # rows of the project's own scenes, in English and in Chinese
+    scene_teacher: Tensor  # (len(scenes), embed_dim), the English teacher's embedding of the English
+    names: Sequence[Tensor]  # rows of each class's names, in both languages
+    images: Tensor  # (num_images, views, embed_dim + sentence_dim), the finished image embeddings, both parts
+    center: Tensor  # (sentence_dim,), what the concept part takes out of sentence embeddings
 
     def whole(self, embeds: Tensor, sentences: Tensor, weight: float) -> Tensor:
         """Put the concept part beside aligned texts: (n, embed_dim + sentence_dim), unit norm."""

@@ -37,16 +37,10 @@ _MISSING = -9.0  # no cosine
 
 @dataclass(frozen=True)
 class MatchConfidence:
-    """Match probabilities and verdicts for the results of one query.
+    """Match probabilities and verdicts for the results of one query, in the order of the scores."""
 
-    Attributes:
-        probabilities: (num_results,) float32, that this very result is a match; in the order of the scores.
-        p_any_match: probability that any candidate is a match.
-        verdicts: of each result, in the order of the scores.
-    """
-
-    probabilities: Tensor
-    p_any_match: float
+    probabilities: Tensor  # (num_results,) float32, that this very result is a match
+    p_any_match: float  # probability that any candidate is a match
     verdicts: tuple[Verdict, ...]
 
     @classmethod
@@ -68,17 +62,11 @@ class MatchConfidence:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The curves of one model over one cohort.
+    """The curves of one model over one cohort, for each direction."""
 
-    Attributes:
-        match: direction -> curve of the probability that a result is a match.
-        any_match: direction -> curve of the probability that any candidate is a match, read at the best result.
-        thresholds: direction -> where the verdicts begin.
-    """
-
-    match: Mapping[Direction, Curve]
-    any_match: Mapping[Direction, Curve]
-    thresholds: Mapping[Direction, Thresholds]
+    match: Mapping[Direction, Curve]  # probability that a result is a match
+    any_match: Mapping[Direction, Curve]  # probability that any candidate is a match, read at the best result
+    thresholds: Mapping[Direction, Thresholds]  # where the verdicts begin
 
     def __post_init__(self) -> None:
         if any(set(part) != set(DIRECTIONS) for part in (self.match, self.any_match, self.thresholds)):
@@ -210,19 +198,12 @@ overstate the probabilities.
 
 
 class DrawnSearch(NamedTuple):
-    """Results of every query in a gallery drawn for it.
+    """Results of every query in a gallery drawn for it."""
 
-    Attributes:
-        similarity: (num_queries, num_results), best first; `_MISSING` where a gallery has fewer candidates.
-        right: the same shape, the relevance of each result.
-        found: (num_queries,) the highest relevance among all candidates.
-        sizes: (num_queries,) candidates.
-    """
-
-    similarity: Tensor
-    right: Tensor
-    found: Tensor
-    sizes: Tensor
+    similarity: Tensor  # (num_queries, num_results), best first; `_MISSING` where a gallery has fewer candidates
+    right: Tensor  # the same shape, the relevance of each result
+    found: Tensor  # (num_queries,) the highest relevance among all candidates
+    sizes: Tensor  # (num_queries,) candidates
 
 
 def draw_searches(

@@ -55,18 +55,12 @@ class Cohort:
 
     Any everyday pictures and captions do, if the same model embedded them. A larger cohort, and one from the domain of
     the gallery, separates matches from non-matches more sharply. A gallery keeps it with the calibration.
-
-    Attributes:
-        image_embeds: (num_images, embed_dim), at least one.
-        text_embeds: (num_texts, embed_dim), at least one.
-        empty_image_embeds: (num_blank_images, embed_dim), see `blank_images`; there may be none.
-        nonsense_text_embeds: (num_random_texts, embed_dim), see `random_texts`; there may be none.
     """
 
-    image_embeds: Tensor
-    text_embeds: Tensor
-    empty_image_embeds: Tensor | None = None
-    nonsense_text_embeds: Tensor | None = None
+    image_embeds: Tensor  # (num_images, embed_dim), at least one
+    text_embeds: Tensor  # (num_texts, embed_dim), at least one
+    empty_image_embeds: Tensor | None = None  # (num_blank_images, embed_dim), see `blank_images`
+    nonsense_text_embeds: Tensor | None = None  # (num_random_texts, embed_dim), see `random_texts`
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(embeds.shape) for name, embeds in self.tensors().items()}

@@ -17,20 +17,12 @@ _ITERATIONS, _CLOSE = 100, 1e-9  # of Newton's method
 
 @dataclass(frozen=True)
 class Curve:
-    """A logistic curve over the features of `Cohort.evidence`: `sigmoid(score * evidence.score + ... + bias)`.
+    """A logistic curve over the features of `Cohort.evidence`: `sigmoid(score * evidence.score + ... + bias)`."""
 
-    Attributes:
-        score: weight of the result's score; never negative, so a query's results keep their order.
-        tail: weight of the mean over the cohort's closest items.
-        mean: weight of the mean over the whole cohort.
-        log_size: weight of the logarithm of the number of candidates.
-        bias: intercept.
-    """
-
-    score: float
-    tail: float
-    mean: float
-    log_size: float
+    score: float  # weight of the result's score; never negative, so a query's results keep their order
+    tail: float  # weight of the mean over the cohort's closest items
+    mean: float  # weight of the mean over the whole cohort
+    log_size: float  # weight of the logarithm of the number of candidates
     bias: float
 
     def __post_init__(self) -> None:
