@@ -17,9 +17,9 @@ import uvicorn
 import alignment
 import app
 from alignment.server import Settings, add_options, limit_arenas, process_folder
+from alignment.server.lifecycle import trim_memory
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import HumanFormatter, JsonFormatter
-from alignment.server.malloc import trim
 from alignment.server.page import is_possible_path
 from alignment.server.routes import log_name
 from alignment.server.sessions import SessionOwners, new_cookie
@@ -221,12 +221,12 @@ def test_free_memory_is_returned(monkeypatch):
     kept = [bytes([number % 256]) * 50_000 for number in range(2000)]  # small enough for the heap
     before = psutil.Process().memory_info().rss
     kept = kept[:1] + kept[-1:]  # what lies between the two is not returned by itself
-    trim()
+    trim_memory()
     assert psutil.Process().memory_info().rss < before - 50_000 * 1000
     assert len(kept) == 2
     monkeypatch.setattr(sys, "platform", "darwin")
     limit_arenas()
-    trim()
+    trim_memory()
 
 
 # ---------------------------------------------------------------- log

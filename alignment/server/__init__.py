@@ -5,8 +5,8 @@ Place in the flow: `request -> middleware (route, rate, size) -> Gradio -> page 
 """
 
 from alignment.server.gradio_internals import check_gradio, harden_mcp
+from alignment.server.lifecycle import limit_arenas
 from alignment.server.logging import configure_logging, redirect_server_logs
-from alignment.server.malloc import limit_arenas
 from alignment.server.page import GuardedBlocks
 from alignment.server.service import Service
 from alignment.server.settings import Settings, add_options, check_address, host_in_url, read_port

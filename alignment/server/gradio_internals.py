@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import ExitStack
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from gradio import routes
 from gradio.state_holder import SessionState, StateHolder
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from alignment.server.limits import ConcurrencyLimiter
 from alignment.server.sessions import estimate_bytes
 
 SUPPORTED_GRADIO = ("6.31", "6.32")
@@ -55,9 +56,6 @@ def set_temp_folder(folder: str) -> str:
 def event_data(event: gr.EventData) -> dict[str, Any]:
     """Return what a script sent with its event, {} if it is no object; the public attributes fail on other values."""
     return event._data if isinstance(event._data, dict) else {}
-
-
-# ---------------------------------------------------------------- events
 
 
 class Event(NamedTuple):
@@ -98,9 +96,6 @@ class EventBlocks(gr.Blocks):
         self.sessions.set_blocks(self)
         self.app.state_holder = self.sessions
         return served
-
-
-# ---------------------------------------------------------------- queue
 
 
 class QueueStatus(NamedTuple):
@@ -162,9 +157,6 @@ class QueueJanitor:
                 self._queue.pending_messages_per_session.pop(name, None)
 
 
-# ---------------------------------------------------------------- sessions
-
-
 class LightSessions(StateHolder):
     """Gradio's sessions, without a configuration of every component for each, and bounded in bytes.
 
@@ -220,9 +212,6 @@ class LightSessions(StateHolder):
             table.pop(session_id, None)
 
 
-# ---------------------------------------------------------------- tools for agents
-
-
 def harden_mcp(page: gr.Blocks) -> None:
     """Let a launched page's MCP tools answer in JSON, and open no file of this machine that an agent names.
 
@@ -249,12 +238,9 @@ def _bare_paths(value: Any) -> Any:
     return [_bare_paths(part) for part in value] if isinstance(value, list) else value
 
 
-# ---------------------------------------------------------------- connections
-
-
 def limit_connections(max_per_address: int) -> None:
     """Let uvicorn serve with `HeaderTimeoutProtocol`, to which `launch` passes no options; 0 for any number."""
-    HeaderTimeoutProtocol.limit = max_per_address
+    HeaderTimeoutProtocol.limiter = ConcurrencyLimiter(max_per_address)
     uvicorn.config.HTTP_PROTOCOLS["auto"] = HeaderTimeoutProtocol  # type: ignore[assignment]  # a class does as well
 
 
@@ -265,20 +251,17 @@ class HeaderTimeoutProtocol(H11Protocol):
     minute would hold a socket of the process for ever, before any middleware sees it.
     """
 
-    limit: ClassVar = 0
-    open: ClassVar = Counter[str]()
+    limiter: ClassVar = ConcurrencyLimiter(0)
     _timer: asyncio.TimerHandle | None = None
-    _address = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection and start the timer."""
         super().connection_made(transport)
-        self._address = self.client[0] if self.client else ""
-        self.open[self._address] += 1
-        if self.open[self._address] > self.limit > 0:
-            transport.abort()
-        else:
+        self._counted = ExitStack()
+        if self._counted.enter_context(self.limiter.request(self.client[0] if self.client else "")):
             self._update_timer()
+        else:
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Stop the timer once a request is complete, start it after the response."""
@@ -288,9 +271,7 @@ class HeaderTimeoutProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Remove the connection from the count."""
         self._stop_timer()
-        self.open[self._address] -= 1
-        if not self.open[self._address]:
-            del self.open[self._address]
+        self._counted.close()
         super().connection_lost(exc)
 
     def _is_answering(self) -> bool:

@@ -45,10 +45,10 @@ def redirect_server_logs() -> None:
 
 
 class HumanFormatter(logging.Formatter):
-    """A line of text for each event."""
+    """A line of text for each event, and one for the place where code failed."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format one event; where code failed in a second line."""
+        """Format one event."""
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         fields = [f"{name} {value}" for name, value in getattr(record, _FIELDS, {}).items()]
         line = "  ".join([f"{time} {record.levelname.lower()}: {_message(record)}", *fields])

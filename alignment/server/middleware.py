@@ -132,8 +132,6 @@ class RequestGuard:
             scope["headers"] = [*headers, (INTERNAL_TOKEN_HEADER.encode(), self._token)]
         return context
 
-    # ------------------------------------------------------------ admission
-
     def _check(self, context: RequestContext, has_room: bool) -> None:
         headers, kind = Headers(scope=context.scope), context.kind
         token, is_agent = headers.get(INTERNAL_TOKEN_HEADER, ""), context.scope["path"].startswith(routes.MCP)
@@ -181,8 +179,6 @@ class RequestGuard:
     def _too_large(self) -> ServiceError:
         return ServiceError("service.size", limit=f"{self._settings.request_mb:g}")
 
-    # ------------------------------------------------------------ body
-
     def _reading(self, context: RequestContext, receive: Receive) -> Receive:
         is_whole, left = False, BODY_TIMEOUT_S
 
@@ -216,8 +212,6 @@ class RequestGuard:
                 raise self._too_large()
         elif context.kind != "upload" and context.received > _SMALL:  # `UploadQuota` counts uploads
             raise ServiceError("service.request", status=413)
-
-    # ------------------------------------------------------------ answer
 
     def _writing(self, context: RequestContext, send: Send) -> Send:
         async def write(message: Message) -> None:
