@@ -3,12 +3,14 @@
 import io
 import logging
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -219,12 +221,16 @@ def test_uploads_are_limited_in_number_and_size_until_they_are_read(serve):
     refused(send(client, 1, 1, 1, 1), 413, "waiting")
 
 
-def test_the_disk_is_shared_by_all_clients(serve):
+def test_the_disk_is_shared_by_all_clients(serve, monkeypatch):
     client = serve(disk_mb=1, client_mb=100)
-    assert send(client, 900_000).status_code == 200
+    (path,) = send(client, 900_000).json()
     full = send(client, 900_000)
     refused(full, 507, "full")
     assert full.headers["retry-after"] == "60"
+    Path(path).unlink()
+    assert send(client, 900_000).status_code == 200
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 2**20))
+    refused(send(client, 1), 507, "full")  # some of it stays free for others than the app
 
 
 def test_anything_but_files_is_refused_and_does_not_stay(serve, tmp_path):

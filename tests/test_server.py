@@ -202,13 +202,13 @@ def test_files_that_were_not_used_for_long_expire_with_their_folders(tmp_path):
     for file in (old, new):
         file.parent.mkdir(parents=True)
         file.write_bytes(b"x")
-    assert expire_files(tmp_path, 3600) == 0
+    expire_files(tmp_path, 3600)
+    assert old.exists()
+    assert new.exists()
     time.sleep(0.05)
     new.write_bytes(b"y")
-    assert expire_files(tmp_path, 0.04) == 1
+    expire_files(tmp_path, 0.04)
     assert (old.exists(), new.exists()) == (False, True)
-    time.sleep(0.05)
-    assert expire_files(tmp_path, 0.01) == 1
     end = time.monotonic() + 60
     while list(tmp_path.iterdir()):
         assert time.monotonic() < end

@@ -33,7 +33,6 @@ from alignment.compact.features import (
     TEACHERS,
     VIEWS,
     ClassName,
-    TextFeatures,
     image_features,
     read_class_names,
     read_scenes,
@@ -96,20 +95,19 @@ class Run:
         self.image, self.text, tokenizer = convert_image_tower(), convert_text_tower(), convert_tokenizer()
         self.image.to(memory_format=torch.channels_last)
         self.preprocessor = compact_preprocessor(tokenizer, self.image.config.image_size)
-        self.names = read_class_names(CLASS_NAMES)
         scenes = [scene for path in SCENES for scene in read_scenes(path)]
         self.features = image_features(self.image, [photo.path for photo in photos], self.preprocessor, cache)
         is_dev = torch.tensor([photo.split == "dev" for photo in photos])
         self.dev, self.train = is_dev.nonzero().flatten(), (~is_dev).nonzero().flatten()
         self.prototypes = Prototypes(self.image.classifier, self.features.pooled[self.train])
-        self.texts = Texts(photos, scenes, self.names)
+        self.texts = Texts(photos, scenes, read_class_names(CLASS_NAMES))
         self.text_features = text_features(self.text, self.preprocessor, self.texts.all)
 
     def make(self, out: Path) -> None:
         """Train what `cache` does not hold yet, then write the checkpoint."""
         data = Training(self.train, *self._taught(), self.recipe)
         aligner = self._align_images(data)
-        class_embeds, center = _class_embeds(self.names, self.text_features, self.texts.names)
+        class_embeds, center = _class_embeds(self.texts, self.text_features.sentences)
         head = self._align_texts(aligner, data, class_embeds, center)
         weights = self.recipe.image_weight, self.recipe.text_weight
         model = assemble(self.image, self.text, aligner, head, class_embeds, center, *weights)
@@ -123,9 +121,8 @@ class Run:
         captions, names = {}, {}
         for language, (rows, first, count) in self.texts.captions.items():
             named = self.texts.names_in[language]
-            told, *found = self._teacher_features(language, torch.cat([rows, *named])).split(
-                [len(rows), *map(len, named)]
-            )
+            features = self._teacher_features(language, torch.cat([rows, *named]))
+            told, *found = features.split([len(rows), *map(len, named)])
             captions[language], names[language] = Captions(told, first, count), found
         return captions, self.prototypes, names
 
@@ -163,6 +160,7 @@ class Run:
         return Aligner(copy.deepcopy(self.image.tail), head, teachers)
 
     def _stage(self, name: str, module: nn.Module, train: Callable[[], None]) -> None:
+        """Train a module, or load what an earlier run has left in the cache."""
         path = self.cache / f"{name}-{self.key}.safetensors"
         if path.exists():
             load_model(module, path)
@@ -262,27 +260,19 @@ class Run:
 
 
 class Texts:
-    """Every text of the run in one list.
-
-    Attributes:
-        all: captions language by language, scenes (English and Chinese in turn), then class names.
-        captions: language -> rows of its captions, and for each photograph its first caption and their number, counted
-            within the language.
-        scenes: rows of the scenes.
-        names: rows of each class's names, in both languages, English first.
-        names_in: language -> rows of each class's names in it.
-    """
+    """Every text of the run in one list, and the rows of each kind in it."""
 
     def __init__(self, photos: Sequence[Photo], scenes: Sequence[tuple[str, str]], names: Sequence[ClassName]) -> None:
         self.all: list[str] = []
+        # language -> rows of its captions; for each photograph its first caption and their number within the language
         self.captions: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for language in LANGUAGES:
             count = torch.tensor([len(photo.captions.get(language, ())) for photo in photos])
             rows = self._add([caption for photo in photos for caption in photo.captions.get(language, ())])
             self.captions[language] = rows, count.cumsum(0) - count, count
-        self.scenes = self._add([text for scene in scenes for text in scene])
+        self.scenes = self._add([text for scene in scenes for text in scene])  # English and Chinese in turn
         english, chinese = [self._add(known.english) for known in names], [self._add(known.chinese) for known in names]
-        self.names_in = {"en": english, "zh": chinese}
+        self.names_in = {"en": english, "zh": chinese}  # language -> rows of each class's names
         self.names = [torch.cat(both) for both in zip(english, chinese, strict=True)]
 
     def _add(self, texts: Sequence[str]) -> Tensor:
@@ -290,20 +280,17 @@ class Texts:
         return torch.arange(len(self.all) - len(texts), len(self.all))
 
 
-def _class_embeds(names: Sequence[ClassName], features: TextFeatures, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _class_embeds(texts: Texts, sentences: Tensor) -> tuple[Tensor, Tensor]:
     """Average the centred sentence embeddings of a class's names, English and Chinese counting the same.
 
     Returns:
         The embeddings of the classes (num_classes, sentence_dim), and the centre: the mean over all names.
     """
-    center = features.sentences[torch.cat(list(rows))].mean(0)
-    embeds = []
-    for known, found in zip(names, rows, strict=True):
-        english, chinese = functional.normalize(features.sentences[found] - center, dim=-1).split(
-            [len(known.english), len(known.chinese)]
-        )
-        embeds.append(english.mean(0) + chinese.mean(0))
-    return functional.normalize(torch.stack(embeds), dim=-1), center
+    center = sentences[torch.cat(texts.names)].mean(0)
+    embeds = torch.zeros(len(texts.names), len(center))
+    for named in texts.names_in.values():
+        embeds += torch.stack([functional.normalize(sentences[rows] - center, dim=-1).mean(0) for rows in named])
+    return functional.normalize(embeds, dim=-1), center
 
 
 def _path(text: str) -> Path:

@@ -150,11 +150,12 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that galleries hold."""
-        return {
-            "match": {way: asdict(self.match[way]) for way in DIRECTIONS},
-            "fits": {way: asdict(self.any_match[way]) for way in DIRECTIONS},
-            "lines": {way: asdict(self.thresholds[way]) for way in DIRECTIONS},
+        parts: dict[str, Mapping[Direction, Any]] = {
+            "match": self.match,
+            "fits": self.any_match,
+            "lines": self.thresholds,
         }
+        return {name: {way: asdict(part[way]) for way in DIRECTIONS} for name, part in parts.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:

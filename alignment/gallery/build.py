@@ -391,7 +391,8 @@ class _Build:
         if calibrate:
             found = self._cohort()
             rows = (_Rows(self.writer, "picture", pictures), _Rows(self.writer, "caption", captions))
-            calibration, how = fit_calibration(pictures, captions, *rows, found)
+            ids, scenes = [picture.id for picture in pictures], [caption.scene for caption in captions]
+            calibration, how = fit_calibration(ids, scenes, *rows, found)
             judged_by = f"{how}; background {cohort_version()}"
             metadata = replace(metadata, calibration=calibration.to_dict(), judged_by=judged_by)
             cohort = found.tensors()

@@ -132,13 +132,7 @@ class QueueJanitor:
     """
 
     def __init__(self, page: gr.Blocks, max_age_s: float, max_idle: int) -> None:
-        """Take over from Gradio's own eviction.
-
-        Args:
-            page: whose queue it is.
-            max_age_s: for which an answer waits to be fetched.
-            max_idle: sessions with such answers; beyond it the oldest are forgotten.
-        """
+        """Let an answer wait for `max_age_s` to be fetched, in `max_idle` sessions; beyond that forget the oldest."""
         queue: Any = page._queue
         queue.pending_messages_per_session = dict(queue.pending_messages_per_session)
         self._queue, self._max_age_s, self._max_idle = queue, max_age_s, max_idle
@@ -164,8 +158,7 @@ class LightSessions(StateHolder):
     15 ms and 0.3 MB for a query of 1 ms. The descriptions serve deep links, which this page does not make.
     """
 
-    max_bytes = 10**9
-    """Estimated bytes of all sessions; beyond it the least recently used ones are dropped."""
+    max_bytes = 10**9  # estimated, of all sessions; beyond it the least recently used ones are dropped
 
     def __init__(self) -> None:
         super().__init__()

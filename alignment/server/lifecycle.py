@@ -44,12 +44,11 @@ def _call_libc(name: str, *args: int) -> None:
 
 
 class Lifecycle:
-    """Whether the service runs, since when, and how it is stopped."""
+    """Whether the service runs, since when, how many calls and uploads are under way, and how it is stopped."""
 
     def __init__(self) -> None:
-        self.since = time.monotonic()
+        self.since, self.requests = time.monotonic(), 0
         self._stop = threading.Event()
-        self._arriving = 0
 
     @property
     def is_stopping(self) -> bool:
@@ -59,15 +58,6 @@ class Lifecycle:
     def stop(self) -> None:
         """Begin to stop."""
         self._stop.set()
-
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request as under way; in the server's event loop only."""
-        self._arriving += 1
-        try:
-            yield
-        finally:
-            self._arriving -= 1
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
@@ -107,7 +97,7 @@ class Lifecycle:
         begun = busy_at = now = time.monotonic()
         while (now := time.monotonic()) - begun < timeout_s:
             status = queue_status(page)
-            if status.waiting or status.active or self._arriving:
+            if status.waiting or status.active or self.requests:
                 busy_at = now
             elif not status.undelivered or now - busy_at > _DELIVERY_S:
                 break

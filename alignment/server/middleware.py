@@ -11,7 +11,6 @@ import math
 import os
 import secrets
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import gradio as gr
@@ -109,15 +108,18 @@ class RequestGuard:
             return
         scope.update(path=path, root_path="")  # Gradio has its root path from `launch`
         context = self._context(scope)
+        is_work = False
         with self._open.request(scope[CLIENT]) as has_room:
             try:
                 self._check(context, has_room)
-                with self._lifecycle.request() if context.kind in ("call", "upload") else nullcontext():
-                    await self._app(scope, self._reading(context, receive), self._writing(context, send))
+                is_work = context.kind in ("call", "upload")
+                self._lifecycle.requests += is_work
+                await self._app(scope, self._reading(context, receive), self._writing(context, send))
             except Exception as error:
                 context.error = _service_error(error, context)
                 await self._refuse(context, receive, send)
             finally:
+                self._lifecycle.requests -= is_work
                 self._arriving -= context.received if context.kind == "call" else 0
                 self._log(context)
 

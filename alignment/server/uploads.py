@@ -66,8 +66,8 @@ def process_folder(base: Path | None = None) -> Iterator[Path]:
     Raises:
         OSError: when it cannot be made there.
     """
-    before = os.environ.get("GRADIO_TEMP_DIR"), tempfile.tempdir
-    base = Path(base or before[0] or tempfile.gettempdir()).resolve()
+    variable, temp = os.environ.get("GRADIO_TEMP_DIR"), tempfile.tempdir
+    base = Path(base or variable or tempfile.gettempdir()).resolve()
     base.mkdir(parents=True, exist_ok=True)
     path, lock = _claim(base)
     os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(path)
@@ -77,7 +77,9 @@ def process_folder(base: Path | None = None) -> Iterator[Path]:
         yield path
     finally:
         set_temp_folder(inside)
-        os.environ["GRADIO_TEMP_DIR"], tempfile.tempdir = before[0] or "", before[1]
+        del os.environ["GRADIO_TEMP_DIR"]
+        os.environ |= {"GRADIO_TEMP_DIR": variable} if variable else {}
+        tempfile.tempdir = temp
         shutil.rmtree(path, ignore_errors=True)
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -105,24 +107,15 @@ def _remove_orphans(base: Path) -> None:
             logger.info("Deleted the uploads of a process that was killed")
 
 
-def expire_files(folder: Path, seconds: float) -> int:
-    """Delete files below a folder that were not read or written for so long, and folders that are empty by then.
-
-    Returns:
-        How many files were deleted.
-    """
-    deleted, limit = 0, time.time() - seconds
+def expire_files(folder: Path, seconds: float) -> None:
+    """Delete files below a folder that were not read or written for so long, and folders that are empty by then."""
+    limit = time.time() - seconds
     for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds comes before it
         with suppress(OSError):  # it is gone, or not empty
             status = path.lstat()
-            if max(status.st_mtime, status.st_atime, status.st_ctime) > limit:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                path.rmdir()
-            else:
-                path.unlink()
-                deleted += 1
-    return deleted
+            if max(status.st_mtime, status.st_atime, status.st_ctime) <= limit:
+                remove = path.rmdir if path.is_dir() and not path.is_symlink() else path.unlink
+                remove()
 
 
 # ---------------------------------------------------------------- quotas
