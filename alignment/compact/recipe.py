@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -170,14 +171,8 @@ def train_tail(
 ) -> None:
     """Stage 2, one run of it: the heads and the tower's last blocks, on random windows of the cached maps.
 
-    Args:
-        aligner: what is trained, in place.
-        features: of all pictures.
-        data: which of them to train on, with their captions.
-        recipe: the settings.
-        run: counted from 0.
-        measured: called after each epoch with its number and the averaged weights.
-        state: file that keeps the state after each epoch; a run that was stopped goes on from it.
+    After each epoch `measured` is called with its number and the averaged weights, and the file `state` keeps all that
+    a run needs to go on after a stop.
     """
     size, whole, epochs = recipe.batch_size, features.maps.shape[-1], recipe.tail_epochs[run]
     set_dropout(aligner, recipe.tail_dropout)
@@ -203,27 +198,20 @@ def train_tail(
     optimiser.keep_average()
 
 
+@dataclass
 class Training:
-    """The training data of the first two stages.
+    """The training data of the first two stages."""
 
-    Attributes:
-        train: rows of the training pictures.
-        captions: language -> its captions with their teacher's features.
-        prototypes: what pictures of the ImageNet classes look like.
-        names: language -> for each class the teacher's features of its names.
-        near: (num_images, k) rows of the training pictures with the most similar captions.
-    """
+    train: Tensor  # rows of the training pictures
+    captions: Mapping[str, Captions]  # language -> its captions with their teacher's features
+    prototypes: Prototypes  # what pictures of the ImageNet classes look like
+    names: Mapping[str, Sequence[Tensor]]  # language -> for each class the teacher's features of its names
+    recipe: Recipe
 
-    def __init__(
-        self,
-        train: Tensor,
-        captions: Mapping[str, Captions],
-        prototypes: Prototypes,
-        names: Mapping[str, Sequence[Tensor]],
-        recipe: Recipe,
-    ) -> None:
-        self.train, self.captions, self.prototypes, self.names, self.recipe = train, captions, prototypes, names, recipe
-        self.near = _nearest(train, next(iter(captions.values())), k=16)
+    @cached_property
+    def near(self) -> Tensor:
+        """(num_images, k) rows of the training pictures with the most similar captions."""
+        return _nearest(self.train, next(iter(self.captions.values())), k=16)
 
     def batches(self, size: int, epochs: int) -> Iterator[Tensor]:
         """Draw the training pictures in a new order each epoch; a last incomplete batch is left out."""
