@@ -36,7 +36,7 @@ from alignment.server.gradio_internals import (
     session_of_event,
     set_temp_folder,
 )
-from tests.http_client import run_coroutine
+from tests.http_client import run_coroutine, until
 
 
 class Recorder(EventBlocks):
@@ -95,14 +95,6 @@ def call(page: gr.Blocks, name: str, *data: Any, **more: Any) -> str:
 
 def fetch(page: gr.Blocks, name: str, id: str) -> str:
     return httpx.get(f"{page.local_url}gradio_api/call/{name}/{id}", trust_env=False, timeout=60).text
-
-
-def until(true: Any) -> None:
-    for _ in range(6000):
-        if true():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("It never came true.")
 
 
 # ---------------------------------------------------------------- versions

@@ -5,7 +5,6 @@ import logging
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from alignment.server import service as service_module
 from alignment.server.middleware import INTERNAL_TOKEN_HEADER
 from alignment.server.routes import route_kind
 from alignment.ui.strings import error_for_browser
+from tests.http_client import until
 
 KEYS = {"error", "detail", "code"}
 AT_ONCE = 4
@@ -88,13 +88,6 @@ def refused(response: httpx.Response, status: int, code: str) -> str:
     assert (response.status_code, said["code"]) == (status, code)
     assert said.keys() == KEYS
     return said["error"]
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end, "It never came true."
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------- rate

@@ -26,7 +26,7 @@ from alignment.server import Service, Settings, gradio_internals, middleware
 from alignment.server import service as service_module
 from alignment.server.gradio_internals import queue_status
 from alignment.server.lifecycle import Lifecycle
-from tests.http_client import run_coroutine
+from tests.http_client import run_coroutine, until
 
 
 class Held(AlignmentEngine):
@@ -88,13 +88,6 @@ def ask(client: httpx.Client, headers: dict[str, str] | None = None, **more: str
 
 def answer(client: httpx.Client, asked: httpx.Response) -> str:
     return client.get(f"/gradio_api/call/search_images/{asked.json()['event_id']}").text
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end, "It never came true."
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------- behind a reverse proxy, below a path

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.http_client import ROOT, AppProcess, Visitor, running
+from tests.http_client import ROOT, AppProcess, Visitor, running, until
 
 # Is imported by Python itself before anything else runs; every try to leave the machine is written down, and fails.
 WATCH = """
@@ -312,10 +311,3 @@ def test_a_stop_answers_what_is_under_way_refuses_what_comes_and_leaves_nothing(
     assert len(shown["matrix-table"]["columns"]) == 24
     assert app.process.wait(60) == 0
     assert [file.name for file in uploads.iterdir()] == ["another.txt"]
-
-
-def until(true, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "It never came true."
-        time.sleep(0.02)
