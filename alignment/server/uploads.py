@@ -78,7 +78,8 @@ def process_folder(base: Path | None = None) -> Iterator[Path]:
     finally:
         set_temp_folder(inside)
         del os.environ["GRADIO_TEMP_DIR"]
-        os.environ |= {"GRADIO_TEMP_DIR": variable} if variable else {}
+        if variable is not None:
+            os.environ["GRADIO_TEMP_DIR"] = variable
         tempfile.tempdir = temp
         shutil.rmtree(path, ignore_errors=True)
         lock.release()
