@@ -57,7 +57,6 @@ from alignment.server import (
     GuardedBlocks,
     Service,
     Settings,
-    UploadFolder,
     add_options,
     check_address,
     check_gradio,
@@ -65,6 +64,7 @@ from alignment.server import (
     harden_mcp,
     host_in_url,
     limit_arenas,
+    process_folder,
     read_port,
     redirect_server_logs,
 )
@@ -367,8 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_size_options(args.max_megapixels, args.max_aspect_ratio)
         engine = load_engine(args)
         photos = background_scan(engine, args)
-        with UploadFolder() as folder:
-            service = Service(Settings.from_args(args), folder.path)
+        with process_folder() as folder:
+            service = Service(Settings.from_args(args), folder)
             with service.lifecycle.handle_signals():  # from here on a signal stops the app in order
                 serve(engine, args, service, photos)
     except (OSError, ValueError) as error:  # what the person who typed the command can mend

@@ -8,7 +8,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Coroutine, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,14 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 120.0  # seconds; the machine may be busy
+
+
+def until(true: Callable[[], Any], seconds: float = 60.0) -> None:
+    """Wait for a condition to become true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "It never came true."
+        time.sleep(0.01)
 
 
 def run_coroutine(work: Coroutine[Any, Any, Any]) -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.confidence import DEFAULT_CALIBRATION, DIRECTIONS, VERDICTS, Calibration, Cohort, Thresholds
+from alignment.confidence import DEFAULT_CALIBRATION, DIRECTIONS, VERDICTS, Calibration, Cohort, Direction, Thresholds
 from alignment.confidence.curve import Curve
 from alignment.confidence.ood_probes import blank_images, random_texts
 from alignment.confidence.verdicts import FITS_THRESHOLD
@@ -34,6 +34,12 @@ def paired(count: int, noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor]
     owners = torch.arange(count).repeat_interleave(2)
     texts = functional.normalize(images[owners] + noise * unit(2 * count, 32, seed=seed + 1), dim=-1)
     return images, texts, (owners[None] == torch.arange(count)[:, None]).float()
+
+
+def match_probability(
+    calibration: Calibration, scores: Tensor, queries: Tensor, direction: Direction, num_candidates: int, cohort: Cohort
+) -> Tensor:
+    return calibration.match[direction].probability(cohort.evidence(scores, queries, num_candidates, direction))
 
 
 def evidence(count: int, seed: int = 0) -> Tensor:
@@ -153,7 +159,7 @@ def test_probabilities_hold_for_pairs_not_seen(cohort: Cohort) -> None:
     lost = right & (torch.arange(300) % 2 == 0)[:, None]  # nothing is there for every other picture
     scores, right = (images @ texts.T).masked_fill(lost, -1), right & ~lost
     values, ids = scores.topk(10, dim=1)
-    said = calibration.probability(values, images, "image_to_text", num_candidates=600, cohort=cohort)
+    said = match_probability(calibration, values, images, "image_to_text", 600, cohort)
     truth = right.gather(1, ids)
     assert float(said.mean()) == pytest.approx(float(truth.double().mean()), abs=0.03)
     assert said[truth].mean() > said[~truth].mean() + 0.1
@@ -162,10 +168,7 @@ def test_probabilities_hold_for_pairs_not_seen(cohort: Cohort) -> None:
 def test_more_candidates_make_the_same_score_less_sure(cohort: Cohort) -> None:
     calibration = Calibration.fit(*paired(200, 1.6, seed=1), cohort)
     query, score = unit(1, 32, seed=5), torch.tensor([[0.6]])
-    few, many = (
-        float(calibration.probability(score, query, "text_to_image", num_candidates=n, cohort=cohort))
-        for n in (10, 1000)
-    )
+    few, many = (match_probability(calibration, score, query, "text_to_image", n, cohort).item() for n in (10, 1000))
     assert few > many
 
 
@@ -219,7 +222,7 @@ def test_captions_that_may_describe_a_picture_count_for_what_they_are_worth(coho
     images, texts, relevance = paired(200, 1.6, seed=1)
     fitted = Calibration.fit(images, texts, 0.6 * relevance, cohort)
     values, ids = (images @ texts.T).topk(10, dim=1)
-    said = fitted.probability(values, images, "image_to_text", num_candidates=400, cohort=cohort)
+    said = match_probability(fitted, values, images, "image_to_text", 400, cohort)
     truth = 0.6 * relevance.gather(1, ids)
     assert float(said.mean()) == pytest.approx(float(truth.mean()), abs=0.03)
 

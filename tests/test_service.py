@@ -3,6 +3,7 @@ test_middleware.py and test_server.py; for a process of its own test_service_pro
 
 import json
 import re
+import signal
 import socket
 import threading
 import time
@@ -24,7 +25,8 @@ from alignment.model import DualEncoder
 from alignment.server import Service, Settings, gradio_internals, middleware
 from alignment.server import service as service_module
 from alignment.server.gradio_internals import queue_status
-from tests.http_client import run_coroutine
+from alignment.server.lifecycle import Lifecycle
+from tests.http_client import run_coroutine, until
 
 
 class Held(AlignmentEngine):
@@ -86,13 +88,6 @@ def ask(client: httpx.Client, headers: dict[str, str] | None = None, **more: str
 
 def answer(client: httpx.Client, asked: httpx.Response) -> str:
     return client.get(f"/gradio_api/call/search_images/{asked.json()['event_id']}").text
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end, "It never came true."
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------- behind a reverse proxy, below a path
@@ -249,6 +244,17 @@ def test_sessions_expire_after_their_time(serve, monkeypatch):
     sessions = client.page.sessions
     assert "anna" in sessions
     until(lambda: "anna" not in sessions)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_and_a_second_one_ends_the_process(number):
+    lifecycle, before = Lifecycle(), signal.getsignal(number)
+    with lifecycle.handle_signals():
+        assert not lifecycle.is_stopping
+        signal.raise_signal(number)
+        assert lifecycle.is_stopping
+        assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is before
 
 
 def test_a_broken_queue_is_reported_and_ends_the_app(serve):

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.http_client import ROOT, AppProcess, Visitor, running
+from tests.http_client import ROOT, AppProcess, Visitor, running, until
 
 # Is imported by Python itself before anything else runs; every try to leave the machine is written down, and fails.
 WATCH = """
@@ -75,7 +74,19 @@ def watched(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def app(uploads, watched) -> Iterator[AppProcess]:
+def orphan(uploads) -> Path:
+    """An upload that a killed process has left behind, beside a file that is not its own."""
+    (uploads / "another.txt").write_text("not ours")
+    with running(GRADIO_TEMP_DIR=str(uploads)) as killed, Visitor(killed.address) as visitor:
+        path = Path(visitor.upload("secret.png", photo(7)))
+        killed.process.kill()
+        killed.process.wait()
+    assert path.is_file()
+    return path
+
+
+@pytest.fixture(scope="module")
+def app(uploads, watched, orphan) -> Iterator[AppProcess]:
     """Run the app for all tests of this module, without any setting of the environment that keeps it offline."""
     more = {
         "PYTHONPATH": str(watched),
@@ -83,6 +94,7 @@ def app(uploads, watched) -> Iterator[AppProcess]:
         "GRADIO_TEMP_DIR": str(uploads),
         "ALIGNMENT_LOG": "json",
         "ALIGNMENT_PROXIES": "1",
+        "ALIGNMENT_STOP_SECONDS": "60",
     }
     with running(**more) as app:
         yield app
@@ -274,22 +286,10 @@ def test_health_is_said(app):
     assert {"version", "uptime_s", "queue", "working", "captions", "fingerprint"} <= said.keys()
 
 
-def test_what_a_killed_process_left_behind_the_next_one_deletes_and_nothing_else(app, driven, uploads, anna):
-    (uploads / "another.txt").write_text("not ours")
-    living = Path(anna.upload("living.png", photo(8)))
-    with running(GRADIO_TEMP_DIR=str(uploads)) as killed, Visitor(killed.address) as visitor:
-        secret = Path(visitor.upload("secret.png", photo(7)))
-        killed.process.kill()
-        killed.process.wait()
-        assert secret.is_file()
-        with running(GRADIO_TEMP_DIR=str(uploads)) as next_one:
-            assert not secret.exists()
-            assert living.is_file()
-            assert next_one.end(signal.SIGINT) == 0
-    own = living.parents[2]
-    left = {file.name for file in uploads.iterdir()}
-    assert left == {"another.txt", own.name, f"{own.name}.lock"}
-    (uploads / "another.txt").unlink()
+def test_what_a_killed_process_left_behind_the_next_one_deletes_and_nothing_else(orphan, uploads, anna):
+    own = Path(anna.upload("living.png", photo(8))).parents[2]
+    assert not orphan.exists()
+    assert {file.name for file in uploads.iterdir()} == {"another.txt", own.name, f"{own.name}.lock"}
 
 
 def test_a_stop_answers_what_is_under_way_refuses_what_comes_and_leaves_nothing(app, driven, uploads, anna, bob):
@@ -310,11 +310,4 @@ def test_a_stop_answers_what_is_under_way_refuses_what_comes_and_leaves_nothing(
     asking.join(60)
     assert len(shown["matrix-table"]["columns"]) == 24
     assert app.process.wait(60) == 0
-    assert list(uploads.iterdir()) == []
-
-
-def until(true, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "It never came true."
-        time.sleep(0.02)
+    assert [file.name for file in uploads.iterdir()] == ["another.txt"]

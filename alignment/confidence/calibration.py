@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,30 +27,20 @@ from alignment.similarity import cosine_similarity, top_k
 TARGET_FALSE_REJECTION = 0.05
 """Share of the queries with a match that a fitted threshold may reject."""
 
-RESULTS = 10
-"""Results of a search that the fit learns from."""
-
-SIZES: Mapping[Direction, tuple[int, ...]] = {
+_RESULTS = 10  # of a search that the fit learns from
+_SIZES: Mapping[Direction, tuple[int, ...]] = {
     "image_to_text": (50, 150, 500, 2000),
     "text_to_image": (10, 30, 100, 400),
-}
-"""Candidates of the galleries drawn for the fit."""
-
+}  # candidates of the galleries drawn for the fit
 _MISSING = -9.0  # no cosine
 
 
 @dataclass(frozen=True)
 class MatchConfidence:
-    """Match probabilities and verdicts for the results of one query.
+    """Match probabilities and verdicts for the results of one query, in the order of the scores."""
 
-    Attributes:
-        probabilities: (num_results,) float32, that this very result is a match; in the order of the scores.
-        p_any_match: probability that any candidate is a match.
-        verdicts: of each result, in the order of the scores.
-    """
-
-    probabilities: Tensor
-    p_any_match: float
+    probabilities: Tensor  # (num_results,) float32, that this very result is a match
+    p_any_match: float  # probability that any candidate is a match
     verdicts: tuple[Verdict, ...]
 
     @classmethod
@@ -72,62 +62,27 @@ class MatchConfidence:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The curves of one model over one cohort.
+    """The curves of one model over one cohort, for each direction."""
 
-    Attributes:
-        match: direction -> curve of the probability that a result is a match.
-        any_match: direction -> curve of the probability that any candidate is a match, read at the best result.
-        thresholds: direction -> where the verdicts begin.
-    """
-
-    match: Mapping[Direction, Curve]
-    any_match: Mapping[Direction, Curve]
-    thresholds: Mapping[Direction, Thresholds]
+    match: Mapping[Direction, Curve]  # probability that a result is a match
+    any_match: Mapping[Direction, Curve]  # probability that any candidate is a match, read at the best result
+    thresholds: Mapping[Direction, Thresholds]  # where the verdicts begin
 
     def __post_init__(self) -> None:
         if any(set(part) != set(DIRECTIONS) for part in (self.match, self.any_match, self.thresholds)):
             raise ValueError(f"A calibration has curves and thresholds for {' and '.join(DIRECTIONS)}.")
 
-    def probability(
-        self,
-        similarity: Tensor,
-        query_embeds: Tensor,
-        direction: Direction,
-        *,
-        num_candidates: int | Tensor,
-        cohort: Cohort,
-    ) -> Tensor:
-        """Return the probability that each result is a match, at even odds that the candidates hold one.
-
-        Args:
-            similarity: (num_queries, num_results) cosines.
-            query_embeds: (num_queries, embed_dim).
-            direction: what the queries are.
-            num_candidates: how many were searched, one number or (num_queries,).
-            cohort: the one it was fitted on; for `DEFAULT_CALIBRATION` one of the same items.
-
-        Returns:
-            (num_queries, num_results) float64; for each query it rises with the similarity.
-        """
-        return self.match[direction].probability(cohort.evidence(similarity, query_embeds, num_candidates, direction))
-
     def assess(
-        self,
-        similarity: Tensor,
-        query_embed: Tensor,
-        direction: Direction,
-        *,
-        num_candidates: int,
-        cohort: Cohort,
+        self, similarity: Tensor, query_embed: Tensor, direction: Direction, *, num_candidates: int, cohort: Cohort
     ) -> MatchConfidence:
-        """Rate the results of one query.
+        """Rate the results of one query, at even odds that the candidates hold a match.
 
         Args:
             similarity: (num_results,) cosines; the best of all candidates must be among them.
             query_embed: (embed_dim,).
             direction: what the query is.
             num_candidates: how many were searched.
-            cohort: as in `probability`.
+            cohort: the one it was fitted on; for `DEFAULT_CALIBRATION` one of the same items.
         """
         if not len(similarity):
             return MatchConfidence(torch.empty(0), 0.0, ())
@@ -148,7 +103,6 @@ class Calibration:
         *,
         prior: Calibration | None = None,
         strength: float = 1.0,
-        sizes: Mapping[Direction, Sequence[int]] = SIZES,
         seed: int = 0,
     ) -> Calibration:
         """Fit on captioned pictures that the model was not trained on.
@@ -164,7 +118,6 @@ class Calibration:
             cohort: holds none of these items.
             prior: regularises the fit where there are few pairs, such as `DEFAULT_CALIBRATION`.
             strength: weight of the prior, see `Curve.fit`.
-            sizes: candidates of the galleries, clipped to the number of items.
             seed: of the draws.
 
         Raises:
@@ -175,34 +128,34 @@ class Calibration:
             "image_to_text": (similarity, relevance, image_embeds),
             "text_to_image": (similarity.T, relevance.T, text_embeds),
         }
-        match, any_match, thresholds = {}, {}, {}
+        match: dict[Direction, Curve] = {}
+        any_match: dict[Direction, Curve] = {}
+        thresholds: dict[Direction, Thresholds] = {}
         generator = torch.Generator().manual_seed(seed)
         for direction, (scores, truth, queries) in ways.items():
             asked = truth.amax(1) > 0
             if not asked.any():
                 raise ValueError("There is no pair to calibrate on: no text describes an image.")
-            searches = list(draw_searches(scores[asked], truth[asked], sizes[direction], generator))
-            evidence = [cohort.evidence(s.similarity, queries[asked], s.sizes, direction) for s in searches]
-            right = torch.cat([s.right for s in searches])
+            searches = list(draw_searches(scores[asked], truth[asked], _SIZES[direction], generator))
+            similarities, right, found, _ = map(torch.cat, zip(*searches, strict=True))
+            evidence = torch.cat([cohort.evidence(s.similarity, queries[asked], s.sizes, direction) for s in searches])
             old = (prior.match[direction], prior.any_match[direction]) if prior else (None, None)
-            seen = torch.cat([s.similarity for s in searches]) > _MISSING
-            every, first = torch.cat(evidence), torch.cat(evidence)[:, 0]
-            match[direction] = Curve.fit(every[seen], right[seen], prior=old[0], strength=strength)
-            found = torch.cat([s.found for s in searches])
+            seen, first = similarities > _MISSING, evidence[:, 0]
+            match[direction] = Curve.fit(evidence[seen], right[seen], prior=old[0], strength=strength)
             any_match[direction] = Curve.fit(first, found, prior=old[1], strength=strength)
             there = any_match[direction].probability(first[found >= 0.5])
-            thresholds[direction] = Thresholds.of(
-                round(float(there.quantile(TARGET_FALSE_REJECTION)), 3) if len(there) else 0.5
-            )
+            may_fit = round(float(there.quantile(TARGET_FALSE_REJECTION)), 3) if len(there) else 0.5
+            thresholds[direction] = Thresholds.of(may_fit)
         return cls(match, any_match, thresholds)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that galleries hold."""
-        return {
-            "match": {way: asdict(self.match[way]) for way in DIRECTIONS},
-            "fits": {way: asdict(self.any_match[way]) for way in DIRECTIONS},
-            "lines": {way: asdict(self.thresholds[way]) for way in DIRECTIONS},
+        parts: dict[str, Mapping[Direction, Any]] = {
+            "match": self.match,
+            "fits": self.any_match,
+            "lines": self.thresholds,
         }
+        return {name: {way: asdict(part[way]) for way in DIRECTIONS} for name, part in parts.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
@@ -245,21 +198,13 @@ overstate the probabilities.
 # ---------------------------------------------------------------- the fit
 
 
-@dataclass(frozen=True, eq=False)
-class DrawnSearch:
-    """Results of every query in a gallery drawn for it.
+class DrawnSearch(NamedTuple):
+    """Results of every query in a gallery drawn for it."""
 
-    Attributes:
-        similarity: (num_queries, num_results), best first; `_MISSING` where a gallery has fewer candidates.
-        right: the same shape, the relevance of each result.
-        found: (num_queries,) the highest relevance among all candidates.
-        sizes: (num_queries,) candidates.
-    """
-
-    similarity: Tensor
-    right: Tensor
-    found: Tensor
-    sizes: Tensor
+    similarity: Tensor  # (num_queries, num_results), best first; `_MISSING` where a gallery has fewer candidates
+    right: Tensor  # the same shape, the relevance of each result
+    found: Tensor  # (num_queries,) the highest relevance among all candidates
+    sizes: Tensor  # (num_queries,) candidates
 
 
 def draw_searches(
@@ -274,6 +219,6 @@ def draw_searches(
         foreign = (size - own.sum(1) * kept).clamp_min(1).minimum(relevance.shape[1] - own.sum(1))
         drawn = torch.arange(relevance.shape[1]) < foreign[:, None]  # those with the smallest lots
         chosen = torch.zeros_like(own).scatter(1, lots.argsort(1), drawn) | (own & kept[:, None])
-        values, ids = top_k(similarity.masked_fill(~chosen, _MISSING), RESULTS)
+        values, ids = top_k(similarity.masked_fill(~chosen, _MISSING), _RESULTS)
         right = relevance.gather(1, ids) * (values > _MISSING)
         yield DrawnSearch(values, right, (relevance * chosen).amax(1), chosen.sum(1))

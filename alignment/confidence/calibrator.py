@@ -19,10 +19,8 @@ from alignment.confidence.cohort import Cohort, Direction
 MIN_FITTED = 100
 """Captioned pictures below which `DEFAULT_CALIBRATION` is used."""
 
-MAX_FITTED = 1000
-"""Captioned pictures that the curves are fitted on; more only take longer."""
-
-MAX_FITTED_CAPTIONS = 5  # of a picture
+_MAX_FITTED = 1000  # captioned pictures; more only take longer
+_MAX_CAPTIONS = 5  # of a picture
 
 
 class Embeddings(Protocol):
@@ -31,24 +29,9 @@ class Embeddings(Protocol):
     def __getitem__(self, positions: Tensor) -> Tensor: ...
 
 
-class _Picture(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-class _Caption(Protocol):
-    @property
-    def scene(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class MatchCalibrator:
-    """A calibration with the cohort it was fitted on.
-
-    Attributes:
-        calibration: the curves.
-        cohort: unrelated pictures and captions.
-    """
+    """A calibration with the cohort it was fitted on."""
 
     calibration: Calibration
     cohort: Cohort
@@ -78,8 +61,8 @@ class MatchCalibrator:
 
 
 def fit_calibration(
-    pictures: Sequence[_Picture],
-    captions: Sequence[_Caption],
+    picture_ids: Sequence[str],
+    scenes: Sequence[str],
     image_embeds: Embeddings,
     text_embeds: Embeddings,
     cohort: Cohort,
@@ -89,31 +72,26 @@ def fit_calibration(
     On pictures that the model was trained on, the probabilities come out too high.
 
     Args:
-        pictures: in the order of the rows of `image_embeds`.
-        captions: in the order of the rows of `text_embeds`; `scene` is the picture's id.
-        image_embeds: (num_pictures, embed_dim).
-        text_embeds: (num_captions, embed_dim).
+        picture_ids: of each row of `image_embeds` (num_pictures, embed_dim).
+        scenes: ids of the pictures that the rows of `text_embeds` (num_captions, embed_dim) describe.
+        image_embeds: of the pictures.
+        text_embeds: of the captions.
         cohort: holds none of these items.
 
     Returns:
         The calibration, and a description of what it was fitted on.
     """
-    own: dict[str, list[int]] = {picture.id: [] for picture in pictures}
-    for row, caption in enumerate(captions):
-        if len(own.get(caption.scene, ())) < MAX_FITTED_CAPTIONS and caption.scene in own:
-            own[caption.scene].append(row)
-    captioned = [row for row, picture in enumerate(pictures) if own[picture.id]]
+    own: dict[str, list[int]] = {id: [] for id in picture_ids}
+    for row, scene in enumerate(scenes):
+        if scene in own:
+            own[scene].append(row)
+    captioned = [row for row, id in enumerate(picture_ids) if own[id]]
     if len(captioned) < MIN_FITTED:
         return DEFAULT_CALIBRATION, "borrowed from the compact model"
-    chosen = sorted(random.Random(0).sample(captioned, min(len(captioned), MAX_FITTED)))
-    texts = [(place, row) for place, image in enumerate(chosen) for row in own[pictures[image].id]]
+    chosen = sorted(random.Random(0).sample(captioned, min(len(captioned), _MAX_FITTED)))
+    texts = [(place, row) for place, image in enumerate(chosen) for row in own[picture_ids[image]][:_MAX_CAPTIONS]]
     owners, rows = torch.tensor(texts).T
     relevance = (owners[None] == torch.arange(len(chosen))[:, None]).float()
-    fitted = Calibration.fit(
-        image_embeds[torch.tensor(chosen)].float(),
-        text_embeds[rows].float(),
-        relevance,
-        cohort,
-        prior=DEFAULT_CALIBRATION,
-    )
+    images, captions = image_embeds[torch.tensor(chosen)].float(), text_embeds[rows].float()
+    fitted = Calibration.fit(images, captions, relevance, cohort, prior=DEFAULT_CALIBRATION)
     return fitted, f"fitted on {len(chosen)} pictures with {len(rows)} captions of this gallery"

@@ -36,20 +36,17 @@ TAIL = 5
 
 COHORT_CAPTIONS = 1024
 
-_ASSETS = ROOT / "assets"
 _MIN_PICTURES = 3  # fewer do not tell how far apart pictures lie
 _MIN_SPREAD = 1e-4  # of cosines; below, the model scores everything alike
 _NEAREST = 3  # probes around a query
+_DRAWINGS = "package:alignment/"  # the curves were fitted against the photographs alone
 
 
 class Encoder(Protocol):
     """The part of `DualEncoder` that embeds a cohort."""
 
-    def encode_images(self, images: Sequence[ImageSource]) -> Tensor:
-        """Embed pictures, (n, embed_dim)."""
-
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed captions, (n, embed_dim)."""
+    def encode_images(self, images: Sequence[ImageSource]) -> Tensor: ...  # noqa: D102
+    def encode_texts(self, texts: Sequence[str]) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,24 +55,16 @@ class Cohort:
 
     Any everyday pictures and captions do, if the same model embedded them. A larger cohort, and one from the domain of
     the gallery, separates matches from non-matches more sharply. A gallery keeps it with the calibration.
-
-    Attributes:
-        image_embeds: (num_images, embed_dim), at least one.
-        text_embeds: (num_texts, embed_dim), at least one.
-        empty_image_embeds: (num_blank_images, embed_dim), see `blank_images`; there may be none.
-        nonsense_text_embeds: (num_random_texts, embed_dim), see `random_texts`; there may be none.
     """
 
-    image_embeds: Tensor
-    text_embeds: Tensor
-    empty_image_embeds: Tensor | None = None
-    nonsense_text_embeds: Tensor | None = None
+    image_embeds: Tensor  # (num_images, embed_dim), at least one
+    text_embeds: Tensor  # (num_texts, embed_dim), at least one
+    empty_image_embeds: Tensor | None = None  # (num_blank_images, embed_dim), see `blank_images`
+    nonsense_text_embeds: Tensor | None = None  # (num_random_texts, embed_dim), see `random_texts`
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(embeds.shape) for name, embeds in self.tensors().items()}
-        one_width = {len(shape) for shape in shapes.values()} == {2} and len(
-            {shape[1] for shape in shapes.values()}
-        ) == 1
+        one_width = len({shape[1:] for shape in shapes.values()}) == 1 and self.image_embeds.ndim == 2
         if not one_width or not len(self.image_embeds) or not len(self.text_embeds):
             raise ValueError(f"A cohort needs pictures and captions, (n, embed_dim) of one width, not {shapes}.")
 
@@ -88,10 +77,9 @@ class Cohort:
     def units(self) -> dict[Direction, tuple[float, float]]:
         """Mean and standard deviation of cosines between unrelated items; they make models comparable."""
         similarity = cosine_similarity(self.image_embeds, self.text_embeds).double()
-        scores: dict[Direction, Tensor] = {"image_to_text": similarity, "text_to_image": similarity.T}
         return {
             direction: (matrix.mean().item(), max(matrix.std(1, correction=0).mean().item(), _MIN_SPREAD))
-            for direction, matrix in scores.items()
+            for direction, matrix in zip(DIRECTIONS, (similarity, similarity.T), strict=True)
         }
 
     @cached_property
@@ -111,28 +99,23 @@ class Cohort:
         Such a query is closer to these probes than to any ordinary item, and closer than half-way between how close
         ordinary items come to the probes and how close the probes lie to each other.
         """
-        probes, ordinary, half_way = self._probes[direction]
-        if probes is None:
+        if direction not in self._probes:
             return torch.zeros(len(query_embeds), dtype=torch.bool)
+        probes, ordinary, half_way = self._probes[direction]
         here = _nearness(query_embeds, probes)
         beyond = here > half_way  # false for nearly all queries, which saves the comparison with ordinary items
         return beyond & (here > _nearness(query_embeds, ordinary)) if beyond.any() else beyond
 
     @cached_property
-    def _probes(self) -> dict[Direction, tuple[Tensor | None, Tensor, float]]:
-        """Direction -> probes (None if there are too few), ordinary items, and the threshold half-way between them."""
+    def _probes(self) -> dict[Direction, tuple[Tensor, Tensor, float]]:
+        """Direction, where it has enough probes -> probes, ordinary items, and the threshold half-way between them."""
         unit = self._unit
-        sides: dict[Direction, tuple[Tensor | None, Tensor]] = {
-            "image_to_text": (unit.get("empty_image_embeds"), unit["image_embeds"]),
-            "text_to_image": (unit.get("nonsense_text_embeds"), unit["text_embeds"]),
-        }
-        found: dict[Direction, tuple[Tensor | None, Tensor, float]] = {}
-        for direction, (probes, ordinary) in sides.items():
-            if probes is None or len(probes) <= _NEAREST:
-                found[direction] = None, ordinary, 0.0
-                continue
-            inside = (probes @ probes.T).fill_diagonal_(-1).topk(_NEAREST).values.mean()  # without each with itself
-            found[direction] = probes, ordinary, float(inside + _nearness(ordinary, probes).mean()) / 2
+        found: dict[Direction, tuple[Tensor, Tensor, float]] = {}
+        for direction, side, kind in zip(DIRECTIONS, ("image", "text"), ("empty", "nonsense"), strict=True):
+            probes, ordinary = unit.get(f"{kind}_{side}_embeds"), unit[f"{side}_embeds"]
+            if probes is not None and len(probes) > _NEAREST:
+                inside = (probes @ probes.T).fill_diagonal_(-1).topk(_NEAREST).values.mean()  # without each with itself
+                found[direction] = probes, ordinary, float(inside + _nearness(ordinary, probes).mean()) / 2
         return found
 
     def evidence(
@@ -154,12 +137,9 @@ class Cohort:
         centre, spread = self.units[direction]
         unrelated = (_cosines(query_embeds, items).double() - centre) / spread
         sizes = torch.as_tensor(num_candidates, dtype=torch.double).clamp_min(1).log()
-        of_query = (
-            unrelated.topk(min(TAIL, len(items))).values.mean(1),
-            unrelated.mean(1),
-            sizes.expand(len(query_embeds)),
-        )
+        tail = unrelated.topk(min(TAIL, len(items))).values.mean(1)
         scores = (similarity.double() - centre) / spread
+        of_query = (tail, unrelated.mean(1), sizes.expand(len(query_embeds)))
         return torch.stack([scores, *(column[:, None].expand_as(scores) for column in of_query)], dim=-1)
 
 
@@ -173,27 +153,25 @@ def _nearness(queries: Tensor, items: Tensor) -> Tensor:
     return _cosines(queries, items).topk(min(_NEAREST, len(items))).values.mean(1)
 
 
-_DRAWINGS = "package:alignment/"  # the curves were fitted against the photographs alone
-
-
 def cohort_items() -> tuple[list[str], list[str]]:
     """List the cohort's pictures that are on this machine, and its captions.
 
     Returns:
         Paths of pictures inside installed packages, and captions in English and Chinese.
     """
-    pictures = (_ASSETS / "gallery" / "sources" / "pictures.jsonl").read_text("utf-8").splitlines()
-    lines = (_ASSETS / "parallel_captions.jsonl").read_text("utf-8").splitlines()
-    captions = [caption for line in lines for caption in json.loads(line).values()]
+    captions = [caption for scene in _read_lines("parallel_captions.jsonl") for caption in scene.values()]
+    sources = [picture["source"] for picture in _read_lines("gallery/sources/pictures.jsonl")]
     paths = []
-    for source in [json.loads(line)["source"] for line in pictures]:
-        if source.startswith(_DRAWINGS):
-            continue
+    for source in (source for source in sources if not source.startswith(_DRAWINGS)):
         try:
             paths.append(str(installed_file(source)))
         except FileNotFoundError as error:
             logger.warning("The cohort lacks the picture %s. %s", source, error)
     return paths, random.Random(0).sample(captions, COHORT_CAPTIONS)
+
+
+def _read_lines(asset: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (ROOT / "assets" / asset).read_text("utf-8").splitlines()]
 
 
 def cohort_version() -> str:

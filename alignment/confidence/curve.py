@@ -12,26 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_FEATURES = ("score", "tail", "mean", "log_size")
 _ITERATIONS, _CLOSE = 100, 1e-9  # of Newton's method
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A logistic curve over the features of `Cohort.evidence`: `sigmoid(score * evidence.score + ... + bias)`.
+    """A logistic curve over the features of `Cohort.evidence`: `sigmoid(score * evidence.score + ... + bias)`."""
 
-    Attributes:
-        score: weight of the result's score; never negative, so a query's results keep their order.
-        tail: weight of the mean over the cohort's closest items.
-        mean: weight of the mean over the whole cohort.
-        log_size: weight of the logarithm of the number of candidates.
-        bias: intercept.
-    """
-
-    score: float
-    tail: float
-    mean: float
-    log_size: float
+    score: float  # weight of the result's score; never negative, so a query's results keep their order
+    tail: float  # weight of the mean over the cohort's closest items
+    mean: float  # weight of the mean over the whole cohort
+    log_size: float  # weight of the logarithm of the number of candidates
     bias: float
 
     def __post_init__(self) -> None:
@@ -40,8 +31,8 @@ class Curve:
 
     def probability(self, evidence: Tensor) -> Tensor:
         """Evaluate the curve at (..., 4) evidence; float64, in [0, 1]."""
-        weights = evidence.new_tensor([getattr(self, name) for name in _FEATURES])
-        return (evidence @ weights + self.bias).sigmoid()
+        *weights, bias = astuple(self)
+        return (evidence @ evidence.new_tensor(weights) + bias).sigmoid()
 
     @classmethod
     def fit(cls, evidence: Tensor, labels: Tensor, *, prior: Curve | None = None, strength: float = 1.0) -> Curve:

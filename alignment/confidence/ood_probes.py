@@ -25,12 +25,7 @@ _HAN, _MARKS = range(0x4E00, 0x9FA6), "!?.,;:-_#*+~/|()[]{}<>@%&=^"
 
 
 def random_texts(count: int = PER_KIND, seed: int = 0) -> list[str]:
-    """Make random letters of several scripts, digits, punctuation and keyboard mashing.
-
-    Args:
-        count: strings of each kind.
-        seed: the same strings for the same seed.
-    """
+    """Make `count` random texts of each kind: letters of several scripts, digits, punctuation, keyboard mashing."""
     rng = random.Random(seed)
     texts = []
     for _ in range(count):
@@ -42,12 +37,7 @@ def random_texts(count: int = PER_KIND, seed: int = 0) -> list[str]:
 
 
 def blank_images(count: int = PER_KIND, seed: int = 0) -> list[Image.Image]:
-    """Make pictures of one colour, of coloured and grey noise, and of a gradient.
-
-    Args:
-        count: pictures of each kind.
-        seed: the same pictures for the same seed.
-    """
+    """Make `count` pictures of each kind: one colour, coloured noise, grey noise, a gradient."""
     rng = np.random.default_rng(seed)
     shape = (_SIDE, _SIDE, 3)
     pictures = []

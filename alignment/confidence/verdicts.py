@@ -23,12 +23,9 @@ FITS_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Probabilities at which the verdicts of one direction begin.
+    """Match probabilities from which a result fits and may fit, for one direction.
 
-    Attributes:
-        fits: match probability from which a result fits.
-        may_fit: match probability from which a result may fit. If the probability that any candidate is a match
-            reaches it, the likeliest result may fit in any case; else nothing is close.
+    If the probability that any candidate is a match reaches `may_fit`, the likeliest result may fit in any case.
     """
 
     fits: float
@@ -48,12 +45,7 @@ class Thresholds:
         return "fits" if probability >= self.fits else "may_fit" if probability >= self.may_fit else "nothing_close"
 
     def verdicts(self, probabilities: Tensor, p_any_match: float) -> tuple[Verdict, ...]:
-        """Return the verdicts on the results of one query.
-
-        Args:
-            probabilities: (num_results,), that a result is a match.
-            p_any_match: probability that any candidate is a match.
-        """
+        """Return the verdicts on the results of one query, from (num_results,) match probabilities."""
         chances = probabilities.tolist()
         found = [self.verdict(chance) for chance in chances]
         if p_any_match >= self.may_fit and best(found) == "nothing_close":

@@ -327,7 +327,8 @@ class _Build:
         cohort = self._cohort() if calibrate else None
         if cohort:
             rows = _Rows(self.writer, "picture", pictures), _Rows(self.writer, "caption", captions)
-            calibration, how = fit_calibration(pictures, captions, *rows, cohort)
+            ids, scenes = [picture.id for picture in pictures], [caption.scene for caption in captions]
+            calibration, how = fit_calibration(ids, scenes, *rows, cohort)
             judged_by = f"{how}; background {cohort_version()}"
             metadata = replace(metadata, calibration=calibration.to_dict(), judged_by=judged_by)
         self.writer.finish(pictures, captions, metadata, cohort.tensors() if cohort else {})

@@ -20,10 +20,7 @@ Translate: TypeAlias = Callable[[str, InputError], str]
 _ERRORS: dict[str, tuple[int, int, str]] = {
     # code: (HTTP status, seconds until a retry may succeed, message)
     "service.rate": (429, 0, "Too many requests from your address; try again in {seconds} s."),
-    "service.open": (
-        *(429, 5),
-        "Too many requests from your address at the same time; wait for some of them to end.",
-    ),
+    "service.open": (429, 5, "Too many requests from your address at the same time; wait for some of them to end."),
     "service.queue": (503, 5, "Many people are searching just now; try again in a moment."),
     "service.size": (413, 0, "The request has more than {limit} MB; send less at once, or upload the pictures first."),
     "service.waiting": (
@@ -40,7 +37,8 @@ _ERRORS: dict[str, tuple[int, int, str]] = {
     "upload.name": (413, 0, "The file's name is too long; shorten it."),
     "upload.lost": (400, 0, "The file did not arrive; try again."),
     "api.address": (
-        *(400, 0),
+        400,
+        0,
         "Addresses on the network are not opened here; upload the picture or send it as a data URL.",
     ),
     "internal": (500, 0, "That did not work, and it is not your fault; try again."),
@@ -48,13 +46,7 @@ _ERRORS: dict[str, tuple[int, int, str]] = {
 
 
 class ServiceError(Exception):
-    """A request that is not served.
-
-    Attributes:
-        status: of HTTP.
-        error: the sentence, translatable by its code.
-        retry_s: seconds after which a retry may succeed; 0 if none will.
-    """
+    """A request that is not served; `error` is the sentence, translatable by its code."""
 
     def __init__(self, code: str, *, status: int = 0, retry_s: float = 0, **values: object) -> None:
         """Make the error `code` of the table above; `values` fill the placeholders of its message."""

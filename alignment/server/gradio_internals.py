@@ -1,7 +1,7 @@
 """Server, Gradio's insides: the only module that touches private parts of Gradio, Starlette and uvicorn.
 
-Each part says why it is needed, and tests/test_gradio_internals.py has a test for each that fails when an upgrade moves
-it. `check_gradio` refuses a version that these tests have not passed.
+Each part says what breaks without it; tests/test_gradio_internals.py has a test for each that fails when an upgrade
+moves it. `check_gradio` refuses a version that these tests have not passed.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from contextlib import ExitStack
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from importlib.metadata import version
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import gradio as gr
 import uvicorn.config
@@ -24,29 +22,21 @@ from gradio import routes
 from gradio.state_holder import SessionState, StateHolder
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from alignment.server.limits import ConcurrencyLimiter
 from alignment.server.sessions import estimate_bytes
 
 SUPPORTED_GRADIO = ("6.31", "6.32")
-"""First supported version, first unsupported one; requirements.txt says the same."""
+"""The minor version that was tested, and the next one; requirements.txt says the same."""
 
 HEADER_TIMEOUT_S = 20.0
 """From a connection, or the end of a response, to the last header of the next request."""
 
 
-def check_gradio(installed: str = "") -> None:
-    """Raise ValueError when the installed Gradio is none that this module was tested with.
-
-    Args:
-        installed: a version; by default that of the installed package.
-    """
-    installed = installed or version("gradio")
+def check_gradio(installed: str = gr.__version__) -> None:
+    """Raise ValueError when the installed Gradio is none that this module was tested with."""
     first, last = SUPPORTED_GRADIO
-    if not _numbers(first) <= _numbers(installed) < _numbers(last):
+    if not installed.startswith(f"{first}."):
         raise ValueError(f"Gradio {installed} is not supported; run: pip install 'gradio>={first},<{last}'")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
 def blocks_of(scope: Mapping[str, Any]) -> gr.Blocks:
@@ -68,26 +58,13 @@ def event_data(event: gr.EventData) -> dict[str, Any]:
     return event._data if isinstance(event._data, dict) else {}
 
 
-# ---------------------------------------------------------------- events
-
-
-@dataclass(frozen=True)
-class Event:
-    """One call of a listener or an API endpoint.
-
-    Attributes:
-        endpoint: its API name.
-        inputs: as the client sent them; files are not fetched yet.
-        session: hash of the client's session, if it has one.
-        scope: of the HTTP request that asked for it; empty for none.
-        queued_at: `time.monotonic()` when it joined the queue, or now.
-    """
+class Event(NamedTuple):
+    """One call of a listener or an API endpoint; `scope` is that of the HTTP request that asked for it, or empty."""
 
     endpoint: str
-    inputs: list[Any]
+    inputs: list[Any]  # as the client sent them: no file is fetched yet
     session: str | None
     scope: MutableMapping[str, Any]
-    queued_at: float
 
 
 class EventBlocks(gr.Blocks):
@@ -109,14 +86,8 @@ class EventBlocks(gr.Blocks):
     async def process_api(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> dict[str, Any]:
         """Pass the event to `handle_event`."""
         fn = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
-        queued = self._queue.event_ids_to_events.get(options.get("event_id") or "")
-        event = Event(
-            endpoint=str(fn.api_name),
-            inputs=inputs,
-            session=options.get("session_hash"),
-            scope=getattr(getattr(options.get("request"), "request", None), "scope", None) or {},
-            queued_at=queued.enqueue_time if queued else time.monotonic(),
-        )
+        scope = getattr(getattr(options.get("request"), "request", None), "scope", None) or {}
+        event = Event(str(fn.api_name), inputs, options.get("session_hash"), scope)
         return await self.handle_event(event, partial(super().process_api, block_fn, inputs, *args, **options))
 
     def launch(self, *args: Any, **options: Any) -> Any:
@@ -127,19 +98,8 @@ class EventBlocks(gr.Blocks):
         return served
 
 
-# ---------------------------------------------------------------- queue
-
-
-@dataclass(frozen=True)
-class QueueStatus:
-    """How busy a page's queue is.
-
-    Attributes:
-        waiting: events that wait for a worker.
-        active: events that are being answered.
-        undelivered: whether an answer is ready that its client has not fetched.
-        broken: whether the queue has ended by itself, after an error of its own.
-    """
+class QueueStatus(NamedTuple):
+    """Numbers of events that wait and that are being answered; whether an answer is not fetched yet; a broken queue."""
 
     waiting: int
     active: int
@@ -155,9 +115,7 @@ def queue_status(page: gr.Blocks) -> QueueStatus:
 
 
 def session_of_event(page: gr.Blocks, event_id: str) -> str:
-    """Return the session of an event, "" if the event is unknown."""
-    if event := page._queue.event_ids_to_events.get(event_id):
-        return str(event.session_hash)
+    """Return the session of an event whose answer is not fetched yet, "" if there is none."""
     return next((name for name, ids in page._queue.pending_event_ids_session.items() if event_id in ids), "")
 
 
@@ -174,17 +132,10 @@ class QueueJanitor:
     """
 
     def __init__(self, page: gr.Blocks, max_age_s: float, max_idle: int) -> None:
-        """Take over from Gradio's own eviction.
-
-        Args:
-            page: whose queue it is.
-            max_age_s: for which an answer waits to be fetched.
-            max_idle: sessions with such answers; beyond it the oldest are forgotten.
-        """
+        """Let an answer wait for `max_age_s` to be fetched, in `max_idle` sessions; beyond that forget the oldest."""
         queue: Any = page._queue
         queue.pending_messages_per_session = dict(queue.pending_messages_per_session)
-        self._queue = queue
-        self._max_age_s, self._max_idle = max_age_s, max_idle
+        self._queue, self._max_age_s, self._max_idle = queue, max_age_s, max_idle
         self._since: dict[str, float] = {}  # idle session -> first seen
 
     def collect(self) -> None:
@@ -194,13 +145,10 @@ class QueueJanitor:
         idle = [name for name, ids in pending.items() if not any(id in unfinished for id in ids)]
         self._since = {name: self._since.get(name, now) for name in idle}
         excess = len(idle) - self._max_idle
-        for place, (name, since) in enumerate(sorted(self._since.items(), key=lambda entry: entry[1])):
-            if not pending[name] or now - since > self._max_age_s or place < excess:
+        for place, name in enumerate(sorted(idle, key=self._since.__getitem__)):
+            if not pending[name] or now - self._since[name] > self._max_age_s or place < excess:
                 del pending[name], self._since[name]
                 self._queue.pending_messages_per_session.pop(name, None)
-
-
-# ---------------------------------------------------------------- sessions
 
 
 class LightSessions(StateHolder):
@@ -210,8 +158,7 @@ class LightSessions(StateHolder):
     15 ms and 0.3 MB for a query of 1 ms. The descriptions serve deep links, which this page does not make.
     """
 
-    max_bytes = 10**9
-    """Estimated bytes of all sessions; beyond it the least recently used ones are dropped."""
+    max_bytes = 10**9  # estimated, of all sessions; beyond it the least recently used ones are dropped
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,12 +166,12 @@ class LightSessions(StateHolder):
 
     def __getitem__(self, session_id: str) -> SessionState:
         """Return a session, new where it is unknown."""
-        if session_id in self.session_data:
-            return super().__getitem__(session_id)
-        session = SessionState(SimpleNamespace(default_config=self.blocks.default_config, blocks={}))  # type: ignore[arg-type]
-        if session_id in self.blocks._queue.event_ids_to_events:  # a call without a session: its id is the event's
-            return session
-        self.session_data[session_id] = session
+        if session_id not in self.session_data:
+            page: Any = SimpleNamespace(default_config=self.blocks.default_config, blocks={})
+            session = SessionState(page)
+            if session_id in self.blocks._queue.event_ids_to_events:  # a call without a session: its id is the event's
+                return session
+            self.session_data[session_id] = session
         return super().__getitem__(session_id)
 
     def update(self, session_id: str) -> None:
@@ -258,9 +205,6 @@ class LightSessions(StateHolder):
             table.pop(session_id, None)
 
 
-# ---------------------------------------------------------------- tools for agents
-
-
 def harden_mcp(page: gr.Blocks) -> None:
     """Let a launched page's MCP tools answer in JSON, and open no file of this machine that an agent names.
 
@@ -287,40 +231,30 @@ def _bare_paths(value: Any) -> Any:
     return [_bare_paths(part) for part in value] if isinstance(value, list) else value
 
 
-# ---------------------------------------------------------------- connections
-
-
 def limit_connections(max_per_address: int) -> None:
-    """Let uvicorn serve with `HeaderTimeoutProtocol`; `launch` does not pass options on to it.
-
-    Args:
-        max_per_address: connections of one address; 0 for any number.
-    """
-    protocol = type("LimitedProtocol", (HeaderTimeoutProtocol,), {"limit": max_per_address, "open": Counter[str]()})
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = protocol  # type: ignore[assignment]  # uvicorn takes a class as well
+    """Let uvicorn serve with `HeaderTimeoutProtocol`, to which `launch` passes no options; 0 for any number."""
+    HeaderTimeoutProtocol.limiter = ConcurrencyLimiter(max_per_address)
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = HeaderTimeoutProtocol  # type: ignore[assignment]  # a class does as well
 
 
 class HeaderTimeoutProtocol(H11Protocol):
-    """A connection that is closed when no request arrives in time.
+    """A connection that is closed when no request arrives in time, or when its address has too many.
 
     uvicorn limits the time between requests, not the time that one takes to arrive: a client that sends a header a
     minute would hold a socket of the process for ever, before any middleware sees it.
     """
 
-    limit: ClassVar = 0
-    open: ClassVar = Counter[str]()
+    limiter: ClassVar = ConcurrencyLimiter(0)
     _timer: asyncio.TimerHandle | None = None
-    _address = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection and start the timer."""
         super().connection_made(transport)
-        self._address = self.client[0] if self.client else ""
-        self.open[self._address] += 1
-        if self.open[self._address] > self.limit > 0:
-            transport.abort()
-        else:
+        self._counted = ExitStack()
+        if self._counted.enter_context(self.limiter.request(self.client[0] if self.client else "")):
             self._update_timer()
+        else:
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Stop the timer once a request is complete, start it after the response."""
@@ -329,23 +263,23 @@ class HeaderTimeoutProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Remove the connection from the count."""
-        if self._timer:
-            self._timer.cancel()
-        self.open[self._address] -= 1
-        if not self.open[self._address]:
-            del self.open[self._address]
+        self._stop_timer()
+        self._counted.close()
         super().connection_lost(exc)
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _update_timer(self) -> None:
-        if self._is_answering() and self._timer:
-            self._timer.cancel()
         if self._is_answering():
-            self._timer = None
+            self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._time_out)
+
+    def _stop_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None
 
     def _time_out(self) -> None:
         self._timer = None

@@ -1,14 +1,15 @@
-"""Server, lifecycle: a stop answers what is under way, refuses what comes then, and leaves nothing behind."""
+"""Server, lifecycle: the memory of the process, signals, and a stop that answers what is under way."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import gradio as gr
 
@@ -19,15 +20,35 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _DELIVERY_S = 2.0  # for which an answer waits at the end for a client that may never fetch it
+_MAX_ARENAS, _M_ARENA_MAX = 4, -8
+
+
+def limit_arenas() -> None:
+    """Let all threads share a few of glibc's arenas; to be called before there are threads.
+
+    Each of forty threads would get one, and each keep what its largest request needed: a gigabyte that is not in use.
+    """
+    _call_libc("mallopt", _M_ARENA_MAX, _MAX_ARENAS)
+
+
+def trim_memory() -> None:
+    """Return memory that is free at present to the system."""
+    _call_libc("malloc_trim", 0)
+
+
+def _call_libc(name: str, *args: int) -> None:
+    """Call a function of glibc, if there is one: not on other systems, nor with musl."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*args)
 
 
 class Lifecycle:
-    """Whether the service runs, since when, and how it is stopped."""
+    """Whether the service runs, since when, how many calls and uploads are under way, and how it is stopped."""
 
     def __init__(self) -> None:
-        self.since = time.monotonic()
+        self.since, self.requests = time.monotonic(), 0
         self._stop = threading.Event()
-        self._arriving = 0
 
     @property
     def is_stopping(self) -> bool:
@@ -39,15 +60,6 @@ class Lifecycle:
         self._stop.set()
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request as under way; in the server's event loop only."""
-        self._arriving += 1
-        try:
-            yield
-        finally:
-            self._arriving -= 1
-
-    @contextmanager
     def handle_signals(self) -> Iterator[None]:
         """Let SIGTERM and SIGINT stop the service; a second signal ends the process as it does elsewhere."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -56,7 +68,7 @@ class Lifecycle:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-        def handle(number: int, frame: FrameType | None) -> None:
+        def handle(*received: object) -> None:
             self.stop()
             restore()
 
@@ -82,15 +94,14 @@ class Lifecycle:
                 page.close(verbose=False)
                 raise OSError("The queue of requests has broken down. Start the app again.")
         log_event(logger, "stopping")
-        begun = busy_at = time.monotonic()
-        while time.monotonic() - begun < timeout_s:
+        begun = busy_at = now = time.monotonic()
+        while (now := time.monotonic()) - begun < timeout_s:
             status = queue_status(page)
-            if status.waiting or status.active or self._arriving:
-                busy_at = time.monotonic()
-            elif not status.undelivered or time.monotonic() - busy_at > _DELIVERY_S:
+            if status.waiting or status.active or self.requests:
+                busy_at = now
+            elif not status.undelivered or now - busy_at > _DELIVERY_S:
                 break
             time.sleep(_POLL_S)
         status = queue_status(page)
-        waited = round(time.monotonic() - begun, 1)
-        log_event(logger, "stopped", waited_s=waited, unfinished=status.waiting + status.active)
+        log_event(logger, "stopped", waited_s=round(now - begun, 1), unfinished=status.waiting + status.active)
         page.close(verbose=False)

@@ -20,13 +20,7 @@ class TokenBucket:
     def __init__(
         self, per_minute: float, clock: Callable[[], float] = time.monotonic, max_addresses: int = _MAX_ADDRESSES
     ) -> None:
-        """Make the limit.
-
-        Args:
-            per_minute: requests of an address; 0 for any number.
-            clock: returns seconds.
-            max_addresses: buckets that are kept.
-        """
+        """Allow `per_minute` requests of an address, 0 for any number; keep at most `max_addresses` buckets."""
         self._per_second, self._capacity = per_minute / 60, max(1.0, per_minute * _BURST)
         self._clock, self._max_addresses = clock, max_addresses
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # address -> tokens, as of this second
@@ -49,10 +43,9 @@ class TokenBucket:
 
 
 class ConcurrencyLimiter:
-    """Open requests per client address; an address without any takes no memory."""
+    """Open requests per client address, at most `limit` (0 for any number); an address without any takes no memory."""
 
     def __init__(self, limit: int) -> None:
-        """Make the limit; 0 for any number."""
         self._limit, self._open = limit, Counter[str]()
 
     def __len__(self) -> int:
@@ -81,13 +74,13 @@ def client_address(scope: Scope, proxies: int) -> str:
         proxies: trusted reverse proxies. Each appends its peer to X-Forwarded-For; private addresses are skipped, since
             the servers of a host forward to each other.
     """
-    peer = (scope.get("client") or ("",))[0]
-    if not proxies:
-        return _network(peer)
-    header = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for").decode("latin-1")
-    addresses = [address for part in header.split(",") if (address := _parse(part))]
+    header = b",".join(value for name, value in scope["headers"] if proxies and name == b"x-forwarded-for")
+    addresses = [address for part in header.decode("latin-1").split(",") if (address := _parse(part))]
     public = [address for address in addresses if not address.is_private] or addresses
-    return _network(str(public[-min(proxies, len(public))])) if public else _network(peer)
+    address = public[-min(proxies, len(public))] if public else _parse((scope.get("client") or ("",))[0])
+    if isinstance(address, IPv6Address):
+        return str(address.ipv4_mapped or ip_network((address, 64), strict=False).network_address)
+    return str(address or "")
 
 
 def _parse(text: str) -> IPv4Address | IPv6Address | None:
@@ -98,10 +91,3 @@ def _parse(text: str) -> IPv4Address | IPv6Address | None:
         except ValueError:
             continue
     return None
-
-
-def _network(text: str) -> str:
-    address = _parse(text)
-    if isinstance(address, IPv6Address):
-        return str(address.ipv4_mapped or ip_network((address, 64), strict=False).network_address)
-    return str(address or "")

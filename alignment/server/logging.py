@@ -21,22 +21,12 @@ _QUOTABLE = tuple(f"{_OURS}.{part}" for part in ("engine.photo_folder", "gallery
 
 
 def log_event(logger: logging.Logger, event: str, **fields: object) -> None:
-    """Log an event.
-
-    Args:
-        logger: of the module.
-        event: a fixed word.
-        fields: numbers and fixed words.
-    """
+    """Log a fixed word, with fields that are numbers and fixed words."""
     logger.info(event, extra={_FIELDS: fields})
 
 
 def configure_logging(style: str) -> None:
-    """Send the log of the whole process to stderr.
-
-    Args:
-        style: "json" for a JSON object a line, "human" for a line of text.
-    """
+    """Send the log of the whole process to stderr: "json" for a JSON object a line, "human" for a line of text."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else HumanFormatter())
     root = logging.getLogger()
@@ -55,14 +45,14 @@ def redirect_server_logs() -> None:
 
 
 class HumanFormatter(logging.Formatter):
-    """A line of text for each event."""
+    """A line of text for each event, and one for the place where code failed."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format one event."""
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        fields = "  ".join(f"{name} {value}" for name, value in _fields(record).items())
-        line = f"{time} {record.levelname.lower()}: {_message(record)}"
-        return "\n".join(part for part in (f"{line}  {fields}" if fields else line, _location(record)) if part)
+        fields = [f"{name} {value}" for name, value in getattr(record, _FIELDS, {}).items()]
+        line = "  ".join([f"{time} {record.levelname.lower()}: {_message(record)}", *fields])
+        return "\n".join(filter(None, (line, _location(record))))
 
 
 class JsonFormatter(logging.Formatter):
@@ -71,14 +61,11 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Format one event."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"time": time, "level": record.levelname.lower(), "event": _message(record), **_fields(record)}
+        line = {"time": time, "level": record.levelname.lower(), "event": _message(record)}
+        line |= getattr(record, _FIELDS, {})
         if location := _location(record):
             line["error"] = location
         return json.dumps(line, ensure_ascii=False, default=str)
-
-
-def _fields(record: logging.LogRecord) -> dict[str, object]:
-    return getattr(record, _FIELDS, {})
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -92,5 +79,6 @@ def _location(record: logging.LogRecord) -> str:
     if not record.exc_info or record.exc_info[0] is None:
         return ""
     kind, _, trace = record.exc_info
-    lines = [f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(trace)]
-    return " > ".join([*lines, kind.__name__])
+    return " > ".join(
+        [*(f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(trace)), kind.__name__]
+    )

@@ -11,7 +11,6 @@ import math
 import os
 import secrets
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import gradio as gr
@@ -20,12 +19,12 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alignment.server import routes
-from alignment.server.errors import PAGE_LANGUAGE, ServiceError, Translate, in_english
+from alignment.server.errors import PAGE_LANGUAGE, ServiceError, Translate
 from alignment.server.gradio_internals import blocks_of, has_messages, queue_status, session_of_event
 from alignment.server.lifecycle import Lifecycle
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import log_event
-from alignment.server.page import OWNERS, REQUEST_ID
+from alignment.server.page import BEGUN, OWNERS, REQUEST_ID
 from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
 from alignment.server.settings import Settings
 from alignment.server.uploads import CLIENT, UPLOADS, UploadQuota
@@ -86,12 +85,12 @@ class RequestGuard:
         settings: Settings,
         lifecycle: Lifecycle,
         uploads: UploadQuota,
-        token: str = "",
-        translate: Translate = in_english,
+        token: str,
+        translate: Translate,
     ) -> None:
         """Wrap Gradio's app; `token` marks requests without limits, see `INTERNAL_TOKEN_HEADER`."""
         self._app, self._settings, self._lifecycle, self._uploads = app, settings, lifecycle, uploads
-        self._token, self._translate = token or secrets.token_urlsafe(24), translate
+        self._token, self._translate = token.encode(), translate
         self._rate, self._upload_rate = TokenBucket(settings.rate), TokenBucket(settings.rate * _UPLOAD_RATE)
         self._open, self._owners = ConcurrencyLimiter(settings.at_once), SessionOwners()
         self._arriving = 0  # bytes of bodies that are being read
@@ -109,37 +108,38 @@ class RequestGuard:
             return
         scope.update(path=path, root_path="")  # Gradio has its root path from `launch`
         context = self._context(scope)
+        is_work = False
         with self._open.request(scope[CLIENT]) as has_room:
             try:
                 self._check(context, has_room)
-                with self._lifecycle.request() if context.kind in ("call", "upload") else nullcontext():
-                    await self._app(scope, self._reading(context, receive), self._writing(context, send))
+                is_work = context.kind in ("call", "upload")
+                self._lifecycle.requests += is_work
+                await self._app(scope, self._reading(context, receive), self._writing(context, send))
             except Exception as error:
                 context.error = _service_error(error, context)
                 await self._refuse(context, receive, send)
             finally:
+                self._lifecycle.requests -= is_work
                 self._arriving -= context.received if context.kind == "call" else 0
                 self._log(context)
 
     def _context(self, scope: Scope) -> RequestContext:
         context = RequestContext(scope, blocks_of(scope), routes.route_kind(scope["method"], scope["path"]))
-        address = client_address(scope, self._settings.proxies)
-        scope.update({UPLOADS: self._uploads, CLIENT: address, REQUEST_ID: context.id, OWNERS: self._owners})
+        scope.update({CLIENT: client_address(scope, self._settings.proxies), UPLOADS: self._uploads})
+        scope.update({REQUEST_ID: context.id, BEGUN: context.begun, OWNERS: self._owners})
         if scope["path"].startswith(routes.MCP):
             # Gradio passes an agent's headers on to its own requests for the tool: they have been counted here, and
             # their session is shared by all agents.
             headers = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
-            scope["headers"] = [*headers, (INTERNAL_TOKEN_HEADER.encode(), self._token.encode())]
+            scope["headers"] = [*headers, (INTERNAL_TOKEN_HEADER.encode(), self._token)]
         return context
-
-    # ------------------------------------------------------------ admission
 
     def _check(self, context: RequestContext, has_room: bool) -> None:
         headers, kind = Headers(scope=context.scope), context.kind
         token, is_agent = headers.get(INTERNAL_TOKEN_HEADER, ""), context.scope["path"].startswith(routes.MCP)
         if kind is None:
             raise ServiceError("service.closed")
-        if kind == "health" or (not is_agent and secrets.compare_digest(token.encode(), self._token.encode())):
+        if kind == "health" or (not is_agent and secrets.compare_digest(token.encode(), self._token)):
             return
         if not has_room:
             raise ServiceError("service.open")
@@ -165,17 +165,21 @@ class RequestGuard:
             raise ServiceError("service.closed")
 
     def _check_session(self, context: RequestContext) -> None:
-        session = _requested_session(context)
-        if session is None:
-            return
-        is_known = routes.HEARTBEAT in context.scope["path"] or has_messages(context.page, session)
+        """Refuse messages of unknown sessions, and those of other browsers' sessions."""
+        path = context.scope["path"].rstrip("/")
+        if path.startswith(routes.MCP):
+            return  # all agents share a session
+        name = path.rpartition("/")[2]
+        if path == routes.QUEUE_DATA:
+            session = QueryParams(context.scope["query_string"]).get("session_hash", "")
+        else:
+            session = name if path.startswith(routes.HEARTBEAT) else session_of_event(context.page, name)
+        is_known = path.startswith(routes.HEARTBEAT) or has_messages(context.page, session)
         if not is_known or not self._owners.admit(session, cookie_of(context.scope)):
             raise ServiceError("service.closed")
 
     def _too_large(self) -> ServiceError:
         return ServiceError("service.size", limit=f"{self._settings.request_mb:g}")
-
-    # ------------------------------------------------------------ body
 
     def _reading(self, context: RequestContext, receive: Receive) -> Receive:
         is_whole, left = False, BODY_TIMEOUT_S
@@ -201,8 +205,6 @@ class RequestGuard:
 
     def _count(self, context: RequestContext, size: int) -> None:
         context.received += size
-        if context.kind == "upload":
-            return  # `UploadQuota` counts
         limit = self._settings.request_mb * _MB
         if context.kind == "call":
             self._arriving += size
@@ -210,10 +212,8 @@ class RequestGuard:
                 raise ServiceError("service.queue")
             if context.received > limit:
                 raise self._too_large()
-        elif context.received > _SMALL:
+        elif context.kind != "upload" and context.received > _SMALL:  # `UploadQuota` counts uploads
             raise ServiceError("service.request", status=413)
-
-    # ------------------------------------------------------------ answer
 
     def _writing(self, context: RequestContext, send: Send) -> Send:
         async def write(message: Message) -> None:
@@ -244,27 +244,10 @@ class RequestGuard:
         if context.error is None and context.kind not in ("call", "upload") and context.status < 500:
             return
         outcome = context.error.code if context.error else "ok" if context.status < 400 else "error"
-        log_event(
-            logger,
-            "request",
-            id=context.id,
-            endpoint=routes.log_name(context.scope["path"], context.endpoints) if context.kind else "none",
-            ms=round((time.monotonic() - context.begun) * 1000, 1),
-            outcome=outcome,
-            status=context.status,
-            received=context.received,
-            sent=context.sent,
-        )
-
-
-def _requested_session(context: RequestContext) -> str | None:
-    """Return the session whose messages a request asks for; None where it asks for none."""
-    path = context.scope["path"].rstrip("/")
-    if path == routes.QUEUE_DATA:
-        return QueryParams(context.scope["query_string"]).get("session_hash", "")
-    if path.startswith(routes.HEARTBEAT):
-        return str(path.rpartition("/")[2])
-    return session_of_event(context.page, path.rpartition("/")[2]) if routes.called_endpoint(path) is not None else None
+        endpoint = routes.log_name(context.scope["path"], context.endpoints) if context.kind else "none"
+        ms, status = round((time.monotonic() - context.begun) * 1000, 1), context.status
+        numbers = {"ms": ms, "outcome": outcome, "status": status, "received": context.received, "sent": context.sent}
+        log_event(logger, "request", id=context.id, endpoint=endpoint, **numbers)
 
 
 def _service_error(error: Exception, context: RequestContext) -> ServiceError:

@@ -20,8 +20,8 @@ from alignment.server.sessions import SessionOwners, cookie_of
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID, OWNERS = "alignment.request", "alignment.owners"
-"""Keys of the ASGI scope under which the middleware passes the request's id and the owners of sessions on."""
+REQUEST_ID, BEGUN, OWNERS = "alignment.request", "alignment.begun", "alignment.owners"
+"""Keys of the ASGI scope under which the middleware passes on a request's id and time, and the owners of sessions."""
 
 MAX_PATH = 4096  # characters
 _MAX_NAME = 255  # bytes of a part of a path
@@ -32,7 +32,7 @@ class GuardedBlocks(EventBlocks):
 
     async def handle_event(self, event: Event, proceed: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """Check an event, let Gradio process it, and log how long it took and how it ended."""
-        outcome, answer = "cancelled", {}
+        begun, outcome, answer = event.scope.get(BEGUN, time.monotonic()), "cancelled", {}
         try:
             _check(event)
             answer = await proceed()
@@ -50,7 +50,7 @@ class GuardedBlocks(EventBlocks):
             raise gr.Error(str(ServiceError("internal").error), print_exception=False) from error
         finally:
             if not answer.get("is_generating"):
-                ms = round((time.monotonic() - event.queued_at) * 1000, 1)
+                ms = round((time.monotonic() - begun) * 1000, 1)
                 request_id = event.scope.get(REQUEST_ID, "")
                 log_event(logger, "answer", id=request_id, endpoint=event.endpoint, ms=ms, outcome=outcome)
 

@@ -6,6 +6,7 @@ knows its path, and some are tools for developers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Literal
 
@@ -17,15 +18,24 @@ MCP = "/gradio_api/mcp"
 QUEUE_DATA = "/gradio_api/queue/data"
 UPLOAD = "/gradio_api/upload"
 
-_ASSETS = ("/assets/", "/static/", "/svelte/", "/thumbnails/")
-_START = "/gradio_api/startup-events"  # Gradio requests this from itself once it serves
-_FILES = (_START, "/theme.css", "/gradio_api/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon")
-_STATUS = ("/gradio_api/queue/status", "/scan")
-_PAGES = ("/", "/config", "/gradio_api/info", "/gradio_api/openapi.json")
-_STREAMS = ("/gradio_api/call/", HEARTBEAT)
-_CALLS = ("/gradio_api/call/", "/gradio_api/run/")
+_ROUTES: dict[str, RouteKind] = {
+    # method and address; Gradio requests startup-events from itself once it serves
+    r"(GET|HEAD) /(assets|static|svelte|thumbnails)/.*": "asset",
+    r"(GET|HEAD) /(theme\.css|favicon\.ico|manifest\.json|robots\.txt|pwa_icon|scan)": "asset",
+    r"(GET|HEAD) /gradio_api/(theme\.css|queue/status|startup-events)": "asset",
+    r"(GET|HEAD) /(config|gradio_api/info|gradio_api/openapi\.json)?": "page",
+    r"(GET|HEAD) /gradio_api/(queue/data|call/.*|heartbeat/.*)": "stream",
+    r"(GET|HEAD) /healthz": "health",
+    r"POST /gradio_api/(cancel|reset)": "asset",
+    r"POST /gradio_api/upload": "upload",
+    r"POST /gradio_api/(queue/join|call/.*|run/.*|mcp(/.*)?)": "call",
+    r"(?!POST).* /gradio_api/mcp(/.*)?": "stream",
+}
 
-OWN_NAMES = frozenset(path.split("/")[1] for path in (*_ASSETS, *_FILES, *_PAGES, "/healthz") if path != "/")
+OWN_NAMES = frozenset(
+    {"assets", "static", "svelte", "thumbnails", "config", "gradio_api", "healthz"}
+    | {"theme.css", "favicon.ico", "manifest.json", "robots.txt", "pwa_icon"}
+)
 """First parts of the addresses above; none may begin a root path."""
 
 
@@ -43,45 +53,18 @@ def strip_root_path(root_path: str, path: str) -> str | None:
 
 def route_kind(method: str, path: str) -> RouteKind | None:
     """Classify a request; None if there is nothing at its address."""
-    path = path.rstrip("/") or "/"
-    if path == "/healthz":
-        return "health" if method in ("GET", "HEAD") else None
-    if path == MCP or path.startswith(f"{MCP}/"):
-        return "call" if method == "POST" else "stream"
-    return _read(path) if method in ("GET", "HEAD") else _sent(path) if method == "POST" else None
-
-
-def _read(path: str) -> RouteKind | None:
-    if path.startswith(_ASSETS) or path in (*_FILES, *_STATUS):
-        return "asset"
-    if path in _PAGES:
-        return "page"
-    return "stream" if path.startswith(_STREAMS) or path == QUEUE_DATA else None
-
-
-def _sent(path: str) -> RouteKind | None:
-    if path == UPLOAD:
-        return "upload"
-    if path in ("/gradio_api/cancel", "/gradio_api/reset"):
-        return "asset"
-    return "call" if path.startswith(_CALLS) or path == "/gradio_api/queue/join" else None
+    request = f"{method} {path.rstrip('/') or '/'}"
+    return next((kind for pattern, kind in _ROUTES.items() if re.fullmatch(pattern, request, re.DOTALL)), None)
 
 
 def called_endpoint(path: str) -> str | None:
     """Return the API name in a call's address, such as "search_images"; None for other addresses."""
-    parts = [part for part in path.split("/") if part]
-    if parts[:1] != ["gradio_api"] or parts[1:2] not in (["call"], ["run"]):
-        return None
-    return next(iter(parts[3:] if parts[2:3] == ["v2"] else parts[2:]), "")
+    found = re.match(r"/+gradio_api/+(?:call|run)(?:$|/+(?:v2(?:$|/+))?([^/]*))", path)
+    return (found[1] or "") if found else None
 
 
 def log_name(path: str, endpoints: Collection[str]) -> str:
-    """Name what is requested, for the log; a name that the client made up becomes "other".
-
-    Args:
-        path: of the request.
-        endpoints: names of the API.
-    """
+    """Name what is requested, for the log; a name that is none of `endpoints` becomes "other"."""
     parts = [part for part in path.split("/") if part]
     if (endpoint := called_endpoint(path)) is not None:
         return f"{parts[1]}/{endpoint if endpoint in endpoints else 'other'}"

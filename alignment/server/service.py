@@ -25,21 +25,16 @@ from starlette.routing import Route
 from alignment import __version__
 from alignment.server.errors import ServiceError, Translate, in_english
 from alignment.server.gradio_internals import EventBlocks, QueueJanitor, blocks_of, limit_connections, queue_status
-from alignment.server.lifecycle import Lifecycle
-from alignment.server.malloc import trim
+from alignment.server.lifecycle import Lifecycle, trim_memory
 from alignment.server.middleware import RequestGuard
 from alignment.server.routes import UPLOAD
 from alignment.server.settings import Settings
-from alignment.server.upload_folder import expire_files
-from alignment.server.uploads import UploadQuota, receive_upload
+from alignment.server.uploads import UploadQuota, expire_files, receive_upload
 
 logger = logging.getLogger(__name__)
 
 CLEAN_UP_PERIOD_S = 10.0
-
-MAX_IDLE_SESSIONS = 2000
-"""Sessions with an answer that their client has not fetched."""
-
+MAX_IDLE_SESSIONS = 2000  # with an answer that their client has not fetched
 _ANSWER_AGE_S = 300.0  # for which an answer waits for a program to fetch it
 _MAX_SESSIONS = 10_000
 _CONNECTIONS_PER_REQUEST = 2  # a browser opens some ahead
@@ -49,12 +44,7 @@ class Service:
     """What stands around the page: limits before it, clean-up behind it."""
 
     def __init__(self, settings: Settings | None = None, folder: Path | None = None) -> None:
-        """Prepare it.
-
-        Args:
-            settings: its limits.
-            folder: of this process alone, where uploads lie; None where old files are not to be deleted.
-        """
+        """Apply the settings; `folder` is where uploads lie, None where old files are not to be deleted."""
         self.settings, self.folder = settings or Settings(), folder
         self.lifecycle, self.uploads = Lifecycle(), UploadQuota(self.settings)
         self.token = secrets.token_urlsafe(24)
@@ -78,26 +68,16 @@ class Service:
         settings, self.uploads = self.settings, UploadQuota(self.settings, max_file_mb)
         # Behind a reverse proxy all connections are the proxy's.
         limit_connections(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
-        guard = Middleware(
-            RequestGuard,
-            settings=settings,
-            lifecycle=self.lifecycle,
-            uploads=self.uploads,
-            token=self.token,
-            translate=translate,
-        )
-        ours = [
-            Route("/healthz", partial(self._health, describe)),
-            *(Route(path, receive_upload, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")),
-        ]
+        guard = Middleware(RequestGuard, settings, self.lifecycle, self.uploads, self.token, translate)
+        health = Route("/healthz", partial(self._health, describe))
+        upload = [Route(path, receive_upload, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
+        refuse = partial(_framework_error, translate)
         return {
             "app_kwargs": {
-                "routes": [*ours, *routes],
+                "routes": [health, *upload, *routes],
                 "middleware": [guard],
                 "lifespan": self._clean_up,
-                "exception_handlers": dict.fromkeys(
-                    (RequestValidationError, HTTPException), partial(_framework_error, translate)
-                ),
+                "exception_handlers": {RequestValidationError: refuse, HTTPException: refuse},
             },
             "root_path": settings.root_path,
             "state_session_capacity": _MAX_SESSIONS,
@@ -111,14 +91,9 @@ class Service:
         """Answer 200 while requests are taken, 503 when the service is stopping or broken."""
         queue = queue_status(blocks_of(request.scope))
         status = "stopping" if self.lifecycle.is_stopping else "broken" if queue.broken else "ok"
-        body = {
-            "status": status,
-            "version": __version__,
-            **describe(),
-            "uptime_s": round(time.monotonic() - self.lifecycle.since, 1),
-            "queue": queue.waiting,
-            "working": queue.active,
-        }
+        uptime_s = round(time.monotonic() - self.lifecycle.since, 1)
+        numbers = {"uptime_s": uptime_s, "queue": queue.waiting, "working": queue.active}
+        body = {"status": status, "version": __version__, **describe(), **numbers}
         return JSONResponse(body, 200 if status == "ok" else 503, {"Cache-Control": "no-store"})
 
     @asynccontextmanager
@@ -146,7 +121,7 @@ class Service:
                 if self.folder:
                     await run_sync(expire_files, self.folder, seconds)
                 self.uploads.collect_consumed()
-                await run_sync(trim)
+                await run_sync(trim_memory)
             except Exception:  # logged whole; the loop goes on, or uploads and sessions would pile up until a restart
                 logger.exception("A clean-up failed")
 

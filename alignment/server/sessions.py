@@ -41,11 +41,10 @@ def estimate_bytes(value: object) -> int:
         return len(value)
     if isinstance(value, Tensor):
         return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(estimate_bytes, value.values()))
-    if isinstance(value, tuple | list):
-        return sum(map(estimate_bytes, value))
-    return sum(map(estimate_bytes, vars(value).values())) if is_dataclass(value) else 0
+    if is_dataclass(value):
+        value = vars(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return sum(map(estimate_bytes, parts))
 
 
 class SessionOwners:

@@ -1,11 +1,14 @@
-"""Server, settings: the limits of the service, by option or by environment variable."""
+"""Server, settings: the limits of the service, by option or environment variable, and the address it is served at."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
+import socket
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from alignment.server.routes import OWN_NAMES
@@ -59,17 +62,17 @@ def variable(name: str) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting, whose default is its environment variable; `Settings.from_args` reads them."""
     group = parser.add_argument_group("service", "limits, for a page that others can reach; each has its variable")
+    kinds: dict[str, dict[str, Any]] = {
+        "float": {"type": partial(_amount, float), "metavar": "N"},
+        "int": {"type": partial(_amount, int), "metavar": "N"},
+        "str": {"metavar": "PATH"},
+    }
     for setting in fields(Settings):
-        kinds: dict[str, dict[str, Any]] = {
-            "float": {"type": _amount, "metavar": "N"},
-            "int": {"type": _count, "metavar": "N"},
-            "str": {"choices": LOGS} if setting.name == "log" else {"metavar": "PATH"},
-        }
         group.add_argument(
             f"--{setting.name.replace('_', '-')}",
             default=os.environ.get(variable(setting.name)) or _default(setting.name),
             help=f"{setting.metadata['help']} ({variable(setting.name)}; default: %(default)s)",
-            **kinds[str(setting.type)],
+            **({"choices": LOGS} if setting.name == "log" else kinds[str(setting.type)]),
         )
 
 
@@ -77,6 +80,16 @@ def _default(name: str) -> object:
     if name == "proxies" and os.environ.get("SPACE_ID"):
         return 1
     return os.environ.get("GRADIO_ROOT_PATH", "") if name == "root_path" else getattr(Settings, name)
+
+
+def _amount(kind: type[int] | type[float], text: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole number' if kind is int else 'number'} from 0 on")
+    return value
 
 
 def read_root_path(text: str) -> str:
@@ -94,15 +107,44 @@ def read_root_path(text: str) -> str:
     return path.rstrip("/")
 
 
-def _amount(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError("neither negative nor infinite")
-    return int(value) if value == int(value) else value
+# ---------------------------------------------------------------- host and port
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError("not negative")
-    return value
+def read_port(text: str) -> int:
+    """Parse a port number; for argparse."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: choose a number from 1 to 65535, such as 7860")
+    return int(text)
+
+
+def host_in_url(host: str) -> str:
+    """Write a host as in a URL: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def check_address(host: str, port: int) -> None:
+    """Make sure that the page can be served there.
+
+    Raises:
+        ValueError: when the host is no address of this machine, or the port is taken or not for this user.
+    """
+    bare = host.strip("[]")
+    try:
+        family = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
+            probe.bind((bare, port))
+    except OSError as error:
+        raise ValueError(_reason(error, host, port)) from error
+
+
+def _reason(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        other = port + 1 if port < 65535 else port - 1
+        return f"Port {port} is taken by another program, perhaps by this app: stop it, or say --port {other}."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"This user may not open port {port}: choose one from 1024 on, such as --port 7860."
+    return (
+        f"{host} is no address of this machine ({error.strerror}): --host is 127.0.0.1 for this machine alone, 0.0.0.0 "
+        "or :: for everybody, or one of its own addresses."
+    )

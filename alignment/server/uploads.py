@@ -1,4 +1,4 @@
-"""Server, uploads: quotas for each client and all of them, and a folder of random name for each request.
+"""Server, uploads: a folder of this process alone, quotas for each client and all of them, and the upload route.
 
 Place in the flow: `POST upload -> receive_upload (here) -> a folder of random name -> alignment.ui.uploads`. Gradio's
 own route stores a file under its hash: a client could find out whether another had sent a file, and two clients that
@@ -7,17 +7,21 @@ sent the same would share it, until the first one answered deleted it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from anyio.to_thread import run_sync
+from filelock import FileLock, Timeout
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -25,17 +29,20 @@ from starlette.responses import JSONResponse
 from starlette.types import Message
 
 from alignment.server.errors import ServiceError
+from alignment.server.gradio_internals import set_temp_folder
 from alignment.server.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 UPLOADS, CLIENT = "alignment.uploads", "alignment.client"
 """Keys of the ASGI scope under which the middleware passes the quota and the client's address on."""
 
 _MB = 2**20
-_STEP = _MB  # bytes that are reserved ahead of what arrives: an announced size reserves nothing
 _SPARE_MB = 200  # of the disk that stays free
-_MAX_BATCHES = 10_000  # however small; they are counted at each upload
+_MAX_BATCHES = 10_000  # however small
 _MAX_FILES = 1000  # in a request
 _MAX_NAME = 200  # bytes of a file's name on disk
+_PREFIX, _LOCK = "alignment-uploads-", ".lock"
 
 
 def upload_folder() -> Path:
@@ -43,14 +50,85 @@ def upload_folder() -> Path:
     return Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
 
 
-@dataclass
+# ---------------------------------------------------------------- the folder of this process
+
+
+@contextmanager
+def process_folder(base: Path | None = None) -> Iterator[Path]:
+    """Make a folder of random name for Gradio and all temporary files of this process, and delete it at the end.
+
+    Only this user may read it. Folders of processes that were killed are deleted first. A file lock, which the system
+    releases with its process, tells them from those of living ones, across containers too.
+
+    Args:
+        base: the folder it is made in; by default GRADIO_TEMP_DIR, else the system's temporary folder.
+
+    Raises:
+        OSError: when it cannot be made there.
+    """
+    variable, temp = os.environ.get("GRADIO_TEMP_DIR"), tempfile.tempdir
+    base = Path(base or variable or tempfile.gettempdir()).resolve()
+    base.mkdir(parents=True, exist_ok=True)
+    path, lock = _claim(base)
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(path)
+    inside = set_temp_folder(str(path))
+    _remove_orphans(base)
+    try:
+        yield path
+    finally:
+        set_temp_folder(inside)
+        del os.environ["GRADIO_TEMP_DIR"]
+        if variable is not None:
+            os.environ["GRADIO_TEMP_DIR"] = variable
+        tempfile.tempdir = temp
+        shutil.rmtree(path, ignore_errors=True)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _claim(base: Path) -> tuple[Path, FileLock]:
+    """Lock a new name, then make its folder; a process that removes orphans may take the lock first."""
+    while True:
+        path = base / f"{_PREFIX}{secrets.token_hex(8)}"
+        lock = FileLock(f"{path}{_LOCK}", timeout=0)
+        with suppress(Timeout):
+            lock.acquire()
+            if os.path.exists(lock.lock_file):
+                path.mkdir(mode=0o700)
+                return path, lock
+            lock.release()
+
+
+def _remove_orphans(base: Path) -> None:
+    for path in base.glob(f"{_PREFIX}*{_LOCK}"):
+        with suppress(Timeout, OSError):  # its process lives, another one deletes it, or it is another user's
+            with FileLock(path, timeout=0):
+                shutil.rmtree(path.with_name(path.name.removesuffix(_LOCK)), ignore_errors=True)
+                path.unlink(missing_ok=True)
+            logger.info("Deleted the uploads of a process that was killed")
+
+
+def expire_files(folder: Path, seconds: float) -> None:
+    """Delete files below a folder that were not read or written for so long, and folders that are empty by then."""
+    limit = time.time() - seconds
+    for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds comes before it
+        with suppress(OSError):  # it is gone, or not empty
+            status = path.lstat()
+            if max(status.st_mtime, status.st_atime, status.st_ctime) <= limit:
+                remove = path.rmdir if path.is_dir() and not path.is_symlink() else path.unlink
+                remove()
+
+
+# ---------------------------------------------------------------- quotas
+
+
+@dataclass(eq=False)
 class UploadBatch:
-    """The files of one request; `reserved` bytes have arrived or may arrive next."""
+    """The files of one request, as far as they have arrived."""
 
     client: str
     folder: Path
-    announced: int
-    reserved: int = 0
+    bytes: int = 0
     files: int = 1
     complete: bool = False
 
@@ -61,17 +139,12 @@ class UploadBatch:
 
 
 class UploadQuota:
-    """Limits on the files that wait to be read, per client and in all."""
+    """Limits on the files that wait to be read, per client and in all; used in the server's event loop only."""
 
     def __init__(self, settings: Settings, max_file_mb: int = 100) -> None:
-        """Make the quota.
-
-        Args:
-            settings: its limits.
-            max_file_mb: of one file.
-        """
         self.settings, self.max_file_mb = settings, max_file_mb
         self._batches: list[UploadBatch] = []
+        self._files, self._bytes = Counter[str](), Counter[str]()  # by client
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -80,29 +153,34 @@ class UploadQuota:
         """Forget batches that have been read, with their empty folders."""
         for batch in [batch for batch in self._batches if batch.is_consumed]:
             self.discard(batch)
+        self._files, self._bytes = +self._files, +self._bytes  # without clients that have nothing here
 
     def begin(self, client: str, announced: int) -> UploadBatch:
-        """Admit a request; raises ServiceError where the quota is used up."""
+        """Admit a request that announces so many bytes; raises ServiceError where the quota is used up."""
+        folder = upload_folder() / secrets.token_urlsafe(16)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._check(client, announced, is_new=True)
         except ServiceError:
             self.collect_consumed()
             self._check(client, announced, is_new=True)
-        batch = UploadBatch(client, upload_folder() / secrets.token_urlsafe(16), announced)
-        batch.folder.mkdir(parents=True, mode=0o700)
+        folder.mkdir(mode=0o700)
+        batch = UploadBatch(client, folder)
         self._batches.append(batch)
+        self._files[client] += batch.files
         return batch
 
-    def reserve(self, batch: UploadBatch, arrived: int) -> None:
-        """Count `arrived` bytes in all for a batch; raises ServiceError where that is too much."""
-        if arrived > batch.reserved:
-            more = max(arrived - batch.reserved, min(_STEP, batch.announced - batch.reserved))
-            self._check(batch.client, more)
-            batch.reserved += more
+    def count(self, batch: UploadBatch, arrived: int) -> None:
+        """Count bytes that have arrived for a batch; raises ServiceError where that is too much."""
+        batch.bytes += arrived
+        self._bytes[batch.client] += arrived
+        self._check(batch.client)
 
     def finish(self, batch: UploadBatch, sizes: list[int]) -> None:
         """Count the files that a request had; raises ServiceError where they are too many."""
-        batch.files, batch.reserved, batch.complete = len(sizes), sum(sizes), True
+        self.count(batch, sum(sizes) - batch.bytes)  # without the headers of the parts
+        self._files[batch.client] += len(sizes) - batch.files
+        batch.files, batch.complete = len(sizes), True
         if batch.files > self.settings.client_files:
             raise self._waiting()
 
@@ -110,23 +188,23 @@ class UploadQuota:
         """Forget a batch and delete its folder."""
         shutil.rmtree(batch.folder, ignore_errors=True)
         self._batches.remove(batch)
+        self._files[batch.client] -= batch.files
+        self._bytes[batch.client] -= batch.bytes
 
-    def _check(self, client: str, more: int, *, is_new: bool = False) -> None:
+    def _check(self, client: str, more: int = 0, *, is_new: bool = False) -> None:
         limits = self.settings
-        files, sizes = Counter[str](), Counter[str]()
-        for batch in self._batches:
-            files[batch.client] += batch.files
-            sizes[batch.client] += batch.reserved
-        if (is_new and files[client] >= limits.client_files) or sizes[client] + more > limits.client_mb * _MB:
+        has_many = is_new and self._files[client] >= limits.client_files
+        if has_many or self._bytes[client] + more > limits.client_mb * _MB:
             raise self._waiting()
-        upload_folder().mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(upload_folder()).free - _SPARE_MB * _MB
-        is_full = sizes.total() + more > limits.disk_mb * _MB or len(self._batches) > _MAX_BATCHES
-        if is_full or more > free:
+        is_full = self._bytes.total() + more > limits.disk_mb * _MB or len(self._batches) > _MAX_BATCHES
+        if is_full or shutil.disk_usage(upload_folder()).free < more + _SPARE_MB * _MB:
             raise ServiceError("service.full")
 
     def _waiting(self) -> ServiceError:
         return ServiceError("service.waiting", files=self.settings.client_files, limit=f"{self.settings.client_mb:g}")
+
+
+# ---------------------------------------------------------------- the route
 
 
 async def receive_upload(request: Request) -> JSONResponse:
@@ -138,7 +216,7 @@ async def receive_upload(request: Request) -> JSONResponse:
     announced = request.headers.get("content-length", "")
     batch = quota.begin(request.scope[CLIENT], int(announced) if announced.isdecimal() else 0)
     try:
-        files = await _parse(Request(request.scope, _counted(request, quota, batch)))
+        files = await _parse(request, quota, batch)
         paths = [await run_sync(_store, file, batch.folder, quota.max_file_mb) for file in files]
         quota.finish(batch, [path.stat().st_size for path in paths])
     except BaseException as error:
@@ -152,10 +230,23 @@ async def receive_upload(request: Request) -> JSONResponse:
     return JSONResponse([str(path) for path in paths])
 
 
-async def _parse(request: Request) -> list[UploadFile]:
+async def _parse(request: Request, quota: UploadQuota, batch: UploadBatch) -> list[UploadFile]:
+    """Count what arrives; refuse all but files, and a body without its closing boundary, of which a file is cut off."""
+    tail = b""
+
+    async def receive() -> Message:
+        nonlocal tail
+        message = await request.receive()
+        body = message.get("body", b"")
+        tail = (tail + body)[-4:]
+        quota.count(batch, len(body))
+        if message["type"] == "http.request" and not message.get("more_body") and not tail.rstrip().endswith(b"--"):
+            raise ServiceError("upload.lost")
+        return message
+
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ServiceError("upload.lost")
-    form = await request.form(max_files=_MAX_FILES, max_fields=0)
+    form = await Request(request.scope, receive).form(max_files=_MAX_FILES, max_fields=0)
     files = [part for name, part in form.multi_items() if name == "files" and isinstance(part, UploadFile)]
     if not files or len(files) != len(form.multi_items()):
         await form.close()
@@ -179,23 +270,6 @@ def _safe_name(name: str) -> str:
     """Return a name that any file system takes, with the suffix of the client's name."""
     cleaned = re.sub(r"[^\w.,() -]", "", PurePosixPath(name.replace("\\", "/")).name).strip(". ")
     return cleaned.encode()[-_MAX_NAME:].decode(errors="ignore") or "upload"
-
-
-def _counted(request: Request, quota: UploadQuota, batch: UploadBatch) -> Callable[[], Awaitable[Message]]:
-    """Reserve room for what arrives, and refuse a body without its closing boundary, of which a file is cut off."""
-    arrived, tail = 0, b""
-
-    async def receive() -> Message:
-        nonlocal arrived, tail
-        message = await request.receive()
-        body = message.get("body", b"")
-        arrived, tail = arrived + len(body), (tail + body)[-4:]
-        quota.reserve(batch, arrived)
-        if message["type"] == "http.request" and not message.get("more_body") and not tail.rstrip().endswith(b"--"):
-            raise ServiceError("upload.lost")
-        return message
-
-    return receive
 
 
 def _root_cause(error: BaseException) -> str:
