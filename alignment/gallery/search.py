@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -221,11 +221,6 @@ class Gallery:
         """The known languages of the captions."""
         return tuple(filter(None, self.texts.tags))
 
-    @property
-    def folders(self) -> Mapping[str, int]:
-        """Number of pictures in each folder, however deep; the tags that `search_images` takes."""
-        return self.images.tags
-
     def picture(self, name: str) -> Picture | None:
         """Fetch the record of a picture by its public name."""
         return self.pictures.find(name)
@@ -244,7 +239,7 @@ class Gallery:
         Args:
             text_embed: (embed_dim,) or (1, embed_dim), unit norm.
             k: how many.
-            tag: only the pictures of this folder compete, see `folders`; no match when there are none.
+            tag: only the pictures of this folder compete, see `Modality.tags`; no match when there are none.
 
         Raises:
             ValueError: on an embedding of another shape, or a negative k.
@@ -257,54 +252,62 @@ class Gallery:
 
     def rank_images(self, scores: Tensor, positions: Tensor, k: int, assess: Assess) -> SearchResult[Picture]:
         """Answer with the pictures at these positions, ranked by scores of any kind, (n,) both and best first."""
-        return _result(self.images, positions, scores, k, self._group(self.images, positions, k), assess)
+        ranked = self._grouped(self.images, lambda head: (scores[:head], positions[:head]), k, len(positions))
+        return _result(self.images, *ranked, k, assess)
 
     def _search(
         self, modality: Modality[Item], query: Tensor, k: int, direction: Direction, tag: str | None
     ) -> SearchResult[Item]:
-        if k < 0 or query.dim() > 2 or (query.dim() == 2 and len(query) != 1):
-            raise ValueError(f"A search takes one embedding and a k of at least 0, not {tuple(query.shape)} and {k}.")
-        query, count, head = query.reshape(-1), modality.count(tag), _GROUPED * k
-        while True:
-            scores, positions = modality.search(query, k, head, tag)
-            groups, head = self._group(modality, positions, k), head * _GROUPED
-            if not 0 < len(groups) < k or len(positions) >= min(count, _MAX_GROUPED):
-                break
+        query, count = query.reshape(-1), modality.count(tag)
+        ranked = self._grouped(modality, lambda head: modality.search(query, k, head, tag), k, count)
+        scores = ranked[0]
 
         @cache
         def shares() -> list[float]:
-            found = modality.search(query, k, max(len(positions), _HEAD), tag)[0]
+            found = modality.search(query, k, max(len(scores), _HEAD), tag)[0]
             scale, bias = self.metadata.logit_scale, self.metadata.logit_bias
             return modality.softmax(query, found, scale, bias, tag).tolist()
 
         def assess(places: list[int]) -> MatchConfidence | None:
             return None if self.judge is None else self.judge.assess(scores[places], query, direction, count)
 
-        return _result(modality, positions, scores, k, groups, assess, shares)
+        return _result(modality, *ranked, k, assess, shares)
 
-    def _group(self, modality: Modality[Item], positions: Tensor, k: int) -> list[list[int]]:
-        """Group near duplicates among ranked items, see `group_near_duplicates`; without a calibration none."""
-        unrelated = self.judge.cohort.unrelated_pictures if self.judge else None
-        if modality is self.texts:
-            threshold = SAME_CAPTION
-        elif unrelated is None:
-            return []
-        else:
+    def _grouped(
+        self, modality: Modality[Item], search: Callable[[int], tuple[Tensor, Tensor]], k: int, count: int
+    ) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Search so many results that k of them differ, as far as there are; without a calibration of pictures, 4k.
+
+        Args:
+            modality: of the items.
+            search: returns scores and positions of the best; called with how many.
+            k: how many that differ.
+            count: of all candidates.
+
+        Returns:
+            Scores, positions and groups of near duplicates, see `group_near_duplicates`.
+        """
+        head: int = _GROUPED * k
+        threshold = SAME_CAPTION
+        if modality is self.images:
+            unrelated = self.judge.cohort.unrelated_pictures if self.judge else None
+            if unrelated is None:
+                return *search(head), []
             threshold = 1 - NEAR_DUPLICATE_DISTANCE * (1 - unrelated)
-        considered, most = _GROUPED * k, min(len(positions), _MAX_GROUPED)
         while True:
-            groups = group_near_duplicates(modality[positions[:considered]], k, threshold)
-            if len(groups) >= k or considered >= most:
-                return groups
-            considered = min(considered * _GROUPED, most)
+            scores, positions = search(head)
+            groups = group_near_duplicates(modality[positions], k, threshold)
+            if len(groups) >= k or head >= min(count, _MAX_GROUPED):
+                return scores, positions, groups
+            head = min(head * _GROUPED, _MAX_GROUPED)
 
 
 def _result(
     modality: Modality[Item],
-    positions: Tensor,
     scores: Tensor,
-    k: int,
+    positions: Tensor,
     groups: list[list[int]],
+    k: int,
     assess: Assess,
     shares: Callable[[], Sequence[float]] | None = None,
 ) -> SearchResult[Item]:
@@ -324,7 +327,6 @@ def _result(
     }
     best = tuple(match for place, match in matches.items() if place < k)
     there = (tuple(matches[place] for place in group if place in matches) for group in groups)
-    duplicates = tuple(filter(None, there))
-    if says is None:
-        return SearchResult(best, duplicates=duplicates)
-    return SearchResult(best, says.verdict, says.p_any_match, duplicates=duplicates)
+    return SearchResult(
+        best, says.verdict if says else None, says.p_any_match if says else None, duplicates=tuple(filter(None, there))
+    )
