@@ -100,13 +100,9 @@ class Remote:
     def push(
         self, database: GalleryDatabase, progress: Progress = lambda *done: None, *, dry_run: bool = False
     ) -> list[str]:
-        """Bring the server up to date, or only say what would change.
+        """Bring the server up to date, or only say what would change; returns a line on each collection.
 
-        Returns:
-            Sentences, one on each collection.
-
-        Raises:
-            ValueError: if a collection is of another gallery, or this one is rebuilt meanwhile.
+        ValueError if a collection is of another gallery, or this one is rebuilt meanwhile.
         """
         says, fingerprint = [], database.metadata.fingerprint
         for kind, ids in ((kind, database.ids(kind)) for kind in KINDS if len(database.ids(kind))):
@@ -261,8 +257,7 @@ def add_push(commands: Any) -> None:
 
 def _run_push(args: argparse.Namespace) -> int:
     with closing(GalleryDatabase.open(Path(args.gallery))) as database:
-        remote, fingerprint = Remote.of(args.index, args.gallery, args.index_name), database.metadata.fingerprint
-        assert remote is not None  # the option is required
+        remote, fingerprint = _remote(args), database.metadata.fingerprint
         if args.drop:
             for name, count in remote.drop(fingerprint).items():
                 print(f"{name}: deleted, {count} rows")
@@ -278,12 +273,16 @@ def _run_push(args: argparse.Namespace) -> int:
 
 
 def _run_pull(args: argparse.Namespace) -> int:
-    remote = Remote.of(args.index, args.gallery, args.index_name)
-    assert remote is not None  # the option is required
     with _progress_bar() as show:
-        pictures, captions = remote.pull(show)
+        pictures, captions = _remote(args).pull(show)
     print(f"{args.gallery}: {pictures} pictures and {captions} captions are here again")
     return 0
+
+
+def _remote(args: argparse.Namespace) -> Remote:
+    remote = Remote.of(args.index, args.gallery, args.index_name)
+    assert remote is not None  # the option is required
+    return remote
 
 
 @contextmanager

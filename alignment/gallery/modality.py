@@ -62,10 +62,8 @@ class Modality(Generic[Item]):
     def open(cls, database: GalleryDatabase, kind: Kind, remote: Remote | None = None) -> Modality[Item]:
         """Open the items of a gallery: from its index, from a server, or, if they are few, in memory.
 
-        Raises:
-            KeyError: when another process replaced the gallery meanwhile.
-            ValueError: when it is damaged, or the server holds other items.
-            OSError: when the server does not answer.
+        KeyError when another process replaced the gallery meanwhile, ValueError when it is damaged or the server holds
+        other items, OSError when the server does not answer.
         """
         ids, missing = database.ids(kind), missing_pictures(database) if kind == "picture" else []
         positions = (~torch.isin(ids, torch.tensor(missing))).nonzero().flatten() if missing else None
@@ -137,14 +135,7 @@ class Modality(Generic[Item]):
 
         Among more than `LARGE` candidates only those found are weighed exactly, the rest by a sample. Among 50,000
         pictures and with 128 found, the median relative error is 7 % for the compact model and 1 % for a model with
-        CLIP's `logit_scale`.
-
-        Args:
-            query: (embed_dim,).
-            found: cosines of the best candidates, best first; the result has their shape.
-            scale: the model's `logit_scale`.
-            bias: the model's `logit_bias`; None for a softmax.
-            tag: of the candidates.
+        CLIP's `logit_scale`. `found` are the cosines of the best candidates, best first; the result has their shape.
         """
         count = self.count(tag)
         if bias is None and is_large(count) and len(found):
@@ -196,11 +187,7 @@ def _open_index(database: GalleryDatabase, kind: Kind, *, write: bool) -> LocalI
 
 
 def write_index(database: GalleryDatabase, kind: Kind) -> None:
-    """Write the index of more than `EXACT_ROWS` items, unless it is up to date; delete that of fewer.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
+    """Write the index of more than `EXACT_ROWS` items, unless it is up to date; delete that of fewer; or OSError."""
     if len(database.ids(kind)) > EXACT_ROWS:
         _open_index(database, kind, write=True)
     else:

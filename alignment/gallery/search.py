@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -37,9 +38,7 @@ JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighb
 `tests/benchmarks/composition.py`).
 """
 
-SAME_CAPTION = 0.9
-"""Cosine of two captions' embeddings from which they are near duplicates."""
-
+SAME_CAPTION = 0.9  # cosine from which two captions are near duplicates
 _HEAD = 128  # results that are weighed exactly where the softmax is an estimate
 _GROUPED, _MAX_GROUPED = 4, 1000  # results searched for near duplicates: times k, or more if too few differ; at most
 _TRIES = 10  # to open a gallery that other processes replace
@@ -111,27 +110,25 @@ class Gallery:
 
     Attributes:
         images, texts: pictures and captions by position.
+        pictures, captions: their records.
         metadata: the model they belong to.
         judge: computes match probabilities; None in galleries built without a calibration.
         database: holds records and thumbnails; None for a gallery in memory.
+        folder: of the database.
     """
 
     def __init__(
-        self,
-        pictures: Sequence[Picture],
-        captions: Sequence[Caption],
-        image_embeds: Tensor | Modality[Picture],
-        text_embeds: Tensor | Modality[Caption],
-        metadata: GalleryMetadata,
-        *,
-        judge: MatchCalibrator | None = None,
+        self, pictures: Sequence[Picture], captions: Sequence[Caption], image_embeds: Tensor | Modality[Picture],
+        text_embeds: Tensor | Modality[Caption], metadata: GalleryMetadata, *, judge: MatchCalibrator | None = None,
         database: GalleryDatabase | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Combine modalities that are open, or hold records and their embeddings in memory, see `Modality`."""
         self.images = image_embeds if isinstance(image_embeds, Modality) else Modality.in_memory(pictures, image_embeds)
         self.texts = text_embeds if isinstance(text_embeds, Modality) else Modality.in_memory(captions, text_embeds)
+        self.pictures: Records[Picture] = self.images.items
+        self.captions: Records[Caption] = self.texts.items
         self.metadata = replace(metadata, num_pictures=len(self.images), num_captions=len(self.texts))
-        self.judge, self.database = judge, database
+        self.judge, self.database, self.folder = judge, database, database.folder if database else None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder, remote: Remote | None = None) -> Gallery:
@@ -140,7 +137,7 @@ class Gallery:
         Args:
             folder: the gallery's.
             encoder: the model in use.
-            remote: the server that is searched; the index of the folder if left out.
+            remote: the server that is searched, instead of the index of the folder.
 
         Raises:
             FileNotFoundError: when there is none.
@@ -148,10 +145,8 @@ class Gallery:
             OSError: when the server does not answer or refuses the connection.
         """
         for _ in range(_TRIES):
-            try:
+            with suppress(KeyError):  # another process replaced the gallery meanwhile
                 return cls._load(GalleryDatabase.open(Path(folder), encoder.name), encoder, remote)
-            except KeyError:  # another process replaced the gallery meanwhile
-                continue
         raise ValueError(f"The gallery in {folder} was replaced {_TRIES} times while it was opened.")
 
     @classmethod
@@ -181,30 +176,10 @@ class Gallery:
         thumbnail = self.database.thumbnail if self.database else lambda picture: None
         with exclusive_lock(Path(folder)):
             write_gallery(
-                Path(folder),
-                self.pictures,
-                self.captions,
+                Path(folder), self.pictures, self.captions,
                 {"picture": self.images.batches(), "caption": self.texts.batches()},
-                self.images.index.embed_dim,
-                self.metadata,
-                cohort,
-                thumbnail,
-            )
-
-    @property
-    def pictures(self) -> Records[Picture]:
-        """Records of the pictures by position; they are read when indexed."""
-        return self.images.items
-
-    @property
-    def captions(self) -> Records[Caption]:
-        """Records of the captions by position; they are read when indexed."""
-        return self.texts.items
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder of the gallery; None for one in memory."""
-        return self.database.folder if self.database else None
+                self.images.index.embed_dim, self.metadata, cohort, thumbnail,
+            )  # fmt: skip
 
     @property
     def image_embeds(self) -> Tensor:
@@ -237,12 +212,9 @@ class Gallery:
         """Find the k pictures that fit a caption best; fewer where the gallery holds fewer.
 
         Args:
-            text_embed: (embed_dim,) or (1, embed_dim), unit norm.
+            text_embed: (embed_dim,) or (1, embed_dim), unit norm; ValueError on another shape, or a negative k.
             k: how many.
             tag: only the pictures of this folder compete, see `Modality.tags`; no match when there are none.
-
-        Raises:
-            ValueError: on an embedding of another shape, or a negative k.
         """
         return self._search(self.images, text_embed, k, "text_to_image", tag)
 
@@ -276,16 +248,10 @@ class Gallery:
     def _grouped(
         self, modality: Modality[Item], search: Callable[[int], tuple[Tensor, Tensor]], k: int, count: int
     ) -> tuple[Tensor, Tensor, list[list[int]]]:
-        """Search so many results that k of them differ, as far as there are; without a calibration of pictures, 4k.
+        """Search until k results differ, or there are no more, and group near duplicates.
 
-        Args:
-            modality: of the items.
-            search: returns scores and positions of the best; called with how many.
-            k: how many that differ.
-            count: of all candidates.
-
-        Returns:
-            Scores, positions and groups of near duplicates, see `group_near_duplicates`.
+        Pictures are not grouped without a calibration. `search` returns the scores and positions of as many of the
+        `count` candidates as it is asked for; both are returned with the groups, see `group_near_duplicates`.
         """
         head: int = _GROUPED * k
         threshold = SAME_CAPTION
@@ -303,30 +269,24 @@ class Gallery:
 
 
 def _result(
-    modality: Modality[Item],
-    scores: Tensor,
-    positions: Tensor,
-    groups: list[list[int]],
-    k: int,
-    assess: Assess,
+    modality: Modality[Item], scores: Tensor, positions: Tensor, groups: list[list[int]], k: int, assess: Assess,
     shares: Callable[[], Sequence[float]] | None = None,
-) -> SearchResult[Item]:
+) -> SearchResult[Item]:  # fmt: skip
     """Build the answer of a ranking; groups and what is assessed are places in it."""
-    places = sorted(set(range(min(k, len(positions)))).union(*groups))
-    items = dict(zip(places, modality.items.fetch(positions[places].tolist()), strict=True))
-    places = [place for place in places if items[place] is not None]  # the others are no longer in the gallery
-    if not places:
+    wanted = sorted(set(range(min(k, len(positions)))).union(*groups))
+    fetched = zip(wanted, modality.items.fetch(positions[wanted].tolist()), strict=True)
+    items: dict[int, Item] = {place: item for place, item in fetched if item is not None}  # None: deleted meanwhile
+    if not items:
         return SearchResult((), "nothing_close")
+    places = list(items)
     says = assess(places)
-    chances: list[float | None] = says.probabilities.tolist() if says else [None] * len(places)
-    verdicts: Sequence[Verdict | None] = says.verdicts if says else [None] * len(places)
+    chances: list[float | None] = says.probabilities.tolist() if says else [None] * len(items)
+    verdicts: Sequence[Verdict | None] = says.verdicts if says else [None] * len(items)
     matches = {
-        place: Match(place + 1, item, score, chance, verdict, shares)
+        place: Match(place + 1, items[place], score, chance, verdict, shares)
         for place, score, chance, verdict in zip(places, scores[places].tolist(), chances, verdicts, strict=True)
-        if (item := items[place]) is not None
     }
     best = tuple(match for place, match in matches.items() if place < k)
     there = (tuple(matches[place] for place in group if place in matches) for group in groups)
-    return SearchResult(
-        best, says.verdict if says else None, says.p_any_match if says else None, duplicates=tuple(filter(None, there))
-    )
+    verdict, chance = (says.verdict, says.p_any_match) if says else (None, None)
+    return SearchResult(best, verdict, chance, duplicates=tuple(filter(None, there)))

@@ -21,16 +21,10 @@ _ALL_IN_FLOAT64 = 4  # times k: so few rows are scored without a float32 pass
 
 
 def rank(rows: Floats, query: NDArray[np.float64], k: int, chosen: NDArray[np.int64] | None = None) -> Ranking:
-    """Rank rows for a query, best first, ties by lower position.
+    """Find the k best of unit-norm rows, (n, embed_dim) of any floating type, or of those at the chosen positions.
 
-    Args:
-        rows: (n, embed_dim), unit-norm, float16, float32 or float64.
-        query: (embed_dim,).
-        k: how many; clipped to the number of rows that compete.
-        chosen: positions of the rows that compete, in any order; all of them if left out.
-
-    Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1, for the error of a float32 sum in
-    whatever order.
+    Best first, ties by lower position. Source of the error of a float32 sum in whatever order: Higham, Accuracy and
+    Stability of Numerical Algorithms, section 3.1.
     """
     positions = np.arange(len(rows)) if chosen is None else chosen
     if len(positions) > _ALL_IN_FLOAT64 * k > 0:

@@ -38,12 +38,7 @@ class LocalIndex(VectorIndex):
     write = staticmethod(quantized.write)
 
     def __init__(self, embeds: Tensor, tagged: Callable[[str], Tensor] | None = None) -> None:
-        """Index embeddings in memory, without a copy.
-
-        Args:
-            embeds: (n, embed_dim), unit-norm, float16, float32 or float64; n may be 0.
-            tagged: returns the positions of the rows that carry a tag; if left out, no row carries any.
-        """
+        """Index unit-norm embeddings, (n, embed_dim), without a copy; `tagged` lists the positions that carry a tag."""
         self._rows, self.embed_dim = embeds.numpy(), embeds.shape[1]
         self._tagged = tagged or (lambda tag: torch.empty(0, dtype=torch.int64))
         self._carriers = lru_cache(_CACHED_TAGS)(self._find_carriers)
@@ -51,12 +46,7 @@ class LocalIndex(VectorIndex):
 
     @classmethod
     def open(cls, path: Path, stamp: str, tagged: Callable[[str], Tensor] | None = None) -> LocalIndex:
-        """Map a file that `write` wrote with this stamp; takes some milliseconds at 1,000,000 rows.
-
-        Raises:
-            FileNotFoundError: when there is no file.
-            ValueError: when it is damaged, or was written with another stamp.
-        """
+        """Map a file; FileNotFoundError if there is none, ValueError if it is damaged or has another stamp."""
         file = quantized.QuantizedFile(path, stamp)
         index = cls(torch.from_numpy(file.rows), tagged)
         index._file = file

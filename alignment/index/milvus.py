@@ -38,15 +38,18 @@ _SESSION, _STRONG = "Session", "Strong"  # a read sees the writes of this connec
 
 
 class MilvusIndex(VectorIndex):
-    """A collection on a Milvus server, with the texts `about` that were stored when it was created."""
+    """A collection on a Milvus server, with the texts `about` that were stored when it was created.
+
+    It has a connection, and cannot be used after `close`.
+    """
 
     def __init__(self, server: Server, name: str) -> None:
         """Open a collection and have the server load it; errors as of `Connection.call`.
 
-        Raises:
-            ValueError: if another program made it, or pymilvus is not installed.
+        ValueError if another program made it, or pymilvus is not installed.
         """
         self.name, self._connection = name, Connection(server)
+        self.close = self._connection.close
         try:
             described = self._connection.call("describe_collection", name)
             self.about, self.embed_dim = read_description(described, f"The collection {name} at {server.uri}")
@@ -72,10 +75,6 @@ class MilvusIndex(VectorIndex):
             index.add_index("embed", index_type="AUTOINDEX", metric_type="IP", params={})
             connection.call("create_collection", name, schema=schema, index_params=index, timeout=LOAD_TIMEOUT_S)
         return cls(server, name)
-
-    def close(self) -> None:
-        """Close the connection; the index cannot be used afterwards."""
-        self._connection.close()
 
     def __len__(self) -> int:
         return self._count("", _STRONG)

@@ -65,37 +65,31 @@ class QuantizedFile:
         self.depth, self._nprobe = int(header["depth"]), int(header["nprobe"])
 
     @cached_property
-    def _index(self) -> Any:
-        """The faiss index; loaded at the first search, since importing faiss takes longer than opening."""
+    def _index(self) -> tuple[Any, Any, Tensor]:
+        """The faiss index, its lists and its projection; importing faiss takes longer than opening a file."""
         import faiss
 
-        return faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(self._data), len(self._data)))
-
-    @cached_property
-    def _projection(self) -> Tensor:
-        return torch.from_numpy(_projection(self._index))
+        index = faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(self._data), len(self._data)))
+        return index, faiss.extract_index_ivf(index), torch.from_numpy(_projection(index))
 
     def candidates(
         self, query: NDArray[np.float64], depth: int, count: int, bits: NDArray[np.uint8] | None = None
     ) -> Ranking:
-        """Find rows that score high by their codes.
+        """Find at most `depth` rows that score high by their codes: scores, which are not cosines, and positions.
 
         Args:
             query: (embed_dim,).
             depth: how many.
             count: of the rows that compete; the fewer do, the more lists are visited.
             bits: one per row, the lowest first, set if the row competes; all do if left out.
-
-        Returns:
-            Quantised scores, which are not cosines, and positions, both (at most depth,), best first.
         """
         import faiss
 
-        lists = faiss.downcast_index(self._index.index)
+        _, lists, projection = self._index
         visited = max(self._nprobe * len(self.rows), 2 * depth * lists.nlist) // count
         selector = None if bits is None else faiss.IDSelectorBitmap(bits)
         asked = faiss.SearchParametersIVF(nprobe=min(max(visited, 1), lists.nlist), sel=selector)
-        projected = torch.mv(self._projection, torch.from_numpy(query.astype(np.float32)))
+        projected = torch.mv(projection, torch.from_numpy(query.astype(np.float32)))
         looks, near = lists.search(projected[None].numpy(), depth, params=asked)
         there = (near[0] >= 0) & (near[0] < len(self.rows))  # the codes of a damaged file may name others
         return looks[0][there], near[0][there]
@@ -114,16 +108,10 @@ def _projection(index: Any) -> NDArray[np.float32]:
 
 
 def write(path: Path, batches: Iterable[Tensor], stamp: str) -> None:
-    """Write a file atomically, in the place of the one that is there.
+    """Write unit-norm embeddings, batches of (n, embed_dim), and replace the old file at the end.
 
-    Args:
-        path: of the file.
-        batches: embeddings, unit-norm, (n, embed_dim) each and one row at least; kept as float16.
-        stamp: says what they were made of; `LocalIndex.open` asks for it.
-
-    Raises:
-        OSError: when it cannot be written.
-        ValueError: when an embedding is not finite.
+    The stamp says what they were made of; `LocalIndex.open` asks for it. OSError when the file cannot be written,
+    ValueError when an embedding is not finite.
     """
     import faiss
 
@@ -135,12 +123,12 @@ def write(path: Path, batches: Iterable[Tensor], stamp: str) -> None:
                 raise ValueError("Embeddings must be finite.")
             file.write(rows.data)
         file.flush()
-        shape = (file.tell() - _PAGE) // (2 * rows.shape[1]), rows.shape[1]
-        index, nprobe, depth = _train(np.memmap(temp, np.float16, "c", _PAGE, shape))
+        count, embed_dim = (file.tell() - _PAGE) // (2 * rows.shape[1]), rows.shape[1]
+        index, nprobe, depth = _train(np.memmap(temp, np.float16, "c", _PAGE, (count, embed_dim)))
         data = faiss.serialize_index(index)
         file.write(data)
-        head = len(data) - shape[0] * (faiss.extract_index_ivf(index).code_size + 8)  # codes and positions come last
-        header = {"format": _FORMAT, "stamp": stamp, "count": shape[0], "embed_dim": shape[1], "size": file.tell()}
+        head = len(data) - count * (faiss.extract_index_ivf(index).code_size + 8)  # codes and positions come last
+        header = {"format": _FORMAT, "stamp": stamp, "count": count, "embed_dim": embed_dim, "size": file.tell()}
         header |= {"nprobe": nprobe, "depth": depth, "head": head, "head_crc": zlib.crc32(data[:head])}
         page = json.dumps(header).encode().ljust(_PAGE - 8)
         file.seek(0)

@@ -38,17 +38,13 @@ class VectorIndex(ABC):
         """Find the k rows closest to a query, best first, ties by lower id.
 
         Args:
-            query: (embed_dim,), unit-norm.
-            k: how many; clipped to the number of rows that compete.
-            tag: only rows that carry it compete; none do if no row carries it.
-            extra: how many more to return after these; a better one than these may be missing. They cost next to
-                nothing.
+            query: (embed_dim,), unit-norm; ValueError on another shape, or a negative k or extra.
+            k: how many.
+            tag: only rows that carry it compete.
+            extra: more to return after these, for next to nothing; a better one than these may be missing.
 
         Returns:
             Cosines float32 and ids int64, both (k + extra,) or as many as compete.
-
-        Raises:
-            ValueError: on a query of another shape, or a negative k or extra.
         """
         if query.shape != (self.embed_dim,) or min(k, extra) < 0:
             raise ValueError(
