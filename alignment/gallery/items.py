@@ -77,7 +77,7 @@ class StoredRecords(Records[Item]):
     def fetch(self, positions: Sequence[int]) -> list[Item | None]:
         """See `Records`."""
         try:
-            return list(self._read(self._ids[list(positions)].tolist()))
+            return list(self._read(self._ids.numpy()[list(positions)].tolist()))  # numpy: less overhead
         except KeyError:
             return [None] if len(positions) == 1 else [self.fetch([position])[0] for position in positions]
 

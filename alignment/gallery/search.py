@@ -13,8 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Generic, TypeAlias
+from typing import Any, Generic, TypeAlias
 
+import torch
 from torch import Tensor
 
 from alignment.atomic import exclusive_lock
@@ -241,7 +242,8 @@ class Gallery:
             return modality.softmax(query, found, scale, bias, tag).tolist()
 
         def assess(places: list[int]) -> MatchConfidence | None:
-            return None if self.judge is None else self.judge.assess(scores[places], query, direction, count)
+            rated = torch.tensor(_pick(scores, places))
+            return None if self.judge is None else self.judge.assess(rated, query, direction, count)
 
         return _result(modality, *ranked, k, assess, shares)
 
@@ -274,7 +276,7 @@ def _result(
 ) -> SearchResult[Item]:  # fmt: skip
     """Build the answer of a ranking; groups and what is assessed are places in it."""
     wanted = sorted(set(range(min(k, len(positions)))).union(*groups))
-    fetched = zip(wanted, modality.items.fetch(positions[wanted].tolist()), strict=True)
+    fetched = zip(wanted, modality.items.fetch(_pick(positions, wanted)), strict=True)
     items: dict[int, Item] = {place: item for place, item in fetched if item is not None}  # None: deleted meanwhile
     if not items:
         return SearchResult((), "nothing_close")
@@ -284,9 +286,15 @@ def _result(
     verdicts: Sequence[Verdict | None] = says.verdicts if says else [None] * len(items)
     matches = {
         place: Match(place + 1, items[place], score, chance, verdict, shares)
-        for place, score, chance, verdict in zip(places, scores[places].tolist(), chances, verdicts, strict=True)
+        for place, score, chance, verdict in zip(places, _pick(scores, places), chances, verdicts, strict=True)
     }
     best = tuple(match for place, match in matches.items() if place < k)
     there = (tuple(matches[place] for place in group if place in matches) for group in groups)
     verdict, chance = (says.verdict, says.p_any_match) if says else (None, None)
     return SearchResult(best, verdict, chance, duplicates=tuple(filter(None, there)))
+
+
+def _pick(values: Tensor, places: list[int]) -> list[Any]:
+    """Take a few values out of some dozens; a tensor indexed by a list takes seventy times as long."""
+    found = values.tolist()
+    return [found[place] for place in places]

@@ -27,7 +27,7 @@ from torch import Tensor
 from alignment.atomic import atomic_write
 from alignment.index.vector_index import Floats, Ranking
 
-TARGET_RECALL = 0.9995
+TARGET_RECALL = 0.9975
 """Share of the exact best ten of these queries that must be among the candidates."""
 
 _FORMAT, _READABLE = 2, (1, 2)  # 1 had two more checksums
