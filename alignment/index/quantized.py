@@ -28,7 +28,10 @@ from alignment.atomic import atomic_write
 from alignment.index.vector_index import Floats, Ranking
 
 TARGET_RECALL = 0.9975
-"""Share of the exact best ten of these queries that must be among the candidates."""
+"""Share of the exact best ten of these queries that the candidates must hold, and of those the visited lists.
+
+So at least .995 are found. Of 1,200 captions asked of mixtures of pictures: .9997 among 10,000, all among 100,000.
+"""
 
 _FORMAT, _READABLE = 2, (1, 2)  # 1 had two more checksums
 _PAGE = 4096
