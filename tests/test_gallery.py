@@ -104,7 +104,7 @@ def test_an_empty_side_finds_nothing() -> None:
 
 @pytest.mark.parametrize(("query", "k"), [(torch.zeros(2, 2), 1), (torch.zeros(3), 1), (torch.zeros(2), -1)])
 def test_queries_that_do_not_fit_are_refused(query: torch.Tensor, k: int) -> None:
-    with pytest.raises(ValueError, match=r"one embedding|num_queries"):
+    with pytest.raises(ValueError, match="one embedding"):
         by_hand().search_images(query, k)
 
 

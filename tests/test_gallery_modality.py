@@ -101,9 +101,9 @@ def test_the_index_answers_as_the_search_of_all_in_memory(saved: Path, tag: str 
 
 def test_folders_and_languages_are_counted_alike(saved: Path) -> None:
     loaded, made = load(saved), gallery()
-    assert dict(loaded.folders) == dict(made.folders)
-    assert loaded.folders["trip 2"] == sum(picture.source.startswith("trip 2/") for picture in pictures(MANY))
-    assert "" not in loaded.folders
+    assert dict(loaded.images.tags) == dict(made.images.tags)
+    assert loaded.images.tags["trip 2"] == sum(picture.source.startswith("trip 2/") for picture in pictures(MANY))
+    assert "" not in loaded.images.tags
     assert loaded.languages == ("en", "zh")
     assert [side.texts.count("") for side in (loaded, made)] == [6, 6]
 
@@ -130,9 +130,8 @@ def test_duplicates_are_listed_beside_more_results_that_differ() -> None:
 
 def test_rows_of_no_item_are_skipped_in_favour_of_items() -> None:
     embeds = unit(60, DIM)
-    index = LocalIndex(torch.arange(60) * 7, embeds)
     kept = torch.arange(0, 60, 3)
-    modality: Modality[Picture] = Modality(gallery(20).pictures, index, kept * 7)
+    modality: Modality[Picture] = Modality(gallery(20).pictures, LocalIndex(embeds), kept)
     scores, positions = modality.search(embeds[1], 10, 15)
     expected = (embeds[kept] @ embeds[1]).sort(descending=True)
     assert positions.tolist()[:10] == expected.indices[:10].tolist()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from index_contract import unit
+from index_contract import search_all, unit
 from torch import Tensor
 
 from alignment.index import EXACT_ROWS, LocalIndex, exact, quantized
@@ -49,10 +49,9 @@ def recall(found: Tensor, embeds: Tensor, queries: Tensor, candidates: Sequence[
 
 
 def stored(folder: Path, embeds: Tensor, tagged: Callable[[str], Tensor] | None = None) -> LocalIndex:
-    """Write an index of ids 0, 1, 2, ... and open it."""
-    ids, path = torch.arange(len(embeds)), folder / "index.faiss"
-    LocalIndex.write(path, [(ids, embeds)], len(embeds), embeds.shape[1], "stamp")
-    return LocalIndex.open(path, ids, "stamp", tagged=tagged)
+    """Write an index and open it."""
+    LocalIndex.write(folder / "index.faiss", [embeds], "stamp")
+    return LocalIndex.open(folder / "index.faiss", "stamp", tagged)
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +77,23 @@ def large(many: Tensor, tmp_path_factory: pytest.TempPathFactory) -> LocalIndex:
     data=st.data(),
 )
 def test_search_equals_the_slow_reference(count: int, num_queries: int, k: int, seed: int, data: st.DataObject) -> None:
-    # Rows are drawn from a few distinct ones, so most examples are full of ties; ids are in another order than rows.
+    # Rows are drawn from a few distinct ones, so most examples are full of ties.
     generator = torch.Generator().manual_seed(seed)
     embeds = unit(5, 6, seed)[torch.randint(5, (count,), generator=generator)]
-    ids, queries = torch.randperm(count, generator=generator), unit(num_queries, 6, seed + 1)
+    queries = unit(num_queries, 6, seed + 1)
     candidates = sorted(data.draw(st.sets(st.integers(0, count - 1))))
-    index = LocalIndex(ids, embeds[ids], tagged=lambda tag: torch.tensor(candidates, dtype=torch.int64))
-    assert index.search(queries, k)[1].tolist() == [slow_search(embeds, query, k) for query in queries]
-    found = index.search(queries, k, tag="some")[1]
+    index = LocalIndex(embeds, lambda tag: torch.tensor(candidates, dtype=torch.int64))
+    assert search_all(index, queries, k)[1].tolist() == [slow_search(embeds, query, k) for query in queries]
+    found = search_all(index, queries, k, tag="some")[1]
     assert found.tolist() == [slow_search(embeds, query, k, candidates) for query in queries]
 
 
 @pytest.mark.parametrize("k", [1, 20, 52, 53])
 def test_blocks_change_nothing(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    index, queries = LocalIndex(torch.arange(53), unit(53)), unit(11, seed=1)
-    expected = index.search(queries, k)
+    index, queries = LocalIndex(unit(53)), unit(11, seed=1)
+    expected = search_all(index, queries, k)
     monkeypatch.setattr(exact, "BLOCK_ROWS", 7)
-    assert all(torch.equal(*pair) for pair in zip(index.search(queries, k), expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(search_all(index, queries, k), expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -102,46 +101,30 @@ def test_blocks_change_nothing(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_duplicates_tie_exactly_and_are_listed_by_id(dtype: torch.dtype, k: int) -> None:
     # 5,003 copies cross a block's edge and leave a remainder, where float32 kernels drift in the last bit.
     embeds = unit(1, 512).to(dtype).expand(5003, 512).contiguous()
-    scores, ids = LocalIndex(torch.arange(5003), embeds).search(unit(3, 512, seed=1), k)
+    scores, ids = search_all(LocalIndex(embeds), unit(3, 512, seed=1), k)
     assert ids.tolist() == [list(range(k))] * 3
     assert all(len(row.unique()) == 1 for row in scores)
 
 
 def test_float32_selects_and_float64_ranks() -> None:
     # Neighbours that float32 cannot tell apart: 300 rows around one, a few times 1e-9 apart in their cosine.
-    query = unit(1, 256).double()
+    query = unit(1, 256)[0].double()
     near = query + 1e-7 * torch.randn(300, 256, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     embeds = torch.cat([near.float(), unit(700, 256, seed=2)])
-    _, ids = LocalIndex(torch.arange(1000), embeds).search(query, 10)
-    assert ids[0].tolist() == slow_search(embeds, query[0], 10)
+    _, ids = LocalIndex(embeds).search(query, 10)
+    assert ids.tolist() == slow_search(embeds, query, 10)
 
 
 def test_half_precision_is_kept_in_memory_and_widened_to_score() -> None:
-    half, query = unit(20, 64).half(), unit(1, 64, seed=1)
-    scores, _ = LocalIndex(torch.arange(20), half).search(query, 20)
-    assert torch.equal(scores, (query.double() @ half.double().T).float().sort(descending=True).values)
+    half, query = unit(20, 64).half(), unit(1, 64, seed=1)[0]
+    scores, _ = LocalIndex(half).search(query, 20)
+    assert torch.equal(scores, (half.double() @ query.double()).float().sort(descending=True).values)
 
 
 def test_an_empty_index_finds_nothing() -> None:
-    index = LocalIndex(torch.arange(0), torch.zeros(0, 3))
-    assert index.search(unit(2, 3), 5)[1].shape == index.search(unit(2, 3), 5, tag="en")[1].shape == (2, 0)
-    assert (len(index), index.ids().tolist(), index.embeds(torch.arange(0)).shape) == (0, [], (0, 3))
-
-
-@pytest.mark.parametrize(
-    ("ids", "embeds", "message"),
-    [
-        (torch.arange(3), torch.zeros(3), "num_candidates, embed_dim"),
-        (torch.arange(2), torch.zeros(2, 3, dtype=torch.int64), "num_candidates, embed_dim"),
-        (torch.arange(1), torch.zeros(1, 2, 3), "num_candidates, embed_dim"),
-        (torch.arange(3), torch.zeros(2, 3), "distinct ids"),
-        (torch.tensor([4, 1, 4]), torch.zeros(3, 3), "distinct ids"),
-        (torch.zeros(2), torch.zeros(2, 3), "integers"),
-    ],
-)
-def test_what_does_not_fit_together_is_refused(ids: Tensor, embeds: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LocalIndex(ids, embeds)
+    index = LocalIndex(torch.zeros(0, 3))
+    assert index.search(unit(1, 3)[0], 5)[1].shape == index.search(unit(1, 3)[0], 5, tag="en")[1].shape == (0,)
+    assert (len(index), index.embeds(torch.arange(0)).shape) == (0, (0, 3))
 
 
 # ---------------------------------------------------------------- many rows, in a file
@@ -151,7 +134,7 @@ def test_what_does_not_fit_together_is_refused(ids: Tensor, embeds: Tensor, mess
 def test_many_rows_are_ranked_as_the_slow_reference_does(kind: Callable[..., Tensor], tmp_path: Path) -> None:
     embeds = kind(MANY, 64).half()
     queries = between(embeds, 150)
-    scores, ids = stored(tmp_path, embeds).search(queries, 10)
+    scores, ids = search_all(stored(tmp_path, embeds), queries, 10)
     assert recall(ids, embeds, queries) >= 0.999
     for query, row in zip(queries, ids.tolist(), strict=True):
         assert row == slow_search(embeds, query, 10, sorted(row))
@@ -164,32 +147,23 @@ def test_the_recall_that_was_asked_for_decides_how_much_is_searched(
 ) -> None:
     monkeypatch.setattr(quantized, "TARGET_RECALL", 0.5)
     careless, queries = stored(tmp_path, many), between(many, 100)
-    assert recall(large.search(queries, 10)[1], many, queries) >= 0.999
-    assert recall(careless.search(queries, 10)[1], many, queries) < 0.97
-
-
-def test_a_query_alone_is_answered_as_among_others(many: Tensor, large: LocalIndex) -> None:
-    queries = between(many, 20)
-    scores, ids = large.search(queries, 10)
-    for row in range(20):
-        alone = large.search(queries[row : row + 1], 10)
-        assert torch.equal(alone[0][0], scores[row])
-        assert torch.equal(alone[1][0], ids[row])
+    assert recall(search_all(large, queries, 10)[1], many, queries) >= 0.999
+    assert recall(search_all(careless, queries, 10)[1], many, queries) < 0.97
 
 
 @pytest.mark.parametrize("copies", [400, MANY])
 def test_ties_of_many_rows_go_by_id(copies: int, tmp_path: Path) -> None:
     # More equal rows than candidates: the lowest ids are among those that were not named at first.
     embeds = torch.cat([clustered(MANY - copies, 64), unit(1, 64, seed=3).expand(copies, 64)]).half()
-    scores, ids = stored(tmp_path, embeds).search(unit(1, 64, seed=3), 12)
-    assert ids[0].tolist() == list(range(MANY - copies, MANY - copies + 12))
+    scores, ids = stored(tmp_path, embeds).search(unit(1, 64, seed=3)[0], 12)
+    assert ids.tolist() == list(range(MANY - copies, MANY - copies + 12))
     assert len(scores.unique()) == 1
 
 
 @pytest.mark.parametrize("k", [100, 1000, MANY])
 def test_many_results_are_found(k: int, many: Tensor, large: LocalIndex) -> None:
     queries = between(many, 10)
-    assert recall(large.search(queries, k)[1], many, queries) >= 0.998
+    assert recall(search_all(large, queries, k)[1], many, queries) >= 0.998
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 40, 1000])
@@ -197,17 +171,16 @@ def test_tags_of_many_rows_are_ranked_as_the_slow_reference_does(every: int, tmp
     embeds = clustered(3 * MANY, 32).half()  # so that both many and few rows carry the tag
     carriers, queries = list(range(0, 3 * MANY, every)), between(embeds, 30)
     index = stored(tmp_path, embeds, lambda tag: torch.arange(0, 3 * MANY, int(tag)))
-    scores, ids = index.search(queries, 10, tag=str(every))
+    scores, ids = search_all(index, queries, 10, tag=str(every))
     assert set(ids.flatten().tolist()) <= set(carriers)
     assert recall(ids, embeds, queries, carriers) >= (0.998 if len(carriers) > EXACT_ROWS else 1)
     assert (scores[:, 1:] <= scores[:, :-1]).all()
-    assert index.ids(str(every)).tolist() == carriers
 
 
 def test_extra_rows_of_many_are_true_cosines_in_order_without_repetition(many: Tensor, large: LocalIndex) -> None:
     queries = between(many, 20)
-    scores, ids = large.search(queries, 10, extra=90)
-    assert torch.equal(ids[:, :10], large.search(queries, 10)[1])
+    scores, ids = search_all(large, queries, 10, extra=90)
+    assert torch.equal(ids[:, :10], search_all(large, queries, 10)[1])
     assert all(len(row.unique()) == 100 for row in ids)
     assert (scores[:, 1:] <= scores[:, :-1]).all()
     expected = torch.stack([many[row].float() @ query for row, query in zip(ids, queries, strict=True)])
@@ -216,5 +189,5 @@ def test_extra_rows_of_many_are_true_cosines_in_order_without_repetition(many: T
 
 
 def test_no_results_asked_for_are_none(large: LocalIndex) -> None:
-    assert large.search(unit(2, 64), 0)[1].shape == (2, 0)
-    assert large.search(unit(2, 64), 0, extra=5)[1].shape == (2, 5)
+    assert large.search(unit(1, 64)[0], 0)[1].shape == (0,)
+    assert large.search(unit(1, 64)[0], 0, extra=5)[1].shape == (5,)

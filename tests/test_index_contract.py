@@ -15,22 +15,22 @@ from alignment.index import LocalIndex, VectorIndex
 
 @pytest.fixture(params=["memory", "file"])
 def new_index(request: pytest.FixtureRequest, tmp_path: Path) -> NewIndex:
-    def new(ids: Tensor, embeds: Tensor, tags: Sequence[Collection[str]] = ()) -> VectorIndex:
+    def new(embeds: Tensor, tags: Sequence[Collection[str]] = ()) -> VectorIndex:
         def tagged(tag: str) -> Tensor:
-            return ids[[row for row, names in enumerate(tags) if tag in names]]
+            return torch.tensor([row for row, names in enumerate(tags) if tag in names], dtype=torch.int64)
 
         if request.param == "memory":
-            return LocalIndex(ids, embeds, tagged=tagged)
+            return LocalIndex(embeds, tagged)
         path = tmp_path / "index.faiss"
-        LocalIndex.write(path, zip(ids.split(7), embeds.split(7), strict=True), len(ids), embeds.shape[1], "stamp")
-        return LocalIndex.open(path, ids, "stamp", tagged=tagged)
+        LocalIndex.write(path, embeds.split(7), "stamp")
+        return LocalIndex.open(path, "stamp", tagged)
 
     return new
 
 
 @pytest.fixture
 def small(new_index: NewIndex) -> VectorIndex:
-    return new_index(torch.arange(20), unit(20))
+    return new_index(unit(20))
 
 
 class TestLocal(IndexContract):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ _BATCH = 1024  # records fetched at a time where all are read
 
 
 class Records(Sequence[Item]):
-    """Records by position, held in memory, and their tags, see `tags_of`."""
+    """Records by position, and their tags, see `tags_of`; here held in memory."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self._items: tuple[Item, ...] = tuple(items)
@@ -52,18 +53,15 @@ class Records(Sequence[Item]):
 
     def find(self, name: str) -> Item | None:
         """Fetch the record of a public name."""
-        position = self.position(name)
-        return None if position is None else self.fetch([position])[0]
+        return None if (position := self.position(name)) is None else self.fetch([position])[0]
 
     def __getitem__(self, position: Any) -> Any:
         """Fetch one record, or those of a slice that are still there."""
-        if isinstance(position, slice):
-            return [item for item in self.fetch(range(len(self))[position]) if item is not None]
-        return self.fetch([range(len(self))[position]])[0]
+        chosen = range(len(self))[position]
+        return list(filter(None, self.fetch(chosen))) if isinstance(chosen, range) else self.fetch([chosen])[0]
 
     def __iter__(self) -> Iterator[Item]:
-        for start in range(0, len(self), _BATCH):
-            yield from self[start : start + _BATCH]
+        return chain.from_iterable(self[start : start + _BATCH] for start in range(0, len(self), _BATCH))
 
 
 class StoredRecords(Records[Item]):
@@ -79,7 +77,7 @@ class StoredRecords(Records[Item]):
     def fetch(self, positions: Sequence[int]) -> list[Item | None]:
         """See `Records`."""
         try:
-            return list(self._read(self._ids[list(positions)].tolist()))
+            return list(self._read(self._ids.numpy()[list(positions)].tolist()))  # numpy: less overhead
         except KeyError:
             return [None] if len(positions) == 1 else [self.fetch([position])[0] for position in positions]
 

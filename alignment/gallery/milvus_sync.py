@@ -19,13 +19,12 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,15 +49,6 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _BATCH_ROWS = 16_384
 
 Progress: TypeAlias = Callable[[str, int, int], object]  # what is done, rows done, rows in all
-
-
-class SyncPlan(NamedTuple):
-    """What a push changes in a collection: ids to send, in the order of the gallery, and ids to delete."""
-
-    name: str
-    num_items: int
-    missing: Tensor
-    stale: Tensor
 
 
 @dataclass(frozen=True)
@@ -109,9 +99,12 @@ class Remote:
 
     def push(
         self, database: GalleryDatabase, progress: Progress = lambda *done: None, *, dry_run: bool = False
-    ) -> list[SyncPlan]:
-        """Bring the server up to date; ValueError if a collection is of another gallery, or this one is rebuilt."""
-        plans, fingerprint = [], database.metadata.fingerprint
+    ) -> list[str]:
+        """Bring the server up to date, or only say what would change; returns a line on each collection.
+
+        ValueError if a collection is of another gallery, or this one is rebuilt meanwhile.
+        """
+        says, fingerprint = [], database.metadata.fingerprint
         for kind, ids in ((kind, database.ids(kind)) for kind in KINDS if len(database.ids(kind))):
             index = self._find(kind, fingerprint)
             existing = ids[:0] if index is None else index.ids()
@@ -121,16 +114,18 @@ class Remote:
                     f"Choose another --index-name, or delete it with: {self.push_command()} --drop"
                 )
             missing, stale = ids[~torch.isin(ids, existing)], existing[~torch.isin(existing, ids)]
-            plans.append(SyncPlan(self.collection(kind, fingerprint), len(ids), missing, stale))
-            if not dry_run:
-                with closing(index or self._create(kind, database)) as index:
-                    self._send(database, kind, missing, index, progress)
-                    index.mark(digest(ids))
-                    index.unmark(keep=digest(ids))
-                    index.delete(stale)
-                    if (count := len(index)) != len(ids):
-                        raise ValueError(f"{index.name} has {count} rows, not {len(ids)}. Run the command again.")
-        return plans
+            sent, gone, start = len(missing), len(stale), f"{self.collection(kind, fingerprint)}: {len(ids)} rows"
+            if dry_run:
+                says.append(f"{start}, {sent} to be sent, {gone} to be taken out; nothing was changed")
+                continue
+            says.append(f"{start}, {sent} sent, {len(ids) - sent} were there, {gone} taken out")
+            with closing(index or self._create(kind, database)) as index:
+                self._send(database, kind, missing, index, progress)
+                index.mark(digest(ids))
+                index.delete(stale)
+                if (count := len(index)) != len(ids):
+                    raise ValueError(f"{index.name} has {count} rows, not {len(ids)}. Run the command again.")
+        return says
 
     def _send(self, database: GalleryDatabase, kind: Kind, missing: Tensor, index: MilvusIndex, show: Progress) -> None:
         count, done = len(database.ids(kind)), len(database.ids(kind)) - len(missing)
@@ -154,16 +149,16 @@ class Remote:
                 pictures, captions = old.records()
                 fingerprint = old.metadata.fingerprint
                 with closing(GalleryWriter(self.folder / DATABASE, fingerprint, old.embed_dim)) as writer:
-                    if pictures:
-                        self._fetch("picture", fingerprint, pictures, writer, progress)
-                    if captions:
-                        self._fetch("caption", fingerprint, captions, writer, progress)
+                    self._fetch("picture", fingerprint, pictures, writer, progress)
+                    self._fetch("caption", fingerprint, captions, writer, progress)
                     writer.finish(pictures, captions, old.metadata, old.cohort())
         return len(pictures), len(captions)
 
     def _fetch(
         self, kind: Kind, fingerprint: str, items: Sequence[Picture | Caption], writer: GalleryWriter, show: Progress
     ) -> None:
+        if not items:
+            return
         contents, ids = [content_of(item) for item in items], item_ids(items)
         missing = [row for row, content in enumerate(contents) if not writer.has(kind, content)]
         with closing(self.open(kind, fingerprint, ids)) as index:
@@ -175,7 +170,7 @@ class Remote:
 
     def drop(self, fingerprint: str) -> dict[str, int]:
         """Delete all collections of a gallery; returns how many rows each had."""
-        now, dropped = [self._find(kind, fingerprint) for kind in KINDS], {}
+        dropped, now = {}, [self._find(kind, fingerprint) for kind in KINDS]
         for index in filter(None, [*now, *self.of_other_models(fingerprint)]):
             with closing(index):
                 dropped[index.name] = len(index)
@@ -260,19 +255,15 @@ def add_push(commands: Any) -> None:
 
 def _run_push(args: argparse.Namespace) -> int:
     with closing(GalleryDatabase.open(Path(args.gallery))) as database:
-        remote, fingerprint = Remote.of(args.index, args.gallery, args.index_name), database.metadata.fingerprint
-        assert remote is not None  # the option is required
+        remote, fingerprint = _remote(args), database.metadata.fingerprint
         if args.drop:
             for name, count in remote.drop(fingerprint).items():
                 print(f"{name}: deleted, {count} rows")
             return 0
-        with tqdm(unit=" rows", dynamic_ncols=True, disable=args.dry_run) as bar:
-            plans = remote.push(database, partial(_show, bar), dry_run=args.dry_run)
-    for name, count, missing, stale in plans:
-        sent, there, gone = len(missing), count - len(missing), len(stale)
-        text = f"{sent} sent, {there} were there, {gone} taken out"
-        plan = f"{sent} to be sent, {gone} to be taken out; nothing was changed"
-        print(f"{name}: {count} rows, {plan if args.dry_run else text}")
+        with _progress_bar(disable=args.dry_run) as show:
+            says = remote.push(database, show, dry_run=args.dry_run)
+    for line in says:
+        print(line)
     if old := remote.of_other_models(fingerprint):
         names = ", ".join(f"{index.name} ({len(index)} rows)" for index in old)
         print(f"Of earlier models there is still {names}: push --drop deletes all, and the next push sends anew.")
@@ -280,14 +271,24 @@ def _run_push(args: argparse.Namespace) -> int:
 
 
 def _run_pull(args: argparse.Namespace) -> int:
-    remote = Remote.of(args.index, args.gallery, args.index_name)
-    assert remote is not None  # the option is required
-    with tqdm(unit=" rows", dynamic_ncols=True) as bar:
-        pictures, captions = remote.pull(partial(_show, bar))
+    with _progress_bar() as show:
+        pictures, captions = _remote(args).pull(show)
     print(f"{args.gallery}: {pictures} pictures and {captions} captions are here again")
     return 0
 
 
-def _show(bar: Any, what: str, done: int, total: int) -> None:
-    bar.desc, bar.n, bar.total = what, done, total
-    bar.refresh()
+def _remote(args: argparse.Namespace) -> Remote:
+    remote = Remote.of(args.index, args.gallery, args.index_name)
+    assert remote is not None  # the option is required
+    return remote
+
+
+@contextmanager
+def _progress_bar(*, disable: bool = False) -> Iterator[Progress]:
+    with tqdm(unit=" rows", dynamic_ncols=True, disable=disable) as bar:
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.desc, bar.n, bar.total = what, done, total
+            bar.refresh()
+
+        yield show

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Generic
 
 import numpy as np
@@ -54,18 +54,16 @@ class Modality(Generic[Item]):
             raise ValueError(f"{len(items)} items have {len(embeds)} embeddings: each item needs one.")
         records: Records[Item] = items if isinstance(items, Records) else Records(items)
         unit = functional.normalize(embeds.float(), dim=-1)
-        modality = cls(records, LocalIndex(torch.arange(len(unit)), unit, tagged=records.tagged))
-        modality.__dict__["embeds"] = unit
+        modality = cls(records, LocalIndex(unit, records.tagged))
+        modality.embeds = unit
         return modality
 
     @classmethod
     def open(cls, database: GalleryDatabase, kind: Kind, remote: Remote | None = None) -> Modality[Item]:
         """Open the items of a gallery: from its index, from a server, or, if they are few, in memory.
 
-        Raises:
-            KeyError: when another process replaced the gallery meanwhile.
-            ValueError: when it is damaged, or the server holds other items.
-            OSError: when the server does not answer.
+        KeyError when another process replaced the gallery meanwhile, ValueError when it is damaged or the server holds
+        other items, OSError when the server does not answer.
         """
         ids, missing = database.ids(kind), missing_pictures(database) if kind == "picture" else []
         positions = (~torch.isin(ids, torch.tensor(missing))).nonzero().flatten() if missing else None
@@ -118,36 +116,26 @@ class Modality(Generic[Item]):
 
         The first k are exact; among the others a better one may be missing. Returns cosines and positions.
         """
-        foreign, more = 0, -1  # rows of no item: found, and allowed for
-        while foreign > more and len(self):
-            more = foreign
-            scores, ids = (
-                part[0] for part in self.index.search(query[None], k + more, extra=max(head - k, 0), tag=tag)
-            )
+        foreign = 0  # rows of no item that are allowed for
+        while len(self):
+            scores, ids = self.index.search(query, k + foreign, extra=max(head - k, 0), tag=tag)
             if self._ids is None:
                 return scores, ids
             positions = self._positions(ids.numpy())
             own = positions >= 0
-            foreign = 0 if len(ids) < k + more else int((~own).sum())
-        if not len(self):
-            return torch.empty(0), torch.empty(0, dtype=torch.int64)
-        found, positions = scores.numpy()[own], positions[own]
-        order = np.lexsort((positions, -found))[: max(head, k)]
-        return torch.from_numpy(found[order]), torch.from_numpy(positions[order])
+            if len(ids) < k + foreign or (count := int((~own).sum())) <= foreign:
+                found, positions = scores.numpy()[own], positions[own]
+                order = np.lexsort((positions, -found))[: max(head, k)]
+                return torch.from_numpy(found[order]), torch.from_numpy(positions[order])
+            foreign = count
+        return torch.empty(0), torch.empty(0, dtype=torch.int64)
 
     def softmax(self, query: Tensor, found: Tensor, scale: float, bias: float | None, tag: str | None = None) -> Tensor:
         """Compute the model's softmax over all candidates, or its sigmoid, for the best of them.
 
         Among more than `LARGE` candidates only those found are weighed exactly, the rest by a sample. Among 50,000
         pictures and with 128 found, the median relative error is 7 % for the compact model and 1 % for a model with
-        CLIP's `logit_scale`.
-
-        Args:
-            query: (embed_dim,).
-            found: cosines of the best candidates, best first; the result has their shape.
-            scale: the model's `logit_scale`.
-            bias: the model's `logit_bias`; None for a softmax.
-            tag: of the candidates.
+        CLIP's `logit_scale`. `found` are the cosines of the best candidates, best first; the result has their shape.
         """
         count = self.count(tag)
         if bias is None and is_large(count) and len(found):
@@ -181,42 +169,29 @@ class Modality(Generic[Item]):
 
 
 def _open_index(database: GalleryDatabase, kind: Kind, *, write: bool) -> LocalIndex:
-    """Map the index of many items, whose ids are positions; OSError or ValueError if it is missing or outdated.
-
-    With `write`, it is written in that case.
-    """
-    ids, path, stamp = database.ids(kind), database.folder / INDEX_FILES[kind], _stamp(database, kind)
-    positions = torch.from_numpy(np.arange(len(ids)))  # numpy: one thread
+    """Map the index of many items; if it is missing or outdated, write it, or raise OSError or ValueError."""
+    ids, path = database.ids(kind), database.folder / INDEX_FILES[kind]
+    stamp = hashlib.sha256(database.metadata.fingerprint.encode() + ids.numpy().tobytes()).hexdigest()
 
     def tagged(tag: str) -> Tensor:
         return torch.isin(ids, database.ids(kind, tag)).nonzero().flatten()
 
+    open_index = partial(LocalIndex.open, path, stamp, tagged)
     try:
-        return LocalIndex.open(path, positions, stamp, tagged=tagged)
+        return open_index()
     except (FileNotFoundError, ValueError):
         if not write:
             raise
-    batches = zip(positions.split(_BATCH), (rows for _, rows in database.batches(kind, _BATCH)), strict=True)
-    LocalIndex.write(path, batches, len(ids), database.embed_dim, stamp)
-    return LocalIndex.open(path, positions, stamp, tagged=tagged)
+    LocalIndex.write(path, (rows for _, rows in database.batches(kind, _BATCH)), stamp)
+    return open_index()
 
 
 def write_index(database: GalleryDatabase, kind: Kind) -> None:
-    """Write the index of more than `EXACT_ROWS` items, unless it is up to date; delete that of fewer.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
+    """Write the index of more than `EXACT_ROWS` items, unless it is up to date; delete that of fewer; or OSError."""
     if len(database.ids(kind)) > EXACT_ROWS:
         _open_index(database, kind, write=True)
     else:
         (database.folder / INDEX_FILES[kind]).unlink(missing_ok=True)
-
-
-def _stamp(database: GalleryDatabase, kind: Kind) -> str:
-    """Hash what the embeddings depend on: the model, and the items in their order."""
-    content = database.metadata.fingerprint.encode() + database.ids(kind).numpy().tobytes()
-    return hashlib.sha256(content).hexdigest()
 
 
 def is_large(count: int) -> bool:

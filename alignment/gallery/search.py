@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Generic, TypeAlias
+from typing import Any, Generic, TypeAlias
 
+import torch
 from torch import Tensor
 
 from alignment.atomic import exclusive_lock
@@ -37,9 +39,7 @@ JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighb
 `tests/benchmarks/composition.py`).
 """
 
-SAME_CAPTION = 0.9
-"""Cosine of two captions' embeddings from which they are near duplicates."""
-
+SAME_CAPTION = 0.9  # cosine from which two captions are near duplicates
 _HEAD = 128  # results that are weighed exactly where the softmax is an estimate
 _GROUPED, _MAX_GROUPED = 4, 1000  # results searched for near duplicates: times k, or more if too few differ; at most
 _TRIES = 10  # to open a gallery that other processes replace
@@ -111,27 +111,25 @@ class Gallery:
 
     Attributes:
         images, texts: pictures and captions by position.
+        pictures, captions: their records.
         metadata: the model they belong to.
         judge: computes match probabilities; None in galleries built without a calibration.
         database: holds records and thumbnails; None for a gallery in memory.
+        folder: of the database.
     """
 
     def __init__(
-        self,
-        pictures: Sequence[Picture],
-        captions: Sequence[Caption],
-        image_embeds: Tensor | Modality[Picture],
-        text_embeds: Tensor | Modality[Caption],
-        metadata: GalleryMetadata,
-        *,
-        judge: MatchCalibrator | None = None,
+        self, pictures: Sequence[Picture], captions: Sequence[Caption], image_embeds: Tensor | Modality[Picture],
+        text_embeds: Tensor | Modality[Caption], metadata: GalleryMetadata, *, judge: MatchCalibrator | None = None,
         database: GalleryDatabase | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Combine modalities that are open, or hold records and their embeddings in memory, see `Modality`."""
         self.images = image_embeds if isinstance(image_embeds, Modality) else Modality.in_memory(pictures, image_embeds)
         self.texts = text_embeds if isinstance(text_embeds, Modality) else Modality.in_memory(captions, text_embeds)
+        self.pictures: Records[Picture] = self.images.items
+        self.captions: Records[Caption] = self.texts.items
         self.metadata = replace(metadata, num_pictures=len(self.images), num_captions=len(self.texts))
-        self.judge, self.database = judge, database
+        self.judge, self.database, self.folder = judge, database, database.folder if database else None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder, remote: Remote | None = None) -> Gallery:
@@ -140,7 +138,7 @@ class Gallery:
         Args:
             folder: the gallery's.
             encoder: the model in use.
-            remote: the server that is searched; the index of the folder if left out.
+            remote: the server that is searched, instead of the index of the folder.
 
         Raises:
             FileNotFoundError: when there is none.
@@ -148,10 +146,8 @@ class Gallery:
             OSError: when the server does not answer or refuses the connection.
         """
         for _ in range(_TRIES):
-            try:
+            with suppress(KeyError):  # another process replaced the gallery meanwhile
                 return cls._load(GalleryDatabase.open(Path(folder), encoder.name), encoder, remote)
-            except KeyError:  # another process replaced the gallery meanwhile
-                continue
         raise ValueError(f"The gallery in {folder} was replaced {_TRIES} times while it was opened.")
 
     @classmethod
@@ -181,30 +177,10 @@ class Gallery:
         thumbnail = self.database.thumbnail if self.database else lambda picture: None
         with exclusive_lock(Path(folder)):
             write_gallery(
-                Path(folder),
-                self.pictures,
-                self.captions,
+                Path(folder), self.pictures, self.captions,
                 {"picture": self.images.batches(), "caption": self.texts.batches()},
-                self.images.index.embed_dim,
-                self.metadata,
-                cohort,
-                thumbnail,
-            )
-
-    @property
-    def pictures(self) -> Records[Picture]:
-        """Records of the pictures by position; they are read when indexed."""
-        return self.images.items
-
-    @property
-    def captions(self) -> Records[Caption]:
-        """Records of the captions by position; they are read when indexed."""
-        return self.texts.items
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder of the gallery; None for one in memory."""
-        return self.database.folder if self.database else None
+                self.images.index.embed_dim, self.metadata, cohort, thumbnail,
+            )  # fmt: skip
 
     @property
     def image_embeds(self) -> Tensor:
@@ -220,11 +196,6 @@ class Gallery:
     def languages(self) -> tuple[str, ...]:
         """The known languages of the captions."""
         return tuple(filter(None, self.texts.tags))
-
-    @property
-    def folders(self) -> Mapping[str, int]:
-        """Number of pictures in each folder, however deep; the tags that `search_images` takes."""
-        return self.images.tags
 
     def picture(self, name: str) -> Picture | None:
         """Fetch the record of a picture by its public name."""
@@ -242,12 +213,9 @@ class Gallery:
         """Find the k pictures that fit a caption best; fewer where the gallery holds fewer.
 
         Args:
-            text_embed: (embed_dim,) or (1, embed_dim), unit norm.
+            text_embed: (embed_dim,) or (1, embed_dim), unit norm; ValueError on another shape, or a negative k.
             k: how many.
-            tag: only the pictures of this folder compete, see `folders`; no match when there are none.
-
-        Raises:
-            ValueError: on an embedding of another shape, or a negative k.
+            tag: only the pictures of this folder compete, see `Modality.tags`; no match when there are none.
         """
         return self._search(self.images, text_embed, k, "text_to_image", tag)
 
@@ -257,74 +225,76 @@ class Gallery:
 
     def rank_images(self, scores: Tensor, positions: Tensor, k: int, assess: Assess) -> SearchResult[Picture]:
         """Answer with the pictures at these positions, ranked by scores of any kind, (n,) both and best first."""
-        return _result(self.images, positions, scores, k, self._group(self.images, positions, k), assess)
+        ranked = self._grouped(self.images, lambda head: (scores[:head], positions[:head]), k, len(positions))
+        return _result(self.images, *ranked, k, assess)
 
     def _search(
         self, modality: Modality[Item], query: Tensor, k: int, direction: Direction, tag: str | None
     ) -> SearchResult[Item]:
-        if k < 0 or query.dim() > 2 or (query.dim() == 2 and len(query) != 1):
-            raise ValueError(f"A search takes one embedding and a k of at least 0, not {tuple(query.shape)} and {k}.")
-        query, count, head = query.reshape(-1), modality.count(tag), _GROUPED * k
-        while True:
-            scores, positions = modality.search(query, k, head, tag)
-            groups, head = self._group(modality, positions, k), head * _GROUPED
-            if not 0 < len(groups) < k or len(positions) >= min(count, _MAX_GROUPED):
-                break
+        query, count = query.reshape(-1), modality.count(tag)
+        ranked = self._grouped(modality, lambda head: modality.search(query, k, head, tag), k, count)
+        scores = ranked[0]
 
         @cache
         def shares() -> list[float]:
-            found = modality.search(query, k, max(len(positions), _HEAD), tag)[0]
+            found = modality.search(query, k, max(len(scores), _HEAD), tag)[0]
             scale, bias = self.metadata.logit_scale, self.metadata.logit_bias
             return modality.softmax(query, found, scale, bias, tag).tolist()
 
         def assess(places: list[int]) -> MatchConfidence | None:
-            return None if self.judge is None else self.judge.assess(scores[places], query, direction, count)
+            rated = torch.tensor(_pick(scores, places))
+            return None if self.judge is None else self.judge.assess(rated, query, direction, count)
 
-        return _result(modality, positions, scores, k, groups, assess, shares)
+        return _result(modality, *ranked, k, assess, shares)
 
-    def _group(self, modality: Modality[Item], positions: Tensor, k: int) -> list[list[int]]:
-        """Group near duplicates among ranked items, see `group_near_duplicates`; without a calibration none."""
-        unrelated = self.judge.cohort.unrelated_pictures if self.judge else None
-        if modality is self.texts:
-            threshold = SAME_CAPTION
-        elif unrelated is None:
-            return []
-        else:
+    def _grouped(
+        self, modality: Modality[Item], search: Callable[[int], tuple[Tensor, Tensor]], k: int, count: int
+    ) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Search until k results differ, or there are no more, and group near duplicates.
+
+        Pictures are not grouped without a calibration. `search` returns the scores and positions of as many of the
+        `count` candidates as it is asked for; both are returned with the groups, see `group_near_duplicates`.
+        """
+        head: int = _GROUPED * k
+        threshold = SAME_CAPTION
+        if modality is self.images:
+            unrelated = self.judge.cohort.unrelated_pictures if self.judge else None
+            if unrelated is None:
+                return *search(head), []
             threshold = 1 - NEAR_DUPLICATE_DISTANCE * (1 - unrelated)
-        considered, most = _GROUPED * k, min(len(positions), _MAX_GROUPED)
         while True:
-            groups = group_near_duplicates(modality[positions[:considered]], k, threshold)
-            if len(groups) >= k or considered >= most:
-                return groups
-            considered = min(considered * _GROUPED, most)
+            scores, positions = search(head)
+            groups = group_near_duplicates(modality[positions], k, threshold)
+            if len(groups) >= k or head >= min(count, _MAX_GROUPED):
+                return scores, positions, groups
+            head = min(head * _GROUPED, _MAX_GROUPED)
 
 
 def _result(
-    modality: Modality[Item],
-    positions: Tensor,
-    scores: Tensor,
-    k: int,
-    groups: list[list[int]],
-    assess: Assess,
+    modality: Modality[Item], scores: Tensor, positions: Tensor, groups: list[list[int]], k: int, assess: Assess,
     shares: Callable[[], Sequence[float]] | None = None,
-) -> SearchResult[Item]:
+) -> SearchResult[Item]:  # fmt: skip
     """Build the answer of a ranking; groups and what is assessed are places in it."""
-    places = sorted(set(range(min(k, len(positions)))).union(*groups))
-    items = dict(zip(places, modality.items.fetch(positions[places].tolist()), strict=True))
-    places = [place for place in places if items[place] is not None]  # the others are no longer in the gallery
-    if not places:
+    wanted = sorted(set(range(min(k, len(positions)))).union(*groups))
+    fetched = zip(wanted, modality.items.fetch(_pick(positions, wanted)), strict=True)
+    items: dict[int, Item] = {place: item for place, item in fetched if item is not None}  # None: deleted meanwhile
+    if not items:
         return SearchResult((), "nothing_close")
+    places = list(items)
     says = assess(places)
-    chances: list[float | None] = says.probabilities.tolist() if says else [None] * len(places)
-    verdicts: Sequence[Verdict | None] = says.verdicts if says else [None] * len(places)
+    chances: list[float | None] = says.probabilities.tolist() if says else [None] * len(items)
+    verdicts: Sequence[Verdict | None] = says.verdicts if says else [None] * len(items)
     matches = {
-        place: Match(place + 1, item, score, chance, verdict, shares)
-        for place, score, chance, verdict in zip(places, scores[places].tolist(), chances, verdicts, strict=True)
-        if (item := items[place]) is not None
+        place: Match(place + 1, items[place], score, chance, verdict, shares)
+        for place, score, chance, verdict in zip(places, _pick(scores, places), chances, verdicts, strict=True)
     }
     best = tuple(match for place, match in matches.items() if place < k)
     there = (tuple(matches[place] for place in group if place in matches) for group in groups)
-    duplicates = tuple(filter(None, there))
-    if says is None:
-        return SearchResult(best, duplicates=duplicates)
-    return SearchResult(best, says.verdict, says.p_any_match, duplicates=duplicates)
+    verdict, chance = (says.verdict, says.p_any_match) if says else (None, None)
+    return SearchResult(best, verdict, chance, duplicates=tuple(filter(None, there)))
+
+
+def _pick(values: Tensor, places: list[int]) -> list[Any]:
+    """Take a few values out of some dozens; a tensor indexed by a list takes seventy times as long."""
+    found = values.tolist()
+    return [found[place] for place in places]

@@ -1,15 +1,7 @@
-"""Floor 2, nearest neighbours of an embedding, behind one interface.
+"""Floor 2, nearest neighbours of an embedding, behind one interface, `VectorIndex`.
 
-Place in the flow: `encode (model) -> nearest candidates (here) -> matches (gallery)`.
-
-| module         | what it does |
-|----------------|--------------|
-| `vector_index` | the interface: `VectorIndex` |
-| `local`        | the index of one process, in memory or in a mapped file: `LocalIndex` |
-| `exact`        | exact ranking: float32 selects, float64 decides |
-| `quantized`    | the mapped file, and candidates by faiss |
-| `milvus`       | the index on a Milvus server: `MilvusIndex` |
-| `server`       | the connection to that server: `Server` |
+Place in the flow: `encode (model) -> nearest candidates (here) -> matches (gallery)`. `local` ranks in one process:
+exactly (`exact`), or by candidates from a mapped file (`quantized`). `milvus` asks a Milvus server through `server`.
 """
 
 from alignment.index.local import EXACT_ROWS, LocalIndex

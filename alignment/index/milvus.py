@@ -10,8 +10,10 @@ equal and are ordered by id. Where Milvus returns too few results, the embedding
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignment.index.server import SEARCH_TIMEOUT_S, Connection, Server
-from alignment.index.vector_index import Floats, Positions, VectorIndex, validate_embeds, validate_ids, validate_queries
+from alignment.index.vector_index import Ranking, VectorIndex
 
 REQUEST_BYTES = 4 << 20  # of embeddings in one request or answer; every server accepts some megabytes more
 MAX_LIMIT = 16_384  # rows that Milvus returns in one answer
@@ -34,54 +36,45 @@ _MIN_LIMIT = 256  # the graph search of Milvus is as wide as its limit: recall@1
 _ID_CHUNK = 4096
 _SESSION, _STRONG = "Session", "Strong"  # a read sees the writes of this connection | of all, which takes longer
 
-Scores = NDArray[np.float32]
-
 
 class MilvusIndex(VectorIndex):
-    """A collection on a Milvus server, with the texts `about` that were stored when it was created."""
+    """A collection on a Milvus server, with the texts `about` that were stored when it was created.
+
+    It has a connection, and cannot be used after `close`.
+    """
 
     def __init__(self, server: Server, name: str) -> None:
         """Open a collection and have the server load it; errors as of `Connection.call`.
 
-        Raises:
-            ValueError: if another program made it, or pymilvus is not installed.
+        ValueError if another program made it, or pymilvus is not installed.
         """
         self.name, self._connection = name, Connection(server)
+        self.close = self._connection.close
         try:
             described = self._connection.call("describe_collection", name)
-            self.about, self._embed_dim = read_description(described, f"The collection {name} at {server.uri}")
+            self.about, self.embed_dim = read_description(described, f"The collection {name} at {server.uri}")
             self._connection.call("load_collection", name, timeout=LOAD_TIMEOUT_S)
         except BaseException:
             self.close()
             raise
+        self._rows_per_request = max(1, min(_ID_CHUNK, REQUEST_BYTES // (4 * self.embed_dim)))
 
     @classmethod
     def create(cls, server: Server, name: str, embed_dim: int, about: Mapping[str, str]) -> MilvusIndex:
         """Create an empty collection, with texts that cannot be changed later, and open it."""
-        connection = Connection(server)
-        from pymilvus import DataType, MilvusClient  # optional; the connection says what to install
+        with closing(Connection(server)) as connection:
+            from pymilvus import DataType, MilvusClient  # optional; the connection says what to install
 
-        description = json.dumps({"made_by": _MADE_BY, "format": _FORMAT, **about})
-        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=description)
-        schema.add_field("id", DataType.INT64, is_primary=True)
-        schema.add_field("embed", DataType.FLOAT_VECTOR, dim=embed_dim)
-        schema.add_field("tags", DataType.ARRAY, element_type=DataType.VARCHAR, max_capacity=4096, max_length=65_535)
-        index = MilvusClient.prepare_index_params()
-        index.add_index("embed", index_type="AUTOINDEX", metric_type="IP", params={})
-        try:
+            description = json.dumps({"made_by": _MADE_BY, "format": _FORMAT, **about})
+            schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=description)
+            schema.add_field("id", DataType.INT64, is_primary=True)
+            schema.add_field("embed", DataType.FLOAT_VECTOR, dim=embed_dim)
+            tags = {"element_type": DataType.VARCHAR, "max_capacity": 4096, "max_length": 65_535}
+            schema.add_field("tags", DataType.ARRAY, **tags)
+            index = MilvusClient.prepare_index_params()
+            index.add_index("embed", index_type="AUTOINDEX", metric_type="IP", params={})
             connection.call("create_collection", name, schema=schema, index_params=index, timeout=LOAD_TIMEOUT_S)
-        finally:
-            connection.close()
         return cls(server, name)
-
-    def close(self) -> None:
-        """Close the connection; the index cannot be used afterwards."""
-        self._connection.close()
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of the embeddings."""
-        return self._embed_dim
 
     def __len__(self) -> int:
         return self._count("", _STRONG)
@@ -89,7 +82,7 @@ class MilvusIndex(VectorIndex):
     def ids(self, tag: str | None = None) -> Tensor:
         """List the ids of all rows, or of those with a tag: (n,) int64, ascending."""
         condition = after = tag_filter(tag)
-        pages: list[Positions] = []
+        pages: list[NDArray[np.int64]] = []
         while not pages or len(pages[-1]) == MAX_LIMIT:
             rows = self._query(after, "id", limit=MAX_LIMIT)  # the lowest ids, in any order
             pages.append(np.sort(np.array([row["id"] for row in rows], np.int64)))
@@ -97,11 +90,11 @@ class MilvusIndex(VectorIndex):
         return torch.from_numpy(np.concatenate(pages))
 
     def embeds(self, ids: Tensor) -> Tensor:
-        """Fetch embeddings, (n, embed_dim) float32 in the order of the ids; ValueError on an id that is not there."""
-        wanted, places = np.unique(validate_ids(ids), return_inverse=True)
+        """Fetch the embeddings of rows, as every index does; ValueError on an id that is not there."""
+        wanted, places = np.unique(ids.numpy(), return_inverse=True)
         rows, found = np.empty((len(wanted), self.embed_dim), np.float32), np.zeros(len(wanted), bool)
         for level in (_SESSION, _STRONG):  # wait for the writes of others only where a row seems to be missing
-            for chunk in _chunks(wanted[~found], self._rows_per_request):
+            for chunk in filter(len, torch.from_numpy(wanted[~found]).split(self._rows_per_request)):
                 for row in self._query(f"id in {chunk.tolist()}", "id", "embed", level=level):
                     place = np.searchsorted(wanted, row["id"])
                     rows[place], found[place] = row["embed"], True
@@ -109,64 +102,45 @@ class MilvusIndex(VectorIndex):
             raise ValueError(f"The index has no row with the id {wanted[~found][0]}.")
         return torch.from_numpy(rows[places])
 
-    def search(self, queries: Tensor, k: int, *, tag: str | None = None, extra: int = 0) -> tuple[Tensor, Tensor]:
-        """Find the k rows closest to each query, best first, ties by lower id; see `VectorIndex.search`."""
-        rows, wanted, found = validate_queries(queries, self.embed_dim, k, extra), k + extra, None
-        if not len(rows) or not wanted:
-            return torch.empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64)
-        if wanted <= MAX_LIMIT:
-            found = self._approximate(rows, k, wanted, tag_filter(tag))
-        scores, ids = found or self._exact(rows, wanted, self.ids(tag).numpy())
-        return torch.from_numpy(scores), torch.from_numpy(ids)
+    def _rank(self, query: NDArray[np.float64], k: int, wanted: int, tag: str | None) -> Ranking:
+        if 0 < wanted <= MAX_LIMIT:
+            scores, ids = self._approximate(query, k, wanted, tag_filter(tag))
+            if len(ids) >= k or len(ids) >= self._count(tag_filter(tag), _SESSION):
+                return scores, ids
+        every = self.ids(tag) if wanted else torch.empty(0, dtype=torch.int64)
+        scores = (self.embeds(every).double().numpy() @ query).astype(np.float32)
+        best = np.argsort(-scores, kind="stable")[:wanted]
+        return scores[best], every.numpy()[best]
 
-    def _approximate(self, queries: Floats, k: int, wanted: int, condition: str) -> tuple[Scores, Positions] | None:
-        """Let Milvus search; None if it returns fewer than k results though there are more."""
+    def _approximate(self, query: NDArray[np.float64], k: int, wanted: int, condition: str) -> Ranking:
+        """Let Milvus search, and again while rows beyond its limit may equal the k-th best and have lower ids."""
         limit = min(max(wanted + wanted // 8, _MIN_LIMIT), MAX_LIMIT)
-        hits = self._hits(queries, limit, condition)
-        while (
-            k and limit < MAX_LIMIT and any(len(ids) == limit and scores[k - 1] == scores[-1] for scores, ids in hits)
-        ):
-            limit = min(limit * 4, MAX_LIMIT)  # rows beyond the limit may equal the k-th best and have lower ids
-            hits = self._hits(queries, limit, condition)
-        width = min(wanted, *(len(ids) for _, ids in hits))
-        if width < k and width < self._count(condition, _SESSION):
-            return None
-        return np.stack([scores[:width] for scores, _ in hits]), np.stack([ids[:width] for _, ids in hits])
-
-    def _hits(self, queries: Floats, limit: int, condition: str) -> list[tuple[Scores, Positions]]:
-        options: dict[str, Any] = {"anns_field": "embed", "limit": limit, "filter": condition}
+        options: dict[str, Any] = {"data": [query.astype(np.float32)], "anns_field": "embed", "filter": condition}
         options |= {"search_params": {"metric_type": "IP", "params": {}}, "consistency_level": _SESSION}
-        found = []
-        for chunk in _chunks(queries.astype(np.float32), max(1, REQUEST_BYTES // (16 * limit + 4 * self.embed_dim))):
-            options |= {"data": list(chunk), "timeout": SEARCH_TIMEOUT_S}
-            found += [order_hits(hits) for hits in self._connection.call("search", self.name, **options)]
-        return found
-
-    def _exact(self, queries: Floats, wanted: int, ids: Positions) -> tuple[Scores, Positions]:
-        """Fetch rows, by ascending ids, and rank them in float64."""
-        rows = self.embeds(torch.from_numpy(ids)).double().numpy()
-        scores = (queries @ rows.T).astype(np.float32)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
-        return np.take_along_axis(scores, order, 1), ids[order]
+        while True:
+            found = self._connection.call("search", self.name, limit=limit, timeout=SEARCH_TIMEOUT_S, **options)
+            scores, ids = order_hits(found[0])
+            if not k or limit == MAX_LIMIT or len(ids) < limit or scores[k - 1] > scores[-1]:
+                return scores[:wanted], ids[:wanted]
+            limit = min(limit * 4, MAX_LIMIT)
 
     def upsert(self, ids: Tensor, embeds: Tensor, tags: Sequence[Collection[str]] | None = None) -> None:
         """Add rows, or replace those of the same id; ValueError on embeddings not finite or of another width."""
-        rows, texts = validate_embeds(embeds.float()), [sorted(map(encode_tag, row)) for row in tags or [()] * len(ids)]
-        if rows.shape[1] != self.embed_dim or not np.isfinite(rows).all():
-            raise ValueError(f"Embeddings must be finite and {self.embed_dim} wide, unlike {tuple(rows.shape)}.")
-        columns = zip(ids.tolist(), rows, texts, strict=True)
-        data = [{"id": number, "embed": row, "tags": tags} for number, row, tags in columns]
+        if embeds.shape[1] != self.embed_dim or not embeds.isfinite().all():
+            raise ValueError(f"Embeddings must be finite and {self.embed_dim} wide, unlike {tuple(embeds.shape)}.")
+        columns = zip(ids.tolist(), embeds.float().numpy(), tags or [()] * len(ids), strict=True)
+        data = [{"id": id, "embed": row, "tags": sorted(map(encode_tag, carried))} for id, row, carried in columns]
         for start in range(0, len(data), self._rows_per_request):
             self._connection.call("upsert", self.name, data=data[start : start + self._rows_per_request])
 
     def delete(self, ids: Tensor) -> None:
         """Delete rows; ids that are not there are ignored."""
-        for chunk in _chunks(ids.numpy(), _ID_CHUNK):
+        for chunk in filter(len, ids.split(_ID_CHUNK)):
             self._connection.call("delete", self.name, filter=f"id in {chunk.tolist()}")
 
     def drop(self) -> None:
         """Delete the collection with all its rows."""
-        self.unmark()
+        self.mark("")
         self._connection.call("drop_collection", self.name)
 
     def wait_until_indexed(self, progress: Callable[[int], object] = lambda rows: None) -> None:
@@ -175,11 +149,11 @@ class MilvusIndex(VectorIndex):
         `progress` is called every second with the number of rows that are not indexed yet. ConnectionError if nothing
         was indexed for `INDEX_TIMEOUT_S`.
         """
-        fewest, end = 0, 0.0
+        fewest, end = math.inf, 0.0
         while (left := self._unindexed()) > PROVISIONAL_ROWS:
-            if not end:  # Milvus builds no index on segments that still grow
+            if fewest == math.inf:  # Milvus builds no index on segments that still grow
                 self._connection.call("flush", self.name, timeout=LOAD_TIMEOUT_S)
-            if not end or left < fewest:
+            if left < fewest:
                 fewest, end = left, time.monotonic() + INDEX_TIMEOUT_S
             if time.monotonic() > end:
                 raise ConnectionError(f"{self.name}: the server does not index {left} rows; run the command again.")
@@ -201,19 +175,12 @@ class MilvusIndex(VectorIndex):
         return tuple(alias.removeprefix(start) for alias in aliases if alias.startswith(start))
 
     def mark(self, text: str) -> None:
-        """Add a mark, letters and digits, such as a digest of the rows once all of them are there."""
-        if text not in self.marks:
+        """Mark the collection with letters and digits, such as a digest of its rows, and remove other marks."""
+        marks = self.marks
+        if text and text not in marks:
             self._connection.call("create_alias", self.name, self.name + _MARK + text)
-
-    def unmark(self, keep: str = "") -> None:
-        """Remove all marks, or all but one."""
-        for mark in self.marks:
-            if mark != keep:
-                self._connection.call("drop_alias", self.name + _MARK + mark)
-
-    @property
-    def _rows_per_request(self) -> int:
-        return max(1, min(_ID_CHUNK, REQUEST_BYTES // (4 * self.embed_dim)))
+        for old in filter(lambda mark: mark != text, marks):
+            self._connection.call("drop_alias", self.name + _MARK + old)
 
     def _query(self, condition: str, *fields: str, level: str = _STRONG, **options: Any) -> list[dict[str, Any]]:
         options |= {"filter": condition, "output_fields": list(fields), "consistency_level": level}
@@ -247,15 +214,10 @@ def encode_tag(tag: str) -> str:
     return json.dumps(tag, ensure_ascii=False)[1:-1].encode("utf-8", "backslashreplace").decode()
 
 
-def order_hits(hits: Sequence[Mapping[str, Any]]) -> tuple[Scores, Positions]:
+def order_hits(hits: Sequence[Mapping[str, Any]]) -> Ranking:
     """Sort hits, best first; those within `SCORE_TOLERANCE` get the same score and are ordered by id."""
     scores, ids = np.array([hit["distance"] for hit in hits], np.float32), np.array([hit["id"] for hit in hits])
     best = np.argsort(-scores, kind="stable")
     scores, ids = scores[best], ids[best].astype(np.int64)
     groups = np.concatenate([[0], np.cumsum(scores[:-1] - scores[1:] > SCORE_TOLERANCE)])[: len(scores)]
     return scores[np.searchsorted(groups, groups)], ids[np.lexsort((ids, groups))]
-
-
-def _chunks(array: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
-    for start in range(0, len(array), size):
-        yield array[start : start + size]

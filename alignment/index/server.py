@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +25,7 @@ CALL_TIMEOUT_S = 120.0  # retries included; a server that was killed answers aga
 
 # Milvus error codes and texts for: starting, too busy, not loaded, not available at the moment.
 TRANSIENT_CODES = {1, 2, 8, 101, 103, 201, 202, 401, 500, 501, 502, 503, 504, 600, 601, 602, 901, 902, 903, 904}
-_TRANSIENT_TEXT = "not loaded|not fully loaded|loading|no available|unavailable|not ready|node offline|not healthy"
+_TRANSIENT_TEXT = "not (fully )?loaded|loading|no available|unavailable|not ready|node offline|not healthy"
 _TRANSIENT_TEXT += "|timeout|fail connecting"
 _TRANSIENT_STATUS = (None, "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN", "INTERNAL")  # of gRPC
 _UNAUTHORIZED_TEXT = "auth|permission|privilege|unauthenticated"
@@ -57,7 +58,7 @@ class Connection:
 
     def __init__(self, server: Server) -> None:
         """Connect; errors as of `call`, or ValueError if pymilvus is not installed."""
-        self.server = server
+        self._server = server
         try:
             import grpc
             import pymilvus
@@ -67,17 +68,13 @@ class Connection:
         for name in ("pymilvus", "pymilvus.milvus_client"):  # they log a traceback with every error that is raised
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._errors = (pymilvus.MilvusException, grpc.RpcError, grpc.FutureTimeoutError)
-        tls = {"server_pem_path": server.ca} if server.ca else {}
+        options: dict[str, Any] = {"server_pem_path": server.ca} if server.ca else {}
+        options |= {"timeout": CONNECT_TIMEOUT_S, "dedicated": True}
         try:
-            self._client = pymilvus.MilvusClient(
-                uri=server.uri, token=server.token, timeout=CONNECT_TIMEOUT_S, dedicated=True, **tls
-            )
+            self._client = pymilvus.MilvusClient(uri=server.uri, token=server.token, **options)
         except self._errors as error:
             raise self._translated(error) from None
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
+        self.close = self._client.close
 
     def call(self, method: str, /, *args: Any, timeout: float = CALL_TIMEOUT_S, **options: Any) -> Any:
         """Call a method of `MilvusClient`, and again while its error is transient.
@@ -88,21 +85,19 @@ class Connection:
             PermissionError: if the server rejects the credentials.
             ValueError: if the server rejects the request.
         """
-        end, tries = time.monotonic() + timeout, 0
+        end, delays = time.monotonic() + timeout, chain(_RETRY_DELAYS_S, repeat(_RETRY_DELAYS_S[-1]))
         while True:
             try:
                 return getattr(self._client, method)(*args, timeout=max(end - time.monotonic(), 0.1), **options)
             except self._errors as error:
-                delay = _RETRY_DELAYS_S[min(tries, len(_RETRY_DELAYS_S) - 1)]
-                if not is_transient(error) or time.monotonic() + delay > end:
+                if not is_transient(error) or time.monotonic() + (delay := next(delays)) > end:
                     raise self._translated(error) from None
-            tries += 1
             time.sleep(delay)
 
     def _translated(self, error: Exception) -> Exception:
         """Return the built-in exception for an error of pymilvus or gRPC; its message never contains the token."""
         code, text = code_and_text(error)
-        where = f"The Milvus server at {self.server.uri}"
+        where = f"The Milvus server at {self._server.uri}"
         if re.search(_UNAUTHORIZED_TEXT, f"{code} {text}".lower()):
             return PermissionError(f"{where} refuses us. Is {TOKEN} set and right? It says: {text}")
         if code == _COLLECTION_NOT_FOUND:
@@ -128,5 +123,5 @@ def is_transient(error: Exception) -> bool:
     code, text = code_and_text(error)
     if not isinstance(code, int):
         return code in _TRANSIENT_STATUS
-    retriable = bool(getattr(error, "retriable", False)) or code in TRANSIENT_CODES
-    return retriable or bool(re.search(_TRANSIENT_TEXT, text.lower()))
+    says = getattr(error, "retriable", False) or re.search(_TRANSIENT_TEXT, text.lower())
+    return bool(says) or code in TRANSIENT_CODES

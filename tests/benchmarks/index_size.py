@@ -127,7 +127,7 @@ def milvus(count: int) -> dict[str, float]:
             pushed = time.monotonic() - start
             index.wait_until_indexed()
             indexed = time.monotonic() - start
-            search = median_ms(lambda query: index.search(query[None], 10))
+            search = median_ms(lambda query: index.search(query, 10))
             found = {
                 **{f"disk.{part}": size / count for part, size in server.on_disk().items()},
                 "disk": (sum(server.on_disk().values()) - disk_before) / count,
@@ -138,7 +138,7 @@ def milvus(count: int) -> dict[str, float]:
             server.start()
             index = MilvusIndex(place, "sizes")
             assert len(index) == count
-            search = median_ms(lambda query: index.search(query[None], 10))
+            search = median_ms(lambda query: index.search(query, 10))
             return {**found, "restarted": (server.resident() - before) / count, "restarted.search_ms": search}
         finally:
             server.kill()

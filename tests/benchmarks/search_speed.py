@@ -179,7 +179,7 @@ def measure(count: int, folder: Path, arguments: argparse.Namespace, found: list
     built = timed(lambda: write_index(folder / INDEX, rows)) / 1000
     opening = median(timed(lambda: open_index(folder / INDEX)) for _ in range(20))
     index = open_index(folder / INDEX)
-    first = timed(lambda: index.search(torch.from_numpy(queries[:1]), K))
+    first = timed(lambda: index.search(torch.from_numpy(queries[0]), K))
     contenders = dict(all_contenders(rows, index, queries, folder, arguments))
     times = take_turns(contenders, queries, arguments.rounds)
     truth = exact(rows, queries)
@@ -206,8 +206,7 @@ def write_index(path: Path, rows: Any) -> None:
 
     from alignment.index import LocalIndex
 
-    ids = torch.arange(len(rows))
-    LocalIndex.write(path, zip(ids.split(16_384), torch.from_numpy(rows).split(16_384), strict=True), *rows.shape, "")
+    LocalIndex.write(path, torch.from_numpy(rows).split(16_384), "")
 
 
 def open_index(path: Path) -> Any:
@@ -217,7 +216,7 @@ def open_index(path: Path) -> Any:
     from alignment.index import LocalIndex
 
     count = header_of(path)["count"]
-    return LocalIndex.open(path, torch.arange(count), "", tagged=lambda tag: torch.arange(3, count, 10))
+    return LocalIndex.open(path, "", lambda tag: torch.arange(3, count, 10))
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -278,8 +277,8 @@ def all_contenders(
                 break
             graph.expansion_search *= 2
         yield f"usearch, {graph.expansion_search}", lambda query: graph.search(query[0], K, threads=1).keys
-    yield "ours", lambda query: index.search(torch.from_numpy(query), K)[1][0].tolist()
-    yield "ours, tag", lambda query: index.search(torch.from_numpy(query), K, tag="tenth")[1][0].tolist()
+    yield "ours", lambda query: index.search(torch.from_numpy(query[0]), K)[1].tolist()
+    yield "ours, tag", lambda query: index.search(torch.from_numpy(query[0]), K, tag="tenth")[1].tolist()
 
 
 def take_turns(contenders: dict[str, Search], queries: Any, rounds: int) -> dict[str, list[float]]:
@@ -336,11 +335,11 @@ def memory_of_this_process(index: str, queries: str) -> tuple[float, float]:
     from alignment.index import LocalIndex
 
     asked = torch.from_numpy(np.load(queries))
-    LocalIndex(torch.arange(len(asked)), asked).search(asked[:1], K)
+    LocalIndex(asked).search(asked[0], K)
     before = resident()
     opened = open_index(Path(index))
     for query in asked:
-        opened.search(query[None], K)
+        opened.search(query, K)
     after = resident()
     return after[0] - before[0], after[1] - before[1]
 

@@ -19,9 +19,10 @@ NUMBERS = count()
 def new_index(place: Server) -> Iterator[NewIndex]:
     made: list[MilvusIndex] = []
 
-    def new(ids: Tensor, embeds: Tensor, tags: Sequence[Collection[str]] | None = None) -> VectorIndex:
+    def new(embeds: Tensor, tags: Sequence[Collection[str]] | None = None) -> VectorIndex:
         made.append(MilvusIndex.create(place, f"contract_{next(NUMBERS)}", embeds.shape[1], {}))
-        made[-1].upsert(ids, embeds, tags)
+        order = torch.randperm(len(embeds), generator=torch.Generator().manual_seed(0))
+        made[-1].upsert(order, embeds[order], None if tags is None else [tags[row] for row in order.tolist()])
         return made[-1]
 
     yield new

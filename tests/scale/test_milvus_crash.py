@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from index_contract import unit
+from index_contract import search_all, unit
 from milvus_server import MilvusServer
 
 from alignment.index import MilvusIndex, Server
@@ -79,7 +79,7 @@ def test_what_was_acknowledged_survives_a_kill_and_the_work_goes_on(mortal: Milv
     assert again.ids("even").tolist() == acknowledged[::2]
     for ids in torch.tensor(acknowledged).split(BATCH)[-8:]:
         torch.testing.assert_close(again.embeds(ids), rows_of(ids))
-        assert again.search(rows_of(ids)[:5], 1)[1].flatten().tolist() == ids[:5].tolist()
+        assert search_all(again, rows_of(ids)[:5], 1)[1].flatten().tolist() == ids[:5].tolist()
     index.upsert(ids, rows_of(ids), [{"even" if id % 2 == 0 else "odd"} for id in ids.tolist()])
     assert again.ids().tolist() == acknowledged
     index.close()

@@ -44,7 +44,7 @@ def test_the_right_credentials_are_accepted(guarded: MilvusServer, env: dict[str
     place = Server.at(guarded.uri, env)
     index = MilvusIndex.create(place, "mine", 16, {})
     index.upsert(torch.arange(3), unit(3))
-    assert index.search(unit(3)[1:2], 1)[1].tolist() == [[1]]
+    assert index.search(unit(3)[1], 1)[1].tolist() == [1]
     index.drop()
     index.close()
 
