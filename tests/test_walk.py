@@ -214,7 +214,7 @@ def test_galleries_built_into_the_source_do_not_count(photos: Path, encoder: Dua
     for out in ("gallery", "b/another", "again"):
         gallery, report = build(photos, photos / out, encoder)
         assert len(gallery.pictures) == 4
-    assert report.left_out["folders of thumbnails, waste or galleries"] == ("b/old",)
+    assert set(report.left_out["folders of thumbnails, waste or galleries"]) == {"b/another", "b/old", "gallery"}
 
 
 def test_pictures_in_the_folder_that_becomes_the_gallery_are_named(photos: Path, encoder: DualEncoder) -> None:

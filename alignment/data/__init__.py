@@ -22,19 +22,16 @@ the pictures and counts what is left out or repaired. What is ambiguous is an er
 
 from alignment.data.collector import AmbiguousImageNames, EmptyDataset, Pair
 from alignment.data.deduplicate import ImageHash, drop_leaked, hash_images, merge_duplicates, near_duplicates
-from alignment.data.partition import Partition
-from alignment.data.reader import ReadResult, positive_mask, read_data, read_pairs
-from alignment.data.report import DataReport, check_data, describe_issues, describe_truncated
+from alignment.data.reader import Partition, ReadResult, positive_mask, read_data, read_pairs
+from alignment.data.report import describe_issues, describe_truncated, summarize_data
 
 __all__ = [
     "AmbiguousImageNames",
-    "DataReport",
     "EmptyDataset",
     "ImageHash",
     "Pair",
     "Partition",
     "ReadResult",
-    "check_data",
     "describe_issues",
     "describe_truncated",
     "drop_leaked",
@@ -44,4 +41,5 @@ __all__ = [
     "positive_mask",
     "read_data",
     "read_pairs",
+    "summarize_data",
 ]

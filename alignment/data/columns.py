@@ -29,11 +29,7 @@ _NO_TEXT = re.compile(r"\s*(\w+://\S*|[\d\s.,:/TZ+-]*|true|false|none|nan|null)\
 
 
 class UnreadableTable(ValueError):
-    """A file cannot be read as captions of pictures; the message says why.
-
-    Attributes:
-        may_be_captions: whether it seems to be meant as captions all the same, so that it is worth a mention.
-    """
+    """A file cannot be read as captions of pictures; with `may_be_captions` it is probably meant as such."""
 
     def __init__(self, reason: str, *, may_be_captions: bool = True) -> None:
         super().__init__(reason)
@@ -76,26 +72,17 @@ class TableSample:
     has_header: bool = True  # the names are in the first row
 
     def columns(self) -> Columns:
-        """Identify the columns, by name where that is sufficient.
+        """Identify the columns, by name where that is sufficient; a list of pictures has neither captions nor classes.
 
         Raises:
             UnreadableTable: when no column names pictures, or several may be captions.
         """
         named = find_columns(self.names)
-        image = named.image or self._find_image(named)
-        if named.captions:
-            return named._replace(image=image)
-        try:
-            captions, classes = self._find_captions(named._replace(image=image))
-        except UnreadableTable as reason:
-            if reason.may_be_captions:
-                raise
-            captions, classes = (), None  # a list of pictures
-        return named._replace(image=image, captions=captions, classes=classes)
+        named = named._replace(image=named.image or self._find_image(named))
+        return named if named.captions else self._find_captions(named)
 
-    @property
     def texts(self) -> frozenset[str]:
-        """The columns of text."""
+        """Return the columns of text."""
         return frozenset(name for name in self.names if self._is_mostly(name, _is_text))
 
     def _values(self, name: str) -> list[str]:
@@ -123,30 +110,31 @@ class TableSample:
             return found[0]
         if found:
             reason = f"its columns {join_first(found)} all name pictures; call the right one image"
-            may_be_captions = bool(named.captions or self.texts)
-        else:
-            reason = (
-                f"none of its columns ({join_first(self.names)}) names pictures that are there; call the right one "
-                "image, or add a header line"
-            )
-            may_be_captions = bool(named.captions) and len(self.names) > 1
-        raise UnreadableTable(reason, may_be_captions=may_be_captions)
+            raise UnreadableTable(reason, may_be_captions=bool(named.captions or self.texts()))
+        reason = f"none of its columns ({join_first(self.names)}) names pictures that are there"
+        may_be_captions = bool(named.captions) and len(self.names) > 1
+        raise UnreadableTable(
+            f"{reason}; call the right one image, or add a header line", may_be_captions=may_be_captions
+        )
 
-    def _find_captions(self, named: Columns) -> tuple[tuple[str, ...], str | None]:
-        """Find the one column of text, else one of classes."""
+    def _find_captions(self, named: Columns) -> Columns:
+        """Add the one column of text, else one of classes."""
         names = [name for name in self.names if name not in (named.image, named.split)]
         texts = [name for name in names if name != named.id and self._is_mostly(name, _is_text)]
         prose = [name for name in texts if self._is_mostly(name, _PROSE.search)]
         classes = [name for name in names if _CLASS.fullmatch(name) and not (name in prose and self._varies(name))]
         found = [name for name in prose or filter(self._varies, texts) if name not in classes]
         if len(found) == 1:
-            return (found[0],), None
+            return named._replace(captions=(found[0],))
         if found:
             raise UnreadableTable(f"its columns {join_first(found)} may all be captions; call the right ones caption")
         if classes := classes or [name for name in texts if len(self._values(name)) >= _MIN_VALUES]:
-            return (), classes[0]
-        reason = f"none of its columns ({join_first(self.names)}) holds captions; call the right one caption"
-        raise UnreadableTable(reason, may_be_captions=bool(texts))
+            return named._replace(classes=classes[0])
+        if texts:
+            raise UnreadableTable(
+                f"none of its columns ({join_first(self.names)}) holds captions; call the right one caption"
+            )
+        return named
 
 
 def _is_text(value: str) -> bool:
@@ -156,20 +144,10 @@ def _is_text(value: str) -> bool:
 def fit_row(
     fields: list[str], names: Sequence[str], columns: Columns, delimiter: str, texts: Collection[str]
 ) -> list[str] | None:
-    """Bring a row to as many fields as there are columns.
+    """Bring a row to as many fields as there are columns; None if several ways to do so, or none, are possible.
 
     A row with too many fields has the delimiter in a value without quotation marks. All ways to join neighbouring
-    fields are tried, and those that put an impossible value into a column are dropped.
-
-    Args:
-        fields: as split at the delimiter.
-        names: of the columns.
-        columns: what they mean.
-        delimiter: between the fields.
-        texts: the columns that may hold any text.
-
-    Returns:
-        None if several ways, or none, are left.
+    fields are tried, and those that put an impossible value into a column are dropped; `texts` may hold any text.
     """
     while len(fields) > len(names) and not fields[-1].strip():
         fields = fields[:-1]

@@ -37,15 +37,10 @@ MAX_NEAR_DUPLICATES = 1_000_000  # pairs; the frames of a film would otherwise f
 
 
 class ImageHash(NamedTuple):
-    """The hashes of a picture.
+    """The hashes of a picture."""
 
-    Attributes:
-        content: sha256 of the file's bytes.
-        difference: 64-bit difference hash of the upright picture; 0 if it has too little texture to be compared.
-    """
-
-    content: str
-    difference: int
+    content: str  # sha256 of the file's bytes
+    difference: int  # 64-bit difference hash of the upright picture; 0 if it has too little texture to be compared
 
 
 ImageHashes = Mapping[str, ImageHash | None]
@@ -55,17 +50,11 @@ ImageHashes = Mapping[str, ImageHash | None]
 def hash_images(
     images: Iterable[str], *, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, ImageHash | None]:
-    """Open and hash every picture.
+    """Open and hash the picture at each path once, in the order given; log those that cannot be opened.
 
-    Args:
-        images: paths; one that occurs twice is opened once.
-        progress: called after each picture with (done, total).
-
-    Returns:
-        Path -> hashes, in the order given; None for a picture that cannot be opened, which is logged.
+    After each picture, `progress` is called with (done, total).
     """
-    paths = list(dict.fromkeys(images))
-    problems: list[str] = []
+    paths, problems = list(dict.fromkeys(images)), list[str]()
     hashes: dict[str, ImageHash | None] = {}
     with closing(prefetch_map(_hash_image, paths)) as results:
         for path, result in zip(paths, results, strict=True):
@@ -103,21 +92,12 @@ def _difference_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(steps > 0).tobytes(), "big")
 
 
-# ---------------------------------------------------------------- near-duplicates
-
-
 def near_duplicates(hashes: ImageHashes) -> list[tuple[str, str]]:
-    """Find the pairs of pictures that are one photograph saved in two ways.
+    """Find the pairs of pictures that are one photograph saved in two ways, at most `MAX_NEAR_DUPLICATES`.
 
     Of pictures with the same content only the first is compared, which is the one `merge_duplicates` keeps.
-
-    Returns:
-        Pairs in the order of `hashes`; at most `MAX_NEAR_DUPLICATES`.
     """
-    first: dict[str, str] = {}
-    for image, found in hashes.items():
-        if found:
-            first.setdefault(found.content, image)
+    first = {found.content: image for image, found in reversed([*hashes.items()]) if found}
     return [(first[one], first[other]) for one, other in near_duplicate_contents(hashes)]
 
 
@@ -136,7 +116,7 @@ def close_hashes(hashes: NDArray[np.uint64], limit: int = MAX_NEAR_DUPLICATES) -
 
     Args:
         hashes: (n,); zeros are ignored.
-        limit: number of pairs at which the search ends.
+        limit: of pairs.
 
     Returns:
         (num_pairs, 2) positions, the smaller first, in ascending order.
@@ -166,15 +146,8 @@ def _close_in_part(hashes: NDArray[np.uint64], part: NDArray[np.uint16], limit: 
     return order[np.concatenate(found)]
 
 
-# ---------------------------------------------------------------- equal contents
-
-
 def merge_duplicates(pairs: Sequence[Pair], hashes: ImageHashes) -> list[Pair]:
     """Merge pictures of the same content; drop those that cannot be opened or have no caption.
-
-    Args:
-        pairs: of one split, since splits are not compared.
-        hashes: of all their pictures.
 
     Returns:
         The first picture of each content with the captions of all, none of them twice, in the order given.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from alignment.data.encoding import open_text
 from alignment.preprocess import IMAGE_SUFFIXES
 
-# Formats of pictures that are not read.
+# Pictures that are not read.
 OTHER_IMAGE_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
 ARCHIVE_SUFFIXES = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar"}
 TEXT_SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".token", ".caption"}
@@ -20,7 +20,6 @@ SPLITS |= dict.fromkeys(("dev", "val", "valid", "validation"), "dev")
 
 UNLISTED = "folders that cannot be listed"
 """Reason to leave out a folder in which there may be pictures."""
-
 _NO_PHOTOS = "folders of thumbnails, waste or galleries"
 _PARENT_LINK = "links to a folder around them"
 # Folders, in small letters, in which servers and operating systems keep thumbnails, deleted files and snapshots.
@@ -84,18 +83,11 @@ def read_head(file: Path) -> str:
         return ""
 
 
-# ---------------------------------------------------------------- folders
-
-
 def walk(folder: Path, leave_out: Callable[[str, Path], None] = lambda reason, path: None) -> Iterator[Path]:
     """List files, those of a folder before its folders, in alphabetical order; each folder once, linked ones too.
 
     Links to a folder around them or to a folder that is listed anyway are not followed. Folders of thumbnails and
-    galleries are left out.
-
-    Args:
-        folder: where to begin.
-        leave_out: called with reason and path of each folder that is not listed; `UNLISTED` is one of the reasons.
+    galleries are left out: `leave_out` is called with the reason and the path of each folder that is not listed.
 
     Raises:
         OSError: when `folder` itself cannot be listed.
@@ -113,7 +105,7 @@ def walk(folder: Path, leave_out: Callable[[str, Path], None] = lambda reason, p
                 raise
             leave_out(UNLISTED, parent)
             continue
-        if parent is not folder and _is_gallery(entries):
+        if parent is not folder and _is_gallery({entry.name for entry in entries}):
             leave_out(_NO_PHOTOS, parent)
             continue
         folders = []
@@ -148,6 +140,6 @@ def _classify(entry: os.DirEntry[str], root: str, parent: str) -> str:
     return "" if is_listed else "folder"
 
 
-def _is_gallery(entries: Sequence[os.DirEntry[str]]) -> bool:
-    """Recognise a gallery of this project, whose thumbnails are no photos."""
-    return {"gallery.json", "pictures.jsonl"} <= {entry.name for entry in entries}
+def _is_gallery(names: set[str]) -> bool:
+    """Recognise a gallery of this project, or one of its former format, whose thumbnails are no photos."""
+    return "gallery.db" in names or {"gallery.json", "pictures.jsonl"} <= names

@@ -10,26 +10,24 @@ from typing import NamedTuple
 from alignment.data.coco_flickr import (
     is_coco,
     is_coco_captions,
-    is_flickr8k,
     is_flickr30k,
     is_karpathy,
     read_coco,
-    read_flickr8k,
-    read_flickr30k,
+    read_flickr,
     read_karpathy,
 )
 from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.columns import UnreadableTable
 from alignment.data.files import ARCHIVE_SUFFIXES, find_files, is_hidden, split_from_path
-from alignment.data.hub_dataset import read_hub
-from alignment.data.image_folder import read_folder
+from alignment.data.image_folder import UNUSED_SIDECARS, read_folder
 from alignment.data.image_index import ImageIndex
-from alignment.data.sidecars import UNUSED_SIDECARS
+from alignment.data.image_store import read_hub
 from alignment.data.tables import check_table, is_caption_table, read_table
 from alignment.data.unsupported import explain_unsupported
 from alignment.data.webdataset import find_shards, read_shard
 from alignment.preprocess import join_first
 
+_FLICKR8K = "Flickr8k.token.txt"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 Detect = Callable[[Path, ImageIndex], list[Path]]
@@ -98,10 +96,8 @@ def _detect_named(*patterns: str, fits: Callable[[Path], bool], others: Callable
         files = [file for file in find_files(source, *patterns) if fits(file)]
         if files or others is None:
             return files
-        files = [
-            file for file in find_files(source, "*.json") if file.parent == source or split_from_path(file, source)
-        ]
-        return [file for file in files if not index.has_stem(file.stem) and others(file)]
+        files = [file for file in find_files(source, "*.json") if not index.has_stem(file.stem)]
+        return [file for file in files if (file.parent == source or split_from_path(file, source)) and others(file)]
 
     return detect
 
@@ -126,14 +122,10 @@ def _detect_tables(*suffixes: str) -> Detect:
     return detect
 
 
-def _detect_hub(source: Path, index: ImageIndex) -> list[Path]:
-    return [source] if not source.exists() and _HUB_ID.fullmatch(source.as_posix()) else []
-
-
 FORMATS: dict[str, Format] = {  # in the order in which they are tried
     "karpathy": Format(_detect_named("dataset*.json", fits=is_karpathy, others=is_karpathy), read_karpathy),
-    "flickr8k": Format(_detect_named("Flickr8k.token.txt", fits=is_flickr8k), read_flickr8k),
-    "flickr30k": Format(_detect_named("results_20130124.token", "results.csv", fits=is_flickr30k), read_flickr30k),
+    "flickr8k": Format(_detect_named(_FLICKR8K, fits=lambda file: file.name == _FLICKR8K), read_flickr),
+    "flickr30k": Format(_detect_named("results_20130124.token", "results.csv", fits=is_flickr30k), read_flickr),
     "coco": Format(
         _detect_named("captions*.json", fits=is_coco, others=is_coco_captions), read_coco, is_exclusive=False
     ),
@@ -142,5 +134,7 @@ FORMATS: dict[str, Format] = {  # in the order in which they are tried
     "parquet": Format(_detect_tables(".parquet"), read_table, in_parts=True, is_exclusive=False),
     "webdataset": Format(lambda source, index: find_shards(source), read_shard, in_parts=True),
     "folder": Format(lambda source, index: [source] if source.is_dir() else [], read_folder),
-    "hub": Format(_detect_hub, read_hub),
+    "hub": Format(
+        lambda source, index: [source] if not source.exists() and _HUB_ID.fullmatch(source.as_posix()) else [], read_hub
+    ),
 }

@@ -26,26 +26,22 @@ class Matches(NamedTuple):
 
 
 class ImageIndex:
-    """The pictures below a folder by name, listed on first use.
-
-    Attributes:
-        root: absolute path of the folder.
-        unlisted: absolute paths of folders that cannot be listed, as far as they are known.
-    """
+    """The pictures below the folder `root` by name, listed on first use."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.path.abspath(root)
-        self.unlisted: list[str] = []
+        self.unlisted: list[str] = []  # absolute paths of folders that cannot be listed, as far as they are known
 
     @cached_property
     def paths(self) -> list[str]:
         """All pictures, in alphabetical order; folders that cannot be listed are added to `unlisted`."""
-        files = walk(Path(self.root), self._leave_out) if os.path.isdir(self.root) else ()
-        return [os.fspath(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
 
-    def _leave_out(self, reason: str, folder: Path) -> None:
-        if reason == UNLISTED:
-            self.unlisted.append(os.path.abspath(folder))
+        def leave_out(reason: str, folder: Path) -> None:
+            if reason == UNLISTED:
+                self.unlisted.append(os.path.abspath(folder))
+
+        files = walk(Path(self.root), leave_out) if os.path.isdir(self.root) else ()
+        return [os.fspath(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
 
     def is_unreachable(self, path: str) -> bool:
         """Tell whether a path is in a folder that cannot be listed or entered; that folder is added to `unlisted`."""
@@ -79,15 +75,12 @@ class ImageIndex:
         """
         name = nfc(os.path.normpath(name).replace(os.sep, "/"))
         base = name.rpartition("/")[2]
-        paths = [path for path in self._groups["name"].get(base, ()) if self._relative(path).endswith(f"/{name}")]
+        same_base = self._groups["folded"].get(base.casefold(), [])
+        folded = [path for path in same_base if self._relative(path).casefold().endswith(f"/{name}".casefold())]
+        paths = [path for path in folded if self._relative(path).endswith(f"/{name}")]
         if not paths and os.path.splitext(base)[1].lower() not in IMAGE_SUFFIXES:
             paths = self._find_stem(name)
-        if paths:
-            return Matches(self._decide(paths, split, folder))
-        ending = f"/{name}".casefold()
-        paths = self._groups["folded"].get(base.casefold(), [])
-        paths = [path for path in paths if self._relative(path).casefold().endswith(ending)]
-        return Matches(self._decide(paths, split, folder), bool(paths))
+        return Matches(self._decide(paths or folded, split, folder), bool(folded and not paths))
 
     def split_of(self, path: str) -> str:
         """Return the split that the folders of a picture are named after, the nearest first; "" without one."""

@@ -26,10 +26,12 @@ def read_document(file: Path, collector: Collector) -> Iterator[tuple[str, Mappi
     as pandas writes it; or one of these below a key such as `data`. Of LLaVA's conversations the first answer is read.
 
     Raises:
-        ValueError: when it is no JSON, or of none of these forms.
+        ValueError: when it is empty, no JSON, or of none of these forms.
     """
-    is_empty = True
-    for number, value in enumerate(_values(json.loads(read_text(file)), collector.index.names_image)):
+    text, is_empty = read_text(file), True
+    if not text.strip():
+        raise ValueError(f"{file.name} is empty")
+    for number, value in enumerate(_values(json.loads(text), collector.index.names_image)):
         where = f"{file.name}[{number}]"
         if record := as_record(value, collector.index.names_image):
             is_empty = False

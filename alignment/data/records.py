@@ -14,8 +14,7 @@ from alignment.data.collector import RawAnnotation
 from alignment.data.columns import CAPTION_COLUMNS, Columns, find_columns
 from alignment.data.files import is_image_name
 
-TEXT_PARTS = ("txt", "caption", "captions")
-"""Parts of a WebDataset sample that hold captions, one a line."""
+TEXT_PARTS = ("txt", "caption", "captions")  # of a WebDataset sample, which hold captions, one a line
 
 _LANGUAGE = re.compile(r"[a-z]{2}([-_][A-Za-z]{2,4})?")
 _LITERAL = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None)"""

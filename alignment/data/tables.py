@@ -17,7 +17,7 @@ from alignment.data.delimited import read_file_head, split_rows
 from alignment.data.encoding import open_text
 from alignment.data.files import is_image_name, read_head, split_from_path
 from alignment.data.image_index import ImageIndex
-from alignment.data.image_store import cache_folder, store_image
+from alignment.data.image_store import read_parquet
 from alignment.data.json_documents import as_record, read_document
 from alignment.data.records import read_record
 from alignment.data.unsupported import explain_unsupported, may_be_captions
@@ -27,6 +27,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parque
 
 _NUM_SAMPLED = 50  # rows by which the columns are identified
 _SAMPLE_LINES = 5000  # lines in which these rows are looked for; a field may have 200
+_CAPTIONS_NAME = re.compile("caption|metadata|annotation|descri")
 _MIN_WIDTH_SHARE = 0.1  # of the rows that have a number of fields, for it to be that of the columns
 
 Records = Iterator[tuple[str, Mapping[str, Any], Columns]]
@@ -34,11 +35,7 @@ Records = Iterator[tuple[str, Mapping[str, Any], Columns]]
 
 
 class ClassLabelsOnly(UnreadableTable):
-    """A table has classes of pictures, as for image classification, and no captions.
-
-    Attributes:
-        column: of the classes.
-    """
+    """A table has classes of pictures in a `column`, as for image classification, and no captions."""
 
     REASON = "files of classes, not captions (to take them as captions, call their column caption)"
 
@@ -69,20 +66,18 @@ def check_table(file: Path, index: ImageIndex, *, trusted: bool = True) -> None:
     Raises:
         UnreadableTable: when it does not contain captions of pictures, or cannot be read.
     """
-    collector = Collector(Path(index.root), trusted=trusted, index=index)
-    is_named_so = bool(re.search("caption|metadata|annotation|descri", file.name.lower()))
+    collector = Collector(index, trusted=trusted)
+    is_named_so = bool(_CAPTIONS_NAME.search(file.name.lower()))
     try:
         first = list(islice(_read_records(file, collector), _NUM_SAMPLED))
+    except UnreadableTable as error:
+        error.may_be_captions |= "caption" in file.name.lower() or (is_named_so and not read_head(file))
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
-        if is_named_so and _is_blank(file):
-            raise UnreadableTable("it is empty") from error
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
-        is_meant_so = is_named_so
-        if isinstance(error, UnreadableTable):
-            is_meant_so = error.may_be_captions or "caption" in file.name.lower()
-        raise UnreadableTable(reason, may_be_captions=is_meant_so) from error
+        raise UnreadableTable(reason, may_be_captions=is_named_so) from error
     if not first:
-        reason = "no line of it can be read" if collector.skipped else "it is empty"
+        reason = "no line of it can be read" if collector.left_out else "it is empty"
         names_images = re.search(r"\.(jpe?g|png|webp)\b", read_head(file), re.IGNORECASE)
         raise UnreadableTable(reason, may_be_captions=is_named_so or bool(names_images))
     if classes := next((columns.classes for _, _, columns in first if columns.classes), None):
@@ -92,13 +87,7 @@ def check_table(file: Path, index: ImageIndex, *, trusted: bool = True) -> None:
 
 
 def is_caption_table(file: Path, collector: Collector, *, is_metadata: bool = False) -> bool:
-    """Tell whether a file is a table of captions; one that seems meant so but cannot be read is recorded as unread.
-
-    Args:
-        file: of any kind.
-        collector: for the record.
-        is_metadata: whether the file is certainly meant as captions.
-    """
+    """Tell whether a file is a table of captions; metadata, or one that seems meant so, may be recorded as unread."""
     try:
         if file.suffix.lower() in TABLE_SUFFIXES:
             check_table(file, collector.index, trusted=collector.trusted)
@@ -115,26 +104,15 @@ def is_caption_table(file: Path, collector: Collector, *, is_metadata: bool = Fa
 
 def _record_classes(file: Path, column: str | None, collector: Collector) -> None:
     if column:
-        name = f"{collector.relative(file)}, column {sanitize_text(column, 40)}"
-        collector.skip(ClassLabelsOnly.REASON, name)
-
-
-def _is_blank(file: Path) -> bool:
-    with suppress(OSError, ValueError), open_text(file) as lines:
-        return not any(line.strip() for line in lines)
-    return False
-
-
-# ---------------------------------------------------------------- records
+        collector.skip(ClassLabelsOnly.REASON, f"{collector.relative(file)}, column {sanitize_text(column, 40)}")
 
 
 def _read_records(file: Path, collector: Collector) -> Records:
     suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        return _identify_columns(file, _read_parquet(file, collector), collector)
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        return _identify_columns(file, _read_json(file, collector), collector)
-    return _read_delimited(file, collector)
+    if suffix not in (".jsonl", ".ndjson", ".json", ".parquet"):
+        return _read_delimited(file, collector)
+    read = read_parquet if suffix == ".parquet" else _read_json
+    return _identify_columns(file, read(file, collector), collector)
 
 
 def _identify_columns(file: Path, records: Iterator[tuple[str, Mapping[str, Any]]], collector: Collector) -> Records:
@@ -196,17 +174,14 @@ def _read_delimited(file: Path, collector: Collector) -> Records:
         del start[:skipped]
         first = split_rows(start, delimiter, lambda fields: any(map(is_image_name, fields)), skipped + 1)
         sample = _sample_table([row.fields for row in islice(first, _NUM_SAMPLED + 1)], collector.index.names_image)
-        columns, texts = sample.columns(), sample.texts
+        columns, texts = sample.columns(), sample.texts()
         _record_classes(file, columns.classes, collector)
-        image = sample.names.index(str(columns.image))
-
-        def is_row(fields: Sequence[str]) -> bool:
-            return any(map(is_image_name, fields[image : image + 1]))
-
-        for row in split_rows(chain(start, lines), delimiter, is_row, skipped + 1):
+        at = sample.names.index(str(columns.image))
+        rows = split_rows(
+            chain(start, lines), delimiter, lambda row: any(map(is_image_name, row[at : at + 1])), skipped + 1
+        )
+        for row in islice(rows, sample.has_header, None):
             where = f"{file.name}:{row.number}"
-            if row.number == skipped + 1 and sample.has_header:
-                continue
             if (fields := fit_row(row.fields, sample.names, columns, delimiter, texts)) is None:
                 collector.skip("lines with more values than columns", where)
                 continue
@@ -222,12 +197,12 @@ def _sample_table(rows: Sequence[Sequence[str]], names_image: Callable[[object],
     if not rows:
         raise UnreadableTable("it is empty", may_be_captions=False)
     first = [name.strip().lstrip("# ") for name in rows[0]]
-    columns = find_columns(tuple(first))
     named = [name for name in first if name]
     is_numbered = named == [str(number) for number in range(len(named))]  # as pandas writes columns without names
-    has_header = is_numbered or bool(columns.image and columns.captions) or not any(map(names_image, first))
-    if not has_header:
-        first = first[: _usual_width(rows)]
+    has_header = is_numbered or all(find_columns(tuple(first))[:2]) or not any(map(names_image, first))
+    if not has_header:  # the smallest common number of fields: rows with more have a delimiter in a value
+        widths = Counter(map(len, rows))
+        first = first[: min(width for width, times in widths.items() if times >= _MIN_WIDTH_SHARE * len(rows))]
     names: list[str] = []
     for number, name in enumerate(first, start=1):
         name = name if has_header and name else f"column {number}"
@@ -235,30 +210,3 @@ def _sample_table(rows: Sequence[Sequence[str]], names_image: Callable[[object],
     body = rows[has_header:]
     fitting = [row for row in body if len(row) == len(names)]
     return TableSample(tuple(names), fitting or [[*row, *names][: len(names)] for row in body], names_image, has_header)
-
-
-def _usual_width(rows: Sequence[Sequence[str]]) -> int:
-    """Return the smallest common number of fields; rows with more have a delimiter in a value."""
-    widths = Counter(map(len, rows))
-    return min(width for width, times in widths.items() if times >= _MIN_WIDTH_SHARE * len(rows))
-
-
-def _read_parquet(file: Path, collector: Collector) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Read a parquet file; pictures in it are written to the image store."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        message = "reading parquet takes pyarrow: pip install '.[hub]', or save it as CSV"
-        raise UnreadableTable(message) from error
-    if not collector.trusted:
-        raise UnreadableTable("parquet is not read here; save it as CSV")
-    try:
-        batches = parquet.ParquetFile(file).iter_batches(batch_size=256)
-        for record in (record for batch in batches for record in batch.to_pylist()):
-            for name, value in record.items():
-                if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-                    suffix = Path(value.get("path") or "").suffix
-                    record = {**record, name: store_image(value["bytes"], suffix, cache_folder() / "pictures")}
-            yield file.name, record
-    except ArrowException as error:
-        raise UnreadableTable(f"it is damaged: {error}") from error

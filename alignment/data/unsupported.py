@@ -41,8 +41,7 @@ def explain_unsupported(file: Path) -> str:
     return f"files {ending} are not read as captions; save it as CSV with the columns image and caption"
 
 
-def _names_images(file: Path) -> bool:
-    """Search a spreadsheet for names of pictures: a zip file of XML, or the older binary format."""
+def _names_images(file: Path) -> bool:  # a zip file of XML, or the older binary format
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as sheet:

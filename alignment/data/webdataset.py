@@ -13,7 +13,9 @@ import json
 import os
 import re
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from glob import glob, has_magic
 from itertools import islice, product
 from pathlib import Path
@@ -45,10 +47,7 @@ class Shard(NamedTuple):
 
     rows: list[tuple[str, list[str], str, str]]  # file name in the image store, captions, split, id
     skipped: list[tuple[str, str]]  # reason, what
-    repaired: list[tuple[str, str]]  # reason, what was read although something is wrong with it
-
-
-# ---------------------------------------------------------------- paths of shards
+    repaired: list[tuple[str, str]]
 
 
 def find_shards(source: Path) -> list[Path]:
@@ -83,8 +82,7 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         ValueError: when there are more than `MAX_SHARDS`, or none.
     """
-    choices: list[list[str]] = []
-    end = 0
+    choices, end = list[list[str]](), 0
     for found in _BRACES.finditer(pattern):
         choices.append([pattern[end : found.start()]])
         end = found.end()
@@ -101,17 +99,12 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _has_samples(shard: Path) -> bool:
     """Distinguish a shard from a tar file of pictures only, which may be there unpacked too."""
-    parts: dict[str, set[str]] = {}
-    try:
+    parts = defaultdict[str, set[str]](set)
+    with suppress(*_DAMAGED):
         for _, member in islice(_headers(shard), _NUM_PROBED):
             key, part = _key_and_part(member.name)
-            parts.setdefault(key, set()).add("picture" if _is_image(part) else part)
-    except _DAMAGED:
-        pass
+            parts[key].add("picture" if _is_image(part) else part)
     return any("picture" in found and found & {*_CAPTION_PARTS} for found in parts.values())
-
-
-# ---------------------------------------------------------------- one shard
 
 
 def read_shard(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
@@ -134,12 +127,10 @@ def _read_indexed(file: Path, store: Path) -> Shard:
     state = file.stat()
     identity = [_INDEX_VERSION, os.path.abspath(file), state.st_size, state.st_mtime_ns]
     index = cache_folder() / "shards" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.json"
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError):  # without an index, or where something is damaged
         content = read_json_checksummed(index)
         if all(_is_unchanged(store / name, size, index.stat()) for name, size in content["sizes"].items()):
             return Shard(**content["shard"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # there is no index, it is of another version, or something is damaged
     shard = _unpack(file, store)
     sizes = {name: (store / name).stat().st_size for name, *_ in shard.rows}
     write_json_checksummed(index, {"shard": shard._asdict(), "sizes": sizes})
@@ -149,16 +140,12 @@ def _read_indexed(file: Path, store: Path) -> Shard:
 def _is_unchanged(picture: Path, size: int, index: os.stat_result) -> bool:
     """Compare a picture with its name, which is its hash; one that is older than the index is not read."""
     state = picture.stat()
-    if not picture.is_file() or state.st_size != size:
-        return False
-    return state.st_mtime_ns <= index.st_mtime_ns or sha256_of(picture) == picture.stem
+    is_known = picture.is_file() and state.st_size == size
+    return is_known and (state.st_mtime_ns <= index.st_mtime_ns or sha256_of(picture) == picture.stem)
 
 
 def _unpack(file: Path, store: Path) -> Shard:
-    """Group the members of a shard by their key, in whatever order they come.
-
-    Where a key is repeated, the first of each part is kept: which of the others belong together cannot be known.
-    """
+    """Group the members of a shard by their key, in any order; of a repeated key the first of each part is kept."""
     shard = Shard([], [], [])
     samples: dict[str, dict[str, Any]] = {}
     for name, data in _members(file, shard):

@@ -107,7 +107,7 @@ def _train(
     if processes.num_processes > 1 and processes.device.type == "cpu":
         config = replace(config, device="cpu")  # else Trainer looks for GPUs and runs the processes independently
     prepared = prepare(config, progress=log_progress(log, "checking pictures"))
-    log(prepared.report.summary())
+    log(prepared.report)
     setup = load_setup(config, prepared, folder, log, command=command, saved=saved)
     preprocessor = setup.encoder.preprocessor
     captions = (caption for pair in prepared.train for caption in pair.captions)
@@ -157,7 +157,7 @@ def _record(
         versions=packages | {"python": platform.python_version()},
         settings=config.as_dict() | asdict(setup.recipe),
         plan=asdict(plan),
-        data=setup.prepared.report.summary(),
+        data=setup.prepared.report,
         data_complete=setup.prepared.is_complete,
         base_model=encoder.name,
         base_fingerprint=setup.state.base_fingerprint,

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alignment.data.sidecars import UNUSED_SIDECARS
+from alignment.data.image_folder import UNUSED_SIDECARS
 from alignment.data.tables import ClassLabelsOnly
 from alignment.engine.dataset_eval import MAX_NAME, RESAMPLES, EvalResult, SuspectedLabel
 from alignment.evaluate import KS, Estimate
