@@ -42,11 +42,7 @@ _FOREIGN = {
 
 
 def open_path(path: Path) -> BinaryIO:
-    """Open a file for reading.
-
-    Raises:
-        InputError: when it does not exist, is no regular file, or may not be read.
-    """
+    """Open a file for reading; raise an InputError if it does not exist, is no regular file, or may not be read."""
     try:
         if not path.is_file():  # reading a pipe or a device might never end
             raise FileNotFoundError(path)
@@ -89,11 +85,7 @@ def too_large() -> InputError:
 
 
 def check_size(width: int, height: int) -> None:
-    """Check the size of a picture in pixels.
-
-    Raises:
-        InputError: when it has no pixels, too many, or one side is too long for the other.
-    """
+    """Raise an InputError on a picture without pixels, with too many, or with one side too long for the other."""
     if min(width, height) < 1:
         raise empty()
     if width * height > LIMITS["pixels"]:
@@ -116,9 +108,8 @@ def _unidentified(head: bytes) -> InputError:
     """Distinguish a damaged picture, a known format that is not read, and a file that is no picture."""
     if _READABLE.match(head):
         return damaged()
-    for name, magic in _FOREIGN.items():
-        if magic.match(head):
-            return unsupported(f"{name} files")
+    if name := next((name for name, magic in _FOREIGN.items() if magic.match(head)), None):
+        return unsupported(f"{name} files")
     message = "This file is not a picture; choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file."
     return InputError(message, "image.not_an_image")
 

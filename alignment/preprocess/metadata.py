@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from PIL import Image
 
@@ -22,7 +23,7 @@ MAX_SCANS = 100
 """Progressive scans of a JPEG, each of which takes as long as decoding the picture; ten are usual."""
 
 ORIENTATION_TAG = 0x0112
-_INTEGER_FORMATS = {1: "B", 3: "H", 4: "I"}  # EXIF type -> struct format
+_INTEGER_SIZES = {1: 1, 3: 2, 4: 4}  # EXIF type -> bytes
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 # Markers of JPEG segments. XMP stands in APP1 segments as EXIF does.
@@ -32,7 +33,8 @@ _REMOVED = {*range(0xE0, 0xF0), 0xFE} - {0xE0, 0xEE}  # application data and com
 _MARKER = re.compile(rb"\xff[^\xff]", re.DOTALL)  # further 0xFF bytes before it are padding
 _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
-_PNG_EXIF, _PNG_XMP = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0\0"
+# Chunks of text in a PNG -> beginning of those in which the orientation may be: as ImageMagick writes it, or XMP.
+_PNG_TEXTS = {b"iTXt": b"XML:com.adobe.xmp\0\0"} | dict.fromkeys((b"tEXt", b"zTXt"), b"Raw profile type exif\0")
 
 
 def strip_metadata(data: bytes) -> bytes:
@@ -50,9 +52,6 @@ def strip_metadata(data: bytes) -> bytes:
     return _strip_avif(data) if data[4:8] == b"ftyp" else data
 
 
-# ---------------------------------------------------------------- orientation
-
-
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8, of a picture opened from a file; 1 where Pillow applies it (TIFF)."""
     if image.format == "TIFF":
@@ -67,17 +66,15 @@ def _from_exif(exif: bytes) -> int:
     """Return the orientation in the first EXIF directory; 0 without one."""
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    if order is None or len(exif) < 10:
+    order: Literal["little", "big"] = "big" if exif.startswith(b"MM") else "little"
+    if not exif.startswith((b"II", b"MM")):
         return 0
-    (start,) = struct.unpack_from(order + "I", exif, 4)
-    if start + 2 > len(exif):
-        return 0
-    (count,) = struct.unpack_from(order + "H", exif, start)
-    entries = exif[start + 2 : start + 2 + 12 * count]
-    for tag, kind, _, value in struct.iter_unpack(order + "HHI4s", entries[: len(entries) // 12 * 12]):
-        if tag == ORIENTATION_TAG and kind in _INTEGER_FORMATS:
-            return int(struct.unpack_from(order + _INTEGER_FORMATS[kind], value)[0])
+    start = int.from_bytes(exif[4:8], order)
+    end = start + 2 + 12 * int.from_bytes(exif[start : start + 2], order)
+    for at in range(start + 2, min(end, len(exif)) - 11, 12):
+        tag, kind = (int.from_bytes(exif[place : place + 2], order) for place in (at, at + 2))
+        if tag == ORIENTATION_TAG and kind in _INTEGER_SIZES:
+            return int.from_bytes(exif[at + 8 : at + 8 + _INTEGER_SIZES[kind]], order)
     return 0
 
 
@@ -92,9 +89,6 @@ def _from_text(profile: str) -> bytes:
         return bytes.fromhex("".join(profile.split("\n")[3:]))
     except ValueError:
         return b""
-
-
-# ---------------------------------------------------------------- formats
 
 
 def _strip_jpeg(data: bytes) -> bytes:
@@ -157,21 +151,16 @@ def _spans(data: bytes, at: int, size: Callable[[int], int]) -> Iterator[tuple[i
 
 
 def _strip_png(data: bytes) -> bytes:
+    """Remove colour profiles, and texts that cannot contain the orientation."""
     kept = [data[:8]]
     for at, end in _spans(data, 8, lambda at: 12 + int.from_bytes(data[at : at + 4], "big")):
-        kind = data[at + 4 : at + 8]
-        if _is_kept_chunk(kind, data[at + 8 : at + 32]):
-            kept.append(data[at:end])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 32]
+        if kind == b"iCCP" or (kind in _PNG_TEXTS and not body.startswith(_PNG_TEXTS[kind])):
+            continue
+        kept.append(data[at:end])
         if kind == b"IEND":
             break
     return b"".join(kept)
-
-
-def _is_kept_chunk(kind: bytes, body: bytes) -> bool:
-    """Keep the chunks of a PNG but for colour profiles, and for texts that cannot contain the orientation."""
-    if kind in (b"tEXt", b"zTXt"):
-        return body.startswith(_PNG_EXIF)
-    return body.startswith(_PNG_XMP) if kind == b"iTXt" else kind != b"iCCP"
 
 
 def _strip_gif(data: bytes) -> bytes:

@@ -1,8 +1,7 @@
-"""A checkpoint's image processor and tokenizer, applied as in its training."""
+"""A checkpoint's image processor and tokenizer."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -13,10 +12,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from alignment.preprocess.image_transform import ImageTransform
+from alignment.preprocess.image_transform import ImageTransform, load_json
 from alignment.preprocess.images import ImageSource, open_image
-from alignment.preprocess.tokenizer import MIN_VOCABULARY, FileTokenizer, TokenizerSpec, TransformersTokenizer
+from alignment.preprocess.tokenizer import FileTokenizer, TokenizerSpec, TransformersTokenizer
 
+_MIN_VOCABULARY = 10
 _TRUNCATION_BATCH = 4096  # captions tokenized at once in `truncated`
 _DRAFT_SCALE = 1.44  # shorter side of a draft over that of the model's input; 12 megapixels at 1/8 (3000 / 8) reach 260
 _MIN_DRAFT_SIZE = 320  # a gallery makes its thumbnail from the same draft
@@ -25,11 +25,9 @@ _MIN_DRAFT_SIZE = 320  # a gallery makes its thumbnail from the same draft
 class Preprocessor:
     """A checkpoint's image processor and tokenizer, applied as in its training.
 
-    What most checkpoints ask for is computed here, with the same result as in transformers; the rest is left to
-    transformers.
+    What most checkpoints ask for is computed here, with the same result as in transformers, which does the rest.
 
     Attributes:
-        tokenizer_spec: how the text tower expects its captions.
         max_length: tokens to which a caption is truncated.
         image_side: pixels of a picture's shorter side after resizing, or of its longer one where both are fixed; None
             where that varies, as for NaFlex.
@@ -53,12 +51,7 @@ class Preprocessor:
         *,
         revision: str | None = None,
     ) -> Preprocessor:
-        """Load the preprocessor of a checkpoint, or join that of a vision tower with that of a text tower.
-
-        Args:
-            name_or_path: folder or Hub id.
-            text: another checkpoint to take the tokenizer from.
-            revision: branch, tag or commit on the Hub.
+        """Load the preprocessor of a checkpoint, given by its folder or Hub id; `text` has the tokenizer, if given.
 
         Raises:
             FileNotFoundError: when a checkpoint, or its image processor or tokenizer, is missing.
@@ -75,10 +68,7 @@ class Preprocessor:
                 f"{name_or_path} lacks its image processor, or {source} its tokenizer or config.json: check the path, "
                 "or save them next to the weights with `processor.save_pretrained(FOLDER)`."
             ) from error
-        preprocessor = cls(transform, tokenizer, spec)
-        if preprocessor._tokenize.vocabulary < MIN_VOCABULARY:
-            raise FileNotFoundError(f"{source} lacks its vocabulary: save its tokenizer next to the weights.")
-        return preprocessor
+        return cls(transform, tokenizer, spec)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save the image processor and the tokenizer; `tokenizer_spec` follows from the model's `config.json`."""
@@ -141,11 +131,7 @@ class Preprocessor:
 
 
 def _load_config(source: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
-    path = Path(source) / "config.json"
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} is damaged.")
+    if config := load_json(Path(source) / "config.json"):
         return config
     from transformers import PreTrainedConfig
 
@@ -162,4 +148,8 @@ def _auto_image_processor(source: str | os.PathLike[str] | None, revision: str |
 def _auto_tokenizer(source: str | os.PathLike[str], revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    # Without a vocabulary file transformers builds a tokenizer of special tokens only.
+    if len(tokenizer) - len(tokenizer.all_special_ids) < _MIN_VOCABULARY:
+        raise ValueError(f"{source} lacks its vocabulary")
+    return tokenizer

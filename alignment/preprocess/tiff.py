@@ -12,9 +12,7 @@ from typing import BinaryIO
 
 from alignment.preprocess.errors import damaged
 
-MAX_NUMBERS = 500_000
-"""Numbers in all directories; a picture of 50 megapixels in tiles of 16 x 16 has 400,000."""
-
+MAX_NUMBERS = 500_000  # in all directories; a picture of 50 megapixels in tiles of 16 x 16 has 400,000
 _MAX_REFERENCED, _SLACK_BYTES = 2, 2**16  # bytes referenced by values, as a multiple of the file size, plus slack
 _MAX_ENTRIES, _MAX_DIRECTORIES = 4096, 8
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
@@ -24,10 +22,7 @@ _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
 
 def tile_pixels(file: BinaryIO) -> int:
-    """Check a TIFF file's directories.
-
-    Returns:
-        Pixels of one tile, which is decoded whole however small the picture; 0 without tiles.
+    """Check a TIFF file's directories, and return the pixels of one tile, which is decoded whole; 0 without tiles.
 
     Raises:
         InputError: when the entries reference more bytes than the file has twice over, or too many numbers.
