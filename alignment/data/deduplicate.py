@@ -97,16 +97,13 @@ def near_duplicates(hashes: ImageHashes) -> list[tuple[str, str]]:
 
     Of pictures with the same content only the first is compared, which is the one `merge_duplicates` keeps.
     """
-    first = {found.content: image for image, found in reversed([*hashes.items()]) if found}
-    return [(first[one], first[other]) for one, other in near_duplicate_contents(hashes)]
-
-
-def near_duplicate_contents(hashes: ImageHashes) -> list[tuple[str, str]]:
-    """Find the near-duplicates among contents, each content once."""
-    by_content = {found.content: found.difference for found in hashes.values() if found}
-    contents = list(by_content)
-    differences = np.fromiter(by_content.values(), dtype=np.uint64, count=len(contents))
-    return [(contents[one], contents[other]) for one, other in close_hashes(differences).tolist()]
+    first: dict[str, tuple[str, int]] = {}
+    for image, found in hashes.items():
+        if found:
+            first.setdefault(found.content, (image, found.difference))
+    images = [image for image, _ in first.values()]
+    differences = np.array([difference for _, difference in first.values()], dtype=np.uint64)
+    return [(images[one], images[other]) for one, other in close_hashes(differences).tolist()]
 
 
 def close_hashes(hashes: NDArray[np.uint64], limit: int = MAX_NEAR_DUPLICATES) -> NDArray[np.int64]:

@@ -163,16 +163,12 @@ def _is_gb2312(sample: bytes) -> bool:
 
     Korean syllables use the first part of that range alone, with spaces between words.
     """
-    runs = _HIGH_RUN.findall(sample)
-    if any(len(run) % 2 for run in runs):
-        return False
-    leads = [lead for run in runs for lead, trail in zip(run[::2], run[1::2], strict=True) if trail >= 0xA1]
-    frequent = [lead for lead in leads if 0xB0 <= lead <= 0xD7 or lead in (0xA1, 0xA3)]
-    if not leads or len(frequent) < _MIN_FREQUENT_SHARE * sum(map(len, runs)) / 2:
-        return False
-    syllables = {lead for lead in frequent if lead >= 0xB0}
-    is_korean = len(syllables) >= _MIN_KOREAN_LEADS or bool(_SPACED.search(sample))
-    return not (is_korean and syllables and max(syllables) <= 0xC8)
+    leads = "".join(_beyond_ascii(_decoded(sample, "gb2312"))).encode("gb2312")[::2]
+    syllables = {lead for lead in leads if 0xB0 <= lead <= 0xD7}
+    num_frequent = sum(lead in syllables or lead in (0xA1, 0xA3) for lead in leads)
+    in_korean_part = bool(syllables) and max(syllables) <= 0xC8
+    is_korean = in_korean_part and (len(syllables) >= _MIN_KOREAN_LEADS or bool(_SPACED.search(sample)))
+    return bool(leads) and num_frequent >= _MIN_FREQUENT_SHARE * len(leads) and not is_korean
 
 
 def _is_latin(text: str) -> bool:

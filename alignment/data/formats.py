@@ -22,8 +22,7 @@ from alignment.data.files import ARCHIVE_SUFFIXES, find_files, is_hidden, split_
 from alignment.data.image_folder import UNUSED_SIDECARS, read_folder
 from alignment.data.image_index import ImageIndex
 from alignment.data.image_store import read_hub
-from alignment.data.tables import check_table, is_caption_table, read_table
-from alignment.data.unsupported import explain_unsupported
+from alignment.data.tables import check_table, explain_unsupported, is_caption_table, read_table
 from alignment.data.webdataset import find_shards, read_shard
 from alignment.preprocess import join_first
 
@@ -109,7 +108,7 @@ def _detect_tables(*suffixes: str) -> Detect:
         if file.stem == "metadata" or is_hidden(file.name) or index.has_stem(file.stem):
             return False  # metadata is read with the folder's pictures
         try:
-            check_table(file, index)
+            check_table(file, Collector(index))
         except UnreadableTable:
             return False
         return True

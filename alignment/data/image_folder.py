@@ -20,8 +20,7 @@ from alignment.data.files import (
     walk,
 )
 from alignment.data.records import read_captions
-from alignment.data.tables import is_caption_table, read_rows
-from alignment.data.unsupported import may_be_captions
+from alignment.data.tables import is_caption_table, may_be_captions, read_rows
 from alignment.preprocess import IMAGE_SUFFIXES
 
 UNUSED_SIDECARS = "text files beside pictures that have their captions from elsewhere"

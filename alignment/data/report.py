@@ -9,7 +9,7 @@ from statistics import median
 from typing import Protocol
 
 from alignment.data.collector import Pair, describe_unread
-from alignment.data.deduplicate import ImageHashes, near_duplicate_contents, near_duplicates
+from alignment.data.deduplicate import ImageHashes, near_duplicates
 from alignment.data.reader import ReadResult
 from alignment.preprocess import join_first, sanitize_text
 
@@ -76,7 +76,7 @@ def _overlap(train: Sequence[Pair], evaluation: Sequence[Pair], hashes: ImageHas
     """Compare content with content, so that a picture that is there under several names is found by each."""
     ours, theirs = _by_content(train, hashes), _by_content(evaluation, hashes)
     same = [(images[0], theirs[content][0]) for content, images in ours.items() if content in theirs]
-    alike = near_duplicate_contents({pair.image: hashes[pair.image] for pair in (*train, *evaluation)})
+    alike = near_duplicates({found.content: found for pair in (*train, *evaluation) if (found := hashes[pair.image])})
     crossing = [(a, b) for pair in alike for a, b in (pair, pair[::-1]) if a in ours and b in theirs]
     known = {_folded(caption) for pair in train for caption in pair.captions}
     common = {_folded(c): c for pair in evaluation for c in pair.captions if _folded(c) in known}

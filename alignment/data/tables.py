@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,12 +16,10 @@ from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.columns import Columns, TableSample, UnreadableTable, find_columns, fit_row
 from alignment.data.delimited import read_file_head, split_rows
 from alignment.data.encoding import open_text
-from alignment.data.files import is_image_name, read_head, split_from_path
+from alignment.data.files import ARCHIVE_SUFFIXES, TEXT_SUFFIXES, is_image_name, read_head, split_from_path
 from alignment.data.image_index import ImageIndex
 from alignment.data.image_store import read_parquet
-from alignment.data.json_documents import as_record, read_document
-from alignment.data.records import read_record
-from alignment.data.unsupported import explain_unsupported, may_be_captions
+from alignment.data.records import as_record, read_document, read_record
 from alignment.preprocess import join_first, sanitize_text
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
@@ -30,18 +29,22 @@ _SAMPLE_LINES = 5000  # lines in which these rows are looked for; a field may ha
 _CAPTIONS_NAME = re.compile("caption|metadata|annotation|descri")
 _MIN_WIDTH_SHARE = 0.1  # of the rows that have a number of fields, for it to be that of the columns
 
+_SPREADSHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
+_OTHERS = {
+    *("", ".dat", ".data", ".tab", ".psv", ".bak", ".rtf", ".odt", ".html", ".md", ".doc", ".docx", ".pdf", ".xml"),
+    *(".yaml", ".yml", ".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat"),
+    *(".db", ".sqlite", ".lmdb", ".tfrecord"),
+}
+_CAPTIONS_STEM = re.compile(r"caption|metadata|annotation|descri(be|pt)|sentences")
+_IMAGE_NAME = re.compile(rb"\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
+_MAX_SEARCHED_BYTES = 64 * 2**20
+
 Records = Iterator[tuple[str, Mapping[str, Any], Columns]]
 """Each with its place in the file, such as `captions.csv:7`, and what its columns mean."""
 
 
-class ClassLabelsOnly(UnreadableTable):
-    """A table has classes of pictures in a `column`, as for image classification, and no captions."""
-
-    REASON = "files of classes, not captions (to take them as captions, call their column caption)"
-
-    def __init__(self, column: str) -> None:
-        super().__init__("it holds classes, not captions", may_be_captions=False)
-        self.column = column
+CLASSES_ONLY = "files of classes, not captions (to take them as captions, call their column caption)"
+"""Reason to leave out a table of classes of pictures, as for image classification, without captions."""
 
 
 def read_table(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
@@ -60,13 +63,12 @@ def read_rows(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
         yield read_record(record, columns)._replace(folder=file.parent)
 
 
-def check_table(file: Path, index: ImageIndex, *, trusted: bool = True) -> None:
+def check_table(file: Path, collector: Collector) -> None:
     """Read the beginning of a table.
 
     Raises:
         UnreadableTable: when it does not contain captions of pictures, or cannot be read.
     """
-    collector = Collector(index, trusted=trusted)
     is_named_so = bool(_CAPTIONS_NAME.search(file.name.lower()))
     try:
         first = list(islice(_read_records(file, collector), _NUM_SAMPLED))
@@ -80,31 +82,30 @@ def check_table(file: Path, index: ImageIndex, *, trusted: bool = True) -> None:
         reason = "no line of it can be read" if collector.left_out else "it is empty"
         names_images = re.search(r"\.(jpe?g|png|webp)\b", read_head(file), re.IGNORECASE)
         raise UnreadableTable(reason, may_be_captions=is_named_so or bool(names_images))
-    if classes := next((columns.classes for _, _, columns in first if columns.classes), None):
-        raise ClassLabelsOnly(classes)
     if not any(columns.captions or read_record(record, columns).captions for _, record, columns in first):
         raise UnreadableTable("it holds no captions", may_be_captions=False)
 
 
 def is_caption_table(file: Path, collector: Collector, *, is_metadata: bool = False) -> bool:
     """Tell whether a file is a table of captions; metadata, or one that seems meant so, may be recorded as unread."""
+    probe = Collector(collector.index, trusted=collector.trusted)
     try:
         if file.suffix.lower() in TABLE_SUFFIXES:
-            check_table(file, collector.index, trusted=collector.trusted)
+            check_table(file, probe)
             return True
         if may_be_captions(file, collector.index):
             collector.refuse(file, explain_unsupported(file))
-    except ClassLabelsOnly as reason:
-        _record_classes(file, reason.column, collector)
     except UnreadableTable as reason:
-        if reason.may_be_captions or is_metadata:
+        if classes := probe.left_out.get(CLASSES_ONLY):
+            collector.skip(CLASSES_ONLY, classes[0])
+        elif reason.may_be_captions or is_metadata:
             collector.refuse(file, str(reason))
     return False
 
 
 def _record_classes(file: Path, column: str | None, collector: Collector) -> None:
     if column:
-        collector.skip(ClassLabelsOnly.REASON, f"{collector.relative(file)}, column {sanitize_text(column, 40)}")
+        collector.skip(CLASSES_ONLY, f"{collector.relative(file)}, column {sanitize_text(column, 40)}")
 
 
 def _read_records(file: Path, collector: Collector) -> Records:
@@ -143,7 +144,7 @@ def _as_text(value: object) -> str:
 
 
 def _read_json(file: Path, collector: Collector) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Read one object a line, or a document of one of the forms in `json_documents`."""
+    """Read one object a line, or a document see `read_document`."""
     head = read_head(file)
     if (file.suffix.lower() == ".json" or head.startswith("[")) and not _is_json_lines(head):
         yield from read_document(file, collector)
@@ -177,9 +178,8 @@ def _read_delimited(file: Path, collector: Collector) -> Records:
         columns, texts = sample.columns(), sample.texts()
         _record_classes(file, columns.classes, collector)
         at = sample.names.index(str(columns.image))
-        rows = split_rows(
-            chain(start, lines), delimiter, lambda row: any(map(is_image_name, row[at : at + 1])), skipped + 1
-        )
+        all_lines = chain(start, lines)
+        rows = split_rows(all_lines, delimiter, lambda row: any(map(is_image_name, row[at : at + 1])), skipped + 1)
         for row in islice(rows, sample.has_header, None):
             where = f"{file.name}:{row.number}"
             if (fields := fit_row(row.fields, sample.names, columns, delimiter, texts)) is None:
@@ -210,3 +210,37 @@ def _sample_table(rows: Sequence[Sequence[str]], names_image: Callable[[object],
     body = rows[has_header:]
     fitting = [row for row in body if len(row) == len(names)]
     return TableSample(tuple(names), fitting or [[*row, *names][: len(names)] for row in body], names_image, has_header)
+
+
+def may_be_captions(file: Path, index: ImageIndex) -> bool:
+    """Tell whether a file is named like captions, or is a spreadsheet that names pictures."""
+    suffix = file.suffix.lower()
+    if suffix in ARCHIVE_SUFFIXES:  # COCO's archives of annotations often lie beside what they contain
+        return Path(file.stem).suffix.lower() in TEXT_SUFFIXES or "caption" in file.stem.lower()
+    if suffix in _SPREADSHEETS | _OTHERS and _CAPTIONS_STEM.search(file.stem.lower()):
+        return bool(index.paths)
+    return suffix in _SPREADSHEETS and _names_images(file)
+
+
+def explain_unsupported(file: Path) -> str:
+    """Say what to do with a file of a kind that is not read."""
+    if file.suffix.lower() in _SPREADSHEETS:
+        return "a spreadsheet; save it as CSV (UTF-8), with the columns image and caption"
+    if file.suffix.lower() in ARCHIVE_SUFFIXES:
+        return "it has to be unpacked first"
+    ending = f"that end in {sanitize_text(file.suffix.lower(), 20)}" if file.suffix else "without an ending"
+    return f"files {ending} are not read as captions; save it as CSV with the columns image and caption"
+
+
+def _names_images(file: Path) -> bool:  # a zip file of XML, or the older binary format
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as sheet:
+                members = [entry for entry in sheet.infolist() if entry.filename.endswith(".xml")]
+                return any(
+                    _IMAGE_NAME.search(sheet.read(entry)) for entry in members if entry.file_size < _MAX_SEARCHED_BYTES
+                )
+        with file.open("rb") as handle:
+            return bool(_IMAGE_NAME.search(handle.read(_MAX_SEARCHED_BYTES).replace(b"\0", b"")))
+    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+        return False

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from alignment.atomic import read_json_checksummed, sha256_of, write_json_checksummed
 from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.encoding import decode_text
-from alignment.data.files import SPLITS, find_files, is_hidden, split_from_path
+from alignment.data.files import find_files, is_hidden, split_from_path
 from alignment.data.image_index import nfc
 from alignment.data.image_store import cache_folder, store_image
 from alignment.data.records import TEXT_PARTS, read_record
@@ -109,7 +109,7 @@ def _has_samples(shard: Path) -> bool:
 
 def read_shard(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
     """Read the samples of a shard; the split is in its name, that of its folder, or the JSON of a sample."""
-    split = split_from_path(file) or (file.parent.name if file.parent.name.lower() in SPLITS else "")
+    split = split_from_path(file, file.parent.parent)
     if split and not collector.wants(split):
         return
     store = cache_folder() / "pictures"

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from alignment.data import AmbiguousImageNames, EmptyDataset, ImageHash, Pair, ReadResult, merge_duplicates, read_data
-from alignment.data.tables import ClassLabelsOnly
+from alignment.data.tables import CLASSES_ONLY
 from alignment.engine.photos import as_webp
 from alignment.engine.safe_zip import SafeZip, open_archive
 from alignment.evaluate import (
@@ -325,7 +325,7 @@ def _check_causes(left_out: Mapping[str, Sequence[str]], unread: Iterable[str] =
             "The file {name} cannot be read as captions; save it as CSV in UTF-8, with the columns image and caption."
         )
         raise InputError(message, "trial.unread", name=sanitize_text(name, MAX_NAME))
-    for name in left_out.get(ClassLabelsOnly.REASON, ()):
+    for name in left_out.get(CLASSES_ONLY, ()):
         message = "The file {name} holds classes, not captions; to take them as captions, call the column caption."
         raise InputError(message, "trial.classes", name=sanitize_text(name, MAX_NAME))
     for name in left_out.get("missing pictures", ()):

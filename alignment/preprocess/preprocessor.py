@@ -44,13 +44,7 @@ class Preprocessor:
         self.image_side = self._transform.side if self._transform else None
 
     @classmethod
-    def load(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        text: str | os.PathLike[str] | None = None,
-        *,
-        revision: str | None = None,
-    ) -> Preprocessor:
+    def load(cls, name_or_path: str | os.PathLike[str], text: str | os.PathLike[str] | None = None) -> Preprocessor:
         """Load the preprocessor of a checkpoint, given by its folder or Hub id; `text` has the tokenizer, if given.
 
         Raises:
@@ -58,11 +52,11 @@ class Preprocessor:
         """
         source = name_or_path if text is None else text
         try:
-            transform = ImageTransform.load(Path(name_or_path)) or _auto_image_processor(name_or_path, revision)
-            config = _load_config(source, revision)
+            transform = ImageTransform.load(Path(name_or_path)) or _auto_image_processor(name_or_path)
+            config = _load_config(source)
             spec = TokenizerSpec.from_config(config)
             model_type = str(config.get("model_type"))
-            tokenizer = FileTokenizer.load(Path(source), model_type, spec) or _auto_tokenizer(source, revision)
+            tokenizer = FileTokenizer.load(Path(source), model_type, spec) or _auto_tokenizer(source)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{name_or_path} lacks its image processor, or {source} its tokenizer or config.json: check the path, "
@@ -79,14 +73,14 @@ class Preprocessor:
     def image_processor(self) -> Any:
         """The image processor of transformers, loaded on first access."""
         ours = self._image_processor
-        return _auto_image_processor(ours.folder, None) if isinstance(ours, ImageTransform) else ours
+        return _auto_image_processor(ours.folder) if isinstance(ours, ImageTransform) else ours
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of transformers, loaded on first access, its padding and truncation set."""
         if not isinstance(self._tokenizer, FileTokenizer):
             return self._tokenizer
-        tokenizer = _auto_tokenizer(self._tokenizer.folder, None)
+        tokenizer = _auto_tokenizer(self._tokenizer.folder)
         TransformersTokenizer(tokenizer, self.tokenizer_spec)
         return tokenizer
 
@@ -130,25 +124,25 @@ class Preprocessor:
         return [text.lower() for text in texts] if self.tokenizer_spec.lower else texts
 
 
-def _load_config(source: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
+def _load_config(source: str | os.PathLike[str]) -> dict[str, Any]:
     if config := load_json(Path(source) / "config.json"):
         return config
     from transformers import PreTrainedConfig
 
-    return dict(PreTrainedConfig.get_config_dict(source, revision=revision)[0])
+    return dict(PreTrainedConfig.get_config_dict(source)[0])
 
 
-def _auto_image_processor(source: str | os.PathLike[str] | None, revision: str | None) -> Any:
+def _auto_image_processor(source: str | os.PathLike[str] | None) -> Any:
     from transformers import AutoImageProcessor
 
     # PIL even where torchvision is installed: the same pixels on every machine.
-    return AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil", trust_remote_code=False)
+    return AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
 
 
-def _auto_tokenizer(source: str | os.PathLike[str], revision: str | None) -> Any:
+def _auto_tokenizer(source: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     # Without a vocabulary file transformers builds a tokenizer of special tokens only.
     if len(tokenizer) - len(tokenizer.all_special_ids) < _MIN_VOCABULARY:
         raise ValueError(f"{source} lacks its vocabulary")
