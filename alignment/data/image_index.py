@@ -19,10 +19,10 @@ from alignment.preprocess import IMAGE_SUFFIXES
 
 
 class Matches(NamedTuple):
-    """The pictures that a name may mean."""
+    """The pictures that a name may mean: several where nothing decides between them."""
 
-    paths: tuple[str, ...]  # several where nothing decides between them
-    differs_in_case: bool = False  # the name is that of the picture only if case is ignored
+    paths: tuple[str, ...]
+    differs_in_case: bool  # the name is that of the picture only if case is ignored
 
 
 class ImageIndex:
@@ -45,13 +45,9 @@ class ImageIndex:
 
     def is_unreachable(self, path: str) -> bool:
         """Tell whether a path is in a folder that cannot be listed or entered; that folder is added to `unlisted`."""
-        is_denied = _is_denied(path)
-        if is_denied:
-            folder = os.path.dirname(path)
-            while _is_denied(folder) and folder != os.path.dirname(folder):
-                folder = os.path.dirname(folder)
-            if folder not in self.unlisted:
-                self.unlisted.append(folder)
+        if is_denied := _is_denied(path):
+            folder = next(str(folder) for folder in Path(path).parents if not _is_denied(folder))
+            self.unlisted += {folder} - {*self.unlisted}
         return is_denied or any(path.startswith(os.path.join(folder, "")) for folder in self.unlisted)
 
     def has_stem(self, stem: str) -> bool:
@@ -132,14 +128,11 @@ class ImageIndex:
         return any(len(set(map(self.split_of, paths))) > 1 for paths in self._groups["name"].values() if len(paths) > 1)
 
 
-def _is_denied(path: str) -> bool:
-    """Tell whether a folder around a path may not be entered."""
+def _is_denied(path: str | Path) -> bool:  # a folder around it may not be entered
     try:
         os.stat(path)
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
-        pass
+    except (OSError, ValueError) as error:
+        return isinstance(error, PermissionError)
     return False
 
 

@@ -62,8 +62,7 @@ def orientation(image: Image.Image) -> int:
     return _from_exif(exif) or _from_xmp(xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp) or 1
 
 
-def _from_exif(exif: bytes) -> int:
-    """Return the orientation in the first EXIF directory; 0 without one."""
+def _from_exif(exif: bytes) -> int:  # the first directory counts; 0 without one
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
     order: Literal["little", "big"] = "big" if exif.startswith(b"MM") else "little"
@@ -91,30 +90,33 @@ def _from_text(profile: str) -> bytes:
         return b""
 
 
-def _strip_jpeg(data: bytes) -> bytes:
-    kept, xmp, at = [data[:2]], b"", 2
-    exif: list[bytes] = []  # one directory may be split among several segments
+def _segments(data: bytes, at: int, marker_pattern: re.Pattern[bytes]) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, start, end) of the segments of a JPEG, as far as there are markers."""
     for _ in range(MAX_PARTS):
-        found = _MARKER.search(data, at)
-        if found is None:  # no picture follows
-            return b"".join(kept)
-        at, marker = found.start(), found[0][1]
+        found = marker_pattern.search(data, at)
+        if found is None:
+            return
+        marker, start = found[0][1], found.start()
+        at = start + 2 + (0 if marker in _WITHOUT_LENGTH else int.from_bytes(data[start + 2 : start + 4], "big"))
+        yield marker, start, at
+    raise damaged()
+
+
+def _strip_jpeg(data: bytes) -> bytes:
+    kept, xmp = [data[:2]], b""
+    exif: list[bytes] = []  # one directory may be split among several segments
+    for marker, start, end in _segments(data, 2, _MARKER):
+        body = data[start + 4 : end]
         if marker == _START_OF_SCAN:
-            break
-        has_length = marker not in _WITHOUT_LENGTH
-        end = at + 2 + (int.from_bytes(data[at + 2 : at + 4], "big") if has_length else 0)
-        body = data[at + 4 : end]
-        if has_length and marker not in _REMOVED:
-            kept.append(data[at:end])
+            _check_scans(data, start)
+            return b"".join([*kept, _exif_segment(_from_exif(b"".join(exif)) or _from_xmp(xmp)), data[start:]])
+        if marker not in _WITHOUT_LENGTH | _REMOVED:
+            kept.append(data[start:end])
         elif marker == _APP1 and body.startswith(b"Exif\0\0"):
             exif.append(body[6:])
         elif marker == _APP1 and body.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
             xmp = body
-        at = max(end, at + 2)
-    else:
-        raise damaged()
-    _check_scans(data, at)
-    return b"".join([*kept, _exif_segment(_from_exif(b"".join(exif)) or _from_xmp(xmp)), data[at:]])
+    return b"".join(kept)  # no picture follows
 
 
 def _exif_segment(orientation: int) -> bytes:
@@ -127,18 +129,13 @@ def _exif_segment(orientation: int) -> bytes:
 
 def _check_scans(data: bytes, at: int) -> None:
     """Count the scans up to the end of the picture; data appended to it, such as a film, may contain the same bytes."""
-    if data.count(b"\xff\xda", at) <= MAX_SCANS:
-        return
     scans = 0
-    for _ in range(MAX_PARTS):
-        found = _MARKER_IN_SCAN.search(data, at)
-        if found is None or found[0][1] == _END_OF_IMAGE:
-            return
-        scans += found[0][1] == _START_OF_SCAN
+    for marker, _, _ in _segments(data, at, _MARKER_IN_SCAN) if data.count(b"\xff\xda", at) > MAX_SCANS else ():
+        scans += marker == _START_OF_SCAN
         if scans > MAX_SCANS:
-            break
-        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    raise damaged()
+            raise damaged()
+        if marker == _END_OF_IMAGE:
+            return
 
 
 def _spans(data: bytes, at: int, size: Callable[[int], int]) -> Iterator[tuple[int, int]]:
