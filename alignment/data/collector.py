@@ -43,34 +43,21 @@ class EmptyDataset(ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture with the captions that describe it.
+    """A picture with the captions that describe it."""
 
-    Attributes:
-        image: absolute path.
-        captions: cleaned, in the order written; empty if the data set has none for this picture.
-        split: "train", "dev", "test", another name the data set uses, or "".
-        id: what the data set calls the picture, else its path below the data set's folder.
-    """
-
-    image: str
-    captions: tuple[str, ...]
-    split: str = ""
-    id: str = ""
+    image: str  # absolute path
+    captions: tuple[str, ...]  # cleaned, in the order written; empty if the data set has none for this picture
+    split: str = ""  # "train", "dev", "test", another name the data set uses, or ""
+    id: str = ""  # what the data set calls the picture, else its path below the data set's folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadIssues:
-    """What did not fit while reading.
+    """What did not fit while reading."""
 
-    Attributes:
-        left_out: reason -> what was left out for it.
-        repaired: reason -> what was read although something is wrong with it.
-        unread: files of captions that could not be read -> why.
-    """
-
-    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    unread: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> what was left out for it
+    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what is wrong -> what was read all the same
+    unread: Mapping[str, str] = field(default_factory=dict)  # files of captions that could not be read -> why
 
 
 class RawAnnotation(NamedTuple):
@@ -126,11 +113,9 @@ class Collector:
     def skip_folder(self, reason: str, folder: str | Path) -> None:
         """Record a folder that was not listed, and why; `UNLISTED` ones only once."""
         path = os.path.abspath(folder)
-        if reason == UNLISTED and path in self.unlisted:
-            return
-        self.skip(reason, self.relative(path))
-        if reason == UNLISTED:
-            self.unlisted.append(path)
+        if path not in self.unlisted:
+            self.skip(reason, self.relative(path))
+            self.unlisted += [path] if reason == UNLISTED else []
 
     def relative(self, file: str | Path) -> str:
         """Return a path relative to the data set's folder, for messages; unchanged if it is outside."""
@@ -182,7 +167,7 @@ class Collector:
             self.annotations.setdefault(path, []).append(annotation)
 
     def _find(self, annotation: RawAnnotation, is_wanted: bool) -> str | None:
-        """Find a picture relative to its annotation, relative to the data set's folder, or anywhere below that."""
+        """Find a picture relative to its annotation or the data set's folder, or by the end of its path below that."""
         if isinstance(annotation.image, Path):
             return os.path.abspath(annotation.image)
         name, found = annotation.image.strip().replace("\\", "/"), None
@@ -208,7 +193,6 @@ class Collector:
         return found
 
     def _search(self, name: str, annotation: RawAnnotation, is_wanted: bool) -> str | None:
-        """Find a picture by the end of its path."""
         folder, repairs = os.fspath(annotation.folder or ""), []
         found = self.index.find(name, annotation.split, folder)
         if not found.paths and "%" in name:
@@ -226,12 +210,7 @@ class Collector:
         return found.paths[0]
 
     def pairs(self, title: str, *, may_be_empty: bool = False) -> list[Pair]:
-        """Merge the annotations of each picture, and log what was read and left out.
-
-        Raises:
-            AmbiguousImageNames: when a name fits several pictures.
-            EmptyDataset: when no picture is left.
-        """
+        """Merge the annotations of each picture, and log what was read; raise AmbiguousImageNames or EmptyDataset."""
         self._resolve_claims()
         if self._ambiguous:
             listed = [f"{sanitize_text(name)} ({join_first(paths)})" for name, paths in self._ambiguous.items()]
@@ -244,7 +223,12 @@ class Collector:
         pairs = [self._merge(path, annotations) for path, annotations in self.annotations.items()]
         left_out = "; ".join(f"{len(what)} {reason} ({join_first(what)})" for reason, what in self.left_out.items())
         if not pairs and not may_be_empty:
-            raise EmptyDataset(f"{title} has no pictures{self._explain_empty(left_out)}", self.left_out)
+            named = sorted(filter(None, self._splits))
+            there = f"its splits are {join_first(named)}" if named else "it has no splits, so ask for none"
+            why = f" of split {self.split!r}; {there}" if self.split else ""
+            why += f"; left out: {left_out}" if left_out else ""
+            message = f"{title} has no pictures{why}. Check the path, the format and the split."
+            raise EmptyDataset(message, self.left_out)
         # A service logs these messages up to the first argument, since the rest may quote a visitor.
         num_captions = sum(len(pair.captions) for pair in pairs)
         logger.info("Read a data set, %s: %d pictures, %d captions.", title, len(pairs), num_captions)
@@ -271,12 +255,6 @@ class Collector:
             if not annotations:
                 self.annotations.pop(path, None)
 
-    def _explain_empty(self, left_out: str) -> str:
-        named = sorted(filter(None, self._splits))
-        there = f"its splits are {join_first(named)}" if named else "it has no splits, so ask for none"
-        asked = f" of split {self.split!r}; {there}" if self.split else ""
-        return f"{asked}{f'; left out: {left_out}' if left_out else ''}. Check the path, the format and the split."
-
     def _merge(self, path: str, annotations: list[RawAnnotation]) -> Pair:
         texts = (text for annotation in annotations for text in annotation.captions)
         captions = tuple(caption for text in texts if (caption := self._clean(text, path)))
@@ -287,8 +265,7 @@ class Collector:
         return Pair(path, captions, next(iter(splits), ""), next(ids, self.relative(path)))
 
     def _clean(self, text: str, path: str) -> str:
-        """Clean a caption, truncated where no text tower reads on."""
-        if len(text) > MAX_CAPTION_CHARS:
+        if len(text) > MAX_CAPTION_CHARS:  # no text tower reads on
             self.skip("ends of very long captions", os.path.basename(path))
         try:
             return clean_caption("" if text.strip().lower() in _NO_CAPTION else text[:MAX_CAPTION_CHARS])

@@ -19,7 +19,6 @@ IMAGE_COLUMNS = (
 CAPTION_COLUMNS = ("caption", "sentence", "raw", "text", "title", "description", "comment", "txt")
 CLASS_COLUMNS = ("label", "class", "category", "target", "species", "breed")
 ID_COLUMNS = ("id", "image_id", "img_id", "imgid", "cocoid", "__key__")
-
 _MOST = 0.8  # share of a column's values that must look alike
 _MIN_VALUES = 3  # in a column that is judged by its values
 _PROSE = re.compile(r"[^\W\d_]\S*\s+\S*[^\W\d_]|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{2}")
@@ -72,11 +71,7 @@ class TableSample:
     has_header: bool = True  # the names are in the first row
 
     def columns(self) -> Columns:
-        """Identify the columns, by name where that is sufficient; a list of pictures has neither captions nor classes.
-
-        Raises:
-            UnreadableTable: when no column names pictures, or several may be captions.
-        """
+        """Identify the columns, by name where that is sufficient; a list of pictures has no captions and no classes."""
         named = find_columns(self.names)
         named = named._replace(image=named.image or self._find_image(named))
         return named if named.captions else self._find_captions(named)
@@ -93,8 +88,7 @@ class TableSample:
         values = self._values(name)
         return bool(values) and sum(bool(fits(value)) for value in values) >= _MOST * len(values)
 
-    def _varies(self, name: str) -> bool:
-        """Tell whether the values of a column differ, as names and captions do and classes do not."""
+    def _varies(self, name: str) -> bool:  # as names and captions do, and classes do not
         values = self._values(name)
         return len(values) >= _MIN_VALUES and len({*values}) > len(values) / 2
 
@@ -112,10 +106,8 @@ class TableSample:
             reason = f"its columns {join_first(found)} all name pictures; call the right one image"
             raise UnreadableTable(reason, may_be_captions=bool(named.captions or self.texts()))
         reason = f"none of its columns ({join_first(self.names)}) names pictures that are there"
-        may_be_captions = bool(named.captions) and len(self.names) > 1
-        raise UnreadableTable(
-            f"{reason}; call the right one image, or add a header line", may_be_captions=may_be_captions
-        )
+        reason += "; call the right one image, or add a header line"
+        raise UnreadableTable(reason, may_be_captions=bool(named.captions) and len(self.names) > 1)
 
     def _find_captions(self, named: Columns) -> Columns:
         """Add the one column of text, else one of classes."""
@@ -130,10 +122,9 @@ class TableSample:
             raise UnreadableTable(f"its columns {join_first(found)} may all be captions; call the right ones caption")
         if classes := classes or [name for name in texts if len(self._values(name)) >= _MIN_VALUES]:
             return named._replace(classes=classes[0])
+        reason = f"none of its columns ({join_first(self.names)}) holds captions; call the right one caption"
         if texts:
-            raise UnreadableTable(
-                f"none of its columns ({join_first(self.names)}) holds captions; call the right one caption"
-            )
+            raise UnreadableTable(reason)
         return named
 
 
@@ -169,10 +160,8 @@ def fit_row(
 
 
 def _may_be(value: str, name: str, columns: Columns, texts: Collection[str], is_joined: bool) -> bool:
-    """Tell whether a value is possible in its column."""
     value = value.strip()
-    if name == columns.image:
-        return is_image_name(value) or not (is_joined or " " in value)
-    if name == columns.split:
-        return value.lower() in SPLITS or not (is_joined or " " in value)
+    if name in (columns.image, columns.split):
+        is_known = is_image_name(value) if name == columns.image else value.lower() in SPLITS
+        return is_known or not (is_joined or " " in value)
     return name in columns.captions or name in texts or not (is_joined or _is_text(value))

@@ -1,6 +1,6 @@
 """Find pictures that are the same: equal bytes under two names, or one photograph saved in two ways.
 
-Place in the flow: `read_data -> hash_images (once) -> check_data, merge_duplicates, drop_leaked, near_duplicates`.
+Place in the flow: `read_data -> hash_images (once) -> summarize_data, merge_duplicates, drop_leaked, near_duplicates`.
 Captions of a picture must never count as wrong for its duplicate, and no picture may be both trained and evaluated on.
 """
 
@@ -50,10 +50,7 @@ ImageHashes = Mapping[str, ImageHash | None]
 def hash_images(
     images: Iterable[str], *, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, ImageHash | None]:
-    """Open and hash the picture at each path once, in the order given; log those that cannot be opened.
-
-    After each picture, `progress` is called with (done, total).
-    """
+    """Open and hash each picture once, in the order given; log those that fail, and tell `progress` (done, total)."""
     paths, problems = list(dict.fromkeys(images)), list[str]()
     hashes: dict[str, ImageHash | None] = {}
     with closing(prefetch_map(_hash_image, paths)) as results:
@@ -144,11 +141,7 @@ def _close_in_part(hashes: NDArray[np.uint64], part: NDArray[np.uint16], limit: 
 
 
 def merge_duplicates(pairs: Sequence[Pair], hashes: ImageHashes) -> list[Pair]:
-    """Merge pictures of the same content; drop those that cannot be opened or have no caption.
-
-    Returns:
-        The first picture of each content with the captions of all, none of them twice, in the order given.
-    """
+    """Merge the captions of equal pictures; drop pictures that have no caption or cannot be opened."""
     merged: dict[str, Pair] = {}
     for pair in pairs:
         if (found := hashes[pair.image]) and pair.captions:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 DELIMITERS = ",\t;|"
 MAX_LINES_OF_A_FIELD = 200
 _MAX_LINES_OF_A_HEAD = 1000
-
 BLANK = " "
 """Delimiter of lists such as `0.jpg a dog, running`: the first blank, or colon, after the name of a picture."""
 
@@ -87,14 +86,7 @@ def split_line(text: str, delimiter: str) -> tuple[list[str], bool]:
 def split_rows(
     lines: Iterable[str], delimiter: str, is_row: Callable[[Sequence[str]], bool], first: int
 ) -> Iterator[Row]:
-    """Split lines, each with its newline, into rows; empty ones are dropped.
-
-    Args:
-        lines: of the file, from the one of number `first`.
-        delimiter: between the fields.
-        is_row: whether fields look like a row, and not like a line within a field.
-        first: number of the first line.
-    """
+    """Split lines, the first of which has number `first`, into rows; `is_row` tells rows from lines within a field."""
     source, waiting = iter(lines), list[str]()
     while waiting or (waiting := list(islice(source, 1))):
         fields, is_open, used = _first_row(waiting, source, delimiter, is_row)

@@ -23,6 +23,16 @@ _MAX_CHAOS = 0.5  # charset-normalizer's measure of disorder, above which an enc
 _CHAOS_TOLERANCE = 0.005  # difference of that measure that says nothing
 _MAX_NULL_SHARE = 0.03  # null bytes up to which a text is not UTF-16
 _MAX_INVALID_SHARE = 0.25  # invalid sequences below which a file is UTF-8 with some damage
+_MIN_FREQUENT_SHARE = 0.9  # of frequent characters in Chinese, of letters in Cyrillic
+_MIN_KANA_SHARE = 0.2  # of the letters of Japanese
+_MIN_KOREAN_LEADS = 6  # different lead bytes from which it is no accident that all are in the Korean range
+_HIGH_RUN = re.compile(rb"[\x80-\xff]+")
+_NOT_IN_LATIN_WORD = re.compile(rb"(?<![a-z\x80-\xff])[\x80-\xff]+(?![a-z\x80-\xff])")
+_SPACED = re.compile(rb"[\x80-\xff] [\x80-\xff]")
+_KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u30fc]")
+_CYRILLIC_WORD = re.compile(r"(?<![^\W\d_])[ЁЄІЇА-яёєії]+(?![^\W\d_])")
+_PUNCTUATION = "“”„‘’‚–—…•«»\u00a0°€£©®™½×"
+_MAX_LATIN_RUN = 3  # accented letters and punctuation in a row
 
 
 class Encoding(NamedTuple):
@@ -38,11 +48,7 @@ class Encoding(NamedTuple):
 
 
 def detect_encoding(file: Path) -> Encoding:
-    """Detect how a text file is encoded; it is read to its end only while it may be UTF-8.
-
-    Raises:
-        ValueError: when it is no text, or the encoding is unknown.
-    """
+    """Detect how a text file is encoded; a ValueError says that it is no text, or that the encoding is unknown."""
     with file.open("rb") as handle:
         return _detect(handle)
 
@@ -95,8 +101,7 @@ def _detect_legacy(data: bytes) -> Encoding:
     """Choose between damaged UTF-8 and the older encodings."""
     sample = b"\n".join(line for line in data.split(b"\n") if not line.isascii())[:_SAMPLE_BYTES]
     text = sample.decode("utf-8", "replace")
-    invalid = text.count("\ufffd")
-    if invalid <= _MAX_INVALID_SHARE * len(_beyond_ascii(text.replace("\ufffd", ""))):
+    if text.count("\ufffd") <= _MAX_INVALID_SHARE * len(_beyond_ascii(text.replace("\ufffd", ""))):
         return Encoding("utf-8", damaged=True)
     return Encoding(_by_script(sample) or _by_statistics(sample))
 
@@ -111,20 +116,6 @@ def _by_statistics(sample: bytes) -> str:
     least = min(match.chaos for match in found)
     likely = [match for match in found if match.chaos <= least + _CHAOS_TOLERANCE]
     return max(likely, key=lambda match: (match.coherence, -_LEGACY.index(match.encoding))).encoding
-
-
-# ---------------------------------------------------------------- rules by script
-
-_MIN_FREQUENT_SHARE = 0.9  # of frequent characters in Chinese, of letters in Cyrillic
-_MIN_KANA_SHARE = 0.2  # of the letters of Japanese
-_MIN_KOREAN_LEADS = 6  # different lead bytes from which it is no accident that all are in the Korean range
-_HIGH_RUN = re.compile(rb"[\x80-\xff]+")
-_NOT_IN_LATIN_WORD = re.compile(rb"(?<![a-z\x80-\xff])[\x80-\xff]+(?![a-z\x80-\xff])")
-_SPACED = re.compile(rb"[\x80-\xff] [\x80-\xff]")
-_KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u30fc]")
-_CYRILLIC_WORD = re.compile(r"(?<![^\W\d_])[ЁЄІЇА-яёєії]+(?![^\W\d_])")
-_PUNCTUATION = "“”„‘’‚–—…•«»\u00a0°€£©®™½×"
-_MAX_LATIN_RUN = 3  # accented letters and punctuation in a row
 
 
 def _by_script(sample: bytes) -> str | None:

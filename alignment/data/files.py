@@ -17,7 +17,6 @@ ARCHIVE_SUFFIXES = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar"}
 TEXT_SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".token", ".caption"}
 SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("dev", "val", "valid", "validation"), "dev")
-
 UNLISTED = "folders that cannot be listed"
 """Reason to leave out a folder in which there may be pictures."""
 _NO_PHOTOS = "folders of thumbnails, waste or galleries"
@@ -25,7 +24,6 @@ _PARENT_LINK = "links to a folder around them"
 # Folders, in small letters, in which servers and operating systems keep thumbnails, deleted files and snapshots.
 _SYSTEM_FOLDERS = {"@eadir", "@__thumb", "#recycle", "@recycle", "$recycle.bin", "#snapshot", "@recently-snapshot"}
 _SYSTEM_FOLDERS |= {"lost+found", "system volume information"}
-
 _SPLIT_IN_NAME = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 # Folders of annotations; the pictures are elsewhere below the folder around them.
 _ANNOTATION_FOLDERS = {"annotations", "flickr8k_text", "karpathy", "caption_datasets"}

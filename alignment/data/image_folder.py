@@ -5,27 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from alignment.data.coco_flickr import is_coco_captions, read_coco
 from alignment.data.collector import NOT_UTF8, Collector, RawAnnotation
 from alignment.data.encoding import decode_text
-from alignment.data.files import (
-    ARCHIVE_SUFFIXES,
-    OTHER_IMAGE_SUFFIXES,
-    SPLITS,
-    is_image_name,
-    split_from_name,
-    walk,
-)
+from alignment.data.files import ARCHIVE_SUFFIXES, OTHER_IMAGE_SUFFIXES, SPLITS, is_image_name, split_from_name, walk
 from alignment.data.records import read_captions
 from alignment.data.tables import is_caption_table, may_be_captions, read_rows
 from alignment.preprocess import IMAGE_SUFFIXES
 
 UNUSED_SIDECARS = "text files beside pictures that have their captions from elsewhere"
 MAX_SIDECAR_BYTES = 2**20
-
 _SIDECAR_SUFFIXES = (".txt", ".caption", ".json")
 _NOT_READ = {
     ".tar": "tar files without samples such as 0001.jpg with 0001.txt",
@@ -39,16 +32,21 @@ def read_folder(folder: Path, collector: Collector) -> Iterator[RawAnnotation]:
     """Read the tables, then list the pictures with their sidecars; a folder named after a split is one."""
     pictures, others, sidecars = [], [], Sidecars(collector)
     for file in walk(folder, collector.skip_folder):
-        suffix = file.suffix.lower()
+        suffix, is_metadata = file.suffix.lower(), file.stem == "metadata"
+        is_near = len(file.relative_to(folder).parts) <= _TABLE_DEPTH + 1
         if suffix in IMAGE_SUFFIXES:
             pictures.append(file)
         elif suffix in _NOT_READ and not may_be_captions(file, collector.index):
             collector.skip(_NOT_READ[suffix], file.name)
         elif suffix in _SIDECAR_SUFFIXES and (collector.index.has_stem(file.stem) or is_image_name(file.stem)):
             sidecars.files[str(file)] = file
-        elif file.stem == "metadata" or (collector.any_table and _may_be_table(file, folder)):
+        elif is_metadata or (collector.any_table and (is_near or "caption" in file.name.lower())):
             others.append(file)
-    tables = [file for file in others if _is_table(file, collector)]
+    tables = [
+        file
+        for file in others
+        if is_coco_captions(file) or is_caption_table(file, collector, is_metadata=file.stem == "metadata")
+    ]
     for file in _without_competing(tables, collector):
         rows = read_coco(file, collector) if is_coco_captions(file) else read_rows(file, collector)
         for row in collector.check_file(file, rows):
@@ -61,14 +59,6 @@ def read_folder(folder: Path, collector: Collector) -> Iterator[RawAnnotation]:
     sidecars.record_unused([file for file in others if file not in tables])
 
 
-def _is_table(file: Path, collector: Collector) -> bool:
-    return is_coco_captions(file) or is_caption_table(file, collector, is_metadata=file.stem == "metadata")
-
-
-def _may_be_table(file: Path, folder: Path) -> bool:
-    return len(file.relative_to(folder).parts) <= _TABLE_DEPTH + 1 or "caption" in file.name.lower()
-
-
 def _split(file: Path, folder: Path) -> str:
     return next((part for part in file.relative_to(folder).parts[:-1] if part.lower() in SPLITS), "")
 
@@ -76,9 +66,9 @@ def _split(file: Path, folder: Path) -> str:
 def _without_competing(tables: list[Path], collector: Collector) -> list[Path]:
     """Drop the tables of a folder with several, unless they are named after splits."""
     kept = []
+    num_tables = Counter(file.parent for file in tables if file.stem != "metadata")
     for file in tables:
-        competing = [other for other in tables if other.stem != "metadata" and other.parent == file.parent]
-        if file.stem == "metadata" or len(competing) == 1 or split_from_name(file.stem):
+        if file.stem == "metadata" or num_tables[file.parent] == 1 or split_from_name(file.stem):
             kept.append(file)
         else:
             collector.refuse(file, "several files of captions lie in its folder; give the path of one")

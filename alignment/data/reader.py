@@ -39,11 +39,7 @@ class Partition:
 
     @classmethod
     def parse(cls, text: str) -> Partition:
-        """Read "2/4", the second of four.
-
-        Raises:
-            ValueError: on any other text.
-        """
+        """Read "2/4", the second of four; a ValueError says that the text is something else."""
         found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
             raise ValueError(f"{text!r} is no share; the second of four is 2/4.")
@@ -57,17 +53,11 @@ class Partition:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadResult(ReadIssues):
-    """The content of a data set, and what of it does not fit.
+    """The content of a data set, and what of it does not fit."""
 
-    Attributes:
-        pairs: one for each picture, in the order of the data set.
-        format: the name it was read by.
-        unlisted: absolute paths of folders that could not be listed, so that their pictures are not known.
-    """
-
-    pairs: list[Pair]
-    format: str
-    unlisted: tuple[str, ...] = ()
+    pairs: list[Pair]  # one for each picture, in the order of the data set
+    format: str  # the name it was read by
+    unlisted: tuple[str, ...] = ()  # absolute paths of folders that could not be listed: their pictures are not known
 
     @property
     def is_complete(self) -> bool:

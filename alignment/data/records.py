@@ -17,7 +17,6 @@ from alignment.data.encoding import read_text
 from alignment.data.files import SPLITS, is_image_name
 
 TEXT_PARTS = ("txt", "caption", "captions")  # of a WebDataset sample, which hold captions, one a line
-
 _ANSWER_ROLES = ("gpt", "assistant")
 _NUM_KEYS = 50  # of an object that are looked at
 _LANGUAGE = re.compile(r"[a-z]{2}([-_][A-Za-z]{2,4})?")
@@ -36,18 +35,18 @@ def read_document(file: Path, collector: Collector) -> Iterator[tuple[str, Mappi
     Raises:
         ValueError: when it is empty, no JSON, or of none of these forms.
     """
-    text, is_empty = read_text(file), True
+    text, names_image = read_text(file), collector.index.names_image
     if not text.strip():
         raise ValueError(f"{file.name} is empty")
-    for number, value in enumerate(_values(json.loads(text), collector.index.names_image)):
+    records = [as_record(value, names_image) for value in _values(json.loads(text), names_image)]
+    if not any(records):
+        raise ValueError(f"{file.name} holds no list of pictures with captions")
+    for number, record in enumerate(records):
         where = f"{file.name}[{number}]"
-        if record := as_record(value, collector.index.names_image):
-            is_empty = False
+        if record:
             yield where, _read_conversation(record, where, collector)
         else:
             collector.skip("unreadable lines", where)
-    if is_empty:
-        raise ValueError(f"{file.name} holds no list of pictures with captions")
 
 
 def as_record(value: object, names_image: NamesImage) -> dict[str, Any]:
@@ -66,9 +65,8 @@ def _values(data: object, names_image: NamesImage) -> Iterator[object]:
         yield from data if isinstance(data, list) else ()
         return
     names, first = list(data)[:_NUM_KEYS], next(iter(data.values()))
-    tables: list[list[Any]] = [
-        value for value in data.values() if isinstance(value, list) and value and isinstance(value[0], dict)
-    ]
+    lists: list[list[Any]] = [value for value in data.values() if isinstance(value, list) and value]
+    tables = [value for value in lists if isinstance(value[0], dict)]
     columns = [_column(value) for value in data.values()]
     if all(name.lower() in SPLITS for name in data):
         for split, part in data.items():

@@ -47,13 +47,7 @@ def _reason(reason: str, what: Sequence[str]) -> str:
 def summarize_data(train: ReadResult, evaluation: Sequence[Pair], hashes: ImageHashes) -> str:
     """Count what is in a data set, missing or there twice, and what the evaluation part has in common with it.
 
-    Args:
-        train: the data set.
-        evaluation: the part to evaluate on; empty if there is none.
-        hashes: of the pictures of both.
-
-    Returns:
-        A few lines, with at most three examples of each finding.
+    Write a few lines, with at most three examples of each finding; `hashes` are of the pictures of both parts.
     """
     pairs, counts = train.pairs, [len(pair.captions) for pair in train.pairs]
     fewest, most = min(counts, default=0), max(counts, default=0)

@@ -23,12 +23,10 @@ from alignment.data.records import as_record, read_document, read_record
 from alignment.preprocess import join_first, sanitize_text
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
-
 _NUM_SAMPLED = 50  # rows by which the columns are identified
 _SAMPLE_LINES = 5000  # lines in which these rows are looked for; a field may have 200
 _CAPTIONS_NAME = re.compile("caption|metadata|annotation|descri")
 _MIN_WIDTH_SHARE = 0.1  # of the rows that have a number of fields, for it to be that of the columns
-
 _SPREADSHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
 _OTHERS = {
     *("", ".dat", ".data", ".tab", ".psv", ".bak", ".rtf", ".odt", ".html", ".md", ".doc", ".docx", ".pdf", ".xml"),
@@ -54,21 +52,13 @@ def read_table(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
 
 
 def read_rows(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
-    """Read the rows of a table that name a picture.
-
-    Raises:
-        UnreadableTable: when the columns cannot be identified.
-    """
+    """Read the rows of a table that name a picture; an UnreadableTable says that the columns are not known."""
     for _, record, columns in _read_records(file, collector):
         yield read_record(record, columns)._replace(folder=file.parent)
 
 
 def check_table(file: Path, collector: Collector) -> None:
-    """Read the beginning of a table.
-
-    Raises:
-        UnreadableTable: when it does not contain captions of pictures, or cannot be read.
-    """
+    """Read the beginning of a table; an UnreadableTable says that it contains no captions, or why it cannot be read."""
     is_named_so = bool(_CAPTIONS_NAME.search(file.name.lower()))
     try:
         first = list(islice(_read_records(file, collector), _NUM_SAMPLED))
@@ -144,7 +134,7 @@ def _as_text(value: object) -> str:
 
 
 def _read_json(file: Path, collector: Collector) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Read one object a line, or a document see `read_document`."""
+    """Read one object a line, or a document (see `read_document`)."""
     head = read_head(file)
     if (file.suffix.lower() == ".json" or head.startswith("[")) and not _is_json_lines(head):
         yield from read_document(file, collector)

@@ -33,12 +33,10 @@ from alignment.preprocess import IMAGE_SUFFIXES
 MAX_PICTURE_BYTES = 128 * 2**20
 MAX_TEXT_BYTES = 2**20
 MAX_SHARDS = 100_000
-
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _NUM_PROBED = 100  # members in which the first sample of a shard is looked for
 _INDEX_VERSION = 5
 _CAPTION_PARTS = ("json", *TEXT_PARTS)
-
 _DAMAGED = (tarfile.TarError, EOFError, ValueError, OverflowError)  # what tarfile raises on bytes that are no tar
 
 
@@ -51,12 +49,9 @@ class Shard(NamedTuple):
 
 
 def find_shards(source: Path) -> list[Path]:
-    """Find the shards of a path: one file, those in a folder or directly below it, or those of a pattern.
+    """Find the shards of a path: one file, those in a folder or directly below it, or all those of a pattern.
 
     A pattern has braces, as in `train-{000..009}.tar`, or wildcards, as in `train-*.tar`, or both.
-
-    Raises:
-        FileNotFoundError: when shards of the pattern are missing.
     """
     if source.is_file():
         return [source] if source.suffix.lower() == ".tar" else []
@@ -77,11 +72,7 @@ def find_shards(source: Path) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """List the names of a pattern: `{000..009}` counts with leading zeros, `{train,val}` lists.
-
-    Raises:
-        ValueError: when there are more than `MAX_SHARDS`, or none.
-    """
+    """List the at most `MAX_SHARDS` names of a pattern: `{000..009}` counts with leading zeros, `{train,val}` lists."""
     choices, end = list[list[str]](), 0
     for found in _BRACES.finditer(pattern):
         choices.append([pattern[end : found.start()]])

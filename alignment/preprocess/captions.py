@@ -8,7 +8,6 @@ from alignment.preprocess.errors import InputError
 
 MAX_CAPTIONS = 200
 MAX_CAPTION_CHARS = 1000
-
 _MAX_LISTED_CHARS = 80  # of each name in `join_first`
 
 # Control characters, line separators and lone surrogates separate words: each becomes a space.

@@ -54,11 +54,7 @@ def open_path(path: Path) -> BinaryIO:
 
 @contextmanager
 def read_header(file: BinaryIO) -> Iterator[Image.Image]:
-    """Open a picture without decoding it; the file is closed afterwards.
-
-    Raises:
-        InputError: when it is empty, damaged, too large, or not of a format that is read.
-    """
+    """Open a picture without decoding it, and close the file; an InputError says why it is not read."""
     with file:
         head = file.read(64)
         if not head:

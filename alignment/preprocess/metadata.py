@@ -38,11 +38,7 @@ _PNG_TEXTS = {b"iTXt": b"XML:com.adobe.xmp\0\0"} | dict.fromkeys((b"tEXt", b"zTX
 
 
 def strip_metadata(data: bytes) -> bytes:
-    """Remove metadata other than the orientation from JPEG, PNG, GIF and AVIF; other formats are returned unchanged.
-
-    Raises:
-        InputError: when the file has more parts than `MAX_PARTS`, or a JPEG more scans than `MAX_SCANS`.
-    """
+    """Remove metadata other than the orientation from JPEG, PNG, GIF and AVIF, and refuse files of too many parts."""
     if data.startswith(b"\xff\xd8\xff"):
         return _strip_jpeg(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

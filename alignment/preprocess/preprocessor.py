@@ -90,11 +90,7 @@ class Preprocessor:
         return None if self.image_side is None else max(math.ceil(_DRAFT_SCALE * self.image_side), _MIN_DRAFT_SIZE)
 
     def image(self, source: ImageSource) -> dict[str, Tensor]:
-        """Open one picture, as a draft if possible, and return what `images` returns of it; thread-safe.
-
-        Raises:
-            InputError: when it cannot be opened.
-        """
+        """Open one picture, as a draft if possible, and return what `images` returns of it; thread-safe."""
         return self.images([open_image(source, draft_size=self.draft_size)])
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:

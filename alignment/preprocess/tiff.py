@@ -24,8 +24,7 @@ _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 def tile_pixels(file: BinaryIO) -> int:
     """Check a TIFF file's directories, and return the pixels of one tile, which is decoded whole; 0 without tiles.
 
-    Raises:
-        InputError: when the entries reference more bytes than the file has twice over, or too many numbers.
+    An InputError says that the entries reference more bytes than the file has twice over, or too many numbers.
     """
     length = file.seek(0, 2)
     file.seek(0)
