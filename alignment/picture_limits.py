@@ -4,8 +4,6 @@ Place in the flow: `command line -> limits (here) -> preprocess.formats`, which 
 limits hold for what visitors send too; a service leaves them as they are.
 """
 
-from __future__ import annotations
-
 import argparse
 
 MAX_IMAGE_PIXELS = 50_000_000

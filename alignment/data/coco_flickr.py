@@ -1,7 +1,5 @@
 """Recognise and read the published annotations of COCO, Flickr8k and Flickr30k, and Karpathy's splits of them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Collect raw annotations: find the picture each one names, merge those of one picture, and count what does not fit."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

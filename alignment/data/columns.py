@@ -1,7 +1,5 @@
 """Find out what the columns of a table mean: by their usual names, else by their values."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass

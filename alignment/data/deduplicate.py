@@ -4,8 +4,6 @@ Place in the flow: `read_data -> hash_images (once) -> summarize_data, merge_dup
 Captions of a picture must never count as wrong for its duplicate, and no picture may be both trained and evaluated on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -4,8 +4,6 @@ Python's `csv` reads a quotation mark that is never closed as a field that reach
 lines. Here a field contains line breaks only if its mark is closed and no line in it looks like a row.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache

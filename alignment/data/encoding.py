@@ -4,8 +4,6 @@ A few words are too little for a statistical detector, so each rule looks for wh
 has: kana, frequent Chinese characters, accented letters inside Latin words, whole words of Cyrillic letters.
 """
 
-from __future__ import annotations
-
 import codecs
 import io
 import re

@@ -1,7 +1,5 @@
 """Find the files of a data set, and read what their names and first bytes say."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

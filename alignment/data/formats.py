@@ -1,7 +1,5 @@
 """Recognise the format of a data set from its path; one table of all readers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Read a folder of pictures with the captions in it: tables, and sidecars, `0001.txt` beside `0001.jpg`."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

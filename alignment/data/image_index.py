@@ -4,8 +4,6 @@ Names are compared in NFC, since some systems store é as one character and some
 name, the split of the annotation decides; otherwise the name is ambiguous.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Write pictures from shards, parquet tables and Hub data sets to disk once, named after the hash of their bytes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator, Mapping

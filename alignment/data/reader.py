@@ -1,14 +1,12 @@
 """Read a whole data set: detect its format, read its annotations, and join them to the pictures."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +36,7 @@ class Partition:
         return f"{self.number}/{self.count}"
 
     @classmethod
-    def parse(cls, text: str) -> Partition:
+    def parse(cls, text: str) -> Self:
         """Read "2/4", the second of four; a ValueError says that the text is something else."""
         found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):

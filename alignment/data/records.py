@@ -1,7 +1,5 @@
 """Read JSON documents as records, and turn a record, such as a line of a table, into a raw annotation."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

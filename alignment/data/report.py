@@ -1,7 +1,5 @@
 """Report what a data set contains and what is wrong with it, for `--check` and the summaries of the commands."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence

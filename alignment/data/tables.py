@@ -1,7 +1,5 @@
 """Read tables: CSV and TSV, JSON lines, JSON documents, parquet, and the metadata of a folder of pictures."""
 
-from __future__ import annotations
-
 import json
 import re
 import zipfile

@@ -6,8 +6,6 @@ name of a member never becomes a path. An index of the shard is kept, so that a 
 Source: the file layout of WebDataset, and img2dataset's use of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -20,19 +20,6 @@ from alignment.preprocess.images import ImageSource, open_image
 from alignment.preprocess.preprocessor import Preprocessor
 from alignment.preprocess.tokenizer import TokenizerSpec
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MAX_CAPTIONS",
-    "MAX_CAPTION_CHARS",
-    "ImageSource",
-    "InputError",
-    "Preprocessor",
-    "TokenizerSpec",
-    "clean_caption",
-    "count_captions",
-    "join_first",
-    "message_with_option",
-    "open_image",
-    "parse_captions",
-    "sanitize_text",
-]
+__all__ = ["IMAGE_SUFFIXES", "MAX_CAPTIONS", "MAX_CAPTION_CHARS", "ImageSource", "InputError", "Preprocessor"]
+__all__ += ["TokenizerSpec", "clean_caption", "count_captions", "join_first", "message_with_option"]
+__all__ += ["open_image", "parse_captions", "sanitize_text"]

@@ -1,14 +1,12 @@
 """Resize and normalise pictures, bit for bit as transformers' PIL image processors do, without importing them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -56,7 +54,7 @@ class ImageTransform:
     folder: Path | None = None  # checkpoint that the settings come from
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], folder: Path | None = None) -> ImageTransform | None:
+    def from_config(cls, config: Mapping[str, Any], folder: Path | None = None) -> Self | None:
         """Read the settings of a `preprocessor_config.json`; None if it asks for anything else."""
         kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
         named = re.fullmatch(f"({'|'.join(_DEFAULTS)})(?:ImageProcessor|FeatureExtractor)(?:Fast|Pil)?", kind)
@@ -76,7 +74,7 @@ class ImageTransform:
         return cls(size, crop, int(settings["resample"]), float(settings["rescale_factor"]), mean, std, folder)
 
     @classmethod
-    def load(cls, folder: Path) -> ImageTransform | None:
+    def load(cls, folder: Path) -> Self | None:
         """Load the settings of a checkpoint; None if its file is missing or asks for anything else."""
         nested = load_json(folder / "processor_config.json").get("image_processor")
         config = nested if isinstance(nested, dict) else load_json(folder / "preprocessor_config.json")

@@ -1,7 +1,5 @@
 """Decode a picture to upright RGB, at full or reduced size."""
 
-from __future__ import annotations
-
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext

@@ -5,8 +5,6 @@ metadata directory points at, even when thousands of entries point at the same b
 it joins the comments of a GIF one by one, so 30 MB of them take minutes.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Callable, Iterator

@@ -1,13 +1,11 @@
 """A checkpoint's image processor and tokenizer."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 from torch import Tensor
@@ -44,7 +42,7 @@ class Preprocessor:
         self.image_side = self._transform.side if self._transform else None
 
     @classmethod
-    def load(cls, name_or_path: str | os.PathLike[str], text: str | os.PathLike[str] | None = None) -> Preprocessor:
+    def load(cls, name_or_path: str | os.PathLike[str], text: str | os.PathLike[str] | None = None) -> Self:
         """Load the preprocessor of a checkpoint, given by its folder or Hub id; `text` has the tokenizer, if given.
 
         Raises:

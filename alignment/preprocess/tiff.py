@@ -4,8 +4,6 @@ Pillow copies every value that a directory points at and turns its numbers into 
 offsets fit into a file of 8 MB but not into memory.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO

@@ -1,11 +1,9 @@
 """Tokenize captions with the ids that transformers gives, without importing it where `tokenizer.json` is sufficient."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer
@@ -25,7 +23,7 @@ class TokenizerSpec:
     lower: bool = False  # lower the case first
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> TokenizerSpec:
+    def from_config(cls, config: Mapping[str, Any]) -> "TokenizerSpec":
         """Read the `config.json` of a dual encoder or of a text tower."""
         text = config.get("text_config") or config
         kind = str(config.get("model_type", ""))
@@ -78,7 +76,7 @@ class FileTokenizer:
         )
 
     @classmethod
-    def load(cls, folder: Path, model_type: str, spec: TokenizerSpec) -> FileTokenizer | None:
+    def load(cls, folder: Path, model_type: str, spec: TokenizerSpec) -> Self | None:
         """Load a checkpoint's tokenizer; None if transformers would do more than `tokenizer.json` says."""
         config = _sufficient_config(folder) if model_type in _GENERIC_MODELS else None
         if config is None:
