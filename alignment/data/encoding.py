@@ -18,7 +18,6 @@ _BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-1
 _LEGACY = ("gb18030", "big5", "shift_jis", "euc_jp", "cp949", "cp1252", "cp1250", "cp1251")
 _CHUNK_BYTES, _SAMPLE_BYTES = 2**20, 2**16
 _MAX_CHAOS = 0.5  # charset-normalizer's measure of disorder, above which an encoding is ruled out
-_CHAOS_TOLERANCE = 0.005  # difference of that measure that says nothing
 _MAX_NULL_SHARE = 0.03  # null bytes up to which a text is not UTF-16
 _MAX_INVALID_SHARE = 0.25  # invalid sequences below which a file is UTF-8 with some damage
 _MIN_FREQUENT_SHARE = 0.9  # of frequent characters in Chinese, of letters in Cyrillic
@@ -107,13 +106,10 @@ def _detect_legacy(data: bytes) -> Encoding:
 def _by_statistics(sample: bytes) -> str:
     from charset_normalizer import from_bytes
 
-    matches = from_bytes(sample, cp_isolation=list(_LEGACY), threshold=_MAX_CHAOS)
-    found = [match for match in matches if match.encoding in _LEGACY]
-    if not found:
+    best = from_bytes(sample, cp_isolation=list(_LEGACY), threshold=_MAX_CHAOS).best()
+    if best is None or best.encoding not in _LEGACY:
         raise ValueError("its encoding is not known; save it as UTF-8")
-    least = min(match.chaos for match in found)
-    likely = [match for match in found if match.chaos <= least + _CHAOS_TOLERANCE]
-    return max(likely, key=lambda match: (match.coherence, -_LEGACY.index(match.encoding))).encoding
+    return best.encoding
 
 
 def _by_script(sample: bytes) -> str | None:
