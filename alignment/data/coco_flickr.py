@@ -20,6 +20,7 @@ _TOKEN_LINE = re.compile(r"(.+?)(?:#\d+)?\t(.*)")
 _BAR_HEADER = "image_name|"
 # One line of the published file lacks the second bar: "2199200615.jpg| 4   A dog runs ...".
 _BAR_LINE = re.compile(r"([^|]+)\|\s*\d+(?:\s*\||\s)(.*)")
+_COCO_TABLE = re.compile(r'\{.*"(images|annotations)"', re.DOTALL)
 _END_BYTES = 2**16  # at either end of a file of COCO; captions are in one of them, after the images or before
 
 
@@ -30,9 +31,7 @@ def is_karpathy(file: Path) -> bool:
 
 def is_coco(file: Path) -> bool:
     """Recognise annotations of COCO, of captions or of anything else, by their tables."""
-    return file.suffix.lower() == ".json" and bool(
-        re.match(r"\{.*\"(images|annotations)\"", read_head(file), re.DOTALL)
-    )
+    return file.suffix.lower() == ".json" and bool(_COCO_TABLE.match(read_head(file)))
 
 
 def is_coco_captions(file: Path) -> bool:

@@ -1,9 +1,9 @@
 """Find out what the columns of a table mean: by their usual names, else by their values."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from alignment.data.files import SPLITS, is_image_name
@@ -68,14 +68,16 @@ class TableSample:
     names_image: Callable[[object], bool]  # whether a value names a picture, with its suffix or without
     has_header: bool = True  # the names are in the first row
 
+    @cached_property
     def columns(self) -> Columns:
-        """Identify the columns, by name where that is sufficient; a list of pictures has no captions and no classes."""
+        """The columns by name where that is sufficient; a list of pictures has no captions and no classes."""
         named = find_columns(self.names)
         named = named._replace(image=named.image or self._find_image(named))
         return named if named.captions else self._find_captions(named)
 
+    @cached_property
     def texts(self) -> frozenset[str]:
-        """Return the columns of text."""
+        """The columns of text."""
         return frozenset(name for name in self.names if self._is_mostly(name, _is_text))
 
     def _values(self, name: str) -> list[str]:
@@ -102,7 +104,7 @@ class TableSample:
             return found[0]
         if found:
             reason = f"its columns {join_first(found)} all name pictures; call the right one image"
-            raise UnreadableTable(reason, may_be_captions=bool(named.captions or self.texts()))
+            raise UnreadableTable(reason, may_be_captions=bool(named.captions or self.texts))
         reason = f"none of its columns ({join_first(self.names)}) names pictures that are there"
         reason += "; call the right one image, or add a header line"
         raise UnreadableTable(reason, may_be_captions=bool(named.captions) and len(self.names) > 1)
@@ -125,41 +127,37 @@ class TableSample:
             raise UnreadableTable(reason)
         return named
 
+    def fit_row(self, fields: list[str], delimiter: str) -> list[str] | None:
+        """Bring a row to as many fields as there are columns; None if several ways to do so, or none, are possible.
+
+        A row with too many fields has the delimiter in a value without quotation marks. All ways to join neighbouring
+        fields are tried, and those that put an impossible value into a column are dropped.
+        """
+        while len(fields) > len(self.names) and not fields[-1].strip():
+            fields = fields[:-1]
+        surplus = len(fields) - len(self.names)
+        if surplus <= 0:
+            return fields + [""] * -surplus
+        rows, prose_rows = [], []
+        for at in range(len(self.names)):
+            joined, after = fields[at : at + surplus + 1], fields[at + surplus + 1 :]
+            row = [*fields[:at], delimiter.join(joined), *after]
+            if all(self._may_be(value.strip(), number, number == at) for number, value in enumerate(row)):
+                rows.append(row)
+                # In prose a blank follows the comma, between fields it does not.
+                is_prose = all(part[:1].isspace() for part in joined[1:])
+                if is_prose and not any(field[:1].isspace() for field in [*fields[1 : at + 1], *after]):
+                    prose_rows.append(row)
+        rows = prose_rows or rows
+        return rows[0] if len(rows) == 1 else None
+
+    def _may_be(self, value: str, number: int, is_joined: bool) -> bool:
+        name, columns = self.names[number], self.columns
+        if name in (columns.image, columns.split):
+            is_known = is_image_name(value) if name == columns.image else value.lower() in SPLITS
+            return is_known or not (is_joined or " " in value)
+        return name in columns.captions or name in self.texts or not (is_joined or _is_text(value))
+
 
 def _is_text(value: str) -> bool:
     return bool(_LETTERS.search(value)) and not _NO_TEXT.fullmatch(value) and not is_image_name(value)
-
-
-def fit_row(
-    fields: list[str], names: Sequence[str], columns: Columns, delimiter: str, texts: Collection[str]
-) -> list[str] | None:
-    """Bring a row to as many fields as there are columns; None if several ways to do so, or none, are possible.
-
-    A row with too many fields has the delimiter in a value without quotation marks. All ways to join neighbouring
-    fields are tried, and those that put an impossible value into a column are dropped; `texts` may hold any text.
-    """
-    while len(fields) > len(names) and not fields[-1].strip():
-        fields = fields[:-1]
-    surplus = len(fields) - len(names)
-    if surplus <= 0:
-        return fields + [""] * -surplus
-    rows, prose_rows = [], []
-    for at in range(len(names)):
-        joined, after = fields[at : at + surplus + 1], fields[at + surplus + 1 :]
-        row = [*fields[:at], delimiter.join(joined), *after]
-        if all(_may_be(value, name, columns, texts, name == names[at]) for value, name in zip(row, names, strict=True)):
-            rows.append(row)
-            # In prose a blank follows the comma, between fields it does not.
-            is_prose = all(part[:1].isspace() for part in joined[1:])
-            if is_prose and not any(field[:1].isspace() for field in [*fields[1 : at + 1], *after]):
-                prose_rows.append(row)
-    rows = prose_rows or rows
-    return rows[0] if len(rows) == 1 else None
-
-
-def _may_be(value: str, name: str, columns: Columns, texts: Collection[str], is_joined: bool) -> bool:
-    value = value.strip()
-    if name in (columns.image, columns.split):
-        is_known = is_image_name(value) if name == columns.image else value.lower() in SPLITS
-        return is_known or not (is_joined or " " in value)
-    return name in columns.captions or name in texts or not (is_joined or _is_text(value))

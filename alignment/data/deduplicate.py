@@ -45,9 +45,7 @@ ImageHashes = Mapping[str, ImageHash | None]
 """Path -> hashes of each picture, as `hash_images` returns them; None if it cannot be opened."""
 
 
-def hash_images(
-    images: Iterable[str], *, progress: Callable[[int, int], None] | None = None
-) -> dict[str, ImageHash | None]:
+def hash_images(images: Iterable[str], *, progress: Callable[[int, int], None] | None = None) -> ImageHashes:
     """Open and hash each picture once, in the order given; log those that fail, and tell `progress` (done, total)."""
     paths, problems = list(dict.fromkeys(images)), list[str]()
     hashes: dict[str, ImageHash | None] = {}

@@ -16,6 +16,7 @@ _MAX_LINES_OF_A_HEAD = 1000
 BLANK = " "
 """Delimiter of lists such as `0.jpg a dog, running`: the first blank, or colon, after the name of a picture."""
 
+IsRow = Callable[[Sequence[str]], bool]
 _LISTED = re.compile(r"([^\s,;|\"]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)(?:#\d+)?):?[ ]+(?=\S)", re.IGNORECASE)
 _SEP = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # a line in which Excel names the delimiter
 
@@ -81,9 +82,7 @@ def split_line(text: str, delimiter: str) -> tuple[list[str], bool]:
         at += len(delimiter)
 
 
-def split_rows(
-    lines: Iterable[str], delimiter: str, is_row: Callable[[Sequence[str]], bool], first: int
-) -> Iterator[Row]:
+def split_rows(lines: Iterable[str], delimiter: str, is_row: IsRow, first: int) -> Iterator[Row]:
     """Split lines, the first of which has number `first`, into rows; `is_row` tells rows from lines within a field."""
     source, waiting = iter(lines), list[str]()
     while waiting or (waiting := list(islice(source, 1))):
@@ -94,9 +93,7 @@ def split_rows(
         del waiting[:used]
 
 
-def _first_row(
-    waiting: list[str], source: Iterator[str], delimiter: str, is_row: Callable[[Sequence[str]], bool]
-) -> tuple[list[str], bool, int]:
+def _first_row(waiting: list[str], source: Iterator[str], delimiter: str, is_row: IsRow) -> tuple[list[str], bool, int]:
     """Split the row that the first waiting line begins, and count its lines; further ones go to `waiting`."""
     text = waiting[0]
     fields, is_open = split_line(text, delimiter)

@@ -80,7 +80,7 @@ def record_others(folder: Path, files: Sequence[Path], collector: Collector) -> 
             collector.skip("other files of captions, whose path has to be given", file.name)
 
 
-def _detect_named(*patterns: str, fits: Callable[[Path], bool], others: Callable[[Path], bool] | None = None) -> Detect:
+def _by_name(*patterns: str, fits: Callable[[Path], bool], others: Callable[[Path], bool] | None = None) -> Detect:
     """Make a function that detects a file by its content, or those of a folder by name and content.
 
     If a folder has none of these names, JSON files recognised by `others` are detected, and those one folder below it
@@ -99,7 +99,7 @@ def _detect_named(*patterns: str, fits: Callable[[Path], bool], others: Callable
     return detect
 
 
-def _detect_tables(*suffixes: str) -> Detect:
+def _by_suffix(*suffixes: str) -> Detect:
     """Make a function that detects a table by its suffix, or those in a folder by their content."""
 
     def fits(file: Path, index: ImageIndex) -> bool:
@@ -120,15 +120,13 @@ def _detect_tables(*suffixes: str) -> Detect:
 
 
 FORMATS: dict[str, Format] = {  # in the order in which they are tried
-    "karpathy": Format(_detect_named("dataset*.json", fits=is_karpathy, others=is_karpathy), read_karpathy),
-    "flickr8k": Format(_detect_named(_FLICKR8K, fits=lambda file: file.name == _FLICKR8K), read_flickr),
-    "flickr30k": Format(_detect_named("results_20130124.token", "results.csv", fits=is_flickr30k), read_flickr),
-    "coco": Format(
-        _detect_named("captions*.json", fits=is_coco, others=is_coco_captions), read_coco, is_exclusive=False
-    ),
-    "jsonl": Format(_detect_tables(".jsonl", ".ndjson", ".json"), read_table, is_exclusive=False),
-    "csv": Format(_detect_tables(".csv", ".tsv", ".txt"), read_table, is_exclusive=False),
-    "parquet": Format(_detect_tables(".parquet"), read_table, in_parts=True, is_exclusive=False),
+    "karpathy": Format(_by_name("dataset*.json", fits=is_karpathy, others=is_karpathy), read_karpathy),
+    "flickr8k": Format(_by_name(_FLICKR8K, fits=lambda file: file.name == _FLICKR8K), read_flickr),
+    "flickr30k": Format(_by_name("results_20130124.token", "results.csv", fits=is_flickr30k), read_flickr),
+    "coco": Format(_by_name("captions*.json", fits=is_coco, others=is_coco_captions), read_coco, is_exclusive=False),
+    "jsonl": Format(_by_suffix(".jsonl", ".ndjson", ".json"), read_table, is_exclusive=False),
+    "csv": Format(_by_suffix(".csv", ".tsv", ".txt"), read_table, is_exclusive=False),
+    "parquet": Format(_by_suffix(".parquet"), read_table, in_parts=True, is_exclusive=False),
     "webdataset": Format(lambda source, index: find_shards(source), read_shard, in_parts=True),
     "folder": Format(lambda source, index: [source] if source.is_dir() else [], read_folder),
     "hub": Format(

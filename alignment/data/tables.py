@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.data.collector import Collector, RawAnnotation
-from alignment.data.columns import Columns, TableSample, UnreadableTable, find_columns, fit_row
+from alignment.data.columns import Columns, TableSample, UnreadableTable, find_columns
 from alignment.data.delimited import read_file_head, split_rows
 from alignment.data.encoding import open_text
 from alignment.data.files import ARCHIVE_SUFFIXES, TEXT_SUFFIXES, is_image_name, read_head, split_from_path
@@ -33,7 +33,7 @@ _OTHERS = {
 }
 _CAPTIONS_STEM = re.compile(r"caption|metadata|annotation|descri(be|pt)|sentences")
 _IMAGE_NAME = re.compile(rb"\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
-_MAX_SEARCHED_BYTES = 64 * 2**20
+_MAX_BYTES = 64 * 2**20
 
 Records = Iterator[tuple[str, Mapping[str, Any], Columns]]
 """Each with its place in the file, such as `captions.csv:7`, and what its columns mean."""
@@ -111,7 +111,7 @@ def _identify_columns(file: Path, records: Iterator[tuple[str, Mapping[str, Any]
     usual = find_columns(names)
     if first and not (usual.image and usual.captions):
         rows = [[_as_text(record.get(name)) for name in names] for _, record in first]
-        usual = TableSample(names, rows, collector.index.names_image).columns()
+        usual = TableSample(names, rows, collector.index.names_image).columns
         _record_classes(file, usual.classes, collector)
     for where, record in chain(first, records):
         columns = find_columns(tuple(record))
@@ -163,21 +163,20 @@ def _read_delimited(file: Path, collector: Collector) -> Records:
         del start[:skipped]
         first = split_rows(start, delimiter, lambda fields: any(map(is_image_name, fields)), skipped + 1)
         sample = _sample_table([row.fields for row in islice(first, _NUM_SAMPLED + 1)], collector.index.names_image)
-        columns, texts = sample.columns(), sample.texts()
-        _record_classes(file, columns.classes, collector)
-        at = sample.names.index(str(columns.image))
+        _record_classes(file, sample.columns.classes, collector)
+        at = sample.names.index(str(sample.columns.image))
         all_lines = chain(start, lines)
         rows = split_rows(all_lines, delimiter, lambda row: any(map(is_image_name, row[at : at + 1])), skipped + 1)
         for row in islice(rows, sample.has_header, None):
             where = f"{file.name}:{row.number}"
-            if (fields := fit_row(row.fields, sample.names, columns, delimiter, texts)) is None:
+            if (fields := sample.fit_row(row.fields, delimiter)) is None:
                 collector.skip("lines with more values than columns", where)
                 continue
             if row.is_open:
                 collector.repair("lines with a quotation mark that is not closed", where)
             if any(field.strip() for field in row.fields[len(fields) :]):
                 collector.repair("lines with a delimiter in a value without quotation marks", where)
-            yield where, dict(zip(sample.names, fields, strict=True)), columns
+            yield where, dict(zip(sample.names, fields, strict=True)), sample.columns
 
 
 def _sample_table(rows: Sequence[Sequence[str]], names_image: Callable[[object], bool]) -> TableSample:
@@ -225,10 +224,8 @@ def _names_images(file: Path) -> bool:  # a zip file of XML, or the older binary
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as sheet:
                 members = [entry for entry in sheet.infolist() if entry.filename.endswith(".xml")]
-                return any(
-                    _IMAGE_NAME.search(sheet.read(entry)) for entry in members if entry.file_size < _MAX_SEARCHED_BYTES
-                )
+                return any(_IMAGE_NAME.search(sheet.read(entry)) for entry in members if entry.file_size < _MAX_BYTES)
         with file.open("rb") as handle:
-            return bool(_IMAGE_NAME.search(handle.read(_MAX_SEARCHED_BYTES).replace(b"\0", b"")))
+            return bool(_IMAGE_NAME.search(handle.read(_MAX_BYTES).replace(b"\0", b"")))
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
         return False
