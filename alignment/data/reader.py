@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
-import torch
-from torch import Tensor
-
 from alignment.data.collector import Collector, Pair, ReadIssues
 from alignment.data.columns import UnreadableTable
 from alignment.data.files import UNLISTED, canonical_split, dataset_root
@@ -135,17 +132,3 @@ def _read_file(file: Path, format: str, collector: Collector) -> None:
 def read_pairs(source: str | os.PathLike[str], format: str | None = None, split: str | None = None) -> list[Pair]:
     """Read the pictures of a data set with their captions: the `pairs` of `read_data`."""
     return read_data(source, format=format, split=split).pairs
-
-
-def positive_mask(pairs: Sequence[Pair]) -> tuple[Tensor, list[str]]:
-    """Flatten the captions of all pictures, and mark which belong to which picture.
-
-    Args:
-        pairs: in the order of the rows; one without captions is a row without a positive.
-
-    Returns:
-        Bool (num_images, num_texts), and the num_texts captions, picture by picture.
-    """
-    texts = [caption for pair in pairs for caption in pair.captions]
-    image_of_text = torch.repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs], dtype=torch.long))
-    return image_of_text == torch.arange(len(pairs))[:, None], texts

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed
 
-from alignment.data import Pair, positive_mask
+from alignment.data import Pair
 from alignment.evaluate import Embedded, evaluate_embedded
 from alignment.model import DualEncoder
 from alignment.train.feature_cache import CachedFeatures
@@ -30,8 +30,8 @@ class Validator:
     _texts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        positives, self._texts = positive_mask(self.pairs)
-        self._image_of_text = positives.int().argmax(dim=0)
+        self._texts = [caption for pair in self.pairs for caption in pair.captions]
+        self._image_of_text = torch.repeat_interleave(torch.tensor([len(pair.captions) for pair in self.pairs]))
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of a `RetrievalReport`, without intervals."""
