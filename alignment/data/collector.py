@@ -11,8 +11,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from alignment.data.encoding import detect_encoding
-from alignment.data.files import TEXT_SUFFIXES, UNLISTED, canonical_split
-from alignment.data.image_index import ImageIndex
+from alignment.data.files import TEXT_SUFFIXES, UNLISTED, ImageIndex, canonical_split
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, join_first, sanitize_text
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,8 @@ from alignment.data.coco_flickr import (
 )
 from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.columns import UnreadableTable
-from alignment.data.files import ARCHIVE_SUFFIXES, find_files, is_hidden, split_from_path
+from alignment.data.files import ARCHIVE_SUFFIXES, ImageIndex, find_files, is_hidden, split_from_path
 from alignment.data.image_folder import UNUSED_SIDECARS, read_folder
-from alignment.data.image_index import ImageIndex
 from alignment.data.image_store import read_hub
 from alignment.data.tables import check_table, explain_unsupported, is_caption_table, read_table
 from alignment.data.webdataset import find_shards, read_shard

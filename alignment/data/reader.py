@@ -10,9 +10,8 @@ from typing import Self, TypeVar
 
 from alignment.data.collector import Collector, Pair, ReadIssues
 from alignment.data.columns import UnreadableTable
-from alignment.data.files import UNLISTED, canonical_split, dataset_root
+from alignment.data.files import UNLISTED, ImageIndex, canonical_split, dataset_root
 from alignment.data.formats import FORMATS, detect_format, record_others
-from alignment.data.image_index import ImageIndex
 
 Item = TypeVar("Item")
 

@@ -14,8 +14,7 @@ from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.columns import Columns, TableSample, UnreadableTable, find_columns
 from alignment.data.delimited import read_file_head, split_rows
 from alignment.data.encoding import open_text
-from alignment.data.files import ARCHIVE_SUFFIXES, TEXT_SUFFIXES, is_image_name, read_head, split_from_path
-from alignment.data.image_index import ImageIndex
+from alignment.data.files import ARCHIVE_SUFFIXES, TEXT_SUFFIXES, ImageIndex, is_image_name, read_head, split_from_path
 from alignment.data.image_store import read_parquet
 from alignment.data.records import as_record, read_document, read_record
 from alignment.preprocess import join_first, sanitize_text
@@ -37,7 +36,6 @@ _MAX_BYTES = 64 * 2**20
 
 Records = Iterator[tuple[str, Mapping[str, Any], Columns]]
 """Each with its place in the file, such as `captions.csv:7`, and what its columns mean."""
-
 
 CLASSES_ONLY = "files of classes, not captions (to take them as captions, call their column caption)"
 """Reason to leave out a table of classes of pictures, as for image classification, without captions."""

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 from alignment.atomic import read_json_checksummed, sha256_of, write_json_checksummed
 from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.encoding import decode_text
-from alignment.data.files import find_files, is_hidden, split_from_path
-from alignment.data.image_index import nfc
+from alignment.data.files import find_files, is_hidden, nfc, split_from_path
 from alignment.data.image_store import cache_folder, store_image
 from alignment.data.records import TEXT_PARTS, read_record
 from alignment.preprocess import IMAGE_SUFFIXES

@@ -12,8 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from alignment.picture_limits import LIMITS
 from alignment.preprocess.errors import InputError, damaged, empty, unsupported
-from alignment.preprocess.metadata import strip_metadata
-from alignment.preprocess.tiff import tile_pixels
+from alignment.preprocess.metadata import strip_metadata, tile_pixels
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
 """Suffixes, in small letters, by which files in folders and archives are taken for pictures."""

@@ -1,14 +1,16 @@
-"""Remove metadata from a picture file before Pillow reads it; only the orientation is kept.
+"""Remove metadata from a picture file before Pillow reads it, and check the directories of a TIFF file.
 
-Place in the flow: `file -> strip_metadata (here) -> Pillow -> orientation (here)`. Pillow copies every value that a
-metadata directory points at, even when thousands of entries point at the same bytes, so 200 KB of EXIF become 800 MB;
-it joins the comments of a GIF one by one, so 30 MB of them take minutes.
+Place in the flow: `file -> strip_metadata, tile_pixels (here) -> Pillow -> orientation (here)`. Pillow copies every
+value that a directory points at, even when thousands of entries point at the same bytes, so 200 KB of EXIF become
+800 MB, and turns its numbers into Python objects: two million strip offsets fit into a TIFF file of 8 MB but not into
+memory. It joins the comments of a GIF one by one, so 30 MB of them take minutes.
 """
 
 import re
 import struct
 from collections.abc import Callable, Iterator
-from typing import Literal
+from io import BytesIO
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -21,7 +23,6 @@ MAX_SCANS = 100
 """Progressive scans of a JPEG, each of which takes as long as decoding the picture; ten are usual."""
 
 ORIENTATION_TAG = 0x0112
-_INTEGER_SIZES = {1: 1, 3: 2, 4: 4}  # EXIF type -> bytes
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 # Markers of JPEG segments. XMP stands in APP1 segments as EXIF does.
@@ -33,6 +34,14 @@ _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 # Chunks of text in a PNG -> beginning of those in which the orientation may be: as ImageMagick writes it, or XMP.
 _PNG_TEXTS = {b"iTXt": b"XML:com.adobe.xmp\0\0"} | dict.fromkeys((b"tEXt", b"zTXt"), b"Raw profile type exif\0")
+
+MAX_NUMBERS = 500_000  # in all directories; a picture of 50 megapixels in tiles of 16 x 16 has 400,000
+_MAX_REFERENCED, _SLACK_BYTES = 2, 2**16  # bytes referenced by values, as a multiple of the file size, plus slack
+_MAX_ENTRIES, _MAX_DIRECTORIES = 4096, 8
+_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_BYTE_TYPES, _INTEGER_TYPES = (1, 2, 7), (1, 3, 4)  # kept as bytes, not turned into numbers; of an orientation
+_SUBDIRECTORIES = (34665, 34853, 40965)  # EXIF, GPS, interoperability
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
 
 def strip_metadata(data: bytes) -> bytes:
@@ -59,15 +68,11 @@ def orientation(image: Image.Image) -> int:
 def _from_exif(exif: bytes) -> int:  # the first directory counts; 0 without one
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
-    order: Literal["little", "big"] = "big" if exif.startswith(b"MM") else "little"
-    if not exif.startswith((b"II", b"MM")):
-        return 0
-    start = int.from_bytes(exif[4:8], order)
-    end = start + 2 + 12 * int.from_bytes(exif[start : start + 2], order)
-    for at in range(start + 2, min(end, len(exif)) - 11, 12):
-        tag, kind = (int.from_bytes(exif[place : place + 2], order) for place in (at, at + 2))
-        if tag == ORIENTATION_TAG and kind in _INTEGER_SIZES:
-            return int.from_bytes(exif[at + 8 : at + 8 + _INTEGER_SIZES[kind]], order)
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2], "")
+    entries = _entries(BytesIO(exif), _integer(exif[4:8], order), order, limit=2**16) if order else ()
+    for tag, kind, _, value in entries:
+        if tag == ORIENTATION_TAG and kind in _INTEGER_TYPES:
+            return _integer(value[: _TYPE_SIZES[kind]], order)
     return 0
 
 
@@ -182,3 +187,51 @@ def _strip_avif(data: bytes) -> bytes:
 
     boxes = (data[at:end] for at, end in _spans(data, 0, size))
     return b"".join(box if box[4:8] == b"mdat" else box.replace(b"Exif", b"none") for box in boxes)
+
+
+def tile_pixels(file: BinaryIO) -> int:
+    """Check a TIFF file's directories, and return the pixels of one tile, which is decoded whole; 0 without tiles.
+
+    An InputError says that the entries reference more bytes than the file has twice over, or too many numbers.
+    """
+    length = file.seek(0, 2)
+    file.seek(0)
+    head = file.read(16)
+    if len(head) < 16:
+        return 0
+    order, is_big_tiff = ">" if head[:2] == b"MM" else "<", head[2:3] == b"\x2b"  # as Pillow recognises BigTIFF
+    (first,) = struct.unpack_from(order + "Q", head, 8) if is_big_tiff else struct.unpack_from(order + "I", head, 4)
+    waiting, sides = [first], {_TILE_WIDTH: 0, _TILE_HEIGHT: 0}
+    referenced = numbers = 0
+    for number in range(_MAX_DIRECTORIES):
+        for tag, kind, count, value in _entries(file, waiting.pop(), order, is_big_tiff) if waiting else ():
+            size = count * _TYPE_SIZES.get(kind, 0)
+            numbers += count if kind not in _BYTE_TYPES and size <= length else 0
+            if size > len(value):
+                referenced += min(size, length)
+            elif tag in _SUBDIRECTORIES:
+                waiting.append(_integer(value[: _TYPE_SIZES.get(kind, 0)], order))
+            elif tag in sides and number == 0:
+                sides[tag] = _integer(value[: _TYPE_SIZES.get(kind, 0)], order)
+    if referenced > _MAX_REFERENCED * length + _SLACK_BYTES or numbers > MAX_NUMBERS:
+        raise damaged()
+    return sides[_TILE_WIDTH] * sides[_TILE_HEIGHT]
+
+
+def _entries(
+    file: BinaryIO, offset: int, order: str, is_big_tiff: bool = False, limit: int = _MAX_ENTRIES
+) -> Iterator[tuple[int, int, int, bytes]]:
+    """Read a directory: (tag, type, count, value or its offset) of each entry."""
+    if offset >= 2**62:
+        return
+    file.seek(offset)
+    entry = struct.Struct(order + ("HHQ8s" if is_big_tiff else "HHI4s"))
+    count = _integer(file.read(8 if is_big_tiff else 2), order)
+    if count > limit:
+        raise damaged()
+    table = file.read(count * entry.size)
+    yield from entry.iter_unpack(table[: len(table) // entry.size * entry.size])
+
+
+def _integer(data: bytes, order: str) -> int:
+    return int.from_bytes(data, "big" if order == ">" else "little")
