@@ -5,11 +5,11 @@ Place in the flow: `data set -> read_data (here) -> train, evaluate, gallery`. T
 the pictures and counts what is left out or repaired. What is ambiguous is an error.
 """
 
-from alignment.data.collector import AmbiguousImageNames, EmptyDataset, Pair
+from alignment.data.collector import AmbiguousImageNames, EmptyDataset, Pair, ReadIssues
 from alignment.data.deduplicate import ImageHash, drop_leaked, hash_images, merge_duplicates, near_duplicates
 from alignment.data.reader import Partition, ReadResult, read_data, read_pairs
 from alignment.data.report import describe_issues, describe_truncated, summarize_data
 
-__all__ = ["AmbiguousImageNames", "EmptyDataset", "ImageHash", "Pair", "Partition", "ReadResult"]
+__all__ = ["AmbiguousImageNames", "EmptyDataset", "ImageHash", "Pair", "Partition", "ReadIssues", "ReadResult"]
 __all__ += ["describe_issues", "describe_truncated", "drop_leaked", "hash_images", "merge_duplicates"]
 __all__ += ["near_duplicates", "read_data", "read_pairs", "summarize_data"]

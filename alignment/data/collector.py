@@ -48,13 +48,19 @@ class Pair:
     id: str = ""  # what the data set calls the picture, else its path below the data set's folder
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ReadIssues:
     """What did not fit while reading."""
 
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> what was left out for it
     repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what is wrong -> what was read all the same
     unread: Mapping[str, str] = field(default_factory=dict)  # files of captions that could not be read -> why
+    unlisted: Sequence[str] = ()  # absolute paths of folders that could not be listed: their pictures are not known
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all folders could be listed and all files of captions could be read."""
+        return not (self.unlisted or self.unread)
 
 
 class RawAnnotation(NamedTuple):

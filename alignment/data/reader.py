@@ -45,18 +45,12 @@ class Partition:
         return [item for start in starts for item in items[start : start + block]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ReadResult(ReadIssues):
     """The content of a data set, and what of it does not fit."""
 
     pairs: list[Pair]  # one for each picture, in the order of the data set
     format: str  # the name it was read by
-    unlisted: tuple[str, ...] = ()  # absolute paths of folders that could not be listed: their pictures are not known
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all folders could be listed and all files of captions could be read."""
-        return not (self.unlisted or self.unread)
 
 
 def read_data(

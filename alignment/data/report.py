@@ -4,9 +4,8 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
-from typing import Protocol
 
-from alignment.data.collector import Pair, describe_unread
+from alignment.data.collector import Pair, ReadIssues, describe_unread
 from alignment.data.deduplicate import ImageHashes, near_duplicates
 from alignment.data.reader import ReadResult
 from alignment.preprocess import join_first, sanitize_text
@@ -14,18 +13,7 @@ from alignment.preprocess import join_first, sanitize_text
 _NUM_EXAMPLES = 3  # of each finding
 
 
-class _Issues(Protocol):
-    """The attributes of `ReadIssues`, which a gallery's report has too."""
-
-    @property
-    def left_out(self) -> Mapping[str, Sequence[str]]: ...
-    @property
-    def repaired(self) -> Mapping[str, Sequence[str]]: ...
-    @property
-    def unread(self) -> Mapping[str, str]: ...
-
-
-def describe_issues(issues: _Issues) -> list[str]:
+def describe_issues(issues: ReadIssues) -> list[str]:
     """Write a line for each reason why something was left out or repaired, and for each file that could not be read."""
     kinds = {"left out": issues.left_out, "read all the same": issues.repaired}
     lines = [_reason(f"{kind}, {reason}", what) for kind, found in kinds.items() for reason, what in found.items()]

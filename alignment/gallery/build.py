@@ -24,7 +24,7 @@ from torch import Tensor
 
 from alignment.atomic import exclusive_lock, remove_stale_temp
 from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
-from alignment.data import Partition, read_data
+from alignment.data import Partition, ReadIssues, read_data
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
 from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.modality import write_index
@@ -58,7 +58,7 @@ _AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; onl
 
 
 @dataclass
-class BuildReport:
+class BuildReport(ReadIssues):
     """What a build did.
 
     Attributes:
@@ -66,11 +66,7 @@ class BuildReport:
         reused: how many kept the embedding they had.
         skipped: name and reason of each picture that could not be read.
         errors: what was raised for those whose file is to blame, by their name.
-        left_out: reason -> what reading the source left out for it.
-        repaired: what was read although something is wrong with it -> where.
-        unread: files of captions in the source of which nothing could be read -> why.
         cut: captions that are longer than the model reads.
-        unlisted: folders of the source that could not be listed.
         held: pictures, in those folders or not readable now, that the gallery keeps as they were.
     """
 
@@ -78,11 +74,7 @@ class BuildReport:
     reused: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     errors: dict[str, InputError] = field(default_factory=dict)
-    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    unread: Mapping[str, str] = field(default_factory=dict)
     cut: Sequence[str] = ()
-    unlisted: Sequence[str] = ()
     held: list[str] = field(default_factory=list)
 
     @property
