@@ -51,9 +51,8 @@ class Preprocessor:
         source = name_or_path if text is None else text
         try:
             transform = ImageTransform.load(Path(name_or_path)) or _auto_image_processor(name_or_path)
-            config = _load_config(source)
-            spec = TokenizerSpec.from_config(config)
-            model_type = str(config.get("model_type"))
+            config = load_json(Path(source) / "config.json") or _hub_config(source)
+            model_type, spec = str(config.get("model_type")), TokenizerSpec.from_config(config)
             tokenizer = FileTokenizer.load(Path(source), model_type, spec) or _auto_tokenizer(source)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
@@ -118,9 +117,7 @@ class Preprocessor:
         return [text.lower() for text in texts] if self.tokenizer_spec.lower else texts
 
 
-def _load_config(source: str | os.PathLike[str]) -> dict[str, Any]:
-    if config := load_json(Path(source) / "config.json"):
-        return config
+def _hub_config(source: str | os.PathLike[str]) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     return dict(PreTrainedConfig.get_config_dict(source)[0])
