@@ -12,12 +12,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from alignment.data import Pair, positive_mask, read_data, read_pairs
+from alignment.data import Pair, read_data, read_pairs
 
 
 def picture(path: Path, shade: int = 0) -> Path:
@@ -631,25 +630,3 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_a_folder_comes_before_a_hub_name(hub: Path) -> None:
     picture(hub / "someone" / "photos" / "a.png")
     assert read(Path("someone/photos")) == {"a.png": ()}
-
-
-# ---------------------------------------------------------------- positives
-
-
-def test_positives_follow_the_captions_of_each_image() -> None:
-    pairs = [Pair("/a", ("1", "2")), Pair("/b", ()), Pair("/c", ("3",))]
-    positives, texts = positive_mask(pairs)
-    assert texts == ["1", "2", "3"]
-    assert positives.dtype == torch.bool
-    assert positives.int().tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
-
-
-@example([])
-@given(st.lists(st.integers(0, 4), max_size=12))
-def test_every_caption_has_one_image_and_every_image_its_captions(counts: list[int]) -> None:
-    pairs = [Pair(f"/{image}", tuple(f"{image}-{n}" for n in range(count))) for image, count in enumerate(counts)]
-    positives, texts = positive_mask(pairs)
-    assert positives.shape == (len(counts), sum(counts))
-    assert positives.sum(dim=1).tolist() == counts
-    for image, text in positives.nonzero().tolist():
-        assert texts[text].startswith(f"{image}-")

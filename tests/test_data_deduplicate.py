@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -13,15 +12,15 @@ import pytest
 from PIL import Image, ImageDraw
 
 from alignment.data import (
-    DataReport,
     ImageHash,
     Pair,
-    check_data,
+    ReadResult,
     drop_leaked,
     hash_images,
     merge_duplicates,
     near_duplicates,
     read_data,
+    summarize_data,
 )
 from alignment.data.deduplicate import MAX_HAMMING_DISTANCE, close_hashes
 
@@ -248,50 +247,15 @@ def untidy(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def report(untidy: Path) -> DataReport:
-    return check_data(read_data(untidy / "train.csv"), read_data(untidy / "eval" / "test.csv"))
+def summary(pairs: list[Pair], evaluation: Sequence[Pair] = ()) -> list[str]:
+    hashes = hash_images(pair.image for pair in (*pairs, *evaluation))
+    return summarize_data(ReadResult(pairs=pairs, format=""), evaluation, hashes).splitlines()
 
 
-def test_the_report_counts_what_is_there(report: DataReport) -> None:
-    assert (report.num_images, report.num_captions, report.captions_per_image) == (7, 7, (0, 1.0, 2))
-    assert report.left_out == {"missing pictures": ("gone.png", "gone too.png"), "empty captions": ("3.png",)}
-
-
-def test_the_report_names_what_is_wrong(untidy: Path, report: DataReport) -> None:
-    def path(name: str) -> str:
-        return str(untidy / name)
-
-    assert report.unreadable == (path("broken.png"),)
-    assert report.without_captions == (path("3.png"),)
-    assert report.same_content == ((path("0.png"), path("double.png")),)
-    assert report.near_duplicates == ((path("1.png"), path("again.jpg")),)
-    assert (report.num_repeated, report.most_repeated) == (1, (("A dog runs .", 2),))
-
-
-def test_the_report_finds_the_overlap(untidy: Path, report: DataReport) -> None:
-    overlap = report.overlap
-    assert overlap is not None
-    assert overlap.num_images == 3
-    assert overlap.same_content == ((str(untidy / "2.png"), str(untidy / "eval" / "same.png")),)
-    assert overlap.near_duplicates == ((str(untidy / "3.png"), str(untidy / "eval" / "alike.jpg")),)
-    assert (overlap.num_captions, overlap.captions) == (1, ("two cats .",))
-    assert overlap.unreadable == ()
-
-
-def test_an_overlap_is_found_from_both_sides_of_a_double(tmp_path: Path) -> None:
-    """The training picture is there in both parts; what looks like it is in both parts too."""
-    names = ("train", "train again", "eval", "eval again")
-    paths = [saved(tmp_path / f"{name}.{'jpg' if 'again' in name else 'png'}", scene(0)) for name in names]
-    train, evaluation = ([Pair(path, (path,)) for path in half] for half in (paths[:2], paths[2:]))
-    overlap = check_data(train, evaluation).overlap
-    assert overlap is not None
-    assert overlap.same_content == ((paths[0], paths[2]), (paths[1], paths[3]))
-    assert set(overlap.near_duplicates) == {(paths[0], paths[3]), (paths[1], paths[2])}
-
-
-def test_the_summary_reads_at_once(report: DataReport) -> None:
-    assert report.summary().splitlines() == [
+def test_the_summary_names_what_is_wrong(untidy: Path) -> None:
+    train, evaluation = read_data(untidy / "train.csv"), read_data(untidy / "eval" / "test.csv").pairs
+    hashes = hash_images(pair.image for pair in (*train.pairs, *evaluation))
+    assert summarize_data(train, evaluation, hashes).splitlines() == [
         "7 pictures with 7 captions: 0 to 2, half of them up to 1, each.",
         "- left out, missing pictures: 2 (gone.png, gone too.png)",
         "- left out, empty captions: 1 (3.png)",
@@ -307,39 +271,35 @@ def test_the_summary_reads_at_once(report: DataReport) -> None:
     ]
 
 
+def test_an_overlap_is_found_from_both_sides_of_a_double(tmp_path: Path) -> None:
+    """The training picture is there in both parts; what looks like it is in both parts too."""
+    names = ("train.png", "train again.jpg", "eval.png", "eval again.jpg")
+    pairs = [Pair(path, (path,)) for path in (saved(tmp_path / name, scene(0)) for name in names)]
+    assert summary(pairs[:2], pairs[2:])[-3:] == [
+        "Evaluated on 2 pictures:",
+        "- pictures that are in the training part too: 2 (train.png = eval.png, train again.jpg = eval again.jpg)",
+        "- pictures that look the same as one in the training part: 2 "
+        "(train.png ~ eval again.jpg, train again.jpg ~ eval.png)",
+    ]
+
+
 def test_the_summary_of_a_tidy_data_set(scenes: list[str]) -> None:
     pairs = [Pair(path, (path, f"{path} again")) for path in scenes]
-    assert check_data(pairs[:4], pairs[4:]).summary().splitlines() == [
+    assert summary(pairs[:4], pairs[4:]) == [
         "4 pictures with 8 captions: 2 each.",
         "Nothing is missing, unreadable or there twice.",
         "Evaluated on 2 pictures, none of them in the training part.",
     ]
+    assert summary([])[0] == "0 pictures with 0 captions: 0 each."
 
 
-def test_the_summary_gives_three_examples_at_most(report: DataReport) -> None:
-    many = replace(report, unreadable=tuple(f"/x/{number}.png" for number in range(1200)))
-    assert "- pictures that cannot be opened: 1,200 (0.png, 1.png, 2.png, ...)" in many.summary()
-
-
-def test_the_report_is_json(report: DataReport) -> None:
-    assert json.loads(json.dumps(asdict(report)))["overlap"]["captions"] == ["two cats ."]
-
-
-def test_prints_that_were_taken_are_used(scenes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    prints = hash_images(scenes)
-    pairs = [Pair(path, ("a",)) for path in scenes]
-    expected = check_data(pairs)
-    monkeypatch.delattr("alignment.data.deduplicate.open_image")
-    assert check_data(pairs, hashes=prints) == expected
-    assert expected.num_repeated == 1
+def test_the_summary_gives_three_examples_at_most() -> None:
+    pairs = [Pair(f"/x/{number}.png", (str(number),)) for number in range(1200)]
+    hashes = dict.fromkeys((pair.image for pair in pairs), None)
+    lines = summarize_data(ReadResult(pairs=pairs, format=""), (), hashes)
+    assert "- pictures that cannot be opened: 1,200 (0.png, 1.png, 2.png, ...)" in lines
 
 
 def test_a_caption_on_two_copies_of_one_picture_is_not_repeated(untidy: Path) -> None:
     pairs = [Pair(str(untidy / name), ("A dog",)) for name in ("0.png", "double.png")]
-    assert check_data(pairs).num_repeated == 0
-
-
-def test_nothing_to_check() -> None:
-    report = check_data([])
-    assert report.captions_per_image == (0, 0.0, 0)
-    assert report.summary().startswith("0 pictures with 0 captions: 0 each.")
+    assert not [line for line in summary(pairs) if "several pictures" in line]

@@ -90,12 +90,8 @@ def icon(inner: bytes) -> bytes:
 # ---------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("wrap", [bytes, BytesIO])
-def test_an_empty_file_is_refused(wrap: Callable) -> None:
-    assert refused(wrap(b"")).code == "image.empty"
-
-
-def test_an_empty_file_on_disk_and_a_picture_without_pixels_are_refused(tmp_path: Path) -> None:
+def test_an_empty_file_and_a_picture_without_pixels_are_refused(tmp_path: Path) -> None:
+    assert refused(b"").code == "image.empty"
     (tmp_path / "empty.jpg").touch()
     assert refused(tmp_path / "empty.jpg").code == "image.empty"
     assert refused(Image.new("RGB", (0, 5))).code == "image.empty"
@@ -112,12 +108,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "gone.jpg" in str(error)
     assert refused(tmp_path).code == "image.missing"  # a folder
     assert refused("a\0b").code == "image.missing"
-
-
-def test_a_file_opened_as_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("x")
-    with (tmp_path / "text").open() as file:
-        assert refused(file).code == "image.not_an_image"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +214,6 @@ def test_the_size_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(formats.LIMITS, "pixels", 12)
     assert open_image(Image.new("RGB", (3, 4))).size == (3, 4)
     assert refused(Image.new("RGB", (13, 1))).code == "image.too_large"
-    assert refused(np.zeros((13, 1), dtype=np.uint8)).code == "image.too_large"
 
 
 def test_a_strip_is_refused_before_a_resize_blows_it_up() -> None:
@@ -461,36 +450,12 @@ def test_an_icon_is_read(encoded: Callable) -> None:
         np.testing.assert_array_equal(pixels(open_image(data)), np.full((32, 32, 3), RED))
 
 
-@pytest.mark.parametrize(
-    ("array", "expected"),
-    [
-        (np.array([[(1, 2, 3)]], dtype=np.uint8), [[(1, 2, 3)]]),
-        (np.array([[5]], dtype=np.uint8), [[(5, 5, 5)]]),
-        (np.array([[[5]]], dtype=np.uint8), [[(5, 5, 5)]]),
-        (np.array([[(9, 9, 9, 0)]], dtype=np.uint8), [[WHITE]]),
-        (np.array([[(0.0, 0.5, 1.0)]]), [[(0, 128, 255)]]),
-        (np.array([[32896]], dtype=np.uint16), [[(128, 128, 128)]]),
-        (np.array([[True]]), [[WHITE]]),
-    ],
-)
-def test_arrays_are_pictures_too(array: np.ndarray, expected: list) -> None:
-    np.testing.assert_array_equal(pixels(open_image(array)), expected)
-
-
-@pytest.mark.parametrize(
-    "array",
-    [np.zeros((2, 2), dtype=np.int64), np.zeros((2, 2, 5), np.uint8), np.zeros(4, np.uint8), np.full((2, 2), 255.0)],
-)
-def test_arrays_of_unknown_meaning_are_refused(array: np.ndarray) -> None:
-    assert refused(array).code == "image.unsupported"
-
-
 def test_every_source_gives_the_same_picture(tmp_path: Path, encoded: Callable) -> None:
     data = encoded(Image.fromarray(UPRIGHT), "PNG")
     path = tmp_path / "picture.of.a.dog"
     path.write_bytes(data)
-    with path.open("rb") as file, Image.open(path) as image:
-        for source in (data, bytearray(data), BytesIO(data), path, str(path), file, image, UPRIGHT):
+    with Image.open(path) as image:
+        for source in (data, path, str(path), image, Image.fromarray(UPRIGHT)):
             np.testing.assert_array_equal(pixels(open_image(source)), UPRIGHT)
 
 

@@ -12,8 +12,7 @@ from adversarial_images import directory, saved, scene, sound, tiff
 from PIL import Image
 
 from alignment.preprocess import InputError, metadata, open_image
-from alignment.preprocess.metadata import strip_metadata
-from alignment.preprocess.tiff import MAX_NUMBERS, tile_pixels
+from alignment.preprocess.metadata import MAX_NUMBERS, strip_metadata, tile_pixels
 
 READ = [kind for kind, file in sound().items() if file.read]
 

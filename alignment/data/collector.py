@@ -1,20 +1,17 @@
 """Collect raw annotations: find the picture each one names, merge those of one picture, and count what does not fit."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from alignment.data.encoding import Encoding, detect_encoding
-from alignment.data.files import TEXT_SUFFIXES, UNLISTED, canonical_split
-from alignment.data.image_index import ImageIndex
+from alignment.data.encoding import detect_encoding
+from alignment.data.files import TEXT_SUFFIXES, UNLISTED, ImageIndex, canonical_split
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, join_first, sanitize_text
 
 logger = logging.getLogger(__name__)
@@ -22,14 +19,11 @@ logger = logging.getLogger(__name__)
 _URL = re.compile(r"(https?|ftp|s3|gs)://", re.IGNORECASE)
 _NO_CAPTION = {"nan", "none", "null", "<na>", "n/a", "#n/a"}  # as programs write a missing value
 _MAX_LISTED_FILES = 5
+NOT_UTF8 = "files not in UTF-8"
 
 
 class AmbiguousImageNames(ValueError):
-    """Names in the annotations fit several pictures.
-
-    Attributes:
-        names: the ambiguous ones.
-    """
+    """Each of the `names` in the annotations fits several pictures."""
 
     def __init__(self, message: str, names: Sequence[str]) -> None:
         super().__init__(message)
@@ -37,11 +31,7 @@ class AmbiguousImageNames(ValueError):
 
 
 class EmptyDataset(ValueError):
-    """No picture of a data set is left.
-
-    Attributes:
-        left_out: reason -> what was left out for it.
-    """
+    """No picture of a data set is left; `left_out` maps reasons to what was left out for them."""
 
     def __init__(self, message: str, left_out: Mapping[str, Sequence[str]]) -> None:
         super().__init__(message)
@@ -50,19 +40,27 @@ class EmptyDataset(ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture with the captions that describe it.
+    """A picture with the captions that describe it."""
 
-    Attributes:
-        image: absolute path.
-        captions: cleaned, in the order written; empty if the data set has none for this picture.
-        split: "train", "dev", "test", another name the data set uses, or "".
-        id: what the data set calls the picture, else its path below the data set's folder.
-    """
+    image: str  # absolute path
+    captions: tuple[str, ...]  # cleaned, in the order written; empty if the data set has none for this picture
+    split: str = ""  # "train", "dev", "test", another name the data set uses, or ""
+    id: str = ""  # what the data set calls the picture, else its path below the data set's folder
 
-    image: str
-    captions: tuple[str, ...]
-    split: str = ""
-    id: str = ""
+
+@dataclass(kw_only=True)
+class ReadIssues:
+    """What did not fit while reading."""
+
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> what was left out for it
+    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what is wrong -> what was read all the same
+    unread: Mapping[str, str] = field(default_factory=dict)  # files of captions that could not be read -> why
+    unlisted: Sequence[str] = ()  # absolute paths of folders that could not be listed: their pictures are not known
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all folders could be listed and all files of captions could be read."""
+        return not (self.unlisted or self.unread)
 
 
 class RawAnnotation(NamedTuple):
@@ -76,53 +74,36 @@ class RawAnnotation(NamedTuple):
 
 
 class Collector:
-    """The pictures found so far, each with its annotations, and what did not fit.
+    """The pictures found so far, each with its annotations, and what did not fit (see `ReadIssues`).
 
-    Attributes:
-        root: the data set's folder.
-        index: the pictures in it.
+    Args:
+        index: the pictures in the data set's folder.
         split: the only split to read; "" for all.
         absolute: whether absolute paths in annotations may be opened.
         trusted: whether the annotations are the user's own.
         any_table: whether tables in a folder of pictures are read that are not called metadata.
-        annotations: path of a picture -> its annotations.
-        splits: all that annotations name, those not asked for included.
-        skipped: reason -> what was left out for it.
-        repaired: reason -> what was read although something is wrong with it.
-        unread: files of captions that could not be read -> why.
-        unlisted: absolute paths of folders that could not be listed.
     """
 
     def __init__(
-        self,
-        root: Path,
-        split: str = "",
-        *,
-        absolute: bool = False,
-        trusted: bool = True,
-        any_table: bool = True,
-        index: ImageIndex | None = None,
+        self, index: ImageIndex, split: str = "", absolute: bool = False, trusted: bool = True, any_table: bool = True
     ) -> None:
-        self.root, self.split = os.fspath(root), split
+        self.index, self.root, self.split = index, index.root, split
         self.absolute, self.trusted, self.any_table = absolute, trusted, any_table
-        self.index = index or ImageIndex(root)
-        self.annotations: dict[str, list[RawAnnotation]] = {}
-        self.splits: set[str] = set()
-        self.skipped: defaultdict[str, list[str]] = defaultdict(list)
+        self.annotations: dict[str, list[RawAnnotation]] = {}  # by the path of the picture
+        self.left_out: defaultdict[str, list[str]] = defaultdict(list)
         self.repaired: defaultdict[str, list[str]] = defaultdict(list)
         self.unread: dict[str, str] = {}
-        self.unlisted: list[str] = []
+        self.unlisted: list[str] = []  # absolute paths of folders
         self._file = ""
         self._counts: Counter[str] = Counter()  # of this file: captions; annotations joined, unwanted, unreachable
+        self._splits: set[str] = set()  # those not asked for included
         self._paths: dict[tuple[str | Path, Path | None, str], str | None] = {}
         self._ambiguous: dict[str, tuple[str, ...]] = {}
         self._claims: defaultdict[str, dict[str, str]] = defaultdict(dict)  # picture found by name -> split -> file
 
-    # ------------------------------------------------------------ what does not fit
-
     def skip(self, reason: str, what: object) -> None:
         """Record what was left out, and why."""
-        self.skipped[reason].append(str(what))
+        self.left_out[reason].append(str(what))
 
     def repair(self, reason: str, what: object) -> None:
         """Record what was read although something is wrong with it."""
@@ -132,19 +113,12 @@ class Collector:
         """Record a file of captions that could not be read."""
         self.unread[self.relative(file)] = reason
 
-    def leave_out(self, reason: str, folder: Path) -> None:
+    def skip_folder(self, reason: str, folder: str | Path) -> None:
         """Record a folder that was not listed, and why; `UNLISTED` ones only once."""
         path = os.path.abspath(folder)
-        if reason == UNLISTED and path in self.unlisted:
-            return
-        self.skip(reason, self.relative(path))
-        if reason == UNLISTED:
-            self.unlisted.append(path)
-
-    def record_encoding(self, name: str, encoding: Encoding) -> None:
-        """Record a file that is not in UTF-8."""
-        if not encoding.is_utf8:
-            self.repair("files not in UTF-8", f"{name} as {encoding.name}")
+        if path not in self.unlisted:
+            self.skip(reason, self.relative(path))
+            self.unlisted += [path] if reason == UNLISTED else []
 
     def relative(self, file: str | Path) -> str:
         """Return a path relative to the data set's folder, for messages; unchanged if it is outside."""
@@ -154,11 +128,9 @@ class Collector:
     def _is_inside(self, path: str) -> bool:
         return path.startswith(os.path.join(self.root, ""))
 
-    # ------------------------------------------------------------ annotations
-
     def wants(self, split: str) -> bool:
         """Record that a split exists, and tell whether it is to be read."""
-        self.splits.add(canonical_split(split))
+        self._splits.add(canonical_split(split))
         return self.split in ("", canonical_split(split))
 
     def has_captions(self, path: str | Path) -> bool:
@@ -167,11 +139,14 @@ class Collector:
 
     def check_file(self, file: Path, annotations: Iterable[RawAnnotation]) -> Iterator[RawAnnotation]:
         """Pass on a file's annotations; if the picture of none is found, the file counts as unread."""
-        self._file, self._counts = self.relative(file), Counter()
-        encoding = detect_encoding(file) if file.suffix.lower() in TEXT_SUFFIXES else Encoding("utf-8")
-        self.record_encoding(self._file, encoding)
+        self._file, self._counts, is_damaged = self.relative(file), Counter(), False
+        if file.suffix.lower() in TEXT_SUFFIXES:
+            encoding = detect_encoding(file)
+            is_damaged = encoding.damaged
+            if not encoding.is_utf8:
+                self.repair(NOT_UTF8, f"{self._file} as {encoding.name}")
         for annotation in annotations:
-            if encoding.damaged and any("\ufffd" in text for text in annotation.captions):
+            if is_damaged and any("\ufffd" in text for text in annotation.captions):
                 self.repair("captions with damaged characters", f"{self._file}: {annotation.image}")
             yield annotation
         if self._counts["captions"] and not any(self._counts[kind] for kind in ("joined", "unwanted", "unreachable")):
@@ -195,16 +170,15 @@ class Collector:
             self.annotations.setdefault(path, []).append(annotation)
 
     def _find(self, annotation: RawAnnotation, is_wanted: bool) -> str | None:
-        """Find a picture relative to its annotation, relative to the data set's folder, or anywhere below that."""
+        """Find a picture relative to its annotation or the data set's folder, or by the end of its path below that."""
         if isinstance(annotation.image, Path):
             return os.path.abspath(annotation.image)
-        name = annotation.image.strip().replace("\\", "/")
+        name, found = annotation.image.strip().replace("\\", "/"), None
         is_absolute, paths = os.path.isabs(name), [name] if self.absolute else []
         if not is_absolute:
-            starts = [annotation.folder or self.root, self.root]
+            starts = (annotation.folder or self.root, self.root)
             paths = [os.path.abspath(os.path.join(start, name)) for start in starts]
             paths = [path for path in paths if self._is_inside(path)]
-        found = None
         if _URL.match(name):
             reason = "addresses on the network, which are not opened"
         elif not paths:
@@ -222,7 +196,6 @@ class Collector:
         return found
 
     def _search(self, name: str, annotation: RawAnnotation, is_wanted: bool) -> str | None:
-        """Find a picture by the end of its path."""
         folder, repairs = os.fspath(annotation.folder or ""), []
         found = self.index.find(name, annotation.split, folder)
         if not found.paths and "%" in name:
@@ -239,15 +212,8 @@ class Collector:
         self._claims[found.paths[0]].setdefault(annotation.split, self._file)
         return found.paths[0]
 
-    # ------------------------------------------------------------ pairs
-
     def pairs(self, title: str, *, may_be_empty: bool = False) -> list[Pair]:
-        """Merge the annotations of each picture, and log what was read and left out.
-
-        Raises:
-            AmbiguousImageNames: when a name fits several pictures.
-            EmptyDataset: when no picture is left.
-        """
+        """Merge the annotations of each picture, and log what was read; raise AmbiguousImageNames or EmptyDataset."""
         self._resolve_claims()
         if self._ambiguous:
             listed = [f"{sanitize_text(name)} ({join_first(paths)})" for name, paths in self._ambiguous.items()]
@@ -258,9 +224,14 @@ class Collector:
             )
             raise AmbiguousImageNames(message, list(self._ambiguous))
         pairs = [self._merge(path, annotations) for path, annotations in self.annotations.items()]
-        left_out = "; ".join(f"{len(what)} {reason} ({join_first(what)})" for reason, what in self.skipped.items())
+        left_out = "; ".join(f"{len(what)} {reason} ({join_first(what)})" for reason, what in self.left_out.items())
         if not pairs and not may_be_empty:
-            raise EmptyDataset(f"{title} has no pictures{self._explain_empty(left_out)}", self.skipped)
+            named = sorted(filter(None, self._splits))
+            there = f"its splits are {join_first(named)}" if named else "it has no splits, so ask for none"
+            why = f" of split {self.split!r}; {there}" if self.split else ""
+            why += f"; left out: {left_out}" if left_out else ""
+            message = f"{title} has no pictures{why}. Check the path, the format and the split."
+            raise EmptyDataset(message, self.left_out)
         # A service logs these messages up to the first argument, since the rest may quote a visitor.
         num_captions = sum(len(pair.captions) for pair in pairs)
         logger.info("Read a data set, %s: %d pictures, %d captions.", title, len(pairs), num_captions)
@@ -287,12 +258,6 @@ class Collector:
             if not annotations:
                 self.annotations.pop(path, None)
 
-    def _explain_empty(self, left_out: str) -> str:
-        named = sorted(filter(None, self.splits))
-        there = f"its splits are {join_first(named)}" if named else "it has no splits, so ask for none"
-        asked = f" of split {self.split!r}; {there}" if self.split else ""
-        return f"{asked}{f'; left out: {left_out}' if left_out else ''}. Check the path, the format and the split."
-
     def _merge(self, path: str, annotations: list[RawAnnotation]) -> Pair:
         texts = (text for annotation in annotations for text in annotation.captions)
         captions = tuple(caption for text in texts if (caption := self._clean(text, path)))
@@ -303,8 +268,7 @@ class Collector:
         return Pair(path, captions, next(iter(splits), ""), next(ids, self.relative(path)))
 
     def _clean(self, text: str, path: str) -> str:
-        """Clean a caption, truncated where no text tower reads on."""
-        if len(text) > MAX_CAPTION_CHARS:
+        if len(text) > MAX_CAPTION_CHARS:  # no text tower reads on
             self.skip("ends of very long captions", os.path.basename(path))
         try:
             return clean_caption("" if text.strip().lower() in _NO_CAPTION else text[:MAX_CAPTION_CHARS])

@@ -1,11 +1,9 @@
 """Find out what the columns of a table mean: by their usual names, else by their values."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from alignment.data.files import SPLITS, is_image_name
@@ -19,7 +17,6 @@ IMAGE_COLUMNS = (
 CAPTION_COLUMNS = ("caption", "sentence", "raw", "text", "title", "description", "comment", "txt")
 CLASS_COLUMNS = ("label", "class", "category", "target", "species", "breed")
 ID_COLUMNS = ("id", "image_id", "img_id", "imgid", "cocoid", "__key__")
-
 _MOST = 0.8  # share of a column's values that must look alike
 _MIN_VALUES = 3  # in a column that is judged by its values
 _PROSE = re.compile(r"[^\W\d_]\S*\s+\S*[^\W\d_]|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{2}")
@@ -29,11 +26,7 @@ _NO_TEXT = re.compile(r"\s*(\w+://\S*|[\d\s.,:/TZ+-]*|true|false|none|nan|null)\
 
 
 class UnreadableTable(ValueError):
-    """A file cannot be read as captions of pictures; the message says why.
-
-    Attributes:
-        may_be_captions: whether it seems to be meant as captions all the same, so that it is worth a mention.
-    """
+    """A file cannot be read as captions of pictures; with `may_be_captions` it is probably meant as such."""
 
     def __init__(self, reason: str, *, may_be_captions: bool = True) -> None:
         super().__init__(reason)
@@ -75,25 +68,14 @@ class TableSample:
     names_image: Callable[[object], bool]  # whether a value names a picture, with its suffix or without
     has_header: bool = True  # the names are in the first row
 
+    @cached_property
     def columns(self) -> Columns:
-        """Identify the columns, by name where that is sufficient.
-
-        Raises:
-            UnreadableTable: when no column names pictures, or several may be captions.
-        """
+        """The columns by name where that is sufficient; a list of pictures has no captions and no classes."""
         named = find_columns(self.names)
-        image = named.image or self._find_image(named)
-        if named.captions:
-            return named._replace(image=image)
-        try:
-            captions, classes = self._find_captions(named._replace(image=image))
-        except UnreadableTable as reason:
-            if reason.may_be_captions:
-                raise
-            captions, classes = (), None  # a list of pictures
-        return named._replace(image=image, captions=captions, classes=classes)
+        named = named._replace(image=named.image or self._find_image(named))
+        return named if named.captions else self._find_captions(named)
 
-    @property
+    @cached_property
     def texts(self) -> frozenset[str]:
         """The columns of text."""
         return frozenset(name for name in self.names if self._is_mostly(name, _is_text))
@@ -106,8 +88,7 @@ class TableSample:
         values = self._values(name)
         return bool(values) and sum(bool(fits(value)) for value in values) >= _MOST * len(values)
 
-    def _varies(self, name: str) -> bool:
-        """Tell whether the values of a column differ, as names and captions do and classes do not."""
+    def _varies(self, name: str) -> bool:  # as names and captions do, and classes do not
         values = self._values(name)
         return len(values) >= _MIN_VALUES and len({*values}) > len(values) / 2
 
@@ -123,78 +104,60 @@ class TableSample:
             return found[0]
         if found:
             reason = f"its columns {join_first(found)} all name pictures; call the right one image"
-            may_be_captions = bool(named.captions or self.texts)
-        else:
-            reason = (
-                f"none of its columns ({join_first(self.names)}) names pictures that are there; call the right one "
-                "image, or add a header line"
-            )
-            may_be_captions = bool(named.captions) and len(self.names) > 1
-        raise UnreadableTable(reason, may_be_captions=may_be_captions)
+            raise UnreadableTable(reason, may_be_captions=bool(named.captions or self.texts))
+        reason = f"none of its columns ({join_first(self.names)}) names pictures that are there"
+        reason += "; call the right one image, or add a header line"
+        raise UnreadableTable(reason, may_be_captions=bool(named.captions) and len(self.names) > 1)
 
-    def _find_captions(self, named: Columns) -> tuple[tuple[str, ...], str | None]:
-        """Find the one column of text, else one of classes."""
+    def _find_captions(self, named: Columns) -> Columns:
+        """Add the one column of text, else one of classes."""
         names = [name for name in self.names if name not in (named.image, named.split)]
         texts = [name for name in names if name != named.id and self._is_mostly(name, _is_text)]
         prose = [name for name in texts if self._is_mostly(name, _PROSE.search)]
         classes = [name for name in names if _CLASS.fullmatch(name) and not (name in prose and self._varies(name))]
         found = [name for name in prose or filter(self._varies, texts) if name not in classes]
         if len(found) == 1:
-            return (found[0],), None
+            return named._replace(captions=(found[0],))
         if found:
             raise UnreadableTable(f"its columns {join_first(found)} may all be captions; call the right ones caption")
         if classes := classes or [name for name in texts if len(self._values(name)) >= _MIN_VALUES]:
-            return (), classes[0]
+            return named._replace(classes=classes[0])
         reason = f"none of its columns ({join_first(self.names)}) holds captions; call the right one caption"
-        raise UnreadableTable(reason, may_be_captions=bool(texts))
+        if texts:
+            raise UnreadableTable(reason)
+        return named
+
+    def fit_row(self, fields: list[str], delimiter: str) -> list[str] | None:
+        """Bring a row to as many fields as there are columns; None if several ways to do so, or none, are possible.
+
+        A row with too many fields has the delimiter in a value without quotation marks. All ways to join neighbouring
+        fields are tried, and those that put an impossible value into a column are dropped.
+        """
+        while len(fields) > len(self.names) and not fields[-1].strip():
+            fields = fields[:-1]
+        surplus = len(fields) - len(self.names)
+        if surplus <= 0:
+            return fields + [""] * -surplus
+        rows, prose_rows = [], []
+        for at in range(len(self.names)):
+            joined, after = fields[at : at + surplus + 1], fields[at + surplus + 1 :]
+            row = [*fields[:at], delimiter.join(joined), *after]
+            if all(self._may_be(value.strip(), number, number == at) for number, value in enumerate(row)):
+                rows.append(row)
+                # In prose a blank follows the comma, between fields it does not.
+                is_prose = all(part[:1].isspace() for part in joined[1:])
+                if is_prose and not any(field[:1].isspace() for field in [*fields[1 : at + 1], *after]):
+                    prose_rows.append(row)
+        rows = prose_rows or rows
+        return rows[0] if len(rows) == 1 else None
+
+    def _may_be(self, value: str, number: int, is_joined: bool) -> bool:
+        name, columns = self.names[number], self.columns
+        if name in (columns.image, columns.split):
+            is_known = is_image_name(value) if name == columns.image else value.lower() in SPLITS
+            return is_known or not (is_joined or " " in value)
+        return name in columns.captions or name in self.texts or not (is_joined or _is_text(value))
 
 
 def _is_text(value: str) -> bool:
     return bool(_LETTERS.search(value)) and not _NO_TEXT.fullmatch(value) and not is_image_name(value)
-
-
-def fit_row(
-    fields: list[str], names: Sequence[str], columns: Columns, delimiter: str, texts: Collection[str]
-) -> list[str] | None:
-    """Bring a row to as many fields as there are columns.
-
-    A row with too many fields has the delimiter in a value without quotation marks. All ways to join neighbouring
-    fields are tried, and those that put an impossible value into a column are dropped.
-
-    Args:
-        fields: as split at the delimiter.
-        names: of the columns.
-        columns: what they mean.
-        delimiter: between the fields.
-        texts: the columns that may hold any text.
-
-    Returns:
-        None if several ways, or none, are left.
-    """
-    while len(fields) > len(names) and not fields[-1].strip():
-        fields = fields[:-1]
-    surplus = len(fields) - len(names)
-    if surplus <= 0:
-        return fields + [""] * -surplus
-    rows, prose_rows = [], []
-    for at in range(len(names)):
-        joined, after = fields[at : at + surplus + 1], fields[at + surplus + 1 :]
-        row = [*fields[:at], delimiter.join(joined), *after]
-        if all(_may_be(value, name, columns, texts, name == names[at]) for value, name in zip(row, names, strict=True)):
-            rows.append(row)
-            # In prose a blank follows the comma, between fields it does not.
-            is_prose = all(part[:1].isspace() for part in joined[1:])
-            if is_prose and not any(field[:1].isspace() for field in [*fields[1 : at + 1], *after]):
-                prose_rows.append(row)
-    rows = prose_rows or rows
-    return rows[0] if len(rows) == 1 else None
-
-
-def _may_be(value: str, name: str, columns: Columns, texts: Collection[str], is_joined: bool) -> bool:
-    """Tell whether a value is possible in its column."""
-    value = value.strip()
-    if name == columns.image:
-        return is_image_name(value) or not (is_joined or " " in value)
-    if name == columns.split:
-        return value.lower() in SPLITS or not (is_joined or " " in value)
-    return name in columns.captions or name in texts or not (is_joined or _is_text(value))

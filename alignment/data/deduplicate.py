@@ -1,10 +1,8 @@
 """Find pictures that are the same: equal bytes under two names, or one photograph saved in two ways.
 
-Place in the flow: `read_data -> hash_images (once) -> check_data, merge_duplicates, drop_leaked, near_duplicates`.
+Place in the flow: `read_data -> hash_images (once) -> summarize_data, merge_duplicates, drop_leaked, near_duplicates`.
 Captions of a picture must never count as wrong for its duplicate, and no picture may be both trained and evaluated on.
 """
-
-from __future__ import annotations
 
 import hashlib
 import logging
@@ -37,35 +35,19 @@ MAX_NEAR_DUPLICATES = 1_000_000  # pairs; the frames of a film would otherwise f
 
 
 class ImageHash(NamedTuple):
-    """The hashes of a picture.
+    """The hashes of a picture."""
 
-    Attributes:
-        content: sha256 of the file's bytes.
-        difference: 64-bit difference hash of the upright picture; 0 if it has too little texture to be compared.
-    """
-
-    content: str
-    difference: int
+    content: str  # sha256 of the file's bytes
+    difference: int  # 64-bit difference hash of the upright picture; 0 if it has too little texture to be compared
 
 
 ImageHashes = Mapping[str, ImageHash | None]
 """Path -> hashes of each picture, as `hash_images` returns them; None if it cannot be opened."""
 
 
-def hash_images(
-    images: Iterable[str], *, progress: Callable[[int, int], None] | None = None
-) -> dict[str, ImageHash | None]:
-    """Open and hash every picture.
-
-    Args:
-        images: paths; one that occurs twice is opened once.
-        progress: called after each picture with (done, total).
-
-    Returns:
-        Path -> hashes, in the order given; None for a picture that cannot be opened, which is logged.
-    """
-    paths = list(dict.fromkeys(images))
-    problems: list[str] = []
+def hash_images(images: Iterable[str], *, progress: Callable[[int, int], None] | None = None) -> ImageHashes:
+    """Open and hash each picture once, in the order given; log those that fail, and tell `progress` (done, total)."""
+    paths, problems = list(dict.fromkeys(images)), list[str]()
     hashes: dict[str, ImageHash | None] = {}
     with closing(prefetch_map(_hash_image, paths)) as results:
         for path, result in zip(paths, results, strict=True):
@@ -103,30 +85,18 @@ def _difference_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(steps > 0).tobytes(), "big")
 
 
-# ---------------------------------------------------------------- near-duplicates
-
-
 def near_duplicates(hashes: ImageHashes) -> list[tuple[str, str]]:
-    """Find the pairs of pictures that are one photograph saved in two ways.
+    """Find the pairs of pictures that are one photograph saved in two ways, at most `MAX_NEAR_DUPLICATES`.
 
     Of pictures with the same content only the first is compared, which is the one `merge_duplicates` keeps.
-
-    Returns:
-        Pairs in the order of `hashes`; at most `MAX_NEAR_DUPLICATES`.
     """
-    first: dict[str, str] = {}
+    first: dict[str, tuple[str, int]] = {}
     for image, found in hashes.items():
         if found:
-            first.setdefault(found.content, image)
-    return [(first[one], first[other]) for one, other in near_duplicate_contents(hashes)]
-
-
-def near_duplicate_contents(hashes: ImageHashes) -> list[tuple[str, str]]:
-    """Find the near-duplicates among contents, each content once."""
-    by_content = {found.content: found.difference for found in hashes.values() if found}
-    contents = list(by_content)
-    differences = np.fromiter(by_content.values(), dtype=np.uint64, count=len(contents))
-    return [(contents[one], contents[other]) for one, other in close_hashes(differences).tolist()]
+            first.setdefault(found.content, (image, found.difference))
+    images = [image for image, _ in first.values()]
+    differences = np.array([difference for _, difference in first.values()], dtype=np.uint64)
+    return [(images[one], images[other]) for one, other in close_hashes(differences).tolist()]
 
 
 def close_hashes(hashes: NDArray[np.uint64], limit: int = MAX_NEAR_DUPLICATES) -> NDArray[np.int64]:
@@ -136,7 +106,7 @@ def close_hashes(hashes: NDArray[np.uint64], limit: int = MAX_NEAR_DUPLICATES) -
 
     Args:
         hashes: (n,); zeros are ignored.
-        limit: number of pairs at which the search ends.
+        limit: of pairs.
 
     Returns:
         (num_pairs, 2) positions, the smaller first, in ascending order.
@@ -166,19 +136,8 @@ def _close_in_part(hashes: NDArray[np.uint64], part: NDArray[np.uint16], limit: 
     return order[np.concatenate(found)]
 
 
-# ---------------------------------------------------------------- equal contents
-
-
 def merge_duplicates(pairs: Sequence[Pair], hashes: ImageHashes) -> list[Pair]:
-    """Merge pictures of the same content; drop those that cannot be opened or have no caption.
-
-    Args:
-        pairs: of one split, since splits are not compared.
-        hashes: of all their pictures.
-
-    Returns:
-        The first picture of each content with the captions of all, none of them twice, in the order given.
-    """
+    """Merge the captions of equal pictures; drop pictures that have no caption or cannot be opened."""
     merged: dict[str, Pair] = {}
     for pair in pairs:
         if (found := hashes[pair.image]) and pair.captions:

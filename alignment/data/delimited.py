@@ -4,8 +4,6 @@ Python's `csv` reads a quotation mark that is never closed as a field that reach
 lines. Here a field contains line breaks only if its mark is closed and no line in it looks like a row.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -15,10 +13,10 @@ from typing import NamedTuple
 DELIMITERS = ",\t;|"
 MAX_LINES_OF_A_FIELD = 200
 _MAX_LINES_OF_A_HEAD = 1000
-
 BLANK = " "
 """Delimiter of lists such as `0.jpg a dog, running`: the first blank, or colon, after the name of a picture."""
 
+IsRow = Callable[[Sequence[str]], bool]
 _LISTED = re.compile(r"([^\s,;|\"]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)(?:#\d+)?):?[ ]+(?=\S)", re.IGNORECASE)
 _SEP = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # a line in which Excel names the delimiter
 
@@ -28,7 +26,7 @@ class Row(NamedTuple):
 
     number: int  # of its first line, from 1
     fields: list[str]
-    is_open: bool = False  # a quotation mark in it is never closed, so that the mark is part of the value
+    is_open: bool  # a quotation mark in it is never closed, so that the mark is part of the value
 
 
 def read_file_head(lines: Iterable[str]) -> tuple[str, int]:
@@ -46,25 +44,21 @@ def read_file_head(lines: Iterable[str]) -> tuple[str, int]:
     return named or ",", skipped
 
 
-def _is_header(comment: str) -> bool:
-    """Distinguish `# image,caption` from a remark."""
+def _is_header(comment: str) -> bool:  # `# image,caption` and not a remark
     names = re.split(f"[{DELIMITERS}]", comment.lstrip("# "))
     return len(names) > 1 and all(re.fullmatch(r"\s*\w+\s*", name) for name in names)
 
 
 @lru_cache
-def _quoted(delimiter: str) -> re.Pattern[str]:
-    """Match a field in closed quotation marks, up to the delimiter after it."""
+def _quoted(delimiter: str) -> re.Pattern[str]:  # a field in closed quotation marks, up to the delimiter after it
     mark = re.escape(delimiter)
     return re.compile(rf'[^\S\n{mark}]*"((?:[^"]|"")*)"[^\S\n{mark}]*(?={mark}|\n?$)')
 
 
 def split_line(text: str, delimiter: str) -> tuple[list[str], bool]:
-    """Split one row into its fields.
+    """Split one row into its fields, and tell whether a quotation mark at the beginning of one is not closed.
 
-    Returns:
-        The fields, and whether a quotation mark at the beginning of one is not closed. A field that begins with a mark
-        but does not end with one is taken literally.
+    A field that begins with a mark but does not end with one is taken literally.
     """
     text = text.removesuffix("\n")
     if delimiter == BLANK:
@@ -88,34 +82,19 @@ def split_line(text: str, delimiter: str) -> tuple[list[str], bool]:
         at += len(delimiter)
 
 
-def split_rows(
-    lines: Iterable[str], delimiter: str, is_row: Callable[[Sequence[str]], bool], first: int
-) -> Iterator[Row]:
-    """Split lines into rows; empty ones are dropped.
-
-    Args:
-        lines: each with its newline.
-        delimiter: between the fields.
-        is_row: whether fields look like a row, and not like a line within a field.
-        first: number of the first line.
-    """
-    source, waiting, number = iter(lines), list[str](), first
+def split_rows(lines: Iterable[str], delimiter: str, is_row: IsRow, first: int) -> Iterator[Row]:
+    """Split lines, the first of which has number `first`, into rows; `is_row` tells rows from lines within a field."""
+    source, waiting = iter(lines), list[str]()
     while waiting or (waiting := list(islice(source, 1))):
         fields, is_open, used = _first_row(waiting, source, delimiter, is_row)
         if any(field.strip() for field in fields):
-            yield Row(number, fields, is_open)
-        number += used
+            yield Row(first, fields, is_open)
+        first += used
         del waiting[:used]
 
 
-def _first_row(
-    waiting: list[str], source: Iterator[str], delimiter: str, is_row: Callable[[Sequence[str]], bool]
-) -> tuple[list[str], bool, int]:
-    """Split the row that the first waiting line begins; further lines of it are appended to `waiting`.
-
-    Returns:
-        The fields, whether a quotation mark is never closed, and the number of lines.
-    """
+def _first_row(waiting: list[str], source: Iterator[str], delimiter: str, is_row: IsRow) -> tuple[list[str], bool, int]:
+    """Split the row that the first waiting line begins, and count its lines; further ones go to `waiting`."""
     text = waiting[0]
     fields, is_open = split_line(text, delimiter)
     for used in range(1, MAX_LINES_OF_A_FIELD if is_open else 1):

@@ -4,31 +4,32 @@ A few words are too little for a statistical detector, so each rule looks for wh
 has: kana, frequent Chinese characters, accented letters inside Latin words, whole words of Cyrillic letters.
 """
 
-from __future__ import annotations
-
 import codecs
 import io
 import re
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+# UTF-32 stands before UTF-16, whose mark it begins with.
+_BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+_BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 # Encodings that editors and spreadsheets still write; of equally likely ones the first counts.
 _LEGACY = ("gb18030", "big5", "shift_jis", "euc_jp", "cp949", "cp1252", "cp1250", "cp1251")
 _CHUNK_BYTES, _SAMPLE_BYTES = 2**20, 2**16
 _MAX_CHAOS = 0.5  # charset-normalizer's measure of disorder, above which an encoding is ruled out
-_CHAOS_TOLERANCE = 0.005  # difference of that measure that says nothing
 _MAX_NULL_SHARE = 0.03  # null bytes up to which a text is not UTF-16
 _MAX_INVALID_SHARE = 0.25  # invalid sequences below which a file is UTF-8 with some damage
+_MIN_FREQUENT_SHARE = 0.9  # of frequent characters in Chinese, of letters in Cyrillic
+_MIN_KANA_SHARE = 0.2  # of the letters of Japanese
+_MIN_KOREAN_LEADS = 6  # different lead bytes from which it is no accident that all are in the Korean range
+_HIGH_RUN = re.compile(rb"[\x80-\xff]+")
+_NOT_IN_LATIN_WORD = re.compile(rb"(?<![a-z\x80-\xff])[\x80-\xff]+(?![a-z\x80-\xff])")
+_SPACED = re.compile(rb"[\x80-\xff] [\x80-\xff]")
+_KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u30fc]")
+_CYRILLIC_WORD = re.compile(r"(?<![^\W\d_])[ЁЄІЇА-яёєії]+(?![^\W\d_])")
+_PUNCTUATION = "“”„‘’‚–—…•«»\u00a0°€£©®™½×"
+_MAX_LATIN_RUN = 3  # accented letters and punctuation in a row
 
 
 class Encoding(NamedTuple):
@@ -44,20 +45,14 @@ class Encoding(NamedTuple):
 
 
 def detect_encoding(file: Path) -> Encoding:
-    """Detect how a text file is encoded; it is read to its end only while it may be UTF-8.
-
-    Raises:
-        ValueError: when it is no text, or the encoding is unknown.
-    """
+    """Detect how a text file is encoded; a ValueError says that it is no text, or that the encoding is unknown."""
     with file.open("rb") as handle:
         return _detect(handle)
 
 
-@contextmanager
-def open_text(file: Path) -> Iterator[TextIO]:
+def open_text(file: Path) -> TextIO:
     """Open a text file in its encoding; invalid bytes become U+FFFD, and line ends newlines."""
-    with file.open(encoding=detect_encoding(file).name, errors="replace") as handle:
-        yield handle
+    return file.open(encoding=detect_encoding(file).name, errors="replace")
 
 
 def read_text(file: Path) -> str:
@@ -74,13 +69,10 @@ def decode_text(data: bytes) -> tuple[str, Encoding]:
 
 def _detect(handle: BinaryIO) -> Encoding:
     data = handle.read(_CHUNK_BYTES)
-    for mark, name in _BYTE_ORDER_MARKS:
-        if data.startswith(mark):
-            return Encoding(name)
-    if b"\0" in data and (wide := _detect_utf16(data)):
-        return wide
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    tail = b""
+    named = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
+    if name := named or (_detect_utf16(data) if b"\0" in data else None):
+        return Encoding(name)
+    decoder, tail = codecs.getincrementaldecoder("utf-8")(), b""
     while data:
         try:
             decoder.decode(data)
@@ -90,15 +82,8 @@ def _detect(handle: BinaryIO) -> Encoding:
     return _detect_legacy(tail) if decoder.getstate()[0] else Encoding("utf-8")
 
 
-def _detect_utf16(data: bytes) -> Encoding | None:
-    """Detect the byte order of UTF-16 without a mark by where the null bytes of ASCII characters are.
-
-    Returns:
-        None where the few null bytes are a mistake in another encoding.
-
-    Raises:
-        ValueError: when it is no text.
-    """
+def _detect_utf16(data: bytes) -> str | None:
+    """Detect UTF-16 without a mark by the null bytes of ASCII characters; a few are a mistake in another encoding."""
     high, low = data[::2].count(0), data[1::2].count(0)
     if high + low <= _MAX_NULL_SHARE * len(data):
         return None
@@ -106,15 +91,14 @@ def _detect_utf16(data: bytes) -> Encoding | None:
     text = data[: len(data) // 2 * 2].decode(name, "replace")
     if text.count("\0") or text.count("\ufffd") > len(text) * 0.01:
         raise ValueError("it is no text")
-    return Encoding(name)
+    return name
 
 
 def _detect_legacy(data: bytes) -> Encoding:
     """Choose between damaged UTF-8 and the older encodings."""
     sample = b"\n".join(line for line in data.split(b"\n") if not line.isascii())[:_SAMPLE_BYTES]
     text = sample.decode("utf-8", "replace")
-    invalid = text.count("\ufffd")
-    if invalid <= _MAX_INVALID_SHARE * len(_beyond_ascii(text.replace("\ufffd", ""))):
+    if text.count("\ufffd") <= _MAX_INVALID_SHARE * len(_beyond_ascii(text.replace("\ufffd", ""))):
         return Encoding("utf-8", damaged=True)
     return Encoding(_by_script(sample) or _by_statistics(sample))
 
@@ -122,32 +106,10 @@ def _detect_legacy(data: bytes) -> Encoding:
 def _by_statistics(sample: bytes) -> str:
     from charset_normalizer import from_bytes
 
-    matches = from_bytes(sample, cp_isolation=list(_LEGACY), threshold=_MAX_CHAOS)
-    found = [match for match in matches if match.encoding in _LEGACY]
-    if not found:
+    best = from_bytes(sample, cp_isolation=list(_LEGACY), threshold=_MAX_CHAOS).best()
+    if best is None or best.encoding not in _LEGACY:
         raise ValueError("its encoding is not known; save it as UTF-8")
-    least = min(match.chaos for match in found)
-    likely = [match for match in found if match.chaos <= least + _CHAOS_TOLERANCE]
-    return max(likely, key=lambda match: (match.coherence, -_LEGACY.index(match.encoding))).encoding
-
-
-# ---------------------------------------------------------------- rules by script
-
-_MIN_FREQUENT_SHARE = 0.9  # of frequent characters in Chinese, of letters in Cyrillic
-_MIN_KANA_SHARE = 0.2  # of the letters of Japanese
-_MIN_KOREAN_LEADS = 6  # different lead bytes from which it is no accident that all are in the Korean range
-_HIGH_RUN = re.compile(rb"[\x80-\xff]+")
-_NOT_IN_LATIN_WORD = re.compile(rb"(?<![a-z\x80-\xff])[\x80-\xff]+(?![a-z\x80-\xff])")
-_SPACED = re.compile(rb"[\x80-\xff] [\x80-\xff]")
-_KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u30fc]")
-_CYRILLIC_WORD = re.compile(
-    r"(?<![^\W\d_])[\u0401\u0404\u0406\u0407\u0410-\u044f\u0451\u0454\u0456\u0457]+(?![^\W\d_])"
-)
-_PUNCTUATION = (
-    "\u201c\u201d\u201e\u2018\u2019\u201a\u2013\u2014\u2026\u2022\u00ab\u00bb"  # quotation, dashes, dots
-    "\u00a0\u00b0\u20ac\u00a3\u00a9\u00ae\u2122\u00bd\u00d7"
-)
-_MAX_LATIN_RUN = 3  # accented letters and punctuation in a row
+    return best.encoding
 
 
 def _by_script(sample: bytes) -> str | None:
@@ -184,26 +146,21 @@ def _is_japanese(text: str) -> bool:
 def _is_gb2312(sample: bytes) -> bool:
     """Recognise Chinese in GB 2312 by the lead bytes of its frequent characters.
 
-    Korean syllables use the first part of the same range, with spaces between words, to which Chinese hardly ever
-    keeps.
+    Korean syllables use the first part of that range alone, with spaces between words.
     """
-    runs = _HIGH_RUN.findall(sample)
-    if any(len(run) % 2 for run in runs):
-        return False
-    leads = [lead for run in runs for lead, trail in zip(run[::2], run[1::2], strict=True) if trail >= 0xA1]
-    frequent = [lead for lead in leads if 0xB0 <= lead <= 0xD7 or lead in (0xA1, 0xA3)]
-    if not leads or len(frequent) < _MIN_FREQUENT_SHARE * sum(map(len, runs)) / 2:
-        return False
-    syllables = {lead for lead in frequent if lead >= 0xB0}
-    is_korean = len(syllables) >= _MIN_KOREAN_LEADS or bool(_SPACED.search(sample))
-    return not (is_korean and syllables and max(syllables) <= 0xC8)
+    leads = "".join(_beyond_ascii(_decoded(sample, "gb2312"))).encode("gb2312")[::2]
+    syllables = {lead for lead in leads if 0xB0 <= lead <= 0xD7}
+    num_frequent = sum(lead in syllables or lead in (0xA1, 0xA3) for lead in leads)
+    in_korean_part = bool(syllables) and max(syllables) <= 0xC8
+    is_korean = in_korean_part and (len(syllables) >= _MIN_KOREAN_LEADS or bool(_SPACED.search(sample)))
+    return bool(leads) and num_frequent >= _MIN_FREQUENT_SHARE * len(leads) and not is_korean
 
 
 def _is_latin(text: str) -> bool:
     """Recognise Latin script: accented letters in words with plain ones, and no signs but punctuation."""
     accented = [word for word in re.findall(r"[^\W\d_]+", text) if not word.isascii()]
     signs = [sign for sign in _beyond_ascii(text) if not sign.isalpha() and sign not in _PUNCTUATION]
-    is_spanish = all(sign in "\u00bf\u00a1" for sign in signs) and not re.search(r"\w[\u00bf\u00a1]", text)
+    is_spanish = all(sign in "¿¡" for sign in signs) and not re.search(r"\w[¿¡]", text)
     without_plain = sum(not re.search("[A-Za-z]", word) for word in accented)
     return bool(text) and is_spanish and without_plain <= len(accented) / 2
 

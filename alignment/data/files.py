@@ -1,32 +1,35 @@
-"""Find the files of a data set, and read what their names and first bytes say."""
+"""Find the files of a data set, and the picture that a name in an annotation means.
 
-from __future__ import annotations
+Names are compared in NFC, since some systems store é as one character and some as two. Of several pictures with a
+name, the split of the annotation decides; otherwise the name is ambiguous.
+"""
 
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from alignment.data.encoding import open_text
 from alignment.preprocess import IMAGE_SUFFIXES
 
-# Formats of pictures that are not read.
+# Pictures that are not read.
 OTHER_IMAGE_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
 ARCHIVE_SUFFIXES = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar"}
 TEXT_SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".token", ".caption"}
 SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("dev", "val", "valid", "validation"), "dev")
-
 UNLISTED = "folders that cannot be listed"
 """Reason to leave out a folder in which there may be pictures."""
-
 _NO_PHOTOS = "folders of thumbnails, waste or galleries"
 _PARENT_LINK = "links to a folder around them"
 # Folders, in small letters, in which servers and operating systems keep thumbnails, deleted files and snapshots.
 _SYSTEM_FOLDERS = {"@eadir", "@__thumb", "#recycle", "@recycle", "$recycle.bin", "#snapshot", "@recently-snapshot"}
 _SYSTEM_FOLDERS |= {"lost+found", "system volume information"}
-
 _SPLIT_IN_NAME = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 # Folders of annotations; the pictures are elsewhere below the folder around them.
 _ANNOTATION_FOLDERS = {"annotations", "flickr8k_text", "karpathy", "caption_datasets"}
@@ -84,18 +87,11 @@ def read_head(file: Path) -> str:
         return ""
 
 
-# ---------------------------------------------------------------- folders
-
-
 def walk(folder: Path, leave_out: Callable[[str, Path], None] = lambda reason, path: None) -> Iterator[Path]:
     """List files, those of a folder before its folders, in alphabetical order; each folder once, linked ones too.
 
     Links to a folder around them or to a folder that is listed anyway are not followed. Folders of thumbnails and
-    galleries are left out.
-
-    Args:
-        folder: where to begin.
-        leave_out: called with reason and path of each folder that is not listed; `UNLISTED` is one of the reasons.
+    galleries are left out: `leave_out` is called with the reason and the path of each folder that is not listed.
 
     Raises:
         OSError: when `folder` itself cannot be listed.
@@ -113,7 +109,7 @@ def walk(folder: Path, leave_out: Callable[[str, Path], None] = lambda reason, p
                 raise
             leave_out(UNLISTED, parent)
             continue
-        if parent is not folder and _is_gallery(entries):
+        if parent is not folder and _is_gallery({entry.name for entry in entries}):
             leave_out(_NO_PHOTOS, parent)
             continue
         folders = []
@@ -148,6 +144,129 @@ def _classify(entry: os.DirEntry[str], root: str, parent: str) -> str:
     return "" if is_listed else "folder"
 
 
-def _is_gallery(entries: Sequence[os.DirEntry[str]]) -> bool:
-    """Recognise a gallery of this project, whose thumbnails are no photos."""
-    return {"gallery.json", "pictures.jsonl"} <= {entry.name for entry in entries}
+def _is_gallery(names: set[str]) -> bool:
+    """Recognise a gallery of the former format, whose thumbnails are no photos; a `gallery.db` has no such files."""
+    return {"gallery.json", "pictures.jsonl"} <= names
+
+
+class Matches(NamedTuple):
+    """The pictures that a name may mean: several where nothing decides between them."""
+
+    paths: tuple[str, ...]
+    differs_in_case: bool  # the name is that of the picture only if case is ignored
+
+
+class ImageIndex:
+    """The pictures below the folder `root` by name, listed on first use."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = os.path.abspath(root)
+        self.unlisted: list[str] = []  # absolute paths of folders that cannot be listed, as far as they are known
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """All pictures, in alphabetical order; folders that cannot be listed are added to `unlisted`."""
+
+        def leave_out(reason: str, folder: Path) -> None:
+            if reason == UNLISTED:
+                self.unlisted.append(os.path.abspath(folder))
+
+        files = walk(Path(self.root), leave_out) if os.path.isdir(self.root) else ()
+        return [os.fspath(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+
+    def is_unreachable(self, path: str) -> bool:
+        """Tell whether a path is in a folder that cannot be listed or entered; that folder is added to `unlisted`."""
+        if is_denied := _is_denied(path):
+            folder = next(str(folder) for folder in Path(path).parents if not _is_denied(folder))
+            self.unlisted += {folder} - {*self.unlisted}
+        return is_denied or any(path.startswith(os.path.join(folder, "")) for folder in self.unlisted)
+
+    def has_stem(self, stem: str) -> bool:
+        """Tell whether a picture has this name without its suffix."""
+        return nfc(stem) in self._groups["stem"]
+
+    def names_image(self, value: object) -> bool:
+        """Tell whether a value looks like the name of a picture, or is the stem of one in the index."""
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            return False
+        text = str(value).strip()
+        return is_image_name(text) or ("\n" not in text and bool(self._find_stem(text)))
+
+    def find(self, name: str, split: str = "", folder: str = "") -> Matches:
+        """Find the pictures whose path ends in a name.
+
+        Args:
+            name: with forward slashes, its folders as far as they are given, with the suffix of a picture or without.
+            split: of the annotation, canonical; decides between pictures in folders that are named after splits.
+            folder: of the annotation; pictures below it take precedence.
+        """
+        name = nfc(os.path.normpath(name).replace(os.sep, "/"))
+        base = name.rpartition("/")[2]
+        same_base = self._groups["folded"].get(base.casefold(), [])
+        folded = [path for path in same_base if self._relative(path).casefold().endswith(f"/{name}".casefold())]
+        paths = [path for path in folded if self._relative(path).endswith(f"/{name}")]
+        if not paths and os.path.splitext(base)[1].lower() not in IMAGE_SUFFIXES:
+            paths = self._find_stem(name)
+        return Matches(self._decide(paths or folded, split, folder), bool(folded and not paths))
+
+    def split_of(self, path: str) -> str:
+        """Return the split that the folders of a picture are named after, the nearest first; "" without one."""
+        parts = os.path.dirname(path)[len(self.root) :].split(os.sep)
+        return next((canonical_split(split) for part in reversed(parts) if (split := split_from_name(part))), "")
+
+    def _relative(self, path: str) -> str:
+        return nfc(path[len(self.root) :].replace(os.sep, "/"))
+
+    def _find_stem(self, name: str) -> list[str]:
+        folder, _, stem = nfc(name).rpartition("/")
+        paths = self._groups["stem"].get(stem, [])
+        if not paths:
+            number = re.sub(r"^(\d+)\.0$", r"\1", stem, flags=re.ASCII)  # a column of numbers with a gap is written so
+            if number.isascii() and number.isdigit():  # 139 stands for 000000000139.jpg
+                paths = self._groups["number"].get(number.lstrip("0"), [])
+        return [path for path in paths if not folder or os.path.dirname(path).endswith(f"/{folder}")]
+
+    def _decide(self, paths: list[str], split: str, folder: str) -> tuple[str, ...]:
+        if split:
+            own = [path for path in paths if self.split_of(path) == split]
+            if own or (self._names_repeat and split in self._splits):
+                paths = own or [path for path in paths if not self.split_of(path)]
+        below = [path for path in paths if folder and path.startswith(os.path.join(folder, ""))]
+        return tuple(below if len(paths) > 1 and below else paths)
+
+    @cached_property
+    def _groups(self) -> dict[str, defaultdict[str, list[str]]]:
+        """Pictures by "name", "folded" name, "stem", and "number" if the stem is one."""
+        groups = {kind: defaultdict[str, list[str]](list) for kind in ("name", "folded", "stem", "number")}
+        for path in self.paths:
+            name = nfc(os.path.basename(path))
+            stem = os.path.splitext(name)[0]
+            groups["name"][name].append(path)
+            groups["folded"][name.casefold()].append(path)
+            groups["stem"][stem].append(path)
+            if stem.isascii() and stem.isdigit():
+                groups["number"][stem.lstrip("0")].append(path)
+        return groups
+
+    @cached_property
+    def _splits(self) -> set[str]:
+        """The splits that folders are named after."""
+        return {self.split_of(path) for path in {os.path.dirname(path): path for path in self.paths}.values()} - {""}
+
+    @cached_property
+    def _names_repeat(self) -> bool:
+        """Whether pictures of different splits have the same name."""
+        return any(len(set(map(self.split_of, paths))) > 1 for paths in self._groups["name"].values() if len(paths) > 1)
+
+
+def _is_denied(path: str | Path) -> bool:  # a folder around it may not be entered
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        return isinstance(error, PermissionError)
+    return False
+
+
+def nfc(name: str) -> str:
+    """Normalise a name to NFC."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)

@@ -1,7 +1,5 @@
 """Recognise the format of a data set from its path; one table of all readers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,26 +8,22 @@ from typing import NamedTuple
 from alignment.data.coco_flickr import (
     is_coco,
     is_coco_captions,
-    is_flickr8k,
     is_flickr30k,
     is_karpathy,
     read_coco,
-    read_flickr8k,
-    read_flickr30k,
+    read_flickr,
     read_karpathy,
 )
 from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.columns import UnreadableTable
-from alignment.data.files import ARCHIVE_SUFFIXES, find_files, is_hidden, split_from_path
-from alignment.data.hub_dataset import read_hub
-from alignment.data.image_folder import read_folder
-from alignment.data.image_index import ImageIndex
-from alignment.data.sidecars import UNUSED_SIDECARS
-from alignment.data.tables import check_table, is_caption_table, read_table
-from alignment.data.unsupported import explain_unsupported
+from alignment.data.files import ARCHIVE_SUFFIXES, ImageIndex, find_files, is_hidden, split_from_path
+from alignment.data.image_folder import UNUSED_SIDECARS, read_folder
+from alignment.data.image_store import read_hub
+from alignment.data.tables import check_table, explain_unsupported, is_caption_table, read_table
 from alignment.data.webdataset import find_shards, read_shard
 from alignment.preprocess import join_first
 
+_FLICKR8K = "Flickr8k.token.txt"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 Detect = Callable[[Path, ImageIndex], list[Path]]
@@ -85,7 +79,7 @@ def record_others(folder: Path, files: Sequence[Path], collector: Collector) -> 
             collector.skip("other files of captions, whose path has to be given", file.name)
 
 
-def _detect_named(*patterns: str, fits: Callable[[Path], bool], others: Callable[[Path], bool] | None = None) -> Detect:
+def _by_name(*patterns: str, fits: Callable[[Path], bool], others: Callable[[Path], bool] | None = None) -> Detect:
     """Make a function that detects a file by its content, or those of a folder by name and content.
 
     If a folder has none of these names, JSON files recognised by `others` are detected, and those one folder below it
@@ -98,22 +92,20 @@ def _detect_named(*patterns: str, fits: Callable[[Path], bool], others: Callable
         files = [file for file in find_files(source, *patterns) if fits(file)]
         if files or others is None:
             return files
-        files = [
-            file for file in find_files(source, "*.json") if file.parent == source or split_from_path(file, source)
-        ]
-        return [file for file in files if not index.has_stem(file.stem) and others(file)]
+        files = [file for file in find_files(source, "*.json") if not index.has_stem(file.stem)]
+        return [file for file in files if (file.parent == source or split_from_path(file, source)) and others(file)]
 
     return detect
 
 
-def _detect_tables(*suffixes: str) -> Detect:
+def _by_suffix(*suffixes: str) -> Detect:
     """Make a function that detects a table by its suffix, or those in a folder by their content."""
 
     def fits(file: Path, index: ImageIndex) -> bool:
         if file.stem == "metadata" or is_hidden(file.name) or index.has_stem(file.stem):
             return False  # metadata is read with the folder's pictures
         try:
-            check_table(file, index)
+            check_table(file, Collector(index))
         except UnreadableTable:
             return False
         return True
@@ -126,21 +118,17 @@ def _detect_tables(*suffixes: str) -> Detect:
     return detect
 
 
-def _detect_hub(source: Path, index: ImageIndex) -> list[Path]:
-    return [source] if not source.exists() and _HUB_ID.fullmatch(source.as_posix()) else []
-
-
 FORMATS: dict[str, Format] = {  # in the order in which they are tried
-    "karpathy": Format(_detect_named("dataset*.json", fits=is_karpathy, others=is_karpathy), read_karpathy),
-    "flickr8k": Format(_detect_named("Flickr8k.token.txt", fits=is_flickr8k), read_flickr8k),
-    "flickr30k": Format(_detect_named("results_20130124.token", "results.csv", fits=is_flickr30k), read_flickr30k),
-    "coco": Format(
-        _detect_named("captions*.json", fits=is_coco, others=is_coco_captions), read_coco, is_exclusive=False
-    ),
-    "jsonl": Format(_detect_tables(".jsonl", ".ndjson", ".json"), read_table, is_exclusive=False),
-    "csv": Format(_detect_tables(".csv", ".tsv", ".txt"), read_table, is_exclusive=False),
-    "parquet": Format(_detect_tables(".parquet"), read_table, in_parts=True, is_exclusive=False),
+    "karpathy": Format(_by_name("dataset*.json", fits=is_karpathy, others=is_karpathy), read_karpathy),
+    "flickr8k": Format(_by_name(_FLICKR8K, fits=lambda file: file.name == _FLICKR8K), read_flickr),
+    "flickr30k": Format(_by_name("results_20130124.token", "results.csv", fits=is_flickr30k), read_flickr),
+    "coco": Format(_by_name("captions*.json", fits=is_coco, others=is_coco_captions), read_coco, is_exclusive=False),
+    "jsonl": Format(_by_suffix(".jsonl", ".ndjson", ".json"), read_table, is_exclusive=False),
+    "csv": Format(_by_suffix(".csv", ".tsv", ".txt"), read_table, is_exclusive=False),
+    "parquet": Format(_by_suffix(".parquet"), read_table, in_parts=True, is_exclusive=False),
     "webdataset": Format(lambda source, index: find_shards(source), read_shard, in_parts=True),
     "folder": Format(lambda source, index: [source] if source.is_dir() else [], read_folder),
-    "hub": Format(_detect_hub, read_hub),
+    "hub": Format(
+        lambda source, index: [source] if not source.exists() and _HUB_ID.fullmatch(source.as_posix()) else [], read_hub
+    ),
 }

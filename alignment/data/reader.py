@@ -1,50 +1,56 @@
 """Read a whole data set: detect its format, read its annotations, and join them to the pictures."""
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self, TypeVar
 
-import torch
-from torch import Tensor
-
-from alignment.data.collector import Collector, Pair
+from alignment.data.collector import Collector, Pair, ReadIssues
 from alignment.data.columns import UnreadableTable
-from alignment.data.files import UNLISTED, canonical_split, dataset_root
+from alignment.data.files import UNLISTED, ImageIndex, canonical_split, dataset_root
 from alignment.data.formats import FORMATS, detect_format, record_others
-from alignment.data.image_index import ImageIndex
-from alignment.data.partition import Partition
+
+Item = TypeVar("Item")
+
+BLOCK = 64
+"""Neighbours that stay in one partition: they are close on disk, and form the same batches as in one process."""
 
 _ABSOLUTE = ("csv", "jsonl", "parquet")  # formats in which a user writes absolute paths
 
 
 @dataclass(frozen=True)
-class ReadResult:
-    """The content of a data set, and what of it does not fit.
+class Partition:
+    """One of `count` equal parts of a data set, of processes that need not know of each other; counted from 1."""
 
-    Attributes:
-        pairs: one for each picture, in the order of the data set.
-        format: the name it was read by.
-        left_out: reason -> what was left out for it.
-        unlisted: absolute paths of folders that could not be listed, so that their pictures are not known.
-        repaired: reason -> what was read although something is wrong with it.
-        unread: files of captions that could not be read -> why.
-    """
+    number: int
+    count: int
 
-    pairs: list[Pair]
-    format: str
-    left_out: Mapping[str, tuple[str, ...]]
-    unlisted: tuple[str, ...] = ()
-    repaired: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    unread: Mapping[str, str] = field(default_factory=dict)
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all folders could be listed and all files of captions could be read."""
-        return not (self.unlisted or self.unread)
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read "2/4", the second of four; a ValueError says that the text is something else."""
+        found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError(f"{text!r} is no share; the second of four is 2/4.")
+        return cls(int(found[1]), int(found[2]))
+
+    def select(self, items: Sequence[Item], block: int = BLOCK) -> list[Item]:
+        """Take every `count`-th block of `block` neighbours."""
+        starts = range((self.number - 1) * block, len(items), self.count * block)
+        return [item for start in starts for item in items[start : start + block]]
+
+
+@dataclass(kw_only=True)
+class ReadResult(ReadIssues):
+    """The content of a data set, and what of it does not fit."""
+
+    pairs: list[Pair]  # one for each picture, in the order of the data set
+    format: str  # the name it was read by
 
 
 def read_data(
@@ -66,8 +72,7 @@ def read_data(
         format: a name from the package's table, where the detected one is wrong.
         split: read only this one; "val" and "dev" mean the same.
         trusted: whether the annotations are the user's own; absolute paths in those of others are not opened.
-        partition: read only this part, which may be empty. Of several shards, each belongs to one partition, so that
-            no process opens the shards of another.
+        partition: read only this part, which may be empty; each of several shards belongs to one partition.
 
     Raises:
         FileNotFoundError: when there is no such folder, file or Hub data set.
@@ -79,14 +84,8 @@ def read_data(
     by_file = partition is not None and FORMATS[name].in_parts and len(files) > 1
     if partition is not None and by_file:
         files = partition.select(files, block=1)
-    collector = Collector(
-        Path(index.root),
-        canonical_split(split or ""),
-        absolute=trusted and name in _ABSOLUTE,
-        trusted=trusted,
-        any_table=format != "folder",
-        index=index,
-    )
+    absolute = trusted and name in _ABSOLUTE
+    collector = Collector(index, canonical_split(split or ""), absolute, trusted, any_table=format != "folder")
     for file in files:
         _read_file(file, name, collector)
     if source.is_dir() and format is None and not FORMATS[name].is_exclusive:
@@ -95,14 +94,18 @@ def read_data(
             if path not in collector.annotations:
                 collector.skip("pictures that no caption names", collector.relative(path))
     for folder in index.unlisted:
-        collector.leave_out(UNLISTED, Path(folder))
+        collector.skip_folder(UNLISTED, folder)
     pairs = collector.pairs(f"{source} ({name})", may_be_empty=partition is not None)
     if partition is not None and not by_file:
         pairs = partition.select(pairs)
-    left_out, repaired = (
-        {reason: tuple(what) for reason, what in found.items()} for found in (collector.skipped, collector.repaired)
+    return ReadResult(
+        pairs=pairs,
+        format=name,
+        left_out={reason: tuple(what) for reason, what in collector.left_out.items()},
+        repaired={reason: tuple(what) for reason, what in collector.repaired.items()},
+        unread=collector.unread,
+        unlisted=tuple(collector.unlisted),
     )
-    return ReadResult(pairs, name, left_out, tuple(collector.unlisted), repaired, collector.unread)
 
 
 def _read_file(file: Path, format: str, collector: Collector) -> None:
@@ -119,26 +122,6 @@ def _read_file(file: Path, format: str, collector: Collector) -> None:
         ) from error
 
 
-def read_pairs(
-    source: str | os.PathLike[str],
-    *,
-    format: str | None = None,
-    split: str | None = None,
-    partition: Partition | None = None,
-) -> list[Pair]:
+def read_pairs(source: str | os.PathLike[str], format: str | None = None, split: str | None = None) -> list[Pair]:
     """Read the pictures of a data set with their captions: the `pairs` of `read_data`."""
-    return read_data(source, format=format, split=split, partition=partition).pairs
-
-
-def positive_mask(pairs: Sequence[Pair]) -> tuple[Tensor, list[str]]:
-    """Flatten the captions of all pictures, and mark which belong to which picture.
-
-    Args:
-        pairs: in the order of the rows; one without captions is a row without a positive.
-
-    Returns:
-        Bool (num_images, num_texts), and the num_texts captions, picture by picture.
-    """
-    texts = [caption for pair in pairs for caption in pair.captions]
-    image_of_text = torch.repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs], dtype=torch.long))
-    return image_of_text == torch.arange(len(pairs))[:, None], texts
+    return read_data(source, format=format, split=split).pairs

@@ -1,9 +1,8 @@
 """Read tables: CSV and TSV, JSON lines, JSON documents, parquet, and the metadata of a folder of pictures."""
 
-from __future__ import annotations
-
 import json
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,39 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from alignment.data.collector import Collector, RawAnnotation
-from alignment.data.columns import Columns, TableSample, UnreadableTable, find_columns, fit_row
+from alignment.data.columns import Columns, TableSample, UnreadableTable, find_columns
 from alignment.data.delimited import read_file_head, split_rows
 from alignment.data.encoding import open_text
-from alignment.data.files import is_image_name, read_head, split_from_path
-from alignment.data.image_index import ImageIndex
-from alignment.data.image_store import cache_folder, store_image
-from alignment.data.json_documents import as_record, read_document
-from alignment.data.records import read_record
-from alignment.data.unsupported import explain_unsupported, may_be_captions
+from alignment.data.files import ARCHIVE_SUFFIXES, TEXT_SUFFIXES, ImageIndex, is_image_name, read_head, split_from_path
+from alignment.data.image_store import read_parquet
+from alignment.data.records import as_record, read_document, read_record
 from alignment.preprocess import join_first, sanitize_text
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
-
 _NUM_SAMPLED = 50  # rows by which the columns are identified
 _SAMPLE_LINES = 5000  # lines in which these rows are looked for; a field may have 200
+_CAPTIONS_NAME = re.compile("caption|metadata|annotation|descri")
 _MIN_WIDTH_SHARE = 0.1  # of the rows that have a number of fields, for it to be that of the columns
+_SPREADSHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
+_OTHERS = {
+    *("", ".dat", ".data", ".tab", ".psv", ".bak", ".rtf", ".odt", ".html", ".md", ".doc", ".docx", ".pdf", ".xml"),
+    *(".yaml", ".yml", ".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat"),
+    *(".db", ".sqlite", ".lmdb", ".tfrecord"),
+}
+_CAPTIONS_STEM = re.compile(r"caption|metadata|annotation|descri(be|pt)|sentences")
+_IMAGE_NAME = re.compile(rb"\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
+_MAX_BYTES = 64 * 2**20
 
 Records = Iterator[tuple[str, Mapping[str, Any], Columns]]
 """Each with its place in the file, such as `captions.csv:7`, and what its columns mean."""
 
-
-class ClassLabelsOnly(UnreadableTable):
-    """A table has classes of pictures, as for image classification, and no captions.
-
-    Attributes:
-        column: of the classes.
-    """
-
-    REASON = "files of classes, not captions (to take them as captions, call their column caption)"
-
-    def __init__(self, column: str) -> None:
-        super().__init__("it holds classes, not captions", may_be_captions=False)
-        self.column = column
+CLASSES_ONLY = "files of classes, not captions (to take them as captions, call their column caption)"
+"""Reason to leave out a table of classes of pictures, as for image classification, without captions."""
 
 
 def read_table(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
@@ -54,87 +48,58 @@ def read_table(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
 
 
 def read_rows(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
-    """Read the rows of a table that name a picture.
-
-    Raises:
-        UnreadableTable: when the columns cannot be identified.
-    """
+    """Read the rows of a table that name a picture; an UnreadableTable says that the columns are not known."""
     for _, record, columns in _read_records(file, collector):
         yield read_record(record, columns)._replace(folder=file.parent)
 
 
-def check_table(file: Path, index: ImageIndex, *, trusted: bool = True) -> None:
-    """Read the beginning of a table.
-
-    Raises:
-        UnreadableTable: when it does not contain captions of pictures, or cannot be read.
-    """
-    collector = Collector(Path(index.root), trusted=trusted, index=index)
-    is_named_so = bool(re.search("caption|metadata|annotation|descri", file.name.lower()))
+def check_table(file: Path, collector: Collector) -> None:
+    """Read the beginning of a table; an UnreadableTable says that it contains no captions, or why it cannot be read."""
+    is_named_so = bool(_CAPTIONS_NAME.search(file.name.lower()))
     try:
         first = list(islice(_read_records(file, collector), _NUM_SAMPLED))
+    except UnreadableTable as error:
+        error.may_be_captions |= "caption" in file.name.lower() or (is_named_so and not read_head(file))
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
-        if is_named_so and _is_blank(file):
-            raise UnreadableTable("it is empty") from error
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
-        is_meant_so = is_named_so
-        if isinstance(error, UnreadableTable):
-            is_meant_so = error.may_be_captions or "caption" in file.name.lower()
-        raise UnreadableTable(reason, may_be_captions=is_meant_so) from error
+        raise UnreadableTable(reason, may_be_captions=is_named_so) from error
     if not first:
-        reason = "no line of it can be read" if collector.skipped else "it is empty"
+        reason = "no line of it can be read" if collector.left_out else "it is empty"
         names_images = re.search(r"\.(jpe?g|png|webp)\b", read_head(file), re.IGNORECASE)
         raise UnreadableTable(reason, may_be_captions=is_named_so or bool(names_images))
-    if classes := next((columns.classes for _, _, columns in first if columns.classes), None):
-        raise ClassLabelsOnly(classes)
     if not any(columns.captions or read_record(record, columns).captions for _, record, columns in first):
         raise UnreadableTable("it holds no captions", may_be_captions=False)
 
 
 def is_caption_table(file: Path, collector: Collector, *, is_metadata: bool = False) -> bool:
-    """Tell whether a file is a table of captions; one that seems meant so but cannot be read is recorded as unread.
-
-    Args:
-        file: of any kind.
-        collector: for the record.
-        is_metadata: whether the file is certainly meant as captions.
-    """
+    """Tell whether a file is a table of captions; metadata, or one that seems meant so, may be recorded as unread."""
+    probe = Collector(collector.index, trusted=collector.trusted)
     try:
         if file.suffix.lower() in TABLE_SUFFIXES:
-            check_table(file, collector.index, trusted=collector.trusted)
+            check_table(file, probe)
             return True
         if may_be_captions(file, collector.index):
             collector.refuse(file, explain_unsupported(file))
-    except ClassLabelsOnly as reason:
-        _record_classes(file, reason.column, collector)
     except UnreadableTable as reason:
-        if reason.may_be_captions or is_metadata:
+        if classes := probe.left_out.get(CLASSES_ONLY):
+            collector.skip(CLASSES_ONLY, classes[0])
+        elif reason.may_be_captions or is_metadata:
             collector.refuse(file, str(reason))
     return False
 
 
 def _record_classes(file: Path, column: str | None, collector: Collector) -> None:
     if column:
-        name = f"{collector.relative(file)}, column {sanitize_text(column, 40)}"
-        collector.skip(ClassLabelsOnly.REASON, name)
-
-
-def _is_blank(file: Path) -> bool:
-    with suppress(OSError, ValueError), open_text(file) as lines:
-        return not any(line.strip() for line in lines)
-    return False
-
-
-# ---------------------------------------------------------------- records
+        collector.skip(CLASSES_ONLY, f"{collector.relative(file)}, column {sanitize_text(column, 40)}")
 
 
 def _read_records(file: Path, collector: Collector) -> Records:
     suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        return _identify_columns(file, _read_parquet(file, collector), collector)
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        return _identify_columns(file, _read_json(file, collector), collector)
-    return _read_delimited(file, collector)
+    if suffix not in (".jsonl", ".ndjson", ".json", ".parquet"):
+        return _read_delimited(file, collector)
+    read = read_parquet if suffix == ".parquet" else _read_json
+    return _identify_columns(file, read(file, collector), collector)
 
 
 def _identify_columns(file: Path, records: Iterator[tuple[str, Mapping[str, Any]]], collector: Collector) -> Records:
@@ -144,7 +109,7 @@ def _identify_columns(file: Path, records: Iterator[tuple[str, Mapping[str, Any]
     usual = find_columns(names)
     if first and not (usual.image and usual.captions):
         rows = [[_as_text(record.get(name)) for name in names] for _, record in first]
-        usual = TableSample(names, rows, collector.index.names_image).columns()
+        usual = TableSample(names, rows, collector.index.names_image).columns
         _record_classes(file, usual.classes, collector)
     for where, record in chain(first, records):
         columns = find_columns(tuple(record))
@@ -165,7 +130,7 @@ def _as_text(value: object) -> str:
 
 
 def _read_json(file: Path, collector: Collector) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Read one object a line, or a document of one of the forms in `json_documents`."""
+    """Read one object a line, or a document (see `read_document`)."""
     head = read_head(file)
     if (file.suffix.lower() == ".json" or head.startswith("[")) and not _is_json_lines(head):
         yield from read_document(file, collector)
@@ -196,25 +161,20 @@ def _read_delimited(file: Path, collector: Collector) -> Records:
         del start[:skipped]
         first = split_rows(start, delimiter, lambda fields: any(map(is_image_name, fields)), skipped + 1)
         sample = _sample_table([row.fields for row in islice(first, _NUM_SAMPLED + 1)], collector.index.names_image)
-        columns, texts = sample.columns(), sample.texts
-        _record_classes(file, columns.classes, collector)
-        image = sample.names.index(str(columns.image))
-
-        def is_row(fields: Sequence[str]) -> bool:
-            return any(map(is_image_name, fields[image : image + 1]))
-
-        for row in split_rows(chain(start, lines), delimiter, is_row, skipped + 1):
+        _record_classes(file, sample.columns.classes, collector)
+        at = sample.names.index(str(sample.columns.image))
+        all_lines = chain(start, lines)
+        rows = split_rows(all_lines, delimiter, lambda row: any(map(is_image_name, row[at : at + 1])), skipped + 1)
+        for row in islice(rows, sample.has_header, None):
             where = f"{file.name}:{row.number}"
-            if row.number == skipped + 1 and sample.has_header:
-                continue
-            if (fields := fit_row(row.fields, sample.names, columns, delimiter, texts)) is None:
+            if (fields := sample.fit_row(row.fields, delimiter)) is None:
                 collector.skip("lines with more values than columns", where)
                 continue
             if row.is_open:
                 collector.repair("lines with a quotation mark that is not closed", where)
             if any(field.strip() for field in row.fields[len(fields) :]):
                 collector.repair("lines with a delimiter in a value without quotation marks", where)
-            yield where, dict(zip(sample.names, fields, strict=True)), columns
+            yield where, dict(zip(sample.names, fields, strict=True)), sample.columns
 
 
 def _sample_table(rows: Sequence[Sequence[str]], names_image: Callable[[object], bool]) -> TableSample:
@@ -222,12 +182,12 @@ def _sample_table(rows: Sequence[Sequence[str]], names_image: Callable[[object],
     if not rows:
         raise UnreadableTable("it is empty", may_be_captions=False)
     first = [name.strip().lstrip("# ") for name in rows[0]]
-    columns = find_columns(tuple(first))
     named = [name for name in first if name]
     is_numbered = named == [str(number) for number in range(len(named))]  # as pandas writes columns without names
-    has_header = is_numbered or bool(columns.image and columns.captions) or not any(map(names_image, first))
-    if not has_header:
-        first = first[: _usual_width(rows)]
+    has_header = is_numbered or all(find_columns(tuple(first))[:2]) or not any(map(names_image, first))
+    if not has_header:  # the smallest common number of fields: rows with more have a delimiter in a value
+        widths = Counter(map(len, rows))
+        first = first[: min(width for width, times in widths.items() if times >= _MIN_WIDTH_SHARE * len(rows))]
     names: list[str] = []
     for number, name in enumerate(first, start=1):
         name = name if has_header and name else f"column {number}"
@@ -237,28 +197,33 @@ def _sample_table(rows: Sequence[Sequence[str]], names_image: Callable[[object],
     return TableSample(tuple(names), fitting or [[*row, *names][: len(names)] for row in body], names_image, has_header)
 
 
-def _usual_width(rows: Sequence[Sequence[str]]) -> int:
-    """Return the smallest common number of fields; rows with more have a delimiter in a value."""
-    widths = Counter(map(len, rows))
-    return min(width for width, times in widths.items() if times >= _MIN_WIDTH_SHARE * len(rows))
+def may_be_captions(file: Path, index: ImageIndex) -> bool:
+    """Tell whether a file is named like captions, or is a spreadsheet that names pictures."""
+    suffix = file.suffix.lower()
+    if suffix in ARCHIVE_SUFFIXES:  # COCO's archives of annotations often lie beside what they contain
+        return Path(file.stem).suffix.lower() in TEXT_SUFFIXES or "caption" in file.stem.lower()
+    if suffix in _SPREADSHEETS | _OTHERS and _CAPTIONS_STEM.search(file.stem.lower()):
+        return bool(index.paths)
+    return suffix in _SPREADSHEETS and _names_images(file)
 
 
-def _read_parquet(file: Path, collector: Collector) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Read a parquet file; pictures in it are written to the image store."""
+def explain_unsupported(file: Path) -> str:
+    """Say what to do with a file of a kind that is not read."""
+    if file.suffix.lower() in _SPREADSHEETS:
+        return "a spreadsheet; save it as CSV (UTF-8), with the columns image and caption"
+    if file.suffix.lower() in ARCHIVE_SUFFIXES:
+        return "it has to be unpacked first"
+    ending = f"that end in {sanitize_text(file.suffix.lower(), 20)}" if file.suffix else "without an ending"
+    return f"files {ending} are not read as captions; save it as CSV with the columns image and caption"
+
+
+def _names_images(file: Path) -> bool:  # a zip file of XML, or the older binary format
     try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        message = "reading parquet takes pyarrow: pip install '.[hub]', or save it as CSV"
-        raise UnreadableTable(message) from error
-    if not collector.trusted:
-        raise UnreadableTable("parquet is not read here; save it as CSV")
-    try:
-        batches = parquet.ParquetFile(file).iter_batches(batch_size=256)
-        for record in (record for batch in batches for record in batch.to_pylist()):
-            for name, value in record.items():
-                if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-                    suffix = Path(value.get("path") or "").suffix
-                    record = {**record, name: store_image(value["bytes"], suffix, cache_folder() / "pictures")}
-            yield file.name, record
-    except ArrowException as error:
-        raise UnreadableTable(f"it is damaged: {error}") from error
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as sheet:
+                members = [entry for entry in sheet.infolist() if entry.filename.endswith(".xml")]
+                return any(_IMAGE_NAME.search(sheet.read(entry)) for entry in members if entry.file_size < _MAX_BYTES)
+        with file.open("rb") as handle:
+            return bool(_IMAGE_NAME.search(handle.read(_MAX_BYTES).replace(b"\0", b"")))
+    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+        return False

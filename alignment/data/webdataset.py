@@ -6,14 +6,14 @@ name of a member never becomes a path. An index of the shard is kept, so that a 
 Source: the file layout of WebDataset, and img2dataset's use of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import re
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from glob import glob, has_magic
 from itertools import islice, product
 from pathlib import Path
@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 from alignment.atomic import read_json_checksummed, sha256_of, write_json_checksummed
 from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.encoding import decode_text
-from alignment.data.files import SPLITS, find_files, is_hidden, split_from_path
-from alignment.data.image_index import nfc
+from alignment.data.files import find_files, is_hidden, nfc, split_from_path
 from alignment.data.image_store import cache_folder, store_image
 from alignment.data.records import TEXT_PARTS, read_record
 from alignment.preprocess import IMAGE_SUFFIXES
@@ -31,12 +30,10 @@ from alignment.preprocess import IMAGE_SUFFIXES
 MAX_PICTURE_BYTES = 128 * 2**20
 MAX_TEXT_BYTES = 2**20
 MAX_SHARDS = 100_000
-
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _NUM_PROBED = 100  # members in which the first sample of a shard is looked for
 _INDEX_VERSION = 5
 _CAPTION_PARTS = ("json", *TEXT_PARTS)
-
 _DAMAGED = (tarfile.TarError, EOFError, ValueError, OverflowError)  # what tarfile raises on bytes that are no tar
 
 
@@ -45,19 +42,13 @@ class Shard(NamedTuple):
 
     rows: list[tuple[str, list[str], str, str]]  # file name in the image store, captions, split, id
     skipped: list[tuple[str, str]]  # reason, what
-    repaired: list[tuple[str, str]]  # reason, what was read although something is wrong with it
-
-
-# ---------------------------------------------------------------- paths of shards
+    repaired: list[tuple[str, str]]
 
 
 def find_shards(source: Path) -> list[Path]:
-    """Find the shards of a path: one file, those in a folder or directly below it, or those of a pattern.
+    """Find the shards of a path: one file, those in a folder or directly below it, or all those of a pattern.
 
     A pattern has braces, as in `train-{000..009}.tar`, or wildcards, as in `train-*.tar`, or both.
-
-    Raises:
-        FileNotFoundError: when shards of the pattern are missing.
     """
     if source.is_file():
         return [source] if source.suffix.lower() == ".tar" else []
@@ -78,13 +69,8 @@ def find_shards(source: Path) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """List the names of a pattern: `{000..009}` counts with leading zeros, `{train,val}` lists.
-
-    Raises:
-        ValueError: when there are more than `MAX_SHARDS`, or none.
-    """
-    choices: list[list[str]] = []
-    end = 0
+    """List the at most `MAX_SHARDS` names of a pattern: `{000..009}` counts with leading zeros, `{train,val}` lists."""
+    choices, end = list[list[str]](), 0
     for found in _BRACES.finditer(pattern):
         choices.append([pattern[end : found.start()]])
         end = found.end()
@@ -101,22 +87,17 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _has_samples(shard: Path) -> bool:
     """Distinguish a shard from a tar file of pictures only, which may be there unpacked too."""
-    parts: dict[str, set[str]] = {}
-    try:
+    parts = defaultdict[str, set[str]](set)
+    with suppress(*_DAMAGED):
         for _, member in islice(_headers(shard), _NUM_PROBED):
             key, part = _key_and_part(member.name)
-            parts.setdefault(key, set()).add("picture" if _is_image(part) else part)
-    except _DAMAGED:
-        pass
+            parts[key].add("picture" if _is_image(part) else part)
     return any("picture" in found and found & {*_CAPTION_PARTS} for found in parts.values())
-
-
-# ---------------------------------------------------------------- one shard
 
 
 def read_shard(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
     """Read the samples of a shard; the split is in its name, that of its folder, or the JSON of a sample."""
-    split = split_from_path(file) or (file.parent.name if file.parent.name.lower() in SPLITS else "")
+    split = split_from_path(file, file.parent.parent)
     if split and not collector.wants(split):
         return
     store = cache_folder() / "pictures"
@@ -134,12 +115,10 @@ def _read_indexed(file: Path, store: Path) -> Shard:
     state = file.stat()
     identity = [_INDEX_VERSION, os.path.abspath(file), state.st_size, state.st_mtime_ns]
     index = cache_folder() / "shards" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.json"
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError):  # without an index, or where something is damaged
         content = read_json_checksummed(index)
         if all(_is_unchanged(store / name, size, index.stat()) for name, size in content["sizes"].items()):
             return Shard(**content["shard"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # there is no index, it is of another version, or something is damaged
     shard = _unpack(file, store)
     sizes = {name: (store / name).stat().st_size for name, *_ in shard.rows}
     write_json_checksummed(index, {"shard": shard._asdict(), "sizes": sizes})
@@ -149,16 +128,12 @@ def _read_indexed(file: Path, store: Path) -> Shard:
 def _is_unchanged(picture: Path, size: int, index: os.stat_result) -> bool:
     """Compare a picture with its name, which is its hash; one that is older than the index is not read."""
     state = picture.stat()
-    if not picture.is_file() or state.st_size != size:
-        return False
-    return state.st_mtime_ns <= index.st_mtime_ns or sha256_of(picture) == picture.stem
+    is_known = picture.is_file() and state.st_size == size
+    return is_known and (state.st_mtime_ns <= index.st_mtime_ns or sha256_of(picture) == picture.stem)
 
 
 def _unpack(file: Path, store: Path) -> Shard:
-    """Group the members of a shard by their key, in whatever order they come.
-
-    Where a key is repeated, the first of each part is kept: which of the others belong together cannot be known.
-    """
+    """Group the members of a shard by their key, in any order; of a repeated key the first of each part is kept."""
     shard = Shard([], [], [])
     samples: dict[str, dict[str, Any]] = {}
     for name, data in _members(file, shard):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from alignment.atomic import sha256_of
 from alignment.data import AmbiguousImageNames, EmptyDataset, ImageHash, Pair, merge_duplicates, read_data
-from alignment.data.tables import ClassLabelsOnly
+from alignment.data.tables import CLASSES_ONLY
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import as_webp
 from alignment.engine.safe_zip import MAX_PICTURE_MB, SafeZip, open_archive
@@ -56,7 +56,7 @@ _MESSAGES = {
     "caption.",
     "trial.unreadable": "The captions file cannot be read as any of the forms listed; compare it with the example.",
 }
-_CAUSES = {"unread": "trial.unread", ClassLabelsOnly.REASON: "trial.classes", "missing pictures": "trial.missing"}
+_CAUSES = {"unread": "trial.unread", CLASSES_ONLY: "trial.classes", "missing pictures": "trial.missing"}
 
 LeftOut = defaultdict[str, list[str]]
 

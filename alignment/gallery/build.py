@@ -24,7 +24,7 @@ from torch import Tensor
 
 from alignment.atomic import exclusive_lock, remove_stale_temp
 from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
-from alignment.data import Partition, read_data
+from alignment.data import Partition, ReadIssues, read_data
 from alignment.gallery import records
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
 from alignment.gallery.milvus_sync import Remote
@@ -50,18 +50,14 @@ _AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; onl
 
 
 @dataclass
-class BuildReport:
+class BuildReport(ReadIssues):
     """What a build did."""
 
     encoded: Counter[str] = field(default_factory=Counter)  # how many "pictures" and "captions" went through the model
     reused: Counter[str] = field(default_factory=Counter)  # how many kept the embedding they had
     skipped: list[tuple[str, str]] = field(default_factory=list)  # pictures that could not be read: name, reason
     errors: dict[str, InputError] = field(default_factory=dict)  # raised for those whose file is to blame, by name
-    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> what the source's reader left out
-    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what was read although it is faulty -> where
-    unread: Mapping[str, str] = field(default_factory=dict)  # caption files of which nothing could be read -> why
     cut: Sequence[str] = ()  # captions that are longer than the model reads
-    unlisted: Sequence[str] = ()  # folders of the source that could not be listed
     held: list[str] = field(default_factory=list)  # pictures, there or not readable now, kept as they were
 
     @property

@@ -2,19 +2,6 @@
 
 Place in the flow: `upload -> open_image / parse_captions -> Preprocessor (here) -> model`. Serving, gallery builds and
 training all decode and tokenize here, so a model sees the same pixels everywhere; input is validated nowhere else.
-
-| module            | what it does |
-|-------------------|--------------|
-| `errors`          | the error for input that the person at the keyboard can correct |
-| `formats`         | accepts or refuses a picture file by its header |
-| `metadata`        | removes metadata from a file, but for the orientation |
-| `tiff`            | checks the directories of TIFF files |
-| `images`          | decodes a picture to upright RGB |
-| `captions`        | cleans captions, and makes names safe to display |
-| `image_transform` | resizes and normalises, bit for bit as transformers |
-| `tokenizer`       | tokenizes, id for id as transformers |
-| `preprocessor`    | a checkpoint's image processor and tokenizer |
-
 transformers takes seconds to import, so it is imported only for checkpoints that need it.
 """
 
@@ -33,19 +20,6 @@ from alignment.preprocess.images import ImageSource, open_image
 from alignment.preprocess.preprocessor import Preprocessor
 from alignment.preprocess.tokenizer import TokenizerSpec
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MAX_CAPTIONS",
-    "MAX_CAPTION_CHARS",
-    "ImageSource",
-    "InputError",
-    "Preprocessor",
-    "TokenizerSpec",
-    "clean_caption",
-    "count_captions",
-    "join_first",
-    "message_with_option",
-    "open_image",
-    "parse_captions",
-    "sanitize_text",
-]
+__all__ = ["IMAGE_SUFFIXES", "MAX_CAPTIONS", "MAX_CAPTION_CHARS", "ImageSource", "InputError", "Preprocessor"]
+__all__ += ["TokenizerSpec", "clean_caption", "count_captions", "join_first", "message_with_option"]
+__all__ += ["open_image", "parse_captions", "sanitize_text"]

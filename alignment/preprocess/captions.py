@@ -8,7 +8,6 @@ from alignment.preprocess.errors import InputError
 
 MAX_CAPTIONS = 200
 MAX_CAPTION_CHARS = 1000
-
 _MAX_LISTED_CHARS = 80  # of each name in `join_first`
 
 # Control characters, line separators and lone surrogates separate words: each becomes a space.
@@ -62,11 +61,7 @@ def clean_caption(text: str) -> str:
 
 
 def parse_captions(text: str, *, limit: int = MAX_CAPTIONS) -> list[str]:
-    """Read one caption a line; blank lines do not count.
-
-    Raises:
-        InputError: on no caption, more than `limit`, or one that is too long.
-    """
+    """Read one caption a line; raise an InputError on no caption, more than `limit`, or one that is too long."""
     lines = _caption_lines(text, limit)
     if not lines:
         raise InputError("There is no caption; type one a line.", "captions.none")
@@ -74,11 +69,7 @@ def parse_captions(text: str, *, limit: int = MAX_CAPTIONS) -> list[str]:
 
 
 def count_captions(text: str, *, limit: int = MAX_CAPTIONS) -> int:
-    """Count the captions that `parse_captions` would read, without cleaning them.
-
-    Raises:
-        InputError: on more than `limit`.
-    """
+    """Count the captions that `parse_captions` would read; raise an InputError on more than `limit`."""
     return len(_caption_lines(text, limit))
 
 

@@ -12,8 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from alignment.picture_limits import LIMITS
 from alignment.preprocess.errors import InputError, damaged, empty, unsupported
-from alignment.preprocess.metadata import strip_metadata
-from alignment.preprocess.tiff import tile_pixels
+from alignment.preprocess.metadata import strip_metadata, tile_pixels
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
 """Suffixes, in small letters, by which files in folders and archives are taken for pictures."""
@@ -42,11 +41,7 @@ _FOREIGN = {
 
 
 def open_path(path: Path) -> BinaryIO:
-    """Open a file for reading.
-
-    Raises:
-        InputError: when it does not exist, is no regular file, or may not be read.
-    """
+    """Open a file for reading; raise an InputError if it does not exist, is no regular file, or may not be read."""
     try:
         if not path.is_file():  # reading a pipe or a device might never end
             raise FileNotFoundError(path)
@@ -58,11 +53,7 @@ def open_path(path: Path) -> BinaryIO:
 
 @contextmanager
 def read_header(file: BinaryIO) -> Iterator[Image.Image]:
-    """Open a picture without decoding it; the file is closed afterwards.
-
-    Raises:
-        InputError: when it is empty, damaged, too large, or not of a format that is read.
-    """
+    """Open a picture without decoding it, and close the file; an InputError says why it is not read."""
     with file:
         head = file.read(64)
         if not head:
@@ -89,11 +80,7 @@ def too_large() -> InputError:
 
 
 def check_size(width: int, height: int) -> None:
-    """Check the size of a picture in pixels.
-
-    Raises:
-        InputError: when it has no pixels, too many, or one side is too long for the other.
-    """
+    """Raise an InputError on a picture without pixels, with too many, or with one side too long for the other."""
     if min(width, height) < 1:
         raise empty()
     if width * height > LIMITS["pixels"]:
@@ -116,9 +103,8 @@ def _unidentified(head: bytes) -> InputError:
     """Distinguish a damaged picture, a known format that is not read, and a file that is no picture."""
     if _READABLE.match(head):
         return damaged()
-    for name, magic in _FOREIGN.items():
-        if magic.match(head):
-            return unsupported(f"{name} files")
+    if name := next((name for name, magic in _FOREIGN.items() if magic.match(head)), None):
+        return unsupported(f"{name} files")
     message = "This file is not a picture; choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file."
     return InputError(message, "image.not_an_image")
 

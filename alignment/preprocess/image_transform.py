@@ -1,14 +1,12 @@
 """Resize and normalise pictures, bit for bit as transformers' PIL image processors do, without importing them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -45,35 +43,25 @@ _IGNORED = {
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """The resize, centre crop and normalisation that most checkpoints ask for.
+    """The resize, centre crop and normalisation that most checkpoints ask for."""
 
-    Attributes:
-        size: (height, width) to resize to, or the length of the shorter side.
-        crop: (height, width) of the centre crop after that; `size` again without one.
-        resample: number of the Pillow filter.
-        scale: factor for a pixel of 0 to 255.
-        mean: subtracted from each channel after scaling.
-        std: divisor of each channel after that.
-        folder: checkpoint that the settings come from.
-    """
-
-    size: tuple[int, int] | int
-    crop: tuple[int, int]
-    resample: int
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    folder: Path | None = None
+    size: tuple[int, int] | int  # (height, width) to resize to, or the length of the shorter side
+    crop: tuple[int, int]  # (height, width) of the centre crop after that; `size` again without one
+    resample: int  # number of the Pillow filter
+    scale: float  # factor for a pixel of 0 to 255
+    mean: tuple[float, ...]  # subtracted from each channel after scaling
+    std: tuple[float, ...]  # divisor of each channel after that
+    folder: Path | None = None  # checkpoint that the settings come from
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], folder: Path | None = None) -> ImageTransform | None:
+    def from_config(cls, config: Mapping[str, Any], folder: Path | None = None) -> Self | None:
         """Read the settings of a `preprocessor_config.json`; None if it asks for anything else."""
         kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
-        named = re.fullmatch("(.+)(?:ImageProcessor|FeatureExtractor)(?:Fast|Pil)?", kind)
-        family = named[1] if named else ""
+        named = re.fullmatch(f"({'|'.join(_DEFAULTS)})(?:ImageProcessor|FeatureExtractor)(?:Fast|Pil)?", kind)
         given = {name: value for name, value in config.items() if value is not None and name not in _IGNORED}
-        if family not in _DEFAULTS or given.keys() - _CLIP.keys():
+        if not named or given.keys() - _CLIP.keys():
             return None
+        family = named[1]
         settings = {**_DEFAULTS[family], **given}
         if not all(settings[name] is True for name in ("do_resize", "do_rescale", "do_normalize")):
             return None
@@ -86,14 +74,10 @@ class ImageTransform:
         return cls(size, crop, int(settings["resample"]), float(settings["rescale_factor"]), mean, std, folder)
 
     @classmethod
-    def load(cls, folder: Path) -> ImageTransform | None:
-        """Load the settings of a checkpoint; None if its file is missing or asks for anything else.
-
-        Raises:
-            ValueError: when the file is damaged.
-        """
-        nested = _load_json(folder / "processor_config.json").get("image_processor")
-        config = nested if isinstance(nested, dict) else _load_json(folder / "preprocessor_config.json")
+    def load(cls, folder: Path) -> Self | None:
+        """Load the settings of a checkpoint; None if its file is missing or asks for anything else."""
+        nested = load_json(folder / "processor_config.json").get("image_processor")
+        config = nested if isinstance(nested, dict) else load_json(folder / "preprocessor_config.json")
         return cls.from_config(config, folder)
 
     @property
@@ -132,7 +116,8 @@ class ImageTransform:
         return (scaled - mean) / std
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; {} if the file is missing or holds anything else. A damaged one is a ValueError."""
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     return config if isinstance(config, dict) else {}
 

@@ -1,13 +1,11 @@
 """Decode a picture to upright RGB, at full or reduced size."""
 
-from __future__ import annotations
-
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +17,11 @@ from alignment.preprocess.metadata import ORIENTATION_TAG, orientation
 
 logger = logging.getLogger(__name__)
 
-ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any]
+ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
-_UPRIGHT = {  # EXIF orientation -> the operation that turns the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = [Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM]
+_TURNS += [Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90]
+_UPRIGHT = dict(enumerate(_TURNS, start=2))  # EXIF orientation -> the operation that turns the picture upright
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 
 
@@ -40,8 +32,7 @@ def open_image(source: ImageSource, *, draft_size: int | None = None) -> Image.I
     returned unchanged.
 
     Args:
-        source: path, bytes, binary file, PIL image, or array of (height, width[, channels]): uint8, uint16, bool, or
-            floating within [0, 1].
+        source: path, bytes or PIL image.
         draft_size: lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps this many
             pixels; that takes a third of the time or less. None for the full size.
 
@@ -69,6 +60,12 @@ def open_image(source: ImageSource, *, draft_size: int | None = None) -> Image.I
         raise damaged() from error
 
 
+def _open(source: ImageSource) -> AbstractContextManager[Image.Image]:
+    if isinstance(source, Image.Image):
+        return nullcontext(source)  # the caller closes it
+    return read_header(open_path(Path(source)) if isinstance(source, str | os.PathLike) else BytesIO(source))
+
+
 def _crop_draft(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
     """Remove the partial pixel at the edge of a picture whose sides are no multiples of the scale.
 
@@ -79,47 +76,17 @@ def _crop_draft(image: Image.Image, box: tuple[float, float, float, float]) -> I
     return image.resize((int(box[2]), int(box[3])), Image.Resampling.LANCZOS, box=box)
 
 
-def _open(source: ImageSource) -> AbstractContextManager[Image.Image]:
-    if isinstance(source, Image.Image):
-        return nullcontext(source)  # the caller closes it
-    if isinstance(source, np.ndarray):
-        return nullcontext(_from_array(source))
-    if isinstance(source, bytes | bytearray | memoryview):
-        return read_header(BytesIO(source))
-    if isinstance(source, str | os.PathLike):
-        return read_header(open_path(Path(source)))
-    data = source.read()
-    if not isinstance(data, bytes):
-        raise InputError("This is text, not a picture; open the file in binary mode.", "image.not_an_image")
-    return read_header(BytesIO(data))
-
-
-def _from_array(array: NDArray[Any]) -> Image.Image:
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.size == 0:
-        raise unsupported(f"Arrays of shape {array.shape}")
-    check_size(array.shape[1], array.shape[0])
-    if array.dtype != np.uint8:
-        if array.dtype.kind not in "bf" and array.dtype != np.uint16:
-            raise unsupported(f"Arrays of {array.dtype}")
-        array = _to_8bit(array, 65535 if array.dtype == np.uint16 else 1)
-    return Image.fromarray(array)
-
-
-def _to_8bit(values: NDArray[Any], white: int) -> NDArray[np.uint8]:
-    """Scale [0, white] to [0, 255]; values outside are refused, since their range is unknown."""
-    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= white):
-        raise unsupported(f"Pictures with values outside 0 to {white}")
-    return np.rint(values.astype(np.float32) * (255 / white)).astype(np.uint8)
-
-
 def _deep_grey(image: Image.Image) -> Image.Image:
-    """Scale greyscale of more than 8 bits; `convert` would clip it, which turns photographs white."""
+    """Scale greyscale of more than 8 bits; `convert` would clip it, which turns photographs white.
+
+    Values beyond white are refused, since their range is unknown.
+    """
     tags = getattr(image, "tag_v2", {})  # of TIFF, which may have 12 bits, and 0 for white
     white = 1 if image.mode == "F" else 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
-    values = np.asarray(image)
-    grey = _to_8bit(values, white)
+    values: NDArray[Any] = np.asarray(image)
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= white):
+        raise unsupported(f"Pictures with values outside 0 to {white}")
+    grey = np.rint(values.astype(np.float32) * (255 / white)).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == 0:
         grey = 255 - grey
     if "transparency" in image.info:

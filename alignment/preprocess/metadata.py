@@ -1,15 +1,16 @@
-"""Remove metadata from a picture file before Pillow reads it; only the orientation is kept.
+"""Remove metadata from a picture file before Pillow reads it, and check the directories of a TIFF file.
 
-Place in the flow: `file -> strip_metadata (here) -> Pillow -> orientation (here)`. Pillow copies every value that a
-metadata directory points at, even when thousands of entries point at the same bytes, so 200 KB of EXIF become 800 MB;
-it joins the comments of a GIF one by one, so 30 MB of them take minutes.
+Place in the flow: `file -> strip_metadata, tile_pixels (here) -> Pillow -> orientation (here)`. Pillow copies every
+value that a directory points at, even when thousands of entries point at the same bytes, so 200 KB of EXIF become
+800 MB, and turns its numbers into Python objects: two million strip offsets fit into a TIFF file of 8 MB but not into
+memory. It joins the comments of a GIF one by one, so 30 MB of them take minutes.
 """
-
-from __future__ import annotations
 
 import re
 import struct
 from collections.abc import Callable, Iterator
+from io import BytesIO
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -22,7 +23,6 @@ MAX_SCANS = 100
 """Progressive scans of a JPEG, each of which takes as long as decoding the picture; ten are usual."""
 
 ORIENTATION_TAG = 0x0112
-_INTEGER_FORMATS = {1: "B", 3: "H", 4: "I"}  # EXIF type -> struct format
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 # Markers of JPEG segments. XMP stands in APP1 segments as EXIF does.
@@ -32,15 +32,20 @@ _REMOVED = {*range(0xE0, 0xF0), 0xFE} - {0xE0, 0xEE}  # application data and com
 _MARKER = re.compile(rb"\xff[^\xff]", re.DOTALL)  # further 0xFF bytes before it are padding
 _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
-_PNG_EXIF, _PNG_XMP = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0\0"
+# Chunks of text in a PNG -> beginning of those in which the orientation may be: as ImageMagick writes it, or XMP.
+_PNG_TEXTS = {b"iTXt": b"XML:com.adobe.xmp\0\0"} | dict.fromkeys((b"tEXt", b"zTXt"), b"Raw profile type exif\0")
+
+MAX_NUMBERS = 500_000  # in all directories; a picture of 50 megapixels in tiles of 16 x 16 has 400,000
+_MAX_REFERENCED, _SLACK_BYTES = 2, 2**16  # bytes referenced by values, as a multiple of the file size, plus slack
+_MAX_ENTRIES, _MAX_DIRECTORIES = 4096, 8
+_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_BYTE_TYPES, _INTEGER_TYPES = (1, 2, 7), (1, 3, 4)  # kept as bytes, not turned into numbers; of an orientation
+_SUBDIRECTORIES = (34665, 34853, 40965)  # EXIF, GPS, interoperability
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
 
 def strip_metadata(data: bytes) -> bytes:
-    """Remove metadata other than the orientation from JPEG, PNG, GIF and AVIF; other formats are returned unchanged.
-
-    Raises:
-        InputError: when the file has more parts than `MAX_PARTS`, or a JPEG more scans than `MAX_SCANS`.
-    """
+    """Remove metadata other than the orientation from JPEG, PNG, GIF and AVIF, and refuse files of too many parts."""
     if data.startswith(b"\xff\xd8\xff"):
         return _strip_jpeg(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -48,9 +53,6 @@ def strip_metadata(data: bytes) -> bytes:
     if data.startswith(b"GIF8"):
         return _strip_gif(data)
     return _strip_avif(data) if data[4:8] == b"ftyp" else data
-
-
-# ---------------------------------------------------------------- orientation
 
 
 def orientation(image: Image.Image) -> int:
@@ -63,21 +65,14 @@ def orientation(image: Image.Image) -> int:
     return _from_exif(exif) or _from_xmp(xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp) or 1
 
 
-def _from_exif(exif: bytes) -> int:
-    """Return the orientation in the first EXIF directory; 0 without one."""
+def _from_exif(exif: bytes) -> int:  # the first directory counts; 0 without one
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    if order is None or len(exif) < 10:
-        return 0
-    (start,) = struct.unpack_from(order + "I", exif, 4)
-    if start + 2 > len(exif):
-        return 0
-    (count,) = struct.unpack_from(order + "H", exif, start)
-    entries = exif[start + 2 : start + 2 + 12 * count]
-    for tag, kind, _, value in struct.iter_unpack(order + "HHI4s", entries[: len(entries) // 12 * 12]):
-        if tag == ORIENTATION_TAG and kind in _INTEGER_FORMATS:
-            return int(struct.unpack_from(order + _INTEGER_FORMATS[kind], value)[0])
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2], "")
+    entries = _entries(BytesIO(exif), _integer(exif[4:8], order), order, limit=2**16) if order else ()
+    for tag, kind, _, value in entries:
+        if tag == ORIENTATION_TAG and kind in _INTEGER_TYPES:
+            return _integer(value[: _TYPE_SIZES[kind]], order)
     return 0
 
 
@@ -94,33 +89,33 @@ def _from_text(profile: str) -> bytes:
         return b""
 
 
-# ---------------------------------------------------------------- formats
+def _segments(data: bytes, at: int, marker_pattern: re.Pattern[bytes]) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, start, end) of the segments of a JPEG, as far as there are markers."""
+    for _ in range(MAX_PARTS):
+        found = marker_pattern.search(data, at)
+        if found is None:
+            return
+        marker, start = found[0][1], found.start()
+        at = start + 2 + (0 if marker in _WITHOUT_LENGTH else int.from_bytes(data[start + 2 : start + 4], "big"))
+        yield marker, start, at
+    raise damaged()
 
 
 def _strip_jpeg(data: bytes) -> bytes:
-    kept, xmp, at = [data[:2]], b"", 2
+    kept, xmp = [data[:2]], b""
     exif: list[bytes] = []  # one directory may be split among several segments
-    for _ in range(MAX_PARTS):
-        found = _MARKER.search(data, at)
-        if found is None:  # no picture follows
-            return b"".join(kept)
-        at, marker = found.start(), found[0][1]
+    for marker, start, end in _segments(data, 2, _MARKER):
+        body = data[start + 4 : end]
         if marker == _START_OF_SCAN:
-            break
-        has_length = marker not in _WITHOUT_LENGTH
-        end = at + 2 + (int.from_bytes(data[at + 2 : at + 4], "big") if has_length else 0)
-        body = data[at + 4 : end]
-        if has_length and marker not in _REMOVED:
-            kept.append(data[at:end])
+            _check_scans(data, start)
+            return b"".join([*kept, _exif_segment(_from_exif(b"".join(exif)) or _from_xmp(xmp)), data[start:]])
+        if marker not in _WITHOUT_LENGTH | _REMOVED:
+            kept.append(data[start:end])
         elif marker == _APP1 and body.startswith(b"Exif\0\0"):
             exif.append(body[6:])
         elif marker == _APP1 and body.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
             xmp = body
-        at = max(end, at + 2)
-    else:
-        raise damaged()
-    _check_scans(data, at)
-    return b"".join([*kept, _exif_segment(_from_exif(b"".join(exif)) or _from_xmp(xmp)), data[at:]])
+    return b"".join(kept)  # no picture follows
 
 
 def _exif_segment(orientation: int) -> bytes:
@@ -133,18 +128,13 @@ def _exif_segment(orientation: int) -> bytes:
 
 def _check_scans(data: bytes, at: int) -> None:
     """Count the scans up to the end of the picture; data appended to it, such as a film, may contain the same bytes."""
-    if data.count(b"\xff\xda", at) <= MAX_SCANS:
-        return
     scans = 0
-    for _ in range(MAX_PARTS):
-        found = _MARKER_IN_SCAN.search(data, at)
-        if found is None or found[0][1] == _END_OF_IMAGE:
-            return
-        scans += found[0][1] == _START_OF_SCAN
+    for marker, _, _ in _segments(data, at, _MARKER_IN_SCAN) if data.count(b"\xff\xda", at) > MAX_SCANS else ():
+        scans += marker == _START_OF_SCAN
         if scans > MAX_SCANS:
-            break
-        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    raise damaged()
+            raise damaged()
+        if marker == _END_OF_IMAGE:
+            return
 
 
 def _spans(data: bytes, at: int, size: Callable[[int], int]) -> Iterator[tuple[int, int]]:
@@ -157,21 +147,16 @@ def _spans(data: bytes, at: int, size: Callable[[int], int]) -> Iterator[tuple[i
 
 
 def _strip_png(data: bytes) -> bytes:
+    """Remove colour profiles, and texts that cannot contain the orientation."""
     kept = [data[:8]]
     for at, end in _spans(data, 8, lambda at: 12 + int.from_bytes(data[at : at + 4], "big")):
-        kind = data[at + 4 : at + 8]
-        if _is_kept_chunk(kind, data[at + 8 : at + 32]):
-            kept.append(data[at:end])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 32]
+        if kind == b"iCCP" or (kind in _PNG_TEXTS and not body.startswith(_PNG_TEXTS[kind])):
+            continue
+        kept.append(data[at:end])
         if kind == b"IEND":
             break
     return b"".join(kept)
-
-
-def _is_kept_chunk(kind: bytes, body: bytes) -> bool:
-    """Keep the chunks of a PNG but for colour profiles, and for texts that cannot contain the orientation."""
-    if kind in (b"tEXt", b"zTXt"):
-        return body.startswith(_PNG_EXIF)
-    return body.startswith(_PNG_XMP) if kind == b"iTXt" else kind != b"iCCP"
 
 
 def _strip_gif(data: bytes) -> bytes:
@@ -202,3 +187,51 @@ def _strip_avif(data: bytes) -> bytes:
 
     boxes = (data[at:end] for at, end in _spans(data, 0, size))
     return b"".join(box if box[4:8] == b"mdat" else box.replace(b"Exif", b"none") for box in boxes)
+
+
+def tile_pixels(file: BinaryIO) -> int:
+    """Check a TIFF file's directories, and return the pixels of one tile, which is decoded whole; 0 without tiles.
+
+    An InputError says that the entries reference more bytes than the file has twice over, or too many numbers.
+    """
+    length = file.seek(0, 2)
+    file.seek(0)
+    head = file.read(16)
+    if len(head) < 16:
+        return 0
+    order, is_big_tiff = ">" if head[:2] == b"MM" else "<", head[2:3] == b"\x2b"  # as Pillow recognises BigTIFF
+    (first,) = struct.unpack_from(order + "Q", head, 8) if is_big_tiff else struct.unpack_from(order + "I", head, 4)
+    waiting, sides = [first], {_TILE_WIDTH: 0, _TILE_HEIGHT: 0}
+    referenced = numbers = 0
+    for number in range(_MAX_DIRECTORIES):
+        for tag, kind, count, value in _entries(file, waiting.pop(), order, is_big_tiff) if waiting else ():
+            size = count * _TYPE_SIZES.get(kind, 0)
+            numbers += count if kind not in _BYTE_TYPES and size <= length else 0
+            if size > len(value):
+                referenced += min(size, length)
+            elif tag in _SUBDIRECTORIES:
+                waiting.append(_integer(value[: _TYPE_SIZES.get(kind, 0)], order))
+            elif tag in sides and number == 0:
+                sides[tag] = _integer(value[: _TYPE_SIZES.get(kind, 0)], order)
+    if referenced > _MAX_REFERENCED * length + _SLACK_BYTES or numbers > MAX_NUMBERS:
+        raise damaged()
+    return sides[_TILE_WIDTH] * sides[_TILE_HEIGHT]
+
+
+def _entries(
+    file: BinaryIO, offset: int, order: str, is_big_tiff: bool = False, limit: int = _MAX_ENTRIES
+) -> Iterator[tuple[int, int, int, bytes]]:
+    """Read a directory: (tag, type, count, value or its offset) of each entry."""
+    if offset >= 2**62:
+        return
+    file.seek(offset)
+    entry = struct.Struct(order + ("HHQ8s" if is_big_tiff else "HHI4s"))
+    count = _integer(file.read(8 if is_big_tiff else 2), order)
+    if count > limit:
+        raise damaged()
+    table = file.read(count * entry.size)
+    yield from entry.iter_unpack(table[: len(table) // entry.size * entry.size])
+
+
+def _integer(data: bytes, order: str) -> int:
+    return int.from_bytes(data, "big" if order == ">" else "little")

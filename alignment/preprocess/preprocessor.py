@@ -1,22 +1,20 @@
-"""A checkpoint's image processor and tokenizer, applied as in its training."""
+"""A checkpoint's image processor and tokenizer."""
 
-from __future__ import annotations
-
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 from torch import Tensor
 
-from alignment.preprocess.image_transform import ImageTransform
+from alignment.preprocess.image_transform import ImageTransform, load_json
 from alignment.preprocess.images import ImageSource, open_image
-from alignment.preprocess.tokenizer import MIN_VOCABULARY, FileTokenizer, TokenizerSpec, TransformersTokenizer
+from alignment.preprocess.tokenizer import FileTokenizer, TokenizerSpec, TransformersTokenizer
 
+_MIN_VOCABULARY = 10
 _TRUNCATION_BATCH = 4096  # captions tokenized at once in `truncated`
 _DRAFT_SCALE = 1.44  # shorter side of a draft over that of the model's input; 12 megapixels at 1/8 (3000 / 8) reach 260
 _MIN_DRAFT_SIZE = 320  # a gallery makes its thumbnail from the same draft
@@ -25,11 +23,9 @@ _MIN_DRAFT_SIZE = 320  # a gallery makes its thumbnail from the same draft
 class Preprocessor:
     """A checkpoint's image processor and tokenizer, applied as in its training.
 
-    What most checkpoints ask for is computed here, with the same result as in transformers; the rest is left to
-    transformers.
+    What most checkpoints ask for is computed here, with the same result as in transformers, which does the rest.
 
     Attributes:
-        tokenizer_spec: how the text tower expects its captions.
         max_length: tokens to which a caption is truncated.
         image_side: pixels of a picture's shorter side after resizing, or of its longer one where both are fixed; None
             where that varies, as for NaFlex.
@@ -46,39 +42,24 @@ class Preprocessor:
         self.image_side = self._transform.side if self._transform else None
 
     @classmethod
-    def load(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        text: str | os.PathLike[str] | None = None,
-        *,
-        revision: str | None = None,
-    ) -> Preprocessor:
-        """Load the preprocessor of a checkpoint, or join that of a vision tower with that of a text tower.
-
-        Args:
-            name_or_path: folder or Hub id.
-            text: another checkpoint to take the tokenizer from.
-            revision: branch, tag or commit on the Hub.
+    def load(cls, name_or_path: str | os.PathLike[str], text: str | os.PathLike[str] | None = None) -> Self:
+        """Load the preprocessor of a checkpoint, given by its folder or Hub id; `text` has the tokenizer, if given.
 
         Raises:
             FileNotFoundError: when a checkpoint, or its image processor or tokenizer, is missing.
         """
         source = name_or_path if text is None else text
         try:
-            transform = ImageTransform.load(Path(name_or_path)) or _auto_image_processor(name_or_path, revision)
-            config = _load_config(source, revision)
-            spec = TokenizerSpec.from_config(config)
-            model_type = str(config.get("model_type"))
-            tokenizer = FileTokenizer.load(Path(source), model_type, spec) or _auto_tokenizer(source, revision)
+            transform = ImageTransform.load(Path(name_or_path)) or _auto_image_processor(name_or_path)
+            config = load_json(Path(source) / "config.json") or _hub_config(source)
+            model_type, spec = str(config.get("model_type")), TokenizerSpec.from_config(config)
+            tokenizer = FileTokenizer.load(Path(source), model_type, spec) or _auto_tokenizer(source)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{name_or_path} lacks its image processor, or {source} its tokenizer or config.json: check the path, "
                 "or save them next to the weights with `processor.save_pretrained(FOLDER)`."
             ) from error
-        preprocessor = cls(transform, tokenizer, spec)
-        if preprocessor._tokenize.vocabulary < MIN_VOCABULARY:
-            raise FileNotFoundError(f"{source} lacks its vocabulary: save its tokenizer next to the weights.")
-        return preprocessor
+        return cls(transform, tokenizer, spec)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save the image processor and the tokenizer; `tokenizer_spec` follows from the model's `config.json`."""
@@ -89,14 +70,14 @@ class Preprocessor:
     def image_processor(self) -> Any:
         """The image processor of transformers, loaded on first access."""
         ours = self._image_processor
-        return _auto_image_processor(ours.folder, None) if isinstance(ours, ImageTransform) else ours
+        return _auto_image_processor(ours.folder) if isinstance(ours, ImageTransform) else ours
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of transformers, loaded on first access, its padding and truncation set."""
         if not isinstance(self._tokenizer, FileTokenizer):
             return self._tokenizer
-        tokenizer = _auto_tokenizer(self._tokenizer.folder, None)
+        tokenizer = _auto_tokenizer(self._tokenizer.folder)
         TransformersTokenizer(tokenizer, self.tokenizer_spec)
         return tokenizer
 
@@ -106,11 +87,7 @@ class Preprocessor:
         return None if self.image_side is None else max(math.ceil(_DRAFT_SCALE * self.image_side), _MIN_DRAFT_SIZE)
 
     def image(self, source: ImageSource) -> dict[str, Tensor]:
-        """Open one picture, as a draft if possible, and return what `images` returns of it; thread-safe.
-
-        Raises:
-            InputError: when it cannot be opened.
-        """
+        """Open one picture, as a draft if possible, and return what `images` returns of it; thread-safe."""
         return self.images([open_image(source, draft_size=self.draft_size)])
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -140,26 +117,24 @@ class Preprocessor:
         return [text.lower() for text in texts] if self.tokenizer_spec.lower else texts
 
 
-def _load_config(source: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
-    path = Path(source) / "config.json"
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} is damaged.")
-        return config
+def _hub_config(source: str | os.PathLike[str]) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
-    return dict(PreTrainedConfig.get_config_dict(source, revision=revision)[0])
+    return dict(PreTrainedConfig.get_config_dict(source)[0])
 
 
-def _auto_image_processor(source: str | os.PathLike[str] | None, revision: str | None) -> Any:
+def _auto_image_processor(source: str | os.PathLike[str] | None) -> Any:
     from transformers import AutoImageProcessor
 
     # PIL even where torchvision is installed: the same pixels on every machine.
-    return AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil", trust_remote_code=False)
+    return AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
 
 
-def _auto_tokenizer(source: str | os.PathLike[str], revision: str | None) -> Any:
+def _auto_tokenizer(source: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # Without a vocabulary file transformers builds a tokenizer of special tokens only.
+    if len(tokenizer) - len(tokenizer.all_special_ids) < _MIN_VOCABULARY:
+        raise ValueError(f"{source} lacks its vocabulary")
+    return tokenizer

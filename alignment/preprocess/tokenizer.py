@@ -1,40 +1,29 @@
 """Tokenize captions with the ids that transformers gives, without importing it where `tokenizer.json` is sufficient."""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-MIN_VOCABULARY = 10  # without a vocabulary file transformers builds a tokenizer of special tokens only
+from alignment.preprocess.image_transform import load_json
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """How a text tower expects its captions, as far as the tokenizer's files do not say it.
+    """How a text tower expects its captions, as far as the tokenizer's files do not say it."""
 
-    Attributes:
-        positions: tokens the tower has places for, unless its config says so.
-        reserved: places that hold no token (RoBERTa counts from its padding index).
-        trained_length: tokens it was trained on, where that is fewer than it has places for.
-        pad_to_max: pad to the full length; SigLIP takes its embedding from the last place.
-        lower: lower the case first.
-    """
-
-    positions: int = 512
-    reserved: int = 0
-    trained_length: int | None = None
-    pad_to_max: bool = False
-    lower: bool = False
+    positions: int = 512  # tokens the tower has places for, unless its config says so
+    reserved: int = 0  # places that hold no token (RoBERTa counts from its padding index)
+    trained_length: int | None = None  # tokens it was trained on, where that is fewer than it has places for
+    pad_to_max: bool = False  # pad to the full length; SigLIP takes its embedding from the last place
+    lower: bool = False  # lower the case first
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> TokenizerSpec:
+    def from_config(cls, config: Mapping[str, Any]) -> "TokenizerSpec":
         """Read the `config.json` of a dual encoder or of a text tower."""
         text = config.get("text_config") or config
         kind = str(config.get("model_type", ""))
@@ -46,8 +35,7 @@ class TokenizerSpec:
 
     def max_length(self, model_max_length: int | None) -> int:
         """Return how many tokens a caption may have, special ones included, given the tokenizer's own limit."""
-        limits = (model_max_length, self.positions, self.trained_length)
-        return min(limit for limit in limits if limit is not None)
+        return min(filter(None, (model_max_length, self.positions, self.trained_length)))
 
 
 _SPECS = {
@@ -65,19 +53,14 @@ _GENERIC_MODELS = ("composed-dual-encoder", "vision-text-dual-encoder")
 _SPECIAL = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 _INPUTS = ["input_ids", "attention_mask"]
 _SUPPORTED = {"tokenizer_class", "model_input_names", "model_max_length", "padding_side", "truncation_side", *_SPECIAL}
-# Keys without effect on ids.
-_IGNORED = {"backend", "clean_up_tokenization_spaces", "is_local", "local_files_only"}
-_IGNORED |= {"name_or_path", "processor_class"}
+# Without effect on ids.
+_SUPPORTED |= {"backend", "clean_up_tokenization_spaces", "is_local", "local_files_only"}
+_SUPPORTED |= {"name_or_path", "processor_class"}
 _MORE_FILES = ("special_tokens_map.json", "added_tokens.json")  # of older versions; they may change tokens
 
 
 class FileTokenizer:
-    """A tokenizer read from `tokenizer.json` alone.
-
-    Attributes:
-        folder: its checkpoint.
-        max_length: tokens to which a caption is truncated.
-    """
+    """A tokenizer read from `tokenizer.json` alone; captions are truncated to `max_length` tokens."""
 
     def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], spec: TokenizerSpec, folder: Path) -> None:
         self.folder = folder
@@ -93,12 +76,8 @@ class FileTokenizer:
         )
 
     @classmethod
-    def load(cls, folder: Path, model_type: str, spec: TokenizerSpec) -> FileTokenizer | None:
-        """Load a checkpoint's tokenizer; None if transformers would do more than `tokenizer.json` says.
-
-        Raises:
-            ValueError: when a file is damaged.
-        """
+    def load(cls, folder: Path, model_type: str, spec: TokenizerSpec) -> Self | None:
+        """Load a checkpoint's tokenizer; None if transformers would do more than `tokenizer.json` says."""
         config = _sufficient_config(folder) if model_type in _GENERIC_MODELS else None
         if config is None:
             return None
@@ -107,8 +86,9 @@ class FileTokenizer:
         except Exception as error:  # the library raises bare `Exception`
             raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {error}") from error
         named = {config[name] for name in _SPECIAL & config.keys()}
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         # transformers would add special tokens that the file lacks.
-        return cls(tokenizer, config, spec, folder) if named <= _special_tokens(tokenizer) else None
+        return cls(tokenizer, config, spec, folder) if named <= special else None
 
     def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Tokenize, truncate and pad: `input_ids` and `attention_mask`, (n, length) each."""
@@ -120,15 +100,6 @@ class FileTokenizer:
         """Tell for each caption whether it has more than `max_length` tokens."""
         return _overflows(self._tokenizer, captions)
 
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens without the special ones."""
-        return self._tokenizer.get_vocab_size() - len(_special_tokens(self._tokenizer))
-
-
-def _special_tokens(tokenizer: Tokenizer) -> set[str]:
-    return {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-
 
 def _overflows(tokenizer: Tokenizer, captions: Sequence[str]) -> list[bool]:
     return [bool(encoding.overflowing) for encoding in tokenizer.encode_batch(list(captions))]
@@ -136,17 +107,14 @@ def _overflows(tokenizer: Tokenizer, captions: Sequence[str]) -> list[bool]:
 
 def _sufficient_config(folder: Path) -> dict[str, Any] | None:
     """Return `tokenizer_config.json`; None if it or a file beside it changes what `tokenizer.json` does."""
-    path = folder / "tokenizer_config.json"
-    if not (path.is_file() and (folder / "tokenizer.json").is_file()):
-        return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or config.keys() - _SUPPORTED - _IGNORED:
-        return None
+    config = load_json(folder / "tokenizer_config.json")
     is_sufficient = (
         config.get("tokenizer_class") in _GENERIC_CLASSES
+        and not config.keys() - _SUPPORTED
         and config.get("model_input_names", _INPUTS) == _INPUTS
         and isinstance(config.get("pad_token"), str)
         and all(isinstance(config[name], str) for name in _SPECIAL & config.keys())
+        and (folder / "tokenizer.json").is_file()
         and not any((folder / name).exists() for name in _MORE_FILES)
     )
     return config if is_sufficient else None
@@ -173,8 +141,3 @@ class TransformersTokenizer:
         if self._tokenizer.is_fast:
             return _overflows(self._tokenizer.backend_tokenizer, captions)
         return [len(ids) > self.max_length for ids in self._tokenizer(list(captions), verbose=False)["input_ids"]]
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens without the special ones."""
-        return len(self._tokenizer) - len(self._tokenizer.all_special_ids)

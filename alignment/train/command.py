@@ -107,7 +107,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     use_size_options(arguments.max_megapixels, arguments.max_aspect_ratio)
     names = ("data", "format", "split", "eval_data", "eval_split", "second_data", "second_split")
     prepared = prepare(TrainConfig(output="", **{name: getattr(arguments, name) for name in names}))
-    print(prepared.report.summary())
+    print(prepared.report)
     for line in prepared.other_summaries():
         print(f"- {line}")
     model = arguments.text or arguments.model or bundled(MODEL)

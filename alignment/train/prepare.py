@@ -7,17 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from alignment.data import (
-    DataReport,
     ImageHash,
     Pair,
     ReadResult,
-    check_data,
     describe_issues,
     drop_leaked,
     hash_images,
     merge_duplicates,
     near_duplicates,
     read_data,
+    summarize_data,
 )
 from alignment.data.files import canonical_split
 from alignment.preprocess import join_first
@@ -39,7 +38,7 @@ class Prepared:
     train: list[Pair]
     evaluation: list[Pair]
     near_duplicates: list[tuple[int, int]]
-    report: DataReport
+    report: str
     evaluation_name: str
     second: list[Pair]
     readings: Mapping[str, ReadResult]
@@ -76,7 +75,7 @@ def prepare(config: TrainConfig, *, progress: Callable[[int, int], None] | None 
         readings[f"--eval-data {config.eval_data}"] = read_data(config.eval_data, split=config.eval_split)
     train, evaluation, name = _split(config, readings)
     prints = hash_images([pair.image for pair in [*train, *evaluation]], progress=progress)
-    report = check_data(replace(readings[data], pairs=train), evaluation, hashes=prints)
+    report = summarize_data(replace(readings[data], pairs=train), evaluation, prints)
     evaluation = merge_duplicates(evaluation, prints)
     train = merge_duplicates(drop_leaked(train, evaluation, prints), prints)
     if not name:

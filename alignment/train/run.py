@@ -80,7 +80,7 @@ def _train(config: TrainConfig, processes: PartialState, resume: bool, log: Log,
     if processes.num_processes > 1 and processes.device.type == "cpu":
         config = replace(config, device="cpu")  # else Trainer looks for GPUs and runs the processes independently
     prepared = prepare(config, progress=log_progress(log, "checking pictures"))
-    log(prepared.report.summary())
+    log(prepared.report)
     setup = Setup(config, prepared, folder, log, command=command, saved=saved)
     preprocessor = setup.encoder.preprocessor
     captions = (caption for pair in prepared.train for caption in pair.captions)
@@ -125,7 +125,7 @@ def _facts(setup: Setup) -> dict[str, Any]:
         "started": setup.state.started,
         "versions": packages | {"python": platform.python_version()},
         "settings": asdict(config) | asdict(setup.recipe),
-        "data": setup.prepared.report.summary(),
+        "data": setup.prepared.report,
         "data_complete": setup.prepared.is_complete,
         "data_name": Path(config.data).name,
         "dataset_id": _hub_id(config.data),

@@ -23,7 +23,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from alignment.data import Pair, positive_mask
+from alignment.data import Pair
 from alignment.evaluate import Embedded, evaluate_embedded
 from alignment.model import DualEncoder
 from alignment.train.callbacks import METRIC
@@ -157,8 +157,8 @@ class Validator:
     def __init__(self, encoder: DualEncoder, pairs: Sequence[Pair], cache: CachedFeatures | None = None) -> None:
         self.encoder, self.cache = encoder, cache
         self.images = [pair.image for pair in pairs]
-        positives, self.texts = positive_mask(pairs)
-        self.image_of_text = positives.int().argmax(dim=0)
+        self.texts = [caption for pair in pairs for caption in pair.captions]
+        self.image_of_text = torch.repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs]))
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of a `RetrievalReport`, without intervals."""

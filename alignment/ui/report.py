@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alignment.data.sidecars import UNUSED_SIDECARS
-from alignment.data.tables import ClassLabelsOnly
+from alignment.data.image_folder import UNUSED_SIDECARS
+from alignment.data.tables import CLASSES_ONLY
 from alignment.engine.dataset_eval import MAX_NAME, RESAMPLES, EvalResult, SuspectedLabel
 from alignment.evaluate import KS, Estimate
 from alignment.evaluate.error_analysis import Example
@@ -51,7 +51,7 @@ LEFT_OUT = {
     "text files beside which no picture of their name lies": "evaluate.left.other_files",
     "addresses on the network, which are not opened": "evaluate.left.outside",
     "further answers of a conversation": "evaluate.left.answers",
-    ClassLabelsOnly.REASON: "evaluate.left.classes",
+    CLASSES_ONLY: "evaluate.left.classes",
     "cut": "evaluate.left.cut",
     "unread": "evaluate.left.unread",
 }
