@@ -13,7 +13,7 @@ from fault_injection import obey_permissions
 from PIL import Image
 
 from alignment.data import read_data
-from alignment.evaluate import read_class_folders
+from alignment.evaluate.zero_shot import read_class_folders
 from alignment.gallery import BuildReport, Gallery, build_gallery, main
 from alignment.model import DualEncoder
 
