@@ -10,10 +10,9 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
 from os.path import expanduser
 from pathlib import Path
 from threading import Timer
@@ -40,7 +39,6 @@ if os.environ.get("SPACES_ZERO_GPU") == "true":  # on Hugging Face's ZeroGPU; it
 if __name__ == "__main__" and not (os.environ.get("GRADIO_SERVER_PORT") or "7860").isdecimal():
     sys.exit("error: GRADIO_SERVER_PORT is no port: choose a number from 1 to 65535.")  # Gradio breaks off at it
 
-import gradio as gr
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -54,7 +52,6 @@ from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import InputError
 from alignment.server import (
-    GuardedBlocks,
     Service,
     Settings,
     UploadFolder,
@@ -68,20 +65,12 @@ from alignment.server import (
     read_port,
     redirect_server_logs,
 )
-from alignment.server.gradio_internals import event_data
-from alignment.ui.api import add_api
-from alignment.ui.captions_tab import CaptionsTab
-from alignment.ui.evaluate_tab import EvaluateTab
-from alignment.ui.examples import THUMBNAIL_ROUTE, Examples
-from alignment.ui.explanation import ExplanationDialog
-from alignment.ui.matrix_tab import MatrixTab
-from alignment.ui.permalinks import arrivals, link_value, load_from_url
-from alignment.ui.photos_tab import PhotosTab
-from alignment.ui.pictures_tab import PicturesTab
-from alignment.ui.scan import scan_route, scan_value
-from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, error_for_browser, pick_language, strings, text
+from alignment.ui.examples import THUMBNAIL_ROUTE
+from alignment.ui.page import build_page
+from alignment.ui.scan import scan_route
+from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, error_for_browser
 from alignment.ui.theme import theme
-from alignment.ui.widgets import ASSETS, ICON, Tab, on_event, styles, widget
+from alignment.ui.widgets import ASSETS, ICON, styles
 
 ROOT = Path(__file__).resolve().parent
 WARMUP_DELAY_S = 2.0
@@ -193,103 +182,6 @@ def background_scan(engine: AlignmentEngine, args: argparse.Namespace) -> PhotoF
     return PhotoFolder(engine, args.photos, partial(progress_bar, quiet=args.log == "json"))
 
 
-def build_page(
-    engine: AlignmentEngine,
-    lang: str = DEFAULT_LANGUAGE,
-    queue: int = Settings.queue,
-    photos: PhotoFolder | None = None,
-) -> gr.Blocks:
-    """Lay the page out in the language `lang`; a browser that prefers another changes it when it loads.
-
-    Args:
-        engine: answers.
-        lang: at first.
-        queue: requests that may wait.
-        photos: the folder whose gallery the engine searches, if it is one.
-    """
-    begun = photos.version if photos else 0  # of the gallery that every page begins with
-    explanation = ExplanationDialog(engine)
-    of_gallery, of_starter = Examples(engine), Examples(engine, engine.starter)
-    searching: list[Tab] = [kind(engine, of_gallery, explanation) for kind in (CaptionsTab, PicturesTab)]
-    own: list[Tab] = [kind(engine, of_starter, explanation) for kind in (MatrixTab, PhotosTab, EvaluateTab)]
-    tabs = searching + own
-    with GuardedBlocks(title=text(lang, "title"), analytics_enabled=False) as page:
-        with gr.Row(elem_classes=["al-header"]):
-            header = widget("plain", _header(lang), elem_id="header")
-            choices = [(name, code) for code, name in LANGUAGES.items()]
-            link = widget("link", link_value(tabs, lang), elem_id="link", min_width=0)
-            language = gr.Radio(choices, value=lang, **_language_words(lang), elem_id="language", min_width=0, scale=0)
-        explanation.build(lang)
-        scan = widget("scan", scan_value(photos, lang), elem_id="scan", visible=photos is not None)
-        with gr.Tabs(selected=PicturesTab.key if photos and photos.source else None) as row:
-            places = []
-            for tab in tabs:
-                with gr.Tab(text(lang, f"{tab.key}.tab"), id=tab.key) as place:
-                    tab.build(language, lang)
-                places.append(place)
-                if isinstance(tab, PicturesTab):
-                    on_event(tab.sample.pick, lambda: gr.Tabs(selected=PhotosTab.key), [], [row])
-        footer = widget("plain", _footer(engine, lang), elem_id="footer")
-
-        def status(lang: str) -> list[Any]:
-            return [scan_value(photos, lang, ready=True), _footer(engine, lang)]
-
-        def translate(lang: str, asked: Any, *inputs: Any) -> list[Any]:
-            """Change all at once: Gradio asks several listeners in turn, and draws over what is typed meanwhile."""
-            labels = [gr.update(label=text(lang, f"{tab.key}.tab")) for tab in tabs]
-            words = gr.update(**_language_words(lang))
-            frame = [_header(lang), link_value(tabs, lang), words, *labels, *status(lang)]
-            return [*frame, explanation.translate(lang, asked), *_redrawn(tabs, lang, iter(inputs))]
-
-        asked = [language, explanation.asked, *(part for tab in tabs for part in tab.inputs)]
-        user_errors = [header, link, language, *places, scan, footer, explanation.dialog]
-        on_event(language.change, translate, asked, [*user_errors, *(part for tab in tabs for part in tab.outputs)])
-
-        _wire_scan(photos, scan, language, [scan, footer], status, searching)
-
-        def on_load(request: gr.Request) -> list[Any]:
-            query = request.query_params
-            wanted = pick_language(query, request.headers.get("accept-language", ""), lang)
-            chosen = gr.skip() if wanted == lang else wanted  # else the page is right as it is
-            known = scan_value(photos, wanted, ready=True) | {"version": begun}
-            return [chosen, known, *load_from_url(tabs, wanted, query)]
-
-        on_event(page.load, on_load, [], [language, scan, row, *arrivals(tabs)], work="search")
-        add_api(engine)
-    # The service says that the queue is full, in the visitor's language; requests that arrive just then fit in.
-    page.queue(max_size=2 * queue, default_concurrency_limit=4, api_open=False)
-    return page
-
-
-def _redrawn(tabs: Sequence[Tab], lang: str, inputs: Iterator[Any]) -> list[Any]:
-    return [change for tab in tabs for change in tab.translate(lang, *islice(inputs, len(tab.inputs)))]
-
-
-def _wire_scan(
-    photos: PhotoFolder | None,
-    scan: Any,
-    language: Any,
-    frame: list[Any],
-    status: Callable[[str], list[Any]],
-    tabs: Sequence[Tab],
-) -> None:
-    """Let the page start scans, and show the gallery that has taken the old one's place; what is asked there stays."""
-
-    def renew(event: gr.EventData, lang: str, *inputs: Any) -> list[Any]:
-        lang = pick_language(event_data(event), "", lang)
-        first = status(lang)  # before the tabs: a gallery that comes meanwhile is asked for again
-        return [*first, *_redrawn(tabs, lang, iter(inputs))]
-
-    def rescan(lang: str) -> dict[str, Any]:
-        if photos is not None:
-            photos.start()
-        return scan_value(photos, lang, ready=True)
-
-    asked, shown = [part for tab in tabs for part in tab.inputs], [part for tab in tabs for part in tab.outputs]
-    on_event(scan.renew, renew, [language, *asked], [*frame, *shown], work="search")
-    on_event(scan.rescan, rescan, [language], [scan])
-
-
 def launch_options(
     engine: AlignmentEngine, service: Service | None = None, photos: PhotoFolder | None = None
 ) -> dict[str, Any]:
@@ -336,23 +228,6 @@ def _health(engine: AlignmentEngine) -> dict[str, Any]:
         "images": len(engine.gallery.pictures),
         "captions": len(engine.gallery.captions),
     }
-
-
-def _header(lang: str) -> dict[str, Any]:
-    return {"lang": "zh-CN" if lang == "zh" else lang, "title": text(lang, "title"), "line": text(lang, "tagline")}
-
-
-def _language_words(lang: str) -> dict[str, Any]:
-    other = " / ".join(dict.fromkeys([text(lang, "language"), *(words["language"] for words in strings().values())]))
-    return {"label": other}
-
-
-def _footer(engine: AlignmentEngine, lang: str) -> dict[str, Any]:
-    gallery = engine.gallery
-    numbers = {"pictures": f"{len(gallery.pictures):,}", "captions": f"{len(gallery.captions):,}"}
-    model = Path(engine.encoder.name).name
-    notes = [text(lang, "footer.model", model=model, **numbers), text(lang, "footer.private")]
-    return {"notes": notes, "link": {"text": text(lang, "footer.api"), "href": "?view=api"}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from alignment.gallery import Gallery
 from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
-from alignment.server import Service, Settings, harden_mcp
+from alignment.server import GuardedBlocks, Service, Settings, harden_mcp
 from alignment.ui.api import Api, add_api
 from alignment.ui.api_input import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
@@ -296,7 +296,7 @@ def test_what_is_wrong_reaches_the_program(ask, address):
 def test_a_failure_of_ours_tells_nothing_but_that_it_is_ours(engine, uploads, caplog):
     broken = AlignmentEngine(engine.encoder, engine.gallery)
     broken.encoder = None  # type: ignore[assignment]
-    with gr.Blocks() as page:
+    with GuardedBlocks() as page:
         add_api(broken)
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
     event, data = over_http(url.rstrip("/"), "search_images", caption="a cat")

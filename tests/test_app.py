@@ -23,10 +23,11 @@ from alignment.model import DualEncoder
 from alignment.preprocess import InputError, clean_caption, open_image, parse_captions
 from alignment.server import Service, Settings, host_in_url
 from alignment.ui.api import Api
+from alignment.ui.drop import photos_drop_value
 from alignment.ui.examples import Examples
 from alignment.ui.results import captions_value, cosine, percent
 from alignment.ui.strings import count_text, error_text, pick_language, strings, text
-from alignment.ui.uploads import PhotoState, Upload, delete_uploads, fill, read_upload, shelf_drop_value, uploads_of
+from alignment.ui.uploads import PhotoState, Upload, add_uploads, delete_uploads, read_upload, uploads_of
 from alignment.ui.widgets import user_errors
 
 UI = Path(app.__file__).parent / "alignment" / "ui"
@@ -441,17 +442,17 @@ def test_what_the_page_refused_is_said(problem, code):
     assert raised.value.code == code
 
 
-def test_a_shelf_fills_step_by_step_and_the_sample_makes_way(engine, upload_folder, encoded):
+def test_uploads_are_added_step_by_step_and_replace_the_sample(engine, upload_folder, encoded):
     images = [Image.new("RGB", (40, 40), (row * 9, 0, 0)) for row in range(10)]
     uploads = [uploaded(upload_folder, f"{row}.png", encoded(image, "PNG")) for row, image in enumerate(images)]
     uploads.append(uploaded(upload_folder, "bad.jpg", b"hello"))
     uploads.append(uploads[0])
-    steps = list(fill(engine, PhotoState(engine.gallery_photos(["one"])), uploads, limit=200))
-    assert [(len(shelf.photos), shelf.sample, done) for shelf, done in steps] == [
-        (1, True, 0),
-        (4, False, 4),
-        (8, False, 8),
-        (10, False, 12),
+    steps = list(add_uploads(engine, PhotoState(engine.gallery_photos(["one"])), uploads, limit=200))
+    assert [(len(state.photos), state.sample, done, total) for state, done, total in steps] == [
+        (1, True, 0, 12),
+        (4, False, 4, 12),
+        (8, False, 8, 12),
+        (10, False, 12, 12),
     ]
     last = steps[-1][0]
     assert (last.added, [skip.error.code for skip in last.skipped]) == (10, ["image.not_an_image", "photo.duplicate"])
@@ -459,13 +460,14 @@ def test_a_shelf_fills_step_by_step_and_the_sample_makes_way(engine, upload_fold
 
 
 def test_the_sample_stays_where_no_file_was_any_good(engine, upload_folder):
-    *_, (shelf, _) = fill(engine, PhotoState(engine.gallery_photos(["one"])), [Upload("x", "", "size")], limit=200)
-    assert (len(shelf.photos), shelf.sample, len(shelf.skipped)) == (1, True, 1)
+    sample = PhotoState(engine.gallery_photos(["one"]))
+    *_, (state, _, _) = add_uploads(engine, sample, [Upload("x", "", "size")], limit=200)
+    assert (len(state.photos), state.sample, len(state.skipped)) == (1, True, 1)
 
 
 def test_many_problems_are_counted_not_listed(engine):
     skipped = tuple(Skipped(str(row), InputError("No.", "photo.duplicate")) for row in range(15))
-    value = shelf_drop_value("en", "Add", PhotoState(engine.no_photos(), False, 0, skipped), 200)
+    value = photos_drop_value("en", "Add", PhotoState(engine.no_photos(), False, 0, skipped), 200)
     assert value["skippedTitle"] == "15 files were left out:"
     assert value["skipped"][-1] == ["…", "and 5 more"]
     assert len(value["skipped"]) == 11

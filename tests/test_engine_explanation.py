@@ -176,12 +176,12 @@ def answers(engine: AlignmentEngine, pick) -> list[dict]:
         explanation.build("en")
         explanation.on_event(button.click, pick, [language])
     handler = page.fns[max(page.fns)].fn
-    return [value for _, value in handler(gr.EventData(None, {}), "en")]
+    return [changes[explanation.dialog] for changes in handler(gr.EventData(None, {}), "en")]
 
 
 def test_the_dialog_is_busy_first_and_then_explains(engine):
     image = engine.picture_image("cat")
-    busy, done = answers(engine, lambda lang, event: Pair(image, "a cat", "a photo of a cat", 0.123))
+    busy, done = answers(engine, lambda event, lang: Pair(image, "a cat", "a photo of a cat", 0.123))
     assert busy["serial"] == done["serial"] > 0
     assert busy["busy"] == text("en", "explain.busy")
     assert busy["caption"] == "a photo of a cat"
@@ -191,13 +191,13 @@ def test_the_dialog_is_busy_first_and_then_explains(engine):
 
 
 def test_what_went_wrong_is_said_in_the_dialog(engine):
-    def lost(lang, event):
+    def lost(event, lang):
         raise InputError("The file did not arrive; try again.", "upload.lost")
 
     assert [value["error"] for value in answers(engine, lost)] == [text("en", "error.upload.lost")]
-    *_, empty = answers(engine, lambda lang, event: Pair(Image.new("RGB", (40, 40)), "x", " "))
+    *_, empty = answers(engine, lambda event, lang: Pair(Image.new("RGB", (40, 40)), "x", " "))
     assert empty["error"] == text("en", "error.caption.empty")
 
 
 def test_where_there_is_nothing_to_explain_nothing_opens(engine):
-    assert answers(engine, lambda lang, event: None) == []
+    assert answers(engine, lambda event, lang: None) == []

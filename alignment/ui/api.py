@@ -1,13 +1,12 @@
-"""Top floor, the API: what programs may ask, by `gradio_client`, by plain HTTP or, with `app.py --mcp`, as MCP tools.
+"""UI, API: what programs may ask, through `gradio_client`, plain HTTP or, with `app.py --mcp`, as MCP tools.
 
-Place in the flow: beside the tabs, on the same engine and in the same queues. Gradio reads types and texts off the
-signatures and docstrings here (no `from __future__ import annotations`: it cannot read those), and an agent chooses a
-tool by them. Errors are said in English.
+Place in the flow: beside the tabs, on the same engine and in the same queues. Gradio makes the schema from the
+signatures and docstrings here (no `from __future__ import annotations`: it cannot resolve those), and an agent chooses
+a tool by them. Errors are in English; `GuardedBlocks` returns them to the client.
 """
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from alignment.ui.api_input import (
     MAX_PICTURES,
     MAX_RESULTS,
     SentPicture,
-    forgotten,
-    opened,
+    deleted_afterwards,
+    open_pictures,
     read_caption,
     read_captions,
     read_count,
@@ -41,7 +40,7 @@ from alignment.ui.api_schemas import (
     rows,
 )
 from alignment.ui.uploads import MAX_FILE_MB
-from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE, user_errors
+from alignment.ui.widgets import queue_options
 
 
 class Api:
@@ -84,7 +83,7 @@ class Api:
             if false, the matches are only the least bad ones. something_fits: calibrated chance that any caption of the
             gallery is a match.
         """
-        with forgotten([image]):
+        with deleted_afterwards([image]):
             count, lang = read_count(k), self._language(lang)
             (embed,) = self._embed([image])
             return captions_found(self.engine.search_captions(embed, count, lang or None))
@@ -102,7 +101,7 @@ class Api:
             (each pair by itself; null for a model without a bias). best_captions: for each picture the column of its
             best caption, from 0. best_images: for each caption the row of its best picture, from 0.
         """
-        with forgotten(images):
+        with deleted_afterwards(images):
             texts = read_captions(captions)
             return matrix(self.engine.align(self._embed(images), texts), self.engine.encoder.logit_bias)
 
@@ -116,7 +115,7 @@ class Api:
             embeddings: a vector of length 1 for each picture. fingerprint: of the model; vectors of different
             models cannot be compared.
         """
-        with forgotten(images):
+        with deleted_afterwards(images):
             return {"embeddings": rows(self._embed(images)), "fingerprint": self.engine.encoder.fingerprint}
 
     def embed_captions(self, captions: list[str]) -> Embeddings:
@@ -172,45 +171,20 @@ class Api:
         return str(lang)
 
     def _embed(self, images: object) -> Tensor:
-        """Embed one picture after the other: no more than one lies decoded in memory; (n, embed_dim)."""
-        return torch.stack([self.engine.embed_image(picture) for picture in opened(images, self.engine.draft_size)])
+        """Embed pictures, (n, embed_dim), one after the other, so that one at a time is decoded in memory."""
+        return torch.stack([self.engine.embed_image(image) for image in open_pictures(images, self.engine.draft_size)])
 
 
 def add_api(engine: AlignmentEngine) -> None:
-    """Offer the engine to programs; to be called inside a page."""
+    """Add the endpoints to the current page."""
     api = Api(engine)
-    for endpoint, work, limit in (
-        (api.search_images, "search", SEARCHES_AT_ONCE),
-        (api.search_captions, "search", SEARCHES_AT_ONCE),
-        (api.similarity_matrix, "upload", UPLOADS_AT_ONCE),
-        (api.embed_images, "upload", UPLOADS_AT_ONCE),
-        (api.embed_captions, "search", SEARCHES_AT_ONCE),
-        (api.describe, "search", SEARCHES_AT_ONCE),
-    ):
-        gr.api(
-            _answering(endpoint),
-            api_name=endpoint.__name__,
-            api_description=_described(endpoint),
-            concurrency_id=work,
-            concurrency_limit=limit,
-        )
+    uploads = (api.similarity_matrix, api.embed_images)
+    for endpoint in (api.search_images, api.search_captions, *uploads, api.embed_captions, api.describe):
+        queue = queue_options("upload" if endpoint in uploads else "search")
+        gr.api(endpoint, api_name=endpoint.__name__, api_description=_description(endpoint), **queue)
 
 
-def _described(endpoint: Callable[..., Any]) -> str:
-    """Say what an endpoint does and gives; what it takes Gradio says of each parameter."""
+def _description(endpoint: Callable[..., Any]) -> str:
+    """Return what an endpoint does and returns; Gradio adds the description of each parameter."""
     does, _, gives = (inspect.getdoc(endpoint) or "").partition("Returns:")
     return " ".join(f"{does.partition('Args:')[0]} Returns: {gives}".split())
-
-
-def _answering(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Let an endpoint say what is wrong in a sentence; the log has the rest."""
-
-    @wraps(endpoint)
-    def answer(*args: Any) -> Any:
-        try:
-            with user_errors():
-                return endpoint(*args)
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return answer

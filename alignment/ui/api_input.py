@@ -1,13 +1,12 @@
-"""Top floor, what programs send: validated as strictly as what a browser sends.
+"""UI, API input: what programs send, validated as strictly as what a browser sends.
 
-Place in the flow: `request -> GuardedBlocks (no URLs) -> opened / read_* (here) -> api -> engine`.
+Place in the flow: `request -> GuardedBlocks (no URLs) -> open_pictures / read_* (here) -> api -> engine`.
 """
 
 import base64
-import binascii
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypedDict
 from urllib.parse import unquote
 
@@ -21,8 +20,8 @@ from alignment.ui.uploads import MAX_FILE_MB, Upload, delete_uploads, read_uploa
 MAX_RESULTS = 100
 MAX_PICTURES = MAX_CAPTIONS = 64
 
-_BASE64 = re.compile(r"(/9j/|iVBORw0K|UklGR|R0lGOD|SUkq|TU0A|Qk)[\w+/=\s-]{100,}\Z", re.ASCII)  # of picture files
-_OUR_FILES = "/gradio_api/file="
+_BARE_BASE64 = re.compile(r"(/9j/|iVBORw0K|UklGR|R0lGOD|SUkq|TU0A|Qk)[\w+/=\s-]{100,}\Z", re.ASCII)  # of a picture
+_UPLOAD_ADDRESS = "/gradio_api/file="
 
 
 class UploadedFile(TypedDict):
@@ -36,10 +35,7 @@ SentPicture = str | UploadedFile
 """A picture in a request: a data URL, or what uploading it gave (a path, its address here, or a client's file)."""
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def opened(images: object, draft_size: int | None = None) -> Iterator[Image.Image]:
+def open_pictures(images: object, draft_size: int | None = None) -> Iterator[Image.Image]:
     """Open the pictures of a request one after the other.
 
     Args:
@@ -47,7 +43,7 @@ def opened(images: object, draft_size: int | None = None) -> Iterator[Image.Imag
         draft_size: see `open_image`.
 
     Raises:
-        InputError: when they are no list of as many as may be, or one of them is no picture.
+        InputError: when they are no list of 1 to `MAX_PICTURES`, or one of them is no picture.
     """
     sent = _list(images, "images", MAX_PICTURES)
     for place, image in enumerate(sent, 1):
@@ -59,8 +55,8 @@ def opened(images: object, draft_size: int | None = None) -> Iterator[Image.Imag
 
 
 @contextmanager
-def forgotten(images: object) -> Iterator[None]:
-    """Delete the uploads among the pictures of a request once it is answered, whatever the answer was."""
+def deleted_afterwards(images: object) -> Iterator[None]:
+    """Delete the uploads among the pictures of a request when it ends, also by an error."""
     try:
         yield
     finally:
@@ -70,8 +66,8 @@ def forgotten(images: object) -> Iterator[None]:
 
 def _bytes(image: object) -> bytes:
     if isinstance(image, str) and image.startswith("data:"):
-        return _decoded(image)
-    if isinstance(image, str) and _BASE64.match(image):
+        return _decode(image)
+    if isinstance(image, str) and _BARE_BASE64.match(image):
         raise InputError('Base64 needs "data:image/jpeg;base64," in front of it.', "api.data_url")
     upload = _upload(image)
     if upload is None:
@@ -82,39 +78,35 @@ def _bytes(image: object) -> bytes:
 
 
 def _upload(image: object) -> Upload | None:
-    """Find out where a picture was uploaded to; an address of ours stands for the file behind it."""
+    """Return the upload that a path, or the address of one, stands for; None for anything else."""
     path = image.get("path") if isinstance(image, dict) else image
     if not isinstance(path, str) or not path or path.startswith("data:"):
         return None
-    return Upload("", unquote(path.partition(_OUR_FILES)[2]) or path)
+    return Upload("", unquote(path.partition(_UPLOAD_ADDRESS)[2]) or path)
 
 
-def _decoded(url: str) -> bytes:
+def _decode(url: str) -> bytes:
     head, _, body = url.partition(",")
     if len(body) * 3 > MAX_FILE_MB * 2**20 * 4:
         raise InputError("The picture has more than {limit} MB; make it smaller.", "api.size", limit=MAX_FILE_MB)
-    try:
-        # Many programs break base64 into lines.
-        data = base64.b64decode("".join(unquote(body).split()), validate=True) if head.endswith(";base64") else b""
-    except (binascii.Error, ValueError):
-        data = b""
+    data = b""
+    if head.endswith(";base64"):
+        with suppress(ValueError):  # many programs break base64 into lines
+            data = base64.b64decode("".join(unquote(body).split()), validate=True)
     if not data:
         raise InputError('A data URL has to look like "data:image/jpeg;base64,...".', "api.data_url")
     return data
 
 
-# ---------------------------------------------------------------- captions and numbers
-
-
 def read_caption(caption: object) -> str:
-    """Read one caption; InputError when it is no text, empty or too long."""
+    """Read a caption. Raises InputError when it is no text, empty or too long."""
     if not isinstance(caption, str):
         raise InputError("A caption has to be text.", "api.caption")
     return clean_caption(caption)
 
 
 def read_captions(captions: object) -> list[str]:
-    """Read several captions; InputError when they are no list of as many as may be, or one of them is wrong."""
+    """Read captions. Raises InputError when they are no list of 1 to `MAX_CAPTIONS`, or one of them is wrong."""
     cleaned = []
     for place, caption in enumerate(_list(captions, "captions", MAX_CAPTIONS), 1):
         try:
@@ -125,7 +117,7 @@ def read_captions(captions: object) -> list[str]:
 
 
 def read_count(k: object) -> int:
-    """Read how many results are wanted; InputError when it is no number from 1 to `MAX_RESULTS`."""
+    """Read a number of results. Raises InputError when it is no whole number from 1 to `MAX_RESULTS`."""
     if isinstance(k, bool) or not isinstance(k, int | float) or k != k // 1 or not 1 <= k <= MAX_RESULTS:
         raise InputError("k has to be a whole number from 1 to {limit}.", "api.k", limit=MAX_RESULTS)
     return int(k)

@@ -1,10 +1,11 @@
-"""Top floor, drawings of our own with captions: the example of what a zip for the tab "Evaluate" looks like."""
+"""UI, sample data set: drawings with captions, as an example of the zip files that the tab "Evaluate" reads."""
 
 from __future__ import annotations
 
 import csv
 import io
 import zipfile
+from itertools import product
 
 from PIL import Image, ImageDraw
 
@@ -12,29 +13,26 @@ from alignment.ui.strings import text
 
 SIDE = 320
 COLOURS = {"red": "#d03a2f", "blue": "#2f5fd0", "green": "#2c8f4a", "yellow": "#e8b820"}
-TABLE = "captions"
 SHAPES = ("circle", "square", "triangle")
 
 
 def sample_zip(lang: str) -> bytes:
-    """Draw a few shapes and pack them, with a captions file in this language and a line that says what it is."""
-    names, table = [], io.StringIO()
+    """Draw a few shapes and pack them with a table of captions in this language."""
+    table, buffer = io.StringIO(), io.BytesIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image", "caption"])
-    buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        for shape in SHAPES:
-            for colour in COLOURS:
-                names.append(f"images/{colour}_{shape}.png")
-                what = {"colour": text(lang, f"drawing.{colour}"), "shape": text(lang, f"drawing.{shape}")}
-                for form in ("drawing.caption", "drawing.caption.other"):
-                    writer.writerow([names[-1], text(lang, form, **what)])
-                file.writestr(names[-1], _drawn(shape, COLOURS[colour]))
-        file.writestr(f"{TABLE}.csv", "\ufeff" + table.getvalue())  # the mark tells spreadsheets that it is UTF-8
+        for shape, colour in product(SHAPES, COLOURS):
+            name = f"images/{colour}_{shape}.png"
+            what = {"colour": text(lang, f"drawing.{colour}"), "shape": text(lang, f"drawing.{shape}")}
+            for form in ("drawing.caption", "drawing.caption.other"):
+                writer.writerow([name, text(lang, form, **what)])
+            file.writestr(name, _draw(shape, COLOURS[colour]))
+        file.writestr("captions.csv", "\ufeff" + table.getvalue())  # the mark tells spreadsheets that it is UTF-8
     return buffer.getvalue()
 
 
-def _drawn(shape: str, colour: str) -> bytes:
+def _draw(shape: str, colour: str) -> bytes:
     image = Image.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(image)
     low, high = SIDE // 5, SIDE - SIDE // 5
