@@ -30,8 +30,7 @@ from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 from alignment.server import GuardedBlocks, Service, Settings, harden_mcp
-from alignment.ui.api import Api, add_api
-from alignment.ui.api_input import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS
+from alignment.ui.api import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS, Api, add_api
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
 from tests.http_client import run_coroutine
 

@@ -17,6 +17,8 @@ from PIL import Image
 import app
 from alignment import preprocess
 from alignment.confidence import VERDICTS
+from alignment.data.sidecars import UNUSED_SIDECARS
+from alignment.data.tables import ClassLabelsOnly
 from alignment.engine import AlignmentEngine, Skipped
 from alignment.gallery import Caption, Gallery, Match, SearchResult, build_gallery
 from alignment.model import DualEncoder
@@ -26,9 +28,9 @@ from alignment.ui.api import Api
 from alignment.ui.drop import photos_drop_value
 from alignment.ui.examples import Examples
 from alignment.ui.results import captions_value, cosine, percent
-from alignment.ui.strings import count_text, error_text, pick_language, strings, text
+from alignment.ui.strings import WORDS, count_text, error_text, pick_language, strings, text
 from alignment.ui.uploads import PhotoState, Upload, add_uploads, delete_uploads, read_upload, uploads_of
-from alignment.ui.widgets import user_errors
+from alignment.ui.widgets import ASSETS, user_errors
 
 UI = Path(app.__file__).parent / "alignment" / "ui"
 
@@ -254,14 +256,22 @@ def test_both_languages_say_the_same_things():
 def test_every_key_used_is_there_and_every_one_there_is_used():
     sources = "\n".join(path.read_text("utf-8") for path in (*UI.glob("*.py"), Path(app.__file__)))
     sources = sources.replace((UI / "strings.py").read_text("utf-8"), "")
+    scripts = "\n".join(path.read_text("utf-8") for path in ASSETS.glob("*.js"))
     for key in re.findall(r'text\(lang, "([\w.]+)"', sources):
         assert key in strings()["en"]
     # Put together from their parts.
     built = ("error.", "example.", "matrix.view.", "matrix.meaning.", "matrix.label.", "drawing.")
+    reasons = json.loads((WORDS / "evaluate.json").read_text("utf-8"))
     for key in strings()["en"]:
         last = key.removesuffix(".one").partition(".")[2] or key
-        told = key.startswith(built) or last in VERDICTS
+        told = key.startswith(built) or last in VERDICTS or reasons.get(key, {}).get("reasons")
+        told = told or re.search(rf'labels\.{re.escape(last)}\b|labels\["{re.escape(last)}"\]', scripts)
         assert told or f'"{key.removesuffix(".one")}"' in sources or f".{last}" in sources, key
+
+
+def test_every_reason_that_the_code_names_by_a_constant_has_its_sentence():
+    known = [entry.get("reasons", []) for entry in json.loads((WORDS / "evaluate.json").read_text("utf-8")).values()]
+    assert {UNUSED_SIDECARS, ClassLabelsOnly.REASON} <= {reason for reasons in known for reason in reasons}
 
 
 def test_every_error_of_the_door_is_translated():

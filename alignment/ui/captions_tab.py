@@ -48,8 +48,7 @@ class CaptionsTab(Tab):
         first = self.examples.described[:1]
         return self._gallery_query(first[0]) if first else ImageQuery()
 
-    def lay_out(self, lang: str) -> None:
-        """Make the components."""
+    def _lay_out(self, lang: str) -> None:
         (self.asked,) = self.add_states(self.first)
         with gr.Row(elem_classes=["al-columns"]):
             with gr.Column(scale=5, min_width=300):
@@ -58,8 +57,7 @@ class CaptionsTab(Tab):
             with gr.Column(scale=7, min_width=300):
                 self.results = self.add_widget("captions", "results", self._results_value)
 
-    def bind_events(self) -> None:
-        """Bind the handlers."""
+    def _bind_events(self) -> None:
         self.url_outputs = [self.asked, self.drop, self.results]
         self.on(self.drop.files, self._add_upload, self.url_outputs, "search")
         self.on(self.chips.pick, self._show_example, self.url_outputs)
@@ -76,8 +74,6 @@ class CaptionsTab(Tab):
         """Show the gallery's picture of this id, or the first one."""
         picture = self.engine.gallery.picture(asked)
         return self.redraw(lang, self.url_outputs, self._gallery_query(picture) if picture else self.first)
-
-    # ------------------------------------------------------------ handlers
 
     def _add_upload(self, event: gr.EventData, lang: str, asked: ImageQuery) -> Changes:
         uploads = uploads_of(event_data(event))
@@ -108,8 +104,6 @@ class CaptionsTab(Tab):
 
     def _gallery_query(self, picture: Picture) -> ImageQuery:
         return ImageQuery(self.engine.picture_embed(picture.id), self.examples.preview(picture), picture.id)
-
-    # ------------------------------------------------------------ views
 
     def _name(self, lang: str, asked: ImageQuery) -> str:
         picture = None if asked.photo else self.engine.gallery.picture(asked.name)

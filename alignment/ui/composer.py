@@ -65,15 +65,8 @@ def _caption_terms(asked: TextQuery) -> tuple[Term, ...]:
         return ()
 
 
-# ---------------------------------------------------------------- edits
-
-
 def edit_query(asked: TextQuery, data: object) -> tuple[str, tuple[QueryPicture, ...]]:
-    """Apply an event of `composer.js`, which is untrusted; one that makes no sense changes nothing.
-
-    Returns:
-        The new content of the search box, and the pictures.
-    """
+    """Return search box and pictures after the untrusted event of `composer.js`; an invalid one changes nothing."""
     sent = data if isinstance(data, dict) else {}
     for place, picture in enumerate(asked.pictures):
         if picture.term.picture == sent.get("picture"):
@@ -114,17 +107,8 @@ def _replace_at(items: tuple[Any, ...], place: int, new: Sequence[Any]) -> tuple
     return (*items[:place], *new, *items[place + 1 :])
 
 
-# ---------------------------------------------------------------- views
-
-
 def composer_value(lang: str, asked: TextQuery, names: Sequence[str]) -> Value:
-    """Lay the terms out for `composer.js`; a single caption of weight 1 is shown in the search box alone.
-
-    Args:
-        lang: of the page.
-        asked: the query.
-        names: what to call each of its pictures.
-    """
+    """Lay the terms out for `composer.js`, with the names of the pictures; one plain caption needs no chip."""
     captions = _caption_terms(asked)
     if len(captions) == 1 and captions[0].weight == 1 and not asked.pictures:
         captions = ()

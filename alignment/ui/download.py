@@ -28,13 +28,9 @@ class BrowserDownload:
         button_value: Callable[..., Value],
         inputs: Sequence[Any],
     ) -> None:
-        """Let a button of `download.js` download a file.
+        """Let a button of `download.js` save the file (name, media type, content) that `make_file` returns.
 
-        Args:
-            button: the button.
-            make_file: returns name, media type and content, given the values of `inputs`.
-            button_value: what the button shows, given the same values.
-            inputs: components, the language first.
+        Both functions get the values of `inputs`, the language first.
         """
 
         def download(lang: str, *values: Any) -> Changes:

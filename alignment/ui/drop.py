@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.engine import MAX_ZIP_MB, Skipped
 from alignment.preprocess import sanitize_text
-from alignment.ui.strings import count_text, error_text, text
+from alignment.ui.strings import count_text, error_text, labels, text
 from alignment.ui.uploads import MAX_FILE_MB, PhotoState
 from alignment.ui.widgets import Value
 
@@ -28,8 +28,7 @@ def drop_value(lang: str, title: str, *, max_files: int = 1, **more: Any) -> Val
         "many": many,
         "maxFiles": max_files,
         "maxBytes": MAX_FILE_MB * 2**20,
-        "busy": text(lang, "drop.busy"),
-        "uploading": text(lang, "drop.uploading", done="{done}", total="{total}"),
+        "labels": labels(lang, "drop."),
         **more,
     }
 
@@ -55,27 +54,9 @@ def progress_value(lang: str, title: str, done: int, total: int, max_files: int)
     return drop_value(lang, title, max_files=max_files, progress=progress)
 
 
-def parts_value(lang: str, batch: int, run: int) -> Value:
-    """Lay out what the area needs to send files in parts, to estimate the time left, and to stop.
-
-    Args:
-        lang: of the page.
-        batch: files in a part.
-        run: number of the part that has been dealt with; 0 for none.
-    """
-    return {
-        "batch": batch,
-        "run": run,
-        "maxZipBytes": MAX_ZIP_MB * 2**20,
-        "reading": text(lang, "drop.reading", done="{done}", total="{total}"),
-        "stop": text(lang, "drop.stop"),
-        "stopping": text(lang, "drop.stopping"),
-        "stopped": text(lang, "drop.stopped"),
-        "left": {
-            "seconds": text(lang, "drop.left.seconds", count="{count}"),
-            "minutes": text(lang, "drop.left.minutes", count="{count}"),
-        },
-    }
+def parts_value(batch: int, run: int) -> Value:
+    """Let the area send files in parts of `batch`, which it can stop; `run` is the last part that was dealt with."""
+    return {"batch": batch, "run": run, "maxZipBytes": MAX_ZIP_MB * 2**20}
 
 
 def part_of(data: object) -> tuple[int, bool]:

@@ -27,12 +27,11 @@ from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
 from alignment.ui.download import BrowserDownload
 from alignment.ui.drop import drop_value, part_of, parts_value
-from alignment.ui.jobs import Jobs
 from alignment.ui.report import report_json, report_value
 from alignment.ui.sample_dataset import sample_zip
 from alignment.ui.strings import LANGUAGES, error_text, text
 from alignment.ui.tab import Tab
-from alignment.ui.uploads import Upload, delete_uploads, uploads_of, validate_upload
+from alignment.ui.uploads import Jobs, Upload, delete_uploads, uploads_of, validate_upload
 from alignment.ui.widgets import Changes, Value, data_url, on_event, user_errors
 
 STEPS = {"unpacking": "evaluate.unpacking", "pictures": "evaluate.pictures", "captions": "evaluate.captions"}
@@ -54,8 +53,7 @@ class EvaluateTab(Tab):
 
     key = "evaluate"
 
-    def lay_out(self, lang: str) -> None:
-        """Make the components."""
+    def _lay_out(self, lang: str) -> None:
         self.jobs = Jobs()
         self.example = lru_cache(len(LANGUAGES))(lambda lang: gallery_trial(self.engine.starter, lang))
         (self.measured,) = self.add_states(Measured())
@@ -68,15 +66,12 @@ class EvaluateTab(Tab):
                 self.report = self.add_widget("evaluate", "results", self._report_value)
                 self.download = self.add_widget("download", "download", self._download_value)
 
-    def bind_events(self) -> None:
-        """Bind the handlers."""
+    def _bind_events(self) -> None:
         self.on(self.drop.files, self._measure, [self.measured, self.drop, self.report, self.download], "upload")
         on_event(self.drop.halt, self._stop, [], [])
         download = BrowserDownload("evaluate-courier")
         download.serve(self.sample, self._export_sample, self._sample_value, [self.language])
         download.serve(self.download, self._export_report, self._download_value, [self.language, self.measured])
-
-    # ------------------------------------------------------------ handlers
 
     def _measure(self, event: gr.EventData, request: gr.Request, lang: str, measured: Measured) -> Iterator[Changes]:
         uploads, (run, _) = uploads_of(event_data(event))[:1], part_of(event_data(event))
@@ -115,13 +110,11 @@ class EvaluateTab(Tab):
             raise InputError("There is nothing to report yet; choose a zip file first.", "trial.none")
         return "report.json", "application/json", report_json(result, self.engine.encoder, measured.name)
 
-    # ------------------------------------------------------------ views
-
     def _drop_value(self, lang: str, measured: Measured, run: int = 0) -> Value:
         error = f"{measured.bad_file}: {error_text(lang, measured.error)}" if measured.error else ""
         how = text(lang, "evaluate.how", limit=MAX_ZIP_MB)
         area = drop_value(lang, text(lang, "evaluate.drop"), accept=".zip", how=how, error=error)
-        return area | parts_value(lang, 1, run)
+        return area | parts_value(1, run)
 
     def _busy_value(self, lang: str, step: Progress) -> Value:
         said = text(lang, STEPS[step.what], done=step.done + 1, total=step.total)

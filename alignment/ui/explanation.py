@@ -18,7 +18,7 @@ from alignment.heatmap import heat_colours, patch_overlay
 from alignment.preprocess import InputError
 from alignment.server.sessions import Immutable, session_state
 from alignment.ui.results import cosine
-from alignment.ui.strings import error_text, text
+from alignment.ui.strings import error_text, labels, text
 from alignment.ui.widgets import Changes, Value, data_url, on_event, user_errors, widget
 
 PIXELS = 720
@@ -64,12 +64,9 @@ class ExplanationDialog:
         self.state = session_state(ExplanationState())
 
     def on_event(self, event: Callable[..., Any], find_pair: Callable[..., Pair | None], inputs: Sequence[Any]) -> None:
-        """Let an event open the dialog.
+        """Let an event open the dialog on the pair that `find_pair` returns, if any.
 
-        Args:
-            event: such as `results.why`.
-            find_pair: given the event and the values of `inputs`; None opens nothing.
-            inputs: components, the language first.
+        It gets the event's data and the values of `inputs`, the language first.
         """
 
         def explain(event: gr.EventData, lang: str, *values: Any) -> Iterator[Changes]:
@@ -101,19 +98,16 @@ class ExplanationDialog:
         """Lay the dialog out for `explain.js`; an open one stays open in another language."""
         value: Value = {
             "serial": state.serial,
-            "title": text(lang, "explain.title"),
-            "close": text(lang, "explain.close"),
+            "labels": labels(lang, "explain."),
             "caption": state.caption,
             "lang": "zh" if any("\u4e00" <= character <= "\u9fff" for character in state.caption) else None,
             "plain": state.plain,
             "alt": state.name,
-            "picture": text(lang, "explain.places"),
+            "busy": state.serial > 0 and not state.error and not state.explained,
         }
         if state.error:
             return {**value, "error": error_text(lang, state.error)}
-        if state.explained is None:
-            return {**value, "busy": text(lang, "explain.busy") if state.serial else ""}
-        return {**value, **_answer_value(lang, state, state.explained)}
+        return {**value, **_answer_value(lang, state, state.explained)} if state.explained else value
 
 
 def _answer_value(lang: str, state: ExplanationState, explained: Explanation) -> Value:
@@ -124,29 +118,20 @@ def _answer_value(lang: str, state: ExplanationState, explained: Explanation) ->
         "alt": text(lang, "explain.picture", name=state.name),
         "overlay": state.overlay,
         "score": {
-            "heading": text(lang, "explain.score"),
             "said": text(lang, "explain.cosine", cosine=cosine(explained.cosine)) + verdict,
             "verdict": verdict,
-            "note": text(lang, "explain.score.note"),
             "axis": _axis_value(lang, explained),
         },
         "places": {
-            "note": text(lang, "explain.places.note"),
-            "slider": text(lang, "explain.places.slider"),
-            "plain": text(lang, "explain.places.plain"),
-            "overlay": text(lang, "explain.places.overlay"),
             "low": f"≤ {scale.places[0]:.2f}",
             "high": f"≥ {scale.places[1]:.2f}",
             "colours": [f"#{bytes(colour).hex()}" for colour in heat_colours(_STOPS, dark=True)],
         },
         "words": {
-            "heading": text(lang, "explain.words"),
-            "note": text(lang, "explain.words.note"),
             "low": text(lang, "explain.against", value=_signed(-scale.words)),
             "high": text(lang, "explain.for", value=_signed(scale.words)),
         },
         "terms": _term_values(state.caption, explained),
-        "fixed": text(lang, "explain.fixed"),
     }
 
 

@@ -25,7 +25,7 @@ from alignment.server.sessions import Immutable
 from alignment.ui.drop import photos_drop_value, progress_value
 from alignment.ui.examples import NUM_COMPARED
 from alignment.ui.explanation import Pair
-from alignment.ui.strings import LANGUAGES, error_text, strings, text
+from alignment.ui.strings import LANGUAGES, error_text, labels, text
 from alignment.ui.tab import Tab
 from alignment.ui.uploads import PhotoState, add_uploads, uploads_of
 from alignment.ui.widgets import Changes, Value, data_url, picked, user_errors
@@ -62,8 +62,7 @@ class MatrixTab(Tab):
 
     key = "matrix"
 
-    def lay_out(self, lang: str) -> None:
-        """Make the components."""
+    def _lay_out(self, lang: str) -> None:
         ids = [picture.id for picture in self.examples.pictures[:NUM_COMPARED]]
         self.sample = PhotoState(self.engine.gallery_photos(ids, both=True))
         (self.compared,) = self.add_states(self.compare(self.sample, self._example(lang)))
@@ -79,8 +78,7 @@ class MatrixTab(Tab):
             with gr.Column(scale=8, min_width=300):
                 self.table = self.add_widget("matrix", "table", self.table_value, ("matrix_maths", "matrix_files"))
 
-    def bind_events(self) -> None:
-        """Bind the handlers."""
+    def _bind_events(self) -> None:
         self.inputs = [self.captions, self.compared]
         self.shown = [self.drop, self.compared, self.table]
         self.url_outputs = [self.captions, *self.shown]
@@ -116,8 +114,6 @@ class MatrixTab(Tab):
         except InputError as error:
             return Compared(photos, error=error)
 
-    # ------------------------------------------------------------ handlers
-
     def _add_files(self, event: gr.EventData, lang: str, typed: str, compared: Compared) -> Iterator[Changes]:
         uploads = uploads_of(event_data(event))
         for photos, done, total in add_uploads(self.engine, compared.photos, uploads, MAX_PICTURES):
@@ -151,8 +147,6 @@ class MatrixTab(Tab):
         cosine = float(compared.alignments[0].similarity[column, row])
         return Pair(image, photos.name(pictures[column], lang), compared.captions[row], cosine)
 
-    # ------------------------------------------------------------ views
-
     def _example(self, lang: str) -> str:
         return "\n".join(self.examples.compared(lang))
 
@@ -184,7 +178,7 @@ class MatrixTab(Tab):
             "reach": _REACH * self.engine.scale.spread,
             "views": _view_values(lang, compared),
             "colours": _colours(),
-            "labels": _labels(lang),
+            "labels": labels(lang, "matrix.label."),
         }
 
     def _model_values(self, compared: Compared) -> list[Value]:
@@ -217,12 +211,6 @@ def _model_value(name: str, scale: Scale, alignment: Alignment) -> Value:
         "bias": alignment.logit_bias,
         "limits": list(colour_limits(scale)),
     }
-
-
-def _labels(lang: str) -> dict[str, str]:
-    """Return the words of the script, which fills their placeholders."""
-    prefix = "matrix.label."
-    return {key.removeprefix(prefix): words for key, words in strings()[lang].items() if key.startswith(prefix)}
 
 
 @cache

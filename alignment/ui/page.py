@@ -25,7 +25,7 @@ from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
 from alignment.ui.scan import scan_value
-from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, pick_language, strings, text
+from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, labels, pick_language, strings, text
 from alignment.ui.tab import Tab
 from alignment.ui.widgets import Changes, Value, on_event, widget
 
@@ -36,13 +36,9 @@ def build_page(
     queue: int = Settings.queue,
     photos: PhotoFolder | None = None,
 ) -> gr.Blocks:
-    """Lay the page out.
+    """Lay the page out in the language `lang`; a browser that prefers the other one changes it on loading.
 
-    Args:
-        engine: answers.
-        lang: first language; a browser that prefers the other one changes it on loading.
-        queue: requests that may wait.
-        photos: the folder whose gallery the engine searches, if it is one.
+    `queue` requests may wait. `photos` is the folder whose gallery the engine searches, if it is one.
     """
     with GuardedBlocks(title=text(lang, "title"), analytics_enabled=False) as page:
         content = PageContent(engine, lang, photos)
@@ -144,9 +140,7 @@ class PageContent:
 
     def _link_value(self, lang: str) -> Value:
         """Lay out the button that copies an address, for `link.js`."""
-        words = {"copy": "link.copy", "copied": "link.copied", "byHand": "link.by_hand"}
-        said = {name: text(lang, key) for name, key in words.items()}
-        return {"tabs": [tab.key for tab in self.tabs], "lang": lang, "words": said}
+        return {"tabs": [tab.key for tab in self.tabs], "lang": lang, "labels": labels(lang, "link.")}
 
 
 def _inputs(tabs: Sequence[Tab]) -> list[Any]:

@@ -19,10 +19,9 @@ from alignment.server.gradio_internals import event_data
 from alignment.ui.composer import TextQuery, make_query
 from alignment.ui.download import BrowserDownload
 from alignment.ui.drop import part_of, parts_value, photos_drop_value, progress_value
-from alignment.ui.jobs import Jobs
 from alignment.ui.search_tab import SearchTab
 from alignment.ui.strings import count_text, text
-from alignment.ui.uploads import PhotoState, add_uploads, uploads_of
+from alignment.ui.uploads import Jobs, PhotoState, add_uploads, uploads_of
 from alignment.ui.widgets import Changes, Value, on_event, picked
 
 BATCH = 12  # photos that are sent together
@@ -34,8 +33,7 @@ class PhotosTab(SearchTab):
     key = "photos"
     num_results = 24
 
-    def lay_out(self, lang: str) -> None:
-        """Make the components."""
+    def _lay_out(self, lang: str) -> None:
         self.jobs = Jobs()
         self.sample = PhotoState(self.engine.gallery_photos([picture.id for picture in self.examples.pictures]))
         queries = self.examples.queries(lang)
@@ -53,9 +51,8 @@ class PhotosTab(SearchTab):
                 self.chips = self.add_widget("chips", "examples", self.chips_value)
                 self.results = self.add_widget("pictures", "results", self.results_value)
 
-    def bind_events(self) -> None:
-        """Bind the handlers."""
-        super().bind_events()
+    def _bind_events(self) -> None:
+        super()._bind_events()
         collection = [self.photos, self.drop, self.notes, self.download, self.clear, self.chips]
         self.on(self.drop.files, self._add_files, collection, "upload")
         self.on(self.drop.grown, self._search_again, [self.results])
@@ -68,8 +65,6 @@ class PhotosTab(SearchTab):
     def load_from_url(self, lang: str, asked: str) -> Changes:
         """Search the sample for the query of a link."""
         return self.search(lang, asked, (), self.sample)
-
-    # ------------------------------------------------------------ handlers
 
     def _add_files(
         self, event: gr.EventData, request: gr.Request, lang: str, typed: str, asked: TextQuery, photos: PhotoState
@@ -127,13 +122,11 @@ class PhotosTab(SearchTab):
             self.clear: gr.update(interactive=not locked),
         }
 
-    # ------------------------------------------------------------ views
-
     def _title(self, lang: str) -> str:
         return text(lang, "drop.photos", limit=MAX_PHOTOS)
 
     def _parts(self, lang: str, run: int = 0) -> Value:
-        return parts_value(lang, BATCH, run) | {"accept": "image/*,.zip", "how": text(lang, "drop.how.zip")}
+        return parts_value(BATCH, run) | {"accept": "image/*,.zip", "how": text(lang, "drop.how.zip")}
 
     def _drop_value(self, lang: str, asked: TextQuery, photos: PhotoState, run: int = 0) -> Value:
         return photos_drop_value(lang, self._title(lang), photos, MAX_PHOTOS) | self._parts(lang, run)

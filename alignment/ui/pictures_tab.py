@@ -26,8 +26,7 @@ class PicturesTab(SearchTab):
     key = "pictures"
     num_results = 12
 
-    def lay_out(self, lang: str) -> None:
-        """Make the components."""
+    def _lay_out(self, lang: str) -> None:
         first = make_query(self.engine, self.examples.queries(lang)[0])
         self.add_states(first)
         self.add_search_box(lang, first)
@@ -38,9 +37,8 @@ class PicturesTab(SearchTab):
         self.sample = self.add_widget("chips", "sample", self._sample_value)
         self.results = self.add_widget("pictures", "results", self.results_value)
 
-    def bind_events(self) -> None:
-        """Bind the handlers."""
-        super().bind_events()
+    def _bind_events(self) -> None:
+        super()._bind_events()
         self.on(self.help.pick, self.search_example, self.url_outputs, "search")
         self.on(self.drop.files, self._add_upload, [self.drop, *self.url_outputs], "search")
 

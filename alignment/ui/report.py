@@ -6,59 +6,22 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
-from alignment.data.sidecars import UNUSED_SIDECARS
-from alignment.data.tables import ClassLabelsOnly
 from alignment.engine.dataset_eval import MAX_NAME, RESAMPLES, EvalResult, SuspectedLabel
 from alignment.evaluate import KS
 from alignment.evaluate.error_analysis import Example
 from alignment.model import DualEncoder
 from alignment.preprocess import sanitize_text
 from alignment.ui.results import percent
-from alignment.ui.strings import text
+from alignment.ui.strings import WORDS, text
 from alignment.ui.widgets import Value
 
 SHOWN_NAMES = 5
 DIRECTIONS = {"image_to_text": "evaluate.image_to_text", "text_to_image": "evaluate.text_to_image"}
-LEFT_OUT = {
-    "missing pictures": "evaluate.left.missing",
-    "empty captions": "evaluate.left.empty",
-    "paths outside the data set": "evaluate.left.outside",
-    "lines without a picture": "evaluate.left.no_picture",
-    "unreadable lines": "evaluate.left.lines",
-    "ends of very long captions": "evaluate.left.long",
-    "pictures of a kind not read here": "evaluate.left.kind",
-    "kind": "evaluate.left.kind",
-    "link": "evaluate.left.link",
-    "name": "evaluate.left.name",
-    "twice": "evaluate.left.twice",
-    "doubles": "evaluate.left.doubles",
-    "uncaptioned": "evaluate.left.uncaptioned",
-    "pictures that no caption names": "evaluate.left.uncaptioned",
-    "captions of images that are not listed": "evaluate.left.missing",
-    "lines with more values than columns": "evaluate.left.values",
-    "lines with a quotation mark that is not closed": "evaluate.left.quotation",
-    "lines with a delimiter in a value without quotation marks": "evaluate.left.delimiter",
-    "captions with damaged characters": "evaluate.left.damaged",
-    "files not in UTF-8": "evaluate.left.encoding",
-    "names that differ from their pictures' in upper and lower case": "evaluate.left.case",
-    "pictures of several splits, taken for the first": "evaluate.left.splits",
-    "text files beside pictures that hold no words": "evaluate.left.no_words",
-    "unreadable captions": "evaluate.left.unread",
-    "other files of captions, whose path has to be given": "evaluate.left.other_files",
-    UNUSED_SIDECARS: "evaluate.left.other_files",
-    "text files that may belong to several pictures": "evaluate.left.other_files",
-    "text files beside which no picture of their name lies": "evaluate.left.other_files",
-    "addresses on the network, which are not opened": "evaluate.left.outside",
-    "further answers of a conversation": "evaluate.left.answers",
-    ClassLabelsOnly.REASON: "evaluate.left.classes",
-    "cut": "evaluate.left.cut",
-    "unread": "evaluate.left.unread",
-}
 
-PictureValue = Callable[[str, str], Value]
-"""Lays a picture out, given its name and the key of the label below it."""
+PictureValue = Callable[[str, str], Value]  # of a picture's name and the key of the label below it
 
 
 def report_value(
@@ -66,13 +29,7 @@ def report_value(
 ) -> Value:
     """Lay a report out for `evaluate.js`.
 
-    Args:
-        lang: of the page.
-        result: what was measured.
-        heading: of the report.
-        note: below the heading.
-        images: picture -> address of its thumbnail.
-        names: picture -> what to call it, where that is not its name in the zip.
+    `images` has the addresses of the pictures' thumbnails, `names` what to call those that are not in a zip.
     """
 
     def picture(name: str, label: str) -> Value:
@@ -122,10 +79,17 @@ def _cell_value(lang: str, result: EvalResult, name: str) -> Value:
     return {"value": value, "interval": f"{low} – {high}", "chanceText": said, **shares}
 
 
+@cache
+def _known_reasons() -> dict[str, str]:
+    """Return reason -> key of its sentence; words/evaluate.json lists the reasons beside each sentence."""
+    words = json.loads((WORDS / "evaluate.json").read_text("utf-8"))
+    return {reason: key for key, entry in words.items() for reason in entry.get("reasons", ())}
+
+
 def _left_out_value(lang: str, result: EvalResult) -> Value | None:
     items = []
     for reason, names in result.left_out.items():
-        known = LEFT_OUT.get(reason) or ("evaluate.left.unopened" if "." in reason else "evaluate.left.other")
+        known = _known_reasons().get(reason) or ("evaluate.left.unopened" if "." in reason else "evaluate.left.other")
         more = "" if len(names) <= SHOWN_NAMES else text(lang, "drop.more", count=len(names) - SHOWN_NAMES)
         shown = [sanitize_text(name, MAX_NAME) for name in names[:SHOWN_NAMES]]
         items.append({"reason": text(lang, known, count=len(names)), "names": shown, "more": more})
@@ -155,13 +119,7 @@ def _line_values(lang: str, lines: Mapping[str, str]) -> list[Value]:
 
 
 def report_json(result: EvalResult, encoder: DualEncoder, name: str) -> bytes:
-    """Write a report for programs; its metrics have the names that `python -m alignment.evaluate` gives them.
-
-    Args:
-        result: what was measured.
-        encoder: with what.
-        name: of the file it came in; "" for the worked example.
-    """
+    """Write a report on the file `name` for programs, with the metric names of `python -m alignment.evaluate`."""
     worst = [
         {
             "direction": one.direction,

@@ -7,22 +7,12 @@ from typing import Any, TypeVar
 
 from alignment.gallery import Caption, Match, Picture, SearchResult
 from alignment.preprocess import InputError, sanitize_text
-from alignment.ui.strings import error_text, text
+from alignment.ui.strings import error_text, labels, text
 from alignment.ui.widgets import Value
 
 Item = TypeVar("Item", Picture, Caption)
 
 SHOWN_ALIKE = 24  # near duplicates folded under a result
-LABELS = {
-    "cosine": "result.cosine",
-    "match": "result.match",
-    "why": "result.why",
-    "more": "result.more",
-    "less": "result.less",
-    "moreShort": "result.more.short",
-    "lessShort": "result.less.short",
-    "remove": "photos.remove",
-}
 
 
 def captions_value(found: SearchResult[Caption], lang: str, *, total: int) -> Value:
@@ -31,7 +21,7 @@ def captions_value(found: SearchResult[Caption], lang: str, *, total: int) -> Va
     def caption_value(caption: Caption) -> Value:
         return {"id": caption.id, "text": caption.text, "lang": caption.lang or None}
 
-    return _results_value("captions", found, lang, total, ("rows", "captions.alike"), caption_value)
+    return _results_value(("captions", "captions.alike", "rows"), found, lang, total, caption_value)
 
 
 def pictures_value(
@@ -52,7 +42,7 @@ def pictures_value(
         image_of: returns the address of a picture's thumbnail.
         total: how many pictures competed.
         own: whether they are the visitor's, which are called by their file's name.
-        named: whether others are called so where they have no caption.
+        named: whether others without a caption are called so too.
         actions: buttons of a result.
     """
 
@@ -61,9 +51,8 @@ def pictures_value(
         value: Value = {"id": picture.id, "image": image_of(picture), "alt": words or picture.id, "text": words}
         return value | {"credit": picture.credit, "lang": lang if not own and lang in picture.captions else None}
 
-    key = "photos" if own else "pictures"
-    value = _results_value(key, found, lang, total, ("cards", "pictures.alike"), picture_value)
-    return {**value, "actions": list(actions)}
+    names = ("photos" if own else "pictures", "pictures.alike", "cards")
+    return {**_results_value(names, found, lang, total, picture_value), "actions": list(actions)}
 
 
 def problem_value(error: InputError, lang: str, key: str) -> Value:
@@ -91,24 +80,18 @@ def cosine(value: float) -> str:
 
 
 def _results_value(
-    key: str,
+    names: tuple[str, str, str],
     found: SearchResult[Item],
     lang: str,
     total: int,
-    names: tuple[str, str],
     item_value: Callable[[Item], Value],
 ) -> Value:
     """Lay results out, best first, near duplicates folded under the best of them.
 
-    Args:
-        key: prefix of the words.
-        found: the results.
-        lang: of the page.
-        total: how many items competed.
-        names: of the list in the value, and of the sentence that counts near duplicates.
-        item_value: lays out what is known of an item itself.
+    `names` are the prefix of the words, the key of the sentence that counts near duplicates, and the list's name in the
+    value.
     """
-    field, alike_key = names
+    key, alike_key, field = names
     best = max([1e-6, *(match.similarity for match in found.matches[:1])])
     rows = []
     for rank, group in enumerate(found.duplicates or [(match,) for match in found.matches], start=1):
@@ -118,12 +101,12 @@ def _results_value(
         )
         alike_text = text(lang, alike_key, count=len(group) - 1) if alike else ""
         rows.append({**result, "alike": alike, "alikeText": alike_text})
-    labels = {**LABELS, "cosine": "result.score"} if found.composed else LABELS
+    words = labels(lang, "result.") | {"remove": text(lang, "photos.remove")}
     shown = {"count": len(rows), "total": f"{total:,}"}
     return {
         "heading": text(lang, f"{key}.results"),
         "count": "" if found.is_out_of_distribution else text(lang, f"{key}.count", **shown),
-        "labels": {name: text(lang, word) for name, word in labels.items()},
+        "labels": words | ({"cosine": words["score"]} if found.composed else {}),
         "note": _meaning(key, found, lang),
         **({"verdict": _verdict(key, found, lang)} if found.matches and found.verdict else {}),
         field: rows,

@@ -24,13 +24,7 @@ SHOWN_SKIPPED = 20
 
 
 def scan_value(photos: PhotoFolder | None, lang: str, *, ready: bool = False) -> Value:
-    """Lay a scan out for `scan.js`.
-
-    Args:
-        photos: the folder; without one nothing is shown.
-        lang: of the page.
-        ready: whether the page has chosen its language, and may ask for progress.
-    """
+    """Lay a scan out for `scan.js`; `ready` tells that the page has chosen its language, and may ask for progress."""
     if photos is None:
         return {}
     version, scan = photos.version, photos.scan  # in this order: a newer gallery is then asked for again

@@ -41,8 +41,7 @@ class SearchTab(Tab):
             self.button = self.add_button("search", scale=0)
         self.composer = self.add_widget("composer", "composer", self._composer_value)
 
-    def bind_events(self) -> None:
-        """Bind what both tabs have; `chips` and `results` are the subclass's."""
+    def _bind_events(self) -> None:
         self.asked = self.states[0]
         self.inputs = [self.query, *self.states]
         self.found = [self.asked, self.composer, self.results]
@@ -67,8 +66,6 @@ class SearchTab(Tab):
         asked = make_query(self.engine, example, asked.pictures)
         changes = self.redraw(lang, [self.asked, *self.views], asked, *photos)
         return {**changes, self.query: gr.update(value=example, **self._box_words(lang))}
-
-    # ------------------------------------------------------------ handlers
 
     def search(self, lang: str, caption: str, pictures: tuple[QueryPicture, ...], *photos: PhotoState) -> Changes:
         """Ask for something else; values for `url_outputs`."""
@@ -117,8 +114,6 @@ class SearchTab(Tab):
         image = open_image(photos[0].photos.thumbnails[id]) if photos else self.engine.picture_image(id)
         return Pair(image, self._name(lang, id, *photos), captions[0].text, cosine)
 
-    # ------------------------------------------------------------ the pictures that are searched
-
     def _gallery(self, photos: PhotoState | None = None) -> Gallery:
         return photos.photos.gallery if photos else self.engine.gallery
 
@@ -132,8 +127,6 @@ class SearchTab(Tab):
         if picture is None:
             return id
         return photos.name(picture, lang) if photos else self.examples.name(picture, lang) or id
-
-    # ------------------------------------------------------------ views
 
     def _box_words(self, lang: str) -> dict[str, Any]:
         return {"label": text(lang, f"{self.key}.query"), "placeholder": text(lang, "pictures.placeholder")}

@@ -35,6 +35,11 @@ def text(lang: str, key: str, **values: object) -> str:
     return strings()[lang][key].format(**values)
 
 
+def labels(lang: str, prefix: str) -> dict[str, str]:
+    """Return the texts whose keys begin with `prefix`, by the rest of the key; scripts fill their placeholders."""
+    return {key.removeprefix(prefix): words for key, words in strings()[lang].items() if key.startswith(prefix)}
+
+
 def count_text(lang: str, key: str, count: int) -> str:
     """Look up a text about a number of things, in the singular for one."""
     return text(lang, f"{key}.one" if count == 1 else key, count=count)

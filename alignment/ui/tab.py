@@ -47,15 +47,13 @@ class Tab:
     def build(self, language: Any, lang: str) -> None:
         """Lay the tab out inside the current Gradio block, in the language `lang`; `language` is its component."""
         self.language, self._lang = language, lang
-        self.lay_out(lang)
-        self.bind_events()
+        self._lay_out(lang)
+        self._bind_events()
 
-    def lay_out(self, lang: str) -> None:
-        """Make the components."""
+    def _lay_out(self, lang: str) -> None:
         raise NotImplementedError
 
-    def bind_events(self) -> None:
-        """Bind the handlers."""
+    def _bind_events(self) -> None:
         raise NotImplementedError
 
     def load_from_url(self, lang: str, asked: str) -> Changes:
@@ -65,8 +63,6 @@ class Tab:
     def translate(self, lang: str, *values: Any) -> Changes:
         """Draw the tab in another language, given the values of `inputs`; the visitor's work stays."""
         return self.redraw(lang, self.views, *values)
-
-    # ------------------------------------------------------------ for subclasses
 
     def add_states(self, *values: Immutable) -> list[Any]:
         """Add states with their first values, which the views that are added later show at first."""

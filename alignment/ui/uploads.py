@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
@@ -76,15 +77,9 @@ def read_upload(upload: Upload, limit: int) -> bytes:
 
 
 def validate_upload(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
-    """Find the file of an upload.
+    """Find the file of an upload. Raises InputError when it is not there, or too large.
 
-    Args:
-        upload: as the page announced it.
-        limit: of files; the page does not send those beyond it.
-        limit_mb: of its size; the page checks it too, but a program may pose as the page.
-
-    Raises:
-        InputError: when it is not there, or too large.
+    The page checks the limits of files and of megabytes too, but a program may pose as the page.
     """
     if upload.problem == "limit":
         raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
@@ -140,12 +135,12 @@ def add_uploads(
     more: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[PhotoState, int, int]]:
-    """Add uploads to a collection a few at a time; the visitor's first pictures replace the sample.
+    """Add uploads to a collection a few at a time, then delete them; the visitor's first pictures replace the sample.
 
     Args:
         engine: embeds.
         state: the collection.
-        uploads: files; they are deleted afterwards, also after an error.
+        uploads: files.
         limit: of pictures in all.
         zips: whether zip files are opened.
         more: whether these are a further part of the last files, and counted with them.
@@ -206,3 +201,32 @@ def _add_pictures(
     except InputError as error:
         refused = [Skipped(name, error) for name, _ in files]
     return photos, skipped + refused
+
+
+@dataclass
+class Job:
+    """Requests to an upload that is being processed, which checks them between two steps."""
+
+    stopped: bool = False
+    removed: set[str] = field(default_factory=set)  # ids of photos to leave out
+
+
+class Jobs:
+    """The running jobs, one for each session."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str | None, Job] = {}
+
+    @contextmanager
+    def start(self, session: str | None) -> Iterator[Job]:
+        """Register a job for as long as it runs."""
+        job = self._jobs[session] = Job()
+        try:
+            yield job
+        finally:
+            if self._jobs.get(session) is job:
+                del self._jobs[session]
+
+    def of(self, session: str | None) -> Job:
+        """Return the session's job; a new one, without effect, if there is none."""
+        return self._jobs.get(session, Job())

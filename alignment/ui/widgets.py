@@ -40,14 +40,7 @@ def styles() -> list[Path]:
 
 
 def widget(name: str, value: object, parts: Sequence[str] = (), **options: Any) -> Any:
-    """Make an element that the script `assets/ui/NAME.js` draws; the events it sends are attributes of it.
-
-    Args:
-        name: of the script.
-        value: what it shows.
-        parts: scripts of the same folder that it builds on.
-        options: of the element.
-    """
+    """Make an element that `assets/ui/NAME.js` draws with the scripts `parts`; its events are attributes of it."""
     script = "\n".join((ASSETS / f"{file}.js").read_text("utf-8") for file in ("dom", *parts, name))
     return gr.HTML(
         value,
@@ -77,9 +70,9 @@ def on_event(
 
     Args:
         event: such as `button.click`.
-        handler: returns `Changes`; a generator yields them.
-        inputs: components whose values it is given.
-        outputs: components that it may change.
+        handler: returns or yields `Changes` of `outputs`, given the values of `inputs`.
+        inputs: components.
+        outputs: components.
         work: the queue for what runs the model, see `queue_options`; "" is answered at once.
         latest: whether events that a later one has overtaken may be dropped; not for events that carry data.
     """

@@ -15,7 +15,7 @@ const act = (name, item, labels) =>
       title: labels[name],
     },
     SIGNS[name] ? make("span", { "aria-hidden": "true" }, SIGNS[name]) : null,
-    labels[`${name}Short`] || labels[name],
+    labels[`${name}.short`] || labels[name],
   );
 
 const thumb = (item) => make("img", { src: item.image, alt: item.alt, title: item.text, loading: "lazy", decoding: "async" });
