@@ -1,7 +1,6 @@
-"""The page: `python app.py`, then open http://127.0.0.1:7860.
+"""The app: `python app.py`, then open http://127.0.0.1:7860.
 
-Place in the flow: the top. Arguments, layout and wiring only; the tabs are in `alignment.ui`, what they ask is answered
-by `alignment.engine`.
+It reads the arguments, loads `alignment.engine` and serves the page of `alignment.ui`.
 """
 
 from __future__ import annotations
@@ -19,25 +18,22 @@ from threading import Timer
 from typing import Any
 
 if __name__ == "__main__":
-    gc.disable()  # a million objects are made now that stay; to look for rubbish among them is a fifth of the start
+    gc.disable()  # until it serves: to collect garbage among a million new objects takes a fifth of the start
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: nothing leaves this machine
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported; nothing is sent
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it writes to the log in a way of its own
-os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # whom to believe about a visitor's address is said by --proxies
-# A thread that spins while it waits keeps others from their work, and a query takes ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Where matplotlib is installed Gradio asks for its backend at every event, and at the first imports all of it to tell.
-os.environ.setdefault("MPLBACKEND", "agg")
-# Gradio works out statistics of the last 10,000 events after each one, also where nobody may see them.
-os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it has a log format of its own
+os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # --proxies tells which proxies are trusted
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait make a query ten times slower
+os.environ.setdefault("MPLBACKEND", "agg")  # where matplotlib is installed Gradio imports all of it to ask for this
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # or it computes statistics of 10,000 events after each one
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**12))
 
-if os.environ.get("SPACES_ZERO_GPU") == "true":  # on Hugging Face's ZeroGPU; it wants to come before torch
+if os.environ.get("SPACES_ZERO_GPU") == "true":  # on Hugging Face's ZeroGPU; has to be imported before torch
     import spaces  # noqa: F401
 
 if __name__ == "__main__" and not (os.environ.get("GRADIO_SERVER_PORT") or "7860").isdecimal():
-    sys.exit("error: GRADIO_SERVER_PORT is no port: choose a number from 1 to 65535.")  # Gradio breaks off at it
+    sys.exit("error: GRADIO_SERVER_PORT is no port: choose a number from 1 to 65535.")  # Gradio raises on import
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -73,8 +69,7 @@ from alignment.ui.theme import theme
 from alignment.ui.widgets import ASSETS, ICON, styles
 
 ROOT = Path(__file__).resolve().parent
-WARMUP_DELAY_S = 2.0
-"""Seconds that the processors belong to whoever opens the page, before pictures are prepared for."""
+WARMUP_DELAY_S = 2.0  # after the start; the first visitor's page is loaded before the image tower
 
 _HELP = "Search pictures by caption and captions by picture, and look at the similarity matrix behind both."
 _ENVIRONMENT = """\
@@ -104,7 +99,7 @@ A gallery of captioned data, or one to be copied and published, is built by a co
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Lay out the command line; the environment gives the defaults."""
+    """Define the command line; the environment gives the defaults."""
     env = os.environ.get
     parser = argparse.ArgumentParser(
         description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line, then the environment."""
+    """Parse the command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.photos and args.index:
@@ -155,10 +150,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_engine(args: argparse.Namespace) -> AlignmentEngine:
-    """Load what the page asks, ready for captions; pictures have to wait for `AlignmentEngine.warm_images`.
+    """Load models and gallery, with the text tower warm; `AlignmentEngine.warm_images` follows later.
 
-    Where the starter gallery was made by another model, only its pictures and their captions are there at first;
-    `background_scan` makes the rest.
+    Under a model that has no starter gallery yet, that has few pictures and captions until `background_scan` is done.
 
     Raises:
         FileNotFoundError: when the model or the gallery is missing.
@@ -176,7 +170,7 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
 
 
 def background_scan(engine: AlignmentEngine, args: argparse.Namespace) -> PhotoFolder | None:
-    """Prepare what is read while the page is there already: photos, the starter gallery of a new model; else None."""
+    """Prepare what is embedded while the page is served: --photos, or the starter gallery of a new model; else None."""
     if not args.photos and engine.starter.folder is not None:
         return None
     return PhotoFolder(engine, args.photos, partial(progress_bar, quiet=args.log == "json"))
@@ -185,13 +179,7 @@ def background_scan(engine: AlignmentEngine, args: argparse.Namespace) -> PhotoF
 def launch_options(
     engine: AlignmentEngine, service: Service | None = None, photos: PhotoFolder | None = None
 ) -> dict[str, Any]:
-    """How to serve the page: no telemetry, no public statistics, thumbnails at an address without server paths.
-
-    Args:
-        engine: answers.
-        service: its limits; by default those of `Settings`.
-        photos: the folder whose gallery the engine searches, if it is one.
-    """
+    """Return options for `launch`: no telemetry, no public statistics, thumbnails at addresses without server paths."""
 
     def thumbnail(request: Request) -> Response:
         try:
@@ -221,7 +209,7 @@ def launch_options(
 
 
 def _health(engine: AlignmentEngine) -> dict[str, Any]:
-    """Say what /healthz tells of the model and the gallery."""
+    """Return what /healthz tells of the model and the gallery."""
     return {
         "model": Path(engine.encoder.name).name,
         "fingerprint": engine.encoder.fingerprint,
@@ -231,7 +219,7 @@ def _health(engine: AlignmentEngine) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = parse(argv)
     try:
         check_gradio()
@@ -246,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             service = Service(Settings.from_args(args), folder.path)
             with service.lifecycle.handle_signals():  # from here on a signal stops the app in order
                 serve(engine, args, service, photos)
-    except (OSError, ValueError) as error:  # what the person who typed the command can mend
+    except (OSError, ValueError) as error:  # mistakes of the operator
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before it served, or for the second time
@@ -257,25 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(
     engine: AlignmentEngine, args: argparse.Namespace, service: Service, photos: PhotoFolder | None = None
 ) -> None:
-    """Serve the page until the process is told to stop.
-
-    Args:
-        engine: answers.
-        args: see `parse`.
-        service: stands around the page.
-        photos: the folder to scan as soon as the page is there, if the gallery is made of one.
-
-    Raises:
-        OSError: when the port is taken.
-    """
+    """Serve the page, and scan `photos`, until the process is told to stop. Raises OSError when the port is taken."""
     configure_logging(args.log)
     page = build_page(engine, args.lang, args.queue, photos)
-    options = {
-        **launch_options(engine, service, photos),
-        "server_name": host_in_url(args.host),
-        "server_port": args.port,
-    }
-    _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
+    options = {"server_name": host_in_url(args.host), "server_port": args.port, "mcp_server": args.mcp or None}
+    _, url, _ = page.launch(prevent_thread_lock=True, **options, **launch_options(engine, service, photos))
     redirect_server_logs()
     harden_mcp(page)
     gc.freeze()
@@ -296,4 +270,4 @@ if __name__ == "__main__":
     status = main()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(status)  # what a thread is still preparing for pictures to come, nobody will ask for
+    os._exit(status)  # without waiting for threads that still warm up

@@ -13,17 +13,11 @@ from typing import Any
 from alignment.engine import AlignmentEngine, Query, Term, parse_query, write_query
 from alignment.preprocess import InputError, sanitize_text
 from alignment.server.sessions import Immutable
-from alignment.ui.strings import text
+from alignment.ui.strings import labels, text
 from alignment.ui.widgets import Value, user_errors
 
 WEIGHTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 """The steps of the buttons; any other weight can be typed."""
-
-HELP = (
-    ("pictures.help.both", "pictures.help.both.query"),
-    ("pictures.help.without", "pictures.help.without.query"),
-    ("pictures.help.weight", "pictures.help.weight.query"),
-)
 
 _serial = count()  # the page redraws on a new value only, also when an edit changes nothing
 
@@ -116,17 +110,11 @@ def composer_value(lang: str, asked: TextQuery, names: Sequence[str]) -> Value:
     for picture, name in zip(asked.pictures, names, strict=True):
         term = picture.term
         terms.append({**_term_value(lang, name, term), "picture": term.picture, "image": picture.image})
-    return {"serial": next(_serial), "label": text(lang, "pictures.terms"), "terms": terms}
+    return {"serial": next(_serial), "labels": labels(lang, "pictures."), "terms": terms}
 
 
 def _term_value(lang: str, name: str, term: Term) -> Value:
     weight = abs(term.weight)
-    labels = {
-        "flip": "pictures.term.avoid" if term.wanted else "pictures.term.want",
-        "less": "pictures.term.less",
-        "more": "pictures.term.more",
-        "remove": "pictures.term.remove",
-    }
     return {
         "name": name,
         "wanted": term.wanted,
@@ -134,14 +122,9 @@ def _term_value(lang: str, name: str, term: Term) -> Value:
         "weight": f"{weight:g}×",
         "least": weight <= WEIGHTS[0],
         "most": weight >= WEIGHTS[-1],
-        "labels": {act: text(lang, key, name=name) for act, key in labels.items()},
     }
 
 
 def help_value(lang: str) -> Value:
     """Lay the short help out for `composer.js`."""
-    return {
-        "help": text(lang, "pictures.help"),
-        "lines": [{"query": text(lang, query), "says": text(lang, says)} for says, query in HELP],
-        "notes": [text(lang, "pictures.help.picture"), text(lang, "pictures.help.literal")],
-    }
+    return {"help": text(lang, "pictures.help"), "labels": labels(lang, "pictures.")}

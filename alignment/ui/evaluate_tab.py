@@ -29,13 +29,12 @@ from alignment.ui.download import BrowserDownload
 from alignment.ui.drop import drop_value, part_of, parts_value
 from alignment.ui.report import report_json, report_value
 from alignment.ui.sample_dataset import sample_zip
-from alignment.ui.strings import LANGUAGES, error_text, text
+from alignment.ui.strings import LANGUAGES, error_text, labels, text
 from alignment.ui.tab import Tab
 from alignment.ui.uploads import Jobs, Upload, delete_uploads, uploads_of, validate_upload
 from alignment.ui.widgets import Changes, Value, data_url, on_event, user_errors
 
 STEPS = {"unpacking": "evaluate.unpacking", "pictures": "evaluate.pictures", "captions": "evaluate.captions"}
-FORMS = ("evaluate.form.table", "evaluate.form.lines", "evaluate.form.beside", "evaluate.form.published")
 
 
 @dataclass(frozen=True)
@@ -122,12 +121,7 @@ class EvaluateTab(Tab):
 
     def _help_value(self, lang: str, *_: Any) -> Value:
         limits = {"pictures": MAX_TRIAL_PICTURES, "captions": f"{MAX_TRIAL_CAPTIONS:,}", "size": MAX_ZIP_MB}
-        return {
-            "help": text(lang, "evaluate.help"),
-            "tree": text(lang, "evaluate.tree"),
-            "forms": [text(lang, form) for form in FORMS],
-            "note": text(lang, "evaluate.limits", **limits),
-        }
+        return {"labels": labels(lang, "evaluate."), "limits": text(lang, "evaluate.limits", **limits)}
 
     def _sample_value(self, lang: str, *_: Any) -> Value:
         return {"label": text(lang, "evaluate.sample")}

@@ -11,17 +11,16 @@ from pathlib import Path
 
 from alignment.engine.dataset_eval import MAX_NAME, RESAMPLES, EvalResult, SuspectedLabel
 from alignment.evaluate import KS
-from alignment.evaluate.error_analysis import Example
+from alignment.evaluate.error_analysis import DIRECTIONS, Example
 from alignment.model import DualEncoder
 from alignment.preprocess import sanitize_text
 from alignment.ui.results import percent
-from alignment.ui.strings import WORDS, text
+from alignment.ui.strings import WORDS, labels, text
 from alignment.ui.widgets import Value
 
 SHOWN_NAMES = 5
-DIRECTIONS = {"image_to_text": "evaluate.image_to_text", "text_to_image": "evaluate.text_to_image"}
 
-PictureValue = Callable[[str, str], Value]  # of a picture's name and the key of the label below it
+PictureValue = Callable[[str, str], Value]  # of a picture's name and the label below it
 
 
 def report_value(
@@ -34,49 +33,30 @@ def report_value(
 
     def picture(name: str, label: str) -> Value:
         shown = "" if name in names else name
-        return {"image": images.get(name, ""), "alt": names.get(name, name), "label": text(lang, label), "name": shown}
+        return {"image": images.get(name, ""), "alt": names.get(name, name), "label": label, "name": shown}
 
-    worst = [
-        {"title": text(lang, title), "items": items}
-        for direction, title in DIRECTIONS.items()
-        if (items := [_query_value(lang, query, picture) for query in result.worst if query.direction == direction])
-    ]
+    columns = [*(f"recall@{k}" for k in KS), "median_rank"]
     return {
         "heading": heading,
         "count": text(lang, "evaluate.count", pictures=f"{result.num_images:,}", captions=f"{result.num_texts:,}"),
         "intro": note,
-        "table": _table_value(lang, result),
-        "meaning": text(lang, "evaluate.meaning"),
-        "leftOut": _left_out_value(lang, result),
-        "worst": {"title": text(lang, "evaluate.worst"), "note": text(lang, "evaluate.worst.note"), "groups": worst},
-        "suspects": {
-            "title": text(lang, "evaluate.suspects"),
-            "note": text(lang, "evaluate.suspects.note" if result.suspects else "evaluate.suspects.none"),
-            "groups": [{"items": [_suspect_value(lang, suspect, picture) for suspect in result.suspects]}],
-        },
+        "labels": labels(lang, "evaluate."),
+        "ks": KS,
+        "rows": {name: [_cell_value(result, f"{name}_{column}") for column in columns] for name in DIRECTIONS},
+        "leftOut": _left_out_values(lang, result),
+        "worst": [_query_value(query, picture) for query in result.worst],
+        "suspects": [_suspect_value(suspect, picture) for suspect in result.suspects],
     }
 
 
-def _table_value(lang: str, result: EvalResult) -> Value:
-    columns = [f"recall@{k}" for k in KS] + ["median_rank"]
-    rows = [
-        {"title": text(lang, title), "cells": [_cell_value(lang, result, f"{direction}_{name}") for name in columns]}
-        for direction, title in DIRECTIONS.items()
-    ]
-    heads = [text(lang, "evaluate.recall", k=k) for k in KS] + [text(lang, "evaluate.median")]
-    return {"caption": text(lang, "evaluate.table"), "heads": heads, "rows": rows}
-
-
-def _cell_value(lang: str, result: EvalResult, name: str) -> Value:
+def _cell_value(result: EvalResult, name: str) -> Value:
     found, chance = result.metrics[name], result.chance[name]
     if name.endswith("median_rank"):
         value, low, high, random = (f"{rank:g}" for rank in (found.value, found.low, found.high, chance))
-        shares = {}
-    else:
-        value, low, high, random = percent(found.value), f"{found.low * 100:.1f}", percent(found.high), percent(chance)
-        shares = {"share": found.value, "chance": chance}
-    said = text(lang, "evaluate.chance", value=random)
-    return {"value": value, "interval": f"{low} – {high}", "chanceText": said, **shares}
+        return {"value": value, "interval": f"{low} – {high}", "random": random}
+    interval = f"{found.low * 100:.1f} – {percent(found.high)}"
+    shares = {"share": found.value, "chance": chance}
+    return {"value": percent(found.value), "interval": interval, "random": percent(chance), **shares}
 
 
 @cache
@@ -86,36 +66,29 @@ def _known_reasons() -> dict[str, str]:
     return {reason: key for key, entry in words.items() for reason in entry.get("reasons", ())}
 
 
-def _left_out_value(lang: str, result: EvalResult) -> Value | None:
+def _left_out_values(lang: str, result: EvalResult) -> list[Value]:
     items = []
     for reason, names in result.left_out.items():
         known = _known_reasons().get(reason) or ("evaluate.left.unopened" if "." in reason else "evaluate.left.other")
         more = "" if len(names) <= SHOWN_NAMES else text(lang, "drop.more", count=len(names) - SHOWN_NAMES)
         shown = [sanitize_text(name, MAX_NAME) for name in names[:SHOWN_NAMES]]
         items.append({"reason": text(lang, known, count=len(names)), "names": shown, "more": more})
-    return {"title": text(lang, "evaluate.left"), "items": items} if items else None
+    return items
 
 
-def _query_value(lang: str, query: Example, picture: PictureValue) -> Value:
-    rank = text(lang, "evaluate.rank", rank=query.ranks[0])
+def _query_value(query: Example, picture: PictureValue) -> Value:
     if query.direction == "image_to_text":
-        lines = {"evaluate.right_caption": query.answer, "evaluate.first_caption": query.tops[0]}
-        images = [picture(query.query, "evaluate.query_picture")]
+        lines = {"right_caption": query.answer, "first_caption": query.tops[0]}
+        images = [picture(query.query, "query_picture")]
     else:
-        lines = {"evaluate.query_caption": query.query}
-        right, first = (query.answer, "evaluate.right_picture"), (query.tops[0], "evaluate.first_picture")
-        images = [picture(*right), picture(*first)]
-    return {"images": images, "lines": _line_values(lang, lines), "rank": rank}
+        lines = {"query_caption": query.query}
+        images = [picture(query.answer, "right_picture"), picture(query.tops[0], "first_picture")]
+    return {"images": images, "lines": lines, "rank": query.ranks[0], "direction": query.direction}
 
 
-def _suspect_value(lang: str, suspect: SuspectedLabel, picture: PictureValue) -> Value:
-    images = [picture(suspect.image, "evaluate.this_picture"), picture(suspect.owner, "evaluate.its_picture")]
-    lines = {"evaluate.own_caption": suspect.caption, "evaluate.rival_caption": suspect.rival}
-    return {"images": images, "lines": _line_values(lang, lines)}
-
-
-def _line_values(lang: str, lines: Mapping[str, str]) -> list[Value]:
-    return [{"label": text(lang, label), "text": line} for label, line in lines.items()]
+def _suspect_value(suspect: SuspectedLabel, picture: PictureValue) -> Value:
+    images = [picture(suspect.image, "this_picture"), picture(suspect.owner, "its_picture")]
+    return {"images": images, "lines": {"own_caption": suspect.caption, "rival_caption": suspect.rival}}
 
 
 def report_json(result: EvalResult, encoder: DualEncoder, name: str) -> bytes:
