@@ -344,7 +344,7 @@ def test_gradio_itself_would_fetch_an_address(engine, uploads, elsewhere):
     assert (event, seen) == ("complete", ["/cat.png"])
 
 
-def test_no_address_is_opened_for_anybody(address, elsewhere, ask):
+def test_no_address_is_opened_for_a_program(address, elsewhere, ask):
     url, seen = elsewhere
     refused = "Addresses on the network are not opened here"
     for name, values in (

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from runpy import run_module
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
@@ -25,11 +25,18 @@ from alignment.model import DualEncoder
 from alignment.preprocess import InputError, clean_caption, open_image, parse_captions
 from alignment.server import Service, Settings, host_in_url
 from alignment.ui.api import Api
-from alignment.ui.drop import photos_drop_value
 from alignment.ui.examples import Examples
-from alignment.ui.results import captions_value, cosine, percent
+from alignment.ui.results import cosine, percent, results_value
 from alignment.ui.strings import WORDS, count_text, error_text, pick_language, strings, text
-from alignment.ui.uploads import PhotoState, Upload, add_uploads, delete_uploads, read_upload, uploads_of
+from alignment.ui.uploads import (
+    PhotoState,
+    Upload,
+    add_uploads,
+    delete_uploads,
+    photos_drop_value,
+    read_upload,
+    uploads_of,
+)
 from alignment.ui.widgets import ASSETS, user_errors
 
 UI = Path(app.__file__).parent / "alignment" / "ui"
@@ -356,6 +363,10 @@ def test_cosines_have_three_places_and_no_minus_before_nothing():
     assert [cosine(value) for value in (0.31249, -0.0001, -0.5)] == ["0.312", "0.000", "-0.500"]
 
 
+def captions_value(found: SearchResult[Caption], lang: str) -> dict[str, Any]:
+    return results_value("captions", found, lang, 9, lambda caption: {"id": caption.id})
+
+
 def answer(*chances: float, verdicts: str) -> SearchResult[Caption]:
     """An answer of captions, the last of which says the same as the first."""
     matches = [
@@ -369,7 +380,7 @@ def answer(*chances: float, verdicts: str) -> SearchResult[Caption]:
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_results_carry_their_verdict_and_fold_what_says_the_same(lang):
-    value = captions_value(answer(0.38, 0.2, 0.04, verdicts="fits may_fit nothing_close"), lang, total=9)
+    value = captions_value(answer(0.38, 0.2, 0.04, verdicts="fits may_fit nothing_close"), lang)
     assert [(row["rank"], row["step"], row["word"]) for row in value["rows"]] == [
         (1, "fits", text(lang, "result.fits")),
         (2, "may_fit", text(lang, "result.may_fit")),
@@ -381,11 +392,11 @@ def test_results_carry_their_verdict_and_fold_what_says_the_same(lang):
 
 
 def test_results_are_listed_where_nothing_is_close_and_folded_where_nothing_was_asked():
-    far = captions_value(answer(0.04, 0.004, 0.001, verdicts="nothing_close " * 3), "en", total=9)
+    far = captions_value(answer(0.04, 0.004, 0.001, verdicts="nothing_close " * 3), "en")
     assert (far["verdict"]["step"], far["verdict"]["word"]) == ("nothing_close", text("en", "result.nothing"))
     assert "4.0 %" in far["verdict"]["text"]
     assert "anyway" not in far["verdict"]
-    none = captions_value(answer(0, 0, 0, verdicts="no_meaning " * 3), "en", total=9)
+    none = captions_value(answer(0, 0, 0, verdicts="no_meaning " * 3), "en")
     assert (none["verdict"]["step"], none["verdict"]["text"]) == ("no_meaning", text("en", "result.senseless"))
     assert none["verdict"]["anyway"]
     assert {row["step"] for row in none["rows"]} == {None}
@@ -394,7 +405,7 @@ def test_results_are_listed_where_nothing_is_close_and_folded_where_nothing_was_
 
 def test_without_a_calibration_there_is_no_verdict():
     found = SearchResult((Match(1, Caption("c", "a", "en"), 0.5),))
-    value = captions_value(found, "en", total=1)
+    value = captions_value(found, "en")
     assert "verdict" not in value
     assert (value["rows"][0]["step"], value["rows"][0]["word"]) == (None, "")
     assert value["note"] == text("en", "result.meaning.uncalibrated")
@@ -543,9 +554,9 @@ def test_the_first_page_holds_results_in_every_tab(engine):
     config = app.build_page(engine, "zh").get_config_file()
     values = {part["props"].get("elem_id"): part["props"].get("value") for part in config["components"]}
     assert values["captions-results"]["rows"]
-    assert values["pictures-results"]["cards"]
+    assert values["pictures-results"]["rows"]
     assert values["matrix-table"]["rows"]
-    assert values["photos-results"]["cards"]
+    assert values["photos-results"]["rows"]
     assert values["captions-results"]["heading"] == text("zh", "captions.results")
     assert not any("__i18n__" in json.dumps(value, default=str) for value in values.values())
 

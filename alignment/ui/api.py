@@ -25,17 +25,7 @@ from alignment.picture_limits import LIMITS
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, open_image
 from alignment.server.errors import ServiceError
 from alignment.server.page import is_url
-from alignment.ui.api_schemas import (
-    CaptionsFound,
-    Description,
-    Embeddings,
-    Matrix,
-    PicturesFound,
-    captions_found,
-    matrix,
-    pictures_found,
-    rows,
-)
+from alignment.ui import api_schemas as schemas
 from alignment.ui.uploads import MAX_FILE_MB, Upload, delete_uploads, read_upload
 from alignment.ui.widgets import queue_options
 
@@ -63,7 +53,7 @@ class Api:
     def __init__(self, engine: AlignmentEngine) -> None:
         self.engine = engine
 
-    def search_images(self, caption: str, k: int = 12) -> PicturesFound:
+    def search_images(self, caption: str, k: int = 12) -> schemas.PicturesFound:
         """Find the pictures of the gallery that show what a caption says, best first.
 
         Args:
@@ -79,9 +69,9 @@ class Api:
             the matches are only the least bad ones. something_fits: calibrated chance that any picture of the gallery
             is a match.
         """
-        return pictures_found(self.engine.search_images(read_caption(caption), read_count(k)))
+        return schemas.pictures_found(self.engine.search_images(read_caption(caption), read_count(k)))
 
-    def search_captions(self, image: SentPicture, k: int = 10, lang: str = "") -> CaptionsFound:
+    def search_captions(self, image: SentPicture, k: int = 10, lang: str = "") -> schemas.CaptionsFound:
         """Find the captions of the gallery that say what a picture shows, best first.
 
         Args:
@@ -100,9 +90,9 @@ class Api:
         with deleted_afterwards([image]):
             count, lang = read_count(k), self._language(lang)
             (embed,) = self._embed([image])
-            return captions_found(self.engine.search_captions(embed, count, lang or None))
+            return schemas.captions_found(self.engine.search_captions(embed, count, lang or None))
 
-    def similarity_matrix(self, images: list[SentPicture], captions: list[str]) -> Matrix:
+    def similarity_matrix(self, images: list[SentPicture], captions: list[str]) -> schemas.Matrix:
         """Score every one of several pictures against every one of several captions.
 
         Args:
@@ -117,9 +107,9 @@ class Api:
         """
         with deleted_afterwards(images):
             texts = read_captions(captions)
-            return matrix(self.engine.align(self._embed(images), texts), self.engine.encoder.logit_bias)
+            return schemas.matrix(self.engine.align(self._embed(images), texts), self.engine.encoder.logit_bias)
 
-    def embed_images(self, images: list[SentPicture]) -> Embeddings:
+    def embed_images(self, images: list[SentPicture]) -> schemas.Embeddings:
         """Turn pictures into vectors that can be compared with those of captions: the dot product is the cosine.
 
         Args:
@@ -130,9 +120,9 @@ class Api:
             models cannot be compared.
         """
         with deleted_afterwards(images):
-            return {"embeddings": rows(self._embed(images)), "fingerprint": self.engine.encoder.fingerprint}
+            return {"embeddings": schemas.rows(self._embed(images)), "fingerprint": self.engine.encoder.fingerprint}
 
-    def embed_captions(self, captions: list[str]) -> Embeddings:
+    def embed_captions(self, captions: list[str]) -> schemas.Embeddings:
         """Turn captions into vectors that can be compared with those of pictures: the dot product is the cosine.
 
         Args:
@@ -143,9 +133,9 @@ class Api:
             models cannot be compared.
         """
         embeds = self.engine.embed_captions(read_captions(captions))
-        return {"embeddings": rows(embeds), "fingerprint": self.engine.encoder.fingerprint}
+        return {"embeddings": schemas.rows(embeds), "fingerprint": self.engine.encoder.fingerprint}
 
-    def describe(self) -> Description:
+    def describe(self) -> schemas.Description:
         """Say which model answers here, what its gallery holds and what the limits of the other tools are.
 
         Returns:

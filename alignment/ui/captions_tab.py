@@ -9,17 +9,16 @@ import gradio as gr
 from torch import Tensor
 
 from alignment.engine import as_webp
-from alignment.gallery import Picture
+from alignment.gallery import Caption, Picture
 from alignment.preprocess import InputError, open_image
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
-from alignment.ui.drop import drop_value
 from alignment.ui.examples import PREVIEW_PIXELS
 from alignment.ui.explanation import Pair
-from alignment.ui.results import captions_value, note_value, problem_value
+from alignment.ui.results import note_value, problem_value, results_value
 from alignment.ui.strings import error_text, text
 from alignment.ui.tab import Tab
-from alignment.ui.uploads import delete_uploads, read_upload, uploads_of
+from alignment.ui.uploads import delete_uploads, drop_value, read_upload, uploads_of
 from alignment.ui.widgets import Changes, Value, data_url, picked, user_errors
 
 NUM_RESULTS = 10
@@ -143,4 +142,9 @@ class CaptionsTab(Tab):
         except InputError as error:
             return problem_value(error, lang, self.key)
         total = gallery.texts.count(lang) or len(gallery.captions)
-        return {**captions_value(found, lang, total=total), "link": "" if asked.photo else asked.name}
+        value = results_value(self.key, found, lang, total, _caption_value)
+        return {**value, "link": "" if asked.photo else asked.name}
+
+
+def _caption_value(caption: Caption) -> Value:
+    return {"id": caption.id, "text": caption.text, "lang": caption.lang or None}

@@ -13,25 +13,25 @@ from typing import Any
 
 import gradio as gr
 
-from alignment.engine import MAX_ZIP_MB
-from alignment.engine.dataset_eval import (
-    MAX_TRIAL_CAPTIONS,
-    MAX_TRIAL_PICTURES,
-    EvalResult,
-    Progress,
-    gallery_trial,
-    measure_archive,
-)
+from alignment.engine import MAX_ZIP_MB, dataset_eval
 from alignment.preprocess import InputError
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
 from alignment.ui.download import BrowserDownload
-from alignment.ui.drop import drop_value, part_of, parts_value
 from alignment.ui.report import report_json, report_value
 from alignment.ui.sample_dataset import sample_zip
 from alignment.ui.strings import LANGUAGES, error_text, labels, text
 from alignment.ui.tab import Tab
-from alignment.ui.uploads import Jobs, Upload, delete_uploads, uploads_of, validate_upload
+from alignment.ui.uploads import (
+    Jobs,
+    Upload,
+    delete_uploads,
+    drop_value,
+    part_of,
+    parts_value,
+    uploads_of,
+    validate_upload,
+)
 from alignment.ui.widgets import Changes, Value, data_url, on_event, user_errors
 
 STEPS = {"unpacking": "evaluate.unpacking", "pictures": "evaluate.pictures", "captions": "evaluate.captions"}
@@ -41,7 +41,7 @@ STEPS = {"unpacking": "evaluate.unpacking", "pictures": "evaluate.pictures", "ca
 class Measured(Immutable):
     """What the tab shows."""
 
-    result: EvalResult | None = None  # of the visitor's own data; None for the worked example
+    result: dataset_eval.EvalResult | None = None  # of the visitor's own data; None for the worked example
     name: str = ""  # of the file it came in
     bad_file: str = ""  # name of the last file, if it could not be measured
     error: InputError | None = None  # why not
@@ -54,7 +54,7 @@ class EvaluateTab(Tab):
 
     def _lay_out(self, lang: str) -> None:
         self.jobs = Jobs()
-        self.example = lru_cache(len(LANGUAGES))(lambda lang: gallery_trial(self.engine.starter, lang))
+        self.example = lru_cache(len(LANGUAGES))(lambda lang: dataset_eval.gallery_trial(self.engine.starter, lang))
         (self.measured,) = self.add_states(Measured())
         with gr.Row(elem_classes=["al-columns"]):
             with gr.Column(scale=4, min_width=280):
@@ -67,7 +67,7 @@ class EvaluateTab(Tab):
 
     def _bind_events(self) -> None:
         self.on(self.drop.files, self._measure, [self.measured, self.drop, self.report, self.download], "upload")
-        on_event(self.drop.halt, self._stop, [], [])
+        on_event(self.drop.halt, self.jobs.stop, [], [])
         download = BrowserDownload("evaluate-courier")
         download.serve(self.sample, self._export_sample, self._sample_value, [self.language])
         download.serve(self.download, self._export_report, self._download_value, [self.language, self.measured])
@@ -78,7 +78,7 @@ class EvaluateTab(Tab):
         try:
             with self.jobs.start(request.session_hash) as job:
                 for step in self._steps(uploads):
-                    if isinstance(step, EvalResult):
+                    if isinstance(step, dataset_eval.EvalResult):
                         measured = Measured(step, uploads[0].name)
                     elif job.stopped:
                         break
@@ -91,14 +91,11 @@ class EvaluateTab(Tab):
         changes = self.redraw(lang, [self.measured, self.report, self.download], measured)
         yield {**changes, self.drop: self._drop_value(lang, measured, run)}
 
-    def _steps(self, uploads: list[Upload]) -> Iterator[Progress | EvalResult]:
+    def _steps(self, uploads: list[Upload]) -> Iterator[dataset_eval.Progress | dataset_eval.EvalResult]:
         for upload in uploads:
             path = validate_upload(upload, limit_mb=MAX_ZIP_MB)
-            with user_errors(), closing(measure_archive(self.engine, path)) as steps:
+            with user_errors(), closing(dataset_eval.measure_archive(self.engine, path)) as steps:
                 yield from steps
-
-    def _stop(self, request: gr.Request) -> None:
-        self.jobs.of(request.session_hash).stopped = True
 
     def _export_sample(self, lang: str) -> tuple[str, str, bytes]:
         return "example.zip", "application/zip", sample_zip(lang)
@@ -115,12 +112,16 @@ class EvaluateTab(Tab):
         area = drop_value(lang, text(lang, "evaluate.drop"), accept=".zip", how=how, error=error)
         return area | parts_value(1, run)
 
-    def _busy_value(self, lang: str, step: Progress) -> Value:
+    def _busy_value(self, lang: str, step: dataset_eval.Progress) -> Value:
         said = text(lang, STEPS[step.what], done=step.done + 1, total=step.total)
         return self._drop_value(lang, Measured()) | {"progress": {"done": step.share, "total": 1, "text": said}}
 
     def _help_value(self, lang: str, *_: Any) -> Value:
-        limits = {"pictures": MAX_TRIAL_PICTURES, "captions": f"{MAX_TRIAL_CAPTIONS:,}", "size": MAX_ZIP_MB}
+        limits = {
+            "pictures": dataset_eval.MAX_TRIAL_PICTURES,
+            "captions": f"{dataset_eval.MAX_TRIAL_CAPTIONS:,}",
+            "size": MAX_ZIP_MB,
+        }
         return {"labels": labels(lang, "evaluate."), "limits": text(lang, "evaluate.limits", **limits)}
 
     def _sample_value(self, lang: str, *_: Any) -> Value:

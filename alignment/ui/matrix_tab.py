@@ -22,22 +22,16 @@ from alignment.heatmap import heat_colours
 from alignment.preprocess import InputError, count_captions, open_image, parse_captions
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
-from alignment.ui.drop import photos_drop_value, progress_value
 from alignment.ui.examples import NUM_COMPARED
 from alignment.ui.explanation import Pair
 from alignment.ui.strings import LANGUAGES, error_text, labels, text
 from alignment.ui.tab import Tab
-from alignment.ui.uploads import PhotoState, add_uploads, uploads_of
+from alignment.ui.uploads import PhotoState, add_uploads, photos_drop_value, progress_value, uploads_of
 from alignment.ui.widgets import Changes, Value, data_url, picked, user_errors
 
 MAX_PICTURES = MAX_CAPTIONS = 64
 VIEWS = ("cosine", "captions", "pictures", "sigmoid")
 
-# From negative to positive by way of the page's own colour: orange and violet, which colour-blind readers tell apart.
-_DIFFERENCE = {
-    "light": ("#8f3f00", "#e5a063", "#f4f3f1", "#a7a1ea", "#3d33b4"),
-    "dark": ("#ffc48a", "#a3642e", "#26262d", "#5c57b3", "#c8c5ff"),
-}
 _REACH = 3  # spreads of unrelated cosines at which a difference has the strongest colour
 
 
@@ -50,11 +44,6 @@ class Compared(Immutable):
     named: tuple[int | None, ...] = ()  # for each caption the position of the picture that its line names
     alignments: tuple[Alignment, ...] = ()  # by the page's model and by the second; empty without pictures
     error: InputError | None = None  # why there is no table
-
-    @property
-    def pictures(self) -> Any:
-        """The pictures by position."""
-        return self.photos.photos.gallery.pictures
 
 
 class MatrixTab(Tab):
@@ -138,11 +127,12 @@ class MatrixTab(Tab):
     def find_pair(self, event: gr.EventData, lang: str, typed: str, compared: Compared) -> Pair | None:
         """Return the picture and the caption of a cell."""
         sent = event_data(event)
-        row, pictures = sent.get("caption"), compared.pictures if compared.alignments else ()
+        row, photos = sent.get("caption"), compared.photos
+        pictures = photos.photos.gallery.pictures if compared.alignments else ()
         column = next((place for place, picture in enumerate(pictures) if picture.id == sent.get("picture")), None)
         if column is None or type(row) is not int or not 0 <= row < len(compared.captions):
             return None
-        id, photos = pictures[column].id, compared.photos
+        id = pictures[column].id
         image = self.engine.picture_image(id) if photos.sample else open_image(photos.photos.thumbnails[id])
         cosine = float(compared.alignments[0].similarity[column, row])
         return Pair(image, photos.name(pictures[column], lang), compared.captions[row], cosine)
@@ -163,7 +153,8 @@ class MatrixTab(Tab):
             return {"error": error_text(lang, compared.error)}
         if not compared.alignments:
             return {"note": text(lang, "matrix.empty")}
-        pictures, rows = compared.pictures, range(len(compared.captions))
+        pictures, rows = compared.photos.photos.gallery.pictures, range(len(compared.captions))
+        has_sigmoid = all(alignment.logit_bias is not None for alignment in compared.alignments)
         return {
             "caption": text(lang, "matrix.table", captions=len(rows), pictures=len(pictures)),
             "columns": [_column_value(picture, compared.photos, lang) for picture in pictures],
@@ -176,9 +167,11 @@ class MatrixTab(Tab):
             "pairing": "order" if set(compared.named) == {None} else "name",
             "models": self._model_values(compared),
             "reach": _REACH * self.engine.scale.spread,
-            "views": _view_values(lang, compared),
+            "views": [view for view in VIEWS if view != "sigmoid" or has_sigmoid],
             "colours": _colours(),
             "labels": labels(lang, "matrix.label."),
+            "names": labels(lang, "matrix.view."),
+            "meanings": labels(lang, "matrix.meaning."),
         }
 
     def _model_values(self, compared: Compared) -> list[Value]:
@@ -186,15 +179,6 @@ class MatrixTab(Tab):
         known = [(self.engine.encoder.name, self.engine.scale)]
         known += [(second.encoder.name, second.scale)] if second else []
         return [_model_value(*model, alignment) for model, alignment in zip(known, compared.alignments, strict=False)]
-
-
-def _view_values(lang: str, compared: Compared) -> list[Value]:
-    has_sigmoid = all(alignment.logit_bias is not None for alignment in compared.alignments)
-    return [
-        {"key": view, "name": text(lang, f"matrix.view.{view}"), "meaning": text(lang, f"matrix.meaning.{view}")}
-        for view in VIEWS
-        if view != "sigmoid" or has_sigmoid
-    ]
 
 
 def _column_value(picture: Picture, photos: PhotoState, lang: str) -> Value:
@@ -214,20 +198,7 @@ def _model_value(name: str, scale: Scale, alignment: Alignment) -> Value:
 
 
 @cache
-def _colours() -> dict[str, dict[str, list[str]]]:
-    """List 256 colours for values and for differences, on a light and on a dark page."""
-    steps = np.linspace(0, 1, 256)
-    return {
-        "heat": {theme: _hex(heat_colours(steps, dark=theme == "dark")) for theme in _DIFFERENCE},
-        "difference": {theme: _hex(_interpolate(colours, steps)) for theme, colours in _DIFFERENCE.items()},
-    }
-
-
-def _interpolate(colours: tuple[str, ...], steps: Any) -> Any:
-    known = np.array([list(bytes.fromhex(colour[1:])) for colour in colours])
-    places = np.linspace(0, 1, len(colours))
-    return np.stack([np.interp(steps, places, channel) for channel in known.T], axis=1).round().astype(np.uint8)
-
-
-def _hex(colours: Any) -> list[str]:
-    return ["#" + bytes(colour.tolist()).hex() for colour in colours]
+def _colours() -> dict[str, list[str]]:
+    """List 256 colours for values, on a light and on a dark page."""
+    heat = {theme: heat_colours(np.linspace(0, 1, 256), dark=theme == "dark") for theme in ("light", "dark")}
+    return {theme: ["#" + bytes(colour.tolist()).hex() for colour in colours] for theme, colours in heat.items()}

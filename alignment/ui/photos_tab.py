@@ -18,10 +18,18 @@ from alignment.preprocess import InputError
 from alignment.server.gradio_internals import event_data
 from alignment.ui.composer import TextQuery, make_query
 from alignment.ui.download import BrowserDownload
-from alignment.ui.drop import part_of, parts_value, photos_drop_value, progress_value
 from alignment.ui.search_tab import SearchTab
 from alignment.ui.strings import count_text, text
-from alignment.ui.uploads import Jobs, PhotoState, add_uploads, uploads_of
+from alignment.ui.uploads import (
+    Jobs,
+    PhotoState,
+    add_uploads,
+    part_of,
+    parts_value,
+    photos_drop_value,
+    progress_value,
+    uploads_of,
+)
 from alignment.ui.widgets import Changes, Value, on_event, picked
 
 BATCH = 12  # photos that are sent together
@@ -56,7 +64,7 @@ class PhotosTab(SearchTab):
         collection = [self.photos, self.drop, self.notes, self.download, self.clear, self.chips]
         self.on(self.drop.files, self._add_files, collection, "upload")
         self.on(self.drop.grown, self._search_again, [self.results])
-        on_event(self.drop.halt, self._stop, [], [])
+        on_event(self.drop.halt, self.jobs.stop, [], [])
         self.on(self.clear.click, self._clear, [*collection, self.results])
         self.on(self.results.remove, self._remove, [*collection, self.results])
         download = BrowserDownload("photos-courier")
@@ -79,9 +87,6 @@ class PhotosTab(SearchTab):
                     yield {**self._redraw_collection(lang, asked, photos, busy=True), self.drop: busy}
         changes = self._redraw_collection(lang, asked, photos)
         yield {**changes, self.drop: self._drop_value(lang, asked, photos, run=run)}
-
-    def _stop(self, request: gr.Request) -> None:
-        self.jobs.of(request.session_hash).stopped = True
 
     def _search_again(self, lang: str, typed: str, asked: TextQuery, photos: PhotoState) -> Changes:
         return {self.results: self.results_value(lang, asked, photos)}

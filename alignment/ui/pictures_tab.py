@@ -11,10 +11,9 @@ from alignment.engine import Term, as_webp
 from alignment.preprocess import InputError, open_image
 from alignment.server.gradio_internals import event_data
 from alignment.ui.composer import QueryPicture, TextQuery, add_picture, help_value, make_query
-from alignment.ui.drop import drop_value
 from alignment.ui.search_tab import SearchTab
 from alignment.ui.strings import error_text, text
-from alignment.ui.uploads import Upload, delete_uploads, read_upload, uploads_of
+from alignment.ui.uploads import Upload, delete_uploads, drop_value, read_upload, uploads_of
 from alignment.ui.widgets import Changes, Value, data_url, user_errors
 
 TERM_PIXELS = 96

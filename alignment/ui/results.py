@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from alignment.gallery import Caption, Match, Picture, SearchResult
-from alignment.preprocess import InputError, sanitize_text
+from alignment.preprocess import InputError
 from alignment.ui.strings import error_text, labels, text
 from alignment.ui.widgets import Value
 
@@ -15,44 +15,33 @@ Item = TypeVar("Item", Picture, Caption)
 SHOWN_ALIKE = 24  # near duplicates folded under a result
 
 
-def captions_value(found: SearchResult[Caption], lang: str, *, total: int) -> Value:
-    """Lay ranked captions out; `total` is the number that competed."""
-
-    def caption_value(caption: Caption) -> Value:
-        return {"id": caption.id, "text": caption.text, "lang": caption.lang or None}
-
-    return _results_value(("captions", "captions.alike", "rows"), found, lang, total, caption_value)
-
-
-def pictures_value(
-    found: SearchResult[Picture],
-    lang: str,
-    image_of: Callable[[Picture], str],
-    *,
-    total: int,
-    own: bool = False,
-    named: bool = False,
-    actions: Sequence[str],
+def results_value(
+    key: str, found: SearchResult[Item], lang: str, total: int, item_value: Callable[[Item], Value]
 ) -> Value:
-    """Lay ranked pictures out.
+    """Lay results out, best first, near duplicates folded under the best of them.
 
-    Args:
-        found: the results.
-        lang: of the page.
-        image_of: returns the address of a picture's thumbnail.
-        total: how many pictures competed.
-        own: whether they are the visitor's, which are called by their file's name.
-        named: whether others without a caption are called so too.
-        actions: buttons of a result.
+    `key` is the prefix of the words, `total` the number of items that competed.
     """
-
-    def picture_value(picture: Picture) -> Value:
-        words = picture.source if own else picture.caption(lang) or (sanitize_text(picture.source) if named else "")
-        value: Value = {"id": picture.id, "image": image_of(picture), "alt": words or picture.id, "text": words}
-        return value | {"credit": picture.credit, "lang": lang if not own and lang in picture.captions else None}
-
-    names = ("photos" if own else "pictures", "pictures.alike", "cards")
-    return {**_results_value(names, found, lang, total, picture_value), "actions": list(actions)}
+    best = max([1e-6, *(match.similarity for match in found.matches[:1])])
+    rows = []
+    for rank, group in enumerate(found.duplicates or [(match,) for match in found.matches], start=1):
+        result, *alike = (
+            {**_numbers(match, rank, best, found.composed, lang), **item_value(match.item)}
+            for match in group[: SHOWN_ALIKE + 1]
+        )
+        alike_key = "captions.alike" if key == "captions" else "pictures.alike"
+        alike_text = text(lang, alike_key, count=len(group) - 1) if alike else ""
+        rows.append({**result, "alike": alike, "alikeText": alike_text})
+    words = labels(lang, "result.") | {"remove": text(lang, "photos.remove")}
+    shown = {"count": len(rows), "total": f"{total:,}"}
+    return {
+        "heading": text(lang, f"{key}.results"),
+        "count": "" if found.is_out_of_distribution else text(lang, f"{key}.count", **shown),
+        "labels": words | ({"cosine": words["score"]} if found.composed else {}),
+        "note": _meaning(key, found, lang),
+        **({"verdict": _verdict(key, found, lang)} if found.matches and found.verdict else {}),
+        "rows": rows,
+    }
 
 
 def problem_value(error: InputError, lang: str, key: str) -> Value:
@@ -77,40 +66,6 @@ def percent(share: float) -> str:
 def cosine(value: float) -> str:
     """Write a cosine to three places, never "-0.000"."""
     return f"{round(value, 3) + 0.0:.3f}"
-
-
-def _results_value(
-    names: tuple[str, str, str],
-    found: SearchResult[Item],
-    lang: str,
-    total: int,
-    item_value: Callable[[Item], Value],
-) -> Value:
-    """Lay results out, best first, near duplicates folded under the best of them.
-
-    `names` are the prefix of the words, the key of the sentence that counts near duplicates, and the list's name in the
-    value.
-    """
-    key, alike_key, field = names
-    best = max([1e-6, *(match.similarity for match in found.matches[:1])])
-    rows = []
-    for rank, group in enumerate(found.duplicates or [(match,) for match in found.matches], start=1):
-        result, *alike = (
-            {**_numbers(match, rank, best, found.composed, lang), **item_value(match.item)}
-            for match in group[: SHOWN_ALIKE + 1]
-        )
-        alike_text = text(lang, alike_key, count=len(group) - 1) if alike else ""
-        rows.append({**result, "alike": alike, "alikeText": alike_text})
-    words = labels(lang, "result.") | {"remove": text(lang, "photos.remove")}
-    shown = {"count": len(rows), "total": f"{total:,}"}
-    return {
-        "heading": text(lang, f"{key}.results"),
-        "count": "" if found.is_out_of_distribution else text(lang, f"{key}.count", **shown),
-        "labels": words | ({"cosine": words["score"]} if found.composed else {}),
-        "note": _meaning(key, found, lang),
-        **({"verdict": _verdict(key, found, lang)} if found.matches and found.verdict else {}),
-        field: rows,
-    }
 
 
 def _verdict(key: str, found: SearchResult[Any], lang: str) -> Value:

@@ -36,12 +36,10 @@ def _draw(shape: str, colour: str) -> bytes:
     image = Image.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(image)
     low, high = SIDE // 5, SIDE - SIDE // 5
-    if shape == "circle":
-        draw.ellipse((low, low, high, high), fill=colour)
-    elif shape == "square":
-        draw.rectangle((low, low, high, high), fill=colour)
-    else:
+    if shape == "triangle":
         draw.polygon([(SIDE // 2, low), (low, high), (high, high)], fill=colour)
+    else:
+        (draw.ellipse if shape == "circle" else draw.rectangle)((low, low, high, high), fill=colour)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

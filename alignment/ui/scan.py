@@ -15,8 +15,8 @@ from starlette.routing import Route
 
 from alignment.engine import PhotoFolder, Scan
 from alignment.preprocess import sanitize_text
-from alignment.ui.drop import skipped_value
 from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, text
+from alignment.ui.uploads import skipped_value
 from alignment.ui.widgets import Value
 
 SCAN_ROUTE = "scan"

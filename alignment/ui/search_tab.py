@@ -17,7 +17,7 @@ from alignment.preprocess import InputError, open_image
 from alignment.server.gradio_internals import event_data
 from alignment.ui.composer import QueryPicture, TextQuery, add_picture, composer_value, edit_query, make_query
 from alignment.ui.explanation import Pair
-from alignment.ui.results import note_value, pictures_value, problem_value
+from alignment.ui.results import note_value, problem_value, results_value
 from alignment.ui.strings import error_text, text
 from alignment.ui.tab import Tab
 from alignment.ui.uploads import PhotoState
@@ -149,12 +149,14 @@ class SearchTab(Tab):
             return problem_value(asked.error or InputError("", "caption.empty"), lang, self.key)
         if not total:
             return {"error": error_text(lang, InputError("There is no picture yet; add one first.", "photos.none"))}
-        return pictures_value(
-            self.engine.search_images(asked.query, self.num_results, photos=photos.photos if photos else None),
-            lang,
-            lambda picture: self._image_of(picture, photos),
-            total=total,
-            own=is_own,
-            named=self.engine.names_files,
-            actions=[*["why"] * bool(asked.query.wanted_captions), "more", "less", *["remove"] * is_own],
-        )
+
+        def picture_value(picture: Picture) -> Value:
+            said = picture.source if is_own else self.examples.name(picture, lang)
+            value: Value = {"id": picture.id, "image": self._image_of(picture, photos), "alt": said or picture.id}
+            spoken = lang if not is_own and lang in picture.captions else None
+            return value | {"text": said, "credit": picture.credit, "lang": spoken}
+
+        found = self.engine.search_images(asked.query, self.num_results, photos=photos.photos if photos else None)
+        actions = [*["why"] * bool(asked.query.wanted_captions), "more", "less", *["remove"] * is_own]
+        key = "photos" if is_own else "pictures"
+        return {**results_value(key, found, lang, total, picture_value), "actions": actions}

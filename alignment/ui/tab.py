@@ -20,24 +20,16 @@ from alignment.ui.widgets import Changes, on_event, widget
 
 
 class Tab:
-    """Base class of the tabs.
+    """Base class of the tabs."""
 
-    Attributes:
-        key: prefix of its words and of its element ids.
-        states: components that keep values of the session.
-        views: component -> what it shows, as a function of the language and the values of `states`.
-        inputs: components whose values handlers and `translate` get after the language.
-        url_outputs: components that `load_from_url` changes.
-    """
-
-    key: ClassVar[str]
+    key: ClassVar[str]  # prefix of its words and of its element ids
 
     def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: ExplanationDialog) -> None:
         self.engine, self.examples, self.explanation = engine, examples, explanation
         self.states: list[Any] = []
-        self.views: dict[Any, Callable[..., Any]] = {}
-        self.inputs: list[Any] = []
-        self.url_outputs: list[Any] = []
+        self.views: dict[Any, Callable[..., Any]] = {}  # component -> what it shows, given language and states
+        self.inputs: list[Any] = []  # components whose values handlers and `translate` get after the language
+        self.url_outputs: list[Any] = []  # components that `load_from_url` changes
 
     @property
     def outputs(self) -> list[Any]:

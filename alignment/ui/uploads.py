@@ -1,6 +1,7 @@
-"""UI, uploads: files from the visitor's device are read once and then deleted.
+"""UI, uploads: files from the visitor's device are read once and then deleted; what the area for them shows.
 
-Place in the flow: `event of drop.js -> Upload -> bytes (here) -> engine`; `add_uploads` fills a photo collection.
+Place in the flow: `event of drop.js -> Upload -> bytes (here) -> engine`; `add_uploads` fills a photo collection, and
+`*_value` lay the area out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
+
+import gradio as gr
 
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
 from alignment.engine.photo_zip import Added, add_archive
@@ -20,13 +25,17 @@ from alignment.server.errors import ServiceError
 from alignment.server.page import MAX_PATH
 from alignment.server.sessions import Immutable
 from alignment.server.uploads import upload_folder
-from alignment.ui.widgets import user_errors
+from alignment.ui.strings import count_text, error_text, labels, text
+from alignment.ui.widgets import Value, user_errors
 
 logger = logging.getLogger(__name__)
 
 MAX_FILE_MB = 30
 MAX_NAME = 120
 CHUNK = 4  # pictures between two signs of progress
+SHOWN_PROBLEMS, MAX_SKIPPED_NAME = 10, 200
+
+_serial = count()  # the page redraws on a new value only, also when the same file is wrong twice
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,6 @@ class Upload:
     name: str
     path: str = ""  # where the server put it
     problem: str = ""  # why it did not arrive
-
-    @property
-    def is_zip(self) -> bool:
-        """Whether it is called a zip file."""
-        return self.name.lower().endswith(".zip")
 
 
 @dataclass(frozen=True)
@@ -137,14 +141,8 @@ def add_uploads(
 ) -> Iterator[tuple[PhotoState, int, int]]:
     """Add uploads to a collection a few at a time, then delete them; the visitor's first pictures replace the sample.
 
-    Args:
-        engine: embeds.
-        state: the collection.
-        uploads: files.
-        limit: of pictures in all.
-        zips: whether zip files are opened.
-        more: whether these are a further part of the last files, and counted with them.
-        stopped: whether to end early.
+    `limit` is that of the whole collection, `zips` tells whether zip files are opened, `more` whether these files are a
+    further part of the last ones and counted with them, `stopped` whether to end early.
 
     Yields:
         The collection so far, how many files have been dealt with, and of how many; first unchanged, with 0.
@@ -168,8 +166,10 @@ def add_uploads(
 def _steps(
     engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], limit: int, zips: bool
 ) -> Iterator[Added]:
-    archives = [upload for upload in uploads if zips and upload.is_zip]
-    pictures = [upload for upload in uploads if not (zips and upload.is_zip)]
+    kinds: dict[bool, list[Upload]] = {True: [], False: []}
+    for upload in uploads:
+        kinds[zips and upload.name.lower().endswith(".zip")].append(upload)
+    archives, pictures = kinds[True], kinds[False]
     size = chunk_size(CHUNK)
     for start in range(0, len(pictures), size):
         chunk = pictures[start : start + size]
@@ -227,6 +227,58 @@ class Jobs:
             if self._jobs.get(session) is job:
                 del self._jobs[session]
 
+    def stop(self, request: gr.Request) -> None:
+        """Let the session's job end early."""
+        self.of(request.session_hash).stopped = True
+
     def of(self, session: str | None) -> Job:
         """Return the session's job; a new one, without effect, if there is none."""
         return self._jobs.get(session, Job())
+
+
+def drop_value(lang: str, title: str, *, max_files: int = 1, **more: Any) -> Value:
+    """Lay the area out; `more` replaces or adds to its value."""
+    many = max_files > 1
+    return {
+        "serial": next(_serial),
+        "title": title,
+        "how": text(lang, "drop.how.many" if many else "drop.how"),
+        "many": many,
+        "maxFiles": max_files,
+        "maxBytes": MAX_FILE_MB * 2**20,
+        "labels": labels(lang, "drop."),
+        **more,
+    }
+
+
+def photos_drop_value(lang: str, title: str, state: PhotoState, max_files: int) -> Value:
+    """Lay the area of a photo collection out, with what became of the last files."""
+    status = count_text(lang, "drop.added", state.added) if state.added else ""
+    skipped = skipped_value(lang, state.skipped, SHOWN_PROBLEMS)
+    return drop_value(lang, title, max_files=max_files, status=status, **skipped)
+
+
+def skipped_value(lang: str, skipped: Sequence[Skipped], most: int) -> Value:
+    """Name files that were left out, `most` of them, and count the rest."""
+    shown = [[sanitize_text(skip.name, MAX_SKIPPED_NAME), error_text(lang, skip.error)] for skip in skipped[:most]]
+    if rest := len(skipped) - len(shown):
+        shown.append(["…", text(lang, "drop.more", count=rest)])
+    return {"skippedTitle": count_text(lang, "drop.skipped", len(skipped)) if skipped else "", "skipped": shown}
+
+
+def progress_value(lang: str, title: str, done: int, total: int, max_files: int) -> Value:
+    """Lay the area out while files are being read."""
+    progress = {"done": done, "total": total, "text": text(lang, "drop.reading", done=done, total=total)}
+    return drop_value(lang, title, max_files=max_files, progress=progress)
+
+
+def parts_value(batch: int, run: int) -> Value:
+    """Let the area send files in parts of `batch`, which it can stop; `run` is the last part that was dealt with."""
+    return {"batch": batch, "run": run, "maxZipBytes": MAX_ZIP_MB * 2**20}
+
+
+def part_of(data: object) -> tuple[int, bool]:
+    """Parse the number of the part that the untrusted event "files" brings, and whether it is the first."""
+    sent = data if isinstance(data, dict) else {}
+    run = sent.get("run")
+    return run if type(run) is int and 0 <= run < 2**31 else 0, sent.get("first") is not False

@@ -218,7 +218,7 @@ watch("value", () => {
   else finish();
 });
 
-// The event "files" itself was refused: nobody will answer it.
+// The event "files" itself was refused: there will be no answer.
 window.addEventListener("al-refused", () => {
   if (element.isConnected && job?.run) finish();
 });

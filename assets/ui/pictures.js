@@ -46,7 +46,7 @@ keep((value) =>
   show(
     value.heading ? heading(value) : null,
     problem(value.error),
-    value.cards?.length ? answer(value, make("ol", { class: "al-grid" }, ...value.cards.map((item) => card(item, value)))) : null,
+    value.rows?.length ? answer(value, make("ol", { class: "al-grid" }, ...value.rows.map((item) => card(item, value)))) : null,
     value.note ? make("p", { class: "al-note" }, value.note) : null,
   ),
 );
