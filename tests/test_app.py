@@ -20,6 +20,7 @@ from alignment.confidence import VERDICTS
 from alignment.data.sidecars import UNUSED_SIDECARS
 from alignment.data.tables import ClassLabelsOnly
 from alignment.engine import AlignmentEngine, Skipped
+from alignment.evaluate.error_analysis import DIRECTIONS
 from alignment.gallery import Caption, Gallery, Match, SearchResult, build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, clean_caption, open_image, parse_captions
@@ -268,7 +269,7 @@ def test_every_key_used_is_there_and_every_one_there_is_used():
         assert key in strings()["en"]
     # Put together from their parts.
     built = ("error.", "example.", "matrix.view.", "matrix.meaning.", "matrix.label.", "drawing.")
-    built += ("result.more.short", "result.less.short")
+    built += ("result.more.short", "result.less.short", *(f"evaluate.{name}" for name in DIRECTIONS))
     reasons = json.loads((WORDS / "evaluate.json").read_text("utf-8"))
     for key in strings()["en"]:
         last = key.removesuffix(".one").partition(".")[2] or key

@@ -14,6 +14,7 @@ from alignment.ui.strings import text
 SIDE = 320
 COLOURS = {"red": "#d03a2f", "blue": "#2f5fd0", "green": "#2c8f4a", "yellow": "#e8b820"}
 SHAPES = ("circle", "square", "triangle")
+TABLE = "captions"
 
 
 def sample_zip(lang: str) -> bytes:
@@ -28,7 +29,7 @@ def sample_zip(lang: str) -> bytes:
             for form in ("drawing.caption", "drawing.caption.other"):
                 writer.writerow([name, text(lang, form, **what)])
             file.writestr(name, _draw(shape, COLOURS[colour]))
-        file.writestr("captions.csv", "\ufeff" + table.getvalue())  # the mark tells spreadsheets that it is UTF-8
+        file.writestr(f"{TABLE}.csv", "\ufeff" + table.getvalue())  # the mark tells spreadsheets that it is UTF-8
     return buffer.getvalue()
 
 

@@ -1,7 +1,7 @@
 """UI, search tab: a query of captions and pictures, and the pictures that fit; base of two tabs.
 
 "Caption to images" searches the gallery, "My photos" the visitor's photos: there each handler and view gets their
-`PhotoState` after the query, elsewhere None.
+`PhotoState` after the query.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SearchTab(Tab):
         return {**changes, self.query: gr.update(value=example, **self._box_words(lang))}
 
     def search(self, lang: str, caption: str, pictures: tuple[QueryPicture, ...], *photos: PhotoState) -> Changes:
-        """Ask for something else; values for `url_outputs`."""
+        """Search for captions and pictures; returns values of `url_outputs`."""
         asked = make_query(self.engine, caption, pictures)
         return {self.query: asked.caption, **self.redraw(lang, self.found, asked, *photos)}
 
