@@ -60,7 +60,7 @@ class PhotosTab(SearchTab):
                 self.results = self.add_widget("pictures", "results", self.results_value)
 
     def _bind_events(self) -> None:
-        super()._bind_events()
+        self.bind_search()
         collection = [self.photos, self.drop, self.notes, self.download, self.clear, self.chips]
         self.on(self.drop.files, self._add_files, collection, "upload")
         self.on(self.drop.grown, self._search_again, [self.results])

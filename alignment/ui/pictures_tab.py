@@ -37,7 +37,7 @@ class PicturesTab(SearchTab):
         self.results = self.add_widget("pictures", "results", self.results_value)
 
     def _bind_events(self) -> None:
-        super()._bind_events()
+        self.bind_search()
         self.on(self.help.pick, self.search_example, self.url_outputs, "search")
         self.on(self.drop.files, self._add_upload, [self.drop, *self.url_outputs], "search")
 

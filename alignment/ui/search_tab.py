@@ -41,7 +41,8 @@ class SearchTab(Tab):
             self.button = self.add_button("search", scale=0)
         self.composer = self.add_widget("composer", "composer", self._composer_value)
 
-    def _bind_events(self) -> None:
+    def bind_search(self) -> None:
+        """Bind the events that both tabs have."""
         self.asked = self.states[0]
         self.inputs = [self.query, *self.states]
         self.found = [self.asked, self.composer, self.results]
