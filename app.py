@@ -1,7 +1,6 @@
-"""The page: `python app.py`, then open http://127.0.0.1:7860.
+"""The app: `python app.py`, then open http://127.0.0.1:7860.
 
-Place in the flow: the top. Arguments, layout and wiring only; the tabs are in `alignment.ui`, what they ask is answered
-by `alignment.engine`.
+It reads the arguments, loads `alignment.engine` and serves the page of `alignment.ui`.
 """
 
 from __future__ import annotations
@@ -10,37 +9,32 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
 from os.path import expanduser
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
 if __name__ == "__main__":
-    gc.disable()  # a million objects are made now that stay; to look for rubbish among them is a fifth of the start
+    gc.disable()  # until it serves: to collect garbage among a million new objects takes a fifth of the start
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: nothing leaves this machine
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported; nothing is sent
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it writes to the log in a way of its own
-os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # whom to believe about a visitor's address is said by --proxies
-# A thread that spins while it waits keeps others from their work, and a query takes ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Where matplotlib is installed Gradio asks for its backend at every event, and at the first imports all of it to tell.
-os.environ.setdefault("MPLBACKEND", "agg")
-# Gradio works out statistics of the last 10,000 events after each one, also where nobody may see them.
-os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it has a log format of its own
+os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # --proxies tells which proxies are trusted
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait make a query ten times slower
+os.environ.setdefault("MPLBACKEND", "agg")  # where matplotlib is installed Gradio imports all of it to ask for this
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # or it computes statistics of 10,000 events after each one
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**12))
 
-if os.environ.get("SPACES_ZERO_GPU") == "true":  # on Hugging Face's ZeroGPU; it wants to come before torch
+if os.environ.get("SPACES_ZERO_GPU") == "true":  # on Hugging Face's ZeroGPU; has to be imported before torch
     import spaces  # noqa: F401
 
 if __name__ == "__main__" and not (os.environ.get("GRADIO_SERVER_PORT") or "7860").isdecimal():
-    sys.exit("error: GRADIO_SERVER_PORT is no port: choose a number from 1 to 65535.")  # Gradio breaks off at it
+    sys.exit("error: GRADIO_SERVER_PORT is no port: choose a number from 1 to 65535.")  # Gradio raises on import
 
-import gradio as gr
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -54,7 +48,6 @@ from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import InputError
 from alignment.server import (
-    GuardedBlocks,
     Service,
     Settings,
     add_options,
@@ -68,24 +61,15 @@ from alignment.server import (
     read_port,
     redirect_server_logs,
 )
-from alignment.server.gradio_internals import event_data
-from alignment.ui.api import add_api
-from alignment.ui.captions_tab import CaptionsTab
-from alignment.ui.evaluate_tab import EvaluateTab
-from alignment.ui.examples import THUMBNAIL_ROUTE, Examples
-from alignment.ui.explanation import ExplanationDialog
-from alignment.ui.matrix_tab import MatrixTab
-from alignment.ui.permalinks import arrivals, link_value, load_from_url
-from alignment.ui.photos_tab import PhotosTab
-from alignment.ui.pictures_tab import PicturesTab
-from alignment.ui.scan import scan_route, scan_value
-from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, error_for_browser, pick_language, strings, text
+from alignment.ui.examples import THUMBNAIL_ROUTE
+from alignment.ui.page import build_page
+from alignment.ui.scan import scan_route
+from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, error_for_browser
 from alignment.ui.theme import theme
-from alignment.ui.widgets import ASSETS, ICON, Tab, on_event, styles, widget
+from alignment.ui.widgets import ASSETS, ICON, styles
 
 ROOT = Path(__file__).resolve().parent
-WARMUP_DELAY_S = 2.0
-"""Seconds that the processors belong to whoever opens the page, before pictures are prepared for."""
+WARMUP_DELAY_S = 2.0  # after the start; the first visitor's page is loaded before the image tower
 
 _HELP = "Search pictures by caption and captions by picture, and look at the similarity matrix behind both."
 _ENVIRONMENT = """\
@@ -115,7 +99,7 @@ A gallery of captioned data, or one to be copied and published, is built by a co
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Lay out the command line; the environment gives the defaults."""
+    """Define the command line; the environment gives the defaults."""
     env = os.environ.get
     parser = argparse.ArgumentParser(
         description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -157,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line, then the environment."""
+    """Parse the command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.photos and args.index:
@@ -166,10 +150,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_engine(args: argparse.Namespace) -> AlignmentEngine:
-    """Load what the page asks, ready for captions; pictures have to wait for `AlignmentEngine.warm_images`.
+    """Load models and gallery, with the text tower warm; `AlignmentEngine.warm_images` follows later.
 
-    Where the starter gallery was made by another model, only its pictures and their captions are there at first;
-    `background_scan` makes the rest.
+    Under a model that has no starter gallery yet, that has few pictures and captions until `background_scan` is done.
 
     Raises:
         FileNotFoundError: when the model or the gallery is missing.
@@ -187,119 +170,16 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
 
 
 def background_scan(engine: AlignmentEngine, args: argparse.Namespace) -> PhotoFolder | None:
-    """Prepare what is read while the page is there already: photos, the starter gallery of a new model; else None."""
+    """Prepare what is embedded while the page is served: --photos, or the starter gallery of a new model; else None."""
     if not args.photos and engine.starter.folder is not None:
         return None
     return PhotoFolder(engine, args.photos, partial(progress_bar, quiet=args.log == "json"))
 
 
-def build_page(
-    engine: AlignmentEngine,
-    lang: str = DEFAULT_LANGUAGE,
-    queue: int = Settings.queue,
-    photos: PhotoFolder | None = None,
-) -> gr.Blocks:
-    """Lay the page out in the language `lang`; a browser that prefers another changes it when it loads.
-
-    Args:
-        engine: answers.
-        lang: at first.
-        queue: requests that may wait.
-        photos: the folder whose gallery the engine searches, if it is one.
-    """
-    begun = photos.version if photos else 0  # of the gallery that every page begins with
-    explanation = ExplanationDialog(engine)
-    of_gallery, of_starter = Examples(engine), Examples(engine, engine.starter)
-    searching: list[Tab] = [kind(engine, of_gallery, explanation) for kind in (CaptionsTab, PicturesTab)]
-    own: list[Tab] = [kind(engine, of_starter, explanation) for kind in (MatrixTab, PhotosTab, EvaluateTab)]
-    tabs = searching + own
-    with GuardedBlocks(title=text(lang, "title"), analytics_enabled=False) as page:
-        with gr.Row(elem_classes=["al-header"]):
-            header = widget("plain", _header(lang), elem_id="header")
-            choices = [(name, code) for code, name in LANGUAGES.items()]
-            link = widget("link", link_value(tabs, lang), elem_id="link", min_width=0)
-            language = gr.Radio(choices, value=lang, **_language_words(lang), elem_id="language", min_width=0, scale=0)
-        explanation.build(lang)
-        scan = widget("scan", scan_value(photos, lang), elem_id="scan", visible=photos is not None)
-        with gr.Tabs(selected=PicturesTab.key if photos and photos.source else None) as row:
-            places = []
-            for tab in tabs:
-                with gr.Tab(text(lang, f"{tab.key}.tab"), id=tab.key) as place:
-                    tab.build(language, lang)
-                places.append(place)
-                if isinstance(tab, PicturesTab):
-                    on_event(tab.sample.pick, lambda: gr.Tabs(selected=PhotosTab.key), [], [row])
-        footer = widget("plain", _footer(engine, lang), elem_id="footer")
-
-        def status(lang: str) -> list[Any]:
-            return [scan_value(photos, lang, ready=True), _footer(engine, lang)]
-
-        def translate(lang: str, asked: Any, *inputs: Any) -> list[Any]:
-            """Change all at once: Gradio asks several listeners in turn, and draws over what is typed meanwhile."""
-            labels = [gr.update(label=text(lang, f"{tab.key}.tab")) for tab in tabs]
-            words = gr.update(**_language_words(lang))
-            frame = [_header(lang), link_value(tabs, lang), words, *labels, *status(lang)]
-            return [*frame, explanation.translate(lang, asked), *_redrawn(tabs, lang, iter(inputs))]
-
-        asked = [language, explanation.asked, *(part for tab in tabs for part in tab.inputs)]
-        user_errors = [header, link, language, *places, scan, footer, explanation.dialog]
-        on_event(language.change, translate, asked, [*user_errors, *(part for tab in tabs for part in tab.outputs)])
-
-        _wire_scan(photos, scan, language, [scan, footer], status, searching)
-
-        def on_load(request: gr.Request) -> list[Any]:
-            query = request.query_params
-            wanted = pick_language(query, request.headers.get("accept-language", ""), lang)
-            chosen = gr.skip() if wanted == lang else wanted  # else the page is right as it is
-            known = scan_value(photos, wanted, ready=True) | {"version": begun}
-            return [chosen, known, *load_from_url(tabs, wanted, query)]
-
-        on_event(page.load, on_load, [], [language, scan, row, *arrivals(tabs)], work="search")
-        add_api(engine)
-    # The service says that the queue is full, in the visitor's language; requests that arrive just then fit in.
-    page.queue(max_size=2 * queue, default_concurrency_limit=4, api_open=False)
-    return page
-
-
-def _redrawn(tabs: Sequence[Tab], lang: str, inputs: Iterator[Any]) -> list[Any]:
-    return [change for tab in tabs for change in tab.translate(lang, *islice(inputs, len(tab.inputs)))]
-
-
-def _wire_scan(
-    photos: PhotoFolder | None,
-    scan: Any,
-    language: Any,
-    frame: list[Any],
-    status: Callable[[str], list[Any]],
-    tabs: Sequence[Tab],
-) -> None:
-    """Let the page start scans, and show the gallery that has taken the old one's place; what is asked there stays."""
-
-    def renew(event: gr.EventData, lang: str, *inputs: Any) -> list[Any]:
-        lang = pick_language(event_data(event), "", lang)
-        first = status(lang)  # before the tabs: a gallery that comes meanwhile is asked for again
-        return [*first, *_redrawn(tabs, lang, iter(inputs))]
-
-    def rescan(lang: str) -> dict[str, Any]:
-        if photos is not None:
-            photos.start()
-        return scan_value(photos, lang, ready=True)
-
-    asked, shown = [part for tab in tabs for part in tab.inputs], [part for tab in tabs for part in tab.outputs]
-    on_event(scan.renew, renew, [language, *asked], [*frame, *shown], work="search")
-    on_event(scan.rescan, rescan, [language], [scan])
-
-
 def launch_options(
     engine: AlignmentEngine, service: Service | None = None, photos: PhotoFolder | None = None
 ) -> dict[str, Any]:
-    """How to serve the page: no telemetry, no public statistics, thumbnails at an address without server paths.
-
-    Args:
-        engine: answers.
-        service: its limits; by default those of `Settings`.
-        photos: the folder whose gallery the engine searches, if it is one.
-    """
+    """Return options for `launch`: no telemetry, no public statistics, thumbnails at addresses without server paths."""
 
     def thumbnail(request: Request) -> Response:
         try:
@@ -329,7 +209,7 @@ def launch_options(
 
 
 def _health(engine: AlignmentEngine) -> dict[str, Any]:
-    """Say what /healthz tells of the model and the gallery."""
+    """Return what /healthz tells of the model and the gallery."""
     return {
         "model": Path(engine.encoder.name).name,
         "fingerprint": engine.encoder.fingerprint,
@@ -338,25 +218,8 @@ def _health(engine: AlignmentEngine) -> dict[str, Any]:
     }
 
 
-def _header(lang: str) -> dict[str, Any]:
-    return {"lang": "zh-CN" if lang == "zh" else lang, "title": text(lang, "title"), "line": text(lang, "tagline")}
-
-
-def _language_words(lang: str) -> dict[str, Any]:
-    other = " / ".join(dict.fromkeys([text(lang, "language"), *(words["language"] for words in strings().values())]))
-    return {"label": other}
-
-
-def _footer(engine: AlignmentEngine, lang: str) -> dict[str, Any]:
-    gallery = engine.gallery
-    numbers = {"pictures": f"{len(gallery.pictures):,}", "captions": f"{len(gallery.captions):,}"}
-    model = Path(engine.encoder.name).name
-    notes = [text(lang, "footer.model", model=model, **numbers), text(lang, "footer.private")]
-    return {"notes": notes, "link": {"text": text(lang, "footer.api"), "href": "?view=api"}}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = parse(argv)
     try:
         check_gradio()
@@ -371,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             service = Service(Settings.from_args(args), folder)
             with service.lifecycle.handle_signals():  # from here on a signal stops the app in order
                 serve(engine, args, service, photos)
-    except (OSError, ValueError) as error:  # what the person who typed the command can mend
+    except (OSError, ValueError) as error:  # mistakes of the operator
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before it served, or for the second time
@@ -382,25 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(
     engine: AlignmentEngine, args: argparse.Namespace, service: Service, photos: PhotoFolder | None = None
 ) -> None:
-    """Serve the page until the process is told to stop.
-
-    Args:
-        engine: answers.
-        args: see `parse`.
-        service: stands around the page.
-        photos: the folder to scan as soon as the page is there, if the gallery is made of one.
-
-    Raises:
-        OSError: when the port is taken.
-    """
+    """Serve the page, and scan `photos`, until the process is told to stop. Raises OSError when the port is taken."""
     configure_logging(args.log)
     page = build_page(engine, args.lang, args.queue, photos)
-    options = {
-        **launch_options(engine, service, photos),
-        "server_name": host_in_url(args.host),
-        "server_port": args.port,
-    }
-    _, url, _ = page.launch(prevent_thread_lock=True, mcp_server=args.mcp or None, **options)
+    options = {"server_name": host_in_url(args.host), "server_port": args.port, "mcp_server": args.mcp or None}
+    _, url, _ = page.launch(prevent_thread_lock=True, **options, **launch_options(engine, service, photos))
     redirect_server_logs()
     harden_mcp(page)
     gc.freeze()
@@ -421,4 +270,4 @@ if __name__ == "__main__":
     status = main()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(status)  # what a thread is still preparing for pictures to come, nobody will ask for
+    os._exit(status)  # without waiting for threads that still warm up

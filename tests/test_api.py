@@ -29,9 +29,8 @@ from alignment.gallery import Gallery
 from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
-from alignment.server import Service, Settings, harden_mcp
-from alignment.ui.api import Api, add_api
-from alignment.ui.api_input import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS
+from alignment.server import GuardedBlocks, Service, Settings, harden_mcp
+from alignment.ui.api import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS, Api, add_api
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
 from tests.http_client import run_coroutine
 
@@ -296,7 +295,7 @@ def test_what_is_wrong_reaches_the_program(ask, address):
 def test_a_failure_of_ours_tells_nothing_but_that_it_is_ours(engine, uploads, caplog):
     broken = AlignmentEngine(engine.encoder, engine.gallery)
     broken.encoder = None  # type: ignore[assignment]
-    with gr.Blocks() as page:
+    with GuardedBlocks() as page:
         add_api(broken)
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
     event, data = over_http(url.rstrip("/"), "search_images", caption="a cat")
@@ -345,7 +344,7 @@ def test_gradio_itself_would_fetch_an_address(engine, uploads, elsewhere):
     assert (event, seen) == ("complete", ["/cat.png"])
 
 
-def test_no_address_is_opened_for_anybody(address, elsewhere, ask):
+def test_no_address_is_opened_for_a_program(address, elsewhere, ask):
     url, seen = elsewhere
     refused = "Addresses on the network are not opened here"
     for name, values in (

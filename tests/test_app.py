@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from runpy import run_module
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
@@ -17,17 +17,28 @@ from PIL import Image
 import app
 from alignment import preprocess
 from alignment.confidence import VERDICTS
+from alignment.data.image_folder import UNUSED_SIDECARS
+from alignment.data.tables import CLASSES_ONLY
 from alignment.engine import AlignmentEngine, Skipped
+from alignment.evaluate.error_analysis import DIRECTIONS
 from alignment.gallery import Caption, Gallery, Match, SearchResult, build_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, clean_caption, open_image, parse_captions
 from alignment.server import Service, Settings, host_in_url
 from alignment.ui.api import Api
 from alignment.ui.examples import Examples
-from alignment.ui.results import captions_value, cosine, percent
-from alignment.ui.strings import count_text, error_text, pick_language, strings, text
-from alignment.ui.uploads import PhotoState, Upload, delete_uploads, fill, read_upload, shelf_drop_value, uploads_of
-from alignment.ui.widgets import user_errors
+from alignment.ui.results import cosine, percent, results_value
+from alignment.ui.strings import WORDS, count_text, error_text, pick_language, strings, text
+from alignment.ui.uploads import (
+    PhotoState,
+    Upload,
+    add_uploads,
+    delete_uploads,
+    photos_drop_value,
+    read_upload,
+    uploads_of,
+)
+from alignment.ui.widgets import ASSETS, user_errors
 
 UI = Path(app.__file__).parent / "alignment" / "ui"
 
@@ -253,14 +264,24 @@ def test_both_languages_say_the_same_things():
 def test_every_key_used_is_there_and_every_one_there_is_used():
     sources = "\n".join(path.read_text("utf-8") for path in (*UI.glob("*.py"), Path(app.__file__)))
     sources = sources.replace((UI / "strings.py").read_text("utf-8"), "")
+    scripts = "\n".join(path.read_text("utf-8") for path in ASSETS.glob("*.js"))
     for key in re.findall(r'text\(lang, "([\w.]+)"', sources):
         assert key in strings()["en"]
     # Put together from their parts.
     built = ("error.", "example.", "matrix.view.", "matrix.meaning.", "matrix.label.", "drawing.")
+    built += ("result.more.short", "result.less.short", *(f"evaluate.{name}" for name in DIRECTIONS))
+    reasons = json.loads((WORDS / "evaluate.json").read_text("utf-8"))
     for key in strings()["en"]:
         last = key.removesuffix(".one").partition(".")[2] or key
-        told = key.startswith(built) or last in VERDICTS
+        told = key.startswith(built) or last in VERDICTS or reasons.get(key, {}).get("reasons")
+        told = told or (key.startswith("evaluate.") and f'"{last}"' in sources)  # a label that its script looks up
+        told = told or re.search(rf'labels\.{re.escape(last)}\b|labels\["{re.escape(last)}"\]', scripts)
         assert told or f'"{key.removesuffix(".one")}"' in sources or f".{last}" in sources, key
+
+
+def test_every_reason_that_the_code_names_by_a_constant_has_its_sentence():
+    known = [entry.get("reasons", []) for entry in json.loads((WORDS / "evaluate.json").read_text("utf-8")).values()]
+    assert {UNUSED_SIDECARS, CLASSES_ONLY} <= {reason for reasons in known for reason in reasons}
 
 
 def test_every_error_of_the_door_is_translated():
@@ -344,6 +365,10 @@ def test_cosines_have_three_places_and_no_minus_before_nothing():
     assert [cosine(value) for value in (0.31249, -0.0001, -0.5)] == ["0.312", "0.000", "-0.500"]
 
 
+def captions_value(found: SearchResult[Caption], lang: str) -> dict[str, Any]:
+    return results_value("captions", found, lang, 9, lambda caption: {"id": caption.id})
+
+
 def answer(*chances: float, verdicts: str) -> SearchResult[Caption]:
     """An answer of captions, the last of which says the same as the first."""
     matches = [
@@ -357,7 +382,7 @@ def answer(*chances: float, verdicts: str) -> SearchResult[Caption]:
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_results_carry_their_verdict_and_fold_what_says_the_same(lang):
-    value = captions_value(answer(0.38, 0.2, 0.04, verdicts="fits may_fit nothing_close"), lang, total=9)
+    value = captions_value(answer(0.38, 0.2, 0.04, verdicts="fits may_fit nothing_close"), lang)
     assert [(row["rank"], row["step"], row["word"]) for row in value["rows"]] == [
         (1, "fits", text(lang, "result.fits")),
         (2, "may_fit", text(lang, "result.may_fit")),
@@ -369,11 +394,11 @@ def test_results_carry_their_verdict_and_fold_what_says_the_same(lang):
 
 
 def test_results_are_listed_where_nothing_is_close_and_folded_where_nothing_was_asked():
-    far = captions_value(answer(0.04, 0.004, 0.001, verdicts="nothing_close " * 3), "en", total=9)
+    far = captions_value(answer(0.04, 0.004, 0.001, verdicts="nothing_close " * 3), "en")
     assert (far["verdict"]["step"], far["verdict"]["word"]) == ("nothing_close", text("en", "result.nothing"))
     assert "4.0 %" in far["verdict"]["text"]
     assert "anyway" not in far["verdict"]
-    none = captions_value(answer(0, 0, 0, verdicts="no_meaning " * 3), "en", total=9)
+    none = captions_value(answer(0, 0, 0, verdicts="no_meaning " * 3), "en")
     assert (none["verdict"]["step"], none["verdict"]["text"]) == ("no_meaning", text("en", "result.senseless"))
     assert none["verdict"]["anyway"]
     assert {row["step"] for row in none["rows"]} == {None}
@@ -382,7 +407,7 @@ def test_results_are_listed_where_nothing_is_close_and_folded_where_nothing_was_
 
 def test_without_a_calibration_there_is_no_verdict():
     found = SearchResult((Match(1, Caption("c", "a", "en"), 0.5),))
-    value = captions_value(found, "en", total=1)
+    value = captions_value(found, "en")
     assert "verdict" not in value
     assert (value["rows"][0]["step"], value["rows"][0]["word"]) == (None, "")
     assert value["note"] == text("en", "result.meaning.uncalibrated")
@@ -442,17 +467,17 @@ def test_what_the_page_refused_is_said(problem, code):
     assert raised.value.code == code
 
 
-def test_a_shelf_fills_step_by_step_and_the_sample_makes_way(engine, upload_folder, encoded):
+def test_uploads_are_added_step_by_step_and_replace_the_sample(engine, upload_folder, encoded):
     images = [Image.new("RGB", (40, 40), (row * 9, 0, 0)) for row in range(10)]
     uploads = [uploaded(upload_folder, f"{row}.png", encoded(image, "PNG")) for row, image in enumerate(images)]
     uploads.append(uploaded(upload_folder, "bad.jpg", b"hello"))
     uploads.append(uploads[0])
-    steps = list(fill(engine, PhotoState(engine.gallery_photos(["one"])), uploads, limit=200))
-    assert [(len(shelf.photos), shelf.sample, done) for shelf, done in steps] == [
-        (1, True, 0),
-        (4, False, 4),
-        (8, False, 8),
-        (10, False, 12),
+    steps = list(add_uploads(engine, PhotoState(engine.gallery_photos(["one"])), uploads, limit=200))
+    assert [(len(state.photos), state.sample, done, total) for state, done, total in steps] == [
+        (1, True, 0, 12),
+        (4, False, 4, 12),
+        (8, False, 8, 12),
+        (10, False, 12, 12),
     ]
     last = steps[-1][0]
     assert (last.added, [skip.error.code for skip in last.skipped]) == (10, ["image.not_an_image", "photo.duplicate"])
@@ -460,13 +485,14 @@ def test_a_shelf_fills_step_by_step_and_the_sample_makes_way(engine, upload_fold
 
 
 def test_the_sample_stays_where_no_file_was_any_good(engine, upload_folder):
-    *_, (shelf, _) = fill(engine, PhotoState(engine.gallery_photos(["one"])), [Upload("x", "", "size")], limit=200)
-    assert (len(shelf.photos), shelf.sample, len(shelf.skipped)) == (1, True, 1)
+    sample = PhotoState(engine.gallery_photos(["one"]))
+    *_, (state, _, _) = add_uploads(engine, sample, [Upload("x", "", "size")], limit=200)
+    assert (len(state.photos), state.sample, len(state.skipped)) == (1, True, 1)
 
 
 def test_many_problems_are_counted_not_listed(engine):
     skipped = tuple(Skipped(str(row), InputError("No.", "photo.duplicate")) for row in range(15))
-    value = shelf_drop_value("en", "Add", PhotoState(engine.no_photos(), False, 0, skipped), 200)
+    value = photos_drop_value("en", "Add", PhotoState(engine.no_photos(), False, 0, skipped), 200)
     assert value["skippedTitle"] == "15 files were left out:"
     assert value["skipped"][-1] == ["…", "and 5 more"]
     assert len(value["skipped"]) == 11
@@ -530,9 +556,9 @@ def test_the_first_page_holds_results_in_every_tab(engine):
     config = app.build_page(engine, "zh").get_config_file()
     values = {part["props"].get("elem_id"): part["props"].get("value") for part in config["components"]}
     assert values["captions-results"]["rows"]
-    assert values["pictures-results"]["cards"]
+    assert values["pictures-results"]["rows"]
     assert values["matrix-table"]["rows"]
-    assert values["photos-results"]["cards"]
+    assert values["photos-results"]["rows"]
     assert values["captions-results"]["heading"] == text("zh", "captions.results")
     assert not any("__i18n__" in json.dumps(value, default=str) for value in values.values())
 

@@ -154,63 +154,64 @@ def test_colours_depend_on_the_model_and_stay_within_cosines():
 
 
 def test_the_page_is_told_captions_as_rows_and_the_models_side_by_side(tab, engine):
-    compared = tab._compare(tab.sample, "two cats\npasta")
-    table = tab._table("en", compared)
+    compared = tab.compare(tab.sample, "two cats\npasta")
+    table = tab.table_value("en", compared)
     assert (table["rows"], len(table["columns"])) == (["two cats", "pasta"], 3)
     assert [model["name"] for model in table["models"]] == ["clip", "chinese-clip"]
     for model, alignment in zip(table["models"], compared.alignments, strict=True):
         torch.testing.assert_close(torch.tensor(model["cosines"]), alignment.similarity.T)
         assert (model["scale"], model["bias"]) == (alignment.logit_scale, None)
     assert table["models"][0]["limits"] == list(colour_limits(engine.scale))
-    assert [view["key"] for view in table["views"]] == ["cosine", "captions", "pictures"]
+    assert table["views"] == ["cosine", "captions", "pictures"]
 
 
 def test_the_colours_of_a_table_do_not_depend_on_what_is_compared(tab):
     limits = [
-        tab._table("en", tab._compare(tab.sample, typed))["models"][0]["limits"] for typed in ("two cats", "x\ny")
+        tab.table_value("en", tab.compare(tab.sample, typed))["models"][0]["limits"] for typed in ("two cats", "x\ny")
     ]
     assert limits[0] == limits[1]
 
 
 def test_the_second_models_numbers_are_only_told_where_there_is_one(engine_of):
     tab = tab_of(engine_of("clip"))
-    assert len(tab._table("en", tab._compare(tab.sample, "two cats"))["models"]) == 1
+    assert len(tab.table_value("en", tab.compare(tab.sample, "two cats"))["models"]) == 1
 
 
 def test_a_model_with_a_bias_is_also_shown_by_its_sigmoid(engine_of):
     engine = engine_of("siglip")
     tab = tab_of(engine)
-    table = tab._table("zh", tab._compare(tab.sample, "two cats"))
-    assert [view["key"] for view in table["views"]] == ["cosine", "captions", "pictures", "sigmoid"]
+    table = tab.table_value("zh", tab.compare(tab.sample, "two cats"))
+    assert table["views"] == ["cosine", "captions", "pictures", "sigmoid"]
     assert table["models"][0]["bias"] == engine.encoder.logit_bias
 
 
 def test_pairs_are_by_order_until_a_line_names_a_picture(tab):
-    table = tab._table("en", tab._compare(tab.sample, "a\nb\nc\nd"))
+    table = tab.table_value("en", tab.compare(tab.sample, "a\nb\nc\nd"))
     assert (table["pairing"], table["owners"]["order"]) == ("order", [0, 1, 2, -1])
-    table = tab._table("en", tab._compare(tab.sample, "three.png: c\nb\none.png: a"))
+    table = tab.table_value("en", tab.compare(tab.sample, "three.png: c\nb\none.png: a"))
     assert (table["pairing"], table["owners"]["name"]) == ("name", [2, -1, 0])
     assert table["rows"] == ["c", "b", "a"]
     assert table["owners"]["none"] == [-1, -1, -1]
 
 
 def test_what_is_wrong_is_said_instead_of_a_table(tab, engine):
-    assert tab._table("en", tab._compare(tab.sample, " \n"))["error"] == text("en", "error.captions.none")
-    assert "65" in tab._table("zh", tab._compare(tab.sample, "a\n" * 65))["error"]
-    empty = tab._compare(PhotoState(engine.no_photos(both=True), False), "a cat")
-    assert tab._table("zh", empty) == {"note": text("zh", "matrix.empty")}
+    assert tab.table_value("en", tab.compare(tab.sample, " \n"))["error"] == text("en", "error.captions.none")
+    assert "65" in tab.table_value("zh", tab.compare(tab.sample, "a\n" * 65))["error"]
+    empty = tab.compare(PhotoState(engine.no_photos(both=True), False), "a cat")
+    assert tab.table_value("zh", empty) == {"note": text("zh", "matrix.empty")}
 
 
 def test_sixty_four_pasted_captions_fit(tab):
     pasted = "\r\n".join(f"caption {row}" for row in range(64))
-    assert len(tab._table("en", tab._compare(tab.sample, pasted))["rows"]) == 64
+    assert len(tab.table_value("en", tab.compare(tab.sample, pasted))["rows"]) == 64
 
 
 def test_a_link_brings_its_captions(tab):
-    captions, drop, compared, table = tab.load_from_url("zh", "a\nb")
-    assert len(tab.arrival) == 4
-    assert (captions, compared.captions, table["rows"]) == ("a\nb", ("a", "b"), ["a", "b"])
-    assert drop["status"] == text("zh", "matrix.sample")
+    changes = tab.load_from_url("zh", "a\nb")
+    assert changes.keys() == set(tab.url_outputs)
+    assert (changes[tab.captions], changes[tab.compared].captions) == ("a\nb", ("a", "b"))
+    assert changes[tab.table]["rows"] == ["a", "b"]
+    assert changes[tab.drop]["status"] == text("zh", "matrix.sample")
 
 
 class Event:
@@ -220,13 +221,13 @@ class Event:
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_cell_is_explained_by_its_picture_and_caption(tab, engine, source, own):
-    shelf = tab.sample
+    state = tab.sample
     if own:
         photos, _ = engine.add_photos(engine.no_photos(both=True), [("mine.png", (source / "two.png").read_bytes())])
-        shelf = PhotoState(photos, False)
-    compared = tab._compare(shelf, "two cats\npasta")
-    picture = shelf.photos.gallery.pictures[-1]
-    pair = tab._why("zh", compared, Event({"caption": 1, "picture": picture.id}))
+        state = PhotoState(photos, False)
+    compared = tab.compare(state, "two cats\npasta")
+    picture = state.photos.gallery.pictures[-1]
+    pair = tab.find_pair(Event({"caption": 1, "picture": picture.id}), "zh", "", compared)
     assert pair.caption == "pasta"
     assert pair.cosine == pytest.approx(float(compared.alignments[0].similarity[-1, 1]))
     assert pair.name == ("mine.png" if own else "图片three")
@@ -251,15 +252,16 @@ PLACE = {"caption": 0, "picture": "one"}
     ],
 )
 def test_a_cell_that_is_not_there_is_not_explained(tab, sent):
-    assert tab._why("en", tab._compare(tab.sample, "two cats\npasta"), Event(sent)) is None
+    assert tab.find_pair(Event(sent), "en", "", tab.compare(tab.sample, "two cats\npasta")) is None
 
 
 def test_examples_speak_the_other_language_and_own_captions_stay(tab):
-    first = tab._compare(tab.sample, tab._example("en"))
-    _, captions, _, _, state, table = tab.translate("zh", tab._example("en"), first)
-    assert captions["value"] == tab._example("zh")
-    assert state.captions == tuple(table["rows"]) == tuple(tab._example("zh").split("\n"))
-    _, captions, _, _, _, table = tab.translate("zh", "my own", tab._compare(tab.sample, "my own"))
-    assert "value" not in captions
-    assert table["rows"] == ["my own"]
-    assert table["labels"]["sort"] == text("zh", "matrix.label.sort")
+    english, chinese = ("\n".join(tab.examples.compared(lang)) for lang in ("en", "zh"))
+    changes = tab.translate("zh", english, tab.compare(tab.sample, english))
+    assert changes[tab.captions]["value"] == chinese
+    assert list(changes[tab.compared].captions) == changes[tab.table]["rows"] == chinese.split("\n")
+    changes = tab.translate("zh", "my own", tab.compare(tab.sample, "my own"))
+    assert "value" not in changes[tab.captions]
+    assert tab.compared not in changes
+    assert changes[tab.table]["rows"] == ["my own"]
+    assert changes[tab.table]["labels"]["sort"] == text("zh", "matrix.label.sort")

@@ -1,1 +1,1 @@
-"""Top floor, the page: its words, its parts and one module per tab. `app.py` puts them together."""
+"""UI: the page with one module per tab, its words and elements, and the API."""

@@ -1,47 +1,50 @@
-"""Top floor, the API: what programs may ask, by `gradio_client`, by plain HTTP or, with `app.py --mcp`, as MCP tools.
+"""UI, API: what programs may ask, through `gradio_client`, plain HTTP or, with `app.py --mcp`, as MCP tools.
 
-Place in the flow: beside the tabs, on the same engine and in the same queues. Gradio reads types and texts off the
-signatures and docstrings here (no `from __future__ import annotations`: it cannot read those), and an agent chooses a
-tool by them. Errors are said in English.
+Place in the flow: beside the tabs, on the same engine and in the same queues. Gradio makes the schema from the
+signatures and docstrings here (no `from __future__ import annotations`: it cannot resolve those), and an agent chooses
+a tool by them. What programs send is validated as strictly as what a browser sends; `GuardedBlocks` refuses URLs before
+and returns errors, in English.
 """
 
+import base64
 import inspect
-from collections.abc import Callable
-from functools import wraps
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+from urllib.parse import unquote
 
 import gradio as gr
 import torch
+from PIL import Image
 from torch import Tensor
 
 from alignment.engine import AlignmentEngine
 from alignment.picture_limits import LIMITS
-from alignment.preprocess import MAX_CAPTION_CHARS, InputError
-from alignment.ui.api_input import (
-    MAX_CAPTIONS,
-    MAX_PICTURES,
-    MAX_RESULTS,
-    SentPicture,
-    forgotten,
-    opened,
-    read_caption,
-    read_captions,
-    read_count,
-)
-from alignment.ui.api_schemas import (
-    CaptionsFound,
-    Description,
-    Embeddings,
-    Matrix,
-    PicturesFound,
-    captions_found,
-    matrix,
-    pictures_found,
-    rows,
-)
-from alignment.ui.uploads import MAX_FILE_MB
-from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE, user_errors
+from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, open_image
+from alignment.server.errors import ServiceError
+from alignment.server.page import is_url
+from alignment.ui import api_schemas as schemas
+from alignment.ui.uploads import MAX_FILE_MB, Upload, delete_uploads, read_upload
+from alignment.ui.widgets import queue_options
+
+MAX_RESULTS = 100
+MAX_PICTURES = MAX_CAPTIONS = 64
+
+_BARE_BASE64 = re.compile(r"(/9j/|iVBORw0K|UklGR|R0lGOD|SUkq|TU0A|Qk)[\w+/=\s-]{100,}\Z", re.ASCII)  # of a picture
+_UPLOAD_ADDRESS = "/gradio_api/file="
+
+
+class UploadedFile(TypedDict):
+    """A file as Gradio's clients send it: where the upload put it."""
+
+    path: str
+    meta: dict[str, str]
+
+
+SentPicture = str | UploadedFile
+"""A picture in a request: a data URL, or what uploading it gave (a path, its address here, or a client's file)."""
 
 
 class Api:
@@ -50,7 +53,7 @@ class Api:
     def __init__(self, engine: AlignmentEngine) -> None:
         self.engine = engine
 
-    def search_images(self, caption: str, k: int = 12) -> PicturesFound:
+    def search_images(self, caption: str, k: int = 12) -> schemas.PicturesFound:
         """Find the pictures of the gallery that show what a caption says, best first.
 
         Args:
@@ -66,9 +69,9 @@ class Api:
             the matches are only the least bad ones. something_fits: calibrated chance that any picture of the gallery
             is a match.
         """
-        return pictures_found(self.engine.search_images(read_caption(caption), read_count(k)))
+        return schemas.pictures_found(self.engine.search_images(read_caption(caption), read_count(k)))
 
-    def search_captions(self, image: SentPicture, k: int = 10, lang: str = "") -> CaptionsFound:
+    def search_captions(self, image: SentPicture, k: int = 10, lang: str = "") -> schemas.CaptionsFound:
         """Find the captions of the gallery that say what a picture shows, best first.
 
         Args:
@@ -84,12 +87,12 @@ class Api:
             if false, the matches are only the least bad ones. something_fits: calibrated chance that any caption of the
             gallery is a match.
         """
-        with forgotten([image]):
+        with deleted_afterwards([image]):
             count, lang = read_count(k), self._language(lang)
             (embed,) = self._embed([image])
-            return captions_found(self.engine.search_captions(embed, count, lang or None))
+            return schemas.captions_found(self.engine.search_captions(embed, count, lang or None))
 
-    def similarity_matrix(self, images: list[SentPicture], captions: list[str]) -> Matrix:
+    def similarity_matrix(self, images: list[SentPicture], captions: list[str]) -> schemas.Matrix:
         """Score every one of several pictures against every one of several captions.
 
         Args:
@@ -102,11 +105,11 @@ class Api:
             (each pair by itself; null for a model without a bias). best_captions: for each picture the column of its
             best caption, from 0. best_images: for each caption the row of its best picture, from 0.
         """
-        with forgotten(images):
+        with deleted_afterwards(images):
             texts = read_captions(captions)
-            return matrix(self.engine.align(self._embed(images), texts), self.engine.encoder.logit_bias)
+            return schemas.matrix(self.engine.align(self._embed(images), texts), self.engine.encoder.logit_bias)
 
-    def embed_images(self, images: list[SentPicture]) -> Embeddings:
+    def embed_images(self, images: list[SentPicture]) -> schemas.Embeddings:
         """Turn pictures into vectors that can be compared with those of captions: the dot product is the cosine.
 
         Args:
@@ -116,10 +119,10 @@ class Api:
             embeddings: a vector of length 1 for each picture. fingerprint: of the model; vectors of different
             models cannot be compared.
         """
-        with forgotten(images):
-            return {"embeddings": rows(self._embed(images)), "fingerprint": self.engine.encoder.fingerprint}
+        with deleted_afterwards(images):
+            return {"embeddings": schemas.rows(self._embed(images)), "fingerprint": self.engine.encoder.fingerprint}
 
-    def embed_captions(self, captions: list[str]) -> Embeddings:
+    def embed_captions(self, captions: list[str]) -> schemas.Embeddings:
         """Turn captions into vectors that can be compared with those of pictures: the dot product is the cosine.
 
         Args:
@@ -130,9 +133,9 @@ class Api:
             models cannot be compared.
         """
         embeds = self.engine.embed_captions(read_captions(captions))
-        return {"embeddings": rows(embeds), "fingerprint": self.engine.encoder.fingerprint}
+        return {"embeddings": schemas.rows(embeds), "fingerprint": self.engine.encoder.fingerprint}
 
-    def describe(self) -> Description:
+    def describe(self) -> schemas.Description:
         """Say which model answers here, what its gallery holds and what the limits of the other tools are.
 
         Returns:
@@ -172,45 +175,110 @@ class Api:
         return str(lang)
 
     def _embed(self, images: object) -> Tensor:
-        """Embed one picture after the other: no more than one lies decoded in memory; (n, embed_dim)."""
-        return torch.stack([self.engine.embed_image(picture) for picture in opened(images, self.engine.draft_size)])
+        """Embed pictures, (n, embed_dim), one after the other, so that one at a time is decoded in memory."""
+        return torch.stack([self.engine.embed_image(image) for image in open_pictures(images, self.engine.draft_size)])
 
 
 def add_api(engine: AlignmentEngine) -> None:
-    """Offer the engine to programs; to be called inside a page."""
+    """Add the endpoints to the current page."""
     api = Api(engine)
-    for endpoint, work, limit in (
-        (api.search_images, "search", SEARCHES_AT_ONCE),
-        (api.search_captions, "search", SEARCHES_AT_ONCE),
-        (api.similarity_matrix, "upload", UPLOADS_AT_ONCE),
-        (api.embed_images, "upload", UPLOADS_AT_ONCE),
-        (api.embed_captions, "search", SEARCHES_AT_ONCE),
-        (api.describe, "search", SEARCHES_AT_ONCE),
-    ):
-        gr.api(
-            _answering(endpoint),
-            api_name=endpoint.__name__,
-            api_description=_described(endpoint),
-            concurrency_id=work,
-            concurrency_limit=limit,
-        )
+    uploads = (api.similarity_matrix, api.embed_images)
+    for endpoint in (api.search_images, api.search_captions, *uploads, api.embed_captions, api.describe):
+        queue = queue_options("upload" if endpoint in uploads else "search")
+        gr.api(endpoint, api_name=endpoint.__name__, api_description=_description(endpoint), **queue)
 
 
-def _described(endpoint: Callable[..., Any]) -> str:
-    """Say what an endpoint does and gives; what it takes Gradio says of each parameter."""
+def _description(endpoint: Callable[..., Any]) -> str:
+    """Return what an endpoint does and returns; Gradio adds the description of each parameter."""
     does, _, gives = (inspect.getdoc(endpoint) or "").partition("Returns:")
     return " ".join(f"{does.partition('Args:')[0]} Returns: {gives}".split())
 
 
-def _answering(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Let an endpoint say what is wrong in a sentence; the log has the rest."""
-
-    @wraps(endpoint)
-    def answer(*args: Any) -> Any:
+def open_pictures(images: object, draft_size: int | None = None) -> Iterator[Image.Image]:
+    """Open pictures one after the other. Raises InputError when they are no list of 1 to 64, or one is no picture."""
+    sent = _list(images, "images", MAX_PICTURES)
+    for place, image in enumerate(sent, 1):
         try:
-            with user_errors():
-                return endpoint(*args)
+            picture = open_image(_bytes(image), draft_size=draft_size)
         except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise (_at(f"Picture {place}", error) if len(sent) > 1 else error) from error
+        yield picture
 
-    return answer
+
+@contextmanager
+def deleted_afterwards(images: object) -> Iterator[None]:
+    """Delete the uploads among the pictures of a request when it ends, also by an error."""
+    try:
+        yield
+    finally:
+        sent = images if isinstance(images, list) else ()
+        delete_uploads([upload for image in sent if (upload := _upload(image))])
+
+
+def _bytes(image: object) -> bytes:
+    if isinstance(image, str) and image.startswith("data:"):
+        return _decode(image)
+    if isinstance(image, str) and _BARE_BASE64.match(image):
+        raise InputError('Base64 needs "data:image/jpeg;base64," in front of it.', "api.data_url")
+    upload = _upload(image)
+    if upload is None:
+        raise InputError("A picture is a data URL or an uploaded file.", "api.image")
+    if is_url(upload.path):
+        raise ServiceError("api.address").error
+    return read_upload(upload, MAX_PICTURES)
+
+
+def _upload(image: object) -> Upload | None:
+    """Return the upload that a path, or the address of one, stands for; None for anything else."""
+    path = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(path, str) or not path or path.startswith("data:"):
+        return None
+    return Upload("", unquote(path.partition(_UPLOAD_ADDRESS)[2]) or path)
+
+
+def _decode(url: str) -> bytes:
+    head, _, body = url.partition(",")
+    if len(body) * 3 > MAX_FILE_MB * 2**20 * 4:
+        raise InputError("The picture has more than {limit} MB; make it smaller.", "api.size", limit=MAX_FILE_MB)
+    data = b""
+    if head.endswith(";base64"):
+        with suppress(ValueError):  # many programs break base64 into lines
+            data = base64.b64decode("".join(unquote(body).split()), validate=True)
+    if not data:
+        raise InputError('A data URL has to look like "data:image/jpeg;base64,...".', "api.data_url")
+    return data
+
+
+def read_caption(caption: object) -> str:
+    """Read a caption. Raises InputError when it is no text, empty or too long."""
+    if not isinstance(caption, str):
+        raise InputError("A caption has to be text.", "api.caption")
+    return clean_caption(caption)
+
+
+def read_captions(captions: object) -> list[str]:
+    """Read captions. Raises InputError when they are no list of 1 to 64, or one of them is wrong."""
+    cleaned = []
+    for place, caption in enumerate(_list(captions, "captions", MAX_CAPTIONS), 1):
+        try:
+            cleaned.append(read_caption(caption))
+        except InputError as error:
+            raise _at(f"Caption {place}", error) from error
+    return cleaned
+
+
+def read_count(k: object) -> int:
+    """Read a number of results. Raises InputError when it is no whole number from 1 to 100."""
+    if isinstance(k, bool) or not isinstance(k, int | float) or k != k // 1 or not 1 <= k <= MAX_RESULTS:
+        raise InputError("k has to be a whole number from 1 to {limit}.", "api.k", limit=MAX_RESULTS)
+    return int(k)
+
+
+def _list(values: object, name: str, limit: int) -> list[Any]:
+    if not isinstance(values, list) or not 1 <= len(values) <= limit:
+        raise InputError("{name} has to be a list of 1 to {limit}.", "api.list", name=name, limit=limit)
+    return values
+
+
+def _at(place: str, error: InputError) -> InputError:
+    return InputError("{place}: {error}", error.code, place=place, error=str(error))

@@ -1,4 +1,4 @@
-"""Top floor, what programs get: the shape of every answer. Gradio makes the API's schema of these types."""
+"""UI, API schemas: the shape of every answer. Gradio makes the schema of the API from these types."""
 
 from typing import Any, TypedDict
 from urllib.parse import quote
@@ -11,7 +11,7 @@ from alignment.gallery import Caption, Match, Picture, SearchResult
 from alignment.similarity import match_probabilities
 from alignment.ui.examples import THUMBNAIL_ROUTE
 
-PLACES = 6  # of a number in an answer; single precision has no more to say
+PLACES = 6  # decimals of a number in an answer; float32 has no more
 
 
 class _Numbers(TypedDict):
@@ -91,7 +91,7 @@ class Description(TypedDict):
 
 
 def pictures_found(found: SearchResult[Picture]) -> PicturesFound:
-    """Write ranked pictures down."""
+    """Lay ranked pictures out."""
     matches: list[PictureMatch] = [
         {
             "id": match.item.id,
@@ -106,7 +106,7 @@ def pictures_found(found: SearchResult[Picture]) -> PicturesFound:
 
 
 def captions_found(found: SearchResult[Caption]) -> CaptionsFound:
-    """Write ranked captions down."""
+    """Lay ranked captions out."""
     matches: list[CaptionMatch] = [
         {"id": match.item.id, "text": match.item.text, "lang": match.item.lang, **_numbers(match)}
         for match in found.matches
@@ -115,7 +115,7 @@ def captions_found(found: SearchResult[Caption]) -> CaptionsFound:
 
 
 def matrix(scores: Alignment, logit_bias: float | None) -> Matrix:
-    """Write pictures against captions down."""
+    """Lay the scores of pictures against captions out."""
     logits = scores.logits_per_image
     pairs = None if logit_bias is None else rows(match_probabilities(logits, dim=1, logit_bias=logit_bias))
     return {
@@ -129,7 +129,7 @@ def matrix(scores: Alignment, logit_bias: float | None) -> Matrix:
 
 
 def rows(table: Tensor) -> list[list[float]]:
-    """Write a table down, row by row."""
+    """Return a table as lists of rounded numbers."""
     return [[round(value, PLACES) for value in row] for row in table.tolist()]
 
 
@@ -138,14 +138,11 @@ def _numbers(match: Match[Any]) -> _Numbers:
         "rank": match.rank,
         "similarity": round(match.similarity, PLACES),
         "share": round(match.share, PLACES),
-        "probability": _chance(match.probability),
+        "probability": None if match.probability is None else round(match.probability, PLACES),
         "verdict": match.verdict,
     }
 
 
 def _answer(found: SearchResult[Any]) -> _Answer:
-    return {"verdict": found.verdict, "fits": found.fits, "something_fits": _chance(found.p_any_match)}
-
-
-def _chance(probability: float | None) -> float | None:
-    return None if probability is None else round(probability, PLACES)
+    chance = None if found.p_any_match is None else round(found.p_any_match, PLACES)
+    return {"verdict": found.verdict, "fits": found.fits, "something_fits": chance}

@@ -1,6 +1,6 @@
-"""Top floor, the parts of a query: captions as they are typed, pictures beside them, and how the page shows both.
+"""UI, composer: a query of captions and pictures with weights, its edits by buttons, and its view.
 
-Place in the flow: `search box + pictures -> terms -> engine.compose_query`; and back, when a part is changed by hand.
+Place in the flow: `search box + pictures -> terms -> engine.compose_query`; an edited term changes the box or pictures.
 """
 
 from __future__ import annotations
@@ -13,143 +13,107 @@ from typing import Any
 from alignment.engine import AlignmentEngine, Query, Term, parse_query, write_query
 from alignment.preprocess import InputError, sanitize_text
 from alignment.server.sessions import Immutable
-from alignment.ui.strings import text
-from alignment.ui.widgets import user_errors
+from alignment.ui.strings import labels, text
+from alignment.ui.widgets import Value, user_errors
 
 WEIGHTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 """The steps of the buttons; any other weight can be typed."""
 
-HELP = (
-    ("pictures.help.both", "pictures.help.both.query"),
-    ("pictures.help.without", "pictures.help.without.query"),
-    ("pictures.help.weight", "pictures.help.weight.query"),
-)
-
-_serial = count()  # the page redraws on a new value only, also when a part stays as it is
+_serial = count()  # the page redraws on a new value only, also when an edit changes nothing
 
 
 @dataclass(frozen=True)
-class Added:
-    """A picture of a query.
+class QueryPicture:
+    """A picture of a query."""
 
-    Attributes:
-        term: its weight and embedding; `picture` is the gallery's id, or made up for a visitor's own.
-        image: address of its thumbnail.
-        name: of the visitor's file; "" if it is the gallery's.
-    """
-
-    term: Term
-    image: str
-    name: str = ""
+    term: Term  # weight and embedding; its `picture` is an id of the gallery, or a hash of the visitor's file
+    image: str  # address of the thumbnail
+    name: str = ""  # of the visitor's file; "" for the gallery's
 
 
 @dataclass(frozen=True)
 class TextQuery(Immutable):
-    """The query in question.
+    """What the search box and the pictures beside it ask for."""
 
-    Attributes:
-        caption: what the search box says.
-        query: what to search for; None if something was wrong.
-        error: what was wrong.
-        pictures: that belong to the query.
-    """
-
-    caption: str
-    query: Query | None = None
+    caption: str  # in the search box
+    query: Query | None = None  # None where there is an error
     error: InputError | None = None
-    pictures: tuple[Added, ...] = ()
+    pictures: tuple[QueryPicture, ...] = ()
 
 
-def ask(engine: AlignmentEngine, caption: str, pictures: tuple[Added, ...] = ()) -> TextQuery:
-    """Read and embed a query, or find out why it cannot be."""
+def make_query(engine: AlignmentEngine, caption: str, pictures: tuple[QueryPicture, ...] = ()) -> TextQuery:
+    """Parse and embed a query; an error becomes part of it."""
     caption = sanitize_text(caption)
     try:
         with user_errors():
-            terms = [*parse_query(caption), *(added.term for added in pictures)]
+            terms = [*parse_query(caption), *(picture.term for picture in pictures)]
             return TextQuery(caption, engine.compose_query(terms), pictures=pictures)
     except InputError as error:
         return TextQuery(caption, error=error, pictures=pictures)
 
 
-def captions_of(asked: TextQuery) -> tuple[Term, ...]:
-    """Read the captions of a query; none of one that cannot be read."""
+def _caption_terms(asked: TextQuery) -> tuple[Term, ...]:
     try:
         return parse_query(asked.caption)
     except InputError:
         return ()
 
 
-# ---------------------------------------------------------------- changes by hand
-
-
-def changed(asked: TextQuery, data: object) -> tuple[str, tuple[Added, ...]]:
-    """Do what an event of `composer.js` asks; a page could send anything, and then nothing changes.
-
-    Returns:
-        What the search box says afterwards, and the pictures.
-    """
+def edit_query(asked: TextQuery, data: object) -> tuple[str, tuple[QueryPicture, ...]]:
+    """Return search box and pictures after the untrusted event of `composer.js`; an invalid one changes nothing."""
     sent = data if isinstance(data, dict) else {}
-    act, said, picture = (sent.get(key) for key in ("act", "text", "picture"))
-    for place, added in enumerate(asked.pictures):
-        if added.term.picture == picture:
-            new = _changed(added.term, act)
-            return asked.caption, _put(asked.pictures, place, new and replace(added, term=new))
-    captions = captions_of(asked)
-    places = [place for place, term in enumerate(captions) if term.text == said]
+    for place, picture in enumerate(asked.pictures):
+        if picture.term.picture == sent.get("picture"):
+            new = [replace(picture, term=term) for term in _edit(picture.term, sent.get("act"))]
+            return asked.caption, _replace_at(asked.pictures, place, new)
+    captions = _caption_terms(asked)
+    places = [place for place, term in enumerate(captions) if term.text == sent.get("text")]
     if not places:
         return asked.caption, asked.pictures
     place = sent["index"] if sent.get("index") in places else places[0]
-    return write_query(_put(captions, place, _changed(captions[place], act))), asked.pictures
+    return write_query(_replace_at(captions, place, _edit(captions[place], sent.get("act")))), asked.pictures
 
 
-def liked(pictures: tuple[Added, ...], added: Added) -> tuple[Added, ...]:
-    """Add a picture to a query; one that is there already counts more, or turns round."""
+def add_picture(pictures: tuple[QueryPicture, ...], added: QueryPicture) -> tuple[QueryPicture, ...]:
+    """Add a picture to a query; one that it has gains weight, or takes the sign of the new one."""
     for place, old in enumerate(pictures):
         if old.term.picture == added.term.picture:
-            again = old.term.wanted == added.term.wanted
-            return _put(pictures, place, replace(old, term=_changed(old.term, "more") if again else added.term))
+            (term,) = _edit(old.term, "more") if old.term.wanted == added.term.wanted else [added.term]
+            return _replace_at(pictures, place, [replace(old, term=term)])
     return (*pictures, added)
 
 
-def _changed(term: Term, act: object) -> Any:
-    """Change a term as a button says; None if it goes."""
+def _edit(term: Term, act: object) -> list[Term]:
+    """Return the term as a button changes it; nothing if it is removed."""
     weight, sign = abs(term.weight), 1 if term.wanted else -1
     if act == "remove":
-        return None
+        return []
     if act == "flip":
-        return replace(term, weight=-term.weight)
+        return [replace(term, weight=-term.weight)]
     if act == "more":
-        return replace(term, weight=sign * next((step for step in WEIGHTS if step > weight), weight))
+        return [replace(term, weight=sign * next((step for step in WEIGHTS if step > weight), weight))]
     if act == "less":
-        return replace(term, weight=sign * next((step for step in reversed(WEIGHTS) if step < weight), weight))
-    return term
+        return [replace(term, weight=sign * next((step for step in reversed(WEIGHTS) if step < weight), weight))]
+    return [term]
 
 
-def _put(items: tuple[Any, ...], place: int, new: Any) -> tuple[Any, ...]:
-    return (*items[:place], *([] if new is None else [new]), *items[place + 1 :])
+def _replace_at(items: tuple[Any, ...], place: int, new: Sequence[Any]) -> tuple[Any, ...]:
+    return (*items[:place], *new, *items[place + 1 :])
 
 
-# ---------------------------------------------------------------- what is shown
-
-
-def composer_value(lang: str, asked: TextQuery, names: Sequence[str]) -> dict[str, Any]:
-    """Lay the terms out for `composer.js`; one caption by itself needs no telling apart.
-
-    Args:
-        lang: of the page.
-        asked: the query.
-        names: what to call each of its pictures.
-    """
-    captions = captions_of(asked)
+def composer_value(lang: str, asked: TextQuery, names: Sequence[str]) -> Value:
+    """Lay the terms out for `composer.js`, with the names of the pictures; one plain caption needs no chip."""
+    captions = _caption_terms(asked)
     if len(captions) == 1 and captions[0].weight == 1 and not asked.pictures:
         captions = ()
-    terms = [{**_term(lang, term.text, term), "text": term.text} for term in captions]
-    for added, name in zip(asked.pictures, names, strict=True):
-        terms.append({**_term(lang, name, added.term), "picture": added.term.picture, "image": added.image})
-    return {"serial": next(_serial), "label": text(lang, "pictures.terms"), "terms": terms}
+    terms = [{**_term_value(lang, term.text, term), "text": term.text} for term in captions]
+    for picture, name in zip(asked.pictures, names, strict=True):
+        term = picture.term
+        terms.append({**_term_value(lang, name, term), "picture": term.picture, "image": picture.image})
+    return {"serial": next(_serial), "labels": labels(lang, "pictures."), "terms": terms}
 
 
-def _term(lang: str, name: str, term: Term) -> dict[str, Any]:
+def _term_value(lang: str, name: str, term: Term) -> Value:
     weight = abs(term.weight)
     return {
         "name": name,
@@ -158,19 +122,9 @@ def _term(lang: str, name: str, term: Term) -> dict[str, Any]:
         "weight": f"{weight:g}×",
         "least": weight <= WEIGHTS[0],
         "most": weight >= WEIGHTS[-1],
-        "labels": {
-            "flip": text(lang, "pictures.term.avoid" if term.wanted else "pictures.term.want", name=name),
-            "less": text(lang, "pictures.term.less", name=name),
-            "more": text(lang, "pictures.term.more", name=name),
-            "remove": text(lang, "pictures.term.remove", name=name),
-        },
     }
 
 
-def help_value(lang: str) -> dict[str, Any]:
+def help_value(lang: str) -> Value:
     """Lay the short help out for `composer.js`."""
-    return {
-        "help": text(lang, "pictures.help"),
-        "lines": [{"query": text(lang, query), "says": text(lang, says)} for says, query in HELP],
-        "notes": [text(lang, "pictures.help.picture"), text(lang, "pictures.help.literal")],
-    }
+    return {"help": text(lang, "pictures.help"), "labels": labels(lang, "pictures.")}

@@ -1,4 +1,4 @@
-"""Top floor, files to take home: they are in the page alone, never on the server's disk, and forgotten once saved."""
+"""UI, download: files for the visitor. They exist in the page alone, not on the server's disk."""
 
 from __future__ import annotations
 
@@ -9,44 +9,38 @@ from typing import Any
 
 from alignment.preprocess import InputError
 from alignment.ui.strings import error_text
-from alignment.ui.widgets import on_event, user_errors, widget
+from alignment.ui.widgets import Changes, Value, on_event, user_errors, widget
 
 _serial = count(1)
 
 
 class BrowserDownload:
-    """Brings files to the browser; made inside a Gradio block."""
+    """An invisible element that lets the browser save a file; made inside a Gradio block."""
 
     def __init__(self, elem_id: str) -> None:
-        self.bag = widget("courier", {}, elem_id=elem_id)
-        on_event(self.bag.saved, dict, [], [self.bag])
+        self.file = widget("courier", {}, elem_id=elem_id)
+        on_event(self.file.saved, lambda: {self.file: {}}, [], [self.file])
 
     def serve(
         self,
         button: Any,
-        file: Callable[..., tuple[str, str, bytes]],
-        looks: Callable[..., dict[str, Any]],
+        make_file: Callable[..., tuple[str, str, bytes]],
+        button_value: Callable[..., Value],
         inputs: Sequence[Any],
     ) -> None:
-        """Let a button of `download.js` ask for a file.
+        """Let a button of `download.js` save the file (name, media type, content) that `make_file` returns.
 
-        Args:
-            button: the button.
-            file: makes it of the values of `inputs`: its name, its media type and its content.
-            looks: lays the button out, of the same values.
-            inputs: the language first.
+        Both functions get the values of `inputs`, the language first.
         """
 
-        def answer(lang: str, *values: Any) -> list[dict[str, Any]]:
-            shown = {**looks(lang, *values), "serial": next(_serial)}  # the button wakes up
+        def download(lang: str, *values: Any) -> Changes:
+            shown = {**button_value(lang, *values), "serial": next(_serial)}  # a new value enables the button again
             try:
                 with user_errors():
-                    name, kind, data = file(lang, *values)
+                    name, kind, data = make_file(lang, *values)
             except InputError as error:
-                return [{**shown, "error": error_text(lang, error)}, {}]
-            return [
-                shown,
-                {"serial": next(_serial), "name": name, "kind": kind, "data": base64.b64encode(data).decode()},
-            ]
+                return {button: {**shown, "error": error_text(lang, error)}, self.file: {}}
+            file = {"serial": next(_serial), "name": name, "kind": kind, "data": base64.b64encode(data).decode()}
+            return {button: shown, self.file: file}
 
-        on_event(button.wanted, answer, inputs, [button, self.bag])
+        on_event(button.wanted, download, inputs, [button, self.file])

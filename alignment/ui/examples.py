@@ -1,6 +1,6 @@
-"""Top floor, the worked examples: what the page shows before a visitor has done anything.
+"""UI, examples: what the page shows before a visitor has done anything.
 
-For the starter gallery they are chosen by hand; any other gallery gets them from its own pictures and captions.
+Those of the starter gallery are chosen by hand; another gallery gives its own first pictures and captions.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from urllib.parse import quote
 from alignment.engine import AlignmentEngine, as_webp
 from alignment.gallery import Gallery, Picture
 from alignment.preprocess import InputError, open_image, sanitize_text
-from alignment.ui.strings import strings, text
+from alignment.ui.strings import LANGUAGES, strings, text
 from alignment.ui.widgets import data_url
 
-# In the starter gallery: pictures that are found by a caption, and pictures that captions are found for.
+# Of the starter gallery: pictures that are searched for, and pictures that captions are searched for.
 FAVOURITES = ("cat", "coffee", "motorcycle", "airplane", "sunset", "meadow", "wall-clock", "cameraman", "lion")
 DESCRIBED = ("airplane", "sunset", "meadow", "wall-clock")
 NUM_CHIPS, NUM_COMPARED, NUM_SAMPLE = 6, 4, 12
@@ -25,78 +25,68 @@ THUMBNAIL_ROUTE = "thumbnails/{id}.webp"
 
 
 class Examples:
-    """Pictures and queries of a gallery that are worth showing first."""
+    """Pictures and queries of a gallery that are shown first."""
 
     def __init__(self, engine: AlignmentEngine, gallery: Gallery | None = None) -> None:
-        """Choose them.
-
-        Args:
-            engine: shows the pictures.
-            gallery: where to choose; from whichever gallery the engine searches if left out.
-        """
+        """Choose from `gallery`, or from the one that the engine searches at the time."""
         self.engine, self._gallery = engine, gallery
-        self._chosen: tuple[Gallery, list[Picture], list[Picture]] | None = None
+        self._choose = lru_cache(1)(self._choose_from)
         self.preview = lru_cache(NUM_SAMPLE)(self._preview)
 
     @property
-    def gallery(self) -> Gallery:
-        """The gallery that they are chosen from."""
-        return self._gallery or self.engine.gallery
-
-    @property
     def pictures(self) -> list[Picture]:
-        """Pictures that are shown before anything is asked."""
-        return self._choose()[1]
+        """Pictures that are shown before any query."""
+        return self._choose(self._gallery or self.engine.gallery)[0]
 
     @property
     def described(self) -> list[Picture]:
         """Pictures to find captions for."""
-        return self._choose()[2]
+        return self._choose(self._gallery or self.engine.gallery)[1]
 
-    def _choose(self) -> tuple[Gallery, list[Picture], list[Picture]]:
-        gallery, chosen = self.gallery, self._chosen
-        if chosen is None or chosen[0] is not gallery:
+    def _choose_from(self, gallery: Gallery) -> tuple[list[Picture], list[Picture]]:
+        def shown(pictures: Iterable[Picture | None]) -> Iterator[Picture]:
+            return (picture for picture in pictures if picture and self.engine.can_show(picture.id))
 
-            def shown(pictures: Iterable[Picture | None]) -> Iterator[Picture]:
-                return (picture for picture in pictures if picture and self.engine.can_show(picture.id))
-
-            first = map(gallery.picture, FAVOURITES)
-            others = (picture for picture in gallery.pictures if picture.id not in FAVOURITES)
-            pictures = list(islice(shown(chain(first, others)), NUM_SAMPLE))  # lazily: there may be a million others
-            described = list(shown(map(gallery.picture, DESCRIBED))) or pictures
-            chosen = self._chosen = gallery, pictures, described[:NUM_CHIPS]
-        return chosen
+        others = (picture for picture in gallery.pictures if picture.id not in FAVOURITES)  # may be a million
+        pictures = list(islice(shown(chain(map(gallery.picture, FAVOURITES), others)), NUM_SAMPLE))
+        described = list(shown(map(gallery.picture, DESCRIBED))) or pictures
+        return pictures, described[:NUM_CHIPS]
 
     def name(self, picture: Picture, lang: str) -> str:
-        """Say what a picture is called: by its caption, else by its file where visitors may read that; "" if not."""
+        """Return a picture's caption, else its file's name where visitors may read that, else ""."""
         return picture.caption(lang) or (sanitize_text(picture.source) if self.engine.names_files else "")
 
     @property
     def are_samples(self) -> bool:
-        """Whether the gallery is the starter gallery: nothing but pictures that installed packages bring along."""
+        """Whether the engine searches the starter gallery: all of its pictures come with installed packages."""
         pictures = self.engine.gallery.pictures
         return bool(pictures) and all(picture.package for picture in pictures)
 
     def query(self, picture: Picture, lang: str) -> str:
-        """Describe an example picture in the words of somebody who searches for it; "" if nobody knows how."""
+        """Return a query that finds an example picture, else its caption, else ""."""
         return strings()[lang].get(f"example.query.{picture.id}") or picture.caption(lang)
 
     def queries(self, lang: str) -> list[str]:
-        """List queries that find something."""
+        """List example queries."""
         known = [query for picture in self.pictures[:NUM_CHIPS] if (query := self.query(picture, lang))]
         return known or [text(lang, f"example.any.{number}") for number in range(1, 5)]
 
+    def translated_query(self, lang: str, query: str) -> str:
+        """Return an example query in another language; "" for a query that is no example."""
+        place = next((known.index(query) for known in map(self.queries, LANGUAGES) if query in known), None)
+        return "" if place is None else "".join(self.queries(lang)[place : place + 1])
+
     def compared(self, lang: str) -> list[str]:
-        """List captions for the matrix, one for each of the pictures compared."""
+        """List captions for the matrix, one for each of its example pictures."""
         return self.queries(lang)[:NUM_COMPARED]
 
     def image_of(self, picture: Picture) -> str:
-        """Address of a gallery picture's thumbnail, relative to the page."""
+        """Return the address of a gallery picture's thumbnail, relative to the page."""
         version = (picture.file.sha256 if picture.file else self.engine.encoder.fingerprint)[:8]
         return f"{THUMBNAIL_ROUTE.format(id=quote(picture.id, safe=''))}?{version}"
 
     def _preview(self, picture: Picture) -> str:
         try:
             return data_url(as_webp(open_image(picture.path, draft_size=PREVIEW_PIXELS), PREVIEW_PIXELS))
-        except (InputError, OSError):  # of the user's own pictures only the thumbnail need be here
+        except (InputError, OSError):  # a gallery may have been copied without its pictures; it has their thumbnails
             return self.image_of(picture)

@@ -1,6 +1,6 @@
-"""Top floor, tab "Similarity matrix": several pictures against several captions, every value in sight.
+"""UI, tab "Similarity matrix": several pictures against several captions, with every value shown.
 
-The page is given the cosines once, of one model or of two; `assets/ui/matrix.js` makes the views of them.
+The page gets the cosines once, of one model or of two; `assets/ui/matrix.js` computes the views of them.
 """
 
 from __future__ import annotations
@@ -14,192 +14,150 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from alignment.engine import Alignment, AlignmentEngine
+from alignment.engine import Alignment
 from alignment.engine.explanation import Scale
 from alignment.engine.matrix import colour_limits, named_captions
+from alignment.gallery import Picture
 from alignment.heatmap import heat_colours
 from alignment.preprocess import InputError, count_captions, open_image, parse_captions
 from alignment.server.gradio_internals import event_data
-from alignment.server.sessions import Immutable, session_state
-from alignment.ui.examples import NUM_COMPARED, Examples
-from alignment.ui.explanation import ExplanationDialog, Pair
-from alignment.ui.results import Value
-from alignment.ui.strings import LANGUAGES, error_text, strings, text
-from alignment.ui.uploads import PhotoState, fill, progress_value, shelf_drop_value, uploads_of
-from alignment.ui.widgets import data_url, on_event, picked, user_errors, widget
+from alignment.server.sessions import Immutable
+from alignment.ui.examples import NUM_COMPARED
+from alignment.ui.explanation import Pair
+from alignment.ui.strings import LANGUAGES, error_text, labels, text
+from alignment.ui.tab import Tab
+from alignment.ui.uploads import PhotoState, add_uploads, photos_drop_value, progress_value, uploads_of
+from alignment.ui.widgets import Changes, Value, data_url, picked, user_errors
 
 MAX_PICTURES = MAX_CAPTIONS = 64
 VIEWS = ("cosine", "captions", "pictures", "sigmoid")
-THEMES = ("light", "dark")
 
-# From less to more, by way of the page's own colour: orange and violet, which the colour-blind tell apart.
-_DIFFERENCE = {
-    "light": ("#8f3f00", "#e5a063", "#f4f3f1", "#a7a1ea", "#3d33b4"),
-    "dark": ("#ffc48a", "#a3642e", "#26262d", "#5c57b3", "#c8c5ff"),
-}
-_REACH = 3  # spreads of unrelated cosines that the strongest colours of the difference stand for
+_REACH = 3  # spreads of unrelated cosines at which a difference has the strongest colour
 
 
 @dataclass(frozen=True)
 class Compared(Immutable):
-    """What the table shows.
+    """What the table shows."""
 
-    Attributes:
-        shelf: the pictures.
-        captions: one a row.
-        named: for each caption the place of the picture that its line named, or None.
-        alignments: their scores, by the page's model and then by the second, if there is one; empty while there is
-            nothing to compare.
-        error: why there is nothing, if something was wrong.
-    """
-
-    shelf: PhotoState
-    captions: tuple[str, ...] = ()
-    named: tuple[int | None, ...] = ()
-    alignments: tuple[Alignment, ...] = ()
-    error: InputError | None = None
+    photos: PhotoState
+    captions: tuple[str, ...] = ()  # one a row
+    named: tuple[int | None, ...] = ()  # for each caption the position of the picture that its line names
+    alignments: tuple[Alignment, ...] = ()  # by the page's model and by the second; empty without pictures
+    error: InputError | None = None  # why there is no table
 
 
-class MatrixTab:
-    """See the module."""
+class MatrixTab(Tab):
+    """The tab."""
 
     key = "matrix"
 
-    def __init__(self, engine: AlignmentEngine, examples: Examples, explanation: ExplanationDialog) -> None:
-        self.engine, self.examples, self.explanation = engine, examples, explanation
-        ids = [picture.id for picture in examples.pictures[:NUM_COMPARED]]
-        self.sample = PhotoState(engine.gallery_photos(ids, both=True))
-
-    def build(self, language: Any, lang: str) -> None:
-        """Lay the tab out."""
-        first = self._compare(self.sample, self._example(lang))
+    def _lay_out(self, lang: str) -> None:
+        ids = [picture.id for picture in self.examples.pictures[:NUM_COMPARED]]
+        self.sample = PhotoState(self.engine.gallery_photos(ids, both=True))
+        (self.compared,) = self.add_states(self.compare(self.sample, self._example(lang)))
         with gr.Row(elem_classes=["al-columns"], elem_id="matrix-place"):
             with gr.Column(scale=4, min_width=280):
-                self.drop = widget("drop", self._drop(lang, first), elem_id="matrix-drop")
-                self.captions = gr.Textbox(
-                    self._example(lang),
-                    **self._caption_words(lang),
-                    lines=5,
-                    max_lines=12,
-                    elem_id="matrix-captions",
-                )
+                self.drop = self.add_widget("drop", "drop", self._drop_value)
+                box: dict[str, Any] = {"lines": 5, "max_lines": 12, "elem_id": "matrix-captions"}
+                self.captions = gr.Textbox(self._example(lang), **self._box_words(lang), **box)
+                self.views[self.captions] = lambda lang, _: gr.update(**self._box_words(lang))
                 with gr.Row(elem_classes=["al-actions"]):
-                    self.button = gr.Button(text(lang, "matrix.compare"), variant="primary", elem_id="matrix-compare")
-                    self.clear = gr.Button(text(lang, "matrix.clear"), variant="secondary", elem_id="matrix-clear")
+                    self.button = self.add_button("compare")
+                    self.clear = self.add_button("clear", "secondary")
             with gr.Column(scale=8, min_width=300):
-                parts = ("matrix_maths", "matrix_files")
-                self.table = widget("matrix", self._table(lang, first), parts, elem_id="matrix-table")
-        self.compared = session_state(first)
+                self.table = self.add_widget("matrix", "table", self.table_value, ("matrix_maths", "matrix_files"))
+
+    def _bind_events(self) -> None:
         self.inputs = [self.captions, self.compared]
-        self.outputs = [self.drop, self.captions, self.button, self.clear, self.compared, self.table]
-        self.arrival = [self.captions, self.drop, self.compared, self.table]
-        self._wire(language)
+        self.shown = [self.drop, self.compared, self.table]
+        self.url_outputs = [self.captions, *self.shown]
+        self.on(self.drop.files, self._add_files, self.shown, "upload")
+        self.on(self.button.click, self._compare_again, self.shown, "search", latest=True)
+        self.on(self.clear.click, self._clear, self.shown, "search")
+        self.on(self.table.remove, self._remove, self.shown, "search")
+        self.explanation.on_event(self.table.why, self.find_pair, [self.language, *self.inputs])
 
-    def _wire(self, language: Any) -> None:
-        asked = [language, self.captions, self.compared]
-        shown = [self.drop, self.compared, self.table]
-        on_event(self.drop.files, self._take, asked, shown, work="upload")
-        on_event(self.button.click, self._again, asked, shown, work="search", latest=True)
-        on_event(self.clear.click, self._clear, asked, shown, work="search")
-        on_event(self.table.remove, self._remove, asked, shown, work="search")
-        self.explanation.on_event(self.table.why, self._why, [language, self.compared])
+    def translate(self, lang: str, *values: Any) -> Changes:
+        """Keep pictures and captions; example captions that were not edited are translated."""
+        typed, compared = values
+        example = self._example(lang)
+        if typed == example or typed not in map(self._example, LANGUAGES):
+            return self.redraw(lang, self.views, compared)
+        changes = self.redraw(lang, self.outputs, self.compare(compared.photos, example))
+        return {**changes, self.captions: gr.update(value=example, **self._box_words(lang))}
 
-    def translate(self, lang: str, *inputs: Any) -> list[Any]:
-        """Keep pictures and captions; captions of the worked example speak the other language too."""
-        typed, compared = inputs
-        words = self._caption_words(lang)
-        state: Any = gr.skip()
-        if typed != self._example(lang) and typed in {self._example(other) for other in LANGUAGES}:
-            words["value"] = self._example(lang)
-            compared = state = self._compare(compared.shelf, words["value"])
-        return [
-            self._drop(lang, compared),
-            gr.update(**words),
-            gr.update(value=text(lang, "matrix.compare")),
-            gr.update(value=text(lang, "matrix.clear")),
-            state,
-            self._table(lang, compared),
-        ]
+    def load_from_url(self, lang: str, asked: str) -> Changes:
+        """Compare the captions of a link, one a line, with the sample."""
+        return {self.captions: asked, **self.redraw(lang, self.shown, self.compare(self.sample, asked))}
 
-    def load_from_url(self, lang: str, asked: str) -> list[Any]:
-        """Compare the captions of a link, one a line, with the sample; renews `arrival`."""
-        return [asked, *self._shown(lang, self._compare(self.sample, asked))]
+    def compare(self, photos: PhotoState, typed: str) -> Compared:
+        """Score the pictures against the captions typed, one a line."""
+        try:
+            count_captions(typed, limit=MAX_CAPTIONS)
+            read = named_captions(typed, [PurePath(picture.source).name for picture in photos.photos.gallery.pictures])
+            captions = tuple(parse_captions("\n".join(caption for _, caption in read), limit=MAX_CAPTIONS))
+            named = tuple(place for place, _ in read)
+            with user_errors():
+                alignments = self.engine.align_both(photos.photos, captions) if len(photos.photos) else ()
+            return Compared(photos, captions, named, alignments)
+        except InputError as error:
+            return Compared(photos, error=error)
 
-    # ------------------------------------------------------------ events
-
-    def _take(self, lang: str, typed: str, compared: Compared, event: gr.EventData) -> Iterator[list[Any]]:
+    def _add_files(self, event: gr.EventData, lang: str, typed: str, compared: Compared) -> Iterator[Changes]:
         uploads = uploads_of(event_data(event))
-        shelf = compared.shelf
-        for filled, done in fill(self.engine, shelf, uploads, MAX_PICTURES):
-            shelf = filled
-            if done < len(uploads):
-                title = text(lang, "drop.many")
-                busy = progress_value(lang, title, done, len(uploads), MAX_PICTURES)
-                yield [busy, replace(compared, shelf=shelf), gr.skip()]
-        yield self._shown(lang, self._compare(shelf, typed))
+        for photos, done, total in add_uploads(self.engine, compared.photos, uploads, MAX_PICTURES):
+            compared = replace(compared, photos=photos)
+            if done < total:
+                busy = progress_value(lang, text(lang, "drop.many"), done, total, MAX_PICTURES)
+                yield {self.drop: busy, self.compared: compared}
+        yield self.redraw(lang, self.shown, self.compare(compared.photos, typed))
 
-    def _again(self, lang: str, typed: str, compared: Compared) -> list[Any]:
-        return self._shown(lang, self._compare(replace(compared.shelf, added=0, skipped=()), typed))
+    def _compare_again(self, lang: str, typed: str, compared: Compared) -> Changes:
+        photos = replace(compared.photos, added=0, skipped=())
+        return self.redraw(lang, self.shown, self.compare(photos, typed))
 
-    def _clear(self, lang: str, typed: str, compared: Compared) -> list[Any]:
-        return self._shown(lang, self._compare(PhotoState(self.engine.no_photos(both=True), False), typed))
+    def _clear(self, lang: str, typed: str, compared: Compared) -> Changes:
+        photos = PhotoState(self.engine.no_photos(both=True), False)
+        return self.redraw(lang, self.shown, self.compare(photos, typed))
 
-    def _remove(self, lang: str, typed: str, compared: Compared, event: gr.EventData) -> list[Any]:
-        photos = self.engine.without(compared.shelf.photos, picked(event))
-        return self._shown(lang, self._compare(PhotoState(photos, compared.shelf.sample), typed))
+    def _remove(self, event: gr.EventData, lang: str, typed: str, compared: Compared) -> Changes:
+        photos = self.engine.without(compared.photos.photos, picked(event))
+        return self.redraw(lang, self.shown, self.compare(PhotoState(photos, compared.photos.sample), typed))
 
-    def _why(self, lang: str, compared: Compared, event: gr.EventData) -> Pair | None:
+    def find_pair(self, event: gr.EventData, lang: str, typed: str, compared: Compared) -> Pair | None:
+        """Return the picture and the caption of a cell."""
         sent = event_data(event)
-        row, shelf = sent.get("caption"), compared.shelf
-        pictures = shelf.photos.gallery.pictures if compared.alignments else ()
+        row, photos = sent.get("caption"), compared.photos
+        pictures = photos.photos.gallery.pictures if compared.alignments else ()
         column = next((place for place, picture in enumerate(pictures) if picture.id == sent.get("picture")), None)
         if column is None or type(row) is not int or not 0 <= row < len(compared.captions):
             return None
         id = pictures[column].id
-        image = self.engine.picture_image(id) if shelf.sample else open_image(shelf.photos.thumbnails[id])
+        image = self.engine.picture_image(id) if photos.sample else open_image(photos.photos.thumbnails[id])
         cosine = float(compared.alignments[0].similarity[column, row])
-        return Pair(image, _name(pictures[column], shelf, lang), compared.captions[row], cosine)
-
-    def _shown(self, lang: str, compared: Compared) -> list[Any]:
-        return [self._drop(lang, compared), compared, self._table(lang, compared)]
-
-    def _compare(self, shelf: PhotoState, typed: str) -> Compared:
-        try:
-            count_captions(typed, limit=MAX_CAPTIONS)
-            names = [PurePath(picture.source).name for picture in shelf.photos.gallery.pictures]
-            read = named_captions(typed, names)
-            captions = tuple(parse_captions("\n".join(caption for _, caption in read), limit=MAX_CAPTIONS))
-            named = tuple(place for place, _ in read)
-            if not len(shelf.photos):
-                return Compared(shelf, captions, named)
-            with user_errors():
-                return Compared(shelf, captions, named, self.engine.align_both(shelf.photos, captions))
-        except InputError as error:
-            return Compared(shelf, error=error)
-
-    # ------------------------------------------------------------ what is shown
+        return Pair(image, photos.name(pictures[column], lang), compared.captions[row], cosine)
 
     def _example(self, lang: str) -> str:
         return "\n".join(self.examples.compared(lang))
 
-    def _caption_words(self, lang: str) -> dict[str, Any]:
+    def _box_words(self, lang: str) -> dict[str, Any]:
         return {"label": text(lang, "matrix.captions"), "info": text(lang, "matrix.help")}
 
-    def _drop(self, lang: str, compared: Compared) -> Value:
-        shelf = compared.shelf
-        value = shelf_drop_value(lang, text(lang, "drop.many"), shelf, MAX_PICTURES)
-        return {**value, "status": value["status"] or (text(lang, "matrix.sample") if shelf.sample else "")}
+    def _drop_value(self, lang: str, compared: Compared) -> Value:
+        value = photos_drop_value(lang, text(lang, "drop.many"), compared.photos, MAX_PICTURES)
+        return {**value, "status": value["status"] or (text(lang, "matrix.sample") if compared.photos.sample else "")}
 
-    def _table(self, lang: str, compared: Compared) -> Value:
+    def table_value(self, lang: str, compared: Compared) -> Value:
+        """Lay the table out for `matrix.js`."""
         if compared.error:
             return {"error": error_text(lang, compared.error)}
         if not compared.alignments:
             return {"note": text(lang, "matrix.empty")}
-        pictures = compared.shelf.photos.gallery.pictures
-        rows = range(len(compared.captions))
+        pictures, rows = compared.photos.photos.gallery.pictures, range(len(compared.captions))
+        has_sigmoid = all(alignment.logit_bias is not None for alignment in compared.alignments)
         return {
             "caption": text(lang, "matrix.table", captions=len(rows), pictures=len(pictures)),
-            "columns": [_column(picture, compared.shelf, lang) for picture in pictures],
+            "columns": [_column_value(picture, compared.photos, lang) for picture in pictures],
             "rows": list(compared.captions),
             "owners": {
                 "order": [row if row < len(pictures) else -1 for row in rows],
@@ -207,39 +165,29 @@ class MatrixTab:
                 "none": [-1 for _ in rows],
             },
             "pairing": "order" if set(compared.named) == {None} else "name",
-            "models": self._models(compared),
+            "models": self._model_values(compared),
             "reach": _REACH * self.engine.scale.spread,
-            "views": self._views(lang, compared),
+            "views": [view for view in VIEWS if view != "sigmoid" or has_sigmoid],
             "colours": _colours(),
-            "labels": _labels(lang),
+            "labels": labels(lang, "matrix.label."),
+            "names": labels(lang, "matrix.view."),
+            "meanings": labels(lang, "matrix.meaning."),
         }
 
-    def _models(self, compared: Compared) -> list[Value]:
+    def _model_values(self, compared: Compared) -> list[Value]:
         second = self.engine.second
         known = [(self.engine.encoder.name, self.engine.scale)]
         known += [(second.encoder.name, second.scale)] if second else []
-        return [_model(*model, alignment) for model, alignment in zip(known, compared.alignments, strict=False)]
-
-    def _views(self, lang: str, compared: Compared) -> list[Value]:
-        judged_alone = all(alignment.logit_bias is not None for alignment in compared.alignments)
-        return [
-            {"key": view, "name": text(lang, f"matrix.view.{view}"), "meaning": text(lang, f"matrix.meaning.{view}")}
-            for view in VIEWS
-            if view != "sigmoid" or judged_alone
-        ]
+        return [_model_value(*model, alignment) for model, alignment in zip(known, compared.alignments, strict=False)]
 
 
-def _name(picture: Any, shelf: PhotoState, lang: str) -> str:
-    return (picture.caption(lang) if shelf.sample else picture.source) or picture.id
-
-
-def _column(picture: Any, shelf: PhotoState, lang: str) -> Value:
-    name, image = _name(picture, shelf, lang), data_url(shelf.photos.thumbnails[picture.id])
+def _column_value(picture: Picture, photos: PhotoState, lang: str) -> Value:
+    name, image = photos.name(picture, lang), data_url(photos.photos.thumbnails[picture.id])
     return {"id": picture.id, "image": image, "alt": name, "remove": text(lang, "matrix.remove", name=name)}
 
 
-def _model(name: str, scale: Scale, alignment: Alignment) -> Value:
-    """Lay one model's scores out as the page shows them: captions are rows there, as long ones only fit as rows."""
+def _model_value(name: str, scale: Scale, alignment: Alignment) -> Value:
+    """Lay one model's scores out; captions are the rows of the page's table, because long ones only fit there."""
     return {
         "name": Path(name).name,
         "cosines": [[round(value, 7) for value in row] for row in alignment.similarity.T.double().tolist()],
@@ -249,27 +197,8 @@ def _model(name: str, scale: Scale, alignment: Alignment) -> Value:
     }
 
 
-def _labels(lang: str) -> dict[str, str]:
-    """Hand the script its words, with their placeholders: it fills them itself."""
-    prefix = "matrix.label."
-    return {key.removeprefix(prefix): words for key, words in strings()[lang].items() if key.startswith(prefix)}
-
-
 @cache
-def _colours() -> dict[str, dict[str, list[str]]]:
-    """List 256 colours for values and for differences, on a light and on a dark page."""
-    steps = np.linspace(0, 1, 256)
-    return {
-        "heat": {theme: _hex(heat_colours(steps, dark=theme == "dark")) for theme in THEMES},
-        "difference": {theme: _hex(_between(_DIFFERENCE[theme], steps)) for theme in THEMES},
-    }
-
-
-def _between(colours: tuple[str, ...], steps: Any) -> Any:
-    known = np.array([list(bytes.fromhex(colour[1:])) for colour in colours])
-    places = np.linspace(0, 1, len(colours))
-    return np.stack([np.interp(steps, places, channel) for channel in known.T], axis=1).round().astype(np.uint8)
-
-
-def _hex(colours: Any) -> list[str]:
-    return ["#" + bytes(colour.tolist()).hex() for colour in colours]
+def _colours() -> dict[str, list[str]]:
+    """List 256 colours for values, on a light and on a dark page."""
+    heat = {theme: heat_colours(np.linspace(0, 1, 256), dark=theme == "dark") for theme in ("light", "dark")}
+    return {theme: ["#" + bytes(colour.tolist()).hex() for colour in colours] for theme, colours in heat.items()}

@@ -1,68 +1,68 @@
-"""Top floor, what arrives from the visitor's device: uploads are read once, and then their files are deleted."""
+"""UI, uploads: files from the visitor's device are read once and then deleted; what the area for them shows.
+
+Place in the flow: `event of drop.js -> Upload -> bytes (here) -> engine`; `add_uploads` fills a photo collection, and
+`*_value` lay the area out.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, Photos, Skipped
 from alignment.engine.photo_zip import Added, add_archive
+from alignment.gallery import Picture
 from alignment.model import chunk_size
 from alignment.preprocess import InputError, sanitize_text
 from alignment.server.errors import ServiceError
 from alignment.server.page import MAX_PATH
 from alignment.server.sessions import Immutable
 from alignment.server.uploads import upload_folder
-from alignment.ui.strings import count_text, error_text, text
-from alignment.ui.widgets import user_errors
+from alignment.ui.strings import count_text, error_text, labels, text
+from alignment.ui.widgets import Value, user_errors
 
 logger = logging.getLogger(__name__)
 
 MAX_FILE_MB = 30
 MAX_NAME = 120
 CHUNK = 4  # pictures between two signs of progress
-SHOWN_PROBLEMS = 10
+SHOWN_PROBLEMS, MAX_SKIPPED_NAME = 10, 200
 
 _serial = count()  # the page redraws on a new value only, also when the same file is wrong twice
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One file as the page announced it: where the server put it, or why it never arrived."""
+    """One file as the page announced it."""
 
     name: str
-    path: str = ""
-    problem: str = ""
-
-    @property
-    def is_zip(self) -> bool:
-        """Whether it is called a zip file."""
-        return self.name.lower().endswith(".zip")
+    path: str = ""  # where the server put it
+    problem: str = ""  # why it did not arrive
 
 
 @dataclass(frozen=True)
 class PhotoState(Immutable):
-    """Pictures beside each other, kept in the visitor's session.
-
-    Attributes:
-        photos: what is there.
-        sample: whether these are still the page's own.
-        added: how many came last.
-        skipped: what was left out then.
-    """
+    """A photo collection in the visitor's session."""
 
     photos: Photos
-    sample: bool = True
-    added: int = 0
-    skipped: tuple[Skipped, ...] = field(default=())
+    sample: bool = True  # whether these are the page's own pictures
+    added: int = 0  # how many came last
+    skipped: tuple[Skipped, ...] = ()  # what was left out then
+
+    def name(self, picture: Picture, lang: str) -> str:
+        """Return what a picture is called: the visitor's by its file's name."""
+        return (picture.caption(lang) if self.sample else picture.source) or picture.id
 
 
 def uploads_of(data: object) -> list[Upload]:
-    """Read the event of `drop.js`; a page could send anything."""
+    """Parse the untrusted event "files" of `drop.js`."""
     files = data.get("files") if isinstance(data, dict) else None
     uploads = []
     for file in files if isinstance(files, list) else []:
@@ -73,56 +73,41 @@ def uploads_of(data: object) -> list[Upload]:
 
 
 def read_upload(upload: Upload, limit: int) -> bytes:
-    """Read an upload.
-
-    Raises:
-        InputError: when it is not there, or too large.
-    """
+    """Read an upload. Raises InputError when it is not there, or too large."""
     try:
         return validate_upload(upload, limit).read_bytes()
     except OSError as error:
-        raise lost() from error
+        raise ServiceError("upload.lost").error from error
 
 
 def validate_upload(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
-    """Find the file of an upload.
+    """Find the file of an upload. Raises InputError when it is not there, or too large.
 
-    Args:
-        upload: as the page announced it.
-        limit: of files; what there are more of never arrived.
-        limit_mb: of its size; the page keeps to it, but the page may be anybody's.
-
-    Raises:
-        InputError: when it is not there, or too large.
+    The page checks the limits of files and of megabytes too, but a program may pose as the page.
     """
     if upload.problem == "limit":
         raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
     if upload.problem.startswith("refused."):
-        raise _refused(upload.problem.removeprefix("refused."))
+        raise _refusal(upload.problem.removeprefix("refused."))
     if upload.problem == "empty":
         raise InputError("The file is empty; choose one with a picture in it.", "image.empty")
     try:
         size = limit_mb * 2**20 + 1 if upload.problem == "size" else _path(upload).stat().st_size
     except (OSError, ValueError) as error:
-        raise lost() from error
+        raise ServiceError("upload.lost").error from error
     if size > limit_mb * 2**20:
         raise InputError("The file has more than {limit} MB; make it smaller.", "upload.size", limit=limit_mb)
     return _path(upload)
 
 
-def _refused(code: str) -> InputError:
-    """Return the error of an upload that the service refused; the page sends back its code alone."""
-    later = {
-        "rate": InputError("Too many requests from your address; try again in a minute.", "upload.rate"),
-        "waiting": InputError("There are too many files from your address waiting; try again soon.", "upload.waiting"),
-    }
+def _refusal(code: str) -> InputError:
+    """Return the error of an upload that the service refused; the page reports only its code."""
+    if code == "rate":
+        return InputError("Too many requests from your address; try again in a minute.", "upload.rate")
+    if code == "waiting":
+        return InputError("There are too many files from your address waiting; try again soon.", "upload.waiting")
     known = map(ServiceError, ("upload.name", "service.open", "service.full", "service.stopping", "service.slow"))
-    return {**later, **{error.code: error.error for error in known}}.get(code, lost())
-
-
-def lost() -> InputError:
-    """Say that a file is not where it should be."""
-    return ServiceError("upload.lost").error
+    return next((error.error for error in known if error.code == code), ServiceError("upload.lost").error)
 
 
 def delete_uploads(uploads: Sequence[Upload]) -> None:
@@ -135,7 +120,7 @@ def delete_uploads(uploads: Sequence[Upload]) -> None:
 
 
 def _path(upload: Upload) -> Path:
-    """Find the file of an upload; nothing but the upload folder is ever touched, whatever a page may send."""
+    """Find the file of an upload; ValueError for a path outside the upload folder."""
     if not 0 < len(upload.path) <= MAX_PATH:  # to resolve a very long one takes minutes
         raise ValueError("not an upload")
     folder, path = upload_folder(), Path(upload.path).resolve()
@@ -144,75 +129,63 @@ def _path(upload: Upload) -> Path:
     return path
 
 
-def fill(
-    engine: AlignmentEngine, shelf: PhotoState, uploads: Sequence[Upload], limit: int
-) -> Iterator[tuple[PhotoState, int]]:
-    """Add uploads to a shelf a few at a time; the first make way for the sample.
-
-    Yields:
-        The shelf so far, and how many uploads have been dealt with; at first as it was, and 0.
-    """
-    for filled, done, _ in gather(engine, shelf, uploads, limit, zips=False):
-        yield filled, done
-
-
-def gather(
+def add_uploads(
     engine: AlignmentEngine,
-    shelf: PhotoState,
+    state: PhotoState,
     uploads: Sequence[Upload],
     limit: int,
     *,
-    zips: bool = True,
+    zips: bool = False,
     more: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[PhotoState, int, int]]:
-    """Add uploads to a shelf a few at a time, and what is in zip files; the first make way for the sample.
+    """Add uploads to a collection a few at a time, then delete them; the visitor's first pictures replace the sample.
 
-    Args:
-        engine: embeds.
-        shelf: what is there.
-        uploads: files; they are deleted afterwards, whatever happens.
-        limit: of pictures in all.
-        zips: whether zip files are opened.
-        more: whether these belong to what came last, and are counted with it.
-        stopped: whether to leave it at that.
+    `limit` is that of the whole collection, `zips` tells whether zip files are opened, `more` whether these files are a
+    further part of the last ones and counted with them, `stopped` whether to end early.
 
     Yields:
-        The shelf so far, what has been dealt with, and of how much; at first as it was, and 0.
+        The collection so far, how many files have been dealt with, and of how many; first unchanged, with 0.
     """
-    shelf = shelf if more else replace(shelf, added=0, skipped=())
-    photos = engine.no_photos(both=shelf.photos.second_embeds is not None) if shelf.sample else shelf.photos
-    before, skipped = len(photos) - shelf.added, list(shelf.skipped)
+    state = state if more else replace(state, added=0, skipped=())
+    photos = engine.no_photos(both=state.photos.second_embeds is not None) if state.sample else state.photos
+    before, skipped = len(photos) - state.added, state.skipped
     try:
-        yield shelf, 0, max(len(uploads), 1)
+        yield state, 0, max(len(uploads), 1)
         for step in _steps(engine, photos, uploads, limit, zips):
-            photos, skipped = step.photos, skipped + step.skipped
-            now = PhotoState(photos, False, len(photos) - before, tuple(skipped))
-            # Where no file was any good, the sample stays.
-            yield now if len(photos) else replace(shelf, skipped=tuple(skipped)), step.done, step.total
+            skipped += tuple(step.skipped)
+            own = PhotoState(step.photos, False, len(step.photos) - before, skipped)
+            # The sample stays where no file was good.
+            yield own if len(step.photos) else replace(state, skipped=skipped), step.done, step.total
             if stopped():
                 return
     finally:
-        delete_uploads(uploads)  # only now: two files alike are one file here
+        delete_uploads(uploads)  # not earlier: the server stores two equal files as one
 
 
 def _steps(
     engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], limit: int, zips: bool
 ) -> Iterator[Added]:
-    plain = [upload for upload in uploads if not (zips and upload.is_zip)]
-    at_once = chunk_size(CHUNK)
-    for start in range(0, len(plain), at_once):
-        chunk = plain[start : start + at_once]
-        photos, skipped = _add(engine, photos, chunk, limit)
-        yield Added(photos, skipped, start + len(chunk), len(uploads))
+    kinds: dict[bool, list[Upload]] = {True: [], False: []}
     for upload in uploads:
-        if zips and upload.is_zip:
-            for step in _add_zip(engine, photos, upload, limit):
-                photos = step.photos
-                yield step
+        kinds[zips and upload.name.lower().endswith(".zip")].append(upload)
+    archives, pictures = kinds[True], kinds[False]
+    size = chunk_size(CHUNK)
+    for start in range(0, len(pictures), size):
+        chunk = pictures[start : start + size]
+        photos, skipped = _add_pictures(engine, photos, chunk, limit)
+        yield Added(photos, skipped, start + len(chunk), len(uploads))
+    for upload in archives:
+        try:
+            with user_errors():
+                for step in add_archive(engine, photos, validate_upload(upload, limit, MAX_ZIP_MB), limit=limit):
+                    photos = step.photos
+                    yield step
+        except InputError as error:
+            yield Added(photos, [Skipped(upload.name, error)], 1, 1)
 
 
-def _add(
+def _add_pictures(
     engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], limit: int
 ) -> tuple[Photos, list[Skipped]]:
     files: list[tuple[str, bytes]] = []
@@ -224,24 +197,47 @@ def _add(
             skipped.append(Skipped(upload.name, error))
     try:
         with user_errors():
-            photos, bad = engine.add_photos(photos, files, limit=limit)
-        return photos, skipped + bad
+            photos, refused = engine.add_photos(photos, files, limit=limit)
     except InputError as error:
-        return photos, [*skipped, *(Skipped(name, error) for name, _ in files)]
+        refused = [Skipped(name, error) for name, _ in files]
+    return photos, skipped + refused
 
 
-def _add_zip(engine: AlignmentEngine, photos: Photos, upload: Upload, limit: int) -> Iterator[Added]:
-    try:
-        with user_errors():
-            for step in add_archive(engine, photos, validate_upload(upload, limit, MAX_ZIP_MB), limit=limit):
-                photos = step.photos
-                yield step
-    except InputError as error:
-        yield Added(photos, [Skipped(upload.name, error)], 1, 1)
+@dataclass
+class Job:
+    """Requests to an upload that is being processed, which checks them between two steps."""
+
+    stopped: bool = False
+    removed: set[str] = field(default_factory=set)  # ids of photos to leave out
 
 
-def drop_value(lang: str, title: str, *, max_files: int = 1, **more: Any) -> dict[str, Any]:
-    """Lay the place for files out for `drop.js`; `more` is what else its value may hold."""
+class Jobs:
+    """The running jobs, one for each session."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str | None, Job] = {}
+
+    @contextmanager
+    def start(self, session: str | None) -> Iterator[Job]:
+        """Register a job for as long as it runs."""
+        job = self._jobs[session] = Job()
+        try:
+            yield job
+        finally:
+            if self._jobs.get(session) is job:
+                del self._jobs[session]
+
+    def stop(self, request: gr.Request) -> None:
+        """Let the session's job end early."""
+        self.of(request.session_hash).stopped = True
+
+    def of(self, session: str | None) -> Job:
+        """Return the session's job; a new one, without effect, if there is none."""
+        return self._jobs.get(session, Job())
+
+
+def drop_value(lang: str, title: str, *, max_files: int = 1, **more: Any) -> Value:
+    """Lay the area out; `more` replaces or adds to its value."""
     many = max_files > 1
     return {
         "serial": next(_serial),
@@ -250,28 +246,39 @@ def drop_value(lang: str, title: str, *, max_files: int = 1, **more: Any) -> dic
         "many": many,
         "maxFiles": max_files,
         "maxBytes": MAX_FILE_MB * 2**20,
-        "busy": text(lang, "drop.busy"),
-        "uploading": text(lang, "drop.uploading", done="{done}", total="{total}"),
+        "labels": labels(lang, "drop."),
         **more,
     }
 
 
-def shelf_drop_value(lang: str, title: str, shelf: PhotoState, max_files: int) -> dict[str, Any]:
-    """Lay it out for a shelf, with what became of the last files."""
-    shown = [[skip.name, error_text(lang, skip.error)] for skip in shelf.skipped[:SHOWN_PROBLEMS]]
-    if rest := len(shelf.skipped) - len(shown):
+def photos_drop_value(lang: str, title: str, state: PhotoState, max_files: int) -> Value:
+    """Lay the area of a photo collection out, with what became of the last files."""
+    status = count_text(lang, "drop.added", state.added) if state.added else ""
+    skipped = skipped_value(lang, state.skipped, SHOWN_PROBLEMS)
+    return drop_value(lang, title, max_files=max_files, status=status, **skipped)
+
+
+def skipped_value(lang: str, skipped: Sequence[Skipped], most: int) -> Value:
+    """Name files that were left out, `most` of them, and count the rest."""
+    shown = [[sanitize_text(skip.name, MAX_SKIPPED_NAME), error_text(lang, skip.error)] for skip in skipped[:most]]
+    if rest := len(skipped) - len(shown):
         shown.append(["…", text(lang, "drop.more", count=rest)])
-    return drop_value(
-        lang,
-        title,
-        max_files=max_files,
-        status=count_text(lang, "drop.added", shelf.added) if shelf.added else "",
-        skippedTitle=count_text(lang, "drop.skipped", len(shelf.skipped)) if shelf.skipped else "",
-        skipped=shown,
-    )
+    return {"skippedTitle": count_text(lang, "drop.skipped", len(skipped)) if skipped else "", "skipped": shown}
 
 
-def progress_value(lang: str, title: str, done: int, total: int, max_files: int) -> dict[str, Any]:
-    """Lay it out while uploads are being read."""
-    say = text(lang, "drop.reading", done=done, total=total)
-    return drop_value(lang, title, max_files=max_files, progress={"done": done, "total": total, "text": say})
+def progress_value(lang: str, title: str, done: int, total: int, max_files: int) -> Value:
+    """Lay the area out while files are being read."""
+    progress = {"done": done, "total": total, "text": text(lang, "drop.reading", done=done, total=total)}
+    return drop_value(lang, title, max_files=max_files, progress=progress)
+
+
+def parts_value(batch: int, run: int) -> Value:
+    """Let the area send files in parts of `batch`, which it can stop; `run` is the last part that was dealt with."""
+    return {"batch": batch, "run": run, "maxZipBytes": MAX_ZIP_MB * 2**20}
+
+
+def part_of(data: object) -> tuple[int, bool]:
+    """Parse the number of the part that the untrusted event "files" brings, and whether it is the first."""
+    sent = data if isinstance(data, dict) else {}
+    run = sent.get("run")
+    return run if type(run) is int and 0 <= run < 2**31 else 0, sent.get("first") is not False

@@ -1,7 +1,7 @@
-"""Top floor, the parts the tabs are made of: our own HTML elements and how events reach Python.
+"""UI, widgets: our own HTML elements, and how their events reach Python.
 
-What an element shows is a JSON value; the script beside it in `assets/ui` builds the nodes, and text enters the page
-as text only. That is why no value here is escaped and none may be put into a template.
+An element shows a JSON value; its script in `assets/ui` builds the nodes and inserts text as text only. So values are
+not escaped here, and none may be put into a template.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import gradio as gr
 
 from alignment.preprocess import InputError
+from alignment.server.errors import ServiceError
 from alignment.server.gradio_internals import event_data
 
 logger = logging.getLogger(__name__)
@@ -24,41 +25,22 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets" / "ui"
 ICON = ASSETS / "favicon.svg"
 
 SEARCHES_AT_ONCE, UPLOADS_AT_ONCE = 16, 2
-"""Handlers under way; searches that wait for the model are encoded together, see `alignment.engine.batching`."""
+"""Concurrent handlers; searches that wait for the model are encoded together, see `alignment.engine.batching`."""
 
+Value = dict[str, Any]
+"""What an element shows, as JSON."""
 
-class Tab(Protocol):
-    """What `app.py` needs to know of a tab."""
-
-    key: str  # of its strings: "captions", ...
-    inputs: list[Any]  # what `translate` wants to know
-    outputs: list[Any]  # what it renews
-    arrival: list[Any]  # what an address changes
-
-    def build(self, language: Any, lang: str) -> None:
-        """Lay the tab out inside the current Gradio block, in the language `lang`."""
-
-    def translate(self, lang: str, *inputs: Any) -> list[Any]:
-        """Say everything again in another language; what the visitor did stays."""
-
-    def load_from_url(self, lang: str, asked: str) -> list[Any]:
-        """Show what an address asks for, as if the visitor had typed it."""
+Changes = dict[Any, Any]
+"""What a handler changes on the page: component -> new value."""
 
 
 def styles() -> list[Path]:
-    """List the style sheets: the page's, then those of its parts, which may overrule it."""
+    """List the style sheets: page.css first, so that those of the elements may overrule it."""
     return sorted(ASSETS.glob("*.css"), key=lambda file: (file.name != "page.css", file.name))
 
 
 def widget(name: str, value: object, parts: Sequence[str] = (), **options: Any) -> Any:
-    """Make an element that the script `assets/ui/NAME.js` draws; the events it sends are attributes of it.
-
-    Args:
-        name: of the script.
-        value: what it shows.
-        parts: scripts of the same folder that it builds on.
-        options: of the element.
-    """
+    """Make an element that `assets/ui/NAME.js` draws with the scripts `parts`; its events are attributes of it."""
     script = "\n".join((ASSETS / f"{file}.js").read_text("utf-8") for file in ("dom", *parts, name))
     return gr.HTML(
         value,
@@ -70,6 +52,11 @@ def widget(name: str, value: object, parts: Sequence[str] = (), **options: Any) 
     )
 
 
+def queue_options(work: str) -> dict[str, Any]:
+    """Return Gradio's options of the queue "search" or "upload"."""
+    return {"concurrency_id": work, "concurrency_limit": {"search": SEARCHES_AT_ONCE, "upload": UPLOADS_AT_ONCE}[work]}
+
+
 def on_event(
     event: Callable[..., Any],
     handler: Callable[..., Any],
@@ -79,18 +66,16 @@ def on_event(
     *,
     latest: bool = False,
 ) -> None:
-    """Let a handler answer an event without a trace in the public API.
+    """Bind a handler to an event, outside the public API.
 
     Args:
         event: such as `button.click`.
-        handler: plain function or, to show progress, a generator.
-        inputs: what it is given.
-        outputs: what it renews.
-        work: "search" or "upload" for what runs the model and has to queue; "" is answered at once.
-        latest: of several events in a hurry only the last need be answered; not for events that carry data.
+        handler: returns or yields `Changes` of `outputs`, given the values of `inputs`.
+        inputs: components.
+        outputs: components.
+        work: the queue for what runs the model, see `queue_options`; "" is answered at once.
+        latest: whether events that a later one has overtaken may be dropped; not for events that carry data.
     """
-    limit = {"search": SEARCHES_AT_ONCE, "upload": UPLOADS_AT_ONCE}.get(work)
-    queued = {"concurrency_id": work, "concurrency_limit": limit} if work else {}
     event(
         handler,
         list(inputs),
@@ -99,27 +84,27 @@ def on_event(
         show_progress="hidden",
         trigger_mode="always_last" if latest else "multiple",
         queue=bool(work),
-        **queued,
+        **(queue_options(work) if work else {}),
     )
 
 
 def picked(event: gr.EventData) -> str:
-    """Tell the id that an event of our scripts is about; "" where there is none, for a page could send anything."""
+    """Return the id that an event of our scripts is about, "" if it has none."""
     return str(event_data(event).get("id", ""))
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a failure of ours into an `InputError`, so that the page can say so and goes on; the log has the rest."""
+    """Turn an unexpected exception into an `InputError` that the page can show, and log it."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         logger.exception("A request failed")
-        raise InputError("That did not work, and it is not your fault; try again.", "internal") from error
+        raise ServiceError("internal").error from error
 
 
 def data_url(webp: bytes) -> str:
-    """Put a thumbnail into the page itself; nobody else can ask for it then."""
+    """Put a WebP picture into the page itself, so that it has no address that others could open."""
     return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"

@@ -1,18 +1,19 @@
 // How a query was read: its terms as chips, or the short help. Sends the events "edit" and "pick".
 
-const step = (term, index, act, sign, disabled) =>
+const step = (label, index, act, sign, disabled) =>
   make(
     "button",
-    { type: "button", "data-act": act, "data-index": index, "data-focus": `${act} ${index}`, "aria-label": term.labels[act], title: term.labels[act], disabled },
+    { type: "button", "data-act": act, "data-index": index, "data-focus": `${act} ${index}`, "aria-label": label, title: label, disabled },
     make("span", { "aria-hidden": "true" }, sign),
   );
 
-const chip = (term, index) =>
-  make(
+const chip = (term, index, labels) => {
+  const name = (label) => label.replace("{name}", () => term.name);
+  return make(
     "li",
     { class: `al-part${term.wanted ? "" : " al-minus"}` },
     hidden(`${term.says} ${term.weight}`),
-    step(term, index, "flip", term.wanted ? "+" : "−"),
+    step(name(term.wanted ? labels["term.avoid"] : labels["term.want"]), index, "flip", term.wanted ? "+" : "−"),
     make(
       "span",
       { class: "al-part-name", "aria-hidden": "true" },
@@ -21,34 +22,42 @@ const chip = (term, index) =>
     make(
       "span",
       { class: "al-weight" },
-      step(term, index, "less", "‹", term.least),
+      step(name(labels["term.less"]), index, "less", "‹", term.least),
       make("span", { "aria-hidden": "true" }, term.weight),
-      step(term, index, "more", "›", term.most),
+      step(name(labels["term.more"]), index, "more", "›", term.most),
     ),
-    step(term, index, "remove", "×"),
+    step(name(labels["term.remove"]), index, "remove", "×"),
   );
+};
 
-const example = (line) =>
+const example = (query, says) =>
   make(
     "li",
     {},
-    make("button", { type: "button", class: "al-chip", "data-query": line.query, "data-focus": line.query }, line.query),
-    make("span", {}, line.says),
+    make("button", { type: "button", class: "al-chip", "data-query": query, "data-focus": query }, query),
+    make("span", {}, says),
   );
 
-const guide = (value) =>
+const guide = ({ help, labels }) =>
   make(
     "details",
     { class: "al-guide", open: element.querySelector("details")?.open },
-    make("summary", { "data-focus": "help" }, value.help),
-    make("ul", {}, ...value.lines.map(example)),
-    ...value.notes.map((note) => make("p", { class: "al-note" }, note)),
+    make("summary", { "data-focus": "help" }, help),
+    make(
+      "ul",
+      {},
+      example(labels["help.both.query"], labels["help.both"]),
+      example(labels["help.without.query"], labels["help.without"]),
+      example(labels["help.weight.query"], labels["help.weight"]),
+    ),
+    make("p", { class: "al-note" }, labels["help.picture"]),
+    make("p", { class: "al-note" }, labels["help.literal"]),
   );
 
 keep((value) =>
   show(
     value.help ? guide(value) : null,
-    value.terms?.length ? make("ul", { class: "al-parts", "aria-label": value.label }, ...value.terms.map(chip)) : null,
+    value.terms?.length ? make("ul", { class: "al-parts", "aria-label": value.labels.terms }, ...value.terms.map((term, index) => chip(term, index, value.labels))) : null,
   ),
 );
 

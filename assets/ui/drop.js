@@ -37,33 +37,33 @@ const skipped = (value) =>
 
 // How far all files are, of which a part is being read.
 const overall = (progress) => {
-  if (!job || job.files.length === 1 || !props.value?.reading) return progress;
+  if (!job || job.files.length === 1 || !props.value?.batch) return progress;
   const done = job.at + (job.size * progress.done) / progress.total;
   const total = job.files.length;
-  const text = fill(props.value.reading, { done: Math.min(Math.floor(done) + 1, total), total });
+  const text = fill(props.value.labels.reading, { done: Math.min(Math.floor(done) + 1, total), total });
   return { done, total, text };
 };
 
-const timeLeft = (progress, words) => {
+const timeLeft = (progress, labels) => {
   const spent = performance.now() - job.begun;
   const share = (progress.done - job.from) / (progress.total - job.from);
   if (spent < PATIENCE || !(share > 0.02)) return "";
   const seconds = (spent * (1 - share)) / share / 1000;
-  const [template, count] = seconds > 90 ? [words.minutes, seconds / 60] : [words.seconds, Math.ceil(seconds / 5) * 5];
+  const [template, count] = seconds > 90 ? [labels["left.minutes"], seconds / 60] : [labels["left.seconds"], Math.ceil(seconds / 5) * 5];
   return fill(template, { count: Math.round(count) });
 };
 
-const leftOf = (progress, value) => (job && value.left && !job.stopped ? timeLeft(progress, value.left) : "");
+const leftOf = (progress, value) => (job && value.batch && !job.stopped ? timeLeft(progress, value.labels) : "");
 
 const underway = (value) => {
   const progress = job?.progress || value.progress;
   if (!progress) return null;
   const stop =
-    job && value.stop
+    job && value.batch
       ? make(
           "button",
           { type: "button", class: "al-plain-button", "data-act": "stop", "data-focus": "stop", disabled: job.stopped },
-          job.stopped ? value.stopping : value.stop,
+          job.stopped ? value.labels.stopping : value.labels.stop,
         )
       : null;
   return make(
@@ -110,7 +110,7 @@ const begin = (files) => {
 };
 
 const finish = () => {
-  if (job?.stopped) ended = props.value.stopped || "";
+  if (job?.stopped) ended = props.value.labels.stopped;
   if (job?.stopped) waiting = [];
   job = null;
   busy = "";
@@ -153,7 +153,7 @@ const sendPart = async () => {
   let done = 0;
   const say = () => {
     const total = mine.files.length;
-    busy = total > 1 ? fill(value.uploading, { done: Math.min(mine.at + done + 1, total), total }) : value.busy;
+    busy = total > 1 ? fill(value.labels.uploading, { done: Math.min(mine.at + done + 1, total), total }) : value.labels.busy;
     const title = element.querySelector(".al-drop-title");
     if (title) title.textContent = busy;
   };
@@ -218,7 +218,7 @@ watch("value", () => {
   else finish();
 });
 
-// The event "files" itself was refused: nobody will answer it.
+// The event "files" itself was refused: there will be no answer.
 window.addEventListener("al-refused", () => {
   if (element.isConnected && job?.run) finish();
 });

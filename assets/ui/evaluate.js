@@ -1,6 +1,8 @@
 // The report on a data set, and what a zip must hold.
 
-const cell = (item, head) =>
+const fill = (template, values) => template.replace(/\{(\w+)\}/g, (_, name) => values[name]);
+
+const cell = (item, head, labels) =>
   make(
     "td",
     { "data-head": head },
@@ -14,25 +16,21 @@ const cell = (item, head) =>
           make("span", { style: { width: `${(item.share * 100).toFixed(1)}%` } }),
           make("i", { style: { left: `${(item.chance * 100).toFixed(1)}%` } }),
         ),
-    make("span", { class: "al-interval" }, item.chanceText),
+    make("span", { class: "al-interval" }, fill(labels.chance, { value: item.random })),
   );
 
-const table = (value) =>
-  make(
+const table = ({ labels, ks, rows }) => {
+  const heads = [...ks.map((k) => fill(labels.recall, { k })), labels.median];
+  const row = ([direction, cells]) =>
+    make("tr", {}, make("th", { scope: "row" }, labels[direction]), ...cells.map((item, column) => cell(item, heads[column], labels)));
+  return make(
     "table",
     { class: "al-report" },
-    make("caption", { class: "al-hidden" }, value.caption),
-    make(
-      "thead",
-      {},
-      make("tr", {}, make("td", {}), ...value.heads.map((head) => make("th", { scope: "col" }, head))),
-    ),
-    make(
-      "tbody",
-      {},
-      ...value.rows.map((row) => make("tr", {}, make("th", { scope: "row" }, row.title), ...row.cells.map((item, column) => cell(item, value.heads[column])))),
-    ),
+    make("caption", { class: "al-hidden" }, labels.table),
+    make("thead", {}, make("tr", {}, make("td", {}), ...heads.map((head) => make("th", { scope: "col" }, head)))),
+    make("tbody", {}, ...Object.entries(rows).map(row)),
   );
+};
 
 // Names beside each other, none of which turns the next one round.
 const apart = (names) => names.flatMap((name, place) => [place ? " · " : null, make("bdi", {}, name)]);
@@ -41,72 +39,84 @@ const leftOut = (value) =>
   make(
     "details",
     { class: "al-left-out" },
-    make("summary", { "data-focus": "left" }, value.title),
+    make("summary", { "data-focus": "left" }, value.labels.left),
     make(
       "ul",
       {},
-      ...value.items.map((item) =>
+      ...value.leftOut.map((item) =>
         make("li", {}, item.reason, make("span", {}, ...apart([...item.names, item.more].filter(Boolean)))),
       ),
     ),
   );
 
-const picture = (item) =>
+const picture = (item, labels) =>
   make(
     "figure",
     {},
     make("img", { src: item.image, alt: item.alt, loading: "lazy", decoding: "async" }),
-    make("figcaption", {}, make("span", {}, item.label), item.name ? make("bdi", { title: item.name }, item.name.split("/").pop()) : null),
+    make("figcaption", {}, make("span", {}, labels[item.label]), item.name ? make("bdi", { title: item.name }, item.name.split("/").pop()) : null),
   );
 
-const example = (item) =>
+const example = (item, labels) =>
   make(
     "li",
     {},
-    make("div", { class: "al-example-pictures" }, ...item.images.map(picture)),
+    make("div", { class: "al-example-pictures" }, ...item.images.map((image) => picture(image, labels))),
     make(
       "div",
       { class: "al-example-words" },
-      make("dl", {}, ...item.lines.map((line) => make("div", {}, make("dt", {}, line.label), make("dd", { dir: "auto" }, line.text)))),
-      item.rank ? make("p", { class: "al-example-rank" }, item.rank) : null,
+      make("dl", {}, ...Object.entries(item.lines).map(([label, line]) => make("div", {}, make("dt", {}, labels[label]), make("dd", { dir: "auto" }, line)))),
+      item.rank ? make("p", { class: "al-example-rank" }, fill(labels.rank, { rank: item.rank })) : null,
     ),
   );
 
-const section = (value) =>
-  make(
-    "section",
-    { class: "al-section" },
-    make("h3", {}, value.title),
-    make("p", { class: "al-note" }, value.note),
-    ...value.groups
-      .filter((group) => group.items.length)
-      .flatMap((group) => [
-        group.title ? make("h4", {}, group.title) : null,
-        make("ul", { class: "al-report-examples" }, ...group.items.map(example)),
-      ])
-      .filter(Boolean),
+const section = (title, note, ...nodes) =>
+  make("section", { class: "al-section" }, make("h3", {}, title), make("p", { class: "al-note" }, note), ...nodes.flat());
+
+const examples = (items, labels) => make("ul", { class: "al-report-examples" }, ...items.map((item) => example(item, labels)));
+
+const worst = ({ labels, rows, worst }) => {
+  const groups = Object.keys(rows)
+    .map((direction) => [direction, worst.filter((item) => item.direction === direction)])
+    .filter(([, items]) => items.length);
+  const nodes = groups.map(([direction, items]) => [make("h4", {}, labels[direction]), examples(items, labels)]);
+  return section(labels.worst, labels["worst.note"], ...nodes);
+};
+
+const suspects = ({ labels, suspects }) =>
+  section(
+    labels.suspects,
+    suspects.length ? labels["suspects.note"] : labels["suspects.none"],
+    ...(suspects.length ? [examples(suspects, labels)] : []),
   );
 
-const guide = (value) =>
+const guide = ({ labels, limits }) =>
   make(
     "section",
     { class: "al-zip-help" },
-    make("h3", {}, value.help),
-    make("pre", { tabindex: "0", role: "img", "aria-label": value.help }, value.tree),
-    make("ul", {}, ...value.forms.map((form) => make("li", {}, form))),
-    make("p", { class: "al-note" }, value.note),
+    make("h3", {}, labels.help),
+    make("pre", { tabindex: "0", role: "img", "aria-label": labels.help }, labels.tree),
+    make(
+      "ul",
+      {},
+      make("li", {}, labels["form.table"]),
+      make("li", {}, labels["form.lines"]),
+      make("li", {}, labels["form.beside"]),
+      make("li", {}, labels["form.published"]),
+    ),
+    make("p", { class: "al-note" }, limits),
   );
 
 keep((value) =>
   show(
-    value.help ? guide(value) : null,
+    value.limits ? guide(value) : null,
     value.heading ? heading(value) : null,
     value.intro ? make("p", { class: "al-note al-intro" }, value.intro) : null,
-    value.table ? make("div", { class: "al-report-frame" }, table(value.table)) : null,
-    value.meaning ? make("p", { class: "al-note" }, value.meaning) : null,
-    value.leftOut ? leftOut(value.leftOut) : null,
-    value.worst?.groups.length ? section(value.worst) : null,
-    value.suspects ? section(value.suspects) : null,
+    value.rows ? make("div", { class: "al-report-frame" }, table(value)) : null,
+    value.rows ? make("p", { class: "al-note" }, value.labels.meaning) : null,
+    value.leftOut?.length ? leftOut(value) : null,
+    value.worst?.length ? worst(value) : null,
+    value.suspects ? suspects(value) : null,
     value.heading && value.note ? make("p", { class: "al-note" }, value.note) : null,
   ),
 );

@@ -24,14 +24,14 @@ const picture = (value) =>
     value.overlay ? make("img", { src: value.overlay, alt: "", class: "al-explain-overlay" }) : null,
   );
 
-const blend = (words) =>
+const blend = (labels) =>
   make(
     "div",
     { class: "al-explain-blend" },
-    make("label", { for: "explanation-slider", class: "al-hidden" }, words.slider),
-    make("span", { "aria-hidden": "true" }, words.plain),
+    make("label", { for: "explanation-slider", class: "al-hidden" }, labels["places.slider"]),
+    make("span", { "aria-hidden": "true" }, labels["places.plain"]),
     slider,
-    make("span", { "aria-hidden": "true" }, words.overlay),
+    make("span", { "aria-hidden": "true" }, labels["places.overlay"]),
   );
 
 const section = (heading, ...nodes) => make("section", {}, make("h3", {}, heading), ...nodes);
@@ -48,9 +48,9 @@ const legend = (kind, words, style = {}) =>
 const places = (value) =>
   value.places
     ? [
-        blend(value.places),
+        blend(value.labels),
         legend("al-heat-key", value.places, { "--stops": value.places.colours.join(", ") }),
-        make("p", { class: "al-note" }, value.places.note),
+        make("p", { class: "al-note" }, value.labels["places.note"]),
       ]
     : [];
 
@@ -75,10 +75,10 @@ const axis = (scale) => {
 
 const score = (value) =>
   section(
-    value.score.heading,
+    value.labels.score,
     axis(value.score.axis),
     make("p", { class: "al-explain-verdict" }, value.score.verdict),
-    make("p", { class: "al-note" }, value.score.note),
+    make("p", { class: "al-note" }, value.labels["score.note"]),
   );
 
 const term = (item) =>
@@ -94,10 +94,10 @@ const term = (item) =>
 
 const words = (value) =>
   section(
-    value.words.heading,
+    value.labels.words,
     make("p", { class: "al-explain-terms", lang: value.lang, dir: "auto" }, ...value.terms.map(term)),
     legend("al-weighed-key", value.words),
-    make("p", { class: "al-note" }, value.words.note),
+    make("p", { class: "al-note" }, value.labels["words.note"]),
   );
 
 // What is shown while the answer is worked out stays where it is when that arrives.
@@ -107,24 +107,24 @@ const waiting = (value) =>
     {},
     make("p", { class: "al-explain-caption", lang: value.lang, dir: "auto" }, value.caption),
     make("progress", { "aria-hidden": "true" }),
-    make("p", { class: "al-note", "aria-hidden": "true" }, value.busy),
+    make("p", { class: "al-note", "aria-hidden": "true" }, value.labels.busy),
   );
 
 const columns = (value) =>
   make(
     "div",
     { class: "al-explain-columns" },
-    section(value.picture, picture(value), ...places(value)),
+    section(value.labels.places, picture(value), ...places(value)),
     value.score ? make("div", {}, score(value), words(value)) : value.busy ? waiting(value) : null,
   );
 
 const fill = (value) => {
   const focused = document.activeElement === slider;
-  title.textContent = value.title;
-  close.setAttribute("aria-label", value.close);
-  close.title = value.close;
-  status.textContent = value.busy || value.score?.said || "";
-  const parts = [problem(value.error), value.plain ? columns(value) : null, value.fixed ? make("p", { class: "al-note" }, value.fixed) : null];
+  title.textContent = value.labels.title;
+  close.setAttribute("aria-label", value.labels.close);
+  close.title = value.labels.close;
+  status.textContent = value.busy ? value.labels.busy : value.score?.said || "";
+  const parts = [problem(value.error), value.plain ? columns(value) : null, value.score ? make("p", { class: "al-note" }, value.labels.fixed) : null];
   body.replaceChildren(...parts.filter(Boolean));
   if (focused) slider.focus();
 };

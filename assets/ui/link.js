@@ -19,16 +19,16 @@ let byHand = false;
 let timer = 0;
 
 const render = () => {
-  const { words } = props.value;
+  const { labels } = props.value;
   const done = copied && !byHand;
   show(
     make(
       "button",
-      { type: "button", class: `al-link${done ? " al-done" : ""}`, title: words.copy, "data-focus": "link" },
-      make("span", {}, done ? words.copied : words.copy),
+      { type: "button", class: `al-link${done ? " al-done" : ""}`, title: labels.copy, "data-focus": "link" },
+      make("span", {}, done ? labels.copied : labels.copy),
     ),
-    make("span", { class: "al-hidden", role: "status" }, done ? words.copied : ""),
-    copied && byHand ? make("input", { class: "al-link-text", type: "text", readonly: true, value: copied, "aria-label": words.byHand }) : null,
+    make("span", { class: "al-hidden", role: "status" }, done ? labels.copied : ""),
+    copied && byHand ? make("input", { class: "al-link-text", type: "text", readonly: true, value: copied, "aria-label": labels.by_hand }) : null,
   );
 };
 

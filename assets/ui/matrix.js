@@ -55,6 +55,25 @@ const ink = (colour) => {
   return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 ? "#000000" : "#ffffff"; // whichever contrasts more
 };
 
+// From negative to positive by way of the page's own colour: orange and violet, which colour-blind readers tell apart.
+const DIFFERENCE = {
+  light: ["#8f3f00", "#e5a063", "#f4f3f1", "#a7a1ea", "#3d33b4"],
+  dark: ["#ffc48a", "#a3642e", "#26262d", "#5c57b3", "#c8c5ff"],
+};
+
+// 256 colours from a few, by linear interpolation.
+const between = (stops) =>
+  Array.from({ length: 256 }, (_, n) => {
+    const at = (n / 255) * (stops.length - 1);
+    const low = Math.min(Math.floor(at), stops.length - 2);
+    const part = (colour, k) => parseInt(colour.slice(1 + 2 * k, 3 + 2 * k), 16);
+    const mixed = [0, 1, 2].map((k) => part(stops[low], k) + (part(stops[low + 1], k) - part(stops[low], k)) * (at - low));
+    return `#${mixed.map((number) => Math.round(number).toString(16).padStart(2, "0")).join("")}`;
+  });
+
+const differences = Object.fromEntries(Object.entries(DIFFERENCE).map(([name, stops]) => [name, between(stops)]));
+const coloursOf = (panel) => (panel.colours === "difference" ? differences : value.colours);
+
 // A style for each of the 256 colours, for a light and for a dark page.
 const styles = (colours) =>
   colours.light.map((light, n) => `--light:${light};--light-ink:${ink(light)};--dark:${colours.dark[n]};--dark-ink:${ink(colours.dark[n])}`);
@@ -186,7 +205,7 @@ const ends = (panel) => panel.limits.map((number) => panel.write(number, state.v
 
 const scale = (panel) => {
   const [low, high] = ends(panel);
-  const ramp = (theme) => `linear-gradient(to right, ${value.colours[panel.colours][theme].filter((_, n) => n % 15 === 0).join(", ")})`;
+  const ramp = (theme) => `linear-gradient(to right, ${coloursOf(panel)[theme].filter((_, n) => n % 15 === 0).join(", ")})`;
   return make(
     "span",
     { class: "al-ramp", role: "img", "aria-label": fill(value.labels.colours, { low, high }) },
@@ -262,7 +281,7 @@ const detail = (row, column) => {
       "div",
       {},
       make("p", { class: "al-detail-caption", dir: "auto" }, value.rows[row]),
-      make("dl", {}, ...value.views.map((view) => item(view.name, figure(view.key)))),
+      make("dl", {}, ...value.views.map((view) => item(value.names[view], figure(view)))),
       make("div", { class: "al-places" }, place(labels.rankCaption, captions, value.rows.length), place(labels.rankPicture, pictures, value.columns.length)),
     ),
   ];
@@ -277,7 +296,7 @@ const paint = () => {
   drawn.panels = panels();
   const shown = new Map(); // the views are worked out once each, and only when they are asked for
   drawn.all = Object.fromEntries(
-    value.views.map(({ key }) => [
+    value.views.map((key) => [
       key,
       (model) => {
         const name = `${key} ${value.models.indexOf(model)}`;
@@ -291,9 +310,8 @@ const paint = () => {
     const looks = drawn.looks[panel.colours];
     rows.forEach((row, i) => columns.forEach((column, j) => dress(drawn.cells[p][i][j], panel, row, column, looks)));
   });
-  const view = value.views.find((one) => one.key === state.view);
   const difference = state.view === "cosine" ? value.labels.cosineChange : value.labels.shareChange;
-  const notes = [view.meaning, drawn.panels.some((panel) => panel.kind === "difference") ? ` ${difference}` : ""];
+  const notes = [value.meanings[state.view], drawn.panels.some((panel) => panel.kind === "difference") ? ` ${difference}` : ""];
   drawn.below.replaceChildren(legend(), make("p", { class: "al-note" }, ...notes));
   drawn.measures.replaceChildren(measures());
   sayTemperature();
@@ -361,20 +379,20 @@ const ask = (cell) => {
 const build = () => {
   const { labels } = value;
   const two = value.models.length > 1;
-  if (!value.views.some((view) => view.key === state.view)) state.view = "cosine";
+  if (!value.views.includes(state.view)) state.view = "cosine";
   for (const model of value.models) {
     model.bestPictures = model.cosines.map(best);
     model.bestCaptions = transposed(model.cosines).map(best);
   }
   drawn = {
-    looks: Object.fromEntries(Object.entries(value.colours).map(([name, colours]) => [name, styles(colours)])),
+    looks: { heat: styles(value.colours), difference: styles(differences) },
     scroll: make("div", { class: "al-scroll", role: "region", "aria-label": value.caption }),
     detail: make("div", { class: "al-detail" }),
     below: make("div", { class: "al-below" }),
     measures: make("div", {}),
     sort: tool("sort", ""),
   };
-  const views = choice("view", labels.view, value.views.map((view) => [view.key, view.name]), state.view);
+  const views = choice("view", labels.view, value.views.map((view) => [view, value.names[view]]), state.view);
   show(
     make(
       "div",
@@ -415,7 +433,7 @@ const named = (kind) => `${value.labels.file}-${state.view}.${kind}`;
 
 const asTable = () => {
   const { rows, columns } = drawn.order;
-  const view = value.views.find((one) => one.key === state.view).name;
+  const view = value.names[state.view];
   const heads = drawn.panels.flatMap((panel) => columns.map((column) => [titleOf(panel), value.columns[column].alt].filter(Boolean).join(" · ")));
   return [[view, ...heads], ...rows.map((row) => [value.rows[row], ...drawn.panels.flatMap((panel) => columns.map((column) => panel.values[row][column]))])];
 };
@@ -430,15 +448,14 @@ const asPicture = async () => {
     title: titleOf(panel),
     cells: rows.map((row) =>
       columns.map((column) => {
-        const paint = value.colours[panel.colours][theme()][shade(panel.values[row][column], panel.limits)];
+        const paint = coloursOf(panel)[theme()][shade(panel.values[row][column], panel.limits)];
         return { text: panel.write(panel.values[row][column], drawn.short), paint, ink: ink(paint), marks: marksOf(panel, row, column) };
       }),
     ),
   }));
-  const view = value.views.find((one) => one.key === state.view);
-  const notes = [`${view.name} · ${value.labels.temperature} ${drawn.heat.textContent} · ${value.models.map((model) => model.name).join(" → ")}`];
+  const notes = [`${value.names[state.view]} · ${value.labels.temperature} ${drawn.heat.textContent} · ${value.models.map((model) => model.name).join(" → ")}`];
   for (const row of drawn.measures.querySelectorAll("dl > div, tbody tr")) notes.push([...row.children].map((node) => node.textContent).join(" · "));
-  const ramps = drawn.panels.map((panel) => ({ title: titleOf(panel), ends: ends(panel), colours: value.colours[panel.colours][theme()] }));
+  const ramps = drawn.panels.map((panel) => ({ title: titleOf(panel), ends: ends(panel), colours: coloursOf(panel)[theme()] }));
   return drawing({ ramps, rows: rows.map((row) => value.rows[row]), columns: images, panels: shown, notes, page: colour("--body-background-fill"), ink: colour("--al-ink"), soft: colour("--al-soft") });
 };
 

@@ -15,7 +15,7 @@ const act = (name, item, labels) =>
       title: labels[name],
     },
     SIGNS[name] ? make("span", { "aria-hidden": "true" }, SIGNS[name]) : null,
-    labels[`${name}Short`] || labels[name],
+    labels[`${name}.short`] || labels[name],
   );
 
 const thumb = (item) => make("img", { src: item.image, alt: item.alt, title: item.text, loading: "lazy", decoding: "async" });
@@ -46,7 +46,7 @@ keep((value) =>
   show(
     value.heading ? heading(value) : null,
     problem(value.error),
-    value.cards?.length ? answer(value, make("ol", { class: "al-grid" }, ...value.cards.map((item) => card(item, value)))) : null,
+    value.rows?.length ? answer(value, make("ol", { class: "al-grid" }, ...value.rows.map((item) => card(item, value)))) : null,
     value.note ? make("p", { class: "al-note" }, value.note) : null,
   ),
 );

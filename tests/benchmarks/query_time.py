@@ -23,6 +23,7 @@ from typing import Any
 import app  # noqa: F401 - first: it sets up the process, as for visitors
 
 # isort: split
+import gradio as gr
 import orjson
 import torch
 from torch.nn.functional import normalize
@@ -32,7 +33,6 @@ from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, Picture
 from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
-from alignment.ui.composer import TextQuery
 from alignment.ui.examples import Examples
 from alignment.ui.explanation import ExplanationDialog
 from alignment.ui.pictures_tab import PicturesTab
@@ -69,10 +69,13 @@ def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[Row
     encoder = DualEncoder.load(checkpoint, device="cpu")
     make_gallery(encoder, arguments.pictures, arguments.scattered).save(folder / "gallery")
     engine = AlignmentEngine(encoder, Gallery.load(folder / "gallery", encoder))
-    tab = PicturesTab(engine, Examples(engine), ExplanationDialog(engine))
+    with gr.Blocks():
+        tab = PicturesTab(engine, Examples(engine), ExplanationDialog(engine))
+        tab.explanation.build("en")
+        tab.build(gr.Radio(["en"]), "en")
     eager = DualEncoder.load(checkpoint, device="cpu", runtime="torch").module.get_text_features
     steps: dict[str, Callable[[str], object]] = {
-        "handler": lambda caption: orjson.dumps(tab._search("en", caption, TextQuery(""))[1:]),
+        "handler": lambda caption: orjson.dumps([*tab.search("en", caption, ()).values()][2:]),
         "embedding": lambda caption: encoder.encode_texts([caption]),
         "search": lambda caption: engine.gallery.search_images(embeds[caption], 12),
     }

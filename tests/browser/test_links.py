@@ -1,4 +1,4 @@
-"""An address leads to what somebody saw, and the button makes such an address."""
+"""An address opens what a visitor saw, and the button makes such an address."""
 
 from urllib.parse import parse_qs, quote, urlsplit
 
