@@ -3,8 +3,6 @@
 It reads the arguments, loads `alignment.engine` and serves the page of `alignment.ui`.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os

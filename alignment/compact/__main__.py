@@ -6,8 +6,6 @@ stopped goes on. Only pictures of the train split, or of none, are trained on; d
 read.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import hashlib

@@ -4,8 +4,6 @@ Place in the flow: the first step of `python -m alignment.compact`. Both convers
 into the convolutions, the token table keeps its 8-bit codes) and are proved against the packages in the tests.
 """
 
-from __future__ import annotations
-
 import io
 import zipfile
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Place in the flow: between `convert` and `recipe`. Pictures come as they are and
 precision on disk and mapped into memory, so that a second run starts where the first one stopped.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

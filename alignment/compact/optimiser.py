@@ -3,8 +3,6 @@
 Place in the flow: used by every stage of `recipe`.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 import warnings

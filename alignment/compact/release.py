@@ -4,8 +4,6 @@ Place in the flow: the end of `python -m alignment.compact`. What stays frozen l
 training rewrites only the small one.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -4,8 +4,6 @@ Place in the flow: the first step of `python -m alignment.compact`. A folder is 
 `captions.en.jsonl` and `captions.zh.jsonl` (one row a picture: `file_name`, `split`, `captions`).
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

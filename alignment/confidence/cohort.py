@@ -4,8 +4,6 @@ Place in the flow: `encoder -> cohort (here) -> calibration -> gallery`. Every g
 probabilities stay comparable; only the model differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

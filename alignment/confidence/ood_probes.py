@@ -4,8 +4,6 @@ Place in the flow: `probes (here) -> model -> cohort -> calibration`. A model em
 often near a real item. The probes are embedded once; a query that lands among them is recognised as meaningless.
 """
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -5,8 +5,6 @@ worker thread and no waiting time: a request that finds the encoder idle is enco
 meanwhile wait, and one of their threads then encodes all of them in one batch.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, cal
 a visitor: their photos are a value that the page holds and passes in.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@ Place in the flow: `zip -> open_archive -> temporary folder (here) -> data -> em
 are untrusted: a picture counts only if it lies in the folder, and no error says whether a file outside exists.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections import defaultdict

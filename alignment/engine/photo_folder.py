@@ -5,8 +5,6 @@ until the new one is complete; during the first scan, what is embedded so far. T
 without a complete starter gallery, that is built first, also if there are no photos.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import threading

@@ -5,8 +5,6 @@ JSON, safetensors and WebP files; an uploaded file is never opened as SQLite. `p
 unpacked folder as a gallery of the format before `gallery.db`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

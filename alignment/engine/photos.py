@@ -1,7 +1,5 @@
 """A visitor's own pictures: a gallery in memory that the page holds for them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO

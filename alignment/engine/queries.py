@@ -8,8 +8,6 @@ A ` + ` or ` - ` with spaces around it separates terms, and so does a full-width
 Text in double quotes is taken literally.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ is inflated, the inflated size is bounded by the declared one, and a member's na
 no parent folder, no link, no name that a file system treats specially.
 """
 
-from __future__ import annotations
-
 import io
 import stat
 import struct

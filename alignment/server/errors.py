@@ -1,7 +1,5 @@
 """Server, errors: what a client is told when its request is not served, in the language of the page."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import TypeAlias

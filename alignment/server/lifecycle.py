@@ -1,7 +1,5 @@
 """Server, lifecycle: the memory of the process, signals, and a stop that answers what is under way."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import signal

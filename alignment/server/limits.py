@@ -1,7 +1,5 @@
 """Server, limits: token buckets and open requests per client address, in bounded memory."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator

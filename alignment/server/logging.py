@@ -4,8 +4,6 @@ No address, file name, caption or session gets into the log, because none is pas
 and the lines of code are logged: its message may quote what a client sent.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

@@ -3,8 +3,6 @@
 Place in the flow: `request -> known route? -> stopping? -> rate, number, size -> Gradio -> our headers, a log line`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

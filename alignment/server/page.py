@@ -3,8 +3,6 @@
 Place in the flow: `middleware -> Gradio's queue -> GuardedBlocks (owner, files, log) -> listener`.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator

@@ -4,8 +4,6 @@ Gradio serves many more: one fetches any URL for a client (`file=https://...`), 
 knows its path, and some are tools for developers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from typing import Literal

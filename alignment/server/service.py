@@ -1,7 +1,5 @@
 """Server, service: what `app.py` passes to Gradio's `launch`, put together from the other modules."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import secrets

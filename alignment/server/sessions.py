@@ -4,8 +4,6 @@ A browser gets a cookie of random letters with the page. The first cookie that u
 are refused, even with the session's hash. A client without cookies is protected by the random hash alone.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections import OrderedDict
 from dataclasses import is_dataclass

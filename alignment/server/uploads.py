@@ -5,8 +5,6 @@ own route stores a file under its hash: a client could find out whether another 
 sent the same would share it, until the first one answered deleted it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -4,8 +4,6 @@ Place in the flow: `the Space's folder -> checks (here) -> the Hub`. A secret th
 replaced, so anything that looks like one stops the publication.
 """
 
-from __future__ import annotations
-
 import re
 import sqlite3
 from collections import Counter

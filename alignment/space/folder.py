@@ -4,8 +4,6 @@ Place in the flow: `model, gallery -> folder (here) -> checks -> the Hub`. Files
 its gallery and its model. Hidden files, caches, tests and the packages that only training needs are left out.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

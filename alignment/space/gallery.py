@@ -4,8 +4,6 @@ Place in the flow: `gallery.db -> new gallery.db (here) -> the Space's folder`. 
 pages of the original may still contain deleted rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import replace
 from pathlib import Path

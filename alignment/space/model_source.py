@@ -4,8 +4,6 @@ Place in the flow: `--model, --revision -> ModelSource (here) -> folder, card`. 
 the commit that made the gallery, and the build of the gallery has left that on this machine.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

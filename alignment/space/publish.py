@@ -4,8 +4,6 @@ Place in the flow: `the Space's folder -> the Hub (here)`. The token is that of 
 shown, stored or passed on. The owner's settings stay, except for the variables that this command sets.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Callbacks that `trainer` calls: early stopping, graceful stop, progress lines."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

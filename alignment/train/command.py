@@ -1,7 +1,5 @@
 """The command line of fine-tuning: `argv -> command (here) -> run`; `config` declares the options of a run."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

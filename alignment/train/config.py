@@ -6,8 +6,6 @@ is printed at once.
 
 # ruff: noqa: RUF009  (`_option` returns a dataclass field)
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field

@@ -5,8 +5,6 @@ mirroring) follows from the seed and its number alone, so a run that is resumed,
 sees the same examples as an uninterrupted one.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence

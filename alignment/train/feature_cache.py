@@ -4,8 +4,6 @@ Place in the flow: between `presets`, which freeze layers, and `dataset`. Frozen
 once per epoch; the price is that a cached image comes in one or two fixed views instead of a random crop each time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -5,8 +5,6 @@ its part with those of all (`gather`), and a batch too large for memory is embed
 exact gradient of the whole batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The phases of a run: `run` calls `Setup -> make_plan -> fit -> interpolate_weights`."""
 
-from __future__ import annotations
-
 import logging
 import math
 import shlex

@@ -1,7 +1,5 @@
 """Curves of a run as PNG files, drawn without pyplot and its global state: `record -> plots (here) -> report`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The data of a run, read, checked and split: `data -> prepare (here) -> run`; `--check` ends here."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Upload a result folder to the Hugging Face Hub: the end of a run with `--push-to-hub`."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

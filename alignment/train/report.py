@@ -5,8 +5,6 @@ can be made again from `run.json`: `write_report(RunRecord.from_json(folder / "r
 paths are untrusted: they are shown as code or escaped, never as markup. `templates/` holds the documents.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@ Place in the flow: `command -> run (here)`, which calls the functions of `phases
 called again with `resume` and ends with the weights that it would have had.
 """
 
-from __future__ import annotations
-
 import logging
 import platform
 import sys

@@ -3,8 +3,6 @@
 For teaching and experiments; from a few thousand pictures it learns colours and scenes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer

@@ -4,8 +4,6 @@ Place in the flow: `config -> settings (here) -> run`. Rates, batch and length d
 the data set and the machine.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

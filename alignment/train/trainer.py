@@ -4,8 +4,6 @@ Place in the flow: `dataset + presets + objective -> trainer (here) -> run`. Tra
 precision, schedules, logging, checkpoints and multiple processes.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -5,8 +5,6 @@ disk can only be translated around it: without the override such a run ends with
 tests/test_train_trainer_internals.py fails when an upgrade renames it or writes other files.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """UI, tab "Image to captions": the captions of the gallery are ranked for a picture."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -3,8 +3,6 @@
 Place in the flow: `search box + pictures -> terms -> engine.compose_query`; an edited term changes the box or pictures.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count

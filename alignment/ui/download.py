@@ -1,7 +1,5 @@
 """UI, download: files for the visitor. They exist in the page alone, not on the server's disk."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable, Sequence
 from itertools import count

@@ -3,8 +3,6 @@
 The starter gallery is the worked example; an uploaded data set is measured, shown, and deleted with the session.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace

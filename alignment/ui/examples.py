@@ -3,8 +3,6 @@
 Those of the starter gallery are chosen by hand; another gallery gives its own first pictures and captions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import chain, islice

@@ -3,8 +3,6 @@
 Place in the flow: `event of a tab -> Pair -> engine.explain -> what explain.js draws (here)`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count

@@ -3,8 +3,6 @@
 The page gets the cosines once, of one model or of two; `assets/ui/matrix.js` computes the views of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache

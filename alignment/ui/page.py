@@ -4,8 +4,6 @@ An address such as `?tab=pictures&q=a+red+bicycle&lang=en` opens a tab: `q` is a
 of a gallery picture.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path

@@ -4,8 +4,6 @@ They come in parts, so those that have arrived can be searched meanwhile. A down
 upload it again needs no model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

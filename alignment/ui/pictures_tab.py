@@ -1,7 +1,5 @@
 """UI, tab "Caption to images": captions and pictures are searched for in the gallery."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """UI, report: the result of the tab "Evaluate", for the page (`evaluate.js`) and as a JSON file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """UI, results: ranked captions and pictures in words and numbers, for `captions.js` and `pictures.js`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

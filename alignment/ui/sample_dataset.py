@@ -1,7 +1,5 @@
 """UI, sample data set: drawings with captions, as an example of the zip files that the tab "Evaluate" reads."""
 
-from __future__ import annotations
-
 import csv
 import io
 import zipfile

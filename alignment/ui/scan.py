@@ -4,8 +4,6 @@ Place in the flow: `PhotoFolder.scan -> words (here) -> scan.js`. The script ask
 and sends "renew" when another gallery is searched.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

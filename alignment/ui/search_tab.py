@@ -4,8 +4,6 @@
 `PhotoState` after the query.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, ClassVar
 

@@ -3,8 +3,6 @@
 Errors are translated by their code: `InputError("...", "image.empty")` looks up "error.image.empty".
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import suppress

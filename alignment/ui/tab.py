@@ -4,8 +4,6 @@ A tab has values of the visitor's session (states) and components that are drawn
 new states and returns them with the views that depend on them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """UI, theme: colours, type and spacing of Gradio's controls; those of our own are in `assets/ui/page.css`."""
 
-from __future__ import annotations
-
 import gradio as gr
 
 # Fonts of the reader's system, for Latin and Chinese; none is fetched.

@@ -4,8 +4,6 @@ Place in the flow: `event of drop.js -> Upload -> bytes (here) -> engine`; `add_
 `*_value` lay the area out.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

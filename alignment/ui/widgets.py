@@ -4,8 +4,6 @@ An element shows a JSON value; its script in `assets/ui` builds the nodes and in
 not escaped here, and none may be put into a template.
 """
 
-from __future__ import annotations
-
 import base64
 import logging
 from collections.abc import Callable, Iterator, Sequence
