@@ -32,9 +32,8 @@ from tqdm import tqdm
 
 from alignment.atomic import exclusive_lock, read_json_checksummed, write_json_checksummed
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
-from alignment.gallery.items import tags_of
 from alignment.gallery.old_format import import_gallery
-from alignment.gallery.records import Caption, Picture, item_ids
+from alignment.gallery.records import Caption, Picture, item_ids, tags_of
 from alignment.gallery.writer import GalleryWriter, content_of
 from alignment.index import MilvusIndex, Server
 from alignment.index.server import Connection

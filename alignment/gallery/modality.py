@@ -1,15 +1,17 @@
-"""Items of one kind by position, pictures or captions: embeddings, nearest neighbours, softmax shares.
+"""Items of one kind by position, pictures or captions: records, embeddings, nearest neighbours, softmax shares.
 
-Place in the flow: `records + index -> modality (here) -> search`. No query scores all of many items.
+Place in the flow: `gallery.db + index -> modality (here) -> search`. No query scores all of many items.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache, partial
-from typing import Generic
+from functools import cached_property, lru_cache
+from itertools import chain
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +20,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignment.gallery.database import INDEX_FILES, GalleryDatabase, Kind
-from alignment.gallery.items import Item, Records, StoredRecords, missing_pictures
 from alignment.gallery.milvus_sync import Remote
+from alignment.gallery.records import Caption, Picture, tags_of
 from alignment.index import EXACT_ROWS, LocalIndex, VectorIndex
 from alignment.similarity import logits_per_image, match_probabilities
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item", Picture, Caption)
 
 IN_MEMORY_ROWS = 20_000
 """Embeddings that are read into memory where a build has not written their index; writing it takes seconds."""
@@ -34,8 +38,94 @@ LARGE = 4096
 SAMPLED = 1024
 """Candidates that stand for the rest in the softmax over more than `LARGE`."""
 
-_BATCH = 16_384  # embeddings fetched at a time
+_RECORDS, _EMBEDS = 1024, 16_384  # fetched at a time where all are read
 _CACHED_SAMPLES = 16  # of the tags used last
+
+
+class Records(Sequence[Item]):
+    """Records by position, and their tags, see `tags_of`; here held in memory."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._items: tuple[Item, ...] = tuple(items)
+        self._positions = {item.id: position for position, item in enumerate(items)}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def fetch(self, positions: Sequence[int]) -> list[Item | None]:
+        """Fetch records; None for one that another process has deleted since the gallery was opened."""
+        return [self._items[position] for position in positions]
+
+    def position(self, name: str) -> int | None:
+        """Find an item by its public name, the `id` of its record."""
+        return self._positions.get(name)
+
+    @cached_property
+    def tags(self) -> Mapping[str, int]:
+        """Number of items of each tag."""
+        return Counter(tag for item in self._items for tag in tags_of(item))
+
+    def tagged(self, tag: str) -> Tensor:
+        """List the positions of the items of a tag, ascending."""
+        return torch.tensor([tag in tags_of(item) for item in self._items], dtype=torch.bool).nonzero().flatten()
+
+    def find(self, name: str) -> Item | None:
+        """Fetch the record of a public name."""
+        return None if (position := self.position(name)) is None else self.fetch([position])[0]
+
+    def __getitem__(self, position: Any) -> Any:
+        """Fetch one record, or those of a slice that are still there."""
+        chosen = range(len(self))[position]
+        return list(filter(None, self.fetch(chosen))) if isinstance(chosen, range) else self.fetch([chosen])[0]
+
+    def __iter__(self) -> Iterator[Item]:
+        return chain.from_iterable(self[start : start + _RECORDS] for start in range(0, len(self), _RECORDS))
+
+
+class StoredRecords(Records[Item]):
+    """Records in a gallery's database; only their ids are in memory."""
+
+    def __init__(self, database: GalleryDatabase, kind: Kind, ids: Tensor) -> None:
+        self._database, self._kind, self._ids = database, kind, ids
+        self._read: Any = database.pictures if kind == "picture" else database.captions
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def fetch(self, positions: Sequence[int]) -> list[Item | None]:
+        """See `Records`."""
+        try:
+            return list(self._read(self._ids.numpy()[list(positions)].tolist()))  # numpy: less overhead
+        except KeyError:
+            return [None] if len(positions) == 1 else [self.fetch([position])[0] for position in positions]
+
+    def position(self, name: str) -> int | None:
+        """See `Records`."""
+        id = self._database.id_of(self._kind, name)
+        found = np.flatnonzero(self._ids.numpy() == (-1 if id is None else id))  # numpy: one thread
+        return int(found[0]) if len(found) else None
+
+    @cached_property
+    def tags(self) -> Mapping[str, int]:
+        """See `Records`."""
+        return self._database.tags(self._kind)
+
+    def tagged(self, tag: str) -> Tensor:
+        """See `Records`."""
+        return torch.isin(self._ids, self._database.ids(self._kind, tag)).nonzero().flatten()
+
+    def open_index(self, *, write: bool) -> LocalIndex:
+        """Map the index of all items; if it is missing or outdated, write it, or raise OSError or ValueError."""
+        path = self._database.folder / INDEX_FILES[self._kind]
+        state = self._database.metadata.fingerprint.encode() + self._ids.numpy().tobytes()
+        stamp = hashlib.sha256(state).hexdigest()
+        try:
+            return LocalIndex.open(path, stamp, self.tagged)
+        except (FileNotFoundError, ValueError):
+            if not write:
+                raise
+        LocalIndex.write(path, (rows for _, rows in self._database.batches(self._kind, _EMBEDS)), stamp)
+        return LocalIndex.open(path, stamp, self.tagged)
 
 
 class Modality(Generic[Item]):
@@ -62,21 +152,22 @@ class Modality(Generic[Item]):
     def open(cls, database: GalleryDatabase, kind: Kind, remote: Remote | None = None) -> Modality[Item]:
         """Open the items of a gallery: from its index, from a server, or, if they are few, in memory.
 
-        KeyError when another process replaced the gallery meanwhile, ValueError when it is damaged or the server holds
-        other items, OSError when the server does not answer.
+        Pictures of packages that are not installed here are left out. KeyError when another process replaced the
+        gallery meanwhile, ValueError when it is damaged or the server holds other items, OSError when the server does
+        not answer.
         """
-        ids, missing = database.ids(kind), missing_pictures(database) if kind == "picture" else []
-        positions = (~torch.isin(ids, torch.tensor(missing))).nonzero().flatten() if missing else None
-        chosen = ids if positions is None else ids[positions]
-        items: StoredRecords[Item] = StoredRecords(database, kind, chosen)
+        every = ids = database.ids(kind)
+        if kind == "picture" and (missing := _missing_pictures(database)):
+            ids = every[~torch.isin(every, torch.tensor(missing))]
+        items: StoredRecords[Item] = StoredRecords(database, kind, ids)
         if remote is not None and len(ids):
-            return cls(items, remote.open(kind, database.metadata.fingerprint, ids), chosen)
-        try:
-            if len(ids) > EXACT_ROWS:
-                return cls(items, _open_index(database, kind, write=len(ids) > IN_MEMORY_ROWS), positions)
-        except (OSError, ValueError) as error:
-            logger.info("The embeddings of %d %ss are read into memory: %s", len(ids), kind, error)
-        return cls.in_memory(items, database.embeds(kind, chosen))
+            return cls(items, remote.open(kind, database.metadata.fingerprint, every), ids)
+        if len(ids) == len(every) > EXACT_ROWS:
+            try:
+                return cls(items, items.open_index(write=len(ids) > IN_MEMORY_ROWS))
+            except (OSError, ValueError) as error:
+                logger.info("The embeddings of %d %ss are read into memory: %s", len(ids), kind, error)
+        return cls.in_memory(items, database.embeds(kind, ids))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -91,25 +182,16 @@ class Modality(Generic[Item]):
     @cached_property
     def embeds(self) -> Tensor:
         """All embeddings, (n, embed_dim) float32, unit norm; of many items they fill the memory."""
-        return torch.cat([torch.empty(0, self.index.embed_dim), *self.batches()])
-
-    def batches(self) -> Iterator[Tensor]:
-        """Yield all embeddings in order of position, (n, embed_dim) float32."""
-        return (self[positions] for positions in torch.arange(len(self)).split(_BATCH))
+        return torch.cat([self[positions] for positions in torch.arange(len(self)).split(_EMBEDS)])
 
     def embed(self, name: str) -> Tensor | None:
         """Fetch the embedding of the item of a public name, (embed_dim,)."""
         position = self.items.position(name)
         return None if position is None else self[torch.tensor([position])][0]
 
-    @cached_property
-    def tags(self) -> Mapping[str, int]:
-        """Number of items of each tag: in each folder, or of each language."""
-        return self.items.tags()
-
     def count(self, tag: str | None = None) -> int:
-        """Count the items, or those of a tag."""
-        return len(self) if tag is None else self.tags.get(tag, 0)
+        """Count the items, or those of a tag: in a folder, or of a language."""
+        return len(self) if tag is None else self.items.tags.get(tag, 0)
 
     def search(self, query: Tensor, k: int, head: int, tag: str | None = None) -> tuple[Tensor, Tensor]:
         """Find the `head` nearest items of a query, (embed_dim,), or of those of a tag: best first, ties by position.
@@ -117,18 +199,17 @@ class Modality(Generic[Item]):
         The first k are exact; among the others a better one may be missing. Returns cosines and positions.
         """
         foreign = 0  # rows of no item that are allowed for
-        while len(self):
-            scores, ids = self.index.search(query, k + foreign, extra=max(head - k, 0), tag=tag)
+        while True:
+            scores, rows = self.index.search(query, k + foreign, extra=max(head - k, 0), tag=tag)
             if self._ids is None:
-                return scores, ids
-            positions = self._positions(ids.numpy())
+                return scores, rows
+            positions = self._positions(rows.numpy())
             own = positions >= 0
-            if len(ids) < k + foreign or (count := int((~own).sum())) <= foreign:
+            if len(rows) < k + foreign or (count := int((~own).sum())) <= foreign:
                 found, positions = scores.numpy()[own], positions[own]
                 order = np.lexsort((positions, -found))[: max(head, k)]
                 return torch.from_numpy(found[order]), torch.from_numpy(positions[order])
             foreign = count
-        return torch.empty(0), torch.empty(0, dtype=torch.int64)
 
     def softmax(self, query: Tensor, found: Tensor, scale: float, bias: float | None, tag: str | None = None) -> Tensor:
         """Compute the model's softmax over all candidates, or its sigmoid, for the best of them.
@@ -155,41 +236,32 @@ class Modality(Generic[Item]):
         return self[positions]
 
     @cached_property
-    def _sorted(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Ids in ascending order, and the position of each."""
+    def _order(self) -> NDArray[np.int64]:
         assert self._ids is not None
-        order = np.argsort(self._ids.numpy())
-        return self._ids.numpy()[order], order
+        return np.argsort(self._ids.numpy())
 
-    def _positions(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Find the positions of ids, -1 of those that belong to no item."""
-        known, order = self._sorted
-        places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        return np.where(known[places] == ids, order[places], -1)
+    def _positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Find the positions of an index's rows, -1 of those that belong to no item."""
+        assert self._ids is not None
+        ids, order = self._ids.numpy(), self._order
+        positions = order[np.searchsorted(ids, rows, sorter=order).clip(max=len(ids) - 1)]
+        return np.where(ids[positions] == rows, positions, -1)
 
 
-def _open_index(database: GalleryDatabase, kind: Kind, *, write: bool) -> LocalIndex:
-    """Map the index of many items; if it is missing or outdated, write it, or raise OSError or ValueError."""
-    ids, path = database.ids(kind), database.folder / INDEX_FILES[kind]
-    stamp = hashlib.sha256(database.metadata.fingerprint.encode() + ids.numpy().tobytes()).hexdigest()
-
-    def tagged(tag: str) -> Tensor:
-        return torch.isin(ids, database.ids(kind, tag)).nonzero().flatten()
-
-    open_index = partial(LocalIndex.open, path, stamp, tagged)
-    try:
-        return open_index()
-    except (FileNotFoundError, ValueError):
-        if not write:
-            raise
-    LocalIndex.write(path, (rows for _, rows in database.batches(kind, _BATCH)), stamp)
-    return open_index()
+def _missing_pictures(database: GalleryDatabase) -> list[int]:
+    """List the ids of pictures inside packages that are not installed here; a warning counts them."""
+    pictures = zip(database.packaged, database.pictures(database.packaged), strict=True)
+    missing = {id: picture.package for id, picture in pictures if not picture.exists}
+    for package, count in Counter(missing.values()).items():
+        logger.warning("%d pictures of the package %s are left out: it is not installed here.", count, package)
+    return list(missing)
 
 
 def write_index(database: GalleryDatabase, kind: Kind) -> None:
     """Write the index of more than `EXACT_ROWS` items, unless it is up to date; delete that of fewer; or OSError."""
-    if len(database.ids(kind)) > EXACT_ROWS:
-        _open_index(database, kind, write=True)
+    ids = database.ids(kind)
+    if len(ids) > EXACT_ROWS:
+        StoredRecords[Any](database, kind, ids).open_index(write=True)
     else:
         (database.folder / INDEX_FILES[kind]).unlink(missing_ok=True)
 

@@ -18,14 +18,11 @@ from typing import Any, Generic, TypeAlias
 import torch
 from torch import Tensor
 
-from alignment.atomic import exclusive_lock
 from alignment.confidence import Direction, MatchCalibrator, MatchConfidence, Verdict
 from alignment.gallery.database import GalleryDatabase
-from alignment.gallery.items import Item, Records
 from alignment.gallery.milvus_sync import Remote
-from alignment.gallery.modality import Modality
+from alignment.gallery.modality import Item, Modality, Records
 from alignment.gallery.records import Caption, GalleryMetadata, Picture, rebuild_command
-from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
 from alignment.similarity import group_near_duplicates
 
@@ -171,17 +168,6 @@ class Gallery:
         texts = Modality[Caption].open(database, "caption", remote)
         return cls((), (), images, texts, metadata, judge=judge, database=database)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the gallery with its thumbnails; a gallery that lies there stays usable until it is replaced."""
-        cohort = self.judge.cohort.tensors() if self.judge else {}
-        thumbnail = self.database.thumbnail if self.database else lambda picture: None
-        with exclusive_lock(Path(folder)):
-            write_gallery(
-                Path(folder), self.pictures, self.captions,
-                {"picture": self.images.batches(), "caption": self.texts.batches()},
-                self.images.index.embed_dim, self.metadata, cohort, thumbnail,
-            )  # fmt: skip
-
     @property
     def image_embeds(self) -> Tensor:
         """(num_pictures, embed_dim) float32, unit norm; of many pictures, take a few out of `images` instead."""
@@ -195,7 +181,7 @@ class Gallery:
     @property
     def languages(self) -> tuple[str, ...]:
         """The known languages of the captions."""
-        return tuple(filter(None, self.texts.tags))
+        return tuple(filter(None, self.captions.tags))
 
     def picture(self, name: str) -> Picture | None:
         """Fetch the record of a picture by its public name."""
@@ -215,7 +201,7 @@ class Gallery:
         Args:
             text_embed: (embed_dim,) or (1, embed_dim), unit norm; ValueError on another shape, or a negative k.
             k: how many.
-            tag: only the pictures of this folder compete, see `Modality.tags`; no match when there are none.
+            tag: only the pictures of this folder compete, see `tags_of`; no match when there are none.
         """
         return self._search(self.images, text_embed, k, "text_to_image", tag)
 
