@@ -15,7 +15,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -116,9 +115,8 @@ class StoredRecords(Records[Item]):
 
     def open_index(self, *, write: bool) -> LocalIndex:
         """Map the index of all items; if it is missing or outdated, write it, or raise OSError or ValueError."""
-        path = self._database.folder / INDEX_FILES[self._kind]
-        state = self._database.metadata.fingerprint.encode() + self._ids.numpy().tobytes()
-        stamp = hashlib.sha256(state).hexdigest()
+        path, model = self._database.folder / INDEX_FILES[self._kind], self._database.metadata.fingerprint
+        stamp = hashlib.sha256(model.encode() + self._ids.numpy().tobytes()).hexdigest()
         try:
             return LocalIndex.open(path, stamp, self.tagged)
         except (FileNotFoundError, ValueError):
@@ -135,6 +133,7 @@ class Modality(Generic[Item]):
         """Combine records and an index, which may hold other rows; without `ids`, (n,), these are the positions."""
         self.items: Records[Item] = items
         self.index, self._ids = index, ids
+        self._order = torch.empty(0, dtype=torch.int64) if ids is None else ids.argsort()
         self.sample = lru_cache(_CACHED_SAMPLES)(self._sample)
 
     @classmethod
@@ -203,12 +202,13 @@ class Modality(Generic[Item]):
             scores, rows = self.index.search(query, k + foreign, extra=max(head - k, 0), tag=tag)
             if self._ids is None:
                 return scores, rows
-            positions = self._positions(rows.numpy())
-            own = positions >= 0
+            places = torch.searchsorted(self._ids, rows, sorter=self._order).clamp_max(len(self) - 1)
+            positions = self._order[places]
+            own = self._ids[positions] == rows
             if len(rows) < k + foreign or (count := int((~own).sum())) <= foreign:
-                found, positions = scores.numpy()[own], positions[own]
-                order = np.lexsort((positions, -found))[: max(head, k)]
-                return torch.from_numpy(found[order]), torch.from_numpy(positions[order])
+                scores, positions = scores[own], positions[own]
+                order = torch.from_numpy(np.lexsort((positions.numpy(), -scores.numpy()))[: max(head, k)])
+                return scores[order], positions[order]
             foreign = count
 
     def softmax(self, query: Tensor, found: Tensor, scale: float, bias: float | None, tag: str | None = None) -> Tensor:
@@ -228,24 +228,11 @@ class Modality(Generic[Item]):
             found = self.search(query, count, count, tag)[0]
         return match_probabilities(logits_per_image(found[None], scale, bias), dim=1, logit_bias=bias)[0]
 
-    def _sample(self, tag: str | None = None) -> Tensor:
-        """Fetch embeddings that represent the items, (n, embed_dim): of many, `SAMPLED` at equal distances."""
+    def _sample(self, tag: str | None = None) -> Tensor:  # (n, embed_dim); of many items, `SAMPLED` at equal distances
         positions = torch.arange(len(self)) if tag is None else self.items.tagged(tag)
         if is_large(len(positions)):
             positions = positions[torch.linspace(0, len(positions) - 1, SAMPLED, dtype=torch.double).long()]
         return self[positions]
-
-    @cached_property
-    def _order(self) -> NDArray[np.int64]:
-        assert self._ids is not None
-        return np.argsort(self._ids.numpy())
-
-    def _positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Find the positions of an index's rows, -1 of those that belong to no item."""
-        assert self._ids is not None
-        ids, order = self._ids.numpy(), self._order
-        positions = order[np.searchsorted(ids, rows, sorter=order).clip(max=len(ids) - 1)]
-        return np.where(ids[positions] == rows, positions, -1)
 
 
 def _missing_pictures(database: GalleryDatabase) -> list[int]:

@@ -32,8 +32,7 @@ NEAR_DUPLICATE_DISTANCE = 0.15
 """Cosine distance of two near-duplicate pictures, as a share of the mean distance of unrelated pictures.
 
 For the compact model that is a cosine of 0.873. Of 250 pictures of Flickr8k dev it misses 3 % saved again as a poor
-JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighbour that near (measured by
-`tests/benchmarks/composition.py`).
+JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighbour that near (`composition.py`).
 """
 
 SAME_CAPTION = 0.9  # cosine from which two captions are near duplicates
@@ -47,23 +46,14 @@ Assess: TypeAlias = Callable[[list[int]], MatchConfidence | None]
 
 @dataclass(frozen=True)
 class Match(Generic[Item]):
-    """One search result.
+    """One search result; probability and verdict are None without a calibration."""
 
-    Attributes:
-        rank: from 1.
-        item: the record found.
-        similarity: cosine, in [-1, 1]; of a composed query its score, see `alignment.engine.queries`.
-        probability: calibrated, that this is a match; None without a calibration.
-        verdict: on this result; None without a calibration.
-        shares: computes `share` for all results; None for a composed query.
-    """
-
-    rank: int
+    rank: int  # from 1
     item: Item
-    similarity: float
-    probability: float | None = None
+    similarity: float  # cosine, in [-1, 1]; of a composed query its score, see `alignment.engine.queries`
+    probability: float | None = None  # calibrated, that this is a match
     verdict: Verdict | None = None
-    shares: Callable[[], Sequence[float]] | None = field(default=None, compare=False, repr=False)
+    shares: Callable[[], Sequence[float]] | None = field(default=None, compare=False, repr=False)  # of all results
 
     @property
     def share(self) -> float:
@@ -75,21 +65,15 @@ class Match(Generic[Item]):
 class SearchResult(Generic[Item]):
     """The answer to one query.
 
-    Attributes:
-        matches: best first.
-        verdict: on the whole answer, the best of its results' verdicts; None without a calibration.
-        p_any_match: calibrated probability that any candidate is a match; None without a calibration.
-        composed: whether the query was more than one caption.
-        ood_captions: captions of the query that are out of distribution.
-        duplicates: the k best items that differ, each followed by its near duplicates among the best 4k; empty
-            without a calibration. See `NEAR_DUPLICATE_DISTANCE` and `SAME_CAPTION`.
+    `duplicates` are the k best items that differ, each followed by its near duplicates among the best 4k, see
+    `NEAR_DUPLICATE_DISTANCE` and `SAME_CAPTION`; empty without a calibration, as verdict and probability are None.
     """
 
-    matches: tuple[Match[Item], ...]
-    verdict: Verdict | None = None
-    p_any_match: float | None = None
-    composed: bool = False
-    ood_captions: tuple[str, ...] = ()
+    matches: tuple[Match[Item], ...]  # best first
+    verdict: Verdict | None = None  # on the whole answer, the best of its results' verdicts
+    p_any_match: float | None = None  # calibrated probability that any candidate is a match
+    composed: bool = False  # whether the query was more than one caption
+    ood_captions: tuple[str, ...] = ()  # captions of the query that are out of distribution
     duplicates: tuple[tuple[Match[Item], ...], ...] = ()
 
     @property
@@ -106,13 +90,8 @@ class SearchResult(Generic[Item]):
 class Gallery:
     """Pictures and captions with their embeddings: the candidates of every search.
 
-    Attributes:
-        images, texts: pictures and captions by position.
-        pictures, captions: their records.
-        metadata: the model they belong to.
-        judge: computes match probabilities; None in galleries built without a calibration.
-        database: holds records and thumbnails; None for a gallery in memory.
-        folder: of the database.
+    `images` and `texts` are modalities, `pictures` and `captions` their records. `judge` computes match probabilities,
+    and is None without a calibration. `database`, in `folder`, holds records and thumbnails; None if all is in memory.
     """
 
     def __init__(
@@ -130,12 +109,9 @@ class Gallery:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder, remote: Remote | None = None) -> Gallery:
-        """Open a gallery that this encoder made; pictures of packages that are not installed here are left out.
+        """Open a gallery that this encoder made; if `remote` is given, that server is searched.
 
-        Args:
-            folder: the gallery's.
-            encoder: the model in use.
-            remote: the server that is searched, instead of the index of the folder.
+        Pictures of packages that are not installed here are left out.
 
         Raises:
             FileNotFoundError: when there is none.
@@ -196,12 +172,9 @@ class Gallery:
         return (self.database.thumbnail(picture) if self.database and not picture.package else None) or picture.path
 
     def search_images(self, text_embed: Tensor, k: int, *, tag: str | None = None) -> SearchResult[Picture]:
-        """Find the k pictures that fit a caption best; fewer where the gallery holds fewer.
+        """Find the k pictures that fit a caption best; fewer where the gallery, or its folder `tag`, holds fewer.
 
-        Args:
-            text_embed: (embed_dim,) or (1, embed_dim), unit norm; ValueError on another shape, or a negative k.
-            k: how many.
-            tag: only the pictures of this folder compete, see `tags_of`; no match when there are none.
+        `text_embed` is (embed_dim,) or (1, embed_dim), unit norm; ValueError on another shape, or a negative k.
         """
         return self._search(self.images, text_embed, k, "text_to_image", tag)
 
