@@ -118,7 +118,11 @@ class Remote:
         sent, gone, start = len(missing), len(stale), f"{self.collection(kind, fingerprint)}: {len(ids)} rows"
         if dry_run:
             return f"{start}, {sent} to be sent, {gone} to be taken out; nothing was changed"
-        with closing(index or self._create(kind, database)) as index:
+        if index is None:
+            about = {"fingerprint": fingerprint, "owner": self._owner() or secrets.token_hex(8)}
+            write_json_checksummed(self.folder / OWNER_FILE, {"owner": about["owner"]})
+            index = MilvusIndex.create(self.server, self.collection(kind, fingerprint), database.embed_dim, about)
+        with closing(index):
             self._send(database, kind, missing, index, progress)
             index.mark(digest(ids))
             index.delete(stale)
@@ -198,12 +202,6 @@ class Remote:
             index.close()
             raise ValueError(f"The collection {index.name} at {self.server.uri} was made by another model.")
         return index
-
-    def _create(self, kind: Kind, database: GalleryDatabase) -> MilvusIndex:
-        fingerprint, owner = database.metadata.fingerprint, self._owner() or secrets.token_hex(8)
-        write_json_checksummed(self.folder / OWNER_FILE, {"owner": owner})
-        about = {"fingerprint": fingerprint, "owner": owner}
-        return MilvusIndex.create(self.server, self.collection(kind, fingerprint), database.embed_dim, about)
 
     def _owner(self) -> str:
         path = self.folder / OWNER_FILE

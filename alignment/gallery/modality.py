@@ -28,14 +28,9 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item", Picture, Caption)
 
-IN_MEMORY_ROWS = 20_000
-"""Embeddings that are read into memory where a build has not written their index; writing it takes seconds."""
-
-LARGE = 4096
-"""Candidates above which a query is not scored against all of them."""
-
-SAMPLED = 1024
-"""Candidates that stand for the rest in the softmax over more than `LARGE`."""
+IN_MEMORY_ROWS = 20_000  # read into memory where a build has not written their index; writing it takes seconds
+LARGE = 4096  # candidates above which a query is not scored against all of them
+SAMPLED = 1024  # candidates that stand for the rest in the softmax over more than that
 
 _RECORDS, _EMBEDS = 1024, 16_384  # fetched at a time where all are read
 _CACHED_SAMPLES = 16  # of the tags used last

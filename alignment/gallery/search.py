@@ -40,8 +40,7 @@ _HEAD = 128  # results that are weighed exactly where the softmax is an estimate
 _GROUPED, _MAX_GROUPED = 4, 1000  # results searched for near duplicates: times k, or more if too few differ; at most
 _TRIES = 10  # to open a gallery that other processes replace
 
-Assess: TypeAlias = Callable[[list[int]], MatchConfidence | None]
-"""Rates results, given their places in the ranking."""
+Assess: TypeAlias = Callable[[list[int]], MatchConfidence | None]  # rates results at some places of a ranking
 
 
 @dataclass(frozen=True)
@@ -146,12 +145,12 @@ class Gallery:
 
     @property
     def image_embeds(self) -> Tensor:
-        """(num_pictures, embed_dim) float32, unit norm; of many pictures, take a few out of `images` instead."""
+        """See `Modality.embeds`."""
         return self.images.embeds
 
     @property
     def text_embeds(self) -> Tensor:
-        """(num_captions, embed_dim) float32, unit norm; of many captions, take a few out of `texts` instead."""
+        """See `Modality.embeds`."""
         return self.texts.embeds
 
     @property
