@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeAlias
+from typing import Generic, TypeAlias
 
 import torch
 from torch import Tensor
@@ -200,7 +200,7 @@ class Gallery:
             return modality.softmax(query, found, scale, bias, tag).tolist()
 
         def assess(places: list[int]) -> MatchConfidence | None:
-            rated = torch.tensor(_pick(scores, places))
+            rated = torch.from_numpy(scores.numpy()[places])
             return None if self.judge is None else self.judge.assess(rated, query, direction, count)
 
         return _result(modality, *ranked, k, assess, shares)
@@ -232,9 +232,9 @@ def _result(
     modality: Modality[Item], scores: Tensor, positions: Tensor, groups: list[list[int]], k: int, assess: Assess,
     shares: Callable[[], Sequence[float]] | None = None,
 ) -> SearchResult[Item]:  # fmt: skip
-    """Build the answer of a ranking; groups and what is assessed are places in it."""
+    """Build the answer of a ranking; groups and what is assessed are places in it. numpy: tensors take far longer."""
     wanted = sorted(set(range(min(k, len(positions)))).union(*groups))
-    fetched = zip(wanted, modality.items.fetch(_pick(positions, wanted)), strict=True)
+    fetched = zip(wanted, modality.items.fetch(positions.numpy()[wanted].tolist()), strict=True)
     items: dict[int, Item] = {place: item for place, item in fetched if item is not None}  # None: deleted meanwhile
     if not items:
         return SearchResult((), "nothing_close")
@@ -242,17 +242,11 @@ def _result(
     says = assess(places)
     chances: list[float | None] = says.probabilities.tolist() if says else [None] * len(items)
     verdicts: Sequence[Verdict | None] = says.verdicts if says else [None] * len(items)
+    rated = zip(places, scores.numpy()[places].tolist(), chances, verdicts, strict=True)
     matches = {
-        place: Match(place + 1, items[place], score, chance, verdict, shares)
-        for place, score, chance, verdict in zip(places, _pick(scores, places), chances, verdicts, strict=True)
+        place: Match(place + 1, items[place], score, chance, verdict, shares) for place, score, chance, verdict in rated
     }
     best = tuple(match for place, match in matches.items() if place < k)
     there = (tuple(matches[place] for place in group if place in matches) for group in groups)
     verdict, chance = (says.verdict, says.p_any_match) if says else (None, None)
     return SearchResult(best, verdict, chance, duplicates=tuple(filter(None, there)))
-
-
-def _pick(values: Tensor, places: list[int]) -> list[Any]:
-    """Take a few values out of some dozens; a tensor indexed by a list takes seventy times as long."""
-    found = values.tolist()
-    return [found[place] for place in places]
