@@ -15,6 +15,7 @@ from test_gallery_build import encoder, other, photos
 
 from alignment.gallery import Caption, Gallery, Picture, build_gallery, main
 from alignment.gallery.records import PICTURES, GalleryMetadata
+from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
 
@@ -141,14 +142,13 @@ def test_probabilities_are_those_of_the_model(
 # ---------------------------------------------------------------- the folder and its model
 
 
-def test_a_gallery_is_loaded_as_it_was_saved(photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:
+def test_a_gallery_is_loaded_as_it_was_built(photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:
     gallery = build_gallery(photos, tmp_path / "out", encoder, calibrate=False)
-    gallery.save(tmp_path / "copy")
-    copy = Gallery.load(tmp_path / "copy", encoder)
+    copy = Gallery.load(tmp_path / "out", encoder)
     assert list(copy.pictures) == list(gallery.pictures)
     assert copy.metadata == gallery.metadata
-    torch.testing.assert_close(copy.image_embeds, gallery.image_embeds, atol=1e-3, rtol=0)
-    assert [copy.thumbnail(each) for each in copy.pictures] == [gallery.thumbnail(each) for each in gallery.pictures]
+    expected = encoder.encode_images([picture.path for picture in gallery.pictures])
+    torch.testing.assert_close(copy.image_embeds, expected, atol=1e-3, rtol=0)
     assert all(isinstance(copy.thumbnail(picture), bytes) for picture in copy.pictures)
     assert all(picture.path.is_file() for picture in copy.pictures)
     assert copy.image_embeds.dtype == torch.float32
@@ -189,7 +189,8 @@ def test_pictures_of_a_missing_package_are_left_out_with_one_line(
         Picture("c", "package:not_installed_here/c.png"),
     ]
     captions = [Caption("a.en", "A.", "en", "a")]
-    Gallery(pictures, captions, torch.eye(3), torch.ones(1, 3), GalleryMetadata("f", "m", 1.0, None)).save(tmp_path)
+    embeds = {"picture": [torch.eye(3)], "caption": [torch.ones(1, 3)]}
+    write_gallery(tmp_path, pictures, captions, embeds, 3, GalleryMetadata("f", "m", 1.0, None), {})
     with caplog.at_level(logging.WARNING):
         gallery = Gallery.load(tmp_path, Fingerprint())  # type: ignore[arg-type]
     assert [picture.id for picture in gallery.pictures] == ["b"]

@@ -16,6 +16,7 @@ from alignment.gallery import Caption, Gallery, Picture
 from alignment.gallery.database import KINDS, GalleryDatabase
 from alignment.gallery.modality import LARGE, Modality, write_index
 from alignment.gallery.records import FileFingerprint, GalleryMetadata
+from alignment.gallery.writer import write_gallery
 from alignment.index import EXACT_ROWS, LocalIndex
 
 MANY = EXACT_ROWS + 404
@@ -51,6 +52,12 @@ def gallery(count: int = MANY, logit_bias: float | None = None) -> Gallery:
     return Gallery(pictures(count), captions(20), *embeds, metadata, judge=judge)
 
 
+def save(made: Gallery, folder: Path) -> None:
+    embeds = {"picture": [made.image_embeds], "caption": [made.text_embeds]}
+    cohort = made.judge.cohort.tensors() if made.judge else {}
+    write_gallery(folder, made.pictures, made.captions, embeds, DIM, made.metadata, cohort)
+
+
 def load(folder: Path) -> Gallery:
     return Gallery.load(folder, Encoder())  # type: ignore[arg-type]
 
@@ -66,7 +73,7 @@ def write_indexes(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gallery")
-    gallery().save(folder)
+    save(gallery(), folder)
     write_indexes(folder)
     return folder
 
@@ -101,9 +108,9 @@ def test_the_index_answers_as_the_search_of_all_in_memory(saved: Path, tag: str 
 
 def test_folders_and_languages_are_counted_alike(saved: Path) -> None:
     loaded, made = load(saved), gallery()
-    assert dict(loaded.images.tags) == dict(made.images.tags)
-    assert loaded.images.tags["trip 2"] == sum(picture.source.startswith("trip 2/") for picture in pictures(MANY))
-    assert "" not in loaded.images.tags
+    assert dict(loaded.pictures.tags) == dict(made.pictures.tags)
+    assert loaded.pictures.tags["trip 2"] == sum(picture.source.startswith("trip 2/") for picture in pictures(MANY))
+    assert "" not in loaded.pictures.tags
     assert loaded.languages == ("en", "zh")
     assert [side.texts.count("") for side in (loaded, made)] == [6, 6]
 
@@ -148,7 +155,7 @@ def cut(path: Path) -> None:
 
 def replace_by_another(path: Path) -> None:
     other = path.parent.parent / "other"
-    Gallery(pictures(MANY)[::-1], (), unit(MANY, DIM), unit(0, DIM), gallery(5).metadata).save(other)
+    save(Gallery(pictures(MANY)[::-1], (), unit(MANY, DIM), unit(0, DIM), gallery(5).metadata), other)
     write_indexes(other)
     shutil.copy(other / path.name, path)
 
@@ -174,10 +181,10 @@ def test_an_index_is_kept_while_the_items_are_the_same_and_deleted_when_few_are_
     before = (folder / "image_embeds.faiss").stat()
     renamed = replace(gallery().metadata, options="--format csv")
     made = gallery()
-    Gallery(made.pictures, made.captions, made.images, made.texts, renamed, judge=made.judge).save(folder)
+    save(Gallery(made.pictures, made.captions, made.images, made.texts, renamed, judge=made.judge), folder)
     write_indexes(folder)
     assert (folder / "image_embeds.faiss").stat().st_mtime_ns == before.st_mtime_ns
-    gallery(50).save(folder)
+    save(gallery(50), folder)
     write_indexes(folder)
     assert not (folder / "image_embeds.faiss").exists()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from index_contract import search_all, unit
 from torch import Tensor
 
-from alignment.index import EXACT_ROWS, LocalIndex, exact, quantized
+from alignment.index import EXACT_ROWS, LocalIndex, local, quantized
 
 MANY = EXACT_ROWS + 2000
 
@@ -92,7 +92,7 @@ def test_search_equals_the_slow_reference(count: int, num_queries: int, k: int, 
 def test_blocks_change_nothing(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     index, queries = LocalIndex(unit(53)), unit(11, seed=1)
     expected = search_all(index, queries, k)
-    monkeypatch.setattr(exact, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(local, "_BLOCK_ROWS", 7)
     assert all(torch.equal(*pair) for pair in zip(search_all(index, queries, k), expected, strict=True))
 
 

@@ -3,12 +3,11 @@
     python -m alignment.gallery push GALLERY --index http://host:19530
     python -m alignment.gallery pull GALLERY --index http://host:19530
 
-Place in the flow: `gallery.db -> collections on the server (here) -> search`. There is a collection for pictures and
-one for captions, such as `my_photos_image_embeds_0123456789ab` with the model at its end. Rows have the ids of the
-gallery, so an interrupted push is resumed. When all are there and indexed, the collection is marked with a digest of
-the ids, which an app compares instead of listing them; then rows are deleted that the gallery has no more. Galleries
-may share a name: a collection stores an owner, random letters that are also in the file `milvus.json` of the gallery
-folder and of its copies, and rows of another owner are never changed.
+Place in the flow: `gallery.db -> collections on the server (here) -> search`. Pictures and captions have a collection
+each, such as `my_photos_image_embeds_0123456789ab` with the model at its end. Rows have the ids of the gallery. When
+all are there and indexed, the collection is marked with a digest of the ids, which an app compares instead of listing
+them; then rows are deleted that the gallery has no more. A collection stores its owner, random letters that are also in
+the file `milvus.json` of the gallery folder and of its copies; rows of another owner are never changed.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,9 +32,8 @@ from tqdm import tqdm
 
 from alignment.atomic import exclusive_lock, read_json_checksummed, write_json_checksummed
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
-from alignment.gallery.items import tags_of
 from alignment.gallery.old_format import import_gallery
-from alignment.gallery.records import Caption, Picture, item_ids
+from alignment.gallery.records import Caption, Picture, tags_of
 from alignment.gallery.writer import GalleryWriter, content_of
 from alignment.index import MilvusIndex, Server
 from alignment.index.server import Connection
@@ -67,7 +66,7 @@ class Remote:
         return cls(Server.at(uri), name or default_name(folder), Path(folder)) if uri else None
 
     def check(self) -> None:
-        """Connect; OSError or ValueError if the server cannot be used."""
+        """Raise OSError or ValueError if the server cannot be used."""
         Connection(self.server).close()
 
     def collection(self, kind: Kind, fingerprint: str) -> str:
@@ -81,15 +80,15 @@ class Remote:
 
     def open(self, kind: Kind, fingerprint: str, ids: Tensor) -> MilvusIndex:
         """Open a collection that holds the rows of all ids, and perhaps others; ValueError if there is none."""
-        where = f"the collection {self.collection(kind, fingerprint)}"
+        where, push = f"the collection {self.collection(kind, fingerprint)}", self.push_command()
         if (index := self._find(kind, fingerprint)) is None:
-            raise ValueError(f"{self.server.uri} lacks {where}. Put the gallery there with: {self.push_command()}")
+            raise ValueError(f"{self.server.uri} lacks {where}. Put the gallery there with: {push}")
         if digest(ids) in index.marks and len(index) >= len(ids):
             return index
         index.close()
         raise ValueError(
             f"At {self.server.uri}, {where} is not what {self.folder} says. If this folder is an older copy, copy it "
-            f"anew; else bring the server up to date with: {self.push_command()}"
+            f"anew; else bring the server up to date with: {push}"
         )
 
     def embeds(self, kind: Kind, fingerprint: str, ids: Tensor) -> Tensor:
@@ -104,31 +103,36 @@ class Remote:
 
         ValueError if a collection is of another gallery, or this one is rebuilt meanwhile.
         """
-        says, fingerprint = [], database.metadata.fingerprint
-        for kind, ids in ((kind, database.ids(kind)) for kind in KINDS if len(database.ids(kind))):
-            index = self._find(kind, fingerprint)
-            existing = ids[:0] if index is None else index.ids()
-            if index is not None and index.about.get("owner", "") != self._owner():
-                raise ValueError(
-                    f"The collection {index.name} at {self.server.uri} holds {len(existing)} rows of another gallery. "
-                    f"Choose another --index-name, or delete it with: {self.push_command()} --drop"
-                )
-            missing, stale = ids[~torch.isin(ids, existing)], existing[~torch.isin(existing, ids)]
-            sent, gone, start = len(missing), len(stale), f"{self.collection(kind, fingerprint)}: {len(ids)} rows"
-            if dry_run:
-                says.append(f"{start}, {sent} to be sent, {gone} to be taken out; nothing was changed")
-                continue
-            says.append(f"{start}, {sent} sent, {len(ids) - sent} were there, {gone} taken out")
-            with closing(index or self._create(kind, database)) as index:
-                self._send(database, kind, missing, index, progress)
-                index.mark(digest(ids))
-                index.delete(stale)
-                if (count := len(index)) != len(ids):
-                    raise ValueError(f"{index.name} has {count} rows, not {len(ids)}. Run the command again.")
-        return says
+        return [self._push(kind, database, progress, dry_run) for kind in KINDS if len(database.ids(kind))]
+
+    def _push(self, kind: Kind, database: GalleryDatabase, progress: Progress, dry_run: bool) -> str:
+        ids, fingerprint = database.ids(kind), database.metadata.fingerprint
+        index = self._find(kind, fingerprint)
+        existing = ids[:0] if index is None else index.ids()
+        if index is not None and index.about.get("owner", "") != self._owner():
+            raise ValueError(
+                f"The collection {index.name} at {self.server.uri} holds {len(existing)} rows of another gallery. "
+                f"Choose another --index-name, or delete it with: {self.push_command()} --drop"
+            )
+        missing, stale = ids[~torch.isin(ids, existing)], existing[~torch.isin(existing, ids)]
+        sent, gone, start = len(missing), len(stale), f"{self.collection(kind, fingerprint)}: {len(ids)} rows"
+        if dry_run:
+            return f"{start}, {sent} to be sent, {gone} to be taken out; nothing was changed"
+        if index is None:
+            about = {"fingerprint": fingerprint, "owner": self._owner() or secrets.token_hex(8)}
+            write_json_checksummed(self.folder / OWNER_FILE, {"owner": about["owner"]})
+            index = MilvusIndex.create(self.server, self.collection(kind, fingerprint), database.embed_dim, about)
+        with closing(index):
+            self._send(database, kind, missing, index, progress)
+            index.mark(digest(ids))
+            index.delete(stale)
+            if (count := len(index)) != len(ids):
+                raise ValueError(f"{index.name} has {count} rows, not {len(ids)}. Run the command again.")
+        return f"{start}, {sent} sent, {len(ids) - sent} were there, {gone} taken out"
 
     def _send(self, database: GalleryDatabase, kind: Kind, missing: Tensor, index: MilvusIndex, show: Progress) -> None:
-        count, done = len(database.ids(kind)), len(database.ids(kind)) - len(missing)
+        count = len(database.ids(kind))
+        done = count - len(missing)
         for ids in filter(len, missing.split(_BATCH_ROWS)):
             try:
                 items = (database.pictures if kind == "picture" else database.captions)(ids.tolist())
@@ -146,22 +150,26 @@ class Remote:
         with exclusive_lock(self.folder):
             import_gallery(self.folder, self.embeds)
             with closing(GalleryDatabase.open(self.folder)) as old:
-                pictures, captions = old.records()
-                fingerprint = old.metadata.fingerprint
+                (pictures, captions), fingerprint = old.records(), old.metadata.fingerprint
                 with closing(GalleryWriter(self.folder / DATABASE, fingerprint, old.embed_dim)) as writer:
-                    self._fetch("picture", fingerprint, pictures, writer, progress)
-                    self._fetch("caption", fingerprint, captions, writer, progress)
+                    self._fetch("picture", old, pictures, writer, progress)
+                    self._fetch("caption", old, captions, writer, progress)
                     writer.finish(pictures, captions, old.metadata, old.cohort())
         return len(pictures), len(captions)
 
     def _fetch(
-        self, kind: Kind, fingerprint: str, items: Sequence[Picture | Caption], writer: GalleryWriter, show: Progress
+        self,
+        kind: Kind,
+        old: GalleryDatabase,
+        items: Sequence[Picture | Caption],
+        writer: GalleryWriter,
+        show: Progress,
     ) -> None:
         if not items:
             return
-        contents, ids = [content_of(item) for item in items], item_ids(items)
+        contents, ids = [content_of(item) for item in items], old.ids(kind)
         missing = [row for row, content in enumerate(contents) if not writer.has(kind, content)]
-        with closing(self.open(kind, fingerprint, ids)) as index:
+        with closing(self.open(kind, old.metadata.fingerprint, ids)) as index:
             for start in range(0, len(missing), _BATCH_ROWS):
                 rows = missing[start : start + _BATCH_ROWS]
                 writer.add(kind, [contents[row] for row in rows], index.embeds(ids[rows]))
@@ -181,9 +189,9 @@ class Remote:
         """Open the collections that this gallery had for other models."""
         with closing(Connection(self.server)) as connection:
             names = sorted(connection.call("list_collections"))
-        ours = re.compile(rf"{re.escape(self.name)}_({'|'.join(_SIDES.values())})_(?!{fingerprint[:12]})[0-9a-f]{{12}}")
-        found, owner = [MilvusIndex(self.server, name) for name in names if ours.fullmatch(name)], self._owner()
-        return [index for index in found if owner and index.about.get("owner") == owner]
+        ours, owner = rf"{self.name}_({'|'.join(_SIDES.values())})_(?!{fingerprint[:12]})[0-9a-f]{{12}}", self._owner()
+        found = [MilvusIndex(self.server, name) for name in names if owner and re.fullmatch(ours, name)]
+        return [index for index in found if index.about.get("owner") == owner]
 
     def _find(self, kind: Kind, fingerprint: str) -> MilvusIndex | None:
         try:
@@ -194,12 +202,6 @@ class Remote:
             index.close()
             raise ValueError(f"The collection {index.name} at {self.server.uri} was made by another model.")
         return index
-
-    def _create(self, kind: Kind, database: GalleryDatabase) -> MilvusIndex:
-        fingerprint, owner = database.metadata.fingerprint, self._owner() or secrets.token_hex(8)
-        write_json_checksummed(self.folder / OWNER_FILE, {"owner": owner})
-        about = {"fingerprint": fingerprint, "owner": owner}
-        return MilvusIndex.create(self.server, self.collection(kind, fingerprint), database.embed_dim, about)
 
     def _owner(self) -> str:
         path = self.folder / OWNER_FILE
@@ -215,16 +217,13 @@ def default_name(folder: str | os.PathLike[str]) -> str:
     name = re.sub(r"[^A-Za-z0-9_]+", "_", given).strip("_")[:60]
     if name == given and _NAME.fullmatch(name):
         return name
-    return f"gallery_{name}_{_hash(given.encode('utf-8', 'surrogatepass'))[:8]}".replace("__", "_")
+    suffix = hashlib.blake2b(given.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()[:8]
+    return f"gallery_{name}_{suffix}".replace("__", "_")
 
 
 def digest(ids: Tensor) -> str:
     """Hash a set of ids, in whatever order."""
-    return _hash(ids.sort().values.numpy().tobytes())
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    return hashlib.blake2b(ids.sort().values.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def add_index_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -260,10 +259,9 @@ def _run_push(args: argparse.Namespace) -> int:
             for name, count in remote.drop(fingerprint).items():
                 print(f"{name}: deleted, {count} rows")
             return 0
-        with _progress_bar(disable=args.dry_run) as show:
-            says = remote.push(database, show, dry_run=args.dry_run)
-    for line in says:
-        print(line)
+        with tqdm(unit=" rows", dynamic_ncols=True, disable=args.dry_run) as bar:
+            says = remote.push(database, partial(_show, bar), dry_run=args.dry_run)
+    print("\n".join(says))
     if old := remote.of_other_models(fingerprint):
         names = ", ".join(f"{index.name} ({len(index)} rows)" for index in old)
         print(f"Of earlier models there is still {names}: push --drop deletes all, and the next push sends anew.")
@@ -271,8 +269,8 @@ def _run_push(args: argparse.Namespace) -> int:
 
 
 def _run_pull(args: argparse.Namespace) -> int:
-    with _progress_bar() as show:
-        pictures, captions = _remote(args).pull(show)
+    with tqdm(unit=" rows", dynamic_ncols=True) as bar:
+        pictures, captions = _remote(args).pull(partial(_show, bar))
     print(f"{args.gallery}: {pictures} pictures and {captions} captions are here again")
     return 0
 
@@ -283,12 +281,6 @@ def _remote(args: argparse.Namespace) -> Remote:
     return remote
 
 
-@contextmanager
-def _progress_bar(*, disable: bool = False) -> Iterator[Progress]:
-    with tqdm(unit=" rows", dynamic_ncols=True, disable=disable) as bar:
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.desc, bar.n, bar.total = what, done, total
-            bar.refresh()
-
-        yield show
+def _show(bar: tqdm, what: str, done: int, total: int) -> None:
+    bar.desc, bar.n, bar.total = what, done, total
+    bar.refresh()

@@ -1,41 +1,124 @@
-"""Items of one kind by position, pictures or captions: embeddings, nearest neighbours, softmax shares.
+"""Items of one kind by position, pictures or captions: records, embeddings, nearest neighbours, softmax shares.
 
-Place in the flow: `records + index -> modality (here) -> search`. No query scores all of many items.
+Place in the flow: `gallery.db + index -> modality (here) -> search`. No query scores all of many items.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache, partial
-from typing import Generic
+from functools import cached_property, lru_cache
+from itertools import chain
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from alignment.gallery.database import INDEX_FILES, GalleryDatabase, Kind
-from alignment.gallery.items import Item, Records, StoredRecords, missing_pictures
 from alignment.gallery.milvus_sync import Remote
+from alignment.gallery.records import Caption, Picture, tags_of
 from alignment.index import EXACT_ROWS, LocalIndex, VectorIndex
 from alignment.similarity import logits_per_image, match_probabilities
 
 logger = logging.getLogger(__name__)
 
-IN_MEMORY_ROWS = 20_000
-"""Embeddings that are read into memory where a build has not written their index; writing it takes seconds."""
+Item = TypeVar("Item", Picture, Caption)
 
-LARGE = 4096
-"""Candidates above which a query is not scored against all of them."""
+IN_MEMORY_ROWS = 20_000  # read into memory where a build has not written their index; writing it takes seconds
+LARGE = 4096  # candidates above which a query is not scored against all of them
+SAMPLED = 1024  # candidates that stand for the rest in the softmax over more than that
 
-SAMPLED = 1024
-"""Candidates that stand for the rest in the softmax over more than `LARGE`."""
-
-_BATCH = 16_384  # embeddings fetched at a time
+_RECORDS, _EMBEDS = 1024, 16_384  # fetched at a time where all are read
 _CACHED_SAMPLES = 16  # of the tags used last
+
+
+class Records(Sequence[Item]):
+    """Records by position, and their tags, see `tags_of`; here held in memory."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._items: tuple[Item, ...] = tuple(items)
+        self._positions = {item.id: position for position, item in enumerate(items)}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def fetch(self, positions: Sequence[int]) -> list[Item | None]:
+        """Fetch records; None for one that another process has deleted since the gallery was opened."""
+        return [self._items[position] for position in positions]
+
+    def position(self, name: str) -> int | None:
+        """Find an item by its public name, the `id` of its record."""
+        return self._positions.get(name)
+
+    @cached_property
+    def tags(self) -> Mapping[str, int]:
+        """Number of items of each tag."""
+        return Counter(tag for item in self._items for tag in tags_of(item))
+
+    def tagged(self, tag: str) -> Tensor:
+        """List the positions of the items of a tag, ascending."""
+        return torch.tensor([tag in tags_of(item) for item in self._items], dtype=torch.bool).nonzero().flatten()
+
+    def find(self, name: str) -> Item | None:
+        """Fetch the record of a public name."""
+        return None if (position := self.position(name)) is None else self.fetch([position])[0]
+
+    def __getitem__(self, position: Any) -> Any:
+        """Fetch one record, or those of a slice that are still there."""
+        chosen = range(len(self))[position]
+        return list(filter(None, self.fetch(chosen))) if isinstance(chosen, range) else self.fetch([chosen])[0]
+
+    def __iter__(self) -> Iterator[Item]:
+        return chain.from_iterable(self[start : start + _RECORDS] for start in range(0, len(self), _RECORDS))
+
+
+class StoredRecords(Records[Item]):
+    """Records in a gallery's database; only their ids are in memory."""
+
+    def __init__(self, database: GalleryDatabase, kind: Kind, ids: Tensor) -> None:
+        self._database, self._kind, self._ids = database, kind, ids
+        self._read: Any = database.pictures if kind == "picture" else database.captions
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def fetch(self, positions: Sequence[int]) -> list[Item | None]:
+        """See `Records`."""
+        try:
+            return list(self._read(self._ids.numpy()[list(positions)].tolist()))  # numpy: less overhead
+        except KeyError:
+            return [None] if len(positions) == 1 else [self.fetch([position])[0] for position in positions]
+
+    def position(self, name: str) -> int | None:
+        """See `Records`."""
+        id = self._database.id_of(self._kind, name)
+        found = np.flatnonzero(self._ids.numpy() == (-1 if id is None else id))  # numpy: one thread
+        return int(found[0]) if len(found) else None
+
+    @cached_property
+    def tags(self) -> Mapping[str, int]:
+        """See `Records`."""
+        return self._database.tags(self._kind)
+
+    def tagged(self, tag: str) -> Tensor:
+        """See `Records`."""
+        return torch.isin(self._ids, self._database.ids(self._kind, tag)).nonzero().flatten()
+
+    def open_index(self, *, write: bool) -> LocalIndex:
+        """Map the index of all items; if it is missing or outdated, write it, or raise OSError or ValueError."""
+        path, model = self._database.folder / INDEX_FILES[self._kind], self._database.metadata.fingerprint
+        stamp = hashlib.sha256(model.encode() + self._ids.numpy().tobytes()).hexdigest()
+        try:
+            return LocalIndex.open(path, stamp, self.tagged)
+        except (FileNotFoundError, ValueError):
+            if not write:
+                raise
+        LocalIndex.write(path, (rows for _, rows in self._database.batches(self._kind, _EMBEDS)), stamp)
+        return LocalIndex.open(path, stamp, self.tagged)
 
 
 class Modality(Generic[Item]):
@@ -45,6 +128,7 @@ class Modality(Generic[Item]):
         """Combine records and an index, which may hold other rows; without `ids`, (n,), these are the positions."""
         self.items: Records[Item] = items
         self.index, self._ids = index, ids
+        self._order = torch.empty(0, dtype=torch.int64) if ids is None else ids.argsort()
         self.sample = lru_cache(_CACHED_SAMPLES)(self._sample)
 
     @classmethod
@@ -62,21 +146,22 @@ class Modality(Generic[Item]):
     def open(cls, database: GalleryDatabase, kind: Kind, remote: Remote | None = None) -> Modality[Item]:
         """Open the items of a gallery: from its index, from a server, or, if they are few, in memory.
 
-        KeyError when another process replaced the gallery meanwhile, ValueError when it is damaged or the server holds
-        other items, OSError when the server does not answer.
+        Pictures of packages that are not installed here are left out. KeyError when another process replaced the
+        gallery meanwhile, ValueError when it is damaged or the server holds other items, OSError when the server does
+        not answer.
         """
-        ids, missing = database.ids(kind), missing_pictures(database) if kind == "picture" else []
-        positions = (~torch.isin(ids, torch.tensor(missing))).nonzero().flatten() if missing else None
-        chosen = ids if positions is None else ids[positions]
-        items: StoredRecords[Item] = StoredRecords(database, kind, chosen)
+        every = ids = database.ids(kind)
+        if kind == "picture" and (missing := _missing_pictures(database)):
+            ids = every[~torch.isin(every, torch.tensor(missing))]
+        items: StoredRecords[Item] = StoredRecords(database, kind, ids)
         if remote is not None and len(ids):
-            return cls(items, remote.open(kind, database.metadata.fingerprint, ids), chosen)
-        try:
-            if len(ids) > EXACT_ROWS:
-                return cls(items, _open_index(database, kind, write=len(ids) > IN_MEMORY_ROWS), positions)
-        except (OSError, ValueError) as error:
-            logger.info("The embeddings of %d %ss are read into memory: %s", len(ids), kind, error)
-        return cls.in_memory(items, database.embeds(kind, chosen))
+            return cls(items, remote.open(kind, database.metadata.fingerprint, every), ids)
+        if len(ids) == len(every) > EXACT_ROWS:
+            try:
+                return cls(items, items.open_index(write=len(ids) > IN_MEMORY_ROWS))
+            except (OSError, ValueError) as error:
+                logger.info("The embeddings of %d %ss are read into memory: %s", len(ids), kind, error)
+        return cls.in_memory(items, database.embeds(kind, ids))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -91,25 +176,16 @@ class Modality(Generic[Item]):
     @cached_property
     def embeds(self) -> Tensor:
         """All embeddings, (n, embed_dim) float32, unit norm; of many items they fill the memory."""
-        return torch.cat([torch.empty(0, self.index.embed_dim), *self.batches()])
-
-    def batches(self) -> Iterator[Tensor]:
-        """Yield all embeddings in order of position, (n, embed_dim) float32."""
-        return (self[positions] for positions in torch.arange(len(self)).split(_BATCH))
+        return torch.cat([self[positions] for positions in torch.arange(len(self)).split(_EMBEDS)])
 
     def embed(self, name: str) -> Tensor | None:
         """Fetch the embedding of the item of a public name, (embed_dim,)."""
         position = self.items.position(name)
         return None if position is None else self[torch.tensor([position])][0]
 
-    @cached_property
-    def tags(self) -> Mapping[str, int]:
-        """Number of items of each tag: in each folder, or of each language."""
-        return self.items.tags()
-
     def count(self, tag: str | None = None) -> int:
-        """Count the items, or those of a tag."""
-        return len(self) if tag is None else self.tags.get(tag, 0)
+        """Count the items, or those of a tag: in a folder, or of a language."""
+        return len(self) if tag is None else self.items.tags.get(tag, 0)
 
     def search(self, query: Tensor, k: int, head: int, tag: str | None = None) -> tuple[Tensor, Tensor]:
         """Find the `head` nearest items of a query, (embed_dim,), or of those of a tag: best first, ties by position.
@@ -117,18 +193,18 @@ class Modality(Generic[Item]):
         The first k are exact; among the others a better one may be missing. Returns cosines and positions.
         """
         foreign = 0  # rows of no item that are allowed for
-        while len(self):
-            scores, ids = self.index.search(query, k + foreign, extra=max(head - k, 0), tag=tag)
+        while True:
+            scores, rows = self.index.search(query, k + foreign, extra=max(head - k, 0), tag=tag)
             if self._ids is None:
-                return scores, ids
-            positions = self._positions(ids.numpy())
-            own = positions >= 0
-            if len(ids) < k + foreign or (count := int((~own).sum())) <= foreign:
-                found, positions = scores.numpy()[own], positions[own]
-                order = np.lexsort((positions, -found))[: max(head, k)]
-                return torch.from_numpy(found[order]), torch.from_numpy(positions[order])
+                return scores, rows
+            places = torch.searchsorted(self._ids, rows, sorter=self._order).clamp_max(len(self) - 1)
+            positions = self._order[places]
+            own = self._ids[positions] == rows
+            if len(rows) < k + foreign or (count := int((~own).sum())) <= foreign:
+                scores, positions = scores[own], positions[own]
+                order = torch.from_numpy(np.lexsort((positions.numpy(), -scores.numpy()))[: max(head, k)])
+                return scores[order], positions[order]
             foreign = count
-        return torch.empty(0), torch.empty(0, dtype=torch.int64)
 
     def softmax(self, query: Tensor, found: Tensor, scale: float, bias: float | None, tag: str | None = None) -> Tensor:
         """Compute the model's softmax over all candidates, or its sigmoid, for the best of them.
@@ -147,49 +223,27 @@ class Modality(Generic[Item]):
             found = self.search(query, count, count, tag)[0]
         return match_probabilities(logits_per_image(found[None], scale, bias), dim=1, logit_bias=bias)[0]
 
-    def _sample(self, tag: str | None = None) -> Tensor:
-        """Fetch embeddings that represent the items, (n, embed_dim): of many, `SAMPLED` at equal distances."""
+    def _sample(self, tag: str | None = None) -> Tensor:  # (n, embed_dim); of many items, `SAMPLED` at equal distances
         positions = torch.arange(len(self)) if tag is None else self.items.tagged(tag)
         if is_large(len(positions)):
             positions = positions[torch.linspace(0, len(positions) - 1, SAMPLED, dtype=torch.double).long()]
         return self[positions]
 
-    @cached_property
-    def _sorted(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Ids in ascending order, and the position of each."""
-        assert self._ids is not None
-        order = np.argsort(self._ids.numpy())
-        return self._ids.numpy()[order], order
 
-    def _positions(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Find the positions of ids, -1 of those that belong to no item."""
-        known, order = self._sorted
-        places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        return np.where(known[places] == ids, order[places], -1)
-
-
-def _open_index(database: GalleryDatabase, kind: Kind, *, write: bool) -> LocalIndex:
-    """Map the index of many items; if it is missing or outdated, write it, or raise OSError or ValueError."""
-    ids, path = database.ids(kind), database.folder / INDEX_FILES[kind]
-    stamp = hashlib.sha256(database.metadata.fingerprint.encode() + ids.numpy().tobytes()).hexdigest()
-
-    def tagged(tag: str) -> Tensor:
-        return torch.isin(ids, database.ids(kind, tag)).nonzero().flatten()
-
-    open_index = partial(LocalIndex.open, path, stamp, tagged)
-    try:
-        return open_index()
-    except (FileNotFoundError, ValueError):
-        if not write:
-            raise
-    LocalIndex.write(path, (rows for _, rows in database.batches(kind, _BATCH)), stamp)
-    return open_index()
+def _missing_pictures(database: GalleryDatabase) -> list[int]:
+    """List the ids of pictures inside packages that are not installed here; a warning counts them."""
+    pictures = zip(database.packaged, database.pictures(database.packaged), strict=True)
+    missing = {id: picture.package for id, picture in pictures if not picture.exists}
+    for package, count in Counter(missing.values()).items():
+        logger.warning("%d pictures of the package %s are left out: it is not installed here.", count, package)
+    return list(missing)
 
 
 def write_index(database: GalleryDatabase, kind: Kind) -> None:
     """Write the index of more than `EXACT_ROWS` items, unless it is up to date; delete that of fewer; or OSError."""
-    if len(database.ids(kind)) > EXACT_ROWS:
-        _open_index(database, kind, write=True)
+    ids = database.ids(kind)
+    if len(ids) > EXACT_ROWS:
+        StoredRecords[Any](database, kind, ids).open_index(write=True)
     else:
         (database.folder / INDEX_FILES[kind]).unlink(missing_ok=True)
 

@@ -132,6 +132,14 @@ def folder_of(source: str) -> str:
     return "" if os.path.isabs(source) or source.startswith(PACKAGE) else source.rpartition("/")[0]
 
 
+def tags_of(item: Picture | Caption) -> list[str]:
+    """List the folders around a picture, "a" and "a/b" of "a/b/c.jpg", or the language of a caption."""
+    if isinstance(item, Caption):
+        return [item.lang]
+    names = folder_of(item.source).split("/")
+    return ["/".join(names[:end]) for end in range(1, len(names) + 1) if names[0]]
+
+
 def read_captioned(images: Iterable[tuple[str, Sequence[str]]], root: str = "") -> tuple[list[Picture], list[Caption]]:
     """List a data set, given as (absolute path of an image, its captions).
 

@@ -13,19 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeAlias
+from typing import Generic, TypeAlias
 
 import torch
 from torch import Tensor
 
-from alignment.atomic import exclusive_lock
 from alignment.confidence import Direction, MatchCalibrator, MatchConfidence, Verdict
 from alignment.gallery.database import GalleryDatabase
-from alignment.gallery.items import Item, Records
 from alignment.gallery.milvus_sync import Remote
-from alignment.gallery.modality import Modality
+from alignment.gallery.modality import Item, Modality, Records
 from alignment.gallery.records import Caption, GalleryMetadata, Picture, rebuild_command
-from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
 from alignment.similarity import group_near_duplicates
 
@@ -35,8 +32,7 @@ NEAR_DUPLICATE_DISTANCE = 0.15
 """Cosine distance of two near-duplicate pictures, as a share of the mean distance of unrelated pictures.
 
 For the compact model that is a cosine of 0.873. Of 250 pictures of Flickr8k dev it misses 3 % saved again as a poor
-JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighbour that near (measured by
-`tests/benchmarks/composition.py`).
+JPEG or cropped by 5 % on every side; of 1,000 distinct ones seven have a neighbour that near (`composition.py`).
 """
 
 SAME_CAPTION = 0.9  # cosine from which two captions are near duplicates
@@ -44,29 +40,19 @@ _HEAD = 128  # results that are weighed exactly where the softmax is an estimate
 _GROUPED, _MAX_GROUPED = 4, 1000  # results searched for near duplicates: times k, or more if too few differ; at most
 _TRIES = 10  # to open a gallery that other processes replace
 
-Assess: TypeAlias = Callable[[list[int]], MatchConfidence | None]
-"""Rates results, given their places in the ranking."""
+Assess: TypeAlias = Callable[[list[int]], MatchConfidence | None]  # rates results at some places of a ranking
 
 
 @dataclass(frozen=True)
 class Match(Generic[Item]):
-    """One search result.
+    """One search result; probability and verdict are None without a calibration."""
 
-    Attributes:
-        rank: from 1.
-        item: the record found.
-        similarity: cosine, in [-1, 1]; of a composed query its score, see `alignment.engine.queries`.
-        probability: calibrated, that this is a match; None without a calibration.
-        verdict: on this result; None without a calibration.
-        shares: computes `share` for all results; None for a composed query.
-    """
-
-    rank: int
+    rank: int  # from 1
     item: Item
-    similarity: float
-    probability: float | None = None
+    similarity: float  # cosine, in [-1, 1]; of a composed query its score, see `alignment.engine.queries`
+    probability: float | None = None  # calibrated, that this is a match
     verdict: Verdict | None = None
-    shares: Callable[[], Sequence[float]] | None = field(default=None, compare=False, repr=False)
+    shares: Callable[[], Sequence[float]] | None = field(default=None, compare=False, repr=False)  # of all results
 
     @property
     def share(self) -> float:
@@ -78,21 +64,15 @@ class Match(Generic[Item]):
 class SearchResult(Generic[Item]):
     """The answer to one query.
 
-    Attributes:
-        matches: best first.
-        verdict: on the whole answer, the best of its results' verdicts; None without a calibration.
-        p_any_match: calibrated probability that any candidate is a match; None without a calibration.
-        composed: whether the query was more than one caption.
-        ood_captions: captions of the query that are out of distribution.
-        duplicates: the k best items that differ, each followed by its near duplicates among the best 4k; empty
-            without a calibration. See `NEAR_DUPLICATE_DISTANCE` and `SAME_CAPTION`.
+    `duplicates` are the k best items that differ, each followed by its near duplicates among the best 4k, see
+    `NEAR_DUPLICATE_DISTANCE` and `SAME_CAPTION`; empty without a calibration, as verdict and probability are None.
     """
 
-    matches: tuple[Match[Item], ...]
-    verdict: Verdict | None = None
-    p_any_match: float | None = None
-    composed: bool = False
-    ood_captions: tuple[str, ...] = ()
+    matches: tuple[Match[Item], ...]  # best first
+    verdict: Verdict | None = None  # on the whole answer, the best of its results' verdicts
+    p_any_match: float | None = None  # calibrated probability that any candidate is a match
+    composed: bool = False  # whether the query was more than one caption
+    ood_captions: tuple[str, ...] = ()  # captions of the query that are out of distribution
     duplicates: tuple[tuple[Match[Item], ...], ...] = ()
 
     @property
@@ -109,13 +89,8 @@ class SearchResult(Generic[Item]):
 class Gallery:
     """Pictures and captions with their embeddings: the candidates of every search.
 
-    Attributes:
-        images, texts: pictures and captions by position.
-        pictures, captions: their records.
-        metadata: the model they belong to.
-        judge: computes match probabilities; None in galleries built without a calibration.
-        database: holds records and thumbnails; None for a gallery in memory.
-        folder: of the database.
+    `images` and `texts` are modalities, `pictures` and `captions` their records. `judge` computes match probabilities,
+    and is None without a calibration. `database`, in `folder`, holds records and thumbnails; None if all is in memory.
     """
 
     def __init__(
@@ -133,12 +108,9 @@ class Gallery:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder, remote: Remote | None = None) -> Gallery:
-        """Open a gallery that this encoder made; pictures of packages that are not installed here are left out.
+        """Open a gallery that this encoder made; if `remote` is given, that server is searched.
 
-        Args:
-            folder: the gallery's.
-            encoder: the model in use.
-            remote: the server that is searched, instead of the index of the folder.
+        Pictures of packages that are not installed here are left out.
 
         Raises:
             FileNotFoundError: when there is none.
@@ -171,31 +143,20 @@ class Gallery:
         texts = Modality[Caption].open(database, "caption", remote)
         return cls((), (), images, texts, metadata, judge=judge, database=database)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the gallery with its thumbnails; a gallery that lies there stays usable until it is replaced."""
-        cohort = self.judge.cohort.tensors() if self.judge else {}
-        thumbnail = self.database.thumbnail if self.database else lambda picture: None
-        with exclusive_lock(Path(folder)):
-            write_gallery(
-                Path(folder), self.pictures, self.captions,
-                {"picture": self.images.batches(), "caption": self.texts.batches()},
-                self.images.index.embed_dim, self.metadata, cohort, thumbnail,
-            )  # fmt: skip
-
     @property
     def image_embeds(self) -> Tensor:
-        """(num_pictures, embed_dim) float32, unit norm; of many pictures, take a few out of `images` instead."""
+        """See `Modality.embeds`."""
         return self.images.embeds
 
     @property
     def text_embeds(self) -> Tensor:
-        """(num_captions, embed_dim) float32, unit norm; of many captions, take a few out of `texts` instead."""
+        """See `Modality.embeds`."""
         return self.texts.embeds
 
     @property
     def languages(self) -> tuple[str, ...]:
         """The known languages of the captions."""
-        return tuple(filter(None, self.texts.tags))
+        return tuple(filter(None, self.captions.tags))
 
     def picture(self, name: str) -> Picture | None:
         """Fetch the record of a picture by its public name."""
@@ -210,12 +171,9 @@ class Gallery:
         return (self.database.thumbnail(picture) if self.database and not picture.package else None) or picture.path
 
     def search_images(self, text_embed: Tensor, k: int, *, tag: str | None = None) -> SearchResult[Picture]:
-        """Find the k pictures that fit a caption best; fewer where the gallery holds fewer.
+        """Find the k pictures that fit a caption best; fewer where the gallery, or its folder `tag`, holds fewer.
 
-        Args:
-            text_embed: (embed_dim,) or (1, embed_dim), unit norm; ValueError on another shape, or a negative k.
-            k: how many.
-            tag: only the pictures of this folder compete, see `Modality.tags`; no match when there are none.
+        `text_embed` is (embed_dim,) or (1, embed_dim), unit norm; ValueError on another shape, or a negative k.
         """
         return self._search(self.images, text_embed, k, "text_to_image", tag)
 
@@ -242,7 +200,7 @@ class Gallery:
             return modality.softmax(query, found, scale, bias, tag).tolist()
 
         def assess(places: list[int]) -> MatchConfidence | None:
-            rated = torch.tensor(_pick(scores, places))
+            rated = torch.from_numpy(scores.numpy()[places])
             return None if self.judge is None else self.judge.assess(rated, query, direction, count)
 
         return _result(modality, *ranked, k, assess, shares)
@@ -274,9 +232,9 @@ def _result(
     modality: Modality[Item], scores: Tensor, positions: Tensor, groups: list[list[int]], k: int, assess: Assess,
     shares: Callable[[], Sequence[float]] | None = None,
 ) -> SearchResult[Item]:  # fmt: skip
-    """Build the answer of a ranking; groups and what is assessed are places in it."""
+    """Build the answer of a ranking; groups and what is assessed are places in it. numpy: tensors take far longer."""
     wanted = sorted(set(range(min(k, len(positions)))).union(*groups))
-    fetched = zip(wanted, modality.items.fetch(_pick(positions, wanted)), strict=True)
+    fetched = zip(wanted, modality.items.fetch(positions.numpy()[wanted].tolist()), strict=True)
     items: dict[int, Item] = {place: item for place, item in fetched if item is not None}  # None: deleted meanwhile
     if not items:
         return SearchResult((), "nothing_close")
@@ -284,17 +242,11 @@ def _result(
     says = assess(places)
     chances: list[float | None] = says.probabilities.tolist() if says else [None] * len(items)
     verdicts: Sequence[Verdict | None] = says.verdicts if says else [None] * len(items)
+    rated = zip(places, scores.numpy()[places].tolist(), chances, verdicts, strict=True)
     matches = {
-        place: Match(place + 1, items[place], score, chance, verdict, shares)
-        for place, score, chance, verdict in zip(places, _pick(scores, places), chances, verdicts, strict=True)
+        place: Match(place + 1, items[place], score, chance, verdict, shares) for place, score, chance, verdict in rated
     }
     best = tuple(match for place, match in matches.items() if place < k)
     there = (tuple(matches[place] for place in group if place in matches) for group in groups)
     verdict, chance = (says.verdict, says.p_any_match) if says else (None, None)
     return SearchResult(best, verdict, chance, duplicates=tuple(filter(None, there)))
-
-
-def _pick(values: Tensor, places: list[int]) -> list[Any]:
-    """Take a few values out of some dozens; a tensor indexed by a list takes seventy times as long."""
-    found = values.tolist()
-    return [found[place] for place in places]

@@ -1,6 +1,11 @@
 """The index of one process: in memory and exact, or in a mapped file, see `quantized`.
 
 Of a file, faiss names candidates by their codes; their rows are ranked as exact search ranks all rows.
+
+Equal embeddings get equal scores wherever they stand, and equal scores are ordered by position. float32 sums differ in
+the last bit, by where a row stands, so scores are summed in float64 and rounded to float32. float64 for every row would
+cost many times the reading of it: float32 goes first, and only rows that could reach the best k within its error are
+scored again.
 """
 
 from __future__ import annotations
@@ -15,8 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignment.index import quantized
-from alignment.index.exact import rank, widened
-from alignment.index.vector_index import Ranking, VectorIndex
+from alignment.index.vector_index import Floats, Ranking, VectorIndex
 
 EXACT_ROWS = 4096
 """Rows up to which all are scored: of a gallery, which then needs no file, or of those that carry a tag.
@@ -30,6 +34,9 @@ _PER_RESULT = 8  # candidates for each of k, at least
 _DEEPER = 8  # times as many, where equal rows may be missing or too few were found
 _MIN_ROWS_PER_CANDIDATE = 4  # with more candidates than that, all rows are scored
 _EQUAL = 1e-6  # quantised scores of equal rows differ by less
+_BLOCK_ROWS = 2048  # scored at a time: 4 MB as float32 at 512 dimensions, which stays in the cache
+_PARALLEL_FROM = 1 << 15  # numbers from which torch distributes work over threads
+_ALL_IN_FLOAT64 = 4  # times k: so few rows are scored without a float32 pass
 
 
 class LocalIndex(VectorIndex):
@@ -56,8 +63,8 @@ class LocalIndex(VectorIndex):
         return len(self._rows)
 
     def embeds(self, ids: Tensor) -> Tensor:
-        """Fetch the embeddings of rows, (n, embed_dim) float32 in the order of the ids."""
-        return widened(np.take(self._rows, ids.numpy(), axis=0), torch.float32)
+        """See `VectorIndex`."""
+        return _widened(np.take(self._rows, ids.numpy(), axis=0), torch.float32)
 
     def _rank(self, query: NDArray[np.float64], k: int, wanted: int, tag: str | None) -> Ranking:
         count, bits = (len(self), None) if tag is None else self._carriers(tag)
@@ -76,8 +83,48 @@ class LocalIndex(VectorIndex):
         positions = None if bits is None else np.flatnonzero(np.unpackbits(bits, bitorder="little"))
         return rank(self._rows, query, wanted, positions)
 
-    def _find_carriers(self, tag: str) -> tuple[int, NDArray[np.uint8]]:
-        """Count the rows that carry a tag, and mark them by a bit each, the lowest first."""
+    def _find_carriers(self, tag: str) -> tuple[int, NDArray[np.uint8]]:  # how many, and a bit for each row
         mask = np.zeros(len(self), bool)
         mask[self._tagged(tag).numpy()] = True
         return int(mask.sum()), np.packbits(mask, bitorder="little")
+
+
+def rank(rows: Floats, query: NDArray[np.float64], k: int, chosen: NDArray[np.int64] | None = None) -> Ranking:
+    """Find the k best of unit-norm rows, (n, embed_dim) of any floating type, or of those at the chosen positions.
+
+    Best first, ties by lower position. Source of the error of a float32 sum in whatever order: Higham, Accuracy and
+    Stability of Numerical Algorithms, section 3.1.
+    """
+    positions = np.arange(len(rows)) if chosen is None else chosen
+    if len(positions) > _ALL_IN_FLOAT64 * k > 0:
+        rough = _score(rows, query.astype(np.float32), chosen)
+        error = (len(query) + 8) * 2.0**-24 * max(float(np.linalg.norm(query)), 1.0)
+        chosen = positions = positions[rough >= np.partition(rough, -k)[-k] - 2 * error]
+    scores = _score(rows, query, chosen).astype(np.float32)
+    order = np.lexsort((positions, -scores))[:k]
+    return scores[order], positions[order]
+
+
+def _score(rows: Floats, query: Floats, chosen: NDArray[np.int64] | None) -> Floats:
+    """Compute cosines, (count,), in the precision of the query; by torch, as numpy wakes threads for small products."""
+    count = len(rows) if chosen is None else len(chosen)
+    scores, factor = np.empty(count, query.dtype), torch.from_numpy(query)
+    for start in range(0, count, _BLOCK_ROWS):
+        here = slice(start, start + _BLOCK_ROWS)
+        block = rows[here] if chosen is None else np.take(rows, chosen[here], axis=0)
+        scores[here] = torch.mv(_widened(block, factor.dtype), factor).numpy()
+    return scores
+
+
+def _widened(rows: Floats, dtype: torch.dtype) -> torch.Tensor:
+    """Convert rows to float32 or float64; torch converts half precision twenty times faster than numpy.
+
+    A few rows are converted in pieces that torch does not distribute: on a busy machine threads wait to be scheduled.
+    """
+    narrow = torch.from_numpy(rows)
+    if narrow.dtype != torch.float16 or len(rows) >= _BLOCK_ROWS:
+        return narrow.to(dtype)
+    wide, step = torch.empty(narrow.shape, dtype=dtype), max(1, (_PARALLEL_FROM - 1) // narrow.shape[1])
+    for start in range(0, len(narrow), step):
+        wide[start : start + step] = narrow[start : start + step]
+    return wide

@@ -3,8 +3,8 @@
 A row is an id, an embedding and its tags, an array of texts. Only requests that every Milvus from 2.3 on answers alike
 are used: its own choice of an index, literal filters, no message above `REQUEST_BYTES`.
 
-Searches are approximate. Their cosines are float32 sums, so those that differ by less than `SCORE_TOLERANCE` count as
-equal and are ordered by id. Where Milvus returns too few results, the embeddings are fetched and ranked here.
+Searches are approximate. Cosines that differ by less than `SCORE_TOLERANCE` count as equal and are ordered by id. Where
+Milvus returns too few results, the embeddings are fetched and ranked here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alignment.index.local import rank
 from alignment.index.server import SEARCH_TIMEOUT_S, Connection, Server
 from alignment.index.vector_index import Ranking, VectorIndex
 
@@ -38,16 +39,10 @@ _SESSION, _STRONG = "Session", "Strong"  # a read sees the writes of this connec
 
 
 class MilvusIndex(VectorIndex):
-    """A collection on a Milvus server, with the texts `about` that were stored when it was created.
-
-    It has a connection, and cannot be used after `close`.
-    """
+    """A collection on a Milvus server, with the texts `about` that were stored when it was created, until `close`."""
 
     def __init__(self, server: Server, name: str) -> None:
-        """Open a collection and have the server load it; errors as of `Connection.call`.
-
-        ValueError if another program made it, or pymilvus is not installed.
-        """
+        """Open and load a collection; errors as of `Connection`, and ValueError if another program made it."""
         self.name, self._connection = name, Connection(server)
         self.close = self._connection.close
         try:
@@ -108,12 +103,10 @@ class MilvusIndex(VectorIndex):
             if len(ids) >= k or len(ids) >= self._count(tag_filter(tag), _SESSION):
                 return scores, ids
         every = self.ids(tag) if wanted else torch.empty(0, dtype=torch.int64)
-        scores = (self.embeds(every).double().numpy() @ query).astype(np.float32)
-        best = np.argsort(-scores, kind="stable")[:wanted]
-        return scores[best], every.numpy()[best]
+        scores, best = rank(self.embeds(every).numpy(), query, wanted)
+        return scores, every.numpy()[best]
 
     def _approximate(self, query: NDArray[np.float64], k: int, wanted: int, condition: str) -> Ranking:
-        """Let Milvus search, and again while rows beyond its limit may equal the k-th best and have lower ids."""
         limit = min(max(wanted + wanted // 8, _MIN_LIMIT), MAX_LIMIT)
         options: dict[str, Any] = {"data": [query.astype(np.float32)], "anns_field": "embed", "filter": condition}
         options |= {"search_params": {"metric_type": "IP", "params": {}}, "consistency_level": _SESSION}
@@ -122,7 +115,7 @@ class MilvusIndex(VectorIndex):
             scores, ids = order_hits(found[0])
             if not k or limit == MAX_LIMIT or len(ids) < limit or scores[k - 1] > scores[-1]:
                 return scores[:wanted], ids[:wanted]
-            limit = min(limit * 4, MAX_LIMIT)
+            limit = min(limit * 4, MAX_LIMIT)  # rows beyond may equal the k-th best and have lower ids
 
     def upsert(self, ids: Tensor, embeds: Tensor, tags: Sequence[Collection[str]] | None = None) -> None:
         """Add rows, or replace those of the same id; ValueError on embeddings not finite or of another width."""
@@ -155,7 +148,7 @@ class MilvusIndex(VectorIndex):
                 self._connection.call("flush", self.name, timeout=LOAD_TIMEOUT_S)
             if left < fewest:
                 fewest, end = left, time.monotonic() + INDEX_TIMEOUT_S
-            if time.monotonic() > end:
+            elif time.monotonic() > end:
                 raise ConnectionError(f"{self.name}: the server does not index {left} rows; run the command again.")
             progress(left)
             time.sleep(1.0)

@@ -1,8 +1,7 @@
 """The file of a large index: rows as float16, and a faiss index of their projections that names candidates.
 
-Layout: a page with a checksum and JSON, the rows in order, the faiss index (PCA, IVF, SQ8). All of it is mapped, and
-mapped pages do not count as memory of the process. It is derived from a gallery's database and may be deleted at any
-time.
+Layout: a page with a checksum and JSON, the rows in order, the faiss index (PCA, IVF, SQ8). All of it is mapped, which
+does not count as memory of the process. It is derived from a gallery's database and may be deleted at any time.
 
 A query visits the lists whose centres are nearest. How many lists, and how many candidates, is measured at writing
 against the exact best ten of queries that are mixtures of rows and random directions: captions lie between pictures as
@@ -33,7 +32,7 @@ TARGET_RECALL = 0.9975
 So at least .995 are found. Of 1,200 captions asked of mixtures of pictures: .9997 among 10,000, all among 100,000.
 """
 
-_FORMAT, _READABLE = 2, (1, 2)  # 1 had two more checksums
+_FORMAT = 2  # a file of another format is written anew
 _PAGE = 4096
 _WIDTH = 128  # of the projections
 _MIN_SAMPLE, _PER_LIST = 20_000, 40  # rows from which projections and codes are learnt, at least and for each list
@@ -43,20 +42,15 @@ _BLOCK = 16_384  # rows at a time
 
 
 class QuantizedFile:
-    """An open file.
-
-    Attributes:
-        rows: (n, embed_dim) float16, mapped.
-        depth: how many candidates to ask for.
-    """
+    """An open file: its rows, (n, embed_dim) float16, and the `depth`, how many candidates to ask for."""
 
     def __init__(self, path: Path, stamp: str) -> None:
-        """Map a file; reads the page and what faiss keeps beside the codes. See `LocalIndex.open`."""
+        """Map a file, see `LocalIndex.open`."""
         with path.open("rb") as file:
             page = file.read(_PAGE)
         header: dict[str, Any] = json.loads(page[8:]) if page[:8] == b"%08x" % zlib.crc32(page[8:]) else {}
         damaged = f"The search index {path} is damaged or of another version: delete it, it will be made again."
-        if header.get("format") not in _READABLE or path.stat().st_size != header["size"]:
+        if header.get("format") != _FORMAT or path.stat().st_size != header["size"]:
             raise ValueError(damaged)
         if header["stamp"] != stamp:
             raise ValueError(f"The search index {path} was made of another state of the gallery.")
@@ -69,7 +63,7 @@ class QuantizedFile:
 
     @cached_property
     def _index(self) -> tuple[Any, Any, Tensor]:
-        """The faiss index, its lists and its projection; importing faiss takes longer than opening a file."""
+        """The faiss index, its lists and its projection; it is opened late, as importing faiss takes longer."""
         import faiss
 
         index = faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(self._data), len(self._data)))
@@ -80,11 +74,7 @@ class QuantizedFile:
     ) -> Ranking:
         """Find at most `depth` rows that score high by their codes: scores, which are not cosines, and positions.
 
-        Args:
-            query: (embed_dim,).
-            depth: how many.
-            count: of the rows that compete; the fewer do, the more lists are visited.
-            bits: one per row, the lowest first, set if the row competes; all do if left out.
+        Only `count` rows compete, those whose bits are set, the lowest first; the fewer, the more lists are visited.
         """
         import faiss
 
@@ -99,11 +89,7 @@ class QuantizedFile:
 
 
 def _projection(index: Any) -> NDArray[np.float32]:
-    """Read the projection of queries, (width, embed_dim).
-
-    faiss would centre queries as it does rows, which ranks by another measure than the cosine: left as they are, the
-    mean of the rows adds the same to every score.
-    """
+    """Read the projection, (width, embed_dim); faiss would centre queries as well, which does not rank by cosine."""
     import faiss
 
     pca = faiss.downcast_VectorTransform(index.chain.at(0))
@@ -138,8 +124,7 @@ def write(path: Path, batches: Iterable[Tensor], stamp: str) -> None:
         file.write(b"%08x" % zlib.crc32(page) + page)
 
 
-def _train(rows: Floats) -> tuple[Any, int, int]:
-    """Make the faiss index; returns it, the number of lists to visit and the number of candidates."""
+def _train(rows: Floats) -> tuple[Any, int, int]:  # the index, lists to visit, candidates
     import faiss
 
     rng, num_lists = np.random.default_rng(0), 2 ** round(0.55 * math.log2(len(rows)))
@@ -170,8 +155,7 @@ def _tune(index: Any, rows: Floats, queries: NDArray[np.float32]) -> tuple[int, 
     truth = knn_ground_truth(queries, _blocks(rows), min(10, len(rows)), faiss.METRIC_INNER_PRODUCT)[1]
     lists, projected = faiss.extract_index_ivf(index), queries @ _projection(index).T
 
-    def recalls(nprobe: int, depth: int) -> NDArray[np.float64]:
-        """Compute the recall at 1, 2, ..., depth candidates."""
+    def recalls(nprobe: int, depth: int) -> NDArray[np.float64]:  # at 1, 2, ..., depth candidates
         near = lists.search(projected, depth, params=faiss.SearchParametersIVF(nprobe=nprobe))[1]
         return np.asarray((near[:, :, None] == truth[:, None, :]).sum((0, 2)).cumsum() / truth.size)
 

@@ -1,7 +1,7 @@
 """Connection to a Milvus server: its address, the credentials, and requests that are retried while it is starting.
 
-`pymilvus` is an optional dependency and imported when a server is first used. Credentials come from the environment
-alone: other users of the machine can read a command line, and addresses are logged.
+Credentials come from the environment alone: other users of the machine can read a command line, and addresses are
+logged. `pymilvus` is optional and imported when a server is first used; it retries only some of these errors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,7 +29,7 @@ _TRANSIENT_TEXT += "|timeout|fail connecting"
 _TRANSIENT_STATUS = (None, "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN", "INTERNAL")  # of gRPC
 _UNAUTHORIZED_TEXT = "auth|permission|privilege|unauthenticated"
 _COLLECTION_NOT_FOUND = 100
-_RETRY_DELAYS_S = (0.1, 0.2, 0.5, 1.0, 2.0)  # the last one repeats
+_FIRST_DELAY_S, _MAX_DELAY_S = 0.1, 2.0  # between tries, doubled each time
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,15 @@ class Connection:
             PermissionError: if the server rejects the credentials.
             ValueError: if the server rejects the request.
         """
-        end, delays = time.monotonic() + timeout, chain(_RETRY_DELAYS_S, repeat(_RETRY_DELAYS_S[-1]))
+        end, delay = time.monotonic() + timeout, _FIRST_DELAY_S
         while True:
             try:
                 return getattr(self._client, method)(*args, timeout=max(end - time.monotonic(), 0.1), **options)
             except self._errors as error:
-                if not is_transient(error) or time.monotonic() + (delay := next(delays)) > end:
+                if not is_transient(error) or time.monotonic() + delay > end:
                     raise self._translated(error) from None
             time.sleep(delay)
+            delay = min(2 * delay, _MAX_DELAY_S)
 
     def _translated(self, error: Exception) -> Exception:
         """Return the built-in exception for an error of pymilvus or gRPC; its message never contains the token."""

@@ -15,13 +15,9 @@ Ranking: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]  # cosines an
 
 
 class VectorIndex(ABC):
-    """Unit-norm embeddings under int64 ids, and the search for the nearest of them.
+    """Unit-norm embeddings, `embed_dim` wide, under int64 ids, and the search for the nearest of them.
 
-    The dot product of two embeddings is their cosine. Tags are texts such as "en" or "holiday/2024"; a row may carry
-    several. Every method may be called from several threads.
-
-    Attributes:
-        embed_dim: width of the embeddings.
+    Tags are texts such as "en" or "holiday/2024"; a row may carry several. Methods may be called from several threads.
     """
 
     embed_dim: int
@@ -35,22 +31,14 @@ class VectorIndex(ABC):
         """Fetch the embeddings of rows, (n, embed_dim) float32 in the order of the ids."""
 
     def search(self, query: Tensor, k: int, *, tag: str | None = None, extra: int = 0) -> tuple[Tensor, Tensor]:
-        """Find the k rows closest to a query, best first, ties by lower id.
+        """Find the k rows closest to a query, or of those that carry a tag: best first, ties by lower id.
 
-        Args:
-            query: (embed_dim,), unit-norm; ValueError on another shape, or a negative k or extra.
-            k: how many.
-            tag: only rows that carry it compete.
-            extra: more to return after these, for next to nothing; a better one than these may be missing.
-
-        Returns:
-            Cosines float32 and ids int64, both (k + extra,) or as many as compete.
+        The query is (embed_dim,), unit-norm; ValueError on another shape, or a negative k or extra. Returns cosines
+        float32 and ids int64, both (k + extra,) or as many as compete; after the first k, a better one may be missing.
         """
         if query.shape != (self.embed_dim,) or min(k, extra) < 0:
-            raise ValueError(
-                f"A search takes one embedding ({self.embed_dim},) and a k and extra of at least 0, "
-                f"not {tuple(query.shape)}, {k} and {extra}."
-            )
+            takes = f"A search takes one embedding ({self.embed_dim},) and a k and extra of at least 0"
+            raise ValueError(f"{takes}, not {tuple(query.shape)}, {k} and {extra}.")
         scores, ids = self._rank(query.detach().cpu().double().numpy(), k, k + extra, tag)
         return torch.from_numpy(scores), torch.from_numpy(ids)
 

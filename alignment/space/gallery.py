@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from alignment.gallery.database import KINDS, GalleryDatabase
-from alignment.gallery.items import StoredRecords
-from alignment.gallery.records import Caption, FileFingerprint, Picture, rebuild_command
+from alignment.gallery.records import FileFingerprint, Picture, rebuild_command
 from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
 from alignment.space.checks import check_folder, private_paths
@@ -34,8 +33,7 @@ def copy_gallery(source: Path, target: Path, model: ModelSource) -> str:
         name, commit = (model.name, f" at {model.revision[:12]}") if model.revision else (str(model.folder), "")
         command = rebuild_command(source, name)
         raise ValueError(f"The gallery in {source} was not made by {name}{commit}. Build it anew with: {command}")
-    captions: list[Caption] = list(StoredRecords(database, "caption", database.ids("caption")))
-    originals: list[Picture] = list(StoredRecords(database, "picture", database.ids("picture")))
+    originals, captions = database.records()
     by_id = {picture.id: picture for picture in originals}
     copies = (_public(picture, database.thumbnail(picture)) for picture in originals)
     pictures = [picture for picture in copies if picture]

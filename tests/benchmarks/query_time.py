@@ -32,6 +32,7 @@ from alignment.confidence import DEFAULT_CALIBRATION, Cohort, MatchCalibrator, c
 from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, Picture
 from alignment.gallery.records import GalleryMetadata
+from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
 from alignment.ui.examples import Examples
 from alignment.ui.explanation import ExplanationDialog
@@ -67,7 +68,10 @@ def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[Row
     """Let handler, forward pass and PyTorch take turns, with one model."""
     checkpoint = ROOT / "checkpoints" / "compact" if model == "compact" else save_clip(folder / "model")
     encoder = DualEncoder.load(checkpoint, device="cpu")
-    make_gallery(encoder, arguments.pictures, arguments.scattered).save(folder / "gallery")
+    made = make_gallery(encoder, arguments.pictures, arguments.scattered)
+    embeds = {"picture": [made.image_embeds], "caption": [made.text_embeds]}
+    cohort = made.judge.cohort.tensors() if made.judge else {}
+    write_gallery(folder / "gallery", made.pictures, made.captions, embeds, encoder.embed_dim, made.metadata, cohort)
     engine = AlignmentEngine(encoder, Gallery.load(folder / "gallery", encoder))
     with gr.Blocks():
         tab = PicturesTab(engine, Examples(engine), ExplanationDialog(engine))

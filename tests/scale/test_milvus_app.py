@@ -63,7 +63,7 @@ def test_results_are_those_of_the_folder(folder: Path, remote: Remote) -> None:
     assert main(["push", str(folder), "--index", remote.server.uri]) == 0
     here, there = (Gallery.load(folder, Encoder(), where) for where in (None, remote))  # type: ignore[arg-type]
     assert isinstance(there.images.index, MilvusIndex)
-    assert there.images.tags == here.images.tags
+    assert there.pictures.tags == here.pictures.tags
     for query in unit(6, DIM, seed=5):
         for tag in (None, "trip 1", "trip 1/7", "nowhere"):
             one, other = (gallery.search_images(query, 12, tag=tag) for gallery in (here, there))
