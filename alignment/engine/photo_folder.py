@@ -10,23 +10,26 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from alignment.atomic import describe_error
 from alignment.data import describe_issues
 from alignment.data.files import walk
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import Skipped
-from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
-from alignment.gallery.starter import Bar
+from alignment.gallery import BuildReport, Gallery, build_gallery, build_starter, cached_folder
 from alignment.model import DualEncoder
+from alignment.model.dual_encoder import Progress
 from alignment.preprocess import IMAGE_SUFFIXES, InputError, message_with_option, sanitize_text
 
 logger = logging.getLogger(__name__)
 
+Bar: TypeAlias = Callable[[str], AbstractContextManager[Progress]]  # opens a progress bar of that name
 State = Literal["none", "starter", "running", "waiting", "done", "empty", "failed"]
 
 _WITH_OPTION = {"image.too_large": "photo.too_large", "image.too_narrow": "photo.too_narrow"}
@@ -175,7 +178,7 @@ class PhotoFolder:
                 if self._stopping.wait(self.retry):
                     raise _Stopped from None
 
-    def _progress(self, state: State, show: Show, done: int, total: int) -> None:
+    def _progress(self, state: State, show: Progress, done: int, total: int) -> None:
         if self._stopping.is_set():
             raise _Stopped
         self.scan = Scan(state, done, total)

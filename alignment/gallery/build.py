@@ -31,17 +31,19 @@ from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.modality import write_index
 from alignment.gallery.old_format import import_gallery
 from alignment.gallery.records import Caption, GalleryMetadata, Picture
-from alignment.gallery.scan import ImageScanner, ScannedImage
+from alignment.gallery.scan import ScannedImage, scan_image
 from alignment.gallery.search import Gallery
 from alignment.gallery.writer import GalleryWriter, content_of, delete_database
 from alignment.model import DualEncoder
+from alignment.model.dual_encoder import Progress
 from alignment.prefetch import prefetch_map
 from alignment.preprocess import InputError, message_with_option, sanitize_text
 
 logger = logging.getLogger(__name__)
 
-Progress: TypeAlias = Callable[[int, int], None]
 Growing: TypeAlias = Callable[[Gallery], None]
+_Scan: TypeAlias = tuple[Picture, ScannedImage | InputError | OSError]
+_Items: TypeAlias = tuple[Sequence[Picture], Sequence[Caption]]
 
 COMMIT_S = 2.0  # between two commits: what was embedded since then is lost if the process is killed
 _CAPTION_BATCH = 4096
@@ -187,9 +189,11 @@ class _Build:
         self.writer, self.encoder, self.metadata, self.report = writer, encoder, metadata, report
         self.progress = progress or (lambda done, total: None)
         self.growing, self.like, self.grown = growing, like, 0  # number of pictures shown last
+        self.before: GalleryMetadata | None = None  # of the gallery in the folder, if this model made it
+        self.pictures, self.captions, self.cohort = list[Picture](), list[Caption](), dict[str, Tensor]()
         self._read_previous(writer.path.parent)
-        same_source = self.before is not None and self.before.source == metadata.source
-        self.files = {picture.source: picture.file for picture in self.pictures if picture.file and same_source}
+        is_same = self.before and self.before.source == metadata.source
+        self.files = {picture.source: picture.file for picture in self.pictures if picture.file and is_same}
         self.scanned = {**self.files, **writer.scanned()}
         self.read: list[Picture] = []  # those that can be read, each with the state of its file
         self.waiting: dict[str, int] = {}  # number of a picture that is with the model, by the hash of its file
@@ -197,21 +201,17 @@ class _Build:
         self.committed = time.monotonic()
 
     def _read_previous(self, folder: Path) -> None:
-        """Read the records of the gallery in the folder, if this model made it."""
-        self.before: GalleryMetadata | None = None
-        self.pictures, self.captions, self.cohort = list[Picture](), list[Caption](), dict[str, Tensor]()
-        with suppress(FileNotFoundError):
-            try:
-                with closing(GalleryDatabase.open(folder, self.encoder.name)) as database:
-                    if database.metadata.fingerprint == self.encoder.fingerprint:
-                        self.pictures, self.captions = database.records()
-                        self.before, self.cohort = database.metadata, database.cohort()
-            except (ValueError, KeyError) as error:
-                logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
+        try:
+            with closing(GalleryDatabase.open(folder, self.encoder.name)) as database:
+                if database.metadata.fingerprint == self.encoder.fingerprint:
+                    self.pictures, self.captions = database.records()
+                    self.before, self.cohort = database.metadata, database.cohort()
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError) as error:
+            logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
 
-    def with_unlisted(
-        self, pictures: Sequence[Picture], captions: Sequence[Caption]
-    ) -> tuple[Sequence[Picture], Sequence[Caption]]:
+    def with_unlisted(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> _Items:
         """Add what the gallery holds of folders that cannot be listed now."""
         if not self.before or not self.files or self.before.options != self.metadata.options:
             return pictures, captions
@@ -221,12 +221,9 @@ class _Build:
         return [*pictures, *away], [*captions, *(caption for caption in self.captions if caption.scene in scenes)]
 
     def _is_away(self, picture: Picture) -> bool:
-        """Whether a picture lies in a folder that could not be listed."""
         return not picture.package and any(picture.path.is_relative_to(folder) for folder in self.report.unlisted)
 
-    def embed(
-        self, pictures: Sequence[Picture], captions: Sequence[Caption]
-    ) -> tuple[Sequence[Picture], Sequence[Caption]]:
+    def embed(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> _Items:
         """Embed everything; returns what could be read, and the captions that do not belong to what could not."""
         try:
             self.total = len(pictures) + len(captions)
@@ -243,8 +240,7 @@ class _Build:
         return self.read, kept
 
     def _encode_pictures(self, pictures: Sequence[Picture]) -> None:
-        scanner = ImageScanner(self.scanned, self._known, self.encoder.preprocessor)
-        with closing(prefetch_map(scanner, pictures, depth=_AHEAD)) as scans:
+        with closing(prefetch_map(self._scan, pictures, depth=_AHEAD)) as scans:
             for row in self.encoder.encode_prepared(self._unseen(scans)):
                 sha256 = next(iter(self.waiting))
                 self.writer.add("picture", [sha256], row[None])
@@ -253,20 +249,21 @@ class _Build:
                 self._advance()
         self.report.reused["pictures"] = len(self.read) - self.report.encoded["pictures"] - len(self.report.held)
 
-    def _unseen(self, scans: Iterable[ScannedImage]) -> Iterator[Mapping[str, Tensor]]:
+    def _scan(self, picture: Picture) -> _Scan:
+        try:
+            before = self.scanned.get(picture.source)
+            return picture, scan_image(picture, before, self._known, self.encoder.preprocessor)
+        except (InputError, OSError) as error:
+            return picture, error
+
+    def _unseen(self, scans: Iterable[_Scan]) -> Iterator[Mapping[str, Tensor]]:
         """Pass on the inputs of pictures that no embedding is known of."""
-        for self.num_scanned, scan in enumerate(scans, 1):
-            picture, file = scan.picture, scan.picture.file
-            before, failure = self.files.get(picture.source), scan.failure
-            is_there = isinstance(failure, OSError) and not isinstance(failure, FileNotFoundError)
-            if before and failure and (is_there or self._is_away(picture)):
-                self.report.held.append(picture.source)
-                self.read.append(replace(picture, file=before))
-            elif failure:
-                self._skip(picture.source, failure)
+        for self.num_scanned, (picture, scan) in enumerate(scans, 1):
+            if not isinstance(scan, ScannedImage):
+                self._skip(picture, scan)
             else:
-                assert file is not None  # it was scanned
-                self.read.append(picture)
+                file = scan.file
+                self.read.append(replace(picture, file=file))
                 if file.mtime_ns and file != self.scanned.get(picture.source):
                     self.writer.add_scanned(picture.source, file)
                 if scan.thumbnail is not None:
@@ -278,8 +275,14 @@ class _Build:
                     continue
             self._advance()
 
-    def _skip(self, name: str, failure: InputError | OSError) -> None:
-        """Report a picture that cannot be read."""
+    def _skip(self, picture: Picture, failure: InputError | OSError) -> None:
+        """Report a picture that cannot be read; what is there but may not be read stays as it was in the gallery."""
+        name, before = picture.source, self.files.get(picture.source)
+        is_there = isinstance(failure, OSError) and not isinstance(failure, FileNotFoundError)
+        if before and (is_there or self._is_away(picture)):
+            self.report.held.append(name)
+            self.read.append(replace(picture, file=before))
+            return
         if isinstance(failure, InputError):
             self.report.errors[name], reason = failure, message_with_option(failure)
         else:

@@ -12,12 +12,12 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
@@ -32,10 +32,9 @@ from alignment.gallery.database import KINDS, GalleryDatabase
 from alignment.gallery.milvus_sync import Remote, add_index_options, add_push
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
+from alignment.model.dual_encoder import Progress
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import join_first
-
-Show: TypeAlias = Callable[[int, int], None]
 
 _START = timedelta(minutes=10)  # that all processes of a torchrun have to come together
 _LONGEST = timedelta(days=30)  # that a process waits for the others
@@ -86,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
-        print(
-            "\nInterrupted; a gallery that was there is as it was. The same command goes on from here.", file=sys.stderr
-        )
+        text = "Interrupted; a gallery that was there is as it was. The same command goes on from here."
+        print(f"\n{text}", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
         print(f"error: {describe_error(error)}", file=sys.stderr)
@@ -150,8 +148,13 @@ def _build(args: argparse.Namespace) -> int:
     use_size_options(args.max_megapixels, args.max_aspect_ratio)
     data = {"format": args.format, "split": args.split}
     report = BuildReport()
-    with sigterm_as_interrupt(), worker_group() as group:
-        encoder = DualEncoder.load(args.model, revision=args.revision, device=own_device() if group else None)
+    with ExitStack() as stack:
+        # torchrun sends SIGTERM when another process has failed: what is embedded is kept, as after Ctrl-C.
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+        group = stack.enter_context(worker_group())
+        count = torch.cuda.device_count() if group else 0  # one GPU for each process
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else None
+        encoder = DualEncoder.load(args.model, revision=args.revision, device=device)
         shared = _embed_share(args, encoder, data, group) if group or args.share else None
         if shared and (not group or group.share.number > 1):
             return 0
@@ -186,7 +189,7 @@ def _embed_share(
 
 
 @contextmanager
-def progress_bar(what: str = "Embedding", *, quiet: bool = False) -> Iterator[Show]:
+def progress_bar(what: str = "Embedding", *, quiet: bool = False) -> Iterator[Progress]:
     """Show on the terminal how far a build is."""
     with tqdm(desc=what, unit=" items", dynamic_ncols=True, disable=quiet) as bar, logging_redirect_tqdm():
 
@@ -198,7 +201,6 @@ def progress_bar(what: str = "Embedding", *, quiet: bool = False) -> Iterator[Sh
 
 
 def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport, max_length: int) -> int:
-    """Say what was read and what was not; returns the exit status."""
     metadata = gallery.metadata
     print(f"{args.out}: {len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {metadata.model}.")
     for kind in ("pictures", "captions"):
@@ -213,9 +215,6 @@ def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport, max
         return 0
     print(f"{args.out} is not complete: run the same command again once all of it can be read.", file=sys.stderr)
     return 1
-
-
-# ---------------------------------------------------------------- torchrun
 
 
 class WorkerGroup(NamedTuple):
@@ -252,19 +251,3 @@ def worker_group() -> Iterator[WorkerGroup | None]:
         yield WorkerGroup(Partition(distributed.get_rank() + 1, distributed.get_world_size()), group)
     finally:
         distributed.destroy_process_group()
-
-
-def own_device() -> str | None:
-    """Name the GPU of this process, one each; None where there is none."""
-    count = torch.cuda.device_count()
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else None
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM, as torchrun sends it when another process has failed, like Ctrl-C: what is embedded is kept."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
