@@ -1,8 +1,7 @@
 """Floor 1: write files atomically and lock a folder for one writer.
 
 Place in the flow: below every module that writes files. A file is written under a temporary name, flushed to the disk
-and renamed; the rename is flushed as well. A name therefore always stands for a complete file, also after a kill or a
-power cut.
+and renamed, so that a name always stands for a complete file, also after a kill or a power cut.
 """
 
 from __future__ import annotations
@@ -106,10 +105,7 @@ def remove_stale_temp(folder: Path, age: float = 3600) -> None:
 def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
     """Hold the write lock of a folder, which is created if needed; the end of the process releases it.
 
-    Waits `timeout` seconds for another process, or for ever if negative.
-
-    Raises:
-        BlockingIOError: when another process holds the lock; names process, host and time.
+    Waits `timeout` seconds, or for ever if negative; then BlockingIOError that names the process that holds it.
     """
     from filelock import FileLock, Timeout
 

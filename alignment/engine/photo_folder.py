@@ -22,7 +22,8 @@ from alignment.data import describe_issues
 from alignment.data.files import walk
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import Skipped
-from alignment.gallery import BuildReport, Gallery, build_gallery, build_starter, cached_folder
+from alignment.engine.starter import build_starter, cached_folder
+from alignment.gallery import BuildReport, Gallery, build_gallery
 from alignment.model import DualEncoder
 from alignment.model.dual_encoder import Progress
 from alignment.preprocess import IMAGE_SUFFIXES, InputError, message_with_option, sanitize_text

@@ -14,9 +14,8 @@ from alignment.gallery.milvus_sync import Remote, add_index_options
 from alignment.gallery.records import Caption, Picture
 from alignment.gallery.scan import THUMBNAIL_PIXELS
 from alignment.gallery.search import Gallery, Match, SearchResult
-from alignment.gallery.starter import build_starter, cached_folder, starter_gallery
 
 __all__ = [
     "THUMBNAIL_PIXELS", "BuildReport", "Caption", "Gallery", "Match", "Picture", "Remote", "SearchResult",
-    "add_index_options", "build_gallery", "build_starter", "cached_folder", "main", "progress_bar", "starter_gallery",
+    "add_index_options", "build_gallery", "main", "progress_bar",
 ]  # fmt: skip

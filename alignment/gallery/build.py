@@ -1,8 +1,7 @@
 """Embed pictures and captions into a gallery folder; what has not changed is kept.
 
-Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threads scan files ahead of the model.
-Embeddings and thumbnails go into the database as they are made, so that a build that was killed is resumed by the next
-one; the records are replaced at the end.
+Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threads scan files ahead of the model. What
+is embedded goes into the database at once, so a killed build is resumed; the records are replaced at the end.
 """
 
 from __future__ import annotations
@@ -80,16 +79,14 @@ def build_gallery(
 ) -> Gallery:  # fmt: skip
     """Embed pictures and captions into a gallery folder; what is in it already and has not changed is kept.
 
-    A file counts as unchanged by size and time, then by content. Nothing is kept of another model. A picture that
-    cannot be read is skipped, logged and reported; one that may not be read now, or lies in a folder that cannot be
-    listed, stays as it was in the gallery. Until all is embedded, readers see the gallery that was there before; a
-    build that was killed, or ran out of room, is resumed by the next one.
+    A file counts as unchanged by size and time, then by content. A picture that cannot be read is skipped, logged and
+    reported; one that may not be read now, or lies in a folder that cannot be listed, stays as it was in the gallery.
+    Readers see the old gallery until all is embedded; a build that was killed, or ran out of room, is resumed.
 
-    `source` is a folder of pictures, whatever `read_data` reads with `format` and `split`, or a hand-written list, see
-    `read_hand_written`. With `calibrate` the cohort is embedded too, so that the gallery can tell when nothing fits, or
-    taken over from `like`, a gallery of the same model. `progress` is called with (done, total) items, and `growing`
-    now and then with a gallery in memory of what is embedded so far. `remote` is the server that gets a copy of the
-    embeddings and searches them. Waits `timeout` seconds while another process builds there.
+    `source` is what `read_data` reads with `format` and `split`, or a hand-written list, see `read_hand_written`. With
+    `calibrate` the cohort is embedded too, or taken over from `like`, a gallery of the same model. `progress` is called
+    with (done, total) items, and `growing` now and then with a gallery in memory of what is embedded so far. `remote`
+    gets a copy of the embeddings and searches them. Waits `timeout` seconds while another process builds there.
 
     Raises:
         FileNotFoundError: when there is no such source.
@@ -119,9 +116,8 @@ def build_gallery(
     with closing(GalleryDatabase.open(out, encoder.name)) as database:
         if remote is not None:
             remote.push(database, lambda what, done, total: progress(done, total) if progress else None)
-        else:
-            for kind in KINDS:
-                write_index(database, kind)
+        for kind in KINDS if remote is None else ():
+            write_index(database, kind)
     return Gallery.load(out, encoder, remote)
 
 
@@ -132,8 +128,8 @@ def embed_share(
 ) -> None:  # fmt: skip
     """Embed a share of a source into a file of its own, which the next `build_gallery` merges into the gallery.
 
-    Several processes may do so at once, on several machines as well if these see the same folders. A share that was
-    killed is resumed by running it again. Arguments and errors are those of `build_gallery`.
+    Several processes may do so at once, also on several machines. A killed share is resumed by running it again.
+    Arguments and errors are those of `build_gallery`.
     """
     out, report = Path(out), report or BuildReport()
     pictures, captions, metadata = _read_source(os.fspath(source), out, encoder, format, split, report, share)
@@ -191,7 +187,15 @@ class _Build:
         self.growing, self.like, self.grown = growing, like, 0  # number of pictures shown last
         self.before: GalleryMetadata | None = None  # of the gallery in the folder, if this model made it
         self.pictures, self.captions, self.cohort = list[Picture](), list[Caption](), dict[str, Tensor]()
-        self._read_previous(writer.path.parent)
+        try:
+            with closing(GalleryDatabase.open(writer.path.parent, encoder.name)) as database:
+                if database.metadata.fingerprint == encoder.fingerprint:
+                    self.pictures, self.captions = database.records()
+                    self.before, self.cohort = database.metadata, database.cohort()
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError) as error:
+            logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
         is_same = self.before and self.before.source == metadata.source
         self.files = {picture.source: picture.file for picture in self.pictures if picture.file and is_same}
         self.scanned = {**self.files, **writer.scanned()}
@@ -200,19 +204,7 @@ class _Build:
         self.num_scanned = self.total = 0
         self.committed = time.monotonic()
 
-    def _read_previous(self, folder: Path) -> None:
-        try:
-            with closing(GalleryDatabase.open(folder, self.encoder.name)) as database:
-                if database.metadata.fingerprint == self.encoder.fingerprint:
-                    self.pictures, self.captions = database.records()
-                    self.before, self.cohort = database.metadata, database.cohort()
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError) as error:
-            logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
-
     def with_unlisted(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> _Items:
-        """Add what the gallery holds of folders that cannot be listed now."""
         if not self.before or not self.files or self.before.options != self.metadata.options:
             return pictures, captions
         listed = {picture.source for picture in pictures}
@@ -291,7 +283,6 @@ class _Build:
         logger.warning("Skipped %s: %s", sanitize_text(name), reason)
 
     def _known(self, sha256: str) -> tuple[bool, bool]:
-        """Whether a file is embedded, or about to be, and has a thumbnail."""
         return sha256 in self.waiting or self.writer.has("picture", sha256), self.writer.has_thumbnail(sha256)
 
     def _advance(self) -> None:
@@ -323,7 +314,6 @@ class _Build:
         self.progress(self.total, self.total)
 
     def finish(self, pictures: Sequence[Picture], captions: Sequence[Caption], calibrate: bool) -> None:
-        """Replace the records of the gallery."""
         if not pictures and not captions:
             raise ValueError(f"Nothing in {self.metadata.source} could be read, so no gallery was made.")
         metadata = replace(self.metadata, built=datetime.now(UTC).isoformat(timespec="seconds"))

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from alignment.preprocess import join_first
 
 _START = timedelta(minutes=10)  # that all processes of a torchrun have to come together
 _LONGEST = timedelta(days=30)  # that a process waits for the others
+_GO_ON = "What was embedded by then is kept: run the same command again, and it goes on from there."
 
 _HELP = """\
 Embed pictures and captions once, so that the app can search them at once.
@@ -99,16 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text, raw = "embed pictures and captions (build --help says more)", argparse.RawDescriptionHelpFormatter
     build = commands.add_parser("build", help=text, description=_HELP, epilog=_EXAMPLES, formatter_class=raw)
-    add = build.add_argument
-    add("source", type=expanduser, metavar="SOURCE", help="what to embed, see above")
-    text = "the gallery folder, new or to be brought up to date"
-    add("--out", type=expanduser, metavar="DIR", required=True, help=text)
-    add("--model", type=expanduser, default=bundled(MODEL), help="folder or Hub id (default: %(default)s)")
+    add, add_path = build.add_argument, partial(build.add_argument, type=expanduser)
+    add_path("source", metavar="SOURCE", help="what to embed, see above")
+    add_path("--out", metavar="DIR", required=True, help="the gallery folder, new or to be brought up to date")
+    add_path("--model", default=bundled(MODEL), help="folder or Hub id (default: %(default)s)")
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--split", help="only this part of a data set, such as train, dev or test")
     add("--format", help="of the data set, where the found one is wrong: csv, jsonl, coco, folder, ...")
-    text = "only embed the K-th of N shares; finish without this, see below"
-    add("--share", type=_share, metavar="K/N", help=text)
+    add("--share", type=_share, metavar="K/N", help="only embed the K-th of N shares; finish without this, see below")
     text = "leave out the cohort that tells when nothing fits; saves embedding some 1,100 texts and pictures"
     add("--no-calibration", action="store_true", help=text)
     add_size_options(build)
@@ -124,7 +124,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> int:
-    """Check every byte of the database, and whether the server, if one is named, holds all of it."""
     with closing(GalleryDatabase.open(Path(args.folder))) as database:
         if faults := database.check():
             more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -171,7 +170,7 @@ def _build(args: argparse.Namespace) -> int:
 def _embed_share(
     args: argparse.Namespace, encoder: DualEncoder, data: dict[str, Any], group: WorkerGroup | None
 ) -> BuildReport:
-    """Embed one share; among the processes of a torchrun, which have the same model, add up what all of them did."""
+    """Embed one share; returns what was done, under torchrun by all processes."""
     share, report = group.share if group else args.share, BuildReport()
     models = group.gather(encoder.fingerprint) if group else []
     if wrong := [rank for rank, model in enumerate(models) if model != models[0]]:
@@ -179,8 +178,8 @@ def _embed_share(
         raise ValueError(f"{theirs}: give all of them the same files.")
     with progress_bar(f"Embedding {share}", quiet=bool(group) and share.number > 1) as show:
         embed_share(args.source, args.out, encoder, share, progress=show, report=report, **data)
-    counts = f"{report.encoded['pictures']} pictures and {report.encoded['captions']} captions encoded"
     later = "" if group else " Once all are done, finish with the command without --share."
+    counts = "{pictures} pictures and {captions} captions encoded".format_map(report.encoded)
     print(f"Share {share}: {counts}.{later}", flush=True)
     if group:
         encoded, reused = zip(*group.gather((report.encoded, report.reused)), strict=True)
@@ -229,10 +228,8 @@ class WorkerGroup(NamedTuple):
         try:
             distributed.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
-            raise ChildProcessError(
-                f"Another process of this torchrun has ended ({str(error).splitlines()[0]}). What was embedded by then "
-                "is kept: run the same command again, and it goes on from there."
-            ) from error
+            ended = f"Another process of this torchrun has ended ({str(error).splitlines()[0]})."
+            raise ChildProcessError(f"{ended} {_GO_ON}") from error
         return values
 
 
