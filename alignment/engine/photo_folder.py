@@ -154,7 +154,7 @@ class PhotoFolder:
             self.scan = Scan("empty" if is_empty else "failed", skipped=_skipped(report, self.source))
             return
         self._show(self._last)
-        for line in describe_issues(report):
+        for line in describe_issues(report.reading):
             logger.warning("%s: %s", self.source, line)
         now, skipped = _files(self._last), _skipped(report, self.source)
         both = before.keys() & now.keys()
@@ -213,8 +213,8 @@ def _load(folder: Path, encoder: DualEncoder) -> Gallery | None:
 def _skipped(report: BuildReport, source: str) -> tuple[Skipped, ...]:
     unlisted = InputError("This folder cannot be listed; its pictures stay as they were.", "photo.unlisted")
     unreadable = InputError("This file cannot be read.", "photo.unreadable")
-    skipped = [Skipped(os.path.relpath(folder, source), unlisted) for folder in report.unlisted]
-    for name, reason in report.unread.items():
+    skipped = [Skipped(os.path.relpath(folder, source), unlisted) for folder in report.reading.unlisted]
+    for name, reason in report.reading.unread.items():
         message = "Its captions cannot be read: {reason}."
         skipped.append(Skipped(name, InputError(message, "photo.captions", reason=sanitize_text(reason, 200))))
     for name, _ in report.skipped:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from alignment.atomic import exclusive_lock, remove_stale_temp
 from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
-from alignment.data import Partition, read_data
+from alignment.data import Partition, ReadResult, read_data
 from alignment.gallery import records
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
 from alignment.gallery.milvus_sync import Remote
@@ -58,17 +58,14 @@ class BuildReport:
     reused: Counter[str] = field(default_factory=Counter)  # how many kept the embedding they had
     skipped: list[tuple[str, str]] = field(default_factory=list)  # pictures that could not be read: name, reason
     errors: dict[str, InputError] = field(default_factory=dict)  # raised for those whose file is to blame, by name
-    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> what the source's reader left out
-    repaired: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what was read although it is faulty -> where
-    unread: Mapping[str, str] = field(default_factory=dict)  # caption files of which nothing could be read -> why
+    reading: ReadResult = field(default_factory=lambda: ReadResult([], "", {}))  # of the source, without its pairs
     cut: Sequence[str] = ()  # captions that are longer than the model reads
-    unlisted: Sequence[str] = ()  # folders of the source that could not be listed
     held: list[str] = field(default_factory=list)  # pictures, there or not readable now, kept as they were
 
     @property
     def is_complete(self) -> bool:
         """Whether all of the source could be read."""
-        return not (self.unlisted or self.held or self.unread)
+        return self.reading.is_complete and not self.held
 
 
 def build_gallery(
@@ -155,13 +152,12 @@ def _read_source(
         pictures, captions = records.read_hand_written(folder)
         return (share.select(pictures), share.select(captions), metadata) if share else (pictures, captions, metadata)
     reading = read_data(source, format=format, split=split, partition=share)
-    report.left_out, report.repaired = reading.left_out, reading.repaired
-    report.unlisted, report.unread = reading.unlisted, reading.unread
     images = [(pair.image, pair.captions) for pair in reading.pairs if not pair.image.startswith(gallery)]
-    if inside := [pair.id for pair in reading.pairs if pair.image.startswith(gallery)]:
-        if not images:
-            raise ValueError(f"All pictures of {source} lie in the gallery folder {out}: choose another one for --out.")
-        report.left_out = {**report.left_out, "pictures in the folder of the gallery itself": inside}
+    inside = tuple(pair.id for pair in reading.pairs if pair.image.startswith(gallery))
+    if inside and not images:
+        raise ValueError(f"All pictures of {source} lie in the gallery folder {out}: choose another one for --out.")
+    left_out = {"pictures in the folder of the gallery itself": inside} if inside else {}
+    report.reading = replace(reading, pairs=[], left_out={**reading.left_out, **left_out})
     return *records.read_captioned(images, origin if folder.is_dir() else ""), metadata
 
 
@@ -213,7 +209,7 @@ class _Build:
         return [*pictures, *away], [*captions, *(caption for caption in self.captions if caption.scene in scenes)]
 
     def _is_away(self, picture: Picture) -> bool:
-        return not picture.package and any(picture.path.is_relative_to(folder) for folder in self.report.unlisted)
+        return not picture.package and any(map(picture.path.is_relative_to, self.report.reading.unlisted))
 
     def embed(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> _Items:
         """Embed everything; returns what could be read, and the captions that do not belong to what could not."""

@@ -205,7 +205,7 @@ def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport, max
     for kind in ("pictures", "captions"):
         print(f"  {kind}: {report.encoded[kind]} encoded, {report.reused[kind]} reused")
     print(f"  match probabilities: {metadata.judged_by or 'not calibrated'}")
-    for line in [*describe_issues(report), *describe_truncated(report.cut, max_length)]:
+    for line in [*describe_issues(report.reading), *describe_truncated(report.cut, max_length)]:
         print(f"  {line}")
     if report.held:
         print(f"  not readable now, kept as they were: {len(report.held):,} ({join_first(report.held)})")

@@ -52,10 +52,9 @@ class GalleryWriter(SQLiteFile):
     """
 
     def __init__(self, path: Path, fingerprint: str, embed_dim: int, base: Path | None = None) -> None:
-        """Open or create a file, and delete the embeddings and thumbnails that are damaged: they are made again.
+        """Open or create a file, and delete damaged embeddings and thumbnails: they are made again.
 
-        The embeddings of other models than `fingerprint` stay until `finish`. What the gallery `base` holds counts as
-        there. ValueError when the file is damaged in another way; it has to be deleted.
+        What the gallery `base` holds counts as there. ValueError when the file is damaged in another way.
         """
         super().__init__(path, "rwc")
         self.embed_dim, self._fingerprint = embed_dim, fingerprint
@@ -208,11 +207,10 @@ class GalleryWriter(SQLiteFile):
 
 
 def _source_to_folder(folder: Path, source: str) -> str:
-    """Name a source in, beside or around the gallery relative to it: the two may move together."""
+    """Name a source in or beside the gallery relative to it, as the two may move together; else as it is."""
     here = Path(os.path.abspath(folder))
-    if not os.path.isabs(source) or not Path(source).is_relative_to(here.parent):
-        return source  # elsewhere, or a Hub id
-    return "./" + os.path.relpath(source, here).replace(os.sep, "/")
+    is_near = os.path.isabs(source) and Path(source).is_relative_to(here.parent)
+    return "./" + os.path.relpath(source, here).replace(os.sep, "/") if is_near else source
 
 
 def delete_database(path: Path) -> None:
@@ -257,9 +255,8 @@ def write_gallery(
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = metadata.fingerprint
     with atomic_write(folder / DATABASE) as temp, closing(GalleryWriter(temp, fingerprint, embed_dim)) as writer:
-        items: dict[Kind, Sequence[Picture] | Sequence[Caption]] = {"picture": pictures, "caption": captions}
         for kind, batches in embeds.items():
-            contents = map(content_of, items[kind])
+            contents = map(content_of, pictures if kind == "picture" else captions)
             for batch in batches:
                 writer.add(kind, islice(contents, len(batch)), batch)
                 writer.commit()
