@@ -117,7 +117,11 @@ def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
             with suppress(FileNotFoundError):  # another process removed the empty folder in between
                 lock.acquire()
     except Timeout:
-        text = f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
+        holder = "Another process"
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            about = json.loads(path.read_text("utf-8"))
+            holder = f"Another process ({about['process']} on {about['host']}, since {about['since']})"
+        text = f"{holder} is writing to {folder} now: wait until it is done, or choose another folder."
         raise BlockingIOError(text) from None
     try:
         with suppress(OSError):  # a full disk
@@ -131,13 +135,6 @@ def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
         if new:
             with suppress(OSError):  # not empty
                 folder.rmdir()
-
-
-def _holder(path: Path) -> str:
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        about = json.loads(path.read_text("utf-8"))
-        return f"Another process ({about['process']} on {about['host']}, since {about['since']})"
-    return "Another process"
 
 
 def describe_error(error: Exception, again: str = "run the same command again") -> str:

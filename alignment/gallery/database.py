@@ -94,8 +94,8 @@ class SQLiteFile:
 
     def __call__(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> list[Row]:
         """Run a statement, once or with each of `many` rows of values; returns what it finds."""
+        run = self._connection
         with self._errors():
-            run = self._connection
             return (run.execute(sql, values) if many is None else run.executemany(sql, many)).fetchall()
 
     def commit(self) -> None:

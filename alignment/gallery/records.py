@@ -12,6 +12,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,9 @@ class Picture:
     @property
     def exists(self) -> bool:
         """Whether the file is on this machine."""
-        try:
+        with suppress(FileNotFoundError):  # its package is not installed
             return self.path.is_file()
-        except FileNotFoundError:  # its package is not installed
-            return False
+        return False
 
     def caption(self, lang: str = "en") -> str:
         """Return its caption in this language, else in any other, else ""."""

@@ -182,8 +182,7 @@ class GalleryWriter(SQLiteFile):
         self._replace_meta(meta | {"embed_dim": self.embed_dim}, header, self._connection.total_changes > before)
         self.commit()
         pages, free = (self(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count"))
-        changed = self._connection.total_changes > before
-        if changed and (pages * _PAGE_BYTES <= _SMALL or free > _WASTE * pages):
+        if self._connection.total_changes > before and (pages * _PAGE_BYTES <= _SMALL or free > _WASTE * pages):
             with suppress(OSError):  # in use, or no room for the copy; it is complete anyway
                 self("VACUUM")
 
@@ -237,9 +236,7 @@ def _columns(item: Picture | Caption) -> Row:
 
 def content_of(item: Picture | Caption) -> str:
     """Return what an item's embedding is stored by: the SHA-256 of a picture's file, or a caption's text."""
-    if isinstance(item, Caption):
-        return item.text
-    return item.file.sha256 if item.file else item.id
+    return item.text if isinstance(item, Caption) else item.file.sha256 if item.file else item.id
 
 
 def write_gallery(
