@@ -1,8 +1,7 @@
 """Floor 1: write files atomically and lock a folder for one writer.
 
 Place in the flow: below every module that writes files. A file is written under a temporary name, flushed to the disk
-and renamed; the rename is flushed as well. A name therefore always stands for a complete file, also after a kill or a
-power cut.
+and renamed, so that a name always stands for a complete file, also after a kill or a power cut.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -25,12 +22,9 @@ from typing import Any
 TEMP_PREFIX = ".writing-"  # of the names of files that are being written; readers ignore them
 LOCK = ".lock"  # name of the lock file in a folder; it holds process, host and time as JSON
 _CHECKSUM = "sha256"  # key of the checksum in a JSON object
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NO_ROOM = 16 * 2**20  # bytes; PyTorch's write errors do not carry the error number
-_WRITE_ERROR = re.compile(r"writ|inline_container|iostream")  # in the messages of PyTorch
-_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 
 
 @contextmanager
@@ -99,12 +93,6 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def fsync_tree(folder: Path) -> None:
-    """Flush a folder and everything below it to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        fsync_path(path)
-
-
 def remove_stale_temp(folder: Path, age: float = 3600) -> None:
     """Delete temporary files that killed processes left behind at least `age` seconds ago."""
     for path in folder.glob(f"{TEMP_PREFIX}*"):
@@ -117,10 +105,7 @@ def remove_stale_temp(folder: Path, age: float = 3600) -> None:
 def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
     """Hold the write lock of a folder, which is created if needed; the end of the process releases it.
 
-    Waits `timeout` seconds for another process, or for ever if negative.
-
-    Raises:
-        BlockingIOError: when another process holds the lock; names process, host and time.
+    Waits `timeout` seconds, or for ever if negative; then BlockingIOError that names the process that holds it.
     """
     from filelock import FileLock, Timeout
 
@@ -132,7 +117,11 @@ def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
             with suppress(FileNotFoundError):  # another process removed the empty folder in between
                 lock.acquire()
     except Timeout:
-        text = f"{_holder(path)} is writing to {folder} now: wait until it is done, or choose another folder."
+        holder = "Another process"
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            about = json.loads(path.read_text("utf-8"))
+            holder = f"Another process ({about['process']} on {about['host']}, since {about['since']})"
+        text = f"{holder} is writing to {folder} now: wait until it is done, or choose another folder."
         raise BlockingIOError(text) from None
     try:
         with suppress(OSError):  # a full disk
@@ -148,43 +137,17 @@ def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _holder(path: Path) -> str:
-    try:
-        about = json.loads(path.read_text("utf-8"))
-        return f"Another process ({about['process']} on {about['host']}, since {about['since']})"
-    except (OSError, ValueError, TypeError, KeyError):
-        return "Another process"
-
-
-@contextmanager
-def wrap_write_errors(path: Path) -> Iterator[None]:
-    """Turn the write errors of safetensors and PyTorch into an `OSError` that names the file."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and not _WRITE_ERROR.search(text):
-            raise
-        full = shutil.disk_usage(path.parent).free < _NO_ROOM
-        named = (code for code in (*_FULL, *_FORBIDDEN) if os.strerror(code) in text)
-        found = _RUST_ERRNO.search(text)
-        code = int(found[1]) if found else next(named, errno.ENOSPC if full else errno.EIO)
-        raise OSError(code, os.strerror(code), str(path)) from error
-
-
 def describe_error(error: Exception, again: str = "run the same command again") -> str:
     """Say for the user of a command what went wrong and, for a file error, what mends it."""
     if not isinstance(error, OSError):
         return str(error)
-    place = error.filename2 or error.filename
-    if error.errno in _FULL:
+    code, place = error.errno, error.filename2 or error.filename
+    if code in FULL:
         where = f" where {place} lies" if place else ""
         text = f"There is no room left{where}: free some, or choose another folder, and {again}."
         return f"{text} What was there before is as it was."
-    if error.errno in _FORBIDDEN and place:
+    if code in FORBIDDEN and place:
         return f"{place} may not be read or written ({error.strerror}): change its permissions, or choose another one."
-    if error.errno in _IN_THE_WAY and place:
+    if code in _IN_THE_WAY and place:
         return f"{place} is in the way ({error.strerror}): move it, or choose another folder, and {again}."
     return str(error)

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,16 +23,11 @@ from alignment.atomic import (
     atomic_write,
     describe_error,
     exclusive_lock,
-    fsync_tree,
     read_json_checksummed,
     remove_stale_temp,
-    wrap_write_errors,
     write_file,
     write_json_checksummed,
 )
-
-FULL = Path("/dev/full")  # writing to it fails as on a full disk
-
 
 # ---------------------------------------------------------------- files
 
@@ -84,15 +78,6 @@ def test_it_is_on_the_disk_before_it_gets_its_name(
     file, folder = (tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino
     expected = [("sync", file), ("replace", file), ("sync", folder)]
     assert happened == (expected if lasting else [("replace", file)])
-
-
-def test_a_tree_is_synced_to_its_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a", "deep/b", "deep/er/c"):
-        write_file(tmp_path / name, name)
-    synced = set()
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
-    fsync_tree(tmp_path)
-    assert synced == {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))}
 
 
 def test_a_sealed_object_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:
@@ -179,30 +164,6 @@ def test_a_folder_made_for_nothing_is_taken_away_again(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize(
-    "write",
-    [lambda: FULL.write_bytes(b"content"), lambda: torch.save(torch.zeros(10**6), FULL)],
-    ids=["python", "torch"],
-)
-def test_a_full_disk_is_told_in_the_same_words_whatever_writes(write: Callable[[], object]) -> None:
-    with pytest.raises(OSError, match=r"full|No space") as met, wrap_write_errors(FULL):
-        write()
-    assert met.value.errno in (errno.ENOSPC, errno.EIO)  # PyTorch does not say why
-    assert str(FULL) in describe_error(met.value) or "no room left" in describe_error(met.value)
-
-
-def test_safetensors_errors_are_errors_of_the_file_system(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    with pytest.raises(OSError, match="a'") as met, wrap_write_errors(tmp_path / "a"):
-        save_file({"x": torch.zeros(3)}, tmp_path / "a")
-    assert met.value.errno == errno.EISDIR
-
-
-def test_other_errors_of_libraries_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="CUDA out of memory"), wrap_write_errors(FULL):
-        raise RuntimeError("CUDA out of memory")
 
 
 @pytest.mark.parametrize(

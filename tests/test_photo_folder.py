@@ -10,9 +10,9 @@ from PIL import Image
 import app
 from alignment.atomic import exclusive_lock
 from alignment.engine import AlignmentEngine, PhotoFolder, Scan, Skipped
+from alignment.engine import starter as starter_module
 from alignment.engine.photo_folder import photo_folder
 from alignment.gallery import Gallery, build_gallery
-from alignment.gallery import starter as starter_module
 from alignment.model import DualEncoder
 from alignment.picture_limits import lift_limits
 from alignment.preprocess import InputError

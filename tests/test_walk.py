@@ -124,7 +124,7 @@ def test_a_link_to_a_disk_that_is_away_keeps_its_pictures(photos: Path, tmp_path
     disk.rename(tmp_path / "unplugged")
     gallery, report = build(photos, tmp_path / "out", encoder)
     assert "link/g.png" in sources(gallery)
-    assert report.unlisted == (str(photos / "link"),)
+    assert report.reading.unlisted == (str(photos / "link"),)
 
 
 def test_a_class_that_cannot_be_listed_stops_the_measuring(photos: Path) -> None:
@@ -214,12 +214,12 @@ def test_galleries_built_into_the_source_do_not_count(photos: Path, encoder: Dua
     for out in ("gallery", "b/another", "again"):
         gallery, report = build(photos, photos / out, encoder)
         assert len(gallery.pictures) == 4
-    assert report.left_out["folders of thumbnails, waste or galleries"] == ("b/old",)
+    assert report.reading.left_out["folders of thumbnails, waste or galleries"] == ("b/old",)
 
 
 def test_pictures_in_the_folder_that_becomes_the_gallery_are_named(photos: Path, encoder: DualEncoder) -> None:
     gallery, report = build(photos, photos / "b", encoder)
     assert sources(gallery) == {"a.png", "e/f.png"}
-    assert list(report.left_out.items()) == [("pictures in the folder of the gallery itself", ["b/c.png", "b/d.png"])]
+    assert report.reading.left_out == {"pictures in the folder of the gallery itself": ("b/c.png", "b/d.png")}
     with pytest.raises(ValueError, match="choose another one for --out"):
         build(photos / "e", photos, encoder)

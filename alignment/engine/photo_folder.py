@@ -8,23 +8,27 @@ without a complete starter gallery, that is built first, also if there are no ph
 import logging
 import os
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from alignment.atomic import describe_error
 from alignment.data import describe_issues
 from alignment.data.files import walk
 from alignment.engine.core import AlignmentEngine
 from alignment.engine.photos import Skipped
-from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
-from alignment.gallery.starter import Bar
+from alignment.engine.starter import build_starter, cached_folder
+from alignment.gallery import BuildReport, Gallery, build_gallery
 from alignment.model import DualEncoder
+from alignment.model.dual_encoder import Progress
 from alignment.preprocess import IMAGE_SUFFIXES, InputError, message_with_option, sanitize_text
 
 logger = logging.getLogger(__name__)
 
+Bar: TypeAlias = Callable[[str], AbstractContextManager[Progress]]  # opens a progress bar of that name
 State = Literal["none", "starter", "running", "waiting", "done", "empty", "failed"]
 
 _WITH_OPTION = {"image.too_large": "photo.too_large", "image.too_narrow": "photo.too_narrow"}
@@ -148,7 +152,7 @@ class PhotoFolder:
             self.scan = Scan("empty" if is_empty else "failed", skipped=_skipped(report, self.source))
             return
         self._show(self._last)
-        for line in describe_issues(report):
+        for line in describe_issues(report.reading):
             logger.warning("%s: %s", self.source, line)
         now, skipped = _files(self._last), _skipped(report, self.source)
         both = before.keys() & now.keys()
@@ -173,7 +177,7 @@ class PhotoFolder:
                 if self._stopping.wait(self.retry):
                     raise _Stopped from None
 
-    def _progress(self, state: State, show: Show, done: int, total: int) -> None:
+    def _progress(self, state: State, show: Progress, done: int, total: int) -> None:
         if self._stopping.is_set():
             raise _Stopped
         self.scan = Scan(state, done, total)
@@ -207,8 +211,8 @@ def _load(folder: Path, encoder: DualEncoder) -> Gallery | None:
 def _skipped(report: BuildReport, source: str) -> tuple[Skipped, ...]:
     unlisted = InputError("This folder cannot be listed; its pictures stay as they were.", "photo.unlisted")
     unreadable = InputError("This file cannot be read.", "photo.unreadable")
-    skipped = [Skipped(os.path.relpath(folder, source), unlisted) for folder in report.unlisted]
-    for name, reason in report.unread.items():
+    skipped = [Skipped(os.path.relpath(folder, source), unlisted) for folder in report.reading.unlisted]
+    for name, reason in report.reading.unread.items():
         message = "Its captions cannot be read: {reason}."
         skipped.append(Skipped(name, InputError(message, "photo.captions", reason=sanitize_text(reason, 200))))
     for name, _ in report.skipped:

@@ -9,14 +9,13 @@ made it and refuses to be searched with the embeddings of another.
 """
 
 from alignment.gallery.build import BuildReport, build_gallery
-from alignment.gallery.command import Show, main, progress_bar
+from alignment.gallery.command import main, progress_bar
 from alignment.gallery.milvus_sync import Remote, add_index_options
 from alignment.gallery.records import Caption, Picture
 from alignment.gallery.scan import THUMBNAIL_PIXELS
 from alignment.gallery.search import Gallery, Match, SearchResult
-from alignment.gallery.starter import build_starter, cached_folder, starter_gallery
 
 __all__ = [
-    "THUMBNAIL_PIXELS", "BuildReport", "Caption", "Gallery", "Match", "Picture", "Remote", "SearchResult", "Show",
-    "add_index_options", "build_gallery", "build_starter", "cached_folder", "main", "progress_bar", "starter_gallery",
+    "THUMBNAIL_PIXELS", "BuildReport", "Caption", "Gallery", "Match", "Picture", "Remote", "SearchResult",
+    "add_index_options", "build_gallery", "main", "progress_bar",
 ]  # fmt: skip

@@ -1,8 +1,7 @@
 """Embed pictures and captions into a gallery folder; what has not changed is kept.
 
-Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threads scan files ahead of the model.
-Embeddings and thumbnails go into the database as they are made, so that a build that was killed is resumed by the next
-one; the records are replaced at the end.
+Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threads scan files ahead of the model. What
+is embedded goes into the database at once, so a killed build is resumed; the records are replaced at the end.
 """
 
 from __future__ import annotations
@@ -31,17 +30,19 @@ from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.modality import write_index
 from alignment.gallery.old_format import import_gallery
 from alignment.gallery.records import Caption, GalleryMetadata, Picture
-from alignment.gallery.scan import ImageScanner, ScannedImage
+from alignment.gallery.scan import ScannedImage, scan_image
 from alignment.gallery.search import Gallery
 from alignment.gallery.writer import GalleryWriter, content_of, delete_database
 from alignment.model import DualEncoder
+from alignment.model.dual_encoder import Progress
 from alignment.prefetch import prefetch_map
 from alignment.preprocess import InputError, message_with_option, sanitize_text
 
 logger = logging.getLogger(__name__)
 
-Progress: TypeAlias = Callable[[int, int], None]
 Growing: TypeAlias = Callable[[Gallery], None]
+_Scan: TypeAlias = tuple[Picture, ScannedImage | InputError | OSError]
+_Items: TypeAlias = tuple[Sequence[Picture], Sequence[Caption]]
 
 COMMIT_S = 2.0  # between two commits: what was embedded since then is lost if the process is killed
 _CAPTION_BATCH = 4096
@@ -50,20 +51,21 @@ _AHEAD = 64  # pictures under way or waiting for the model, a megabyte each; onl
 
 
 @dataclass
-class BuildReport(ReadIssues):
+class BuildReport:
     """What a build did."""
 
     encoded: Counter[str] = field(default_factory=Counter)  # how many "pictures" and "captions" went through the model
     reused: Counter[str] = field(default_factory=Counter)  # how many kept the embedding they had
     skipped: list[tuple[str, str]] = field(default_factory=list)  # pictures that could not be read: name, reason
     errors: dict[str, InputError] = field(default_factory=dict)  # raised for those whose file is to blame, by name
+    reading: ReadIssues = field(default_factory=ReadIssues)  # what reading the source had to leave out
     cut: Sequence[str] = ()  # captions that are longer than the model reads
     held: list[str] = field(default_factory=list)  # pictures, there or not readable now, kept as they were
 
     @property
     def is_complete(self) -> bool:
         """Whether all of the source could be read."""
-        return not (self.unlisted or self.held or self.unread)
+        return self.reading.is_complete and not self.held
 
 
 def build_gallery(
@@ -74,16 +76,14 @@ def build_gallery(
 ) -> Gallery:  # fmt: skip
     """Embed pictures and captions into a gallery folder; what is in it already and has not changed is kept.
 
-    A file counts as unchanged by size and time, then by content. Nothing is kept of another model. A picture that
-    cannot be read is skipped, logged and reported; one that may not be read now, or lies in a folder that cannot be
-    listed, stays as it was in the gallery. Until all is embedded, readers see the gallery that was there before; a
-    build that was killed, or ran out of room, is resumed by the next one.
+    A file counts as unchanged by size and time, then by content. A picture that cannot be read is skipped, logged and
+    reported; one that may not be read now, or lies in a folder that cannot be listed, stays as it was in the gallery.
+    Readers see the old gallery until all is embedded; a build that was killed, or ran out of room, is resumed.
 
-    `source` is a folder of pictures, whatever `read_data` reads with `format` and `split`, or a hand-written list, see
-    `read_hand_written`. With `calibrate` the cohort is embedded too, so that the gallery can tell when nothing fits, or
-    taken over from `like`, a gallery of the same model. `progress` is called with (done, total) items, and `growing`
-    now and then with a gallery in memory of what is embedded so far. `remote` is the server that gets a copy of the
-    embeddings and searches them. Waits `timeout` seconds while another process builds there.
+    `source` is what `read_data` reads with `format` and `split`, or a hand-written list, see `read_hand_written`. With
+    `calibrate` the cohort is embedded too, or taken over from `like`, a gallery of the same model. `progress` is called
+    with (done, total) items, and `growing` now and then with a gallery in memory of what is embedded so far. `remote`
+    gets a copy of the embeddings and searches them. Waits `timeout` seconds while another process builds there.
 
     Raises:
         FileNotFoundError: when there is no such source.
@@ -113,9 +113,8 @@ def build_gallery(
     with closing(GalleryDatabase.open(out, encoder.name)) as database:
         if remote is not None:
             remote.push(database, lambda what, done, total: progress(done, total) if progress else None)
-        else:
-            for kind in KINDS:
-                write_index(database, kind)
+        for kind in KINDS if remote is None else ():
+            write_index(database, kind)
     return Gallery.load(out, encoder, remote)
 
 
@@ -126,8 +125,8 @@ def embed_share(
 ) -> None:  # fmt: skip
     """Embed a share of a source into a file of its own, which the next `build_gallery` merges into the gallery.
 
-    Several processes may do so at once, on several machines as well if these see the same folders. A share that was
-    killed is resumed by running it again. Arguments and errors are those of `build_gallery`.
+    Several processes may do so at once, also on several machines. A killed share is resumed by running it again.
+    Arguments and errors are those of `build_gallery`.
     """
     out, report = Path(out), report or BuildReport()
     pictures, captions, metadata = _read_source(os.fspath(source), out, encoder, format, split, report, share)
@@ -153,13 +152,12 @@ def _read_source(
         pictures, captions = records.read_hand_written(folder)
         return (share.select(pictures), share.select(captions), metadata) if share else (pictures, captions, metadata)
     reading = read_data(source, format=format, split=split, partition=share)
-    report.left_out, report.repaired = reading.left_out, reading.repaired
-    report.unlisted, report.unread = reading.unlisted, reading.unread
     images = [(pair.image, pair.captions) for pair in reading.pairs if not pair.image.startswith(gallery)]
-    if inside := [pair.id for pair in reading.pairs if pair.image.startswith(gallery)]:
-        if not images:
-            raise ValueError(f"All pictures of {source} lie in the gallery folder {out}: choose another one for --out.")
-        report.left_out = {**report.left_out, "pictures in the folder of the gallery itself": inside}
+    inside = tuple(pair.id for pair in reading.pairs if pair.image.startswith(gallery))
+    if inside and not images:
+        raise ValueError(f"All pictures of {source} lie in the gallery folder {out}: choose another one for --out.")
+    left_out = {"pictures in the folder of the gallery itself": inside} if inside else {}
+    report.reading = replace(reading, pairs=[], left_out={**reading.left_out, **left_out})
     return *records.read_captioned(images, origin if folder.is_dir() else ""), metadata
 
 
@@ -183,32 +181,26 @@ class _Build:
         self.writer, self.encoder, self.metadata, self.report = writer, encoder, metadata, report
         self.progress = progress or (lambda done, total: None)
         self.growing, self.like, self.grown = growing, like, 0  # number of pictures shown last
-        self._read_previous(writer.path.parent)
-        same_source = self.before is not None and self.before.source == metadata.source
-        self.files = {picture.source: picture.file for picture in self.pictures if picture.file and same_source}
+        self.before: GalleryMetadata | None = None  # of the gallery in the folder, if this model made it
+        self.pictures, self.captions, self.cohort = list[Picture](), list[Caption](), dict[str, Tensor]()
+        try:
+            with closing(GalleryDatabase.open(writer.path.parent, encoder.name)) as database:
+                if database.metadata.fingerprint == encoder.fingerprint:
+                    self.pictures, self.captions = database.records()
+                    self.before, self.cohort = database.metadata, database.cohort()
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError) as error:
+            logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
+        is_same = self.before and self.before.source == metadata.source
+        self.files = {picture.source: picture.file for picture in self.pictures if picture.file and is_same}
         self.scanned = {**self.files, **writer.scanned()}
         self.read: list[Picture] = []  # those that can be read, each with the state of its file
         self.waiting: dict[str, int] = {}  # number of a picture that is with the model, by the hash of its file
         self.num_scanned = self.total = 0
         self.committed = time.monotonic()
 
-    def _read_previous(self, folder: Path) -> None:
-        """Read the records of the gallery in the folder, if this model made it."""
-        self.before: GalleryMetadata | None = None
-        self.pictures, self.captions, self.cohort = list[Picture](), list[Caption](), dict[str, Tensor]()
-        with suppress(FileNotFoundError):
-            try:
-                with closing(GalleryDatabase.open(folder, self.encoder.name)) as database:
-                    if database.metadata.fingerprint == self.encoder.fingerprint:
-                        self.pictures, self.captions = database.records()
-                        self.before, self.cohort = database.metadata, database.cohort()
-            except (ValueError, KeyError) as error:
-                logger.warning("Its records are made anew: %s", str(error).partition(" Rebuild it with")[0])
-
-    def with_unlisted(
-        self, pictures: Sequence[Picture], captions: Sequence[Caption]
-    ) -> tuple[Sequence[Picture], Sequence[Caption]]:
-        """Add what the gallery holds of folders that cannot be listed now."""
+    def with_unlisted(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> _Items:
         if not self.before or not self.files or self.before.options != self.metadata.options:
             return pictures, captions
         listed = {picture.source for picture in pictures}
@@ -217,12 +209,9 @@ class _Build:
         return [*pictures, *away], [*captions, *(caption for caption in self.captions if caption.scene in scenes)]
 
     def _is_away(self, picture: Picture) -> bool:
-        """Whether a picture lies in a folder that could not be listed."""
-        return not picture.package and any(picture.path.is_relative_to(folder) for folder in self.report.unlisted)
+        return not picture.package and any(map(picture.path.is_relative_to, self.report.reading.unlisted))
 
-    def embed(
-        self, pictures: Sequence[Picture], captions: Sequence[Caption]
-    ) -> tuple[Sequence[Picture], Sequence[Caption]]:
+    def embed(self, pictures: Sequence[Picture], captions: Sequence[Caption]) -> _Items:
         """Embed everything; returns what could be read, and the captions that do not belong to what could not."""
         try:
             self.total = len(pictures) + len(captions)
@@ -239,8 +228,7 @@ class _Build:
         return self.read, kept
 
     def _encode_pictures(self, pictures: Sequence[Picture]) -> None:
-        scanner = ImageScanner(self.scanned, self._known, self.encoder.preprocessor)
-        with closing(prefetch_map(scanner, pictures, depth=_AHEAD)) as scans:
+        with closing(prefetch_map(self._scan, pictures, depth=_AHEAD)) as scans:
             for row in self.encoder.encode_prepared(self._unseen(scans)):
                 sha256 = next(iter(self.waiting))
                 self.writer.add("picture", [sha256], row[None])
@@ -249,20 +237,21 @@ class _Build:
                 self._advance()
         self.report.reused["pictures"] = len(self.read) - self.report.encoded["pictures"] - len(self.report.held)
 
-    def _unseen(self, scans: Iterable[ScannedImage]) -> Iterator[Mapping[str, Tensor]]:
+    def _scan(self, picture: Picture) -> _Scan:
+        try:
+            before = self.scanned.get(picture.source)
+            return picture, scan_image(picture, before, self._known, self.encoder.preprocessor)
+        except (InputError, OSError) as error:
+            return picture, error
+
+    def _unseen(self, scans: Iterable[_Scan]) -> Iterator[Mapping[str, Tensor]]:
         """Pass on the inputs of pictures that no embedding is known of."""
-        for self.num_scanned, scan in enumerate(scans, 1):
-            picture, file = scan.picture, scan.picture.file
-            before, failure = self.files.get(picture.source), scan.failure
-            is_there = isinstance(failure, OSError) and not isinstance(failure, FileNotFoundError)
-            if before and failure and (is_there or self._is_away(picture)):
-                self.report.held.append(picture.source)
-                self.read.append(replace(picture, file=before))
-            elif failure:
-                self._skip(picture.source, failure)
+        for self.num_scanned, (picture, scan) in enumerate(scans, 1):
+            if not isinstance(scan, ScannedImage):
+                self._skip(picture, scan)
             else:
-                assert file is not None  # it was scanned
-                self.read.append(picture)
+                file = scan.file
+                self.read.append(replace(picture, file=file))
                 if file.mtime_ns and file != self.scanned.get(picture.source):
                     self.writer.add_scanned(picture.source, file)
                 if scan.thumbnail is not None:
@@ -274,8 +263,14 @@ class _Build:
                     continue
             self._advance()
 
-    def _skip(self, name: str, failure: InputError | OSError) -> None:
-        """Report a picture that cannot be read."""
+    def _skip(self, picture: Picture, failure: InputError | OSError) -> None:
+        """Report a picture that cannot be read; what is there but may not be read stays as it was in the gallery."""
+        name, before = picture.source, self.files.get(picture.source)
+        is_there = isinstance(failure, OSError) and not isinstance(failure, FileNotFoundError)
+        if before and (is_there or self._is_away(picture)):
+            self.report.held.append(name)
+            self.read.append(replace(picture, file=before))
+            return
         if isinstance(failure, InputError):
             self.report.errors[name], reason = failure, message_with_option(failure)
         else:
@@ -284,7 +279,6 @@ class _Build:
         logger.warning("Skipped %s: %s", sanitize_text(name), reason)
 
     def _known(self, sha256: str) -> tuple[bool, bool]:
-        """Whether a file is embedded, or about to be, and has a thumbnail."""
         return sha256 in self.waiting or self.writer.has("picture", sha256), self.writer.has_thumbnail(sha256)
 
     def _advance(self) -> None:
@@ -316,7 +310,6 @@ class _Build:
         self.progress(self.total, self.total)
 
     def finish(self, pictures: Sequence[Picture], captions: Sequence[Caption], calibrate: bool) -> None:
-        """Replace the records of the gallery."""
         if not pictures and not captions:
             raise ValueError(f"Nothing in {self.metadata.source} could be read, so no gallery was made.")
         metadata = replace(self.metadata, built=datetime.now(UTC).isoformat(timespec="seconds"))

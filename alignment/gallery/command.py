@@ -12,12 +12,13 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
@@ -32,13 +33,13 @@ from alignment.gallery.database import KINDS, GalleryDatabase
 from alignment.gallery.milvus_sync import Remote, add_index_options, add_push
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
+from alignment.model.dual_encoder import Progress
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import join_first
 
-Show: TypeAlias = Callable[[int, int], None]
-
 _START = timedelta(minutes=10)  # that all processes of a torchrun have to come together
 _LONGEST = timedelta(days=30)  # that a process waits for the others
+_GO_ON = "What was embedded by then is kept: run the same command again, and it goes on from there."
 
 _HELP = """\
 Embed pictures and captions once, so that the app can search them at once.
@@ -86,9 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
-        print(
-            "\nInterrupted; a gallery that was there is as it was. The same command goes on from here.", file=sys.stderr
-        )
+        text = "Interrupted; a gallery that was there is as it was. The same command goes on from here."
+        print(f"\n{text}", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:  # what the person who typed the command can mend
         print(f"error: {describe_error(error)}", file=sys.stderr)
@@ -101,16 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text, raw = "embed pictures and captions (build --help says more)", argparse.RawDescriptionHelpFormatter
     build = commands.add_parser("build", help=text, description=_HELP, epilog=_EXAMPLES, formatter_class=raw)
-    add = build.add_argument
-    add("source", type=expanduser, metavar="SOURCE", help="what to embed, see above")
-    text = "the gallery folder, new or to be brought up to date"
-    add("--out", type=expanduser, metavar="DIR", required=True, help=text)
-    add("--model", type=expanduser, default=bundled(MODEL), help="folder or Hub id (default: %(default)s)")
+    add, add_path = build.add_argument, partial(build.add_argument, type=expanduser)
+    add_path("source", metavar="SOURCE", help="what to embed, see above")
+    add_path("--out", metavar="DIR", required=True, help="the gallery folder, new or to be brought up to date")
+    add_path("--model", default=bundled(MODEL), help="folder or Hub id (default: %(default)s)")
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--split", help="only this part of a data set, such as train, dev or test")
     add("--format", help="of the data set, where the found one is wrong: csv, jsonl, coco, folder, ...")
-    text = "only embed the K-th of N shares; finish without this, see below"
-    add("--share", type=_share, metavar="K/N", help=text)
+    add("--share", type=_share, metavar="K/N", help="only embed the K-th of N shares; finish without this, see below")
     text = "leave out the cohort that tells when nothing fits; saves embedding some 1,100 texts and pictures"
     add("--no-calibration", action="store_true", help=text)
     add_size_options(build)
@@ -126,7 +124,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> int:
-    """Check every byte of the database, and whether the server, if one is named, holds all of it."""
     with closing(GalleryDatabase.open(Path(args.folder))) as database:
         if faults := database.check():
             more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -150,8 +147,13 @@ def _build(args: argparse.Namespace) -> int:
     use_size_options(args.max_megapixels, args.max_aspect_ratio)
     data = {"format": args.format, "split": args.split}
     report = BuildReport()
-    with sigterm_as_interrupt(), worker_group() as group:
-        encoder = DualEncoder.load(args.model, revision=args.revision, device=own_device() if group else None)
+    with ExitStack() as stack:
+        # torchrun sends SIGTERM when another process has failed: what is embedded is kept, as after Ctrl-C.
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+        group = stack.enter_context(worker_group())
+        count = torch.cuda.device_count() if group else 0  # one GPU for each process
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else None
+        encoder = DualEncoder.load(args.model, revision=args.revision, device=device)
         shared = _embed_share(args, encoder, data, group) if group or args.share else None
         if shared and (not group or group.share.number > 1):
             return 0
@@ -168,7 +170,7 @@ def _build(args: argparse.Namespace) -> int:
 def _embed_share(
     args: argparse.Namespace, encoder: DualEncoder, data: dict[str, Any], group: WorkerGroup | None
 ) -> BuildReport:
-    """Embed one share; among the processes of a torchrun, which have the same model, add up what all of them did."""
+    """Embed one share; returns what was done, under torchrun by all processes."""
     share, report = group.share if group else args.share, BuildReport()
     models = group.gather(encoder.fingerprint) if group else []
     if wrong := [rank for rank, model in enumerate(models) if model != models[0]]:
@@ -176,8 +178,8 @@ def _embed_share(
         raise ValueError(f"{theirs}: give all of them the same files.")
     with progress_bar(f"Embedding {share}", quiet=bool(group) and share.number > 1) as show:
         embed_share(args.source, args.out, encoder, share, progress=show, report=report, **data)
-    counts = f"{report.encoded['pictures']} pictures and {report.encoded['captions']} captions encoded"
     later = "" if group else " Once all are done, finish with the command without --share."
+    counts = "{pictures} pictures and {captions} captions encoded".format_map(report.encoded)
     print(f"Share {share}: {counts}.{later}", flush=True)
     if group:
         encoded, reused = zip(*group.gather((report.encoded, report.reused)), strict=True)
@@ -186,7 +188,7 @@ def _embed_share(
 
 
 @contextmanager
-def progress_bar(what: str = "Embedding", *, quiet: bool = False) -> Iterator[Show]:
+def progress_bar(what: str = "Embedding", *, quiet: bool = False) -> Iterator[Progress]:
     """Show on the terminal how far a build is."""
     with tqdm(desc=what, unit=" items", dynamic_ncols=True, disable=quiet) as bar, logging_redirect_tqdm():
 
@@ -198,13 +200,12 @@ def progress_bar(what: str = "Embedding", *, quiet: bool = False) -> Iterator[Sh
 
 
 def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport, max_length: int) -> int:
-    """Say what was read and what was not; returns the exit status."""
     metadata = gallery.metadata
     print(f"{args.out}: {len(gallery.pictures)} pictures and {len(gallery.captions)} captions, by {metadata.model}.")
     for kind in ("pictures", "captions"):
         print(f"  {kind}: {report.encoded[kind]} encoded, {report.reused[kind]} reused")
     print(f"  match probabilities: {metadata.judged_by or 'not calibrated'}")
-    for line in [*describe_issues(report), *describe_truncated(report.cut, max_length)]:
+    for line in [*describe_issues(report.reading), *describe_truncated(report.cut, max_length)]:
         print(f"  {line}")
     if report.held:
         print(f"  not readable now, kept as they were: {len(report.held):,} ({join_first(report.held)})")
@@ -213,9 +214,6 @@ def _sum_up(args: argparse.Namespace, gallery: Gallery, report: BuildReport, max
         return 0
     print(f"{args.out} is not complete: run the same command again once all of it can be read.", file=sys.stderr)
     return 1
-
-
-# ---------------------------------------------------------------- torchrun
 
 
 class WorkerGroup(NamedTuple):
@@ -230,10 +228,8 @@ class WorkerGroup(NamedTuple):
         try:
             distributed.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
-            raise ChildProcessError(
-                f"Another process of this torchrun has ended ({str(error).splitlines()[0]}). What was embedded by then "
-                "is kept: run the same command again, and it goes on from there."
-            ) from error
+            ended = f"Another process of this torchrun has ended ({str(error).splitlines()[0]})."
+            raise ChildProcessError(f"{ended} {_GO_ON}") from error
         return values
 
 
@@ -252,19 +248,3 @@ def worker_group() -> Iterator[WorkerGroup | None]:
         yield WorkerGroup(Partition(distributed.get_rank() + 1, distributed.get_world_size()), group)
     finally:
         distributed.destroy_process_group()
-
-
-def own_device() -> str | None:
-    """Name the GPU of this process, one each; None where there is none."""
-    count = torch.cuda.device_count()
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else None
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM, as torchrun sends it when another process has failed, like Ctrl-C: what is embedded is kept."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

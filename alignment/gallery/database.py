@@ -6,8 +6,8 @@ Place in the flow: `build -> gallery.db (here) -> index, search`. Tables:
 - `embedding`: half-precision vectors by a hash of model and content; `thumbnail`: WebP by the SHA-256 of the picture;
 - `meta`: metadata, ids in order of position, cohort; `scanned`: files that an unfinished build has hashed.
 
-Embeddings and thumbnails are committed as they are made. Records and metadata are replaced in one transaction, so a
-reader sees the old gallery or the new one. Every row has a CRC: SQLite does not notice a flipped bit in a value.
+Records and metadata are replaced in one transaction, so a reader sees the old gallery or the new one. Every row has a
+CRC: SQLite does not notice a flipped bit in a value.
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ _TIMEOUT_S = 60.0  # to wait for the commit of another process
 _CACHE_KB = 16384
 _OLD_FORMAT, _IMPORT_TIMEOUT_S = "gallery.json", 600.0
 _TAGS_CACHED = 16  # eight bytes for each item
-_CHOSEN = "(SELECT value FROM json_each(?))"
-_CLOSED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN)
+CHOSEN = "(SELECT value FROM json_each(?))"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # the last: of a damaged schema
-_ERRNO = dict.fromkeys(_CLOSED, errno.EACCES)
+_ERRNO = dict.fromkeys((sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN), errno.EACCES)
 _ERRNO |= {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_BUSY: errno.EAGAIN, sqlite3.SQLITE_IOERR: errno.EIO}
 
 
@@ -95,8 +94,8 @@ class SQLiteFile:
 
     def __call__(self, sql: str, values: Sequence[Any] = (), many: Iterable[Row] | None = None) -> list[Row]:
         """Run a statement, once or with each of `many` rows of values; returns what it finds."""
+        run = self._connection
         with self._errors():
-            run = self._connection
             return (run.execute(sql, values) if many is None else run.executemany(sql, many)).fetchall()
 
     def commit(self) -> None:
@@ -111,7 +110,6 @@ class SQLiteFile:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Translate the errors of SQLite; keep other threads out."""
         try:
             with self._lock:
                 yield
@@ -121,9 +119,10 @@ class SQLiteFile:
                 raise self.damaged(error) from error
             if (number := _ERRNO.get(code)) is None:
                 raise
-            if number == errno.EIO:
+            if self.path.is_dir():
+                number = errno.EISDIR
+            elif number == errno.EIO:
                 number = _write_errno(self.path)
-            number = errno.EISDIR if self.path.is_dir() else number
             raise OSError(number, os.strerror(number), str(self.path)) from error
 
     def damaged(self, what: object) -> ValueError:
@@ -212,7 +211,7 @@ class GalleryDatabase(SQLiteFile):
         self.packaged: list[int] = to_tensor([meta["packaged"]], "<i8").tolist()
 
     def _meta(self, keys: str) -> dict[str, Any]:
-        sql = f"SELECT key, value, crc IS crc_of({COLUMNS['meta']}) FROM meta WHERE key {keys}"
+        sql = f"SELECT key, value, crc IS crc_of(key, value) FROM meta WHERE key {keys}"
         return {key: value for key, value, _ in self._verified("meta", sql)}
 
     def _verified(self, what: str, sql: str, values: Sequence[Any] = ()) -> list[Row]:
@@ -241,8 +240,7 @@ class GalleryDatabase(SQLiteFile):
         else:
             values = folder, folder + b"/", folder + b"0"  # "0" follows "/"
             rows = self("SELECT id FROM picture WHERE folder = ? OR (folder > ? AND folder < ?)", values)
-        found = np.array([id for (id,) in rows], np.int64)
-        return self._ids[kind][torch.from_numpy(np.isin(self._ids[kind].numpy(), found))]
+        return self._ids[kind][torch.isin(self._ids[kind], torch.tensor([id for (id,) in rows], dtype=torch.int64))]
 
     def tags(self, kind: Kind) -> dict[str, int]:
         """Count the pictures below each folder, or the captions of each language ("" if unknown)."""
@@ -267,10 +265,9 @@ class GalleryDatabase(SQLiteFile):
         return self.pictures(self.ids("picture").tolist()), self.captions(self.ids("caption").tolist())
 
     def _records(self, kind: Kind, ids: Sequence[int]) -> list[Row]:
-        wanted = [int(id) for id in ids]
-        sql = f"SELECT *, crc IS crc_of({COLUMNS[kind]}) FROM {kind} WHERE id IN {_CHOSEN}"
-        found = {row[0]: row for row in self._verified(kind, sql, [json.dumps(wanted)])}
-        return [found[id] for id in wanted]
+        sql = f"SELECT *, crc IS crc_of({COLUMNS[kind]}) FROM {kind} WHERE id IN {CHOSEN}"
+        found = {row[0]: row for row in self._verified(kind, sql, [json.dumps(list(map(int, ids)))])}
+        return [found[id] for id in ids]
 
     def id_of(self, kind: Kind, name: str) -> int | None:
         """Look an item up by its public name; None if there is none. Captions are searched one by one."""
@@ -290,7 +287,7 @@ class GalleryDatabase(SQLiteFile):
         """Fetch embeddings, (n, embed_dim) float16, in the order of the ids; KeyError when an item is gone."""
         wanted = ids.tolist()
         # In the order of the table: pages of 64 kB in random order take ten times as long.
-        which = f"WHERE id IN {_CHOSEN}" if len(wanted) < len(self._ids[kind]) else "WHERE ? != ''"
+        which = f"WHERE id IN {CHOSEN}" if len(wanted) < len(self._ids[kind]) else "WHERE ? != ''"
         sql = f"WITH c(owner, row) AS MATERIALIZED (SELECT id, embedding FROM {kind} {which} ORDER BY 2)"
         sql += " SELECT owner, embeds, crc IS crc_of(key, embeds) FROM c LEFT JOIN embedding ON embedding.id = row"
         rows = self._verified("embedding", sql, [json.dumps(wanted)])

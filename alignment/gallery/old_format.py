@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alignment.atomic import sha256_of
-from alignment.gallery.database import DATABASE, Kind, source_from_folder
+from alignment.gallery.database import DATABASE, KINDS, Kind, source_from_folder
 from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture, item_ids
 from alignment.gallery.writer import write_gallery
 
@@ -34,9 +34,8 @@ _BACKGROUND = "background."
 def import_gallery(folder: Path, fetch: Callable[[Kind, str, Tensor], Tensor] | None = None) -> None:
     """Convert the gallery in a folder, if it has the previous format, and delete the old files.
 
-    The caller holds `alignment.atomic.exclusive_lock`. `fetch` returns embeddings that are not in the folder but on a
-    server, by kind, fingerprint and ids. A damaged gallery stays as it is, with a warning in the log. OSError if the
-    new one cannot be written.
+    The caller holds `alignment.atomic.exclusive_lock`. `fetch` returns embeddings from a server, by kind, fingerprint
+    and ids. A damaged gallery stays as it is, with a warning in the log. OSError if the new one cannot be written.
     """
     if not _place(folder, "gallery.json").is_file():
         return
@@ -66,7 +65,7 @@ def _convert(folder: Path, fetch: Callable[[Kind, str, Tensor], Tensor] | None) 
     with safe_open(_place(folder, "embeddings.safetensors"), "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         build, *seal = file.metadata()["build"].split()
-    content = "\n\n".join([metadata.fingerprint, *("\n".join(part) for part in lines)])
+    content = "\n\n".join([metadata.fingerprint, *map("\n".join, lines)])
     if build != hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest():
         raise ValueError("its files are not of one build")
     if seal and seal[0] != _seal(header, tensors):
@@ -74,9 +73,8 @@ def _convert(folder: Path, fetch: Callable[[Kind, str, Tensor], Tensor] | None) 
     pictures = [_picture(json.loads(line), metadata.source) for line in lines[0]]
     captions = [Caption(**json.loads(line)) for line in lines[1]]
     embeds: dict[Kind, list[Tensor]] = {}
-    sides: dict[Kind, tuple[str, Sequence[Picture | Caption]]]
-    sides = {"picture": ("image_embeds", pictures), "caption": ("text_embeds", captions)}
-    for kind, (name, items) in sides.items():
+    lists: tuple[Sequence[Picture | Caption], ...] = (pictures, captions)
+    for kind, name, items in zip(KINDS, ("image_embeds", "text_embeds"), lists, strict=True):
         place = folder / f"{name}-{metadata.fingerprint[:12]}"
         if name not in tensors and fetch and not place.exists():
             tensors[name] = fetch(kind, metadata.fingerprint, item_ids(items))

@@ -1,7 +1,6 @@
 """Records of a gallery: pictures, captions, the metadata of the build, and how they are listed from a source.
 
-Place in the flow: `data set or hand-written list -> records (here) -> embeddings (build) -> gallery.db (database)`. No
-picture is opened and nothing is embedded here.
+Place in the flow: `data set or hand-written list -> records (here) -> embeddings (build) -> gallery.db (database)`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,9 @@ class Picture:
     @property
     def exists(self) -> bool:
         """Whether the file is on this machine."""
-        try:
+        with suppress(FileNotFoundError):  # its package is not installed
             return self.path.is_file()
-        except FileNotFoundError:  # its package is not installed
-            return False
+        return False
 
     def caption(self, lang: str = "en") -> str:
         """Return its caption in this language, else in any other, else ""."""
@@ -102,11 +101,11 @@ class GalleryMetadata:
 
 def rebuild_command(folder: Path, model: str, metadata: GalleryMetadata | None = None) -> str:
     """Return the command that rebuilds the gallery in a folder for a model, as far as its metadata says."""
-    source = metadata.source if metadata and metadata.source else "SOURCE"
+    source, options = (metadata.source or "SOURCE", shlex.split(metadata.options)) if metadata else ("SOURCE", [])
     if os.path.isabs(source) and Path(source).is_relative_to(Path.cwd()):
         source = os.path.relpath(source)
     words = ["python", "-m", "alignment.gallery", "build", source, "--out", str(folder), "--model", model]
-    return shlex.join(words + shlex.split(metadata.options if metadata else ""))
+    return shlex.join(words + options)
 
 
 def item_ids(items: Iterable[Picture | Caption]) -> Tensor:
@@ -117,10 +116,9 @@ def item_ids(items: Iterable[Picture | Caption]) -> Tensor:
     seen: Counter[str] = Counter()
     ids = []
     for item in items:
-        if isinstance(item, Picture):
-            text = f"{item.id}\0{item.source}\0{item.file.sha256 if item.file else ''}"
-        else:
-            text = f"{item.id}\0{item.lang}\0{item.text}"
+        about = item.lang if isinstance(item, Caption) else item.source
+        content = item.text if isinstance(item, Caption) else item.file.sha256 if item.file else ""
+        text = f"{item.id}\0{about}\0{content}"
         seen[text] += 1
         digest = hashlib.blake2b(f"{seen[text]}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
         ids.append(int.from_bytes(digest, "big") >> 1)
@@ -145,8 +143,7 @@ def read_captioned(images: Iterable[tuple[str, Sequence[str]]], root: str = "") 
 
     Pictures below the folder `root` are named relative to it, so that the two may move together.
     """
-    pictures: list[Picture] = []
-    captions: list[Caption] = []
+    pictures, captions = list[Picture](), list[Caption]()
     for path, texts in images:
         source = os.path.relpath(path, root).replace(os.sep, "/") if root and Path(path).is_relative_to(root) else path
         scene = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -177,14 +174,15 @@ def read_hand_written(folder: Path) -> tuple[list[Picture], list[Caption]]:
     Raises:
         ValueError: naming file and line, when a line is not of this form.
     """
-    root, pictures, captions = os.path.abspath(folder), list[Picture](), list[Caption]()
-    for (id, source, credit), own in _entries(folder / PICTURES, "id", "source", "credit"):
-        pictures.append(Picture(id, source, own, credit, root))
-    scenes: list[tuple[str, str, Mapping[str, str]]] = []
-    scenes += [(id, topic, own) for (id, topic), own in _entries(folder / CAPTIONS, "id", "topic")]
-    scenes += [(picture.id, "", picture.captions) for picture in pictures]
-    for scene, topic, texts in scenes:
-        captions += [Caption(f"{scene}.{lang}", text, lang, scene, topic) for lang, text in texts.items()]
+    listed = _entries(folder / PICTURES, "id", "source", "credit")
+    pictures = [Picture(id, source, own, credit, os.path.abspath(folder)) for (id, source, credit), own in listed]
+    scenes = [(id, topic, own) for (id, topic), own in _entries(folder / CAPTIONS, "id", "topic")]
+    scenes += [(picture.id, "", dict(picture.captions)) for picture in pictures]
+    captions = [
+        Caption(f"{scene}.{lang}", text, lang, scene, topic)
+        for scene, topic, texts in scenes
+        for lang, text in texts.items()
+    ]
     for ids in ([picture.id for picture in pictures], [caption.id for caption in captions]):
         if twice := [name for name, count in Counter(ids).items() if count > 1]:
             raise ValueError(f"{folder} uses an id more than once: {', '.join(twice[:5])}.")

@@ -1,7 +1,6 @@
-"""Write `gallery.db`, or the file of one share of a build.
+"""Write `gallery.db`, or the file of one share of a build; `alignment.gallery.database` explains the tables.
 
-Place in the flow: `embeddings and thumbnails as they are made, then records -> gallery.db (here)`. Its tables
-are explained in `alignment.gallery.database`.
+Place in the flow: `embeddings and thumbnails as they are made, then records -> gallery.db (here)`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from alignment.atomic import atomic_write
-from alignment.gallery.database import COHORT, COLUMNS, DATABASE, VERSION, Kind, Row, SQLiteFile, to_tensor
+from alignment.gallery.database import CHOSEN, COHORT, COLUMNS, DATABASE, VERSION, Kind, Row, SQLiteFile, to_tensor
 from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture, folder_of, item_ids
 
 logger = logging.getLogger(__name__)
@@ -37,6 +36,7 @@ CREATE TABLE IF NOT EXISTS caption(id INTEGER PRIMARY KEY, name TEXT, text TEXT,
 CREATE INDEX IF NOT EXISTS picture_name ON picture(name);
 CREATE TABLE IF NOT EXISTS scanned(source BLOB PRIMARY KEY, size, mtime_ns, sha256) WITHOUT ROWID;
 """
+_CONTENT = ("embedding", "thumbnail")  # tables of what is stored by its content
 _PAGE_BYTES = 65536  # 31 rows of 1,024 halves; a row of 2 kB wastes half of a page of 4,096
 _SPILL_PAGES = 4096  # of changes in memory
 _BATCH = 4096  # rows of one transaction
@@ -48,15 +48,13 @@ _USED = "(SELECT embedding FROM picture UNION ALL SELECT embedding FROM caption)
 class GalleryWriter(SQLiteFile):
     """Adds embeddings and thumbnails as they come, and replaces the records at the end.
 
-    One process at a time, see `alignment.atomic.exclusive_lock`. `has` and `has_thumbnail` may be called from several
-    threads.
+    One process at a time, see `alignment.atomic.exclusive_lock`. Several threads may call `has` and `has_thumbnail`.
     """
 
     def __init__(self, path: Path, fingerprint: str, embed_dim: int, base: Path | None = None) -> None:
-        """Open or create a file, and delete the embeddings and thumbnails that are damaged: they are made again.
+        """Open or create a file, and delete damaged embeddings and thumbnails: they are made again.
 
-        The embeddings of other models than `fingerprint` stay until `finish`. What the gallery `base` holds counts as
-        there. ValueError when the file is damaged in another way; it has to be deleted.
+        What the gallery `base` holds counts as there. ValueError when the file is damaged in another way.
         """
         super().__init__(path, "rwc")
         self.embed_dim, self._fingerprint = embed_dim, fingerprint
@@ -76,14 +74,14 @@ class GalleryWriter(SQLiteFile):
                 self._files.append(SQLiteFile(base, "ro"))
 
     def _repair(self) -> None:
-        if faults := list(self.faults()):
-            if broken := [fault for fault in faults if fault.partition(" ")[0] not in COLUMNS]:
-                raise self.damaged(broken[0])
-            for table in ("embedding", "thumbnail"):  # the others are replaced anyway
-                self(f"DELETE FROM {table} WHERE crc IS NOT crc_of({COLUMNS[table]})")
-            self.commit()
-            text = "%s is damaged in %d places, which are made again: %s"
-            logger.warning(text, self.path, len(faults), faults[0])
+        if not (faults := list(self.faults())):
+            return
+        if broken := [fault for fault in faults if fault.partition(" ")[0] not in COLUMNS]:
+            raise self.damaged(broken[0])
+        for table in _CONTENT:  # the others are replaced anyway
+            self(f"DELETE FROM {table} WHERE crc IS NOT crc_of({COLUMNS[table]})")
+        self.commit()
+        logger.warning("%s is damaged in %d places, which are made again: %s", self.path, len(faults), faults[0])
 
     def close(self) -> None:
         """Close the file, and delete it if it holds nothing; what was not committed is gone."""
@@ -103,13 +101,14 @@ class GalleryWriter(SQLiteFile):
 
     def has(self, kind: Kind, content: str) -> bool:
         """Whether there is an embedding of a picture's file, by its SHA-256, or of a caption, by its text."""
-        key = (self._key(kind, content),)
-        return any(file("SELECT 1 FROM embedding WHERE key = ?", key) for file in self._files)
+        return self._any("embedding WHERE key = ?", self._key(kind, content))
 
     def has_thumbnail(self, sha256: str) -> bool:
         """Whether there is a thumbnail of a picture's file."""
-        key = (bytes.fromhex(sha256),)
-        return any(file("SELECT 1 FROM thumbnail WHERE sha256 = ?", key) for file in self._files)
+        return self._any("thumbnail WHERE sha256 = ?", bytes.fromhex(sha256))
+
+    def _any(self, rows: str, value: object) -> bool:
+        return any(file(f"SELECT 1 FROM {rows}", (value,)) for file in self._files)
 
     def add(self, kind: Kind, contents: Iterable[str], embeds: Tensor) -> None:
         """Add embeddings, (n, embed_dim), in half precision; contents as for `has`."""
@@ -119,7 +118,7 @@ class GalleryWriter(SQLiteFile):
     def embeds(self, kind: Kind, contents: Sequence[str]) -> Tensor:
         """Fetch embeddings by content, (n, embed_dim) float16; KeyError when one is missing."""
         keys = [self._key(kind, content) for content in contents]
-        sql = "SELECT key, embeds FROM embedding WHERE key IN (SELECT value FROM json_each(?))"
+        sql = f"SELECT key, embeds FROM embedding WHERE key IN {CHOSEN}"
         found: dict[int, bytes] = dict(self(sql, (json.dumps(keys),)))
         return to_tensor((found[key] for key in keys), "<f2").reshape(len(keys), self.embed_dim)
 
@@ -147,7 +146,7 @@ class GalleryWriter(SQLiteFile):
             return
         self("ATTACH ? AS share", (f"{share.absolute().as_uri()}?mode=rw",))
         try:
-            for table, columns in ((table, f"{COLUMNS[table]}, crc") for table in ("embedding", "thumbnail")):
+            for table, columns in ((table, f"{COLUMNS[table]}, crc") for table in _CONTENT):
                 last = self(f"SELECT max(id) FROM share.{table}")[0][0] or 0
                 for start in range(0, last, _BATCH):
                     rows = f"SELECT {columns} FROM share.{table} WHERE id > {start} AND id <= {start + _BATCH}"
@@ -183,24 +182,21 @@ class GalleryWriter(SQLiteFile):
         self._replace_meta(meta | {"embed_dim": self.embed_dim}, header, self._connection.total_changes > before)
         self.commit()
         pages, free = (self(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count"))
-        changed = self._connection.total_changes > before
-        if changed and (pages * _PAGE_BYTES <= _SMALL or free > _WASTE * pages):
+        if self._connection.total_changes > before and (pages * _PAGE_BYTES <= _SMALL or free > _WASTE * pages):
             with suppress(OSError):  # in use, or no room for the copy; it is complete anyway
                 self("VACUUM")
 
     def _replace(self, kind: Kind, items: Sequence[Picture | Caption], rows: Mapping[int, int]) -> Tensor:
-        """Write the records that are new or differ, and delete those that are gone; returns the ids of all."""
         ids = item_ids(items)
         embeddings = (rows[self._key(kind, content_of(item))] for item in items)
         values = ((id, *_columns(item), row) for id, item, row in zip(ids.tolist(), items, embeddings, strict=True))
         marks = ", ".join(f"?{place}" for place in range(1, COLUMNS[kind].count(",") + 2))
-        self(f"DELETE FROM {kind} WHERE id NOT IN (SELECT value FROM json_each(?))", (json.dumps(ids.tolist()),))
+        self(f"DELETE FROM {kind} WHERE id NOT IN {CHOSEN}", (json.dumps(ids.tolist()),))
         differs = f"SELECT {marks}, crc_of({marks}) EXCEPT SELECT * FROM {kind} WHERE id = ?1"
         self(f"INSERT OR REPLACE INTO {kind} {differs}", many=values)
         return ids
 
     def _replace_meta(self, meta: dict[str, Any], header: dict[str, Any], changed: bool) -> None:
-        """Write metadata, ids and cohort, unless only the date differs from a gallery of the same records."""
         old: dict[str, Any] = dict(self("SELECT key, value FROM meta WHERE crc IS crc_of(key, value)"))
         built, build = json.loads(old.get("metadata", "{}")).get("built"), old.get("build")
         if changed or old != meta | {"metadata": json.dumps(header | {"built": built}), "build": build}:
@@ -210,11 +206,10 @@ class GalleryWriter(SQLiteFile):
 
 
 def _source_to_folder(folder: Path, source: str) -> str:
-    """Name a source in, beside or around the gallery relative to it: the two may move together."""
+    """Name a source in or beside the gallery relative to it, as the two may move together; else as it is."""
     here = Path(os.path.abspath(folder))
-    if not os.path.isabs(source) or not Path(source).is_relative_to(here.parent):
-        return source  # elsewhere, or a Hub id
-    return "./" + os.path.relpath(source, here).replace(os.sep, "/")
+    is_near = os.path.isabs(source) and Path(source).is_relative_to(here.parent)
+    return "./" + os.path.relpath(source, here).replace(os.sep, "/") if is_near else source
 
 
 def delete_database(path: Path) -> None:
@@ -241,9 +236,7 @@ def _columns(item: Picture | Caption) -> Row:
 
 def content_of(item: Picture | Caption) -> str:
     """Return what an item's embedding is stored by: the SHA-256 of a picture's file, or a caption's text."""
-    if isinstance(item, Caption):
-        return item.text
-    return item.file.sha256 if item.file else item.id
+    return item.text if isinstance(item, Caption) else item.file.sha256 if item.file else item.id
 
 
 def write_gallery(
@@ -259,9 +252,8 @@ def write_gallery(
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = metadata.fingerprint
     with atomic_write(folder / DATABASE) as temp, closing(GalleryWriter(temp, fingerprint, embed_dim)) as writer:
-        items: dict[Kind, Sequence[Picture] | Sequence[Caption]] = {"picture": pictures, "caption": captions}
         for kind, batches in embeds.items():
-            contents = map(content_of, items[kind])
+            contents = map(content_of, pictures if kind == "picture" else captions)
             for batch in batches:
                 writer.add(kind, islice(contents, len(batch)), batch)
                 writer.commit()

@@ -18,7 +18,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from alignment.atomic import exclusive_lock, fsync_path, wrap_write_errors, write_json_checksummed
+from alignment.atomic import exclusive_lock, fsync_path, write_json_checksummed
 from alignment.data import describe_truncated
 from alignment.evaluate import Difference, Embedded, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import find_device
@@ -30,7 +30,7 @@ from alignment.train.prepare import prepare
 from alignment.train.presets import merge_lora
 from alignment.train.record import RunRecord
 from alignment.train.report import model_card, write_report
-from alignment.train.run_dir import RECORD, SETTINGS, acquire, clear_away, read_resume_state
+from alignment.train.run_dir import RECORD, SETTINGS, acquire, clear_away, read_resume_state, wrap_write_errors
 
 logger = logging.getLogger(__name__)
 

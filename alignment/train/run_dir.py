@@ -6,12 +6,28 @@ complete, by checksums that are written last.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from alignment.atomic import LOCK, TEMP_PREFIX, fsync_tree, read_json_checksummed, sha256_of, write_json_checksummed
+from safetensors import SafetensorError
+
+from alignment.atomic import (
+    FORBIDDEN,
+    FULL,
+    LOCK,
+    TEMP_PREFIX,
+    fsync_path,
+    read_json_checksummed,
+    sha256_of,
+    write_json_checksummed,
+)
 from alignment.model import best_device
 from alignment.train.config import TrainConfig
 from alignment.train.settings import TrainRecipe
@@ -26,6 +42,9 @@ WEIGHTS = "model.safetensors"  # of a checkpoint
 _CHECKSUMS = "complete"
 _HASHES = {"data_digest": "data have", "base_fingerprint": "start model has"}
 _FREE = ("output", "minutes")  # options that a resumed run may change
+_NO_ROOM = 16 * 2**20  # bytes; PyTorch's write errors do not carry the error number
+_WRITE_ERROR = re.compile(r"writ|inline_container|iostream")  # in the messages of PyTorch
+_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -114,7 +133,8 @@ def read_resume_state(folder: Path) -> ResumeState:
 
 def mark_complete(folder: Path, name: str = _CHECKSUMS) -> None:
     """Flush a folder to disk and write the sha256 of its files to the file `name` in it."""
-    fsync_tree(folder)
+    for path in (*folder.rglob("*"), folder):
+        fsync_path(path)
     write_json_checksummed(folder / name, {path.name: sha256_of(path) for path in sorted(folder.iterdir())})
 
 
@@ -136,3 +156,19 @@ def last_checkpoint(folder: Path) -> Path | None:
             logger.warning("%s was not finished or is damaged, and is removed.", path)
             shutil.rmtree(path, ignore_errors=True)  # another process of the run may delete it at the same time
     return last
+
+
+@contextmanager
+def wrap_write_errors(path: Path) -> Iterator[None]:
+    """Turn the write errors of safetensors and PyTorch into an `OSError` that names the file."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not _WRITE_ERROR.search(text):
+            raise
+        full = shutil.disk_usage(path.parent).free < _NO_ROOM
+        named = (code for code in (*FULL, *FORBIDDEN) if os.strerror(code) in text)
+        found = _RUST_ERRNO.search(text)
+        code = int(found[1]) if found else next(named, errno.ENOSPC if full else errno.EIO)
+        raise OSError(code, os.strerror(code), str(path)) from error

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from alignment.atomic import wrap_write_errors
+from alignment.train.run_dir import wrap_write_errors
 
 
 class CheckpointHook(Trainer):

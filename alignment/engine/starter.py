@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from pathlib import Path
-from typing import TypeAlias
 
 from alignment.bundled import GALLERY, bundled
 from alignment.confidence import cohort_version
@@ -20,39 +18,30 @@ from alignment.gallery.database import GalleryDatabase
 from alignment.gallery.records import CAPTIONS, PICTURES, GalleryMetadata, read_hand_written
 from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
-
-Bar: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""Opens a progress bar of that name; what it gives is called with (done, total) items."""
+from alignment.model.dual_encoder import Progress
 
 _TIMEOUT_S = 600.0  # to wait for another process that builds the same starter gallery
 
 
 def cached_folder(encoder: DualEncoder, source: str | os.PathLike[str]) -> Path:
     """Say where the gallery of a source lies that this model embeds; one folder for each model and source."""
-    place = os.fsencode(os.path.realpath(source))
-    return _galleries(encoder) / f"{hashlib.sha256(place).hexdigest()[:12]}-photos"
+    return _folder(encoder, "{}-photos", os.fsencode(os.path.realpath(source)))
 
 
 def starter_gallery(encoder: DualEncoder) -> Gallery:
     """Load the starter gallery as this model embeds it, or begin one that `build_starter` completes.
 
-    Returns:
-        The gallery. One that lies in no folder (`Gallery.folder` is None) holds the pictures and their own captions.
-
-    Raises:
-        ValueError: when the bundled gallery is damaged, or its sources cannot be read.
+    The latter is in memory (`Gallery.folder` is None) and holds the pictures and their own captions. ValueError when
+    the bundled gallery is damaged, or its sources cannot be read.
     """
+    with closing(GalleryDatabase.open(Path(bundled(GALLERY)), encoder.name)) as database:
+        is_ours = database.metadata.fingerprint == encoder.fingerprint
     try:
-        with closing(GalleryDatabase.open(Path(bundled(GALLERY)))) as database:
-            is_ours = database.metadata.fingerprint == encoder.fingerprint
-    except (OSError, ValueError):
-        is_ours = True  # to be reported
-    if is_ours:
-        return Gallery.load(bundled(GALLERY), encoder)
-    try:
-        return Gallery.load(_starter_folder(encoder), encoder)
+        return Gallery.load(bundled(GALLERY) if is_ours else _starter_folder(encoder), encoder)
     except (FileNotFoundError, ValueError):  # not made yet, or damaged
-        pictures, captions = read_hand_written(_sources())
+        if is_ours:
+            raise
+    pictures, captions = read_hand_written(_sources())
     shown = [picture for picture in pictures if picture.exists]
     scenes = {picture.id for picture in shown}
     own = [caption for caption in captions if caption.scene in scenes]
@@ -62,7 +51,7 @@ def starter_gallery(encoder: DualEncoder) -> Gallery:
     return Gallery(shown, own, images, texts, GalleryMetadata(*model, str(_sources())))
 
 
-def build_starter(encoder: DualEncoder, progress: Callable[[int, int], None]) -> Gallery:
+def build_starter(encoder: DualEncoder, progress: Progress) -> Gallery:
     """Embed the starter gallery with another model than the bundled one, in the cache folder; as `build_gallery`."""
     return build_gallery(_sources(), _starter_folder(encoder), encoder, progress=progress, timeout=_TIMEOUT_S)
 
@@ -74,9 +63,9 @@ def _sources() -> Path:
 def _starter_folder(encoder: DualEncoder) -> Path:
     """Name the sources and the cohort by their content: after an update of the code the gallery is made anew."""
     parts = [*((_sources() / name).read_bytes() for name in (PICTURES, CAPTIONS)), cohort_version().encode()]
-    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
-    return _galleries(encoder) / f"starter-{digest}"
+    return _folder(encoder, "starter-{}", b"\0".join(parts))
 
 
-def _galleries(encoder: DualEncoder) -> Path:
-    return cache_folder() / "galleries" / encoder.fingerprint[:12]
+def _folder(encoder: DualEncoder, name: str, content: bytes) -> Path:
+    hashed = name.format(hashlib.sha256(content).hexdigest()[:12])
+    return cache_folder() / "galleries" / encoder.fingerprint[:12] / hashed
