@@ -4,8 +4,6 @@ Place in the flow: below every module that writes files. A file is written under
 and renamed, so that a name always stands for a complete file, also after a kill or a power cut.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

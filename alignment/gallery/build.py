@@ -4,8 +4,6 @@ Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threa
 is embedded goes into the database at once, so a killed build is resumed; the records are replaced at the end.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

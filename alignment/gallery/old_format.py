@@ -3,8 +3,6 @@
 Place in the flow: `old gallery folder -> gallery.db (here)`. To be removed one release after the conversion came.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

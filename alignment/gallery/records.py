@@ -3,8 +3,6 @@
 Place in the flow: `data set or hand-written list -> records (here) -> embeddings (build) -> gallery.db (database)`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Place in the flow: `records -> scan (here, in threads) -> model -> gallery.db`. 
 its pixels, and decoded once, for its thumbnail and the model's inputs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Callable, Mapping

@@ -3,8 +3,6 @@
 Place in the flow: `embeddings and thumbnails as they are made, then records -> gallery.db (here)`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

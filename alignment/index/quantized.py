@@ -8,8 +8,6 @@ against the exact best ten of queries that are mixtures of rows and random direc
 mixtures do, and point where no picture lies as well.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import zlib
