@@ -1,6 +1,6 @@
 """Floor 0: how large a picture this process opens, and the options by which a command opens larger ones.
 
-Place in the flow: `command line -> limits (here) -> preprocess.formats`, which checks each picture against them. The
+Place in the flow: `command line -> limits (here) -> preprocess.images`, which checks each picture against them. The
 limits hold for what visitors send too; a service leaves them as they are.
 """
 

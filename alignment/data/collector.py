@@ -237,7 +237,7 @@ class Collector:
         logger.info("Read a data set, %s: %d pictures, %d captions.", title, len(pairs), num_captions)
         if left_out:
             logger.warning("Read a data set in part, %s: left out %s.", title, left_out)
-        for line in describe_unread(self.unread):
+        for line in _describe_unread(self.unread):
             logger.warning("A file of captions could not be read, of %s: %s.", title, line)
         return pairs
 
@@ -277,7 +277,24 @@ class Collector:
             return ""
 
 
-def describe_unread(unread: Mapping[str, str]) -> list[str]:
+def describe_issues(issues: ReadIssues) -> list[str]:
+    """Write a line for each reason why something was left out or repaired, and for each file that could not be read."""
+    kinds = {"left out": issues.left_out, "read all the same": issues.repaired}
+    lines = [_reason(f"{kind}, {reason}", what) for kind, found in kinds.items() for reason, what in found.items()]
+    return lines + [f"not read, {line}" for line in _describe_unread(issues.unread)]
+
+
+def describe_truncated(captions: Sequence[str], max_length: int) -> list[str]:
+    """Write a line about the captions that are longer than a model reads; none if there are none."""
+    reason = f"captions of which the model reads only the first {max_length} tokens"
+    return [_reason(reason, captions)] if captions else []
+
+
+def _reason(reason: str, what: Sequence[str]) -> str:
+    return f"{reason}: {len(what):,} ({join_first(what)})"
+
+
+def _describe_unread(unread: Mapping[str, str]) -> list[str]:
     """Say of the first few files why they could not be read, and how many more there are."""
     lines = [f"{sanitize_text(file, 150)}: {sanitize_text(why, 300)}" for file, why in unread.items()]
     more = len(lines) - _MAX_LISTED_FILES

@@ -8,9 +8,8 @@ from typing import Any
 
 from alignment.atomic import write_file
 from alignment.data.collector import Collector, RawAnnotation
-from alignment.data.columns import UnreadableTable, find_columns
 from alignment.data.files import canonical_split
-from alignment.data.records import read_record
+from alignment.data.records import UnreadableTable, find_columns, read_record
 from alignment.preprocess import join_first
 
 

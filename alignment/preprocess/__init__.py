@@ -15,10 +15,8 @@ from alignment.preprocess.captions import (
     sanitize_text,
 )
 from alignment.preprocess.errors import InputError, message_with_option
-from alignment.preprocess.formats import IMAGE_SUFFIXES
-from alignment.preprocess.images import ImageSource, open_image
-from alignment.preprocess.preprocessor import Preprocessor
-from alignment.preprocess.tokenizer import TokenizerSpec
+from alignment.preprocess.images import IMAGE_SUFFIXES, ImageSource, open_image
+from alignment.preprocess.preprocessor import Preprocessor, TokenizerSpec
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_CAPTIONS", "MAX_CAPTION_CHARS", "ImageSource", "InputError", "Preprocessor"]
 __all__ += ["TokenizerSpec", "clean_caption", "count_captions", "join_first", "message_with_option"]
