@@ -197,23 +197,25 @@ class Collector:
 
     def _search(self, name: str, annotation: RawAnnotation, is_wanted: bool) -> str | None:
         folder, repairs = os.fspath(annotation.folder or ""), []
-        found = self.index.find(name, annotation.split, folder)
-        if not found.paths and "%" in name:
-            found = self.index.find(unquote(name), annotation.split, folder)
+        paths, differs_in_case = self.index.find(name, annotation.split, folder)
+        if not paths and "%" in name:
+            paths, differs_in_case = self.index.find(unquote(name), annotation.split, folder)
             repairs.append("names written as in an address, with % for letters")
-        if found.differs_in_case:
+        if differs_in_case:
             repairs.append("names that differ from their pictures' in upper and lower case")
-        if len(found.paths) > 1 and is_wanted:
-            self._ambiguous[name] = tuple(map(self.relative, found.paths))
-        if len(found.paths) != 1:
+        if len(paths) > 1 and is_wanted:
+            self._ambiguous[name] = tuple(map(self.relative, paths))
+        if len(paths) != 1:
             return None
         for reason in repairs if is_wanted else ():
             self.repair(reason, name)
-        self._claims[found.paths[0]].setdefault(annotation.split, self._file)
-        return found.paths[0]
+        self._claims[paths[0]].setdefault(annotation.split, self._file)
+        return paths[0]
 
     def pairs(self, title: str, *, may_be_empty: bool = False) -> list[Pair]:
         """Merge the annotations of each picture, and log what was read; raise AmbiguousImageNames or EmptyDataset."""
+        for folder in self.index.unlisted:
+            self.skip_folder(UNLISTED, folder)
         self._resolve_claims()
         if self._ambiguous:
             listed = [f"{sanitize_text(name)} ({join_first(paths)})" for name, paths in self._ambiguous.items()]

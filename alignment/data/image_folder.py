@@ -92,7 +92,7 @@ class Sidecars:
     def read_elsewhere(self) -> Iterator[RawAnnotation]:
         """Read `captions/0001.txt` for `images/0001.jpg`, if no other picture has this name."""
         for path, file in self.files.items():
-            found = self._collector.index.find(file.stem, "", os.fspath(file.parent)).paths
+            found = self._collector.index.find(file.stem, "", os.fspath(file.parent))[0]
             if len(found) > 1:
                 self._skip("text files that may belong to several pictures", file)
                 self._used.add(path)

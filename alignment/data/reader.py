@@ -8,26 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
-from alignment.data.coco_flickr import (
-    is_coco,
-    is_coco_captions,
-    is_flickr30k,
-    is_karpathy,
-    read_coco,
-    read_flickr,
-    read_karpathy,
-)
+from alignment.data import coco_flickr as coco
 from alignment.data.collector import Collector, Pair, RawAnnotation, ReadIssues
-from alignment.data.files import (
-    ARCHIVE_SUFFIXES,
-    UNLISTED,
-    ImageIndex,
-    canonical_split,
-    dataset_root,
-    find_files,
-    is_hidden,
-    split_from_path,
-)
+from alignment.data.files import ARCHIVE_SUFFIXES, ImageIndex, canonical_split, find_files, is_hidden, split_from_path
 from alignment.data.image_folder import UNUSED_SIDECARS, read_folder
 from alignment.data.image_store import read_hub
 from alignment.data.records import UnreadableTable
@@ -38,6 +21,14 @@ from alignment.preprocess import join_first
 _FLICKR8K = "Flickr8k.token.txt"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
+_TABLES = ("csv", "jsonl", "parquet")  # formats in which a user writes absolute paths
+# Folders of annotations; the pictures are elsewhere below the folder around them.
+_ANNOTATION_FOLDERS = {"annotations", "flickr8k_text", "karpathy", "caption_datasets"}
+
+BLOCK = 64
+"""Neighbours that stay in one partition: they are close on disk, and form the same batches as in one process."""
+
+Item = TypeVar("Item")
 Detect = Callable[[Path, ImageIndex], list[Path]]
 
 
@@ -47,7 +38,6 @@ class Format(NamedTuple):
     detect: Detect  # returns the files to read, none if a path is not of this format
     read: Callable[[Path, Collector], Iterator[RawAnnotation]]
     in_parts: bool = False  # several files are one data set, whatever their names
-    is_exclusive: bool = True  # other files of captions in the folder are ignored
 
 
 def detect_format(source: Path, format: str | None, index: ImageIndex) -> tuple[str, list[Path]]:
@@ -131,27 +121,19 @@ def _by_suffix(*suffixes: str) -> Detect:
 
 
 FORMATS: dict[str, Format] = {  # in the order in which they are tried
-    "karpathy": Format(_by_name("dataset*.json", fits=is_karpathy, others=is_karpathy), read_karpathy),
-    "flickr8k": Format(_by_name(_FLICKR8K, fits=lambda file: file.name == _FLICKR8K), read_flickr),
-    "flickr30k": Format(_by_name("results_20130124.token", "results.csv", fits=is_flickr30k), read_flickr),
-    "coco": Format(_by_name("captions*.json", fits=is_coco, others=is_coco_captions), read_coco, is_exclusive=False),
-    "jsonl": Format(_by_suffix(".jsonl", ".ndjson", ".json"), read_table, is_exclusive=False),
-    "csv": Format(_by_suffix(".csv", ".tsv", ".txt"), read_table, is_exclusive=False),
-    "parquet": Format(_by_suffix(".parquet"), read_table, in_parts=True, is_exclusive=False),
+    "karpathy": Format(_by_name("dataset*.json", fits=coco.is_karpathy, others=coco.is_karpathy), coco.read_karpathy),
+    "flickr8k": Format(_by_name(_FLICKR8K, fits=lambda file: file.name == _FLICKR8K), coco.read_flickr),
+    "flickr30k": Format(_by_name("results_20130124.token", "results.csv", fits=coco.is_flickr30k), coco.read_flickr),
+    "coco": Format(_by_name("captions*.json", fits=coco.is_coco, others=coco.is_coco_captions), coco.read_coco),
+    "jsonl": Format(_by_suffix(".jsonl", ".ndjson", ".json"), read_table),
+    "csv": Format(_by_suffix(".csv", ".tsv", ".txt"), read_table),
+    "parquet": Format(_by_suffix(".parquet"), read_table, in_parts=True),
     "webdataset": Format(lambda source, index: find_shards(source), read_shard, in_parts=True),
     "folder": Format(lambda source, index: [source] if source.is_dir() else [], read_folder),
     "hub": Format(
         lambda source, index: [source] if not source.exists() and _HUB_ID.fullmatch(source.as_posix()) else [], read_hub
     ),
 }
-
-
-Item = TypeVar("Item")
-
-BLOCK = 64
-"""Neighbours that stay in one partition: they are close on disk, and form the same batches as in one process."""
-
-_ABSOLUTE = ("csv", "jsonl", "parquet")  # formats in which a user writes absolute paths
 
 
 @dataclass(frozen=True)
@@ -212,22 +194,20 @@ def read_data(
         ValueError: when the format is unknown, the annotations cannot be read, or no picture is left.
     """
     source = Path(source)
-    index = ImageIndex(dataset_root(source))
+    index = ImageIndex(_dataset_root(source))
     name, files = detect_format(source, format, index)
     by_file = partition is not None and FORMATS[name].in_parts and len(files) > 1
     if partition is not None and by_file:
         files = partition.select(files, block=1)
-    absolute = trusted and name in _ABSOLUTE
+    absolute = trusted and name in _TABLES
     collector = Collector(index, canonical_split(split or ""), absolute, trusted, any_table=format != "folder")
     for file in files:
         _read_file(file, name, collector)
-    if source.is_dir() and format is None and not FORMATS[name].is_exclusive:
+    if source.is_dir() and format is None and name in (*_TABLES, "coco"):
         record_others(source, files, collector)
         for path in index.paths if not (split or partition) else ():
             if path not in collector.annotations:
                 collector.skip("pictures that no caption names", collector.relative(path))
-    for folder in index.unlisted:
-        collector.skip_folder(UNLISTED, folder)
     pairs = collector.pairs(f"{source} ({name})", may_be_empty=partition is not None)
     if partition is not None and not by_file:
         pairs = partition.select(pairs)
@@ -239,6 +219,12 @@ def read_data(
         unread=collector.unread,
         unlisted=tuple(collector.unlisted),
     )
+
+
+def _dataset_root(source: Path) -> Path:
+    """Return the data set's folder: that of an annotation file, or the one around a folder of annotations."""
+    folder = Path(os.path.abspath(source if source.is_dir() else source.parent))
+    return folder.parent if folder.name.lower() in _ANNOTATION_FOLDERS else folder
 
 
 def _read_file(file: Path, format: str, collector: Collector) -> None:

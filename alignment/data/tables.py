@@ -20,7 +20,6 @@ from alignment.data.encoding import open_text
 from alignment.data.files import ARCHIVE_SUFFIXES, TEXT_SUFFIXES, ImageIndex, is_image_name, read_head, split_from_path
 from alignment.data.image_store import read_parquet
 from alignment.data.records import (
-    Columns,
     TableSample,
     UnreadableTable,
     as_record,
@@ -39,6 +38,25 @@ BLANK = " "
 IsRow = Callable[[Sequence[str]], bool]
 _LISTED = re.compile(r"([^\s,;|\"]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)(?:#\d+)?):?[ ]+(?=\S)", re.IGNORECASE)
 _SEP = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # a line in which Excel names the delimiter
+
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
+_NUM_SAMPLED = 50  # rows by which the columns are identified
+_SAMPLE_LINES = 5000  # lines in which these rows are looked for; a field may have 200
+_CAPTIONS_NAME = re.compile("caption|metadata|annotation|descri")
+_MIN_WIDTH_SHARE = 0.1  # of the rows that have a number of fields, for it to be that of the columns
+_SPREADSHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
+_OTHERS = {
+    *("", ".dat", ".data", ".tab", ".psv", ".bak", ".rtf", ".odt", ".html", ".md", ".doc", ".docx", ".pdf", ".xml"),
+    *(".yaml", ".yml", ".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat"),
+    *(".db", ".sqlite", ".lmdb", ".tfrecord"),
+}
+_CAPTIONS_STEM = re.compile(r"caption|metadata|annotation|descri(be|pt)|sentences")
+_IMAGE_NAME = re.compile(rb"\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
+_MAX_BYTES = 64 * 2**20
+
+CLASSES_ONLY = "files of classes, not captions (to take them as captions, call their column caption)"
+"""Reason to leave out a table of classes of pictures, as for image classification, without captions."""
 
 
 class Row(NamedTuple):
@@ -130,28 +148,6 @@ def _first_row(waiting: list[str], source: Iterator[str], delimiter: str, is_row
     return fields, is_open, 1
 
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
-_NUM_SAMPLED = 50  # rows by which the columns are identified
-_SAMPLE_LINES = 5000  # lines in which these rows are looked for; a field may have 200
-_CAPTIONS_NAME = re.compile("caption|metadata|annotation|descri")
-_MIN_WIDTH_SHARE = 0.1  # of the rows that have a number of fields, for it to be that of the columns
-_SPREADSHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
-_OTHERS = {
-    *("", ".dat", ".data", ".tab", ".psv", ".bak", ".rtf", ".odt", ".html", ".md", ".doc", ".docx", ".pdf", ".xml"),
-    *(".yaml", ".yml", ".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat"),
-    *(".db", ".sqlite", ".lmdb", ".tfrecord"),
-}
-_CAPTIONS_STEM = re.compile(r"caption|metadata|annotation|descri(be|pt)|sentences")
-_IMAGE_NAME = re.compile(rb"\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
-_MAX_BYTES = 64 * 2**20
-
-Records = Iterator[tuple[str, Mapping[str, Any], Columns]]
-"""Each with its place in the file, such as `captions.csv:7`, and what its columns mean."""
-
-CLASSES_ONLY = "files of classes, not captions (to take them as captions, call their column caption)"
-"""Reason to leave out a table of classes of pictures, as for image classification, without captions."""
-
-
 def read_table(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
     """Read the rows of a table; its name, or that of its folder, may say their split."""
     for row in read_rows(file, collector):
@@ -160,8 +156,8 @@ def read_table(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
 
 def read_rows(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
     """Read the rows of a table that name a picture; an UnreadableTable says that the columns are not known."""
-    for _, record, columns in _read_records(file, collector):
-        yield read_record(record, columns)._replace(folder=file.parent)
+    for row, _ in _read_records(file, collector):
+        yield row._replace(folder=file.parent)
 
 
 def check_table(file: Path, collector: Collector) -> None:
@@ -179,7 +175,7 @@ def check_table(file: Path, collector: Collector) -> None:
         reason = "no line of it can be read" if collector.left_out else "it is empty"
         names_images = re.search(r"\.(jpe?g|png|webp)\b", read_head(file), re.IGNORECASE)
         raise UnreadableTable(reason, may_be_captions=is_named_so or bool(names_images))
-    if not any(columns.captions or read_record(record, columns).captions for _, record, columns in first):
+    if not any(has_captions or row.captions for row, has_captions in first):
         raise UnreadableTable("it holds no captions", may_be_captions=False)
 
 
@@ -205,7 +201,8 @@ def _record_classes(file: Path, column: str | None, collector: Collector) -> Non
         collector.skip(CLASSES_ONLY, f"{collector.relative(file)}, column {sanitize_text(column, 40)}")
 
 
-def _read_records(file: Path, collector: Collector) -> Records:
+def _read_records(file: Path, collector: Collector) -> Iterator[tuple[RawAnnotation, bool]]:
+    """Read the rows of a table, each with whether it has a column of captions."""
     suffix = file.suffix.lower()
     if suffix not in (".jsonl", ".ndjson", ".json", ".parquet"):
         return _read_delimited(file, collector)
@@ -213,7 +210,9 @@ def _read_records(file: Path, collector: Collector) -> Records:
     return _identify_columns(file, read(file, collector), collector)
 
 
-def _identify_columns(file: Path, records: Iterator[tuple[str, Mapping[str, Any]]], collector: Collector) -> Records:
+def _identify_columns(
+    file: Path, records: Iterator[tuple[str, Mapping[str, Any]]], collector: Collector
+) -> Iterator[tuple[RawAnnotation, bool]]:
     """Identify the columns of each record by their names, else by the values of the first records."""
     first = list(islice(records, _NUM_SAMPLED))
     names = tuple(dict.fromkeys(name for _, record in first for name in record))
@@ -231,7 +230,7 @@ def _identify_columns(file: Path, records: Iterator[tuple[str, Mapping[str, Any]
             continue
         if not columns.captions:
             columns = columns._replace(captions=usual.captions, classes=usual.classes)
-        yield where, record, columns
+        yield read_record(record, columns), bool(columns.captions)
 
 
 def _as_text(value: object) -> str:
@@ -265,7 +264,7 @@ def _is_json_lines(head: str) -> bool:
     return False
 
 
-def _read_delimited(file: Path, collector: Collector) -> Records:
+def _read_delimited(file: Path, collector: Collector) -> Iterator[tuple[RawAnnotation, bool]]:
     with open_text(file) as lines:
         start = list(islice(lines, _SAMPLE_LINES))
         delimiter, skipped = read_file_head(start)
@@ -285,7 +284,8 @@ def _read_delimited(file: Path, collector: Collector) -> Records:
                 collector.repair("lines with a quotation mark that is not closed", where)
             if any(field.strip() for field in row.fields[len(fields) :]):
                 collector.repair("lines with a delimiter in a value without quotation marks", where)
-            yield where, dict(zip(sample.names, fields, strict=True)), sample.columns
+            record = dict(zip(sample.names, fields, strict=True))
+            yield read_record(record, sample.columns), bool(sample.columns.captions)
 
 
 def _sample_table(rows: Sequence[Sequence[str]], names_image: Callable[[object], bool]) -> TableSample:
