@@ -5,24 +5,10 @@ Place in the flow: `data set -> read_data (here) -> train, evaluate, gallery`. T
 the pictures and counts what is left out or repaired. What is ambiguous is an error.
 """
 
-from alignment.data.collector import (
-    AmbiguousImageNames,
-    EmptyDataset,
-    Pair,
-    ReadIssues,
-    describe_issues,
-    describe_truncated,
-)
-from alignment.data.deduplicate import (
-    ImageHash,
-    drop_leaked,
-    hash_images,
-    merge_duplicates,
-    near_duplicates,
-    summarize_data,
-)
+from alignment.data.collector import AmbiguousImageNames, EmptyDataset, Pair, describe_issues, describe_truncated
+from alignment.data.deduplicate import ImageHash, drop_leaked, hash_images, merge_duplicates, summarize_data
 from alignment.data.reader import Partition, ReadResult, read_data, read_pairs
 
-__all__ = ["AmbiguousImageNames", "EmptyDataset", "ImageHash", "Pair", "Partition", "ReadIssues", "ReadResult"]
-__all__ += ["describe_issues", "describe_truncated", "drop_leaked", "hash_images", "merge_duplicates"]
-__all__ += ["near_duplicates", "read_data", "read_pairs", "summarize_data"]
+__all__ = ["AmbiguousImageNames", "EmptyDataset", "ImageHash", "Pair", "Partition", "ReadResult", "describe_issues"]
+__all__ += ["describe_truncated", "drop_leaked", "hash_images", "merge_duplicates", "read_data", "read_pairs"]
+__all__ += ["summarize_data"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from alignment.data.encoding import detect_encoding
+from alignment.data.encoding import Encoding, detect_encoding
 from alignment.data.files import TEXT_SUFFIXES, UNLISTED, ImageIndex, canonical_split
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, join_first, sanitize_text
 
@@ -76,12 +76,8 @@ class RawAnnotation(NamedTuple):
 class Collector:
     """The pictures found so far, each with its annotations, and what did not fit (see `ReadIssues`).
 
-    Args:
-        index: the pictures in the data set's folder.
-        split: the only split to read; "" for all.
-        absolute: whether absolute paths in annotations may be opened.
-        trusted: whether the annotations are the user's own.
-        any_table: whether tables in a folder of pictures are read that are not called metadata.
+    `split` is the only one to read, or "" for all; `absolute` paths in annotations may be opened; `trusted` annotations
+    are the user's own; with `any_table`, tables in a folder of pictures need not be called metadata.
     """
 
     def __init__(
@@ -139,14 +135,12 @@ class Collector:
 
     def check_file(self, file: Path, annotations: Iterable[RawAnnotation]) -> Iterator[RawAnnotation]:
         """Pass on a file's annotations; if the picture of none is found, the file counts as unread."""
-        self._file, self._counts, is_damaged = self.relative(file), Counter(), False
-        if file.suffix.lower() in TEXT_SUFFIXES:
-            encoding = detect_encoding(file)
-            is_damaged = encoding.damaged
-            if not encoding.is_utf8:
-                self.repair(NOT_UTF8, f"{self._file} as {encoding.name}")
+        self._file, self._counts = self.relative(file), Counter()
+        encoding = detect_encoding(file) if file.suffix.lower() in TEXT_SUFFIXES else Encoding("utf-8")
+        if not encoding.is_utf8:
+            self.repair(NOT_UTF8, f"{self._file} as {encoding.name}")
         for annotation in annotations:
-            if is_damaged and any("\ufffd" in text for text in annotation.captions):
+            if encoding.damaged and any("\ufffd" in text for text in annotation.captions):
                 self.repair("captions with damaged characters", f"{self._file}: {annotation.image}")
             yield annotation
         if self._counts["captions"] and not any(self._counts[kind] for kind in ("joined", "unwanted", "unreachable")):

@@ -105,16 +105,10 @@ def near_duplicates(hashes: ImageHashes) -> list[tuple[str, str]]:
 
 
 def close_hashes(hashes: NDArray[np.uint64], limit: int = MAX_NEAR_DUPLICATES) -> NDArray[np.int64]:
-    """Find the pairs within `MAX_HAMMING_DISTANCE` bits, without comparing all with all.
+    """Find the pairs within `MAX_HAMMING_DISTANCE` bits, without comparing all with all; hashes of 0 are ignored.
 
     Of four parts of 16 bits at least one is equal in such a pair, so only hashes with an equal part are compared.
-
-    Args:
-        hashes: (n,); zeros are ignored.
-        limit: of pairs.
-
-    Returns:
-        (num_pairs, 2) positions, the smaller first, in ascending order.
+    Returned are (num_pairs, 2) positions, at most `limit` pairs, the smaller first, in ascending order.
     """
     compared = np.flatnonzero(hashes)
     parts = hashes[compared].view(np.uint16).reshape(len(compared), MAX_HAMMING_DISTANCE + 1)

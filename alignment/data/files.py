@@ -100,7 +100,8 @@ def walk(folder: Path, leave_out: Callable[[str, Path], None] = lambda reason, p
                 raise
             leave_out(UNLISTED, parent)
             continue
-        if parent is not folder and _is_gallery({entry.name for entry in entries}):
+        # A gallery of the former format, whose thumbnails are no photos; a `gallery.db` has no such files.
+        if parent is not folder and {"gallery.json", "pictures.jsonl"} <= {entry.name for entry in entries}:
             leave_out(_NO_PHOTOS, parent)
             continue
         folders = []
@@ -133,11 +134,6 @@ def _classify(entry: os.DirEntry[str], root: str, parent: str) -> str:
         return _PARENT_LINK
     is_listed = target.is_relative_to(root) and not any(map(is_hidden, target.relative_to(root).parts))
     return "" if is_listed else "folder"
-
-
-def _is_gallery(names: set[str]) -> bool:
-    """Recognise a gallery of the former format, whose thumbnails are no photos; a `gallery.db` has no such files."""
-    return {"gallery.json", "pictures.jsonl"} <= names
 
 
 class ImageIndex:

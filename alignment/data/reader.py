@@ -6,21 +6,21 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Self, TypeVar
 
 from alignment.data import coco_flickr as coco
 from alignment.data.collector import Collector, Pair, RawAnnotation, ReadIssues
 from alignment.data.files import ARCHIVE_SUFFIXES, ImageIndex, canonical_split, find_files, is_hidden, split_from_path
 from alignment.data.image_folder import UNUSED_SIDECARS, read_folder
-from alignment.data.image_store import read_hub
+from alignment.data.image_store import find_shards, read_hub, read_shard
 from alignment.data.records import UnreadableTable
-from alignment.data.tables import check_table, explain_unsupported, is_caption_table, read_table
-from alignment.data.webdataset import find_shards, read_shard
+from alignment.data.tables import explain_unsupported, is_caption_table, read_table
 from alignment.preprocess import join_first
 
 _FLICKR8K = "Flickr8k.token.txt"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
+_IN_PARTS = ("parquet", "webdataset")  # formats of which several files are one data set, whatever their names
 _TABLES = ("csv", "jsonl", "parquet")  # formats in which a user writes absolute paths
 # Folders of annotations; the pictures are elsewhere below the folder around them.
 _ANNOTATION_FOLDERS = {"annotations", "flickr8k_text", "karpathy", "caption_datasets"}
@@ -30,30 +30,19 @@ BLOCK = 64
 
 Item = TypeVar("Item")
 Detect = Callable[[Path, ImageIndex], list[Path]]
-
-
-class Format(NamedTuple):
-    """How to recognise a format and read one of its files."""
-
-    detect: Detect  # returns the files to read, none if a path is not of this format
-    read: Callable[[Path, Collector], Iterator[RawAnnotation]]
-    in_parts: bool = False  # several files are one data set, whatever their names
+"""Returns the files to read, none if a path is not of the format."""
+Read = Callable[[Path, Collector], Iterator[RawAnnotation]]
 
 
 def detect_format(source: Path, format: str | None, index: ImageIndex) -> tuple[str, list[Path]]:
-    """Find the name of the format, if it is not given, and the files to read.
-
-    Raises:
-        FileNotFoundError: when there is nothing at the path.
-        ValueError: when the format is unknown, or no file, or one of several, is of it.
-    """
+    """Find the name of the format, if it is not given, and the files to read; errors as of `read_data`."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"Unknown format {format!r}; choose one of {', '.join(FORMATS)}.")
     if format == "hub" or (format and source.is_file()):
         return format, [source]
     for name in [format] if format else FORMATS:
-        files = FORMATS[name].detect(source, index)
-        if len(files) > 1 and not FORMATS[name].in_parts and not all(split_from_path(file, source) for file in files):
+        files = FORMATS[name][0](source, index)
+        if len(files) > 1 and name not in _IN_PARTS and not all(split_from_path(file, source) for file in files):
             listed = join_first([str(file.relative_to(source)) for file in files], 9)
             raise ValueError(f"{source} holds several {name} annotation files ({listed}); give the path of one.")
         if files:
@@ -103,14 +92,9 @@ def _by_name(*patterns: str, fits: Callable[[Path], bool], others: Callable[[Pat
 def _by_suffix(*suffixes: str) -> Detect:
     """Make a function that detects a table by its suffix, or those in a folder by their content."""
 
-    def fits(file: Path, index: ImageIndex) -> bool:
-        if file.stem == "metadata" or is_hidden(file.name) or index.has_stem(file.stem):
-            return False  # metadata is read with the folder's pictures
-        try:
-            check_table(file, Collector(index))
-        except UnreadableTable:
-            return False
-        return True
+    def fits(file: Path, index: ImageIndex) -> bool:  # metadata is read with the folder's pictures
+        is_other = file.stem == "metadata" or is_hidden(file.name) or index.has_stem(file.stem)
+        return not is_other and is_caption_table(file, Collector(index))
 
     def detect(source: Path, index: ImageIndex) -> list[Path]:
         if source.is_file():
@@ -120,18 +104,19 @@ def _by_suffix(*suffixes: str) -> Detect:
     return detect
 
 
-FORMATS: dict[str, Format] = {  # in the order in which they are tried
-    "karpathy": Format(_by_name("dataset*.json", fits=coco.is_karpathy, others=coco.is_karpathy), coco.read_karpathy),
-    "flickr8k": Format(_by_name(_FLICKR8K, fits=lambda file: file.name == _FLICKR8K), coco.read_flickr),
-    "flickr30k": Format(_by_name("results_20130124.token", "results.csv", fits=coco.is_flickr30k), coco.read_flickr),
-    "coco": Format(_by_name("captions*.json", fits=coco.is_coco, others=coco.is_coco_captions), coco.read_coco),
-    "jsonl": Format(_by_suffix(".jsonl", ".ndjson", ".json"), read_table),
-    "csv": Format(_by_suffix(".csv", ".tsv", ".txt"), read_table),
-    "parquet": Format(_by_suffix(".parquet"), read_table, in_parts=True),
-    "webdataset": Format(lambda source, index: find_shards(source), read_shard, in_parts=True),
-    "folder": Format(lambda source, index: [source] if source.is_dir() else [], read_folder),
-    "hub": Format(
-        lambda source, index: [source] if not source.exists() and _HUB_ID.fullmatch(source.as_posix()) else [], read_hub
+FORMATS: dict[str, tuple[Detect, Read]] = {  # in the order in which they are tried
+    "karpathy": (_by_name("dataset*.json", fits=coco.is_karpathy, others=coco.is_karpathy), coco.read_karpathy),
+    "flickr8k": (_by_name(_FLICKR8K, fits=lambda file: file.name == _FLICKR8K), coco.read_flickr),
+    "flickr30k": (_by_name("results_20130124.token", "results.csv", fits=coco.is_flickr30k), coco.read_flickr),
+    "coco": (_by_name("captions*.json", fits=coco.is_coco, others=coco.is_coco_captions), coco.read_coco),
+    "jsonl": (_by_suffix(".jsonl", ".ndjson", ".json"), read_table),
+    "csv": (_by_suffix(".csv", ".tsv", ".txt"), read_table),
+    "parquet": (_by_suffix(".parquet"), read_table),
+    "webdataset": (lambda source, index: find_shards(source), read_shard),
+    "folder": (lambda source, index: [source] if source.is_dir() else [], read_folder),
+    "hub": (
+        lambda source, index: [source] if not source.exists() and _HUB_ID.fullmatch(source.as_posix()) else [],
+        read_hub,
     ),
 }
 
@@ -196,7 +181,7 @@ def read_data(
     source = Path(source)
     index = ImageIndex(_dataset_root(source))
     name, files = detect_format(source, format, index)
-    by_file = partition is not None and FORMATS[name].in_parts and len(files) > 1
+    by_file = partition is not None and name in _IN_PARTS and len(files) > 1
     if partition is not None and by_file:
         files = partition.select(files, block=1)
     absolute = trusted and name in _TABLES
@@ -228,7 +213,7 @@ def _dataset_root(source: Path) -> Path:
 
 
 def _read_file(file: Path, format: str, collector: Collector) -> None:
-    annotations = FORMATS[format].read(file, collector)
+    annotations = FORMATS[format][1](file, collector)
     try:
         for annotation in collector.check_file(file, annotations) if file.is_file() else annotations:
             collector.add(annotation)

@@ -185,9 +185,7 @@ def read_document(file: Path, collector: Collector) -> Iterator[tuple[str, Mappi
 
     The forms are a list of objects; an object that maps names of pictures to captions; one with a list for each column,
     as pandas writes it; or one of these below a key such as `data`. Of LLaVA's conversations the first answer is read.
-
-    Raises:
-        ValueError: when it is empty, no JSON, or of none of these forms.
+    A ValueError says that it is empty, no JSON, or of none of these forms.
     """
     text, names_image = read_text(file), collector.index.names_image
     if not text.strip():

@@ -160,7 +160,7 @@ def read_rows(file: Path, collector: Collector) -> Iterator[RawAnnotation]:
         yield row._replace(folder=file.parent)
 
 
-def check_table(file: Path, collector: Collector) -> None:
+def _check_table(file: Path, collector: Collector) -> None:
     """Read the beginning of a table; an UnreadableTable says that it contains no captions, or why it cannot be read."""
     is_named_so = bool(_CAPTIONS_NAME.search(file.name.lower()))
     try:
@@ -184,7 +184,7 @@ def is_caption_table(file: Path, collector: Collector, *, is_metadata: bool = Fa
     probe = Collector(collector.index, trusted=collector.trusted)
     try:
         if file.suffix.lower() in TABLE_SUFFIXES:
-            check_table(file, probe)
+            _check_table(file, probe)
             return True
         if may_be_captions(file, collector.index):
             collector.refuse(file, explain_unsupported(file))
