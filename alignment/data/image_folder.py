@@ -41,9 +41,7 @@ def read_folder(folder: Path, collector: Collector) -> Iterator[RawAnnotation]:
         elif is_metadata or (collector.any_table and (is_near or "caption" in file.name.lower())):
             others.append(file)
     tables = [
-        file
-        for file in others
-        if is_coco_captions(file) or is_caption_table(file, collector, is_metadata=file.stem == "metadata")
+        one for one in others if is_coco_captions(one) or is_caption_table(one, collector, one.stem == "metadata")
     ]
     for file in _without_competing(tables, collector):
         rows = read_coco(file, collector) if is_coco_captions(file) else read_rows(file, collector)

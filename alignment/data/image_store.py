@@ -27,6 +27,15 @@ from alignment.data.files import canonical_split, find_files, is_hidden, nfc, sp
 from alignment.data.records import TEXT_PARTS, UnreadableTable, find_columns, read_record
 from alignment.preprocess import IMAGE_SUFFIXES, join_first
 
+MAX_PICTURE_BYTES = 128 * 2**20
+MAX_TEXT_BYTES = 2**20
+MAX_SHARDS = 100_000
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+_NUM_PROBED = 100  # members in which the first sample of a shard is looked for
+_INDEX_VERSION = 5
+_CAPTION_PARTS = ("json", *TEXT_PARTS)
+_DAMAGED = (tarfile.TarError, EOFError, ValueError, OverflowError)  # what tarfile raises on bytes that are no tar
+
 
 def cache_folder() -> Path:
     """Return $ALIGNMENT_CACHE, else `~/.cache/alignment`."""
@@ -103,16 +112,6 @@ def read_hub(source: Path, collector: Collector) -> Iterator[RawAnnotation]:
         for record in table.cast_column(column, datasets.Image(decode=False)):
             row, image = read_record(record), _store_cell(record[column] or {}, folder)
             yield row._replace(image=image, split=row.split or split, id=row.id or Path(image).stem)
-
-
-MAX_PICTURE_BYTES = 128 * 2**20
-MAX_TEXT_BYTES = 2**20
-MAX_SHARDS = 100_000
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
-_NUM_PROBED = 100  # members in which the first sample of a shard is looked for
-_INDEX_VERSION = 5
-_CAPTION_PARTS = ("json", *TEXT_PARTS)
-_DAMAGED = (tarfile.TarError, EOFError, ValueError, OverflowError)  # what tarfile raises on bytes that are no tar
 
 
 class Shard(NamedTuple):

@@ -92,14 +92,13 @@ def _by_name(*patterns: str, fits: Callable[[Path], bool], others: Callable[[Pat
 def _by_suffix(*suffixes: str) -> Detect:
     """Make a function that detects a table by its suffix, or those in a folder by their content."""
 
-    def fits(file: Path, index: ImageIndex) -> bool:  # metadata is read with the folder's pictures
-        is_other = file.stem == "metadata" or is_hidden(file.name) or index.has_stem(file.stem)
-        return not is_other and is_caption_table(file, Collector(index))
-
     def detect(source: Path, index: ImageIndex) -> list[Path]:
         if source.is_file():
             return [source] if source.suffix.lower() in suffixes else []
-        return [file for suffix in suffixes for file in sorted(source.glob(f"*{suffix}")) if fits(file, index)]
+        files = [file for suffix in suffixes for file in sorted(source.glob(f"*{suffix}")) if not is_hidden(file.name)]
+        # Metadata is read with the folder's pictures.
+        files = [file for file in files if file.stem != "metadata" and not index.has_stem(file.stem)]
+        return [file for file in files if is_caption_table(file, Collector(index))]
 
     return detect
 
@@ -114,10 +113,7 @@ FORMATS: dict[str, tuple[Detect, Read]] = {  # in the order in which they are tr
     "parquet": (_by_suffix(".parquet"), read_table),
     "webdataset": (lambda source, index: find_shards(source), read_shard),
     "folder": (lambda source, index: [source] if source.is_dir() else [], read_folder),
-    "hub": (
-        lambda source, index: [source] if not source.exists() and _HUB_ID.fullmatch(source.as_posix()) else [],
-        read_hub,
-    ),
+    "hub": (lambda path, index: [path] if not path.exists() and _HUB_ID.fullmatch(path.as_posix()) else [], read_hub),
 }
 
 

@@ -31,6 +31,15 @@ _LETTERS = re.compile(r"[^\W\d_]{2}")
 _CLASS = re.compile(rf"\s*({'|'.join(CLASS_COLUMNS)})(s|es)?([_ -]?(name|id|idx|index|no|number)s?)?\s*", re.IGNORECASE)
 _NO_TEXT = re.compile(r"\s*(\w+://\S*|[\d\s.,:/TZ+-]*|true|false|none|nan|null)\s*", re.IGNORECASE)
 
+TEXT_PARTS = ("txt", "caption", "captions")  # of a WebDataset sample, which hold captions, one a line
+_ANSWER_ROLES = ("gpt", "assistant")
+_NUM_KEYS = 50  # of an object that are looked at
+_LANGUAGE = re.compile(r"[a-z]{2}([-_][A-Za-z]{2,4})?")
+_LITERAL = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None)"""
+_LITERAL_LIST = re.compile(rf"[\[(]\s*{_LITERAL}(?:(?:\s*,\s*|\s+){_LITERAL})*\s*,?\s*[\])]", re.DOTALL)
+
+NamesImage = Callable[[object], bool]
+
 
 class UnreadableTable(ValueError):
     """A file cannot be read as captions of pictures; with `may_be_captions` it is probably meant as such."""
@@ -168,16 +177,6 @@ class TableSample:
 
 def _is_text(value: str) -> bool:
     return bool(_LETTERS.search(value)) and not _NO_TEXT.fullmatch(value) and not is_image_name(value)
-
-
-TEXT_PARTS = ("txt", "caption", "captions")  # of a WebDataset sample, which hold captions, one a line
-_ANSWER_ROLES = ("gpt", "assistant")
-_NUM_KEYS = 50  # of an object that are looked at
-_LANGUAGE = re.compile(r"[a-z]{2}([-_][A-Za-z]{2,4})?")
-_LITERAL = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None)"""
-_LITERAL_LIST = re.compile(rf"[\[(]\s*{_LITERAL}(?:(?:\s*,\s*|\s+){_LITERAL})*\s*,?\s*[\])]", re.DOTALL)
-
-NamesImage = Callable[[object], bool]
 
 
 def read_document(file: Path, collector: Collector) -> Iterator[tuple[str, Mapping[str, Any]]]:

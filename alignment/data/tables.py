@@ -19,14 +19,7 @@ from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.encoding import open_text
 from alignment.data.files import ARCHIVE_SUFFIXES, TEXT_SUFFIXES, ImageIndex, is_image_name, read_head, split_from_path
 from alignment.data.image_store import read_parquet
-from alignment.data.records import (
-    TableSample,
-    UnreadableTable,
-    as_record,
-    find_columns,
-    read_document,
-    read_record,
-)
+from alignment.data.records import TableSample, UnreadableTable, as_record, find_columns, read_document, read_record
 from alignment.preprocess import join_first, sanitize_text
 
 DELIMITERS = ",\t;|"
@@ -35,6 +28,7 @@ _MAX_LINES_OF_A_HEAD = 1000
 BLANK = " "
 """Delimiter of lists such as `0.jpg a dog, running`: the first blank, or colon, after the name of a picture."""
 
+Rows = Iterator[tuple[RawAnnotation, bool]]  # each with whether its table has a column of captions
 IsRow = Callable[[Sequence[str]], bool]
 _LISTED = re.compile(r"([^\s,;|\"]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)(?:#\d+)?):?[ ]+(?=\S)", re.IGNORECASE)
 _SEP = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # a line in which Excel names the delimiter
@@ -179,7 +173,7 @@ def _check_table(file: Path, collector: Collector) -> None:
         raise UnreadableTable("it holds no captions", may_be_captions=False)
 
 
-def is_caption_table(file: Path, collector: Collector, *, is_metadata: bool = False) -> bool:
+def is_caption_table(file: Path, collector: Collector, is_metadata: bool = False) -> bool:
     """Tell whether a file is a table of captions; metadata, or one that seems meant so, may be recorded as unread."""
     probe = Collector(collector.index, trusted=collector.trusted)
     try:
@@ -201,8 +195,7 @@ def _record_classes(file: Path, column: str | None, collector: Collector) -> Non
         collector.skip(CLASSES_ONLY, f"{collector.relative(file)}, column {sanitize_text(column, 40)}")
 
 
-def _read_records(file: Path, collector: Collector) -> Iterator[tuple[RawAnnotation, bool]]:
-    """Read the rows of a table, each with whether it has a column of captions."""
+def _read_records(file: Path, collector: Collector) -> Rows:
     suffix = file.suffix.lower()
     if suffix not in (".jsonl", ".ndjson", ".json", ".parquet"):
         return _read_delimited(file, collector)
@@ -210,9 +203,7 @@ def _read_records(file: Path, collector: Collector) -> Iterator[tuple[RawAnnotat
     return _identify_columns(file, read(file, collector), collector)
 
 
-def _identify_columns(
-    file: Path, records: Iterator[tuple[str, Mapping[str, Any]]], collector: Collector
-) -> Iterator[tuple[RawAnnotation, bool]]:
+def _identify_columns(file: Path, records: Iterator[tuple[str, Mapping[str, Any]]], collector: Collector) -> Rows:
     """Identify the columns of each record by their names, else by the values of the first records."""
     first = list(islice(records, _NUM_SAMPLED))
     names = tuple(dict.fromkeys(name for _, record in first for name in record))
@@ -264,7 +255,7 @@ def _is_json_lines(head: str) -> bool:
     return False
 
 
-def _read_delimited(file: Path, collector: Collector) -> Iterator[tuple[RawAnnotation, bool]]:
+def _read_delimited(file: Path, collector: Collector) -> Rows:
     with open_text(file) as lines:
         start = list(islice(lines, _SAMPLE_LINES))
         delimiter, skipped = read_file_head(start)

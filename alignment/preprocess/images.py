@@ -18,11 +18,14 @@ from alignment.picture_limits import LIMITS
 from alignment.preprocess.errors import InputError, damaged, empty, unsupported
 from alignment.preprocess.metadata import ORIENTATION_TAG, orientation, strip_metadata, tile_pixels
 
+logger = logging.getLogger(__name__)
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
 """Suffixes, in small letters, by which files in folders and archives are taken for pictures."""
 
 _PILLOW_MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` raises an InputError instead
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_check_size` raises an InputError instead
 
 # Formats that Pillow may open; JPEG includes MPO. Not EPS and PDF, which run programs, nor formats without photographs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
@@ -42,9 +45,13 @@ _FOREIGN = {
     "JPEG XL": re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "),
     "Photoshop": re.compile(rb"8BPS"),
 }
+_TURNS = [Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM]
+_TURNS += [Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90]
+_UPRIGHT = dict(enumerate(_TURNS, start=2))  # EXIF orientation -> the operation that turns the picture upright
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 
 
-def open_path(path: Path) -> BinaryIO:
+def _open_path(path: Path) -> BinaryIO:
     """Open a file for reading; raise an InputError if it does not exist, is no regular file, or may not be read."""
     try:
         if not path.is_file():  # reading a pipe or a device might never end
@@ -56,7 +63,7 @@ def open_path(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def read_header(file: BinaryIO) -> Iterator[Image.Image]:
+def _read_header(file: BinaryIO) -> Iterator[Image.Image]:
     """Open a picture without decoding it, and close the file; an InputError says why it is not read."""
     with file:
         head = file.read(64)
@@ -65,7 +72,7 @@ def read_header(file: BinaryIO) -> Iterator[Image.Image]:
         if head.startswith(b"\0\0\1\0"):
             _check_icon(file)
         if head.startswith((b"II", b"MM")) and tile_pixels(file) > LIMITS["pixels"]:
-            raise too_large()
+            raise _too_large()
         Image.MAX_IMAGE_PIXELS = max(LIMITS["pixels"], _PILLOW_MAX_PIXELS)  # Pillow raises beyond twice as many
         source = BytesIO(strip_metadata(head + file.read())) if _STRIPPED.match(head) else file
         try:
@@ -77,18 +84,17 @@ def read_header(file: BinaryIO) -> Iterator[Image.Image]:
             yield image
 
 
-def too_large() -> InputError:
-    """Make the error for a picture with more pixels than the limit."""
+def _too_large() -> InputError:
     limit = f"{LIMITS['pixels'] / 1e6:g}"
     return InputError("The picture has more than {limit} megapixels; make it smaller.", "image.too_large", limit=limit)
 
 
-def check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int) -> None:
     """Raise an InputError on a picture without pixels, with too many, or with one side too long for the other."""
     if min(width, height) < 1:
         raise empty()
     if width * height > LIMITS["pixels"]:
-        raise too_large()
+        raise _too_large()
     if max(width, height) > LIMITS["aspect"] * min(width, height):
         message = "One side of the picture is more than {limit} times the other; crop it."
         raise InputError(message, "image.too_narrow", limit=LIMITS["aspect"])
@@ -129,17 +135,7 @@ def _check_icon(file: BinaryIO) -> None:
             width, height = (abs(int.from_bytes(side, "little", signed=len(side) == 4)) for side in sides)
             height //= 2
         if width * height > LIMITS["pixels"]:
-            raise too_large()
-
-
-logger = logging.getLogger(__name__)
-
-ImageSource = str | os.PathLike[str] | bytes | Image.Image
-
-_TURNS = [Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM]
-_TURNS += [Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90]
-_UPRIGHT = dict(enumerate(_TURNS, start=2))  # EXIF orientation -> the operation that turns the picture upright
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
+            raise _too_large()
 
 
 def open_image(source: ImageSource, *, draft_size: int | None = None) -> Image.Image:
@@ -161,7 +157,7 @@ def open_image(source: ImageSource, *, draft_size: int | None = None) -> Image.I
     """
     try:
         with _open(source) as image:
-            check_size(*image.size)
+            _check_size(*image.size)
             # `draft` changes the image in place, so it is not called on the caller's own; only JPEG supports it.
             size = (draft_size, draft_size) if draft_size is not None and image is not source else None
             drafted = image.draft(None, size) if size else None
@@ -172,7 +168,7 @@ def open_image(source: ImageSource, *, draft_size: int | None = None) -> Image.I
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise too_large() from error
+        raise _too_large() from error
     except Exception as error:  # on malformed files decoders raise anything: struct.error, SyntaxError, OverflowError
         raise damaged() from error
 
@@ -180,7 +176,7 @@ def open_image(source: ImageSource, *, draft_size: int | None = None) -> Image.I
 def _open(source: ImageSource) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
         return nullcontext(source)  # the caller closes it
-    return read_header(open_path(Path(source)) if isinstance(source, str | os.PathLike) else BytesIO(source))
+    return _read_header(_open_path(Path(source)) if isinstance(source, str | os.PathLike) else BytesIO(source))
 
 
 def _crop_draft(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:

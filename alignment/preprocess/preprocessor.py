@@ -48,6 +48,10 @@ _IGNORED = {
     *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"),
     *("_valid_processor_keys", "do_convert_rgb", "auto_map"),
 }
+_MIN_VOCABULARY = 10
+_TRUNCATION_BATCH = 4096  # captions tokenized at once in `truncated`
+_DRAFT_SCALE = 1.44  # shorter side of a draft over that of the model's input; 12 megapixels at 1/8 (3000 / 8) reach 260
+_MIN_DRAFT_SIZE = 320  # a gallery makes its thumbnail from the same draft
 
 
 @dataclass(frozen=True)
@@ -272,12 +276,6 @@ class TransformersTokenizer:
         if self._tokenizer.is_fast:
             return _overflows(self._tokenizer.backend_tokenizer, captions)
         return [len(ids) > self.max_length for ids in self._tokenizer(list(captions), verbose=False)["input_ids"]]
-
-
-_MIN_VOCABULARY = 10
-_TRUNCATION_BATCH = 4096  # captions tokenized at once in `truncated`
-_DRAFT_SCALE = 1.44  # shorter side of a draft over that of the model's input; 12 megapixels at 1/8 (3000 / 8) reach 260
-_MIN_DRAFT_SIZE = 320  # a gallery makes its thumbnail from the same draft
 
 
 class Preprocessor:
