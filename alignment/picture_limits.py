@@ -13,11 +13,6 @@ LIMITS = {"pixels": MAX_IMAGE_PIXELS, "aspect": MAX_ASPECT_RATIO}
 """The limits of this process."""
 
 
-def lift_limits(pixels: int = MAX_IMAGE_PIXELS, aspect_ratio: int = MAX_ASPECT_RATIO) -> None:
-    """Let this process open larger pictures, as a command does for its owner's files."""
-    LIMITS.update(pixels=pixels, aspect=aspect_ratio)
-
-
 def add_size_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add `--max-megapixels` and `--max-aspect-ratio`; None where they are not given."""
     options = {
@@ -30,9 +25,10 @@ def add_size_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
         parser.add_argument(name, type=_above_zero, metavar="N", help=text)
 
 
-def use_size_options(max_megapixels: int | None, max_aspect_ratio: int | None) -> None:
-    """Let this process open pictures as large as the options say."""
-    lift_limits((max_megapixels or MAX_IMAGE_PIXELS // 10**6) * 10**6, max_aspect_ratio or MAX_ASPECT_RATIO)
+def use_size_options(max_megapixels: int | None = None, max_aspect_ratio: int | None = None) -> None:
+    """Let this process open pictures as large as the options say, as a command does for its owner's files."""
+    LIMITS["pixels"] = max_megapixels * 10**6 if max_megapixels else MAX_IMAGE_PIXELS
+    LIMITS["aspect"] = max_aspect_ratio or MAX_ASPECT_RATIO
 
 
 def _above_zero(text: str) -> int:

@@ -18,11 +18,9 @@ from alignment.preprocess import IMAGE_SUFFIXES
 UNUSED_SIDECARS = "text files beside pictures that have their captions from elsewhere"
 MAX_SIDECAR_BYTES = 2**20
 _SIDECAR_SUFFIXES = (".txt", ".caption", ".json")
-_NOT_READ = {
-    ".tar": "tar files without samples such as 0001.jpg with 0001.txt",
-    **dict.fromkeys(OTHER_IMAGE_SUFFIXES, "pictures of a kind not read here"),
-    **dict.fromkeys(ARCHIVE_SUFFIXES, "archives, which have to be unpacked first"),
-}
+_NOT_READ = {".tar": "tar files without samples such as 0001.jpg with 0001.txt"}
+_NOT_READ |= dict.fromkeys(OTHER_IMAGE_SUFFIXES, "pictures of a kind not read here")
+_NOT_READ |= dict.fromkeys(ARCHIVE_SUFFIXES, "archives, which have to be unpacked first")
 _TABLE_DEPTH = 2  # folders below the first in which a table may have any name
 
 

@@ -16,11 +16,9 @@ from alignment.data.encoding import read_text
 from alignment.data.files import SPLITS, is_image_name
 from alignment.preprocess import join_first
 
-IMAGE_COLUMNS = (
-    *("image", "image_path", "file_name", "filename", "image_name", "filepath", "path", "img", "image_file", "file"),
-    *("photo", "picture", "img_path", "img_name", "image_filename"),
-    *("jpg", "jpeg", "png", "webp"),  # as the Hub names the parts of a WebDataset
-)
+IMAGE_COLUMNS = ["image", "image_path", "file_name", "filename", "image_name", "filepath", "path", "img", "image_file"]
+IMAGE_COLUMNS += ["file", "photo", "picture", "img_path", "img_name", "image_filename"]
+IMAGE_COLUMNS += ["jpg", "jpeg", "png", "webp"]  # as the Hub names the parts of a WebDataset
 CAPTION_COLUMNS = ("caption", "sentence", "raw", "text", "title", "description", "comment", "txt")
 CLASS_COLUMNS = ("label", "class", "category", "target", "species", "breed")
 ID_COLUMNS = ("id", "image_id", "img_id", "imgid", "cocoid", "__key__")

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.encoding import open_text
@@ -29,6 +29,7 @@ BLANK = " "
 """Delimiter of lists such as `0.jpg a dog, running`: the first blank, or colon, after the name of a picture."""
 
 Rows = Iterator[tuple[RawAnnotation, bool]]  # each with whether its table has a column of captions
+Row = tuple[int, list[str], bool]  # number of its first line, fields, whether a quotation mark is never closed
 IsRow = Callable[[Sequence[str]], bool]
 _LISTED = re.compile(r"([^\s,;|\"]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)(?:#\d+)?):?[ ]+(?=\S)", re.IGNORECASE)
 _SEP = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # a line in which Excel names the delimiter
@@ -40,25 +41,15 @@ _SAMPLE_LINES = 5000  # lines in which these rows are looked for; a field may ha
 _CAPTIONS_NAME = re.compile("caption|metadata|annotation|descri")
 _MIN_WIDTH_SHARE = 0.1  # of the rows that have a number of fields, for it to be that of the columns
 _SPREADSHEETS = {".xlsx", ".ods", ".xls", ".xlsm", ".numbers"}
-_OTHERS = {
-    *("", ".dat", ".data", ".tab", ".psv", ".bak", ".rtf", ".odt", ".html", ".md", ".doc", ".docx", ".pdf", ".xml"),
-    *(".yaml", ".yml", ".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat"),
-    *(".db", ".sqlite", ".lmdb", ".tfrecord"),
-}
+_OTHERS = {"", ".dat", ".data", ".tab", ".psv", ".bak", ".rtf", ".odt", ".html", ".md", ".doc", ".docx", ".pdf", ".xml"}
+_OTHERS |= {".yaml", ".yml", ".arrow", ".feather", ".pkl", ".pickle", ".h5", ".hdf5", ".npy", ".npz", ".mat"}
+_OTHERS |= {".db", ".sqlite", ".lmdb", ".tfrecord"}
 _CAPTIONS_STEM = re.compile(r"caption|metadata|annotation|descri(be|pt)|sentences")
 _IMAGE_NAME = re.compile(rb"\.(jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
 _MAX_BYTES = 64 * 2**20
 
 CLASSES_ONLY = "files of classes, not captions (to take them as captions, call their column caption)"
 """Reason to leave out a table of classes of pictures, as for image classification, without captions."""
-
-
-class Row(NamedTuple):
-    """A row of a delimited file."""
-
-    number: int  # of its first line, from 1
-    fields: list[str]
-    is_open: bool  # a quotation mark in it is never closed, so that the mark is part of the value
 
 
 def read_file_head(lines: Iterable[str]) -> tuple[str, int]:
@@ -120,7 +111,7 @@ def split_rows(lines: Iterable[str], delimiter: str, is_row: IsRow, first: int) 
     while waiting or (waiting := list(islice(source, 1))):
         fields, is_open, used = _first_row(waiting, source, delimiter, is_row)
         if any(field.strip() for field in fields):
-            yield Row(first, fields, is_open)
+            yield first, fields, is_open
         first += used
         del waiting[:used]
 
@@ -261,19 +252,19 @@ def _read_delimited(file: Path, collector: Collector) -> Rows:
         delimiter, skipped = read_file_head(start)
         del start[:skipped]
         first = split_rows(start, delimiter, lambda fields: any(map(is_image_name, fields)), skipped + 1)
-        sample = _sample_table([row.fields for row in islice(first, _NUM_SAMPLED + 1)], collector.index.names_image)
+        sample = _sample_table([row for _, row, _ in islice(first, _NUM_SAMPLED + 1)], collector.index.names_image)
         _record_classes(file, sample.columns.classes, collector)
         at = sample.names.index(str(sample.columns.image))
         all_lines = chain(start, lines)
         rows = split_rows(all_lines, delimiter, lambda row: any(map(is_image_name, row[at : at + 1])), skipped + 1)
-        for row in islice(rows, sample.has_header, None):
-            where = f"{file.name}:{row.number}"
-            if (fields := sample.fit_row(row.fields, delimiter)) is None:
+        for number, read, is_open in islice(rows, sample.has_header, None):
+            where = f"{file.name}:{number}"
+            if (fields := sample.fit_row(read, delimiter)) is None:
                 collector.skip("lines with more values than columns", where)
                 continue
-            if row.is_open:
+            if is_open:
                 collector.repair("lines with a quotation mark that is not closed", where)
-            if any(field.strip() for field in row.fields[len(fields) :]):
+            if any(field.strip() for field in read[len(fields) :]):
                 collector.repair("lines with a delimiter in a value without quotation marks", where)
             record = dict(zip(sample.names, fields, strict=True))
             yield read_record(record, sample.columns), bool(sample.columns.captions)

@@ -26,15 +26,9 @@ from alignment.preprocess.images import ImageSource, open_image
 _PLAIN = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 _HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 _SQUARE = {"height": 224, "width": 224}
-_CLIP = {
-    **_PLAIN,
-    "resample": 3,
-    "size": {"shortest_edge": 224},
-    "do_center_crop": True,
-    "crop_size": _SQUARE,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+_CLIP: dict[str, Any] = {**_PLAIN, "resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True}
+_CLIP |= {"crop_size": _SQUARE, "image_mean": [0.48145466, 0.4578275, 0.40821073]}
+_CLIP |= {"image_std": [0.26862954, 0.26130258, 0.27577711]}
 # Defaults of each family's processor.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIP": _CLIP,
@@ -44,10 +38,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _SHORTEST_EDGE = ("CLIP", "ChineseCLIP", "Siglip")  # families in which a size of one number is that of the shorter side
 # Keys without effect on a picture that is RGB already.
-_IGNORED = {
-    *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"),
-    *("_valid_processor_keys", "do_convert_rgb", "auto_map"),
-}
+_IGNORED = {"image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"}
+_IGNORED |= {"_valid_processor_keys", "do_convert_rgb", "auto_map"}
 _MIN_VOCABULARY = 10
 _TRUNCATION_BATCH = 4096  # captions tokenized at once in `truncated`
 _DRAFT_SCALE = 1.44  # shorter side of a draft over that of the model's input; 12 megapixels at 1/8 (3000 / 8) reach 260
