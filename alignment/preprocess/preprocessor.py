@@ -274,11 +274,6 @@ class Preprocessor:
     """A checkpoint's image processor and tokenizer, applied as in its training.
 
     What most checkpoints ask for is computed here, with the same result as in transformers, which does the rest.
-
-    Attributes:
-        max_length: tokens to which a caption is truncated.
-        image_side: pixels of a picture's shorter side after resizing, or of its longer one where both are fixed; None
-            where that varies, as for NaFlex.
     """
 
     def __init__(self, image_processor: Any, tokenizer: Any, tokenizer_spec: TokenizerSpec) -> None:
@@ -288,7 +283,8 @@ class Preprocessor:
         is_ours = isinstance(tokenizer, FileTokenizer)
         self._tokenize = tokenizer if is_ours else TransformersTokenizer(tokenizer, tokenizer_spec)
         self.tokenizer_spec = tokenizer_spec
-        self.max_length = self._tokenize.max_length
+        self.max_length = self._tokenize.max_length  # tokens to which a caption is truncated
+        # As `ImageTransform.side`; None where that varies, as for NaFlex.
         self.image_side = self._transform.side if self._transform else None
 
     @classmethod
