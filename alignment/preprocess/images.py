@@ -51,17 +51,6 @@ _UPRIGHT = dict(enumerate(_TURNS, start=2))  # EXIF orientation -> the operation
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 
 
-def _open_path(path: Path) -> BinaryIO:
-    """Open a file for reading; raise an InputError if it does not exist, is no regular file, or may not be read."""
-    try:
-        if not path.is_file():  # reading a pipe or a device might never end
-            raise FileNotFoundError(path)
-        return path.open("rb")
-    except OSError as error:
-        message = "The file {path} cannot be opened; check its name and whether you may read it."
-        raise InputError(message, "image.missing", path=str(path)) from error
-
-
 @contextmanager
 def _read_header(file: BinaryIO) -> Iterator[Image.Image]:
     """Open a picture without decoding it, and close the file; an InputError says why it is not read."""
@@ -176,7 +165,15 @@ def open_image(source: ImageSource, *, draft_size: int | None = None) -> Image.I
 def _open(source: ImageSource) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
         return nullcontext(source)  # the caller closes it
-    return _read_header(_open_path(Path(source)) if isinstance(source, str | os.PathLike) else BytesIO(source))
+    if not isinstance(source, str | os.PathLike):
+        return _read_header(BytesIO(source))
+    try:
+        if not (path := Path(source)).is_file():  # reading a pipe or a device might never end
+            raise FileNotFoundError(path)
+        return _read_header(path.open("rb"))
+    except OSError as error:
+        message = "The file {path} cannot be opened; check its name and whether you may read it."
+        raise InputError(message, "image.missing", path=str(path)) from error
 
 
 def _crop_draft(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
