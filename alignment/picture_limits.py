@@ -1,6 +1,6 @@
 """Floor 0: how large a picture this process opens, and the options by which a command opens larger ones.
 
-Place in the flow: `command line -> limits (here) -> preprocess.formats`, which checks each picture against them. The
+Place in the flow: `command line -> limits (here) -> preprocess.images`, which checks each picture against them. The
 limits hold for what visitors send too; a service leaves them as they are.
 """
 
@@ -11,11 +11,6 @@ MAX_ASPECT_RATIO = 50  # CLIP's resize of the short side to 224 would blow a 1 x
 
 LIMITS = {"pixels": MAX_IMAGE_PIXELS, "aspect": MAX_ASPECT_RATIO}
 """The limits of this process."""
-
-
-def lift_limits(pixels: int = MAX_IMAGE_PIXELS, aspect_ratio: int = MAX_ASPECT_RATIO) -> None:
-    """Let this process open larger pictures, as a command does for its owner's files."""
-    LIMITS.update(pixels=pixels, aspect=aspect_ratio)
 
 
 def add_size_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -30,9 +25,10 @@ def add_size_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
         parser.add_argument(name, type=_above_zero, metavar="N", help=text)
 
 
-def use_size_options(max_megapixels: int | None, max_aspect_ratio: int | None) -> None:
-    """Let this process open pictures as large as the options say."""
-    lift_limits((max_megapixels or MAX_IMAGE_PIXELS // 10**6) * 10**6, max_aspect_ratio or MAX_ASPECT_RATIO)
+def use_size_options(max_megapixels: int | None = None, max_aspect_ratio: int | None = None) -> None:
+    """Let this process open pictures as large as the options say, as a command does for its owner's files."""
+    LIMITS["pixels"] = max_megapixels * 10**6 if max_megapixels else MAX_IMAGE_PIXELS
+    LIMITS["aspect"] = max_aspect_ratio or MAX_ASPECT_RATIO
 
 
 def _above_zero(text: str) -> int:

@@ -18,11 +18,10 @@ from alignment.data import (
     drop_leaked,
     hash_images,
     merge_duplicates,
-    near_duplicates,
     read_data,
     summarize_data,
 )
-from alignment.data.deduplicate import MAX_HAMMING_DISTANCE, close_hashes
+from alignment.data.deduplicate import MAX_HAMMING_DISTANCE, close_hashes, near_duplicates
 
 SIDE = 96
 

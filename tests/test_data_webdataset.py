@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from alignment.data import Partition, read_data, read_pairs
-from alignment.data.webdataset import MAX_SHARDS, MAX_TEXT_BYTES, expand_braces
+from alignment.data.image_store import MAX_SHARDS, MAX_TEXT_BYTES, expand_braces
 
 Parts = Mapping[str, bytes | str]
 
@@ -231,7 +231,7 @@ def test_a_packed_copy_of_the_pictures_does_not_hide_the_data_set(tmp_path: Path
 def test_a_second_read_opens_no_shard(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read_data(shards)
     opened: list[object] = []
-    monkeypatch.setattr("alignment.data.webdataset._unpack", lambda *arguments: opened.append(arguments))
+    monkeypatch.setattr("alignment.data.image_store._unpack", lambda *arguments: opened.append(arguments))
     assert read_data(shards) == before
     assert opened == []
 
@@ -295,7 +295,7 @@ def test_links_and_devices_are_left_out(tmp_path: Path) -> None:
 
 
 def test_members_of_too_many_bytes_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignment.data.webdataset.MAX_PICTURE_BYTES", 5000)
+    monkeypatch.setattr("alignment.data.image_store.MAX_PICTURE_BYTES", 5000)
     parts: Parts = {
         "0.jpg": photo(0),
         "0.txt": "x" * (MAX_TEXT_BYTES + 1),

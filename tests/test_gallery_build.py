@@ -26,7 +26,7 @@ from alignment.gallery import BuildReport, Gallery, build_gallery, main, scan
 from alignment.gallery.database import DATABASE, GalleryDatabase
 from alignment.gallery.records import CAPTIONS, PICTURES
 from alignment.model import DualEncoder
-from alignment.picture_limits import lift_limits
+from alignment.picture_limits import use_size_options
 from alignment.preprocess import open_image
 
 ROOT = Path(__file__).parents[1]
@@ -548,7 +548,7 @@ def test_the_limits_of_a_picture_can_be_lifted(
         assert main([*command, "--max-megapixels", "108", "--max-aspect-ratio", "60"]) == 0
         assert "2 encoded, 1 reused" in capsys.readouterr().out
     finally:
-        lift_limits()
+        use_size_options()
 
 
 def test_the_home_is_found_behind_an_equals_sign(

@@ -14,7 +14,7 @@ from alignment.engine import starter as starter_module
 from alignment.engine.photo_folder import photo_folder
 from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
-from alignment.picture_limits import lift_limits
+from alignment.picture_limits import use_size_options
 from alignment.preprocess import InputError
 from alignment.ui.scan import scan_value
 
@@ -191,11 +191,11 @@ def test_a_photo_that_is_too_large_is_told_by_which_option_it_comes_in(engine, f
         assert "50" in shown["large.png"]
         assert "--max-megapixels" in shown["large.png"]
     try:
-        lift_limits(64_000_000)
+        use_size_options(64)
         photos.start()
         photos.wait()
     finally:
-        lift_limits()
+        use_size_options()
     assert [skip.name for skip in photos.scan.skipped] == ["broken.jpg"]
 
 

@@ -17,7 +17,7 @@ from alignment.preprocess import (
     Preprocessor,
     TokenizerSpec,
     clean_caption,
-    formats,
+    images,
     open_image,
     parse_captions,
 )
@@ -146,7 +146,7 @@ def test_a_picture_that_was_cut_off_is_refused(format: str, share: float, encode
 def test_hostile_bytes_never_raise_anything_else(
     format: str, encoded: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(formats.LIMITS, "pixels", 100_000)  # keeps a flipped size field cheap
+    monkeypatch.setitem(images.LIMITS, "pixels", 100_000)  # keeps a flipped size field cheap
     image = Image.fromarray(UPRIGHT)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -211,7 +211,7 @@ def test_a_huge_size_is_refused_from_the_header(kind: str, monkeypatch: pytest.M
 
 
 def test_the_size_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(formats.LIMITS, "pixels", 12)
+    monkeypatch.setitem(images.LIMITS, "pixels", 12)
     assert open_image(Image.new("RGB", (3, 4))).size == (3, 4)
     assert refused(Image.new("RGB", (13, 1))).code == "image.too_large"
 

@@ -20,8 +20,7 @@ from test_preprocess import equal
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from alignment.preprocess import InputError, Preprocessor, open_image
-from alignment.preprocess.image_transform import ImageTransform
-from alignment.preprocess.tokenizer import FileTokenizer, TokenizerSpec
+from alignment.preprocess.preprocessor import FileTokenizer, ImageTransform, TokenizerSpec
 
 ROOT = Path(__file__).parents[1]
 COMPACT = ROOT / "checkpoints" / "compact"

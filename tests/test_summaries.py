@@ -15,7 +15,7 @@ from PIL import Image
 from alignment.data import Pair
 from alignment.evaluate import main as evaluate
 from alignment.gallery import main as gallery
-from alignment.picture_limits import LIMITS, lift_limits
+from alignment.picture_limits import LIMITS, use_size_options
 from alignment.preprocess import Preprocessor
 from alignment.train.command import main as train
 from alignment.train.dataset import CaptionIndex, ContrastiveDataset
@@ -124,16 +124,16 @@ def test_larger_pictures_come_in_by_an_option(
         assert run([*words, *outs[1], "--max-megapixels", "64", "--max-aspect-ratio", "60"]) == 0
         assert "cannot be opened" not in str(capsys.readouterr())
     finally:
-        lift_limits()
+        use_size_options()
 
 
 def test_a_worker_that_is_started_afresh_has_the_same_limits(checkpoint: Callable[[str], Path]) -> None:
     captions, preprocessor = CaptionIndex([PAIR], []), Preprocessor.load(checkpoint("clip"))
     try:
-        lift_limits(108_000_000, 60)
+        use_size_options(108, 60)
         examples = ContrastiveDataset([PAIR], captions, preprocessor, batch_size=1, num_steps=1)
-        lift_limits()
+        use_size_options()
         copy.copy(examples)  # by the way in which it is sent to another process
         assert LIMITS == {"pixels": 108_000_000, "aspect": 60}
     finally:
-        lift_limits()
+        use_size_options()

@@ -1,15 +1,14 @@
 """Floor 2, data: read an annotated data set as pictures with their captions, and report what is wrong with it.
 
 Place in the flow: `data set -> read_data (here) -> train, evaluate, gallery`. The format is detected from the path;
-`formats.FORMATS` lists a reader for each. A reader yields a `RawAnnotation` for what is written; the `Collector` finds
+`reader.FORMATS` lists a reader for each. A reader yields a `RawAnnotation` for what is written; the `Collector` finds
 the pictures and counts what is left out or repaired. What is ambiguous is an error.
 """
 
-from alignment.data.collector import AmbiguousImageNames, EmptyDataset, Pair, ReadIssues
-from alignment.data.deduplicate import ImageHash, drop_leaked, hash_images, merge_duplicates, near_duplicates
+from alignment.data.collector import AmbiguousImageNames, EmptyDataset, Pair, describe_issues, describe_truncated
+from alignment.data.deduplicate import ImageHash, drop_leaked, hash_images, merge_duplicates, summarize_data
 from alignment.data.reader import Partition, ReadResult, read_data, read_pairs
-from alignment.data.report import describe_issues, describe_truncated, summarize_data
 
-__all__ = ["AmbiguousImageNames", "EmptyDataset", "ImageHash", "Pair", "Partition", "ReadIssues", "ReadResult"]
-__all__ += ["describe_issues", "describe_truncated", "drop_leaked", "hash_images", "merge_duplicates"]
-__all__ += ["near_duplicates", "read_data", "read_pairs", "summarize_data"]
+__all__ = ["AmbiguousImageNames", "EmptyDataset", "ImageHash", "Pair", "Partition", "ReadResult", "describe_issues"]
+__all__ += ["describe_truncated", "drop_leaked", "hash_images", "merge_duplicates", "read_data", "read_pairs"]
+__all__ += ["summarize_data"]

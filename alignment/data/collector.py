@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from alignment.data.encoding import detect_encoding
+from alignment.data.encoding import Encoding, detect_encoding
 from alignment.data.files import TEXT_SUFFIXES, UNLISTED, ImageIndex, canonical_split
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, join_first, sanitize_text
 
@@ -76,12 +76,8 @@ class RawAnnotation(NamedTuple):
 class Collector:
     """The pictures found so far, each with its annotations, and what did not fit (see `ReadIssues`).
 
-    Args:
-        index: the pictures in the data set's folder.
-        split: the only split to read; "" for all.
-        absolute: whether absolute paths in annotations may be opened.
-        trusted: whether the annotations are the user's own.
-        any_table: whether tables in a folder of pictures are read that are not called metadata.
+    `split` is the only one to read, or "" for all; `absolute` paths in annotations may be opened; `trusted` annotations
+    are the user's own; with `any_table`, tables in a folder of pictures need not be called metadata.
     """
 
     def __init__(
@@ -139,14 +135,12 @@ class Collector:
 
     def check_file(self, file: Path, annotations: Iterable[RawAnnotation]) -> Iterator[RawAnnotation]:
         """Pass on a file's annotations; if the picture of none is found, the file counts as unread."""
-        self._file, self._counts, is_damaged = self.relative(file), Counter(), False
-        if file.suffix.lower() in TEXT_SUFFIXES:
-            encoding = detect_encoding(file)
-            is_damaged = encoding.damaged
-            if not encoding.is_utf8:
-                self.repair(NOT_UTF8, f"{self._file} as {encoding.name}")
+        self._file, self._counts = self.relative(file), Counter()
+        encoding = detect_encoding(file) if file.suffix.lower() in TEXT_SUFFIXES else Encoding("utf-8")
+        if not encoding.is_utf8:
+            self.repair(NOT_UTF8, f"{self._file} as {encoding.name}")
         for annotation in annotations:
-            if is_damaged and any("\ufffd" in text for text in annotation.captions):
+            if encoding.damaged and any("\ufffd" in text for text in annotation.captions):
                 self.repair("captions with damaged characters", f"{self._file}: {annotation.image}")
             yield annotation
         if self._counts["captions"] and not any(self._counts[kind] for kind in ("joined", "unwanted", "unreachable")):
@@ -197,23 +191,25 @@ class Collector:
 
     def _search(self, name: str, annotation: RawAnnotation, is_wanted: bool) -> str | None:
         folder, repairs = os.fspath(annotation.folder or ""), []
-        found = self.index.find(name, annotation.split, folder)
-        if not found.paths and "%" in name:
-            found = self.index.find(unquote(name), annotation.split, folder)
+        paths, differs_in_case = self.index.find(name, annotation.split, folder)
+        if not paths and "%" in name:
+            paths, differs_in_case = self.index.find(unquote(name), annotation.split, folder)
             repairs.append("names written as in an address, with % for letters")
-        if found.differs_in_case:
+        if differs_in_case:
             repairs.append("names that differ from their pictures' in upper and lower case")
-        if len(found.paths) > 1 and is_wanted:
-            self._ambiguous[name] = tuple(map(self.relative, found.paths))
-        if len(found.paths) != 1:
+        if len(paths) > 1 and is_wanted:
+            self._ambiguous[name] = tuple(map(self.relative, paths))
+        if len(paths) != 1:
             return None
         for reason in repairs if is_wanted else ():
             self.repair(reason, name)
-        self._claims[found.paths[0]].setdefault(annotation.split, self._file)
-        return found.paths[0]
+        self._claims[paths[0]].setdefault(annotation.split, self._file)
+        return paths[0]
 
     def pairs(self, title: str, *, may_be_empty: bool = False) -> list[Pair]:
         """Merge the annotations of each picture, and log what was read; raise AmbiguousImageNames or EmptyDataset."""
+        for folder in self.index.unlisted:
+            self.skip_folder(UNLISTED, folder)
         self._resolve_claims()
         if self._ambiguous:
             listed = [f"{sanitize_text(name)} ({join_first(paths)})" for name, paths in self._ambiguous.items()]
@@ -237,7 +233,7 @@ class Collector:
         logger.info("Read a data set, %s: %d pictures, %d captions.", title, len(pairs), num_captions)
         if left_out:
             logger.warning("Read a data set in part, %s: left out %s.", title, left_out)
-        for line in describe_unread(self.unread):
+        for line in _describe_unread(self.unread):
             logger.warning("A file of captions could not be read, of %s: %s.", title, line)
         return pairs
 
@@ -277,7 +273,24 @@ class Collector:
             return ""
 
 
-def describe_unread(unread: Mapping[str, str]) -> list[str]:
+def describe_issues(issues: ReadIssues) -> list[str]:
+    """Write a line for each reason why something was left out or repaired, and for each file that could not be read."""
+    kinds = {"left out": issues.left_out, "read all the same": issues.repaired}
+    lines = [_reason(f"{kind}, {reason}", what) for kind, found in kinds.items() for reason, what in found.items()]
+    return lines + [f"not read, {line}" for line in _describe_unread(issues.unread)]
+
+
+def describe_truncated(captions: Sequence[str], max_length: int) -> list[str]:
+    """Write a line about the captions that are longer than a model reads; none if there are none."""
+    reason = f"captions of which the model reads only the first {max_length} tokens"
+    return [_reason(reason, captions)] if captions else []
+
+
+def _reason(reason: str, what: Sequence[str]) -> str:
+    return f"{reason}: {len(what):,} ({join_first(what)})"
+
+
+def _describe_unread(unread: Mapping[str, str]) -> list[str]:
     """Say of the first few files why they could not be read, and how many more there are."""
     lines = [f"{sanitize_text(file, 150)}: {sanitize_text(why, 300)}" for file, why in unread.items()]
     more = len(lines) - _MAX_LISTED_FILES

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 from alignment.data.encoding import open_text
 from alignment.preprocess import IMAGE_SUFFIXES
@@ -31,8 +30,6 @@ _PARENT_LINK = "links to a folder around them"
 _SYSTEM_FOLDERS = {"@eadir", "@__thumb", "#recycle", "@recycle", "$recycle.bin", "#snapshot", "@recently-snapshot"}
 _SYSTEM_FOLDERS |= {"lost+found", "system volume information"}
 _SPLIT_IN_NAME = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
-# Folders of annotations; the pictures are elsewhere below the folder around them.
-_ANNOTATION_FOLDERS = {"annotations", "flickr8k_text", "karpathy", "caption_datasets"}
 
 
 def canonical_split(split: str) -> str:
@@ -52,12 +49,6 @@ def split_from_path(file: Path, root: str | os.PathLike[str] = "") -> str:
     folder = file.parent.name.lower()
     is_below = bool(root) and os.path.abspath(file.parent).startswith(os.path.join(os.path.abspath(root), ""))
     return split_from_name(file.stem) or (folder if is_below and folder in SPLITS else "")
-
-
-def dataset_root(source: Path) -> Path:
-    """Return the data set's folder: that of an annotation file, or the one around a folder of annotations."""
-    folder = Path(os.path.abspath(source if source.is_dir() else source.parent))
-    return folder.parent if folder.name.lower() in _ANNOTATION_FOLDERS else folder
 
 
 def find_files(folder: Path, *patterns: str) -> list[Path]:
@@ -109,7 +100,8 @@ def walk(folder: Path, leave_out: Callable[[str, Path], None] = lambda reason, p
                 raise
             leave_out(UNLISTED, parent)
             continue
-        if parent is not folder and _is_gallery({entry.name for entry in entries}):
+        # A gallery of the former format, whose thumbnails are no photos; a `gallery.db` has no such files.
+        if parent is not folder and {"gallery.json", "pictures.jsonl"} <= {entry.name for entry in entries}:
             leave_out(_NO_PHOTOS, parent)
             continue
         folders = []
@@ -142,18 +134,6 @@ def _classify(entry: os.DirEntry[str], root: str, parent: str) -> str:
         return _PARENT_LINK
     is_listed = target.is_relative_to(root) and not any(map(is_hidden, target.relative_to(root).parts))
     return "" if is_listed else "folder"
-
-
-def _is_gallery(names: set[str]) -> bool:
-    """Recognise a gallery of the former format, whose thumbnails are no photos; a `gallery.db` has no such files."""
-    return {"gallery.json", "pictures.jsonl"} <= names
-
-
-class Matches(NamedTuple):
-    """The pictures that a name may mean: several where nothing decides between them."""
-
-    paths: tuple[str, ...]
-    differs_in_case: bool  # the name is that of the picture only if case is ignored
 
 
 class ImageIndex:
@@ -192,13 +172,11 @@ class ImageIndex:
         text = str(value).strip()
         return is_image_name(text) or ("\n" not in text and bool(self._find_stem(text)))
 
-    def find(self, name: str, split: str = "", folder: str = "") -> Matches:
-        """Find the pictures whose path ends in a name.
+    def find(self, name: str, split: str = "", folder: str = "") -> tuple[tuple[str, ...], bool]:
+        """Find the pictures whose path ends in a name, and tell whether they do only if case is ignored.
 
-        Args:
-            name: with forward slashes, its folders as far as they are given, with the suffix of a picture or without.
-            split: of the annotation, canonical; decides between pictures in folders that are named after splits.
-            folder: of the annotation; pictures below it take precedence.
+        The name has forward slashes, its folders as far as they are given, and a picture's suffix or none. Of several
+        pictures those of the annotation's `split` (canonical), then those below its `folder` take precedence.
         """
         name = nfc(os.path.normpath(name).replace(os.sep, "/"))
         base = name.rpartition("/")[2]
@@ -207,7 +185,7 @@ class ImageIndex:
         paths = [path for path in folded if self._relative(path).endswith(f"/{name}")]
         if not paths and os.path.splitext(base)[1].lower() not in IMAGE_SUFFIXES:
             paths = self._find_stem(name)
-        return Matches(self._decide(paths or folded, split, folder), bool(folded and not paths))
+        return self._decide(paths or folded, split, folder), bool(folded and not paths)
 
     def split_of(self, path: str) -> str:
         """Return the split that the folders of a picture are named after, the nearest first; "" without one."""

@@ -18,11 +18,9 @@ from alignment.preprocess import IMAGE_SUFFIXES
 UNUSED_SIDECARS = "text files beside pictures that have their captions from elsewhere"
 MAX_SIDECAR_BYTES = 2**20
 _SIDECAR_SUFFIXES = (".txt", ".caption", ".json")
-_NOT_READ = {
-    ".tar": "tar files without samples such as 0001.jpg with 0001.txt",
-    **dict.fromkeys(OTHER_IMAGE_SUFFIXES, "pictures of a kind not read here"),
-    **dict.fromkeys(ARCHIVE_SUFFIXES, "archives, which have to be unpacked first"),
-}
+_NOT_READ = {".tar": "tar files without samples such as 0001.jpg with 0001.txt"}
+_NOT_READ |= dict.fromkeys(OTHER_IMAGE_SUFFIXES, "pictures of a kind not read here")
+_NOT_READ |= dict.fromkeys(ARCHIVE_SUFFIXES, "archives, which have to be unpacked first")
 _TABLE_DEPTH = 2  # folders below the first in which a table may have any name
 
 
@@ -41,9 +39,7 @@ def read_folder(folder: Path, collector: Collector) -> Iterator[RawAnnotation]:
         elif is_metadata or (collector.any_table and (is_near or "caption" in file.name.lower())):
             others.append(file)
     tables = [
-        file
-        for file in others
-        if is_coco_captions(file) or is_caption_table(file, collector, is_metadata=file.stem == "metadata")
+        one for one in others if is_coco_captions(one) or is_caption_table(one, collector, one.stem == "metadata")
     ]
     for file in _without_competing(tables, collector):
         rows = read_coco(file, collector) if is_coco_captions(file) else read_rows(file, collector)
@@ -92,7 +88,7 @@ class Sidecars:
     def read_elsewhere(self) -> Iterator[RawAnnotation]:
         """Read `captions/0001.txt` for `images/0001.jpg`, if no other picture has this name."""
         for path, file in self.files.items():
-            found = self._collector.index.find(file.stem, "", os.fspath(file.parent)).paths
+            found = self._collector.index.find(file.stem, "", os.fspath(file.parent))[0]
             if len(found) > 1:
                 self._skip("text files that may belong to several pictures", file)
                 self._used.add(path)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from alignment.atomic import exclusive_lock, remove_stale_temp
 from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
-from alignment.data import Partition, ReadIssues, read_data
+from alignment.data import Partition, read_data
+from alignment.data.collector import ReadIssues
 from alignment.gallery import records
 from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
 from alignment.gallery.milvus_sync import Remote

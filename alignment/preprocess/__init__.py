@@ -5,21 +5,10 @@ training all decode and tokenize here, so a model sees the same pixels everywher
 transformers takes seconds to import, so it is imported only for checkpoints that need it.
 """
 
-from alignment.preprocess.captions import (
-    MAX_CAPTION_CHARS,
-    MAX_CAPTIONS,
-    clean_caption,
-    count_captions,
-    join_first,
-    parse_captions,
-    sanitize_text,
-)
+from alignment.preprocess.captions import MAX_CAPTION_CHARS, clean_caption, join_first, parse_captions, sanitize_text
 from alignment.preprocess.errors import InputError, message_with_option
-from alignment.preprocess.formats import IMAGE_SUFFIXES
-from alignment.preprocess.images import ImageSource, open_image
-from alignment.preprocess.preprocessor import Preprocessor
-from alignment.preprocess.tokenizer import TokenizerSpec
+from alignment.preprocess.images import IMAGE_SUFFIXES, ImageSource, open_image
+from alignment.preprocess.preprocessor import Preprocessor, TokenizerSpec
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_CAPTIONS", "MAX_CAPTION_CHARS", "ImageSource", "InputError", "Preprocessor"]
-__all__ += ["TokenizerSpec", "clean_caption", "count_captions", "join_first", "message_with_option"]
-__all__ += ["open_image", "parse_captions", "sanitize_text"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_CAPTION_CHARS", "ImageSource", "InputError", "Preprocessor", "TokenizerSpec"]
+__all__ += ["clean_caption", "join_first", "message_with_option", "open_image", "parse_captions", "sanitize_text"]

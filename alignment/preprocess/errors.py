@@ -1,5 +1,7 @@
 """The error for input that the person at the keyboard can correct."""
 
+from functools import partial
+
 
 class InputError(ValueError):
     """Input that the person at the keyboard can correct; `str(error)` is shown verbatim.
@@ -16,6 +18,9 @@ class InputError(ValueError):
         self.values = values
 
 
+damaged = partial(InputError, "The picture is damaged or cut off; copy or download it again.", "image.truncated")
+empty = partial(InputError, "The file is empty; choose one with a picture in it.", "image.empty")
+
 _OPTION_OF_CODE = {"image.too_large": "--max-megapixels N", "image.too_narrow": "--max-aspect-ratio N"}
 
 
@@ -23,16 +28,6 @@ def message_with_option(error: InputError) -> str:
     """Return the message, followed by the command-line option that would accept the picture, if there is one."""
     option = _OPTION_OF_CODE.get(error.code)
     return f"{error} Or say {option}." if option else str(error)
-
-
-def damaged() -> InputError:
-    """Make the error for a picture that cannot be decoded."""
-    return InputError("The picture is damaged or cut off; copy or download it again.", "image.truncated")
-
-
-def empty() -> InputError:
-    """Make the error for a file without content or a picture without pixels."""
-    return InputError("The file is empty; choose one with a picture in it.", "image.empty")
 
 
 def unsupported(kind: str) -> InputError:

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, get_worker_info
 
 from alignment.data import Pair
-from alignment.picture_limits import LIMITS, lift_limits
+from alignment.picture_limits import LIMITS
 from alignment.preprocess import Preprocessor, open_image
 from alignment.train.feature_cache import CachedFeatures
 from alignment.train.objective import Batch
@@ -105,7 +105,7 @@ class ContrastiveDataset(Dataset[dict[str, Any]]):
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Restore the limits of picture sizes too, in a worker process started by spawn."""
         self.__dict__.update(state)
-        lift_limits(*self._limits.values())
+        LIMITS.update(self._limits)
 
     @property
     def steps_per_epoch(self) -> int:

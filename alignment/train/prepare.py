@@ -12,10 +12,10 @@ from alignment.data import (
     drop_leaked,
     hash_images,
     merge_duplicates,
-    near_duplicates,
     read_data,
     summarize_data,
 )
+from alignment.data.deduplicate import near_duplicates
 from alignment.data.files import canonical_split
 from alignment.preprocess import join_first
 from alignment.train.config import TrainConfig

@@ -17,7 +17,8 @@ from alignment.engine.explanation import Scale
 from alignment.engine.matrix import colour_limits, named_captions
 from alignment.gallery import Picture
 from alignment.heatmap import heat_colours
-from alignment.preprocess import InputError, count_captions, open_image, parse_captions
+from alignment.preprocess import InputError, open_image, parse_captions
+from alignment.preprocess.captions import count_captions
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
 from alignment.ui.examples import NUM_COMPARED
