@@ -34,6 +34,7 @@ from alignment.gallery.search import Gallery
 from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import join_first
+from alignment.signals import handle_signals
 
 Show: TypeAlias = Callable[[int, int], None]
 
@@ -150,7 +151,8 @@ def _build(args: argparse.Namespace) -> int:
     use_size_options(args.max_megapixels, args.max_aspect_ratio)
     data = {"format": args.format, "split": args.split}
     report = BuildReport()
-    with sigterm_as_interrupt(), worker_group() as group:
+    # torchrun sends SIGTERM when another process has failed; what is embedded is kept, as after Ctrl-C.
+    with handle_signals(signal.default_int_handler, signal.SIGTERM), worker_group() as group:
         encoder = DualEncoder.load(args.model, revision=args.revision, device=own_device() if group else None)
         shared = _embed_share(args, encoder, data, group) if group or args.share else None
         if shared and (not group or group.share.number > 1):
@@ -258,13 +260,3 @@ def own_device() -> str | None:
     """Name the GPU of this process, one each; None where there is none."""
     count = torch.cuda.device_count()
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else None
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM, as torchrun sends it when another process has failed, like Ctrl-C: what is embedded is kept."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
