@@ -106,7 +106,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     names = ("data", "format", "split", "eval_data", "eval_split", "second_data", "second_split")
     prepared = prepare(TrainConfig(output="", **{name: getattr(arguments, name) for name in names}))
     print(prepared.report)
-    for line in prepared.other_summaries():
+    for line in prepared.summaries(others_only=True):
         print(f"- {line}")
     model = arguments.text or arguments.model or bundled(MODEL)
     preprocessor = Preprocessor.load(model)

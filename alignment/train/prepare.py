@@ -46,14 +46,11 @@ class Prepared:
         """Whether all folders could be listed and all files of captions be read."""
         return all(reading.is_complete for reading in self.readings.values())
 
-    def summaries(self) -> list[str]:
-        """List what was left out, repaired or not read of all data sets."""
-        return [*describe_issues(next(iter(self.readings.values()))), *self.other_summaries()]
-
-    def other_summaries(self) -> list[str]:
-        """List the same of --eval-data and --second-data, with the option before each line."""
-        others = list(self.readings.items())[1:]
-        return [f"{option}: {line}" for option, reading in others for line in describe_issues(reading)]
+    def summaries(self, *, others_only: bool = False) -> list[str]:
+        """List what was left out, repaired or not read, for the data sets after --data with the option before."""
+        first, *others = self.readings.items()
+        lines = [f"{option}: {line}" for option, reading in others for line in describe_issues(reading)]
+        return lines if others_only else [*describe_issues(first[1]), *lines]
 
     @property
     def digest(self) -> str:

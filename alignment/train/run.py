@@ -28,7 +28,7 @@ from transformers import TrainerState, set_seed
 from alignment.atomic import exclusive_lock, fsync_path, wrap_write_errors, write_json_checksummed
 from alignment.data import Pair, describe_truncated
 from alignment.evaluate import Difference, Embedded, Estimate, compare_retrieval, difference_table, evaluate_embedded
-from alignment.model import DualEncoder, find_device
+from alignment.model import find_device
 from alignment.picture_limits import use_size_options
 from alignment.signals import handle_signals
 from alignment.train import run_dir
@@ -40,8 +40,8 @@ from alignment.train.prepare import Prepared, prepare
 from alignment.train.presets import Towers, apply_preset, checkpoint_activations, merge_lora, snapshot, weight_groups
 from alignment.train.record import RunRecord
 from alignment.train.report import model_card, write_report
-from alignment.train.scratch import build_scratch
 from alignment.train.settings import ALPHAS, TrainRecipe, complete, format_duration, plan_text
+from alignment.train.start import load_start
 from alignment.train.trainer import (
     METRIC,
     ConsoleLogger,
@@ -160,7 +160,7 @@ class Setup:
         """
         set_seed(config.seed or 0)
         self.prepared, self.folder, self.log = prepared, folder, log
-        self.encoder = encoder = _load_start(config, prepared)
+        self.encoder = encoder = load_start(config, prepared.train)
         encoder.module.to(memory_format=torch.channels_last)  # convolutions run up to twice as fast
         recipe = complete(config, encoder, len(prepared.train), num_processes=PartialState().num_processes)
         if config.batch_size and recipe.batch_size < config.batch_size:
@@ -208,18 +208,6 @@ class Setup:
 
         train = fill(self.prepared.train, "training", augment=augment)
         return train, fill(self.prepared.evaluation, "validation", augment=False)
-
-
-def _load_start(config: TrainConfig, prepared: Prepared) -> DualEncoder:
-    """Load, compose or build the start model, run by PyTorch so that it compares with the trained one."""
-    if config.scratch:
-        captions = [caption for pair in prepared.train for caption in pair.captions]
-        return build_scratch(captions, config.scratch, device=config.device)
-    if config.vision and config.text:
-        return DualEncoder.compose(config.vision, config.text, device=config.device)
-    if config.model:
-        return DualEncoder.load(config.model, device=config.device, runtime="torch")
-    raise ValueError("Name a model to begin with (--model), two towers to join (--vision, --text), or --scratch.")
 
 
 def make_plan(setup: Setup, validation_seconds: float, *, deadline: float | None) -> dict[str, Any]:
