@@ -100,7 +100,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from alignment.bundled import MODEL, bundled
     from alignment.data import describe_truncated
     from alignment.preprocess import Preprocessor
-    from alignment.train.prepare import prepare
+    from alignment.train.dataset import prepare
 
     use_size_options(arguments.max_megapixels, arguments.max_aspect_ratio)
     names = ("data", "format", "split", "eval_data", "eval_split", "second_data", "second_split")

@@ -33,10 +33,9 @@ from alignment.picture_limits import use_size_options
 from alignment.signals import handle_signals
 from alignment.train import run_dir
 from alignment.train.config import TrainConfig
-from alignment.train.dataset import CaptionIndex, ContrastiveDataset
+from alignment.train.dataset import CaptionIndex, ContrastiveDataset, Prepared, prepare
 from alignment.train.feature_cache import CachedFeatures
 from alignment.train.objective import Objective, gather
-from alignment.train.prepare import Prepared, prepare
 from alignment.train.presets import Towers, apply_preset, checkpoint_activations, merge_lora, snapshot, weight_groups
 from alignment.train.record import RunRecord
 from alignment.train.report import model_card, write_report
@@ -212,8 +211,7 @@ class Setup:
 
 def make_plan(setup: Setup, validation_seconds: float, *, deadline: float | None) -> dict[str, Any]:
     """Time one step, fit the run into the time until the deadline (`time.monotonic`), and log the plan."""
-    seconds, memory = _probe(setup)
-    recipe = setup.recipe
+    (seconds, memory), recipe = _probe(setup), setup.recipe
     own = torch.tensor([seconds + validation_seconds / recipe.measure_every], device=setup.encoder.device)
     per_step = float(gather(own).max())  # of the slowest process: all must plan the same
     if deadline is not None:

@@ -65,7 +65,7 @@ class ContrastiveTrainer(CheckpointHook):
         """Connect the parts; `validate` returns metrics, `recall_sum` among them."""
         self.objective, self.validate, self.steps_per_epoch = objective, validate, dataset.steps_per_epoch
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)  # CLIP's
-        optimizer.register_step_post_hook(self._clamp_scale)
+        optimizer.register_step_post_hook(lambda *_: towers.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE)))
         super().__init__(
             model=towers,
             args=args,
@@ -78,9 +78,6 @@ class ContrastiveTrainer(CheckpointHook):
         self.remove_callback(PrinterCallback)  # replaced by `ConsoleLogger`
         if args.should_log:
             self.add_callback(TensorBoardCallback(SummaryWriter(str(Path(args.output_dir).with_name("logs")))))
-
-    def _clamp_scale(self, *_: Any) -> None:
-        self.model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         """Train, and load the best weights; raises FloatingPointError naming the step and the cure."""
@@ -248,9 +245,7 @@ class Validator:
         return Embedded(self.images, self.texts, self.image_of_text, image_embeds, text_embeds)
 
     def _embed_images(self, rows: Sequence[int]) -> Tensor:
-        if self.cache is not None:
-            return self.cache.embed(rows)
-        return self.encoder.encode_images([self.images[row] for row in rows])
+        return self.cache.embed(rows) if self.cache else self.encoder.encode_images([self.images[row] for row in rows])
 
     def _embed_texts(self, rows: Sequence[int]) -> Tensor:
         # Sorted by length, batches have less padding.
