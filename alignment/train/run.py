@@ -104,8 +104,7 @@ def _train(config: TrainConfig, processes: PartialState, resume: bool, log: Log,
     log(prepared.report)
     setup = Setup(config, prepared, folder, log, command=command, saved=saved)
     preprocessor = setup.encoder.preprocessor
-    captions = (caption for pair in prepared.train for caption in pair.captions)
-    truncated = describe_truncated(preprocessor.truncated(captions), preprocessor.max_length)
+    truncated = describe_truncated(preprocessor.truncated(setup.captions.texts), preprocessor.max_length)
     began = time.monotonic()
     before = setup.validator.embed()
     seconds = time.monotonic() - began
@@ -211,7 +210,8 @@ class Setup:
 
 def make_plan(setup: Setup, validation_seconds: float, *, deadline: float | None) -> dict[str, Any]:
     """Time one step, fit the run into the time until the deadline (`time.monotonic`), and log the plan."""
-    (seconds, memory), recipe = _probe(setup), setup.recipe
+    seconds, memory = _probe(setup)
+    recipe = setup.recipe
     own = torch.tensor([seconds + validation_seconds / recipe.measure_every], device=setup.encoder.device)
     per_step = float(gather(own).max())  # of the slowest process: all must plan the same
     if deadline is not None:
