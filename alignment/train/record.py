@@ -104,7 +104,9 @@ class RunRecord:
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no record of a fine-tuning ({error}); train again to renew it.") from error
+            raise ValueError(
+                f"{path} is not the record of a fine-tuning ({error}); train again to renew it."
+            ) from error
 
 
 def is_local(text: str) -> bool:
