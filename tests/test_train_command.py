@@ -18,8 +18,8 @@ from alignment.train.command import build_parser, main
 from alignment.train.objective import LOSSES, Loss
 from alignment.train.presets import Preset
 from alignment.train.record import RunRecord
-from alignment.train.scratch import SIZES
 from alignment.train.settings import Precision, TrainConfig
+from alignment.train.start import SIZES
 
 
 def options() -> dict[str, argparse.Action]:

@@ -18,8 +18,15 @@ from torch.utils.data import DataLoader
 from alignment.data import Pair
 from alignment.model import DualEncoder
 from alignment.preprocess import Preprocessor, open_image
-from alignment.train.dataset import MIN_CROP, CaptionIndex, ContrastiveDataset, _augmented
-from alignment.train.prepare import MIN_HELD_OUT, Prepared, prepare
+from alignment.train.dataset import (
+    MIN_CROP,
+    MIN_HELD_OUT,
+    CaptionIndex,
+    ContrastiveDataset,
+    Prepared,
+    _augmented,
+    prepare,
+)
 from alignment.train.settings import TrainConfig
 
 Checkpoint = Callable[[str], Path]

@@ -18,7 +18,7 @@ from alignment.model.composition import ComposedConfig, ComposedModel
 from alignment.preprocess import Preprocessor, TokenizerSpec
 from alignment.towers import EfficientNetLiteConfig, EfficientNetLiteModel, NgramTextConfig, NgramTextModel
 from alignment.train.presets import Preset, Towers, apply_preset, merge_lora, snapshot, trained_weights, weight_groups
-from alignment.train.scratch import MAX_TOKENS, SIZES, build_scratch, learn_tokenizer
+from alignment.train.start import MAX_TOKENS, SIZES, build_scratch, learn_tokenizer
 
 Checkpoint = Callable[[str], Path]
 Pictures = list[Image.Image]

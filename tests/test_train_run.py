@@ -29,11 +29,10 @@ from torch import Tensor
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.train.command import main
+from alignment.train.dataset import prepare
 from alignment.train.objective import Objective
-from alignment.train.phases import Setup, interpolate_weights
-from alignment.train.prepare import prepare
 from alignment.train.record import RunRecord
-from alignment.train.run import train
+from alignment.train.run import Setup, interpolate_weights, train
 from alignment.train.run_dir import RECORD, SETTINGS, ResumeState, acquire, read_resume_state
 from alignment.train.settings import ALPHAS, TrainConfig, complete
 from alignment.train.trainer import Validator

@@ -11,8 +11,8 @@ import pytest
 
 from alignment.model import DualEncoder
 from alignment.train import settings
-from alignment.train.scratch import build_scratch
 from alignment.train.settings import TrainConfig, TrainRecipe, complete, kind_of
+from alignment.train.start import build_scratch
 
 Load = Callable[[str], DualEncoder]
 COMPACT = Path(__file__).parents[1] / "checkpoints" / "compact"

@@ -20,13 +20,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alignment.data import Pair
 from alignment.model import DualEncoder
-from alignment.train.callbacks import METRIC, ConsoleLogger, EarlyStopping, GracefulStop
 from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 from alignment.train.objective import Batch, Objective
 from alignment.train.presets import Towers, apply_preset, weight_groups
 from alignment.train.run_dir import last_checkpoint, mark_complete
 from alignment.train.settings import TrainRecipe, format_duration
-from alignment.train.trainer import ContrastiveTrainer, training_arguments
+from alignment.train.trainer import (
+    METRIC,
+    ConsoleLogger,
+    ContrastiveTrainer,
+    EarlyStopping,
+    GracefulStop,
+    training_arguments,
+)
 
 IMAGES, BATCH = 8, 4
 PAIRS = [Pair(f"{n}.jpg", (f"picture number {'abcdefgh'[n]}",), id=str(n)) for n in range(IMAGES)]

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from os.path import expanduser
@@ -36,6 +36,7 @@ from alignment.model import DualEncoder
 from alignment.model.dual_encoder import Progress
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import join_first
+from alignment.signals import handle_signals
 
 _START = timedelta(minutes=10)  # that all processes of a torchrun have to come together
 _LONGEST = timedelta(days=30)  # that a process waits for the others
@@ -147,10 +148,8 @@ def _build(args: argparse.Namespace) -> int:
     use_size_options(args.max_megapixels, args.max_aspect_ratio)
     data = {"format": args.format, "split": args.split}
     report = BuildReport()
-    with ExitStack() as stack:
-        # torchrun sends SIGTERM when another process has failed: what is embedded is kept, as after Ctrl-C.
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
-        group = stack.enter_context(worker_group())
+    # torchrun sends SIGTERM when another process has failed; what is embedded is kept, as after Ctrl-C.
+    with handle_signals(signal.default_int_handler, signal.SIGTERM), worker_group() as group:
         count = torch.cuda.device_count() if group else 0  # one GPU for each process
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else None
         encoder = DualEncoder.load(args.model, revision=args.revision, device=device)

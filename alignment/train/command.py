@@ -100,13 +100,13 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from alignment.bundled import MODEL, bundled
     from alignment.data import describe_truncated
     from alignment.preprocess import Preprocessor
-    from alignment.train.prepare import prepare
+    from alignment.train.dataset import prepare
 
     use_size_options(arguments.max_megapixels, arguments.max_aspect_ratio)
     names = ("data", "format", "split", "eval_data", "eval_split", "second_data", "second_split")
     prepared = prepare(TrainConfig(output="", **{name: getattr(arguments, name) for name in names}))
     print(prepared.report)
-    for line in prepared.other_summaries():
+    for line in prepared.summaries(others_only=True):
         print(f"- {line}")
     model = arguments.text or arguments.model or bundled(MODEL)
     preprocessor = Preprocessor.load(model)

@@ -69,9 +69,7 @@ class TrainConfig:
     max_aspect_ratio: int | None = None
 
     preset: Preset | None = _option(
-        TRAINING,
-        "train all, all but the image tower, the heads, or low-rank adapters",
-        choices=get_args(Preset),
+        TRAINING, "train all, all but the image tower, the heads, or low-rank adapters", choices=get_args(Preset)
     )
     loss: Loss | None = _option(TRAINING, "CLIP's or SigLIP's; as the model was trained", choices=get_args(Loss))
     minutes: float | None = _option(TRAINING, "end within this time, with the best weights so far", **_RATE)

@@ -80,11 +80,8 @@ def find_freeze_point(encoder: DualEncoder) -> FreezePoint | None:
 
 def _input_of(projection: nn.Module, encoder: DualEncoder, inputs: Inputs) -> Tensor:
     seen: list[Tensor] = []
-    handle = projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    try:
+    with projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0])):
         encoder.embed_images(inputs)
-    finally:
-        handle.remove()
     return seen[0]
 
 

@@ -1,8 +1,7 @@
 """The contrastive step: embed a batch, gather it across processes, compute the loss, backpropagate.
 
-Place in the flow: `dataset -> objective (here) -> optimiser`, called by `trainer` once a step. Every process contrasts
-its part with those of all (`gather`), and a batch too large for memory is embedded in chunks, twice, which gives the
-exact gradient of the whole batch.
+Called by `trainer` once a step. Every process contrasts its part with those of all (`gather`), and a batch too large
+for memory is embedded in chunks, twice, which gives the exact gradient of the whole batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -51,11 +50,8 @@ class Batch:
 class Objective:
     """The loss of a batch and its backward pass.
 
-    Args:
-        towers: embeds `(images, texts)` as unit-norm float32 `(image_embeds, text_embeds)`; see `Towers`.
-        positive_mask: returns `(positives, ignored)` of image rows and caption numbers; see `CaptionIndex`.
-        loss: a key of LOSSES.
-        chunk_size: images in memory together; the whole batch when None.
+    `towers` and `positive_mask` are those of `Towers` and `CaptionIndex`; `chunk_size` images are in memory together,
+    the whole batch when None.
     """
 
     def __init__(
@@ -76,10 +72,7 @@ class Objective:
     ) -> Tensor:
         """Add the gradient of the joint batch of all processes to the weights, and return the loss.
 
-        Args:
-            batch: this process's part.
-            backward: differentiates a loss; a gradient scaler goes here.
-            precision: autocast context of the towers; the loss is always float32.
+        `backward` differentiates a loss, perhaps scaled; `precision` is the autocast context of the towers alone.
 
         Source: as GradCache, Gao et al. 2021, by checkpointing; gradients through the gathering as in open_clip's
         `gather_with_grad`.
@@ -121,8 +114,7 @@ def gather(tensor: Tensor) -> Tensor:
     """Concatenate a tensor (n, ...) of all processes by rank, n being equal on all; gradients flow back."""
     if num_processes() == 1:
         return tensor
-    gathered: Tensor = _Gather.apply(tensor)
-    return gathered
+    return _Gather.apply(tensor)
 
 
 class _Gather(torch.autograd.Function):

@@ -36,11 +36,8 @@ def push_to_hub(
     the plots; never checkpoints, optimizer states or logs. In README.md, `USER/NAME` becomes the repository's id, on
     disk too.
 
-    Args:
-        folder: written by training; it is loaded before anything is sent.
-        repo_id: "user/name", or "name" for one's own account.
-        private: for a repository that is created; an existing one stays as it is.
-        api: the Hub and token to use, if not the public Hub and the token of `hf auth login`.
+    The checkpoint is loaded before anything is sent. `private` is for a repository that is created; an existing one
+    stays as it is. `api` is the Hub and token to use, if not the public Hub and the token of `hf auth login`.
 
     Raises:
         FileNotFoundError: when the folder holds no checkpoint, or no card.

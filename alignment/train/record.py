@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ class RunRecord:
     data_complete: bool = True
 
     def __post_init__(self) -> None:
-        words = _split(self.command)
+        words: list[str] = []
+        with suppress(ValueError):  # a quotation that is not closed
+            words = shlex.split(self.command)
         texts = [self.base_model, self.data_name, *words, *(word.partition("=")[2] for word in words)]
         texts += [value for value in self.settings.values() if isinstance(value, str)]
         known = sorted(filter(is_local, texts), key=len, reverse=True)
@@ -109,14 +112,6 @@ class RunRecord:
 def is_local(text: str) -> bool:
     """Whether a text begins with a path that is absolute or leaves the working folder."""
     return bool(_LOCAL_START.match(text))
-
-
-def _split(command: str) -> list[str]:
-    """Split a command into words; empty when a quotation is not closed."""
-    try:
-        return shlex.split(command)
-    except ValueError:
-        return []
 
 
 def _public(value: Any, known: Sequence[str]) -> Any:

@@ -57,19 +57,11 @@ def kind_of(config: TrainConfig, encoder: DualEncoder) -> Kind:
 # Peak rates (towers, heads) for about ten passes over thousands of images. CLIP models were trained on hundreds of
 # millions of pairs and tolerate only small steps (published fine-tunings: 1e-6 to 5e-5); fresh projections need large
 # ones.
-_RATES: dict[tuple[Kind, Preset], tuple[float, float]] = {
-    ("pretrained", "full"): (5e-6, 5e-6),
-    ("pretrained", "lit"): (1e-5, 1e-5),
-    ("pretrained", "heads"): (1e-4, 1e-4),
-    ("pretrained", "lora"): (1e-4, 1e-4),
-    ("compact", "full"): (1e-4, 1e-4),
-    ("compact", "lit"): (1e-4, 1e-4),
-    ("compact", "heads"): (1e-4, 1e-4),
-    ("composed", "full"): (3e-5, 1e-3),
-    ("composed", "lit"): (3e-5, 1e-3),
-    ("composed", "heads"): (1e-3, 1e-3),
-    ("composed", "lora"): (5e-4, 1e-3),
-    ("scratch", "full"): (3e-4, 3e-4),
+_RATES: dict[Kind, dict[Preset, tuple[float, float]]] = {
+    "pretrained": {"full": (5e-6, 5e-6), "lit": (1e-5, 1e-5), "heads": (1e-4, 1e-4), "lora": (1e-4, 1e-4)},
+    "compact": {"full": (1e-4, 1e-4), "lit": (1e-4, 1e-4), "heads": (1e-4, 1e-4)},
+    "composed": {"full": (3e-5, 1e-3), "lit": (3e-5, 1e-3), "heads": (1e-3, 1e-3), "lora": (5e-4, 1e-3)},
+    "scratch": {"full": (3e-4, 3e-4)},
 }
 # Measured on the compact model: 512 pictures at once, a quarter of the steps, learn less in the same passes than 128.
 _LARGEST: dict[Kind, int] = {"pretrained": 256, "compact": 128, "composed": 256, "scratch": 128}
@@ -84,17 +76,16 @@ def complete(config: TrainConfig, encoder: DualEncoder, num_images: int, *, num_
     kind, on_cpu = kind_of(config, encoder), encoder.device.type == "cpu"
     # On a CPU a small image tower trains in minutes and a large one in days, so a large one is locked by default.
     preset = config.preset or ("lit" if on_cpu and kind in ("pretrained", "composed") else "full")
-    if (kind, preset) not in _RATES:
-        allowed = " or ".join(repr(name) for known, name in _RATES if known == kind)
+    if preset not in _RATES[kind]:
+        allowed = " or ".join(map(repr, _RATES[kind]))
         raise ValueError(f"Preset {preset!r} is not for a {kind} model; choose {allowed}.")
     loss = config.loss or ("softmax" if encoder.logit_bias is None else "sigmoid")
     if loss == "sigmoid" and encoder.logit_bias is None:
         raise ValueError(f"{encoder.name} has no logit bias, which the sigmoid loss needs; choose --loss softmax.")
-    rate, head_rate = _RATES[kind, preset]
+    rate, head_rate = _RATES[kind][preset]
     # A power of two that leaves some ten steps per epoch, from 16 on.
     batch_size = config.batch_size or min(_LARGEST[kind], max(16, 2 ** int(math.log2(max(num_images / 10, 1)))))
-    batch_size = min(batch_size, num_images)
-    batch_size = max(1, batch_size // num_processes) * num_processes
+    batch_size = max(1, min(batch_size, num_images) // num_processes) * num_processes
     if batch_size < 2:
         raise ValueError("--batch-size 1 has no second caption to tell a picture's from: choose 2 or more.")
     steps_per_epoch = max(1, num_images // batch_size)
@@ -142,9 +133,8 @@ _TRAINED = {"full": "both sides", "lit": "the text side", "heads": "the heads", 
 
 def plan_text(plan: Mapping[str, Any], recipe: TrainRecipe, model: str, evaluation: str) -> str:
     """Format the plan; `model` is the start model, `evaluation` the source of the validation data."""
-    chunks = (
-        f"{recipe.chunk_size} at a time in memory" if recipe.chunk_size < recipe.batch_size else "all in memory at once"
-    )
+    has_chunks = recipe.chunk_size < recipe.batch_size
+    chunks = f"{recipe.chunk_size} at a time in memory" if has_chunks else "all in memory at once"
     heads = f", heads {recipe.head_learning_rate:g}" if recipe.head_learning_rate != recipe.learning_rate else ""
     processes = f", {plan['processes']} processes" if plan["processes"] > 1 else ""
     memory = plan["peak_memory_bytes"] / 2**30

@@ -7,6 +7,8 @@ precision, schedules, logging, checkpoints and multiple processes.
 import logging
 import math
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,25 +18,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback, TrainerControl, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from alignment.data import Pair
 from alignment.evaluate import Embedded, evaluate_embedded
 from alignment.model import DualEncoder
-from alignment.train.callbacks import METRIC
 from alignment.train.dataset import ContrastiveDataset
 from alignment.train.feature_cache import CachedFeatures
-from alignment.train.objective import Batch, Objective, num_processes
+from alignment.train.objective import Batch, Objective, gather, num_processes
 from alignment.train.presets import Towers
 from alignment.train.run_dir import CHECKPOINTS, WEIGHTS, is_complete, last_checkpoint, mark_complete
-from alignment.train.settings import TrainRecipe
+from alignment.train.settings import TrainRecipe, format_duration
 from alignment.train.trainer_internals import CheckpointHook
 
 logger = logging.getLogger(__name__)
 
+METRIC = "recall_sum"
 MAX_LOGIT_SCALE = 100.0  # as CLIP did: beyond it, training is unstable
 _NUM_CHECKPOINTS = 2  # kept on disk: the last one, and the best or the one before
 
@@ -63,7 +65,7 @@ class ContrastiveTrainer(CheckpointHook):
         """Connect the parts; `validate` returns metrics, `recall_sum` among them."""
         self.objective, self.validate, self.steps_per_epoch = objective, validate, dataset.steps_per_epoch
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)  # CLIP's
-        optimizer.register_step_post_hook(self._clamp_scale)
+        optimizer.register_step_post_hook(lambda *_: towers.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE)))
         super().__init__(
             model=towers,
             args=args,
@@ -77,12 +79,15 @@ class ContrastiveTrainer(CheckpointHook):
         if args.should_log:
             self.add_callback(TensorBoardCallback(SummaryWriter(str(Path(args.output_dir).with_name("logs")))))
 
-    def _clamp_scale(self, *_: Any) -> None:
-        self.model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
-
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         """Train, and load the best weights; raises FloatingPointError naming the step and the cure."""
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        before = threading.excepthook
+        # TensorBoard's writer thread fails on a full disk before training does: one line in place of a traceback.
+        threading.excepthook = lambda error: logger.warning("In the background: %s", error.exc_value)
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        finally:
+            threading.excepthook = before
         # By the step, since the folder may have been moved since Trainer recorded its path.
         best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
         if is_complete(best):
@@ -149,6 +154,76 @@ class ContrastiveTrainer(CheckpointHook):
         self.accelerator.wait_for_everyone()  # before another process looks for the best checkpoint
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """Stops when the validation recall sum has not risen for some validations."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Restore the counter of an interrupted run."""
+        saved, name = state.stateful_callbacks, type(self).__name__
+        if "Patience" in saved:  # checkpoints written before this class got its present name
+            saved[name] = saved.pop("Patience")
+        self.early_stopping_patience_counter = saved[name]["attributes"]["early_stopping_patience_counter"]
+        control.should_training_stop = self._is_exhausted()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ignore the one step that Trainer runs when the interrupted run had already stopped."""
+        if self._is_exhausted():
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def _is_exhausted(self) -> bool:
+        return bool(self.early_stopping_patience_counter >= self.early_stopping_patience)
+
+
+class GracefulStop(TrainerCallback):
+    """Ends a run early with a validation and a checkpoint, at a deadline (`time.monotonic`) or on request.
+
+    `reason` is why training ended before its last step, "" if it did not.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        self.deadline, self.reason = deadline, ""
+
+    def request(self, reason: str) -> None:
+        """End training after the current step."""
+        self.reason = self.reason or reason
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Validate, save and stop, on all processes after the same step."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.request("the time given was up")
+        if bool(gather(torch.tensor([bool(self.reason)], dtype=torch.int32, device=args.device)).any()):
+            self.request("another process was stopped")
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+
+
+class ConsoleLogger(TrainerCallback):
+    """Prints one line per log entry or validation."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.log = log
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Print the entry."""
+        place = f"step {state.global_step}/{state.max_steps}"
+        if "loss" in logs:
+            per_step = (time.monotonic() - self.started) / (state.global_step - self.first_step)
+            left = format_duration(per_step * (state.max_steps - state.global_step))
+            figures = f"epoch {state.epoch:.1f}  loss {logs['loss']:.3f}  scale {logs['logit_scale']:.1f}"
+            self.log(f"{place}  {figures}  {left} left")
+        elif f"eval_{METRIC}" in logs:
+            sides = "  ".join(
+                f"{name.replace('_', ' ')} R@1 {100 * logs[f'eval_{name}_recall@1']:.1f}"
+                for name in ("image_to_text", "text_to_image")
+            )
+            self.log(f"{place}  validation: {sides}  recall sum {100 * logs[f'eval_{METRIC}']:.1f}")
+
+
 class Validator:
     """Retrieval on `pairs`, each image once; `cache` has features of the images. All captions are candidates."""
 
@@ -170,9 +245,7 @@ class Validator:
         return Embedded(self.images, self.texts, self.image_of_text, image_embeds, text_embeds)
 
     def _embed_images(self, rows: Sequence[int]) -> Tensor:
-        if self.cache is not None:
-            return self.cache.embed(rows)
-        return self.encoder.encode_images([self.images[row] for row in rows])
+        return self.cache.embed(rows) if self.cache else self.encoder.encode_images([self.images[row] for row in rows])
 
     def _embed_texts(self, rows: Sequence[int]) -> Tensor:
         # Sorted by length, batches have less padding.
@@ -182,16 +255,13 @@ class Validator:
 
 
 def _distributed(rows: range, embed: Callable[[Sequence[int]], Tensor]) -> Tensor:
-    """Embed rows r, r + W, ... on process r of W, and gather the embeddings of all processes."""
-    processes = num_processes()
-    if processes == 1:
+    """Embed an equal share of the rows on each process, and gather the embeddings of all."""
+    if num_processes() == 1:
         return embed(rows)
-    parts: list[Any] = [None] * processes
-    distributed.all_gather_object(parts, embed(rows[distributed.get_rank() :: processes]))
-    gathered = torch.empty(len(rows), parts[0].shape[1])
-    for rank, part in enumerate(parts):
-        gathered[rank::processes] = part
-    return gathered
+    parts: list[Any] = [None] * num_processes()
+    shares = torch.tensor(rows).tensor_split(num_processes())
+    distributed.all_gather_object(parts, embed(shares[distributed.get_rank()].tolist()))
+    return torch.cat(parts)
 
 
 class OneDeviceArguments(TrainingArguments):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.model import DualEncoder
-from alignment.train import phases, run
+from alignment.train import run
 from alignment.train.config import TrainConfig
 from alignment.train.dataset import CaptionIndex, ContrastiveDataset
 
@@ -81,7 +81,7 @@ def trained(config: TrainConfig, *, rows: bool = False) -> dict:
         print(f"--- {config.output}", flush=True)
         resume = Path(config.output, "settings.json").exists()
         kinds = {"CaptionIndex": RowCaptionIndex, "ContrastiveDataset": RowDataset} if rows else {}
-        with patch.multiple(phases, **kinds) if rows else nullcontext():
+        with patch.multiple(run, **kinds) if rows else nullcontext():
             run.train(config, resume=resume, log=lambda line: print(line, flush=True))
     return json.loads(record.read_text(encoding="utf-8"))
 

@@ -1,9 +1,10 @@
-"""The start model of --scratch: a ViT and a BERT with random weights, and a vocabulary learnt from the captions.
+"""The start model: loaded, composed of two towers, or (--scratch) a ViT and a BERT with random weights.
 
-For teaching and experiments; from a few thousand pictures it learns colours and scenes.
+The latter, with a vocabulary learnt from the captions, is for teaching and experiments; from a few thousand pictures it
+learns colours and scenes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
@@ -12,10 +13,11 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 
+from alignment.data import Pair
 from alignment.model import DualEncoder
 from alignment.model.composition import ComposedConfig, ComposedModel
 from alignment.preprocess import Preprocessor, TokenizerSpec
-from alignment.train.config import ScratchSize
+from alignment.train.config import ScratchSize, TrainConfig
 
 SIZES: dict[ScratchSize, tuple[int, int, int, int, int]] = {  # pixels of image and patch; width, depth, heads of both
     "tiny": (64, 8, 96, 3, 3),
@@ -23,6 +25,18 @@ SIZES: dict[ScratchSize, tuple[int, int, int, int, int]] = {  # pixels of image 
 }
 MAX_TOKENS = 64
 VOCABULARY = 8000
+
+
+def load_start(config: TrainConfig, pairs: Sequence[Pair]) -> DualEncoder:
+    """Load, compose or build the start model, run by PyTorch so that it compares with the trained one."""
+    if config.scratch:
+        captions = [caption for pair in pairs for caption in pair.captions]
+        return build_scratch(captions, config.scratch, device=config.device)
+    if config.vision and config.text:
+        return DualEncoder.compose(config.vision, config.text, device=config.device)
+    if config.model:
+        return DualEncoder.load(config.model, device=config.device, runtime="torch")
+    raise ValueError("Name a model to begin with (--model), two towers to join (--vision, --text), or --scratch.")
 
 
 def build_scratch(captions: Iterable[str], size: ScratchSize = "small", *, device: str | None = None) -> DualEncoder:
@@ -34,15 +48,9 @@ def build_scratch(captions: Iterable[str], size: ScratchSize = "small", *, devic
     # With poolers, though the tokens' mean is used: the towers are built so when the model is loaded again.
     vision = ViTModel(ViTConfig(**shape, image_size=image, patch_size=patch))
     text = BertModel(BertConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS))
-    config = ComposedConfig(
-        vision_config=vision.config.to_dict(),  # a copy: ComposedConfig modifies what it is given
-        text_config=text.config.to_dict(),
-        projection_dim=width,
-        vision_pooling="mean",
-        text_pooling="mean",
-        vision_width=width,
-        text_width=width,
-    )
+    configs = {"vision_config": vision.config.to_dict(), "text_config": text.config.to_dict()}  # copies: are modified
+    widths = dict.fromkeys(("projection_dim", "vision_width", "text_width"), width)
+    config = ComposedConfig(**configs, **widths, vision_pooling="mean", text_pooling="mean")
     processor = ViTImageProcessorPil(size={"height": image, "width": image})
     preprocessor = Preprocessor(processor, tokenizer, TokenizerSpec(positions=MAX_TOKENS))
     return DualEncoder(ComposedModel(config, vision, text), preprocessor, name=f"scratch-{size}", device=device)
