@@ -37,6 +37,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from alignment import server
 from alignment.atomic import describe_error
 from alignment.bundled import GALLERY, MODEL, bundled
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, PhotoFolder, SecondModel
@@ -45,26 +46,10 @@ from alignment.gallery import Gallery, Remote, add_index_options, progress_bar, 
 from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import InputError
-from alignment.server import (
-    Service,
-    Settings,
-    add_options,
-    check_address,
-    check_gradio,
-    configure_logging,
-    harden_mcp,
-    host_in_url,
-    limit_arenas,
-    process_folder,
-    read_port,
-    redirect_server_logs,
-)
 from alignment.ui.examples import THUMBNAIL_ROUTE
-from alignment.ui.page import build_page
-from alignment.ui.scan import scan_route
+from alignment.ui.page import build_page, scan_route
 from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, error_for_browser
-from alignment.ui.theme import theme
-from alignment.ui.widgets import ASSETS, ICON, styles
+from alignment.ui.widgets import ASSETS, ICON, styles, theme
 
 ROOT = Path(__file__).resolve().parent
 WARMUP_DELAY_S = 2.0  # after the start; the first visitor's page is loaded before the image tower
@@ -106,9 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or bundled(MODEL), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
     searched = parser.add_mutually_exclusive_group()
-    searched.add_argument(
-        "--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or bundled(GALLERY), metavar="DIR"
-    )
+    gallery = env("ALIGNMENT_GALLERY") or bundled(GALLERY)
+    searched.add_argument("--gallery", type=expanduser, default=gallery, metavar="DIR")
     searched.add_argument(
         "--photos",
         type=expanduser,
@@ -125,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_index_options(parser)
     add("--host", default=env("GRADIO_SERVER_NAME") or "127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
-    add("--port", type=read_port, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
+    add("--port", type=server.read_port, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
     add(
         "--lang",
         choices=tuple(LANGUAGES),
@@ -134,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
     add_size_options(parser)
-    add_options(parser)
+    server.add_options(parser)
     return parser
 
 
@@ -175,7 +159,7 @@ def background_scan(engine: AlignmentEngine, args: argparse.Namespace) -> PhotoF
 
 
 def launch_options(
-    engine: AlignmentEngine, service: Service | None = None, photos: PhotoFolder | None = None
+    engine: AlignmentEngine, service: server.Service | None = None, photos: PhotoFolder | None = None
 ) -> dict[str, Any]:
     """Return options for `launch`: no telemetry, no public statistics, thumbnails at addresses without server paths."""
 
@@ -185,6 +169,11 @@ def launch_options(
         except (KeyError, InputError, OSError):
             return Response(status_code=404)
         return Response(data, media_type="image/webp", headers={"Cache-Control": "public, max-age=3600"})
+
+    def health() -> dict[str, Any]:
+        encoder, gallery = engine.encoder, engine.gallery
+        held = {"images": len(gallery.pictures), "captions": len(gallery.captions)}
+        return {"model": Path(encoder.name).name, "fingerprint": encoder.fingerprint, **held}
 
     routes = [Route(f"/{THUMBNAIL_ROUTE}", thumbnail), *([scan_route(photos)] if photos else [])]
     return {
@@ -200,19 +189,9 @@ def launch_options(
         "max_file_size": f"{MAX_ZIP_MB}mb",
         "head": "<link rel='icon' href='favicon.ico'>\n"
         f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
-        **(service or Service()).launch_options(
-            partial(_health, engine), routes, translate=error_for_browser, max_file_mb=MAX_ZIP_MB
+        **(service or server.Service()).launch_options(
+            health, routes, translate=error_for_browser, max_file_mb=MAX_ZIP_MB
         ),
-    }
-
-
-def _health(engine: AlignmentEngine) -> dict[str, Any]:
-    """Return what /healthz tells of the model and the gallery."""
-    return {
-        "model": Path(engine.encoder.name).name,
-        "fingerprint": engine.encoder.fingerprint,
-        "images": len(engine.gallery.pictures),
-        "captions": len(engine.gallery.captions),
     }
 
 
@@ -220,16 +199,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     args = parse(argv)
     try:
-        check_gradio()
+        server.check_gradio()
         if args.mcp and find_spec("mcp") is None:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
         args.photos = photo_folder(args.photos) if args.photos else None
-        check_address(args.host, args.port)
+        server.check_address(args.host, args.port)
         use_size_options(args.max_megapixels, args.max_aspect_ratio)
         engine = load_engine(args)
         photos = background_scan(engine, args)
-        with process_folder() as folder:
-            service = Service(Settings.from_args(args), folder)
+        with server.process_folder() as folder:
+            service = server.Service(server.Settings.from_args(args), folder)
             with service.lifecycle.handle_signals():  # from here on a signal stops the app in order
                 serve(engine, args, service, photos)
     except (OSError, ValueError) as error:  # mistakes of the operator
@@ -241,15 +220,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(
-    engine: AlignmentEngine, args: argparse.Namespace, service: Service, photos: PhotoFolder | None = None
+    engine: AlignmentEngine, args: argparse.Namespace, service: server.Service, photos: PhotoFolder | None = None
 ) -> None:
     """Serve the page, and scan `photos`, until the process is told to stop. Raises OSError when the port is taken."""
-    configure_logging(args.log)
+    server.configure_logging(args.log)
     page = build_page(engine, args.lang, args.queue, photos)
-    options = {"server_name": host_in_url(args.host), "server_port": args.port, "mcp_server": args.mcp or None}
+    options = {"server_name": server.host_in_url(args.host), "server_port": args.port, "mcp_server": args.mcp or None}
     _, url, _ = page.launch(prevent_thread_lock=True, **options, **launch_options(engine, service, photos))
-    redirect_server_logs()
-    harden_mcp(page)
+    server.redirect_server_logs()
+    server.harden_mcp(page)
     gc.freeze()
     gc.enable()
     print(f"Open {url}", flush=True)
@@ -264,7 +243,7 @@ def serve(
 
 
 if __name__ == "__main__":
-    limit_arenas()
+    server.limit_arenas()
     status = main()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -16,7 +16,7 @@ from alignment.gallery import starter as starter_module
 from alignment.model import DualEncoder
 from alignment.picture_limits import lift_limits
 from alignment.preprocess import InputError
-from alignment.ui.scan import scan_value
+from alignment.ui.page import scan_value
 
 
 def photo(path: Path, shade: int) -> None:

@@ -121,8 +121,3 @@ def _term_value(lang: str, name: str, term: Term) -> Value:
         "least": weight <= WEIGHTS[0],
         "most": weight >= WEIGHTS[-1],
     }
-
-
-def help_value(lang: str) -> Value:
-    """Lay the short help out for `composer.js`."""
-    return {"help": text(lang, "pictures.help"), "labels": labels(lang, "pictures.")}

@@ -15,9 +15,7 @@ from alignment.engine import MAX_ZIP_MB, dataset_eval
 from alignment.preprocess import InputError
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
-from alignment.ui.download import BrowserDownload
-from alignment.ui.report import report_json, report_value
-from alignment.ui.sample_dataset import sample_zip
+from alignment.ui.report import report_json, report_value, sample_zip
 from alignment.ui.strings import LANGUAGES, error_text, labels, text
 from alignment.ui.tab import Tab
 from alignment.ui.uploads import (
@@ -30,7 +28,7 @@ from alignment.ui.uploads import (
     uploads_of,
     validate_upload,
 )
-from alignment.ui.widgets import Changes, Value, data_url, on_event, user_errors
+from alignment.ui.widgets import BrowserDownload, Changes, Value, data_url, on_event, user_errors
 
 STEPS = {"unpacking": "evaluate.unpacking", "pictures": "evaluate.pictures", "captions": "evaluate.captions"}
 

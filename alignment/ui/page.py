@@ -1,17 +1,23 @@
 """UI, page: puts header, tabs, dialog and footer together, and binds the events that concern all of them.
 
 An address such as `?tab=pictures&q=a+red+bicycle&lang=en` opens a tab: `q` is a query, captions (one a line), or the id
-of a gallery picture.
+of a gallery picture. While a scan of `PhotoFolder` runs, `scan.js` asks the route "scan" for its progress, and sends
+"renew" when another gallery is searched.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
-from alignment.engine import AlignmentEngine, PhotoFolder
+from alignment.engine import AlignmentEngine, PhotoFolder, Scan
+from alignment.preprocess import sanitize_text
 from alignment.server import GuardedBlocks, Settings
 from alignment.server.gradio_internals import event_data
 from alignment.ui.api import add_api
@@ -22,10 +28,13 @@ from alignment.ui.explanation import ExplanationDialog, ExplanationState
 from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
-from alignment.ui.scan import scan_value
 from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, labels, pick_language, strings, text
 from alignment.ui.tab import Tab
+from alignment.ui.uploads import skipped_value
 from alignment.ui.widgets import Changes, Value, on_event, widget
+
+SCAN_ROUTE = "scan"
+SHOWN_SKIPPED = 20
 
 
 def build_page(
@@ -168,3 +177,70 @@ def _footer_value(engine: AlignmentEngine, lang: str) -> Value:
     numbers = {"pictures": f"{len(gallery.pictures):,}", "captions": f"{len(gallery.captions):,}"}
     notes = [text(lang, "footer.model", model=Path(engine.encoder.name).name, **numbers), text(lang, "footer.private")]
     return {"notes": notes, "link": {"text": text(lang, "footer.api"), "href": "?view=api"}}
+
+
+def scan_value(photos: PhotoFolder | None, lang: str, *, ready: bool = False) -> Value:
+    """Lay a scan out for `scan.js`; `ready` tells that the page has chosen its language, and may ask for progress."""
+    if photos is None:
+        return {}
+    version, scan = photos.version, photos.scan  # in this order: a newer gallery is then asked for again
+    if scan.state == "none" and photos.engine.starter.folder is None:  # not begun yet
+        scan = replace(scan, state="starter")
+    engine = photos.engine
+    count = 0 if engine.gallery is engine.starter else len(engine.gallery.pictures)
+    numbers = {"folder": sanitize_text(Path(photos.source).name, 60), "count": f"{count:,}"}
+    numbers |= {"done": f"{scan.done:,}", "total": f"{scan.total:,}"}
+    more = _details(lang, scan, count) if photos.source or scan.running else ""
+    if photos.source and scan.state == "starter":
+        more += " " + text(lang, "scan.starter.then", **numbers)
+    return {
+        "lang": lang,
+        "version": version,
+        "ready": ready,
+        "running": scan.running,
+        "url": SCAN_ROUTE,
+        "text": text(lang, _stage(photos.source, scan, count), **numbers),
+        "more": more,
+        "button": text(lang, "scan.rescan") if photos.source else "",
+        "done": scan.done,
+        "total": scan.total,
+        **skipped_value(lang, scan.skipped, SHOWN_SKIPPED),
+    }
+
+
+def scan_route(photos: PhotoFolder) -> Route:
+    """Make the endpoint that a page asks while a scan runs."""
+
+    def answer(request: Request) -> JSONResponse:
+        lang = request.query_params.get("lang", "")
+        value = scan_value(photos, lang if lang in LANGUAGES else DEFAULT_LANGUAGE, ready=True)
+        return JSONResponse(value, headers={"Cache-Control": "no-store"})
+
+    return Route(f"/{SCAN_ROUTE}", answer)
+
+
+def _stage(source: str, scan: Scan, count: int) -> str:
+    """Return the key of the first sentence."""
+    step = 0 if not scan.total else 1 if scan.done < scan.total else 2
+    if scan.state == "starter":
+        return ("scan.starter.listing", "scan.starter.running", "scan.starter.finishing")[step]
+    if not source:
+        return "scan.starter.failed" if scan.state == "failed" else "scan.starter.ready"
+    if scan.state == "running":
+        return ("scan.listing", "scan.running", "scan.finishing")[step]
+    ready = "scan.none" if not count else "scan.ready.one" if count == 1 else "scan.ready"
+    return {"waiting": "scan.waiting", "empty": "scan.empty", "failed": "scan.failed"}.get(scan.state, ready)
+
+
+def _details(lang: str, scan: Scan, count: int) -> str:
+    """Say what is searched while a scan runs or has failed, else what it has changed."""
+    if scan.state == "starter":
+        return text(lang, "scan.starter.search")
+    if scan.state != "done":
+        return text(lang, "scan.search", count=f"{count:,}") if count else text(lang, "scan.search.starter")
+    changes = {"added": scan.added, "changed": scan.changed, "removed": scan.removed}
+    if scan.added == count:  # the first scan
+        return ""
+    if not any(changes.values()):
+        return text(lang, "scan.unchanged")
+    return text(lang, "scan.changes", **{name: f"{number:,}" for name, number in changes.items()})

@@ -15,8 +15,7 @@ from alignment.engine.photo_zip import ALBUM, export_zip
 from alignment.preprocess import InputError
 from alignment.server.gradio_internals import event_data
 from alignment.ui.composer import TextQuery, make_query
-from alignment.ui.download import BrowserDownload
-from alignment.ui.search_tab import SearchTab
+from alignment.ui.pictures_tab import SearchTab
 from alignment.ui.strings import count_text, text
 from alignment.ui.uploads import (
     Jobs,
@@ -28,7 +27,7 @@ from alignment.ui.uploads import (
     progress_value,
     uploads_of,
 )
-from alignment.ui.widgets import Changes, Value, on_event, picked
+from alignment.ui.widgets import BrowserDownload, Changes, Value, on_event, picked
 
 BATCH = 12  # photos that are sent together
 
