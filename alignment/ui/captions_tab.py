@@ -13,7 +13,7 @@ from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
 from alignment.ui.examples import PREVIEW_PIXELS
 from alignment.ui.explanation import Pair
-from alignment.ui.results import note_value, problem_value, results_value
+from alignment.ui.results import heading_value, results_value
 from alignment.ui.strings import error_text, text
 from alignment.ui.tab import Tab
 from alignment.ui.uploads import delete_uploads, drop_value, read_upload, uploads_of
@@ -119,26 +119,22 @@ class CaptionsTab(Tab):
 
     def _chips_value(self, lang: str, *_: Any) -> Value:
         items = [
-            {
-                "id": picture.id,
-                "text": self._title(picture, lang) or picture.id,
-                "image": self.examples.image_of(picture),
-            }
-            for picture in self.examples.described
+            {"id": one.id, "text": self._title(one, lang) or one.id, "image": self.examples.image_of(one)}
+            for one in self.examples.described
         ]
         return {"label": text(lang, "captions.example"), "items": items}
 
     def _results_value(self, lang: str, asked: ImageQuery) -> Value:
         gallery = self.engine.gallery
         if not gallery.captions:
-            return note_value(lang, "captions.none")
+            return heading_value(lang, self.key, note=text(lang, "captions.none"))
         if asked.embed is None:
             return {}
         try:
             with user_errors():
                 found = self.engine.search_captions(asked.embed, NUM_RESULTS, lang)
         except InputError as error:
-            return problem_value(error, lang, self.key)
+            return heading_value(lang, self.key, error=error_text(lang, error))
         total = gallery.texts.count(lang) or len(gallery.captions)
         value = results_value(self.key, found, lang, total, _caption_value)
         return {**value, "link": "" if asked.photo else asked.name}

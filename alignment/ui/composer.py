@@ -84,15 +84,12 @@ def add_picture(pictures: tuple[QueryPicture, ...], added: QueryPicture) -> tupl
 def _edit(term: Term, act: object) -> list[Term]:
     """Return the term as a button changes it; nothing if it is removed."""
     weight, sign = abs(term.weight), 1 if term.wanted else -1
-    if act == "remove":
-        return []
-    if act == "flip":
-        return [replace(term, weight=-term.weight)]
-    if act == "more":
-        return [replace(term, weight=sign * next((step for step in WEIGHTS if step > weight), weight))]
-    if act == "less":
-        return [replace(term, weight=sign * next((step for step in reversed(WEIGHTS) if step < weight), weight))]
-    return [term]
+    edited = {
+        "flip": -term.weight,
+        "more": sign * next((step for step in WEIGHTS if step > weight), weight),
+        "less": sign * next((step for step in reversed(WEIGHTS) if step < weight), weight),
+    }
+    return [] if act == "remove" else [replace(term, weight=edited.get(str(act), term.weight))]
 
 
 def _replace_at(items: tuple[Any, ...], place: int, new: Sequence[Any]) -> tuple[Any, ...]:

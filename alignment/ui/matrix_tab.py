@@ -20,14 +20,14 @@ from alignment.heatmap import heat_colours
 from alignment.preprocess import InputError, count_captions, open_image, parse_captions
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
-from alignment.ui.examples import NUM_COMPARED
 from alignment.ui.explanation import Pair
 from alignment.ui.strings import LANGUAGES, error_text, labels, text
 from alignment.ui.tab import Tab
-from alignment.ui.uploads import PhotoState, add_uploads, photos_drop_value, progress_value, uploads_of
+from alignment.ui.uploads import PhotoState, add_uploads, photos_drop_value, uploads_of
 from alignment.ui.widgets import Changes, Value, data_url, picked, user_errors
 
 MAX_PICTURES = MAX_CAPTIONS = 64
+NUM_COMPARED = 4  # pictures and captions that are shown first
 VIEWS = ("cosine", "captions", "pictures", "sigmoid")
 
 _REACH = 3  # spreads of unrelated cosines at which a difference has the strongest colour
@@ -106,7 +106,7 @@ class MatrixTab(Tab):
         for photos, done, total in add_uploads(self.engine, compared.photos, uploads, MAX_PICTURES):
             compared = replace(compared, photos=photos)
             if done < total:
-                busy = progress_value(lang, text(lang, "drop.many"), done, total, MAX_PICTURES)
+                busy = photos_drop_value(lang, text(lang, "drop.many"), photos, MAX_PICTURES, (done, total))
                 yield {self.drop: busy, self.compared: compared}
         yield self.redraw(lang, self.shown, self.compare(compared.photos, typed))
 
@@ -136,7 +136,7 @@ class MatrixTab(Tab):
         return Pair(image, photos.name(pictures[column], lang), compared.captions[row], cosine)
 
     def _example(self, lang: str) -> str:
-        return "\n".join(self.examples.compared(lang))
+        return "\n".join(self.examples.queries(lang)[:NUM_COMPARED])
 
     def _box_words(self, lang: str) -> dict[str, Any]:
         return {"label": text(lang, "matrix.captions"), "info": text(lang, "matrix.help")}
@@ -173,10 +173,9 @@ class MatrixTab(Tab):
         }
 
     def _model_values(self, compared: Compared) -> list[Value]:
-        second = self.engine.second
-        known = [(self.engine.encoder.name, self.engine.scale)]
-        known += [(second.encoder.name, second.scale)] if second else []
-        return [_model_value(*model, alignment) for model, alignment in zip(known, compared.alignments, strict=False)]
+        models = (self.engine, self.engine.second)
+        pairs = zip(models, compared.alignments, strict=False)
+        return [_model_value(model.encoder.name, model.scale, alignment) for model, alignment in pairs if model]
 
 
 def _column_value(picture: Picture, photos: PhotoState, lang: str) -> Value:

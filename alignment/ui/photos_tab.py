@@ -17,16 +17,7 @@ from alignment.server.gradio_internals import event_data
 from alignment.ui.composer import TextQuery, make_query
 from alignment.ui.pictures_tab import SearchTab
 from alignment.ui.strings import count_text, text
-from alignment.ui.uploads import (
-    Jobs,
-    PhotoState,
-    add_uploads,
-    part_of,
-    parts_value,
-    photos_drop_value,
-    progress_value,
-    uploads_of,
-)
+from alignment.ui.uploads import Jobs, PhotoState, add_uploads, part_of, parts_value, photos_drop_value, uploads_of
 from alignment.ui.widgets import BrowserDownload, Changes, Value, on_event, picked
 
 BATCH = 12  # photos that are sent together
@@ -80,7 +71,7 @@ class PhotosTab(SearchTab):
             for added, done, total in add_uploads(self.engine, photos, uploads, MAX_PHOTOS, **options):
                 photos = self._without(added, job.removed)
                 if done < total:
-                    busy = progress_value(lang, self._title(lang), done, total, MAX_PHOTOS) | self._parts(lang)
+                    busy = self._drop_value(lang, asked, photos, busy=(done, total))
                     yield {**self._redraw_collection(lang, asked, photos, busy=True), self.drop: busy}
         changes = self._redraw_collection(lang, asked, photos)
         yield {**changes, self.drop: self._drop_value(lang, asked, photos, run=run)}
@@ -124,14 +115,9 @@ class PhotosTab(SearchTab):
             self.clear: gr.update(interactive=not locked),
         }
 
-    def _title(self, lang: str) -> str:
-        return text(lang, "drop.photos", limit=MAX_PHOTOS)
-
-    def _parts(self, lang: str, run: int = 0) -> Value:
-        return parts_value(BATCH, run) | {"accept": "image/*,.zip", "how": text(lang, "drop.how.zip")}
-
-    def _drop_value(self, lang: str, asked: TextQuery, photos: PhotoState, run: int = 0) -> Value:
-        return photos_drop_value(lang, self._title(lang), photos, MAX_PHOTOS) | self._parts(lang, run)
+    def _drop_value(self, lang: str, _: TextQuery, photos: PhotoState, run: int = 0, **busy: Any) -> Value:
+        area = photos_drop_value(lang, text(lang, "drop.photos", limit=MAX_PHOTOS), photos, MAX_PHOTOS, **busy)
+        return area | parts_value(BATCH, run) | {"accept": "image/*,.zip", "how": text(lang, "drop.how.zip")}
 
     def _notes_value(self, lang: str, asked: TextQuery, photos: PhotoState) -> Value:
         if photos.sample:

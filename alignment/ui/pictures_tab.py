@@ -15,7 +15,7 @@ from alignment.preprocess import InputError, open_image
 from alignment.server.gradio_internals import event_data
 from alignment.ui.composer import QueryPicture, TextQuery, add_picture, composer_value, edit_query, make_query
 from alignment.ui.explanation import Pair
-from alignment.ui.results import note_value, problem_value, results_value
+from alignment.ui.results import heading_value, results_value
 from alignment.ui.strings import error_text, labels, text
 from alignment.ui.tab import Tab
 from alignment.ui.uploads import PhotoState, Upload, delete_uploads, drop_value, read_upload, uploads_of
@@ -106,7 +106,6 @@ class SearchTab(Tab):
     def _find_pair(
         self, event: gr.EventData, lang: str, typed: str, asked: TextQuery, *photos: PhotoState
     ) -> Pair | None:
-        """Return a result with the first caption of the query."""
         id, captions = picked(event), asked.query.wanted_captions if asked.query else ()
         embed = self._gallery(*photos).images.embed(id)
         if embed is None or not captions:
@@ -145,9 +144,9 @@ class SearchTab(Tab):
         """Rank the pictures."""
         total, is_own = len(self._gallery(photos).pictures), photos is not None and not photos.sample
         if not total and photos is None:
-            return note_value(lang, "pictures.none")
+            return heading_value(lang, self.key, note=text(lang, "pictures.none"))
         if asked.query is None:
-            return problem_value(asked.error or InputError("", "caption.empty"), lang, self.key)
+            return heading_value(lang, self.key, error=error_text(lang, asked.error or InputError("", "caption.empty")))
         if not total:
             return {"error": error_text(lang, InputError("There is no picture yet; add one first.", "photos.none"))}
 

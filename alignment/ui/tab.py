@@ -14,7 +14,7 @@ from alignment.server.sessions import Immutable, session_state
 from alignment.ui.examples import Examples
 from alignment.ui.explanation import ExplanationDialog
 from alignment.ui.strings import text
-from alignment.ui.widgets import Changes, on_event, widget
+from alignment.ui.widgets import Changes, Handler, on_event, widget
 
 
 class Tab:
@@ -73,14 +73,7 @@ class Tab:
         self.views[button] = lambda lang, *_: gr.update(value=text(lang, word))
         return button
 
-    def on(
-        self,
-        event: Callable[..., Any],
-        handler: Callable[..., Any],
-        outputs: Sequence[Any],
-        work: str = "",
-        **options: Any,
-    ) -> None:
+    def on(self, event: Any, handler: Handler, outputs: Sequence[Any], work: str = "", **options: Any) -> None:
         """Bind a handler to an event, see `on_event`; it gets the language and the values of `inputs`."""
         on_event(event, handler, [self.language, *self.inputs], outputs, work, **options)
 

@@ -164,10 +164,8 @@ def add_uploads(
 def _steps(
     engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], limit: int, zips: bool
 ) -> Iterator[Added]:
-    kinds: dict[bool, list[Upload]] = {True: [], False: []}
-    for upload in uploads:
-        kinds[zips and upload.name.lower().endswith(".zip")].append(upload)
-    archives, pictures = kinds[True], kinds[False]
+    archives = [upload for upload in uploads if zips and upload.name.lower().endswith(".zip")]
+    pictures = [upload for upload in uploads if upload not in archives]
     size = chunk_size(CHUNK)
     for start in range(0, len(pictures), size):
         chunk = pictures[start : start + size]
@@ -249,8 +247,14 @@ def drop_value(lang: str, title: str, *, max_files: int = 1, **more: Any) -> Val
     }
 
 
-def photos_drop_value(lang: str, title: str, state: PhotoState, max_files: int) -> Value:
-    """Lay the area of a photo collection out, with what became of the last files."""
+def photos_drop_value(
+    lang: str, title: str, state: PhotoState, max_files: int, busy: tuple[int, int] | None = None
+) -> Value:
+    """Lay the area of a photo collection out, `busy` with files (done, of how many) or with the outcome of the last."""
+    if busy:
+        done, total = busy
+        progress = {"done": done, "total": total, "text": text(lang, "drop.reading", done=done, total=total)}
+        return drop_value(lang, title, max_files=max_files, progress=progress)
     status = count_text(lang, "drop.added", state.added) if state.added else ""
     skipped = skipped_value(lang, state.skipped, SHOWN_PROBLEMS)
     return drop_value(lang, title, max_files=max_files, status=status, **skipped)
@@ -262,12 +266,6 @@ def skipped_value(lang: str, skipped: Sequence[Skipped], most: int) -> Value:
     if rest := len(skipped) - len(shown):
         shown.append(["…", text(lang, "drop.more", count=rest)])
     return {"skippedTitle": count_text(lang, "drop.skipped", len(skipped)) if skipped else "", "skipped": shown}
-
-
-def progress_value(lang: str, title: str, done: int, total: int, max_files: int) -> Value:
-    """Lay the area out while files are being read."""
-    progress = {"done": done, "total": total, "text": text(lang, "drop.reading", done=done, total=total)}
-    return drop_value(lang, title, max_files=max_files, progress=progress)
 
 
 def parts_value(batch: int, run: int) -> Value:

@@ -55,6 +55,8 @@ Value = dict[str, Any]
 Changes = dict[Any, Any]
 """What a handler changes on the page: component -> new value."""
 
+Handler = Callable[..., Any]
+
 
 def styles() -> list[Path]:
     """List the style sheets: page.css first, so that those of the elements may overrule it."""
@@ -101,21 +103,15 @@ def queue_options(work: str) -> dict[str, Any]:
 
 
 def on_event(
-    event: Callable[..., Any],
-    handler: Callable[..., Any],
-    inputs: Sequence[Any],
-    outputs: Sequence[Any],
-    work: str = "",
-    *,
-    latest: bool = False,
+    event: Any, handler: Handler, inputs: Sequence[Any], outputs: Sequence[Any], work: str = "", *, latest: bool = False
 ) -> None:
     """Bind a handler to an event, outside the public API.
 
     Args:
-        event: such as `button.click`.
-        handler: returns or yields `Changes` of `outputs`, given the values of `inputs`.
-        inputs: components.
-        outputs: components.
+        event: of a component, such as `button.click`.
+        handler: returns or yields `Changes` of the components `outputs`, given the values of those of `inputs`.
+        inputs: see `handler`.
+        outputs: see `handler`.
         work: the queue for what runs the model, see `queue_options`; "" is answered at once.
         latest: whether events that a later one has overtaken may be dropped; not for events that carry data.
     """
