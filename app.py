@@ -48,7 +48,7 @@ from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import InputError
 from alignment.ui.examples import THUMBNAIL_ROUTE
 from alignment.ui.page import build_page, scan_route
-from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, error_for_browser
+from alignment.ui.strings import DEFAULT_LANG, LANGUAGES, error_for_browser
 from alignment.ui.widgets import ASSETS, ICON, styles, theme
 
 ROOT = Path(__file__).resolve().parent
@@ -113,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--lang",
         choices=tuple(LANGUAGES),
-        default=env("ALIGNMENT_LANG") or DEFAULT_LANGUAGE,
+        default=env("ALIGNMENT_LANG") or DEFAULT_LANG,
         help="for browsers that ask for neither language (default: %(default)s)",
     )
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")

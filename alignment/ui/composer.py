@@ -14,8 +14,7 @@ from alignment.server.sessions import Immutable
 from alignment.ui.strings import labels, text
 from alignment.ui.widgets import Value, user_errors
 
-WEIGHTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
-"""The steps of the buttons; any other weight can be typed."""
+WEIGHTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # the steps of the buttons; any other weight can be typed
 
 _serial = count()  # the page redraws on a new value only, also when an edit changes nothing
 

@@ -18,16 +18,7 @@ from alignment.server.sessions import Immutable
 from alignment.ui.report import report_json, report_value, sample_zip
 from alignment.ui.strings import LANGUAGES, error_text, labels, text
 from alignment.ui.tab import Tab
-from alignment.ui.uploads import (
-    Jobs,
-    Upload,
-    delete_uploads,
-    drop_value,
-    part_of,
-    parts_value,
-    uploads_of,
-    validate_upload,
-)
+from alignment.ui.uploads import Jobs, Upload, delete_uploads, drop_value, part_of, parts_value, upload_path, uploads_of
 from alignment.ui.widgets import BrowserDownload, Changes, Value, data_url, on_event, user_errors
 
 STEPS = {"unpacking": "evaluate.unpacking", "pictures": "evaluate.pictures", "captions": "evaluate.captions"}
@@ -65,7 +56,12 @@ class EvaluateTab(Tab):
         self.on(self.drop.files, self._measure, [self.measured, self.drop, self.report, self.download], "upload")
         on_event(self.drop.halt, self.jobs.stop, [], [])
         download = BrowserDownload("evaluate-courier")
-        download.serve(self.sample, self._export_sample, self._sample_value, [self.language])
+        download.serve(
+            self.sample,
+            lambda lang: ("example.zip", "application/zip", sample_zip(lang)),
+            self._sample_value,
+            [self.language],
+        )
         download.serve(self.download, self._export_report, self._download_value, [self.language, self.measured])
 
     def _measure(self, event: gr.EventData, request: gr.Request, lang: str, measured: Measured) -> Iterator[Changes]:
@@ -89,12 +85,9 @@ class EvaluateTab(Tab):
 
     def _steps(self, uploads: list[Upload]) -> Iterator[dataset_eval.Progress | dataset_eval.EvalResult]:
         for upload in uploads:
-            path = validate_upload(upload, limit_mb=MAX_ZIP_MB)
+            path = upload_path(upload, limit_mb=MAX_ZIP_MB)
             with user_errors(), closing(dataset_eval.measure_archive(self.engine, path)) as steps:
                 yield from steps
-
-    def _export_sample(self, lang: str) -> tuple[str, str, bytes]:
-        return "example.zip", "application/zip", sample_zip(lang)
 
     def _export_report(self, lang: str, measured: Measured) -> tuple[str, str, bytes]:
         result = measured.result or self.example(lang)
@@ -113,12 +106,9 @@ class EvaluateTab(Tab):
         return self._drop_value(lang, Measured()) | {"progress": {"done": step.share, "total": 1, "text": said}}
 
     def _help_value(self, lang: str, *_: Any) -> Value:
-        limits = {
-            "pictures": dataset_eval.MAX_TRIAL_PICTURES,
-            "captions": f"{dataset_eval.MAX_TRIAL_CAPTIONS:,}",
-            "size": MAX_ZIP_MB,
-        }
-        return {"labels": labels(lang, "evaluate."), "limits": text(lang, "evaluate.limits", **limits)}
+        pictures, captions = dataset_eval.MAX_TRIAL_PICTURES, f"{dataset_eval.MAX_TRIAL_CAPTIONS:,}"
+        limits = text(lang, "evaluate.limits", pictures=pictures, captions=captions, size=MAX_ZIP_MB)
+        return {"labels": labels(lang, "evaluate."), "limits": limits}
 
     def _sample_value(self, lang: str, *_: Any) -> Value:
         return {"label": text(lang, "evaluate.sample")}

@@ -13,7 +13,6 @@ import gradio as gr
 import numpy as np
 
 from alignment.engine import Alignment
-from alignment.engine.explanation import Scale
 from alignment.engine.matrix import colour_limits, named_captions
 from alignment.gallery import Picture
 from alignment.heatmap import heat_colours
@@ -173,25 +172,24 @@ class MatrixTab(Tab):
         }
 
     def _model_values(self, compared: Compared) -> list[Value]:
-        models = (self.engine, self.engine.second)
-        pairs = zip(models, compared.alignments, strict=False)
-        return [_model_value(model.encoder.name, model.scale, alignment) for model, alignment in pairs if model]
+        """Lay the models' scores out; captions are the rows of the page's table, because long ones only fit there."""
+        models = zip((self.engine, self.engine.second), compared.alignments, strict=False)
+        return [
+            {
+                "name": Path(model.encoder.name).name,
+                "cosines": [[round(value, 7) for value in row] for row in scores.similarity.T.double().tolist()],
+                "scale": scores.logit_scale,
+                "bias": scores.logit_bias,
+                "limits": list(colour_limits(model.scale)),
+            }
+            for model, scores in models
+            if model
+        ]
 
 
 def _column_value(picture: Picture, photos: PhotoState, lang: str) -> Value:
     name, image = photos.name(picture, lang), data_url(photos.photos.thumbnails[picture.id])
     return {"id": picture.id, "image": image, "alt": name, "remove": text(lang, "matrix.remove", name=name)}
-
-
-def _model_value(name: str, scale: Scale, alignment: Alignment) -> Value:
-    """Lay one model's scores out; captions are the rows of the page's table, because long ones only fit there."""
-    return {
-        "name": Path(name).name,
-        "cosines": [[round(value, 7) for value in row] for row in alignment.similarity.T.double().tolist()],
-        "scale": alignment.logit_scale,
-        "bias": alignment.logit_bias,
-        "limits": list(colour_limits(scale)),
-    }
 
 
 @cache

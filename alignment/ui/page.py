@@ -28,7 +28,7 @@ from alignment.ui.explanation import ExplanationDialog, ExplanationState
 from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
-from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, labels, pick_language, strings, text
+from alignment.ui.strings import DEFAULT_LANG, LANGUAGES, labels, pick_language, strings, text
 from alignment.ui.tab import Tab
 from alignment.ui.uploads import skipped_value
 from alignment.ui.widgets import Changes, Value, on_event, widget
@@ -38,10 +38,7 @@ SHOWN_SKIPPED = 20
 
 
 def build_page(
-    engine: AlignmentEngine,
-    lang: str = DEFAULT_LANGUAGE,
-    queue: int = Settings.queue,
-    photos: PhotoFolder | None = None,
+    engine: AlignmentEngine, lang: str = DEFAULT_LANG, queue: int = Settings.queue, photos: PhotoFolder | None = None
 ) -> gr.Blocks:
     """Lay the page out in the language `lang`; a browser that prefers the other one changes it on loading.
 
@@ -88,11 +85,12 @@ class PageContent:
         """Bind the handlers."""
         everything = [part for tab in self.tabs for part in tab.outputs]
         frame = [self.header, self.link, self.language, *self.places, self.scan, self.footer, self.dialog.dialog]
-        inputs = [self.language, self.dialog.state, *_inputs(self.tabs)]
+        inputs = [self.language, self.dialog.state, *(part for tab in self.tabs for part in tab.inputs)]
         on_event(self.language.change, self._translate, inputs, [*frame, *everything])
 
         renewed = [self.scan, self.footer, *(part for tab in self.searching for part in tab.outputs)]
-        on_event(self.scan.renew, self._renew, [self.language, *_inputs(self.searching)], renewed, work="search")
+        queries = [self.language, *(part for tab in self.searching for part in tab.inputs)]
+        on_event(self.scan.renew, self._renew, queries, renewed, work="search")
         on_event(self.scan.rescan, self._rescan, [self.language], [self.scan])
 
         linked = [part for tab in self.tabs for part in tab.url_outputs]
@@ -148,10 +146,6 @@ class PageContent:
     def _link_value(self, lang: str) -> Value:
         """Lay out the button that copies an address, for `link.js`."""
         return {"tabs": [tab.key for tab in self.tabs], "lang": lang, "labels": labels(lang, "link.")}
-
-
-def _inputs(tabs: Sequence[Tab]) -> list[Any]:
-    return [part for tab in tabs for part in tab.inputs]
 
 
 def _translate_tabs(tabs: Sequence[Tab], lang: str, values: Sequence[Any]) -> Changes:
@@ -213,7 +207,7 @@ def scan_route(photos: PhotoFolder) -> Route:
 
     def answer(request: Request) -> JSONResponse:
         lang = request.query_params.get("lang", "")
-        value = scan_value(photos, lang if lang in LANGUAGES else DEFAULT_LANGUAGE, ready=True)
+        value = scan_value(photos, lang if lang in LANGUAGES else DEFAULT_LANG, ready=True)
         return JSONResponse(value, headers={"Cache-Control": "no-store"})
 
     return Route(f"/{SCAN_ROUTE}", answer)

@@ -102,13 +102,8 @@ def _suspect_value(suspect: SuspectedLabel, picture: PictureValue) -> Value:
 def report_json(result: EvalResult, encoder: DualEncoder, name: str) -> bytes:
     """Write a report on the file `name` for programs, with the metric names of `python -m alignment.evaluate`."""
     worst = [
-        {
-            "direction": one.direction,
-            "query": one.query,
-            "answer": one.answer,
-            "rank": one.ranks[0],
-            "first": one.tops[0],
-        }
+        {"direction": one.direction, "query": one.query, "answer": one.answer}
+        | {"rank": one.ranks[0], "first": one.tops[0]}
         for one in result.worst
     ]
     suspects = [

@@ -73,12 +73,12 @@ def uploads_of(data: object) -> list[Upload]:
 def read_upload(upload: Upload, limit: int) -> bytes:
     """Read an upload. Raises InputError when it is not there, or too large."""
     try:
-        return validate_upload(upload, limit).read_bytes()
+        return upload_path(upload, limit).read_bytes()
     except OSError as error:
         raise ServiceError("upload.lost").error from error
 
 
-def validate_upload(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
+def upload_path(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
     """Find the file of an upload. Raises InputError when it is not there, or too large.
 
     The page checks the limits of files and of megabytes too, but a program may pose as the page.
@@ -139,11 +139,9 @@ def add_uploads(
 ) -> Iterator[tuple[PhotoState, int, int]]:
     """Add uploads to a collection a few at a time, then delete them; the visitor's first pictures replace the sample.
 
-    `limit` is that of the whole collection, `zips` tells whether zip files are opened, `more` whether these files are a
-    further part of the last ones and counted with them, `stopped` whether to end early.
-
-    Yields:
-        The collection so far, how many files have been dealt with, and of how many; first unchanged, with 0.
+    `limit` is that of the whole collection; with `zips`, zip files are opened; with `more`, these files are a further
+    part of the last ones and counted with them. Yields the collection so far, how many files have been dealt with, and
+    of how many; first unchanged, with 0.
     """
     state = state if more else replace(state, added=0, skipped=())
     photos = engine.no_photos(both=state.photos.second_embeds is not None) if state.sample else state.photos
@@ -174,7 +172,7 @@ def _steps(
     for upload in archives:
         try:
             with user_errors():
-                for step in add_archive(engine, photos, validate_upload(upload, limit, MAX_ZIP_MB), limit=limit):
+                for step in add_archive(engine, photos, upload_path(upload, limit, MAX_ZIP_MB), limit=limit):
                     photos = step.photos
                     yield step
         except InputError as error:

@@ -44,17 +44,13 @@ _COLOURS = {  # token -> in light mode, in dark mode
     "button_secondary_border_color": ("#d4d4dc", "#3a3a44"),
 }
 
+# Concurrent handlers; searches that wait for the model are encoded together, see `alignment.engine.batching`.
 SEARCHES_AT_ONCE, UPLOADS_AT_ONCE = 16, 2
-"""Concurrent handlers; searches that wait for the model are encoded together, see `alignment.engine.batching`."""
 
 _serial = count(1)  # of downloads: the page acts on a new value only
 
-Value = dict[str, Any]
-"""What an element shows, as JSON."""
-
-Changes = dict[Any, Any]
-"""What a handler changes on the page: component -> new value."""
-
+Value = dict[str, Any]  # what an element shows, as JSON
+Changes = dict[Any, Any]  # what a handler changes on the page: component -> new value
 Handler = Callable[..., Any]
 
 
@@ -65,23 +61,10 @@ def styles() -> list[Path]:
 
 def theme() -> gr.themes.Base:
     """Make the theme."""
-    base = gr.themes.Base(
-        primary_hue="indigo",
-        neutral_hue="zinc",
-        radius_size="md",
-        spacing_size="md",
-        text_size="md",
-        font=FONTS.split(", "),
-        font_mono=MONO.split(", "),
-    )
+    base = gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", font=FONTS.split(", "), font_mono=MONO.split(", "))
     colours = {f"{name}{mode}": pair[bool(mode)] for name, pair in _COLOURS.items() for mode in ("", "_dark")}
-    widths = {
-        "block_border_width": "0px",
-        "block_padding": "0",
-        "input_border_width": "1px",
-        "button_border_width": "1px",
-    }
-    return base.set(**colours, **widths, button_primary_text_color="#ffffff")
+    base.set(block_border_width="0px", block_padding="0", input_border_width="1px", button_border_width="1px")
+    return base.set(**colours, button_primary_text_color="#ffffff")
 
 
 def widget(name: str, value: object, parts: Sequence[str] = (), **options: Any) -> Any:
