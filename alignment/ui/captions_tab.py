@@ -45,7 +45,7 @@ class CaptionsTab(Tab):
         first = self.examples.described[:1]
         return self._gallery_query(first[0]) if first else ImageQuery()
 
-    def _lay_out(self, lang: str) -> None:
+    def _build(self, lang: str) -> None:
         (self.asked,) = self.add_states(self.first)
         with gr.Row(elem_classes=["al-columns"]):
             with gr.Column(scale=5, min_width=300):
@@ -53,8 +53,6 @@ class CaptionsTab(Tab):
                 self.chips = self.add_widget("chips", "examples", self._chips_value)
             with gr.Column(scale=7, min_width=300):
                 self.results = self.add_widget("captions", "results", self._results_value)
-
-    def _bind_events(self) -> None:
         self.url_outputs = [self.asked, self.drop, self.results]
         self.on(self.drop.files, self._add_upload, self.url_outputs, "search")
         self.on(self.chips.pick, self._show_example, self.url_outputs)

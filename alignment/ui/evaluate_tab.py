@@ -19,7 +19,7 @@ from alignment.ui.report import report_json, report_value, sample_zip
 from alignment.ui.strings import LANGUAGES, error_text, labels, text
 from alignment.ui.tab import Tab
 from alignment.ui.uploads import Jobs, Upload, delete_uploads, drop_value, part_of, parts_value, upload_path, uploads_of
-from alignment.ui.widgets import BrowserDownload, Changes, Value, data_url, on_event, user_errors
+from alignment.ui.widgets import BrowserDownload, Changes, File, Value, data_url, on_event, user_errors
 
 STEPS = {"unpacking": "evaluate.unpacking", "pictures": "evaluate.pictures", "captions": "evaluate.captions"}
 
@@ -39,7 +39,7 @@ class EvaluateTab(Tab):
 
     key = "evaluate"
 
-    def _lay_out(self, lang: str) -> None:
+    def _build(self, lang: str) -> None:
         self.jobs = Jobs()
         self.example = lru_cache(len(LANGUAGES))(lambda lang: dataset_eval.gallery_trial(self.engine.starter, lang))
         (self.measured,) = self.add_states(Measured())
@@ -51,8 +51,6 @@ class EvaluateTab(Tab):
             with gr.Column(scale=8, min_width=300):
                 self.report = self.add_widget("evaluate", "results", self._report_value)
                 self.download = self.add_widget("download", "download", self._download_value)
-
-    def _bind_events(self) -> None:
         self.on(self.drop.files, self._measure, [self.measured, self.drop, self.report, self.download], "upload")
         on_event(self.drop.halt, self.jobs.stop, [], [])
         download = BrowserDownload("evaluate-courier")
@@ -89,7 +87,7 @@ class EvaluateTab(Tab):
             with user_errors(), closing(dataset_eval.measure_archive(self.engine, path)) as steps:
                 yield from steps
 
-    def _export_report(self, lang: str, measured: Measured) -> tuple[str, str, bytes]:
+    def _export_report(self, lang: str, measured: Measured) -> File:
         result = measured.result or self.example(lang)
         if result is None:
             raise InputError("There is nothing to report yet; choose a zip file first.", "trial.none")

@@ -48,7 +48,7 @@ class MatrixTab(Tab):
 
     key = "matrix"
 
-    def _lay_out(self, lang: str) -> None:
+    def _build(self, lang: str) -> None:
         ids = [picture.id for picture in self.examples.pictures[:NUM_COMPARED]]
         self.sample = PhotoState(self.engine.gallery_photos(ids, both=True))
         (self.compared,) = self.add_states(self.compare(self.sample, self._example(lang)))
@@ -63,8 +63,6 @@ class MatrixTab(Tab):
                     self.clear = self.add_button("clear", "secondary")
             with gr.Column(scale=8, min_width=300):
                 self.table = self.add_widget("matrix", "table", self.table_value, ("matrix_maths", "matrix_files"))
-
-    def _bind_events(self) -> None:
         self.inputs = [self.captions, self.compared]
         self.shown = [self.drop, self.compared, self.table]
         self.url_outputs = [self.captions, *self.shown]

@@ -73,18 +73,15 @@ class PageContent:
         self.dialog.build(lang)
         self.scan = widget("scan", scan_value(photos, lang), elem_id="scan", visible=photos is not None)
         with gr.Tabs(selected=PicturesTab.key if photos and photos.source else None) as self.row:
-            self.places = [self._build_tab(tab) for tab in self.tabs]
+            for tab in self.tabs:
+                tab.build(self.language, lang)
         self.footer = widget("plain", _footer_value(engine, lang), elem_id="footer")
-
-    def _build_tab(self, tab: Tab) -> gr.Tab:
-        with gr.Tab(text(self.lang, f"{tab.key}.tab"), id=tab.key) as place:
-            tab.build(self.language, self.lang)
-        return place
 
     def bind_events(self, page: gr.Blocks) -> None:
         """Bind the handlers."""
         everything = [part for tab in self.tabs for part in tab.outputs]
-        frame = [self.header, self.link, self.language, *self.places, self.scan, self.footer, self.dialog.dialog]
+        places = [tab.place for tab in self.tabs]
+        frame = [self.header, self.link, self.language, *places, self.scan, self.footer, self.dialog.dialog]
         inputs = [self.language, self.dialog.state, *(part for tab in self.tabs for part in tab.inputs)]
         on_event(self.language.change, self._translate, inputs, [*frame, *everything])
 
@@ -105,10 +102,7 @@ class PageContent:
             self.header: _header_value(lang),
             self.link: self._link_value(lang),
             self.language: gr.update(label=_language_label(lang)),
-            **{
-                place: gr.update(label=text(lang, f"{tab.key}.tab"))
-                for place, tab in zip(self.places, self.tabs, strict=True)
-            },
+            **{tab.place: gr.update(label=text(lang, f"{tab.key}.tab")) for tab in self.tabs},
             **self._gallery_status(lang),
             self.dialog.dialog: self.dialog.translate(lang, explained),
             **_translate_tabs(self.tabs, lang, values),
@@ -144,12 +138,10 @@ class PageContent:
         return {self.scan: scan, self.footer: _footer_value(self.engine, lang)}
 
     def _link_value(self, lang: str) -> Value:
-        """Lay out the button that copies an address, for `link.js`."""
         return {"tabs": [tab.key for tab in self.tabs], "lang": lang, "labels": labels(lang, "link.")}
 
 
 def _translate_tabs(tabs: Sequence[Tab], lang: str, values: Sequence[Any]) -> Changes:
-    """Draw tabs in a language, given the values of their inputs."""
     changes: Changes = {}
     rest = iter(values)
     for tab in tabs:

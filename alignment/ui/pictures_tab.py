@@ -49,13 +49,10 @@ class SearchTab(Tab):
         self.url_outputs = [self.query, *self.found]
         for event in (self.query.submit, self.button.click):
             self.on(event, self._search, self.found, "search", latest=True)
-        for event, handler in (
-            (self.composer.edit, self._edit),
-            (self.results.more, self._more),
-            (self.results.less, self._less),
-            (self.chips.pick, self.search_example),
-        ):
-            self.on(event, handler, self.url_outputs, "search")
+        self.on(self.composer.edit, self._edit, self.url_outputs, "search")
+        self.on(self.results.more, self._more, self.url_outputs, "search")
+        self.on(self.results.less, self._less, self.url_outputs, "search")
+        self.on(self.chips.pick, self.search_example, self.url_outputs, "search")
         self.explanation.on_event(self.results.why, self._find_pair, [self.language, *self.inputs])
 
     def translate(self, lang: str, *values: Any) -> Changes:
@@ -168,7 +165,7 @@ class PicturesTab(SearchTab):
     key = "pictures"
     num_results = 12
 
-    def _lay_out(self, lang: str) -> None:
+    def _build(self, lang: str) -> None:
         first = make_query(self.engine, self.examples.queries(lang)[0])
         self.add_states(first)
         self.add_search_box(lang, first)
@@ -178,8 +175,6 @@ class PicturesTab(SearchTab):
         self.chips = self.add_widget("chips", "examples", self.chips_value)
         self.sample = self.add_widget("chips", "sample", self._sample_value)
         self.results = self.add_widget("pictures", "results", self.results_value)
-
-    def _bind_events(self) -> None:
         self.bind_search()
         self.on(self.help.pick, self.search_example, self.url_outputs, "search")
         self.on(self.drop.files, self._add_upload, [self.drop, *self.url_outputs], "search")

@@ -35,15 +35,13 @@ class Tab:
         return [*self.states, *self.views]
 
     def build(self, language: Any, lang: str) -> None:
-        """Lay the tab out inside the current Gradio block, in the language `lang`; `language` is its component."""
+        """Put the tab on the page, in the language `lang`; `language` is its component."""
         self.language, self._lang = language, lang
-        self._lay_out(lang)
-        self._bind_events()
+        with gr.Tab(text(lang, f"{self.key}.tab"), id=self.key) as self.place:
+            self._build(lang)
 
-    def _lay_out(self, lang: str) -> None:
-        raise NotImplementedError
-
-    def _bind_events(self) -> None:
+    def _build(self, lang: str) -> None:
+        """Lay the content out and bind its events."""
         raise NotImplementedError
 
     def load_from_url(self, lang: str, asked: str) -> Changes:

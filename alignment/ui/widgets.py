@@ -52,6 +52,7 @@ _serial = count(1)  # of downloads: the page acts on a new value only
 Value = dict[str, Any]  # what an element shows, as JSON
 Changes = dict[Any, Any]  # what a handler changes on the page: component -> new value
 Handler = Callable[..., Any]
+File = tuple[str, str, bytes]  # name, media type, content
 
 
 def styles() -> list[Path]:
@@ -139,14 +140,8 @@ class BrowserDownload:
         self.file = widget("courier", {}, elem_id=elem_id)
         on_event(self.file.saved, lambda: {self.file: {}}, [], [self.file])
 
-    def serve(
-        self,
-        button: Any,
-        make_file: Callable[..., tuple[str, str, bytes]],
-        button_value: Callable[..., Value],
-        inputs: Sequence[Any],
-    ) -> None:
-        """Let a button of `download.js` save the file (name, media type, content) that `make_file` returns.
+    def serve(self, button: Any, make_file: Callable[..., File], button_value: Handler, inputs: Sequence[Any]) -> None:
+        """Let a button of `download.js` save the file that `make_file` returns.
 
         Both functions get the values of `inputs`, the language first.
         """
