@@ -93,29 +93,16 @@ def build_parser() -> argparse.ArgumentParser:
     searched = parser.add_mutually_exclusive_group()
     gallery = env("ALIGNMENT_GALLERY") or bundled(GALLERY)
     searched.add_argument("--gallery", type=expanduser, default=gallery, metavar="DIR")
-    searched.add_argument(
-        "--photos",
-        type=expanduser,
-        metavar="FOLDER",
-        help="search the pictures in this folder, which are only read; their gallery is kept in the cache folder, and "
-        "everyone who opens the page sees the names of the files",
-    )
-    add(
-        "--compare",
-        type=expanduser,
-        default=env("ALIGNMENT_COMPARE") or None,
-        metavar="PATH_OR_HUB_ID",
-        help="a second model, such as a fine-tuned one, beside the first in the similarity matrix",
-    )
+    photos = "search the pictures in this folder, which are only read; their gallery is kept in the cache folder, and "
+    photos += "everyone who opens the page sees the names of the files"
+    searched.add_argument("--photos", type=expanduser, metavar="FOLDER", help=photos)
+    second = "a second model, such as a fine-tuned one, beside the first in the similarity matrix"
+    add("--compare", type=expanduser, default=env("ALIGNMENT_COMPARE") or None, metavar="PATH_OR_HUB_ID", help=second)
     add_index_options(parser)
     add("--host", default=env("GRADIO_SERVER_NAME") or "127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
     add("--port", type=server.read_port, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
-    add(
-        "--lang",
-        choices=tuple(LANGUAGES),
-        default=env("ALIGNMENT_LANG") or DEFAULT_LANG,
-        help="for browsers that ask for neither language (default: %(default)s)",
-    )
+    neither = "for browsers that ask for neither language (default: %(default)s)"
+    add("--lang", choices=tuple(LANGUAGES), default=env("ALIGNMENT_LANG") or DEFAULT_LANG, help=neither)
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
     add_size_options(parser)
     server.add_options(parser)

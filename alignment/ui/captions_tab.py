@@ -7,7 +7,7 @@ import gradio as gr
 from torch import Tensor
 
 from alignment.engine import as_webp
-from alignment.gallery import Caption, Picture
+from alignment.gallery import Picture
 from alignment.preprocess import InputError, open_image
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
@@ -134,9 +134,6 @@ class CaptionsTab(Tab):
         except InputError as error:
             return heading_value(lang, self.key, error=error_text(lang, error))
         total = gallery.texts.count(lang) or len(gallery.captions)
-        value = results_value(self.key, found, lang, total, _caption_value)
-        return {**value, "link": "" if asked.photo else asked.name}
-
-
-def _caption_value(caption: Caption) -> Value:
-    return {"id": caption.id, "text": caption.text, "lang": caption.lang or None}
+        return results_value(
+            self.key, found, lang, total, lambda one: {"id": one.id, "text": one.text, "lang": one.lang or None}
+        ) | {"link": "" if asked.photo else asked.name}

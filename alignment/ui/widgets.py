@@ -91,13 +91,9 @@ def on_event(
 ) -> None:
     """Bind a handler to an event, outside the public API.
 
-    Args:
-        event: of a component, such as `button.click`.
-        handler: returns or yields `Changes` of the components `outputs`, given the values of those of `inputs`.
-        inputs: see `handler`.
-        outputs: see `handler`.
-        work: the queue for what runs the model, see `queue_options`; "" is answered at once.
-        latest: whether events that a later one has overtaken may be dropped; not for events that carry data.
+    `handler` returns or yields `Changes` of the components `outputs`, given the values of those of `inputs`. `work` is
+    the queue for what runs the model, see `queue_options`; "" is answered at once. `latest` allows to drop events that
+    a later one has overtaken; not for events that carry data.
     """
     event(
         handler,
@@ -141,10 +137,7 @@ class BrowserDownload:
         on_event(self.file.saved, lambda: {self.file: {}}, [], [self.file])
 
     def serve(self, button: Any, make_file: Callable[..., File], button_value: Handler, inputs: Sequence[Any]) -> None:
-        """Let a button of `download.js` save the file that `make_file` returns.
-
-        Both functions get the values of `inputs`, the language first.
-        """
+        """Let a button of `download.js` save the file of `make_file`; it and `button_value` get those of `inputs`."""
 
         def download(lang: str, *values: Any) -> Changes:
             shown = {**button_value(lang, *values), "serial": next(_serial)}  # a new value enables the button again
