@@ -3,10 +3,10 @@
 It reads the arguments, loads `alignment.engine` and serves the page of `alignment.ui`.
 """
 
-import argparse
 import gc
 import os
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -81,12 +81,10 @@ A gallery of captioned data, or one to be copied and published, is built by a co
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Define the command line; the environment gives the defaults."""
     env = os.environ.get
-    parser = argparse.ArgumentParser(
-        description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=_HELP, epilog=_ENVIRONMENT, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or bundled(MODEL), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
@@ -109,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -118,7 +116,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_engine(args: argparse.Namespace) -> AlignmentEngine:
+def load_engine(args: Namespace) -> AlignmentEngine:
     """Load models and gallery, with the text tower warm; `AlignmentEngine.warm_images` follows later.
 
     Under a model that has no starter gallery yet, that has few pictures and captions until `background_scan` is done.
@@ -138,7 +136,7 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     return engine
 
 
-def background_scan(engine: AlignmentEngine, args: argparse.Namespace) -> PhotoFolder | None:
+def background_scan(engine: AlignmentEngine, args: Namespace) -> PhotoFolder | None:
     """Prepare what is embedded while the page is served: --photos, or the starter gallery of a new model; else None."""
     if not args.photos and engine.starter.folder is not None:
         return None
@@ -162,6 +160,7 @@ def launch_options(
         held = {"images": len(gallery.pictures), "captions": len(gallery.captions)}
         return {"model": Path(encoder.name).name, "fingerprint": encoder.fingerprint, **held}
 
+    service = service or server.Service()
     routes = [Route(f"/{THUMBNAIL_ROUTE}", thumbnail), *([scan_route(photos)] if photos else [])]
     return {
         "theme": theme(),
@@ -176,9 +175,7 @@ def launch_options(
         "max_file_size": f"{MAX_ZIP_MB}mb",
         "head": "<link rel='icon' href='favicon.ico'>\n"
         f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
-        **(service or server.Service()).launch_options(
-            health, routes, translate=error_for_browser, max_file_mb=MAX_ZIP_MB
-        ),
+        **service.launch_options(health, routes, translate=error_for_browser, max_file_mb=MAX_ZIP_MB),
     }
 
 
@@ -206,9 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def serve(
-    engine: AlignmentEngine, args: argparse.Namespace, service: server.Service, photos: PhotoFolder | None = None
-) -> None:
+def serve(engine: AlignmentEngine, args: Namespace, service: server.Service, photos: PhotoFolder | None) -> None:
     """Serve the page, and scan `photos`, until the process is told to stop. Raises OSError when the port is taken."""
     server.configure_logging(args.log)
     page = build_page(engine, args.lang, args.queue, photos)

@@ -54,12 +54,7 @@ class EvaluateTab(Tab):
         self.on(self.drop.files, self._measure, [self.measured, self.drop, self.report, self.download], "upload")
         on_event(self.drop.halt, self.jobs.stop, [], [])
         download = BrowserDownload("evaluate-courier")
-        download.serve(
-            self.sample,
-            lambda lang: ("example.zip", "application/zip", sample_zip(lang)),
-            self._sample_value,
-            [self.language],
-        )
+        download.serve(self.sample, sample_zip, self._sample_value, [self.language])
         download.serve(self.download, self._export_report, self._download_value, [self.language, self.measured])
 
     def _measure(self, event: gr.EventData, request: gr.Request, lang: str, measured: Measured) -> Iterator[Changes]:

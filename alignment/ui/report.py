@@ -20,7 +20,7 @@ from alignment.model import DualEncoder
 from alignment.preprocess import sanitize_text
 from alignment.ui.results import percent
 from alignment.ui.strings import WORDS, labels, text
-from alignment.ui.widgets import Value
+from alignment.ui.widgets import File, Value
 
 SHOWN_NAMES = 5
 SIDE = 320
@@ -128,7 +128,7 @@ def report_json(result: EvalResult, encoder: DualEncoder, name: str) -> bytes:
     return (json.dumps(report, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "replace")
 
 
-def sample_zip(lang: str) -> bytes:
+def sample_zip(lang: str) -> File:
     """Draw a few shapes and pack them with a table of captions in this language."""
     table, buffer = io.StringIO(), io.BytesIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -141,7 +141,7 @@ def sample_zip(lang: str) -> bytes:
                 writer.writerow([name, text(lang, form, **what)])
             file.writestr(name, _draw(shape, COLOURS[colour]))
         file.writestr(f"{TABLE}.csv", "\ufeff" + table.getvalue())  # the mark tells spreadsheets that it is UTF-8
-    return buffer.getvalue()
+    return "example.zip", "application/zip", buffer.getvalue()
 
 
 def _draw(shape: str, colour: str) -> bytes:
