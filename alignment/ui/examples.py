@@ -54,6 +54,12 @@ class Examples:
         """Return a picture's caption, else its file's name where visitors may read that, else ""."""
         return picture.caption(lang) or (sanitize_text(picture.source) if self.engine.names_files else "")
 
+    @property
+    def are_samples(self) -> bool:
+        """Whether the engine searches the starter gallery: all of its pictures come with installed packages."""
+        pictures = self.engine.gallery.pictures
+        return bool(pictures) and all(picture.package for picture in pictures)
+
     def query(self, picture: Picture, lang: str) -> str:
         """Return a query that finds an example picture, else its caption, else ""."""
         return strings()[lang].get(f"example.query.{picture.id}") or picture.caption(lang)

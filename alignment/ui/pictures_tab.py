@@ -207,9 +207,8 @@ class PicturesTab(SearchTab):
         return {"help": text(lang, "pictures.help"), "labels": labels(lang, "pictures.")}
 
     def _sample_value(self, lang: str, *_: Any) -> Value:
-        """Offer the tab "My photos" while the starter gallery is searched: all its pictures come with packages."""
-        pictures = self.engine.gallery.pictures
-        if not pictures or not all(picture.package for picture in pictures):
+        """Offer the tab "My photos" while the engine searches the starter gallery."""
+        if not self.examples.are_samples:
             return {}
-        label = text(lang, "pictures.sample", count=len(pictures))
+        label = text(lang, "pictures.sample", count=len(self.engine.gallery.pictures))
         return {"label": label, "items": [{"id": "photos", "text": text(lang, "photos.tab")}]}
