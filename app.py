@@ -3,10 +3,10 @@
 It reads the arguments, loads `alignment.engine` and serves the page of `alignment.ui`.
 """
 
-import argparse
 import gc
 import os
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -37,6 +37,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from alignment import server
 from alignment.atomic import describe_error
 from alignment.bundled import GALLERY, MODEL, bundled
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, PhotoFolder, SecondModel
@@ -46,26 +47,10 @@ from alignment.gallery import Gallery, Remote, add_index_options, progress_bar
 from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import InputError
-from alignment.server import (
-    Service,
-    Settings,
-    add_options,
-    check_address,
-    check_gradio,
-    configure_logging,
-    harden_mcp,
-    host_in_url,
-    limit_arenas,
-    process_folder,
-    read_port,
-    redirect_server_logs,
-)
 from alignment.ui.examples import THUMBNAIL_ROUTE
-from alignment.ui.page import build_page
-from alignment.ui.scan import scan_route
-from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, error_for_browser
-from alignment.ui.theme import theme
-from alignment.ui.widgets import ASSETS, ICON, styles
+from alignment.ui.page import build_page, scan_route
+from alignment.ui.strings import DEFAULT_LANG, LANGUAGES, error_for_browser
+from alignment.ui.widgets import ASSETS, ICON, styles, theme
 
 ROOT = Path(__file__).resolve().parent
 WARMUP_DELAY_S = 2.0  # after the start; the first visitor's page is loaded before the image tower
@@ -97,49 +82,33 @@ A gallery of captioned data, or one to be copied and published, is built by a co
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Define the command line; the environment gives the defaults."""
     env = os.environ.get
-    parser = argparse.ArgumentParser(
-        description=_HELP, epilog=_ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=_HELP, epilog=_ENVIRONMENT, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=expanduser, default=env("ALIGNMENT_MODEL") or bundled(MODEL), metavar="PATH_OR_HUB_ID")
     add("--revision", default=env("ALIGNMENT_REVISION") or None, help="branch, tag or commit of a model on the Hub")
     searched = parser.add_mutually_exclusive_group()
-    searched.add_argument(
-        "--gallery", type=expanduser, default=env("ALIGNMENT_GALLERY") or bundled(GALLERY), metavar="DIR"
-    )
-    searched.add_argument(
-        "--photos",
-        type=expanduser,
-        metavar="FOLDER",
-        help="search the pictures in this folder, which are only read; their gallery is kept in the cache folder, and "
-        "everyone who opens the page sees the names of the files",
-    )
-    add(
-        "--compare",
-        type=expanduser,
-        default=env("ALIGNMENT_COMPARE") or None,
-        metavar="PATH_OR_HUB_ID",
-        help="a second model, such as a fine-tuned one, beside the first in the similarity matrix",
-    )
+    gallery = env("ALIGNMENT_GALLERY") or bundled(GALLERY)
+    searched.add_argument("--gallery", type=expanduser, default=gallery, metavar="DIR")
+    photos = "search the pictures in this folder, which are only read; their gallery is kept in the cache folder, and "
+    photos += "everyone who opens the page sees the names of the files"
+    searched.add_argument("--photos", type=expanduser, metavar="FOLDER", help=photos)
+    second = "a second model, such as a fine-tuned one, beside the first in the similarity matrix"
+    add("--compare", type=expanduser, default=env("ALIGNMENT_COMPARE") or None, metavar="PATH_OR_HUB_ID", help=second)
     add_index_options(parser)
     add("--host", default=env("GRADIO_SERVER_NAME") or "127.0.0.1", help="0.0.0.0 for everybody (default: %(default)s)")
-    add("--port", type=read_port, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
-    add(
-        "--lang",
-        choices=tuple(LANGUAGES),
-        default=env("ALIGNMENT_LANG") or DEFAULT_LANGUAGE,
-        help="for browsers that ask for neither language (default: %(default)s)",
-    )
+    add("--port", type=server.read_port, default=env("GRADIO_SERVER_PORT") or 7860, help="default: %(default)s")
+    neither = "for browsers that ask for neither language (default: %(default)s)"
+    add("--lang", choices=tuple(LANGUAGES), default=env("ALIGNMENT_LANG") or DEFAULT_LANG, help=neither)
     add("--mcp", action="store_true", default=env("ALIGNMENT_MCP") == "1", help="serve the API to AI agents as well")
     add_size_options(parser)
-    add_options(parser)
+    server.add_options(parser)
     return parser
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -148,7 +117,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_engine(args: argparse.Namespace) -> AlignmentEngine:
+def load_engine(args: Namespace) -> AlignmentEngine:
     """Load models and gallery, with the text tower warm; `AlignmentEngine.warm_images` follows later.
 
     Under a model that has no starter gallery yet, that has few pictures and captions until `background_scan` is done.
@@ -168,7 +137,7 @@ def load_engine(args: argparse.Namespace) -> AlignmentEngine:
     return engine
 
 
-def background_scan(engine: AlignmentEngine, args: argparse.Namespace) -> PhotoFolder | None:
+def background_scan(engine: AlignmentEngine, args: Namespace) -> PhotoFolder | None:
     """Prepare what is embedded while the page is served: --photos, or the starter gallery of a new model; else None."""
     if not args.photos and engine.starter.folder is not None:
         return None
@@ -176,7 +145,7 @@ def background_scan(engine: AlignmentEngine, args: argparse.Namespace) -> PhotoF
 
 
 def launch_options(
-    engine: AlignmentEngine, service: Service | None = None, photos: PhotoFolder | None = None
+    engine: AlignmentEngine, service: server.Service | None = None, photos: PhotoFolder | None = None
 ) -> dict[str, Any]:
     """Return options for `launch`: no telemetry, no public statistics, thumbnails at addresses without server paths."""
 
@@ -187,6 +156,12 @@ def launch_options(
             return Response(status_code=404)
         return Response(data, media_type="image/webp", headers={"Cache-Control": "public, max-age=3600"})
 
+    def health() -> dict[str, Any]:
+        encoder, gallery = engine.encoder, engine.gallery
+        held = {"images": len(gallery.pictures), "captions": len(gallery.captions)}
+        return {"model": Path(encoder.name).name, "fingerprint": encoder.fingerprint, **held}
+
+    service = service or server.Service()
     routes = [Route(f"/{THUMBNAIL_ROUTE}", thumbnail), *([scan_route(photos)] if photos else [])]
     return {
         "theme": theme(),
@@ -201,19 +176,7 @@ def launch_options(
         "max_file_size": f"{MAX_ZIP_MB}mb",
         "head": "<link rel='icon' href='favicon.ico'>\n"
         f"<script>\n{(ASSETS / 'refusals.js').read_text('utf-8')}</script>",
-        **(service or Service()).launch_options(
-            partial(_health, engine), routes, translate=error_for_browser, max_file_mb=MAX_ZIP_MB
-        ),
-    }
-
-
-def _health(engine: AlignmentEngine) -> dict[str, Any]:
-    """Return what /healthz tells of the model and the gallery."""
-    return {
-        "model": Path(engine.encoder.name).name,
-        "fingerprint": engine.encoder.fingerprint,
-        "images": len(engine.gallery.pictures),
-        "captions": len(engine.gallery.captions),
+        **service.launch_options(health, routes, translate=error_for_browser, max_file_mb=MAX_ZIP_MB),
     }
 
 
@@ -221,16 +184,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     args = parse(argv)
     try:
-        check_gradio()
+        server.check_gradio()
         if args.mcp and find_spec("mcp") is None:
             raise ValueError('--mcp needs one more package; run: pip install -e ".[mcp]"')
         args.photos = photo_folder(args.photos) if args.photos else None
-        check_address(args.host, args.port)
+        server.check_address(args.host, args.port)
         use_size_options(args.max_megapixels, args.max_aspect_ratio)
         engine = load_engine(args)
         photos = background_scan(engine, args)
-        with process_folder() as folder:
-            service = Service(Settings.from_args(args), folder)
+        with server.process_folder() as folder:
+            service = server.Service(server.Settings.from_args(args), folder)
             with service.lifecycle.handle_signals():  # from here on a signal stops the app in order
                 serve(engine, args, service, photos)
     except (OSError, ValueError) as error:  # mistakes of the operator
@@ -241,16 +204,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def serve(
-    engine: AlignmentEngine, args: argparse.Namespace, service: Service, photos: PhotoFolder | None = None
-) -> None:
+def serve(engine: AlignmentEngine, args: Namespace, service: server.Service, photos: PhotoFolder | None) -> None:
     """Serve the page, and scan `photos`, until the process is told to stop. Raises OSError when the port is taken."""
-    configure_logging(args.log)
+    server.configure_logging(args.log)
     page = build_page(engine, args.lang, args.queue, photos)
-    options = {"server_name": host_in_url(args.host), "server_port": args.port, "mcp_server": args.mcp or None}
+    options = {"server_name": server.host_in_url(args.host), "server_port": args.port, "mcp_server": args.mcp or None}
     _, url, _ = page.launch(prevent_thread_lock=True, **options, **launch_options(engine, service, photos))
-    redirect_server_logs()
-    harden_mcp(page)
+    server.redirect_server_logs()
+    server.harden_mcp(page)
     gc.freeze()
     gc.enable()
     print(f"Open {url}", flush=True)
@@ -265,7 +226,7 @@ def serve(
 
 
 if __name__ == "__main__":
-    limit_arenas()
+    server.limit_arenas()
     status = main()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -89,7 +89,7 @@ def test_every_setting_of_the_service_is_listed_with_its_default() -> None:
         lines = re.findall(r"^\| (`--[^|]*\| `ALIGNMENT_.*) \|$", text_of(page), re.MULTILINE)
         rows = [[cell.strip(" `") for cell in line.split("|")] for line in lines]
         listed = {option.split()[0][2:].replace("-", "_"): default for option, _, default, *_ in rows}
-        assert listed == {name: str(defaults[name]) for name in app.Settings.__dataclass_fields__}
+        assert listed == {name: str(defaults[name]) for name in app.server.Settings.__dataclass_fields__}
         assert [variable for _, variable, *_ in rows] == [f"ALIGNMENT_{name.upper()}" for name in listed]
 
 

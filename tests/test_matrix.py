@@ -14,7 +14,7 @@ from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
 from alignment.ui.examples import Examples
 from alignment.ui.explanation import ExplanationDialog
-from alignment.ui.matrix_tab import MatrixTab
+from alignment.ui.matrix_tab import NUM_COMPARED, MatrixTab
 from alignment.ui.strings import text
 from alignment.ui.uploads import PhotoState
 
@@ -256,7 +256,7 @@ def test_a_cell_that_is_not_there_is_not_explained(tab, sent):
 
 
 def test_examples_speak_the_other_language_and_own_captions_stay(tab):
-    english, chinese = ("\n".join(tab.examples.compared(lang)) for lang in ("en", "zh"))
+    english, chinese = ("\n".join(tab.examples.queries(lang)[:NUM_COMPARED]) for lang in ("en", "zh"))
     changes = tab.translate("zh", english, tab.compare(tab.sample, english))
     assert changes[tab.captions]["value"] == chinese
     assert list(changes[tab.compared].captions) == changes[tab.table]["rows"] == chinese.split("\n")

@@ -16,7 +16,7 @@ from alignment.gallery import Gallery, build_gallery
 from alignment.model import DualEncoder
 from alignment.picture_limits import use_size_options
 from alignment.preprocess import InputError
-from alignment.ui.scan import scan_value
+from alignment.ui.page import scan_value
 
 
 def photo(path: Path, shade: int) -> None:

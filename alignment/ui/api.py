@@ -17,7 +17,6 @@ from urllib.parse import unquote
 
 import gradio as gr
 import torch
-from PIL import Image
 from torch import Tensor
 
 from alignment.engine import AlignmentEngine
@@ -43,8 +42,7 @@ class UploadedFile(TypedDict):
     meta: dict[str, str]
 
 
-SentPicture = str | UploadedFile
-"""A picture in a request: a data URL, or what uploading it gave (a path, its address here, or a client's file)."""
+SentPicture = str | UploadedFile  # a data URL, or what uploading gave: a path, its address here, or a client's file
 
 
 class Api:
@@ -88,9 +86,8 @@ class Api:
             gallery is a match.
         """
         with deleted_afterwards([image]):
-            count, lang = read_count(k), self._language(lang)
-            (embed,) = self._embed([image])
-            return schemas.captions_found(self.engine.search_captions(embed, count, lang or None))
+            count, language = read_count(k), self._language(lang)
+            return schemas.captions_found(self.engine.search_captions(self._embed([image])[0], count, language))
 
     def similarity_matrix(self, images: list[SentPicture], captions: list[str]) -> schemas.Matrix:
         """Score every one of several pictures against every one of several captions.
@@ -165,18 +162,23 @@ class Api:
             },
         }
 
-    def _language(self, lang: object) -> str:
+    def _language(self, lang: object) -> str | None:
         known = self.engine.gallery.languages
-        if lang in ("", None):
-            return ""
-        if lang not in known:
+        if lang not in ("", None, *known):
             message = "The gallery has no captions in that language; lang may be {known}, or empty for all."
             raise InputError(message, "api.lang", known=" or ".join(known) or "only empty")
-        return str(lang)
+        return str(lang) if lang else None
 
     def _embed(self, images: object) -> Tensor:
-        """Embed pictures, (n, embed_dim), one after the other, so that one at a time is decoded in memory."""
-        return torch.stack([self.engine.embed_image(image) for image in open_pictures(images, self.engine.draft_size)])
+        """Embed 1 to 64 pictures, (n, embed_dim), one after the other, so that one at a time is decoded in memory."""
+        sent, embeds = _list(images, "images", MAX_PICTURES), []
+        for place, image in enumerate(sent, 1):
+            try:
+                picture = open_image(_bytes(image), draft_size=self.engine.draft_size)
+            except InputError as error:
+                raise (_at(f"Picture {place}", error) if len(sent) > 1 else error) from error
+            embeds.append(self.engine.embed_image(picture))
+        return torch.stack(embeds)
 
 
 def add_api(engine: AlignmentEngine) -> None:
@@ -192,17 +194,6 @@ def _description(endpoint: Callable[..., Any]) -> str:
     """Return what an endpoint does and returns; Gradio adds the description of each parameter."""
     does, _, gives = (inspect.getdoc(endpoint) or "").partition("Returns:")
     return " ".join(f"{does.partition('Args:')[0]} Returns: {gives}".split())
-
-
-def open_pictures(images: object, draft_size: int | None = None) -> Iterator[Image.Image]:
-    """Open pictures one after the other. Raises InputError when they are no list of 1 to 64, or one is no picture."""
-    sent = _list(images, "images", MAX_PICTURES)
-    for place, image in enumerate(sent, 1):
-        try:
-            picture = open_image(_bytes(image), draft_size=draft_size)
-        except InputError as error:
-            raise (_at(f"Picture {place}", error) if len(sent) > 1 else error) from error
-        yield picture
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import gradio as gr
 from torch import Tensor
 
 from alignment.engine import as_webp
-from alignment.gallery import Caption, Picture
+from alignment.gallery import Picture
 from alignment.preprocess import InputError, open_image
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
 from alignment.ui.examples import PREVIEW_PIXELS
 from alignment.ui.explanation import Pair
-from alignment.ui.results import note_value, problem_value, results_value
+from alignment.ui.results import heading_value, results_value
 from alignment.ui.strings import error_text, text
 from alignment.ui.tab import Tab
 from alignment.ui.uploads import delete_uploads, drop_value, read_upload, uploads_of
@@ -45,7 +45,7 @@ class CaptionsTab(Tab):
         first = self.examples.described[:1]
         return self._gallery_query(first[0]) if first else ImageQuery()
 
-    def _lay_out(self, lang: str) -> None:
+    def _build(self, lang: str) -> None:
         (self.asked,) = self.add_states(self.first)
         with gr.Row(elem_classes=["al-columns"]):
             with gr.Column(scale=5, min_width=300):
@@ -53,8 +53,6 @@ class CaptionsTab(Tab):
                 self.chips = self.add_widget("chips", "examples", self._chips_value)
             with gr.Column(scale=7, min_width=300):
                 self.results = self.add_widget("captions", "results", self._results_value)
-
-    def _bind_events(self) -> None:
         self.url_outputs = [self.asked, self.drop, self.results]
         self.on(self.drop.files, self._add_upload, self.url_outputs, "search")
         self.on(self.chips.pick, self._show_example, self.url_outputs)
@@ -119,30 +117,23 @@ class CaptionsTab(Tab):
 
     def _chips_value(self, lang: str, *_: Any) -> Value:
         items = [
-            {
-                "id": picture.id,
-                "text": self._title(picture, lang) or picture.id,
-                "image": self.examples.image_of(picture),
-            }
-            for picture in self.examples.described
+            {"id": one.id, "text": self._title(one, lang) or one.id, "image": self.examples.image_of(one)}
+            for one in self.examples.described
         ]
         return {"label": text(lang, "captions.example"), "items": items}
 
     def _results_value(self, lang: str, asked: ImageQuery) -> Value:
         gallery = self.engine.gallery
         if not gallery.captions:
-            return note_value(lang, "captions.none")
+            return heading_value(lang, self.key, note=text(lang, "captions.none"))
         if asked.embed is None:
             return {}
         try:
             with user_errors():
                 found = self.engine.search_captions(asked.embed, NUM_RESULTS, lang)
         except InputError as error:
-            return problem_value(error, lang, self.key)
+            return heading_value(lang, self.key, error=error_text(lang, error))
         total = gallery.texts.count(lang) or len(gallery.captions)
-        value = results_value(self.key, found, lang, total, _caption_value)
-        return {**value, "link": "" if asked.photo else asked.name}
-
-
-def _caption_value(caption: Caption) -> Value:
-    return {"id": caption.id, "text": caption.text, "lang": caption.lang or None}
+        return results_value(
+            self.key, found, lang, total, lambda one: {"id": one.id, "text": one.text, "lang": one.lang or None}
+        ) | {"link": "" if asked.photo else asked.name}

@@ -14,8 +14,7 @@ from alignment.server.sessions import Immutable
 from alignment.ui.strings import labels, text
 from alignment.ui.widgets import Value, user_errors
 
-WEIGHTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
-"""The steps of the buttons; any other weight can be typed."""
+WEIGHTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # the steps of the buttons; any other weight can be typed
 
 _serial = count()  # the page redraws on a new value only, also when an edit changes nothing
 
@@ -84,15 +83,12 @@ def add_picture(pictures: tuple[QueryPicture, ...], added: QueryPicture) -> tupl
 def _edit(term: Term, act: object) -> list[Term]:
     """Return the term as a button changes it; nothing if it is removed."""
     weight, sign = abs(term.weight), 1 if term.wanted else -1
-    if act == "remove":
-        return []
-    if act == "flip":
-        return [replace(term, weight=-term.weight)]
-    if act == "more":
-        return [replace(term, weight=sign * next((step for step in WEIGHTS if step > weight), weight))]
-    if act == "less":
-        return [replace(term, weight=sign * next((step for step in reversed(WEIGHTS) if step < weight), weight))]
-    return [term]
+    edited = {
+        "flip": -term.weight,
+        "more": sign * next((step for step in WEIGHTS if step > weight), weight),
+        "less": sign * next((step for step in reversed(WEIGHTS) if step < weight), weight),
+    }
+    return [] if act == "remove" else [replace(term, weight=edited.get(str(act), term.weight))]
 
 
 def _replace_at(items: tuple[Any, ...], place: int, new: Sequence[Any]) -> tuple[Any, ...]:
@@ -121,8 +117,3 @@ def _term_value(lang: str, name: str, term: Term) -> Value:
         "least": weight <= WEIGHTS[0],
         "most": weight >= WEIGHTS[-1],
     }
-
-
-def help_value(lang: str) -> Value:
-    """Lay the short help out for `composer.js`."""
-    return {"help": text(lang, "pictures.help"), "labels": labels(lang, "pictures.")}

@@ -15,22 +15,11 @@ from alignment.engine import MAX_ZIP_MB, dataset_eval
 from alignment.preprocess import InputError
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
-from alignment.ui.download import BrowserDownload
-from alignment.ui.report import report_json, report_value
-from alignment.ui.sample_dataset import sample_zip
+from alignment.ui.report import report_json, report_value, sample_zip
 from alignment.ui.strings import LANGUAGES, error_text, labels, text
 from alignment.ui.tab import Tab
-from alignment.ui.uploads import (
-    Jobs,
-    Upload,
-    delete_uploads,
-    drop_value,
-    part_of,
-    parts_value,
-    uploads_of,
-    validate_upload,
-)
-from alignment.ui.widgets import Changes, Value, data_url, on_event, user_errors
+from alignment.ui.uploads import Jobs, Upload, delete_uploads, drop_value, part_of, parts_value, upload_path, uploads_of
+from alignment.ui.widgets import BrowserDownload, Changes, File, Value, data_url, on_event, user_errors
 
 STEPS = {"unpacking": "evaluate.unpacking", "pictures": "evaluate.pictures", "captions": "evaluate.captions"}
 
@@ -50,7 +39,7 @@ class EvaluateTab(Tab):
 
     key = "evaluate"
 
-    def _lay_out(self, lang: str) -> None:
+    def _build(self, lang: str) -> None:
         self.jobs = Jobs()
         self.example = lru_cache(len(LANGUAGES))(lambda lang: dataset_eval.gallery_trial(self.engine.starter, lang))
         (self.measured,) = self.add_states(Measured())
@@ -62,12 +51,10 @@ class EvaluateTab(Tab):
             with gr.Column(scale=8, min_width=300):
                 self.report = self.add_widget("evaluate", "results", self._report_value)
                 self.download = self.add_widget("download", "download", self._download_value)
-
-    def _bind_events(self) -> None:
         self.on(self.drop.files, self._measure, [self.measured, self.drop, self.report, self.download], "upload")
         on_event(self.drop.halt, self.jobs.stop, [], [])
         download = BrowserDownload("evaluate-courier")
-        download.serve(self.sample, self._export_sample, self._sample_value, [self.language])
+        download.serve(self.sample, sample_zip, self._sample_value, [self.language])
         download.serve(self.download, self._export_report, self._download_value, [self.language, self.measured])
 
     def _measure(self, event: gr.EventData, request: gr.Request, lang: str, measured: Measured) -> Iterator[Changes]:
@@ -91,14 +78,11 @@ class EvaluateTab(Tab):
 
     def _steps(self, uploads: list[Upload]) -> Iterator[dataset_eval.Progress | dataset_eval.EvalResult]:
         for upload in uploads:
-            path = validate_upload(upload, limit_mb=MAX_ZIP_MB)
+            path = upload_path(upload, limit_mb=MAX_ZIP_MB)
             with user_errors(), closing(dataset_eval.measure_archive(self.engine, path)) as steps:
                 yield from steps
 
-    def _export_sample(self, lang: str) -> tuple[str, str, bytes]:
-        return "example.zip", "application/zip", sample_zip(lang)
-
-    def _export_report(self, lang: str, measured: Measured) -> tuple[str, str, bytes]:
+    def _export_report(self, lang: str, measured: Measured) -> File:
         result = measured.result or self.example(lang)
         if result is None:
             raise InputError("There is nothing to report yet; choose a zip file first.", "trial.none")
@@ -115,12 +99,9 @@ class EvaluateTab(Tab):
         return self._drop_value(lang, Measured()) | {"progress": {"done": step.share, "total": 1, "text": said}}
 
     def _help_value(self, lang: str, *_: Any) -> Value:
-        limits = {
-            "pictures": dataset_eval.MAX_TRIAL_PICTURES,
-            "captions": f"{dataset_eval.MAX_TRIAL_CAPTIONS:,}",
-            "size": MAX_ZIP_MB,
-        }
-        return {"labels": labels(lang, "evaluate."), "limits": text(lang, "evaluate.limits", **limits)}
+        pictures, captions = dataset_eval.MAX_TRIAL_PICTURES, f"{dataset_eval.MAX_TRIAL_CAPTIONS:,}"
+        limits = text(lang, "evaluate.limits", pictures=pictures, captions=captions, size=MAX_ZIP_MB)
+        return {"labels": labels(lang, "evaluate."), "limits": limits}
 
     def _sample_value(self, lang: str, *_: Any) -> Value:
         return {"label": text(lang, "evaluate.sample")}

@@ -17,7 +17,7 @@ from alignment.ui.widgets import data_url
 # Of the starter gallery: pictures that are searched for, and pictures that captions are searched for.
 FAVOURITES = ("cat", "coffee", "motorcycle", "airplane", "sunset", "meadow", "wall-clock", "cameraman", "lion")
 DESCRIBED = ("airplane", "sunset", "meadow", "wall-clock")
-NUM_CHIPS, NUM_COMPARED, NUM_SAMPLE = 6, 4, 12
+NUM_CHIPS, NUM_SAMPLE = 6, 12
 PREVIEW_PIXELS = 720
 THUMBNAIL_ROUTE = "thumbnails/{id}.webp"
 
@@ -73,10 +73,6 @@ class Examples:
         """Return an example query in another language; "" for a query that is no example."""
         place = next((known.index(query) for known in map(self.queries, LANGUAGES) if query in known), None)
         return "" if place is None else "".join(self.queries(lang)[place : place + 1])
-
-    def compared(self, lang: str) -> list[str]:
-        """List captions for the matrix, one for each of its example pictures."""
-        return self.queries(lang)[:NUM_COMPARED]
 
     def image_of(self, picture: Picture) -> str:
         """Return the address of a gallery picture's thumbnail, relative to the page."""

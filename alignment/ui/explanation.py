@@ -62,10 +62,7 @@ class ExplanationDialog:
         self.state = session_state(ExplanationState())
 
     def on_event(self, event: Callable[..., Any], find_pair: Callable[..., Pair | None], inputs: Sequence[Any]) -> None:
-        """Let an event open the dialog on the pair that `find_pair` returns, if any.
-
-        It gets the event's data and the values of `inputs`, the language first.
-        """
+        """Let an event open the dialog on the pair that `find_pair` returns, if any, given event and `inputs`."""
 
         def explain(event: gr.EventData, lang: str, *values: Any) -> Iterator[Changes]:
             for state in self._answer(lambda: find_pair(event, lang, *values)):

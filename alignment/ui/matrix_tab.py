@@ -13,7 +13,6 @@ import gradio as gr
 import numpy as np
 
 from alignment.engine import Alignment
-from alignment.engine.explanation import Scale
 from alignment.engine.matrix import colour_limits, named_captions
 from alignment.gallery import Picture
 from alignment.heatmap import heat_colours
@@ -21,14 +20,14 @@ from alignment.preprocess import InputError, open_image, parse_captions
 from alignment.preprocess.captions import count_captions
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
-from alignment.ui.examples import NUM_COMPARED
 from alignment.ui.explanation import Pair
 from alignment.ui.strings import LANGUAGES, error_text, labels, text
 from alignment.ui.tab import Tab
-from alignment.ui.uploads import PhotoState, add_uploads, photos_drop_value, progress_value, uploads_of
+from alignment.ui.uploads import PhotoState, add_uploads, photos_drop_value, uploads_of
 from alignment.ui.widgets import Changes, Value, data_url, picked, user_errors
 
 MAX_PICTURES = MAX_CAPTIONS = 64
+NUM_COMPARED = 4  # pictures and captions that are shown first
 VIEWS = ("cosine", "captions", "pictures", "sigmoid")
 
 _REACH = 3  # spreads of unrelated cosines at which a difference has the strongest colour
@@ -50,7 +49,7 @@ class MatrixTab(Tab):
 
     key = "matrix"
 
-    def _lay_out(self, lang: str) -> None:
+    def _build(self, lang: str) -> None:
         ids = [picture.id for picture in self.examples.pictures[:NUM_COMPARED]]
         self.sample = PhotoState(self.engine.gallery_photos(ids, both=True))
         (self.compared,) = self.add_states(self.compare(self.sample, self._example(lang)))
@@ -65,8 +64,6 @@ class MatrixTab(Tab):
                     self.clear = self.add_button("clear", "secondary")
             with gr.Column(scale=8, min_width=300):
                 self.table = self.add_widget("matrix", "table", self.table_value, ("matrix_maths", "matrix_files"))
-
-    def _bind_events(self) -> None:
         self.inputs = [self.captions, self.compared]
         self.shown = [self.drop, self.compared, self.table]
         self.url_outputs = [self.captions, *self.shown]
@@ -107,7 +104,7 @@ class MatrixTab(Tab):
         for photos, done, total in add_uploads(self.engine, compared.photos, uploads, MAX_PICTURES):
             compared = replace(compared, photos=photos)
             if done < total:
-                busy = progress_value(lang, text(lang, "drop.many"), done, total, MAX_PICTURES)
+                busy = photos_drop_value(lang, text(lang, "drop.many"), photos, MAX_PICTURES, (done, total))
                 yield {self.drop: busy, self.compared: compared}
         yield self.redraw(lang, self.shown, self.compare(compared.photos, typed))
 
@@ -137,7 +134,7 @@ class MatrixTab(Tab):
         return Pair(image, photos.name(pictures[column], lang), compared.captions[row], cosine)
 
     def _example(self, lang: str) -> str:
-        return "\n".join(self.examples.compared(lang))
+        return "\n".join(self.examples.queries(lang)[:NUM_COMPARED])
 
     def _box_words(self, lang: str) -> dict[str, Any]:
         return {"label": text(lang, "matrix.captions"), "info": text(lang, "matrix.help")}
@@ -174,26 +171,24 @@ class MatrixTab(Tab):
         }
 
     def _model_values(self, compared: Compared) -> list[Value]:
-        second = self.engine.second
-        known = [(self.engine.encoder.name, self.engine.scale)]
-        known += [(second.encoder.name, second.scale)] if second else []
-        return [_model_value(*model, alignment) for model, alignment in zip(known, compared.alignments, strict=False)]
+        """Lay the models' scores out; captions are the rows of the page's table, because long ones only fit there."""
+        models = zip((self.engine, self.engine.second), compared.alignments, strict=False)
+        return [
+            {
+                "name": Path(model.encoder.name).name,
+                "cosines": [[round(value, 7) for value in row] for row in scores.similarity.T.double().tolist()],
+                "scale": scores.logit_scale,
+                "bias": scores.logit_bias,
+                "limits": list(colour_limits(model.scale)),
+            }
+            for model, scores in models
+            if model
+        ]
 
 
 def _column_value(picture: Picture, photos: PhotoState, lang: str) -> Value:
     name, image = photos.name(picture, lang), data_url(photos.photos.thumbnails[picture.id])
     return {"id": picture.id, "image": image, "alt": name, "remove": text(lang, "matrix.remove", name=name)}
-
-
-def _model_value(name: str, scale: Scale, alignment: Alignment) -> Value:
-    """Lay one model's scores out; captions are the rows of the page's table, because long ones only fit there."""
-    return {
-        "name": Path(name).name,
-        "cosines": [[round(value, 7) for value in row] for row in alignment.similarity.T.double().tolist()],
-        "scale": alignment.logit_scale,
-        "bias": alignment.logit_bias,
-        "limits": list(colour_limits(scale)),
-    }
 
 
 @cache

@@ -1,17 +1,23 @@
 """UI, page: puts header, tabs, dialog and footer together, and binds the events that concern all of them.
 
 An address such as `?tab=pictures&q=a+red+bicycle&lang=en` opens a tab: `q` is a query, captions (one a line), or the id
-of a gallery picture.
+of a gallery picture. While a scan of `PhotoFolder` runs, `scan.js` asks the route "scan" for its progress, and sends
+"renew" when another gallery is searched.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
-from alignment.engine import AlignmentEngine, PhotoFolder
+from alignment.engine import AlignmentEngine, PhotoFolder, Scan
+from alignment.preprocess import sanitize_text
 from alignment.server import GuardedBlocks, Settings
 from alignment.server.gradio_internals import event_data
 from alignment.ui.api import add_api
@@ -22,17 +28,17 @@ from alignment.ui.explanation import ExplanationDialog, ExplanationState
 from alignment.ui.matrix_tab import MatrixTab
 from alignment.ui.photos_tab import PhotosTab
 from alignment.ui.pictures_tab import PicturesTab
-from alignment.ui.scan import scan_value
-from alignment.ui.strings import DEFAULT_LANGUAGE, LANGUAGES, labels, pick_language, strings, text
+from alignment.ui.strings import DEFAULT_LANG, LANGUAGES, labels, pick_language, strings, text
 from alignment.ui.tab import Tab
+from alignment.ui.uploads import skipped_value
 from alignment.ui.widgets import Changes, Value, on_event, widget
+
+SCAN_ROUTE = "scan"
+SHOWN_SKIPPED = 20
 
 
 def build_page(
-    engine: AlignmentEngine,
-    lang: str = DEFAULT_LANGUAGE,
-    queue: int = Settings.queue,
-    photos: PhotoFolder | None = None,
+    engine: AlignmentEngine, lang: str = DEFAULT_LANG, queue: int = Settings.queue, photos: PhotoFolder | None = None
 ) -> gr.Blocks:
     """Lay the page out in the language `lang`; a browser that prefers the other one changes it on loading.
 
@@ -67,23 +73,21 @@ class PageContent:
         self.dialog.build(lang)
         self.scan = widget("scan", scan_value(photos, lang), elem_id="scan", visible=photos is not None)
         with gr.Tabs(selected=PicturesTab.key if photos and photos.source else None) as self.row:
-            self.places = [self._build_tab(tab) for tab in self.tabs]
+            for tab in self.tabs:
+                tab.build(self.language, lang)
         self.footer = widget("plain", _footer_value(engine, lang), elem_id="footer")
-
-    def _build_tab(self, tab: Tab) -> gr.Tab:
-        with gr.Tab(text(self.lang, f"{tab.key}.tab"), id=tab.key) as place:
-            tab.build(self.language, self.lang)
-        return place
 
     def bind_events(self, page: gr.Blocks) -> None:
         """Bind the handlers."""
         everything = [part for tab in self.tabs for part in tab.outputs]
-        frame = [self.header, self.link, self.language, *self.places, self.scan, self.footer, self.dialog.dialog]
-        inputs = [self.language, self.dialog.state, *_inputs(self.tabs)]
+        places = [tab.place for tab in self.tabs]
+        frame = [self.header, self.link, self.language, *places, self.scan, self.footer, self.dialog.dialog]
+        inputs = [self.language, self.dialog.state, *(part for tab in self.tabs for part in tab.inputs)]
         on_event(self.language.change, self._translate, inputs, [*frame, *everything])
 
         renewed = [self.scan, self.footer, *(part for tab in self.searching for part in tab.outputs)]
-        on_event(self.scan.renew, self._renew, [self.language, *_inputs(self.searching)], renewed, work="search")
+        queries = [self.language, *(part for tab in self.searching for part in tab.inputs)]
+        on_event(self.scan.renew, self._renew, queries, renewed, work="search")
         on_event(self.scan.rescan, self._rescan, [self.language], [self.scan])
 
         linked = [part for tab in self.tabs for part in tab.url_outputs]
@@ -98,10 +102,7 @@ class PageContent:
             self.header: _header_value(lang),
             self.link: self._link_value(lang),
             self.language: gr.update(label=_language_label(lang)),
-            **{
-                place: gr.update(label=text(lang, f"{tab.key}.tab"))
-                for place, tab in zip(self.places, self.tabs, strict=True)
-            },
+            **{tab.place: gr.update(label=text(lang, f"{tab.key}.tab")) for tab in self.tabs},
             **self._gallery_status(lang),
             self.dialog.dialog: self.dialog.translate(lang, explained),
             **_translate_tabs(self.tabs, lang, values),
@@ -137,16 +138,10 @@ class PageContent:
         return {self.scan: scan, self.footer: _footer_value(self.engine, lang)}
 
     def _link_value(self, lang: str) -> Value:
-        """Lay out the button that copies an address, for `link.js`."""
         return {"tabs": [tab.key for tab in self.tabs], "lang": lang, "labels": labels(lang, "link.")}
 
 
-def _inputs(tabs: Sequence[Tab]) -> list[Any]:
-    return [part for tab in tabs for part in tab.inputs]
-
-
 def _translate_tabs(tabs: Sequence[Tab], lang: str, values: Sequence[Any]) -> Changes:
-    """Draw tabs in a language, given the values of their inputs."""
     changes: Changes = {}
     rest = iter(values)
     for tab in tabs:
@@ -168,3 +163,70 @@ def _footer_value(engine: AlignmentEngine, lang: str) -> Value:
     numbers = {"pictures": f"{len(gallery.pictures):,}", "captions": f"{len(gallery.captions):,}"}
     notes = [text(lang, "footer.model", model=Path(engine.encoder.name).name, **numbers), text(lang, "footer.private")]
     return {"notes": notes, "link": {"text": text(lang, "footer.api"), "href": "?view=api"}}
+
+
+def scan_value(photos: PhotoFolder | None, lang: str, *, ready: bool = False) -> Value:
+    """Lay a scan out for `scan.js`; `ready` tells that the page has chosen its language, and may ask for progress."""
+    if photos is None:
+        return {}
+    version, scan = photos.version, photos.scan  # in this order: a newer gallery is then asked for again
+    if scan.state == "none" and photos.engine.starter.folder is None:  # not begun yet
+        scan = replace(scan, state="starter")
+    engine = photos.engine
+    count = 0 if engine.gallery is engine.starter else len(engine.gallery.pictures)
+    numbers = {"folder": sanitize_text(Path(photos.source).name, 60), "count": f"{count:,}"}
+    numbers |= {"done": f"{scan.done:,}", "total": f"{scan.total:,}"}
+    more = _details(lang, scan, count) if photos.source or scan.running else ""
+    if photos.source and scan.state == "starter":
+        more += " " + text(lang, "scan.starter.then", **numbers)
+    return {
+        "lang": lang,
+        "version": version,
+        "ready": ready,
+        "running": scan.running,
+        "url": SCAN_ROUTE,
+        "text": text(lang, _stage(photos.source, scan, count), **numbers),
+        "more": more,
+        "button": text(lang, "scan.rescan") if photos.source else "",
+        "done": scan.done,
+        "total": scan.total,
+        **skipped_value(lang, scan.skipped, SHOWN_SKIPPED),
+    }
+
+
+def scan_route(photos: PhotoFolder) -> Route:
+    """Make the endpoint that a page asks while a scan runs."""
+
+    def answer(request: Request) -> JSONResponse:
+        lang = request.query_params.get("lang", "")
+        value = scan_value(photos, lang if lang in LANGUAGES else DEFAULT_LANG, ready=True)
+        return JSONResponse(value, headers={"Cache-Control": "no-store"})
+
+    return Route(f"/{SCAN_ROUTE}", answer)
+
+
+def _stage(source: str, scan: Scan, count: int) -> str:
+    """Return the key of the first sentence."""
+    step = 0 if not scan.total else 1 if scan.done < scan.total else 2
+    if scan.state == "starter":
+        return ("scan.starter.listing", "scan.starter.running", "scan.starter.finishing")[step]
+    if not source:
+        return "scan.starter.failed" if scan.state == "failed" else "scan.starter.ready"
+    if scan.state == "running":
+        return ("scan.listing", "scan.running", "scan.finishing")[step]
+    ready = "scan.none" if not count else "scan.ready.one" if count == 1 else "scan.ready"
+    return {"waiting": "scan.waiting", "empty": "scan.empty", "failed": "scan.failed"}.get(scan.state, ready)
+
+
+def _details(lang: str, scan: Scan, count: int) -> str:
+    """Say what is searched while a scan runs or has failed, else what it has changed."""
+    if scan.state == "starter":
+        return text(lang, "scan.starter.search")
+    if scan.state != "done":
+        return text(lang, "scan.search", count=f"{count:,}") if count else text(lang, "scan.search.starter")
+    changes = {"added": scan.added, "changed": scan.changed, "removed": scan.removed}
+    if scan.added == count:  # the first scan
+        return ""
+    if not any(changes.values()):
+        return text(lang, "scan.unchanged")
+    return text(lang, "scan.changes", **{name: f"{number:,}" for name, number in changes.items()})

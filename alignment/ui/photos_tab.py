@@ -15,20 +15,10 @@ from alignment.engine.photo_zip import ALBUM, export_zip
 from alignment.preprocess import InputError
 from alignment.server.gradio_internals import event_data
 from alignment.ui.composer import TextQuery, make_query
-from alignment.ui.download import BrowserDownload
-from alignment.ui.search_tab import SearchTab
+from alignment.ui.pictures_tab import SearchTab
 from alignment.ui.strings import count_text, text
-from alignment.ui.uploads import (
-    Jobs,
-    PhotoState,
-    add_uploads,
-    part_of,
-    parts_value,
-    photos_drop_value,
-    progress_value,
-    uploads_of,
-)
-from alignment.ui.widgets import Changes, Value, on_event, picked
+from alignment.ui.uploads import Jobs, PhotoState, add_uploads, part_of, parts_value, photos_drop_value, uploads_of
+from alignment.ui.widgets import BrowserDownload, Changes, File, Value, on_event, picked
 
 BATCH = 12  # photos that are sent together
 
@@ -39,7 +29,7 @@ class PhotosTab(SearchTab):
     key = "photos"
     num_results = 24
 
-    def _lay_out(self, lang: str) -> None:
+    def _build(self, lang: str) -> None:
         self.jobs = Jobs()
         self.sample = PhotoState(self.engine.gallery_photos([picture.id for picture in self.examples.pictures]))
         queries = self.examples.queries(lang)
@@ -56,12 +46,10 @@ class PhotosTab(SearchTab):
                 self.add_search_box(lang, first)
                 self.chips = self.add_widget("chips", "examples", self.chips_value)
                 self.results = self.add_widget("pictures", "results", self.results_value)
-
-    def _bind_events(self) -> None:
         self.bind_search()
         collection = [self.photos, self.drop, self.notes, self.download, self.clear, self.chips]
         self.on(self.drop.files, self._add_files, collection, "upload")
-        self.on(self.drop.grown, self._search_again, [self.results])
+        self.on(self.drop.grown, lambda lang, _, *states: self.redraw(lang, [self.results], *states), [self.results])
         on_event(self.drop.halt, self.jobs.stop, [], [])
         self.on(self.clear.click, self._clear, [*collection, self.results])
         self.on(self.results.remove, self._remove, [*collection, self.results])
@@ -81,13 +69,10 @@ class PhotosTab(SearchTab):
             for added, done, total in add_uploads(self.engine, photos, uploads, MAX_PHOTOS, **options):
                 photos = self._without(added, job.removed)
                 if done < total:
-                    busy = progress_value(lang, self._title(lang), done, total, MAX_PHOTOS) | self._parts(lang)
+                    busy = self._drop_value(lang, asked, photos, busy=(done, total))
                     yield {**self._redraw_collection(lang, asked, photos, busy=True), self.drop: busy}
         changes = self._redraw_collection(lang, asked, photos)
         yield {**changes, self.drop: self._drop_value(lang, asked, photos, run=run)}
-
-    def _search_again(self, lang: str, typed: str, asked: TextQuery, photos: PhotoState) -> Changes:
-        return {self.results: self.results_value(lang, asked, photos)}
 
     def _clear(self, lang: str, typed: str, asked: TextQuery, photos: PhotoState) -> Changes:
         return self._redraw_all(lang, asked, self.sample, "photos.cleared")
@@ -106,7 +91,7 @@ class PhotosTab(SearchTab):
             photos = self.engine.without(photos, id)
         return state if photos is state.photos else replace(state, photos=photos)
 
-    def _export(self, lang: str, asked: TextQuery, photos: PhotoState) -> tuple[str, str, bytes]:
+    def _export(self, lang: str, asked: TextQuery, photos: PhotoState) -> File:
         if photos.sample:
             raise InputError("There is no picture yet; add one first.", "photos.none")
         return f"{ALBUM}.zip", "application/zip", export_zip(photos.photos, self.engine.encoder)
@@ -125,14 +110,9 @@ class PhotosTab(SearchTab):
             self.clear: gr.update(interactive=not locked),
         }
 
-    def _title(self, lang: str) -> str:
-        return text(lang, "drop.photos", limit=MAX_PHOTOS)
-
-    def _parts(self, lang: str, run: int = 0) -> Value:
-        return parts_value(BATCH, run) | {"accept": "image/*,.zip", "how": text(lang, "drop.how.zip")}
-
-    def _drop_value(self, lang: str, asked: TextQuery, photos: PhotoState, run: int = 0) -> Value:
-        return photos_drop_value(lang, self._title(lang), photos, MAX_PHOTOS) | self._parts(lang, run)
+    def _drop_value(self, lang: str, _: TextQuery, photos: PhotoState, run: int = 0, **busy: Any) -> Value:
+        area = photos_drop_value(lang, text(lang, "drop.photos", limit=MAX_PHOTOS), photos, MAX_PHOTOS, **busy)
+        return area | parts_value(BATCH, run) | {"accept": "image/*,.zip", "how": text(lang, "drop.how.zip")}
 
     def _notes_value(self, lang: str, asked: TextQuery, photos: PhotoState) -> Value:
         if photos.sample:

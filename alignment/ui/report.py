@@ -1,11 +1,17 @@
-"""UI, report: the result of the tab "Evaluate", for the page (`evaluate.js`) and as a JSON file."""
+"""UI, report: what the tab "Evaluate" shows and offers: its result, also as a JSON file, and a sample data set."""
 
+import csv
+import io
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
+from itertools import product
 from pathlib import Path
+
+from PIL import Image, ImageDraw
 
 from alignment.engine.dataset_eval import MAX_NAME, RESAMPLES, EvalResult, SuspectedLabel
 from alignment.evaluate import KS
@@ -14,9 +20,13 @@ from alignment.model import DualEncoder
 from alignment.preprocess import sanitize_text
 from alignment.ui.results import percent
 from alignment.ui.strings import WORDS, labels, text
-from alignment.ui.widgets import Value
+from alignment.ui.widgets import File, Value
 
 SHOWN_NAMES = 5
+SIDE = 320
+COLOURS = {"red": "#d03a2f", "blue": "#2f5fd0", "green": "#2c8f4a", "yellow": "#e8b820"}
+SHAPES = ("circle", "square", "triangle")
+TABLE = "captions"
 
 PictureValue = Callable[[str, str], Value]  # of a picture's name and the label below it
 
@@ -92,13 +102,8 @@ def _suspect_value(suspect: SuspectedLabel, picture: PictureValue) -> Value:
 def report_json(result: EvalResult, encoder: DualEncoder, name: str) -> bytes:
     """Write a report on the file `name` for programs, with the metric names of `python -m alignment.evaluate`."""
     worst = [
-        {
-            "direction": one.direction,
-            "query": one.query,
-            "answer": one.answer,
-            "rank": one.ranks[0],
-            "first": one.tops[0],
-        }
+        {"direction": one.direction, "query": one.query, "answer": one.answer}
+        | {"rank": one.ranks[0], "first": one.tops[0]}
         for one in result.worst
     ]
     suspects = [
@@ -121,3 +126,32 @@ def report_json(result: EvalResult, encoder: DualEncoder, name: str) -> bytes:
         "suspected_wrong_labels": suspects,
     }
     return (json.dumps(report, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "replace")
+
+
+def sample_zip(lang: str) -> File:
+    """Draw a few shapes and pack them with a table of captions in this language."""
+    table, buffer = io.StringIO(), io.BytesIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["image", "caption"])
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for shape, colour in product(SHAPES, COLOURS):
+            name = f"images/{colour}_{shape}.png"
+            what = {"colour": text(lang, f"drawing.{colour}"), "shape": text(lang, f"drawing.{shape}")}
+            for form in ("drawing.caption", "drawing.caption.other"):
+                writer.writerow([name, text(lang, form, **what)])
+            file.writestr(name, _draw(shape, COLOURS[colour]))
+        file.writestr(f"{TABLE}.csv", "\ufeff" + table.getvalue())  # the mark tells spreadsheets that it is UTF-8
+    return "example.zip", "application/zip", buffer.getvalue()
+
+
+def _draw(shape: str, colour: str) -> bytes:
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    draw = ImageDraw.Draw(image)
+    low, high = SIDE // 5, SIDE - SIDE // 5
+    if shape == "triangle":
+        draw.polygon([(SIDE // 2, low), (low, high), (high, high)], fill=colour)
+    else:
+        (draw.ellipse if shape == "circle" else draw.rectangle)((low, low, high, high), fill=colour)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from alignment.gallery import Caption, Match, Picture, SearchResult
-from alignment.preprocess import InputError
-from alignment.ui.strings import error_text, labels, text
+from alignment.ui.strings import labels, text
 from alignment.ui.widgets import Value
 
 Item = TypeVar("Item", Picture, Caption)
@@ -42,14 +41,9 @@ def results_value(
     }
 
 
-def problem_value(error: InputError, lang: str, key: str) -> Value:
-    """Show an error in the place of the results."""
-    return {"heading": text(lang, f"{key}.results"), "error": error_text(lang, error)}
-
-
-def note_value(lang: str, key: str) -> Value:
-    """Show a sentence in the place of the results."""
-    return {"heading": text(lang, f"{key.split('.')[0]}.results"), "note": text(lang, key)}
+def heading_value(lang: str, key: str, **more: str) -> Value:
+    """Show a `note` or an `error` in the place of the results."""
+    return {"heading": text(lang, f"{key}.results"), **more}
 
 
 def percent(share: float) -> str:
@@ -67,7 +61,6 @@ def cosine(value: float) -> str:
 
 
 def _verdict(key: str, found: SearchResult[Any], lang: str) -> Value:
-    """Judge the answer as a whole."""
     if found.is_out_of_distribution:
         why = "result.senseless.part" if found.ood_captions else "result.senseless"
         words = text(lang, why, part="".join(found.ood_captions[:1]))
@@ -80,7 +73,6 @@ def _verdict(key: str, found: SearchResult[Any], lang: str) -> Value:
 
 
 def _meaning(key: str, found: SearchResult[Any], lang: str) -> str:
-    """Explain the numbers."""
     if found.is_out_of_distribution or not found.matches:
         return ""
     chance = found.matches[0].probability

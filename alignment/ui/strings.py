@@ -12,7 +12,7 @@ from pathlib import Path
 from alignment.preprocess import InputError
 
 LANGUAGES = {"en": "English", "zh": "中文"}
-DEFAULT_LANGUAGE = "en"
+DEFAULT_LANG = "en"
 WORDS = Path(__file__).resolve().parents[2] / "assets" / "ui" / "words"
 
 
@@ -55,7 +55,7 @@ def error_text(lang: str, error: InputError) -> str:
     return str(error)
 
 
-def pick_language(query: Mapping[str, str], accept_language: str, default: str = DEFAULT_LANGUAGE) -> str:
+def pick_language(query: Mapping[str, str], accept_language: str, default: str = DEFAULT_LANG) -> str:
     """Choose the page's language: `?lang=zh`, else the browser's first one that the page has, else the default."""
     accepted: list[tuple[float, str]] = []
     for part in accept_language.split(","):

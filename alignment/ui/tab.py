@@ -14,7 +14,7 @@ from alignment.server.sessions import Immutable, session_state
 from alignment.ui.examples import Examples
 from alignment.ui.explanation import ExplanationDialog
 from alignment.ui.strings import text
-from alignment.ui.widgets import Changes, on_event, widget
+from alignment.ui.widgets import Changes, Handler, on_event, widget
 
 
 class Tab:
@@ -35,15 +35,13 @@ class Tab:
         return [*self.states, *self.views]
 
     def build(self, language: Any, lang: str) -> None:
-        """Lay the tab out inside the current Gradio block, in the language `lang`; `language` is its component."""
+        """Put the tab on the page, in the language `lang`; `language` is its component."""
         self.language, self._lang = language, lang
-        self._lay_out(lang)
-        self._bind_events()
+        with gr.Tab(text(lang, f"{self.key}.tab"), id=self.key) as self.place:
+            self._build(lang)
 
-    def _lay_out(self, lang: str) -> None:
-        raise NotImplementedError
-
-    def _bind_events(self) -> None:
+    def _build(self, lang: str) -> None:
+        """Lay the content out and bind its events."""
         raise NotImplementedError
 
     def load_from_url(self, lang: str, asked: str) -> Changes:
@@ -73,14 +71,7 @@ class Tab:
         self.views[button] = lambda lang, *_: gr.update(value=text(lang, word))
         return button
 
-    def on(
-        self,
-        event: Callable[..., Any],
-        handler: Callable[..., Any],
-        outputs: Sequence[Any],
-        work: str = "",
-        **options: Any,
-    ) -> None:
+    def on(self, event: Any, handler: Handler, outputs: Sequence[Any], work: str = "", **options: Any) -> None:
         """Bind a handler to an event, see `on_event`; it gets the language and the values of `inputs`."""
         on_event(event, handler, [self.language, *self.inputs], outputs, work, **options)
 

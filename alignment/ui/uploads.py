@@ -73,12 +73,12 @@ def uploads_of(data: object) -> list[Upload]:
 def read_upload(upload: Upload, limit: int) -> bytes:
     """Read an upload. Raises InputError when it is not there, or too large."""
     try:
-        return validate_upload(upload, limit).read_bytes()
+        return upload_path(upload, limit).read_bytes()
     except OSError as error:
         raise ServiceError("upload.lost").error from error
 
 
-def validate_upload(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
+def upload_path(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
     """Find the file of an upload. Raises InputError when it is not there, or too large.
 
     The page checks the limits of files and of megabytes too, but a program may pose as the page.
@@ -139,11 +139,9 @@ def add_uploads(
 ) -> Iterator[tuple[PhotoState, int, int]]:
     """Add uploads to a collection a few at a time, then delete them; the visitor's first pictures replace the sample.
 
-    `limit` is that of the whole collection, `zips` tells whether zip files are opened, `more` whether these files are a
-    further part of the last ones and counted with them, `stopped` whether to end early.
-
-    Yields:
-        The collection so far, how many files have been dealt with, and of how many; first unchanged, with 0.
+    `limit` is that of the whole collection; with `zips`, zip files are opened; with `more`, these files are a further
+    part of the last ones and counted with them. Yields the collection so far, how many files have been dealt with, and
+    of how many; first unchanged, with 0.
     """
     state = state if more else replace(state, added=0, skipped=())
     photos = engine.no_photos(both=state.photos.second_embeds is not None) if state.sample else state.photos
@@ -164,10 +162,8 @@ def add_uploads(
 def _steps(
     engine: AlignmentEngine, photos: Photos, uploads: Sequence[Upload], limit: int, zips: bool
 ) -> Iterator[Added]:
-    kinds: dict[bool, list[Upload]] = {True: [], False: []}
-    for upload in uploads:
-        kinds[zips and upload.name.lower().endswith(".zip")].append(upload)
-    archives, pictures = kinds[True], kinds[False]
+    archives = [upload for upload in uploads if zips and upload.name.lower().endswith(".zip")]
+    pictures = [upload for upload in uploads if upload not in archives]
     size = chunk_size(CHUNK)
     for start in range(0, len(pictures), size):
         chunk = pictures[start : start + size]
@@ -176,7 +172,7 @@ def _steps(
     for upload in archives:
         try:
             with user_errors():
-                for step in add_archive(engine, photos, validate_upload(upload, limit, MAX_ZIP_MB), limit=limit):
+                for step in add_archive(engine, photos, upload_path(upload, limit, MAX_ZIP_MB), limit=limit):
                     photos = step.photos
                     yield step
         except InputError as error:
@@ -249,8 +245,14 @@ def drop_value(lang: str, title: str, *, max_files: int = 1, **more: Any) -> Val
     }
 
 
-def photos_drop_value(lang: str, title: str, state: PhotoState, max_files: int) -> Value:
-    """Lay the area of a photo collection out, with what became of the last files."""
+def photos_drop_value(
+    lang: str, title: str, state: PhotoState, max_files: int, busy: tuple[int, int] | None = None
+) -> Value:
+    """Lay the area of a photo collection out, `busy` with files (done, of how many) or with the outcome of the last."""
+    if busy:
+        done, total = busy
+        progress = {"done": done, "total": total, "text": text(lang, "drop.reading", done=done, total=total)}
+        return drop_value(lang, title, max_files=max_files, progress=progress)
     status = count_text(lang, "drop.added", state.added) if state.added else ""
     skipped = skipped_value(lang, state.skipped, SHOWN_PROBLEMS)
     return drop_value(lang, title, max_files=max_files, status=status, **skipped)
@@ -262,12 +264,6 @@ def skipped_value(lang: str, skipped: Sequence[Skipped], most: int) -> Value:
     if rest := len(skipped) - len(shown):
         shown.append(["…", text(lang, "drop.more", count=rest)])
     return {"skippedTitle": count_text(lang, "drop.skipped", len(skipped)) if skipped else "", "skipped": shown}
-
-
-def progress_value(lang: str, title: str, done: int, total: int, max_files: int) -> Value:
-    """Lay the area out while files are being read."""
-    progress = {"done": done, "total": total, "text": text(lang, "drop.reading", done=done, total=total)}
-    return drop_value(lang, title, max_files=max_files, progress=progress)
 
 
 def parts_value(batch: int, run: int) -> Value:

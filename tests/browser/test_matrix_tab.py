@@ -17,7 +17,8 @@ from alignment.evaluate.ranks import retrieval_ranks
 from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.model import DualEncoder
 from alignment.server import Service, Settings
-from alignment.ui.examples import FAVOURITES, NUM_COMPARED
+from alignment.ui.examples import FAVOURITES
+from alignment.ui.matrix_tab import NUM_COMPARED
 from alignment.ui.strings import text
 from alignment.ui.widgets import ASSETS
 
