@@ -3,8 +3,13 @@
 Place in the flow: `similarity -> confidence (here) -> gallery -> page`.
 """
 
-from alignment.confidence.calibration import DEFAULT_CALIBRATION, Calibration, MatchConfidence
-from alignment.confidence.calibrator import MatchCalibrator, fit_calibration
+from alignment.confidence.calibration import (
+    DEFAULT_CALIBRATION,
+    Calibration,
+    MatchCalibrator,
+    MatchConfidence,
+    fit_calibration,
+)
 from alignment.confidence.cohort import DIRECTIONS, Cohort, Direction, build_cohort, cohort_items, cohort_version
 from alignment.confidence.verdicts import VERDICTS, Thresholds, Verdict
 
