@@ -250,9 +250,9 @@ def test_sessions_expire_after_their_time(serve, monkeypatch):
 def test_a_signal_stops_and_a_second_one_ends_the_process(number):
     lifecycle, before = Lifecycle(), signal.getsignal(number)
     with lifecycle.handle_signals():
-        assert not lifecycle.is_stopping
+        assert not lifecycle.stopping.is_set()
         signal.raise_signal(number)
-        assert lifecycle.is_stopping
+        assert lifecycle.stopping.is_set()
         assert signal.getsignal(number) is before
     assert signal.getsignal(number) is before
 
@@ -273,7 +273,7 @@ def test_a_stop_waits_for_an_upload_under_way(serve):
         ThreadPoolExecutor(1) as pool,
     ):
         until(lambda: len(client.service.uploads) == 1)
-        client.service.lifecycle.stop()
+        client.service.lifecycle.stopping.set()
         ended = pool.submit(client.service.serve, client.page)
         with pytest.raises(TimeoutError):
             ended.result(0.5)

@@ -42,20 +42,11 @@ def _call_libc(name: str, *args: int) -> None:
 
 
 class Lifecycle:
-    """Whether the service runs, since when, how many calls and uploads are under way, and how it is stopped."""
+    """Since when the service runs, how many calls and uploads are under way, and how it is stopped."""
 
     def __init__(self) -> None:
         self.since, self.requests = time.monotonic(), 0
-        self._stop = threading.Event()
-
-    @property
-    def is_stopping(self) -> bool:
-        """Whether it has been told to stop."""
-        return self._stop.is_set()
-
-    def stop(self) -> None:
-        """Begin to stop."""
-        self._stop.set()
+        self.stopping = threading.Event()
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
@@ -67,7 +58,7 @@ class Lifecycle:
                 signal.signal(number, handler)
 
         def handle(*received: object) -> None:
-            self.stop()
+            self.stopping.set()
             restore()
 
         for number in before:
@@ -78,16 +69,12 @@ class Lifecycle:
             restore()
 
     def serve(self, page: gr.Blocks, timeout_s: float) -> None:
-        """Block until the service is told to stop, wait for what is under way, and close the page.
-
-        Args:
-            page: launched.
-            timeout_s: to wait at most.
+        """Block until a launched page is told to stop, wait at most `timeout_s` for what is under way, and close it.
 
         Raises:
             OSError: when the queue has broken down: requests are no longer answered.
         """
-        while not self._stop.wait(_POLL_S):
+        while not self.stopping.wait(_POLL_S):
             if queue_status(page).broken:
                 page.close(verbose=False)
                 raise OSError("The queue of requests has broken down. Start the app again.")

@@ -24,7 +24,6 @@ from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_addr
 from alignment.server.logging import log_event
 from alignment.server.page import BEGUN, OWNERS, REQUEST_ID
 from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
-from alignment.server.settings import Settings
 from alignment.server.uploads import CLIENT, UPLOADS, UploadQuota
 
 logger = logging.getLogger(__name__)
@@ -78,16 +77,11 @@ class RequestGuard:
     """ASGI middleware with the limits of the service."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        settings: Settings,
-        lifecycle: Lifecycle,
-        uploads: UploadQuota,
-        token: str,
-        translate: Translate,
+        self, app: ASGIApp, lifecycle: Lifecycle, uploads: UploadQuota, token: str, translate: Translate
     ) -> None:
         """Wrap Gradio's app; `token` marks requests without limits, see `INTERNAL_TOKEN_HEADER`."""
-        self._app, self._settings, self._lifecycle, self._uploads = app, settings, lifecycle, uploads
+        self._app, self._lifecycle, self._uploads = app, lifecycle, uploads
+        self._settings = settings = uploads.settings
         self._token, self._translate = token.encode(), translate
         self._rate, self._upload_rate = TokenBucket(settings.rate), TokenBucket(settings.rate * _UPLOAD_RATE)
         self._open, self._owners = ConcurrencyLimiter(settings.at_once), SessionOwners()
@@ -141,7 +135,7 @@ class RequestGuard:
             return
         if not has_room:
             raise ServiceError("service.open")
-        if kind in ("call", "upload") and self._lifecycle.is_stopping:
+        if kind in ("call", "upload") and self._lifecycle.stopping.is_set():
             raise ServiceError("service.stopping")
         announced = headers.get("content-length", "")
         if kind == "call" and announced.isdecimal() and int(announced) > self._settings.request_mb * _MB:
@@ -152,7 +146,7 @@ class RequestGuard:
                 raise ServiceError("service.rate", retry_s=seconds, seconds=seconds)
         if kind == "call":
             self._check_call(context)
-        if kind == "stream":
+        if kind == "stream" and not is_agent:  # all agents share a session
             self._check_session(context)
 
     def _check_call(self, context: RequestContext) -> None:
@@ -165,14 +159,12 @@ class RequestGuard:
     def _check_session(self, context: RequestContext) -> None:
         """Refuse messages of unknown sessions, and those of other browsers' sessions."""
         path = context.scope["path"].rstrip("/")
-        if path.startswith(routes.MCP):
-            return  # all agents share a session
-        name = path.rpartition("/")[2]
+        name, is_heartbeat = path.rpartition("/")[2], path.startswith(routes.HEARTBEAT)
         if path == routes.QUEUE_DATA:
             session = QueryParams(context.scope["query_string"]).get("session_hash", "")
         else:
-            session = name if path.startswith(routes.HEARTBEAT) else session_of_event(context.page, name)
-        is_known = path.startswith(routes.HEARTBEAT) or has_messages(context.page, session)
+            session = name if is_heartbeat else session_of_event(context.page, name)
+        is_known = is_heartbeat or has_messages(context.page, session)
         if not is_known or not self._owners.admit(session, cookie_of(context.scope)):
             raise ServiceError("service.closed")
 

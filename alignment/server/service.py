@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from alignment import __version__
-from alignment.server.errors import ServiceError, Translate, in_english
+from alignment.server.errors import ServiceError, Translate
 from alignment.server.gradio_internals import EventBlocks, QueueJanitor, blocks_of, limit_connections, queue_status
 from alignment.server.lifecycle import Lifecycle, trim_memory
 from alignment.server.middleware import RequestGuard
@@ -52,7 +52,7 @@ class Service:
         describe: Callable[[], Mapping[str, Any]] = dict,
         routes: Sequence[Route] = (),
         *,
-        translate: Translate = in_english,
+        translate: Translate = lambda accept_language, error: str(error),
         max_file_mb: int = 100,
     ) -> dict[str, Any]:
         """Return options for Gradio's `launch`.
@@ -60,23 +60,19 @@ class Service:
         Args:
             describe: what /healthz says of the model and the gallery.
             routes: of the page, beside those of the service.
-            translate: says errors in the client's language.
+            translate: in English without one.
             max_file_mb: of an uploaded file.
         """
         settings, self.uploads = self.settings, UploadQuota(self.settings, max_file_mb)
         # Behind a reverse proxy all connections are the proxy's.
         limit_connections(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
-        guard = Middleware(RequestGuard, settings, self.lifecycle, self.uploads, self.token, translate)
+        guard = Middleware(RequestGuard, self.lifecycle, self.uploads, self.token, translate)
         health = Route("/healthz", partial(self._health, describe))
         upload = [Route(path, receive_upload, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
-        refuse = partial(_framework_error, translate)
+        refuse = dict.fromkeys((RequestValidationError, HTTPException), partial(_framework_error, translate))
+        options = {"routes": [health, *upload, *routes], "middleware": [guard], "lifespan": self._clean_up}
         return {
-            "app_kwargs": {
-                "routes": [health, *upload, *routes],
-                "middleware": [guard],
-                "lifespan": self._clean_up,
-                "exception_handlers": {RequestValidationError: refuse, HTTPException: refuse},
-            },
+            "app_kwargs": {**options, "exception_handlers": refuse},
             "root_path": settings.root_path,
             "state_session_capacity": _MAX_SESSIONS,
         }
@@ -88,7 +84,7 @@ class Service:
     async def _health(self, describe: Callable[[], Mapping[str, Any]], request: Request) -> JSONResponse:
         """Answer 200 while requests are taken, 503 when the service is stopping or broken."""
         queue = queue_status(blocks_of(request.scope))
-        status = "stopping" if self.lifecycle.is_stopping else "broken" if queue.broken else "ok"
+        status = "stopping" if self.lifecycle.stopping.is_set() else "broken" if queue.broken else "ok"
         uptime_s = round(time.monotonic() - self.lifecycle.since, 1)
         numbers = {"uptime_s": uptime_s, "queue": queue.waiting, "working": queue.active}
         body = {"status": status, "version": __version__, **describe(), **numbers}
@@ -104,18 +100,15 @@ class Service:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _clean_up_forever(self, page: gr.Blocks) -> None:
+    async def _clean_up_forever(self, page: EventBlocks) -> None:
         janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
         seconds = 60 * self.settings.keep_minutes
-        sessions = page.sessions if isinstance(page, EventBlocks) else None
-        if sessions:
-            sessions.max_bytes = int(self.settings.sessions_mb * 2**20)
+        page.sessions.max_bytes = int(self.settings.sessions_mb * 2**20)
         while True:
             await asyncio.sleep(CLEAN_UP_PERIOD_S)
             try:
                 janitor.collect()
-                if sessions:
-                    sessions.expire(seconds)
+                page.sessions.expire(seconds)
                 if self.folder:
                     await run_sync(expire_files, self.folder, seconds)
                 self.uploads.collect_consumed()

@@ -130,11 +130,6 @@ class UploadBatch:
     files: int = 1
     complete: bool = False
 
-    @property
-    def is_consumed(self) -> bool:
-        """Whether all files have been read and deleted."""
-        return self.complete and not any(path.is_file() for path in self.folder.rglob("*"))
-
 
 class UploadQuota:
     """Limits on the files that wait to be read, per client and in all; used in the server's event loop only."""
@@ -149,8 +144,9 @@ class UploadQuota:
 
     def collect_consumed(self) -> None:
         """Forget batches that have been read, with their empty folders."""
-        for batch in [batch for batch in self._batches if batch.is_consumed]:
-            self.discard(batch)
+        for batch in [batch for batch in self._batches if batch.complete]:
+            if not any(path.is_file() for path in batch.folder.rglob("*")):
+                self.discard(batch)
         self._files, self._bytes = +self._files, +self._bytes  # without clients that have nothing here
 
     def begin(self, client: str, announced: int) -> UploadBatch:
