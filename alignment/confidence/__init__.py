@@ -5,13 +5,15 @@ Place in the flow: `similarity -> confidence (here) -> gallery -> page`.
 
 from alignment.confidence.calibration import (
     DEFAULT_CALIBRATION,
+    VERDICTS,
     Calibration,
     MatchCalibrator,
     MatchConfidence,
+    Thresholds,
+    Verdict,
     fit_calibration,
 )
 from alignment.confidence.cohort import DIRECTIONS, Cohort, Direction, build_cohort, cohort_items, cohort_version
-from alignment.confidence.verdicts import VERDICTS, Thresholds, Verdict
 
 __all__ = [
     "DEFAULT_CALIBRATION",
