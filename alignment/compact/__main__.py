@@ -277,10 +277,9 @@ class Texts:
 
 
 def _class_embeds(texts: Texts, sentences: Tensor) -> tuple[Tensor, Tensor]:
-    """Average the centred sentence embeddings of a class's names, English and Chinese counting the same.
+    """Average the centred sentence embeddings of each class's names, English and Chinese counting the same.
 
-    Returns:
-        The embeddings of the classes (num_classes, sentence_dim), and the centre: the mean over all names.
+    Returns (num_classes, sentence_dim), and the centre (sentence_dim,): the mean over all names.
     """
     center = sentences[torch.cat(texts.names)].mean(0)
     embeds = torch.zeros(len(texts.names), len(center))

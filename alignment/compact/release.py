@@ -52,14 +52,8 @@ def assemble(
 ) -> ComposedModel:
     """Join the plain towers, the tuned tail and the heads into one dual encoder.
 
-    Args:
-        plain_image: the converted classifier; its own tail stays in the concept branch.
-        plain_text: the converted sentence encoder.
-        aligner: the tuned tail, the image head and the logit scale.
-        text_head: the text head that ships.
-        class_embeds: (num_classes, sentence_dim), what the concept branch says of each class.
-        center: (sentence_dim,), what the sentence embeddings of all names share.
-        recipe: has the weights of the concept parts.
+    The plain image tower's own tail stays in the concept branch, which says of each class the embedding in
+    `class_embeds` (num_classes, sentence_dim); `center` (sentence_dim,) is what the embeddings of all names share.
     """
     embed_dim, width = text_head.summary.out.out_features, plain_text.config.sentence_dim
     image_config = EfficientNetLiteConfig(embed_dim=embed_dim, concept_dim=width, concept_weight=recipe.image_weight)

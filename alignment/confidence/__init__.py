@@ -16,18 +16,7 @@ from alignment.confidence.calibration import (
 from alignment.confidence.cohort import DIRECTIONS, Cohort, Direction, build_cohort, cohort_items, cohort_version
 
 __all__ = [
-    "DEFAULT_CALIBRATION",
-    "DIRECTIONS",
-    "VERDICTS",
-    "Calibration",
-    "Cohort",
-    "Direction",
-    "MatchCalibrator",
-    "MatchConfidence",
-    "Thresholds",
-    "Verdict",
-    "build_cohort",
-    "cohort_items",
-    "cohort_version",
+    "DEFAULT_CALIBRATION", "DIRECTIONS", "VERDICTS", "Calibration", "Cohort", "Direction", "MatchCalibrator",
+    "MatchConfidence", "Thresholds", "Verdict", "build_cohort", "cohort_items", "cohort_version",
     "fit_calibration",
-]
+]  # fmt: skip

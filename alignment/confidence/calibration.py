@@ -316,15 +316,9 @@ def fit_calibration(
 
     On pictures that the model was trained on, the probabilities come out too high.
 
-    Args:
-        picture_ids: of each row of `image_embeds` (num_pictures, embed_dim).
-        scenes: ids of the pictures that the rows of `text_embeds` (num_captions, embed_dim) describe.
-        image_embeds: of the pictures.
-        text_embeds: of the captions.
-        cohort: holds none of these items.
-
-    Returns:
-        The calibration, and a description of what it was fitted on.
+    Rows of `image_embeds` (num_pictures, embed_dim) belong to `picture_ids`, rows of `text_embeds` (num_captions,
+    embed_dim) describe the pictures whose ids are in `scenes`; the cohort holds none of these items. The second value
+    describes what it was fitted on.
     """
     own: dict[str, list[int]] = {id: [] for id in picture_ids}
     for row, scene in enumerate(scenes):

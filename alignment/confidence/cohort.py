@@ -153,11 +153,7 @@ def _nearness(queries: Tensor, items: Tensor) -> Tensor:
 
 
 def cohort_items() -> tuple[list[str], list[str]]:
-    """List the cohort's pictures that are on this machine, and its captions.
-
-    Returns:
-        Paths of pictures inside installed packages, and captions in English and Chinese.
-    """
+    """List the cohort's pictures inside packages of this machine, by path, and its captions in English and Chinese."""
     captions = [caption for scene in _read_lines("parallel_captions.jsonl") for caption in scene.values()]
     sources = [picture["source"] for picture in _read_lines("gallery/sources/pictures.jsonl")]
     paths = []

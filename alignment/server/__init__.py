@@ -13,17 +13,6 @@ from alignment.server.settings import Settings, add_options, check_address, host
 from alignment.server.uploads import process_folder
 
 __all__ = [
-    "GuardedBlocks",
-    "Service",
-    "Settings",
-    "add_options",
-    "check_address",
-    "check_gradio",
-    "configure_logging",
-    "harden_mcp",
-    "host_in_url",
-    "limit_arenas",
-    "process_folder",
-    "read_port",
-    "redirect_server_logs",
-]
+    "GuardedBlocks", "Service", "Settings", "add_options", "check_address", "check_gradio", "configure_logging",
+    "harden_mcp", "host_in_url", "limit_arenas", "process_folder", "read_port", "redirect_server_logs",
+]  # fmt: skip

@@ -57,11 +57,8 @@ class Service:
     ) -> dict[str, Any]:
         """Return options for Gradio's `launch`.
 
-        Args:
-            describe: what /healthz says of the model and the gallery.
-            routes: of the page, beside those of the service.
-            translate: in English without one.
-            max_file_mb: of an uploaded file.
+        /healthz adds what `describe` returns of the model and the gallery; `routes` are the page's own. Errors are in
+        English without `translate`.
         """
         settings, self.uploads = self.settings, UploadQuota(self.settings, max_file_mb)
         # Behind a reverse proxy all connections are the proxy's.

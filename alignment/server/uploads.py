@@ -55,14 +55,9 @@ def upload_folder() -> Path:
 def process_folder(base: Path | None = None) -> Iterator[Path]:
     """Make a folder of random name for Gradio and all temporary files of this process, and delete it at the end.
 
-    Only this user may read it. Folders of processes that were killed are deleted first. A file lock, which the system
-    releases with its process, tells them from those of living ones, across containers too.
-
-    Args:
-        base: the folder it is made in; by default GRADIO_TEMP_DIR, else the system's temporary folder.
-
-    Raises:
-        OSError: when it cannot be made there.
+    It lies in `base`, else in GRADIO_TEMP_DIR or the system's temporary folder, and only this user may read it. Folders
+    of processes that were killed are deleted first. A file lock, which the system releases with its process, tells them
+    from those of living ones, across containers too. Raises OSError when it cannot be made there.
     """
     variable, temp = os.environ.get("GRADIO_TEMP_DIR"), tempfile.tempdir
     base = Path(base or variable or tempfile.gettempdir()).resolve()
