@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import gradio as gr
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
@@ -19,12 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from alignment.server import routes
 from alignment.server.errors import PAGE_LANGUAGE, ServiceError, Translate
 from alignment.server.gradio_internals import blocks_of, has_messages, queue_status, session_of_event
-from alignment.server.lifecycle import Lifecycle
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import log_event
 from alignment.server.page import BEGUN, OWNERS, REQUEST_ID
 from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
-from alignment.server.uploads import CLIENT, UPLOADS, UploadQuota
+from alignment.server.uploads import CLIENT, UPLOADS
+
+if TYPE_CHECKING:
+    from alignment.server.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +79,13 @@ class RequestContext:
 class RequestGuard:
     """ASGI middleware with the limits of the service."""
 
-    def __init__(
-        self, app: ASGIApp, lifecycle: Lifecycle, uploads: UploadQuota, token: str, translate: Translate
-    ) -> None:
-        """Wrap Gradio's app; `token` marks requests without limits, see `INTERNAL_TOKEN_HEADER`."""
-        self._app, self._lifecycle, self._uploads = app, lifecycle, uploads
-        self._settings = settings = uploads.settings
-        self._token, self._translate = token.encode(), translate
-        self._rate, self._upload_rate = TokenBucket(settings.rate), TokenBucket(settings.rate * _UPLOAD_RATE)
-        self._open, self._owners = ConcurrencyLimiter(settings.at_once), SessionOwners()
+    def __init__(self, app: ASGIApp, service: "Service", translate: Translate) -> None:
+        """Wrap Gradio's app."""
+        self._app, self._service, self._translate = app, service, translate
+        self._settings, self._token = service.settings, service.token.encode()
+        rate = self._settings.rate
+        self._rate, self._upload_rate = TokenBucket(rate), TokenBucket(rate * _UPLOAD_RATE)
+        self._open, self._owners = ConcurrencyLimiter(self._settings.at_once), SessionOwners()
         self._arriving = 0  # bytes of bodies that are being read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,19 +106,19 @@ class RequestGuard:
             try:
                 self._check(context, has_room)
                 is_work = context.kind in ("call", "upload")
-                self._lifecycle.requests += is_work
+                self._service.requests += is_work
                 await self._app(scope, self._reading(context, receive), self._writing(context, send))
             except Exception as error:
                 context.error = _service_error(error, context)
                 await self._refuse(context, receive, send)
             finally:
-                self._lifecycle.requests -= is_work
+                self._service.requests -= is_work
                 self._arriving -= context.received if context.kind == "call" else 0
                 self._log(context)
 
     def _context(self, scope: Scope) -> RequestContext:
         context = RequestContext(scope, blocks_of(scope), routes.route_kind(scope["method"], scope["path"]))
-        scope.update({CLIENT: client_address(scope, self._settings.proxies), UPLOADS: self._uploads})
+        scope.update({CLIENT: client_address(scope, self._settings.proxies), UPLOADS: self._service.uploads})
         scope.update({REQUEST_ID: context.id, BEGUN: context.begun, OWNERS: self._owners})
         if scope["path"].startswith(routes.MCP):
             # Gradio passes an agent's headers on to its own requests for the tool: they have been counted here, and
@@ -135,7 +136,7 @@ class RequestGuard:
             return
         if not has_room:
             raise ServiceError("service.open")
-        if kind in ("call", "upload") and self._lifecycle.stopping.is_set():
+        if kind in ("call", "upload") and self._service.stopping.is_set():
             raise ServiceError("service.stopping")
         announced = headers.get("content-length", "")
         if kind == "call" and announced.isdecimal() and int(announced) > self._settings.request_mb * _MB:
