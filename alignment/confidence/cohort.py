@@ -177,11 +177,7 @@ def cohort_version() -> str:
 
 
 def build_cohort(encoder: Encoder) -> Cohort:
-    """Embed the cohort; takes some seconds with the compact model.
-
-    Raises:
-        InputError: when one of its pictures is damaged.
-    """
+    """Embed the cohort; takes some seconds with the compact model. Raises InputError on a damaged picture."""
     paths, captions = cohort_items()
     return Cohort(
         encoder.encode_images(paths),

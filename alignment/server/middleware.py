@@ -24,7 +24,7 @@ from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_addr
 from alignment.server.logging import log_event
 from alignment.server.page import BEGUN, OWNERS, REQUEST_ID
 from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
-from alignment.server.uploads import CLIENT, UPLOADS
+from alignment.server.uploads import CLIENT
 
 if TYPE_CHECKING:
     from alignment.server.service import Service
@@ -118,8 +118,8 @@ class RequestGuard:
 
     def _context(self, scope: Scope) -> RequestContext:
         context = RequestContext(scope, blocks_of(scope), routes.route_kind(scope["method"], scope["path"]))
-        scope.update({CLIENT: client_address(scope, self._settings.proxies), UPLOADS: self._service.uploads})
-        scope.update({REQUEST_ID: context.id, BEGUN: context.begun, OWNERS: self._owners})
+        client = client_address(scope, self._settings.proxies)
+        scope.update({CLIENT: client, REQUEST_ID: context.id, BEGUN: context.begun, OWNERS: self._owners})
         if scope["path"].startswith(routes.MCP):
             # Gradio passes an agent's headers on to its own requests for the tool: they have been counted here, and
             # their session is shared by all agents.

@@ -93,7 +93,8 @@ class Service:
         limit_connections(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
         guard = Middleware(RequestGuard, self, translate)
         health = Route("/healthz", partial(self._health, describe))
-        upload = [Route(path, receive_upload, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
+        receive = partial(receive_upload, self.uploads)
+        upload = [Route(path, receive, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
         refuse = dict.fromkeys((RequestValidationError, HTTPException), partial(_framework_error, translate))
         options = {"routes": [health, *upload, *routes], "middleware": [guard], "lifespan": self._clean_up}
         return {
@@ -123,7 +124,7 @@ class Service:
             restore()
 
     def serve(self, page: gr.Blocks) -> None:
-        """Block until a launched page is told to stop, wait some seconds for what is under way, and close it.
+        """Block until told to stop, wait `stop_seconds` at most for what is under way, and close the launched page.
 
         Raises:
             OSError: when the queue has broken down: requests are no longer answered.

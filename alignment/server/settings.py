@@ -115,11 +115,7 @@ def host_in_url(host: str) -> str:
 
 
 def check_address(host: str, port: int) -> None:
-    """Make sure that the page can be served there.
-
-    Raises:
-        ValueError: when the host is no address of this machine, or the port is taken or not for this user.
-    """
+    """Raise ValueError when the host is no address of this machine, or the port is taken or not for this user."""
     bare = host.strip("[]")
     try:
         family = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)[0][0]

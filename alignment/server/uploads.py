@@ -32,8 +32,8 @@ from alignment.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-UPLOADS, CLIENT = "alignment.uploads", "alignment.client"
-"""Keys of the ASGI scope under which the middleware passes the quota and the client's address on."""
+CLIENT = "alignment.client"
+"""Key of the ASGI scope under which the middleware passes the client's address on."""
 
 _MB = 2**20
 _SPARE_MB = 200  # of the disk that stays free
@@ -196,12 +196,11 @@ class UploadQuota:
 # ---------------------------------------------------------------- the route
 
 
-async def receive_upload(request: Request) -> JSONResponse:
+async def receive_upload(quota: UploadQuota, request: Request) -> JSONResponse:
     """Store the files of a request, and answer with their paths as Gradio's own route does.
 
     A request with anything but whole files in fields called "files" is refused, and nothing of it stays.
     """
-    quota: UploadQuota = request.scope[UPLOADS]
     announced = request.headers.get("content-length", "")
     batch = quota.begin(request.scope[CLIENT], int(announced) if announced.isdecimal() else 0)
     try:
