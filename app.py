@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         photos = background_scan(engine, args)
         with server.process_folder() as folder:
             service = server.Service(server.Settings.from_args(args), folder)
-            with service.lifecycle.handle_signals():  # from here on a signal stops the app in order
+            with service.handle_signals():  # from here on a signal stops the app in order
                 serve(engine, args, service, photos)
     except (OSError, ValueError) as error:  # mistakes of the operator
         print(f"error: {describe_error(error)}", file=sys.stderr)

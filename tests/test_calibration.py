@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignment.confidence import DEFAULT_CALIBRATION, DIRECTIONS, VERDICTS, Calibration, Cohort, Direction, Thresholds
+from alignment.confidence.calibration import FITS_THRESHOLD
+from alignment.confidence.cohort import blank_images, random_texts
 from alignment.confidence.curve import Curve
-from alignment.confidence.ood_probes import blank_images, random_texts
-from alignment.confidence.verdicts import FITS_THRESHOLD
 from alignment.gallery import Gallery
 from alignment.model import DualEncoder
 

@@ -353,18 +353,18 @@ def miniature(preprocessor: Preprocessor, tmp_path: Path) -> Miniature:
     for norm in (aligner.head.summary_norm, aligner.head.token_norm):
         norm.mean.copy_(features.pooled.mean((0, 1)))
         norm.deviation.copy_(features.pooled.std((0, 1)) + 0.05)
-    return Miniature(features, aligner, Training(train, captions, prototypes, names, recipe), recipe)
+    return Miniature(features, aligner, Training(train, features, captions, prototypes, names, recipe), recipe)
 
 
 def test_the_heads_learn_and_leave_the_tower_alone(miniature: Miniature) -> None:
     before, tail = miniature.caption_loss(), copy.deepcopy(miniature.aligner.tail.state_dict())
-    train_heads(miniature.aligner, miniature.features, miniature.data, miniature.recipe)
+    train_heads(miniature.aligner, miniature.data)
     assert miniature.caption_loss() < 0.6 * before
     kept = miniature.aligner.tail.state_dict()
     assert all(torch.equal(kept[name], tail[name]) for name in tail)
 
 
-def test_the_tail_learns_in_runs(miniature: Miniature) -> None:
+def test_the_tail_learns_in_runs(miniature: Miniature, tmp_path: Path) -> None:
     start, before = copy.deepcopy(miniature.aligner.state_dict()), miniature.caption_loss()
     epochs: list[tuple[int, float]] = []
 
@@ -373,7 +373,7 @@ def test_the_tail_learns_in_runs(miniature: Miniature) -> None:
 
     for run in range(len(miniature.recipe.tail_epochs)):
         miniature.aligner.load_state_dict(start)
-        train_tail(miniature.aligner, miniature.features, miniature.data, miniature.recipe, run, measured)
+        train_tail(miniature.aligner, miniature.data, run, measured, tmp_path / f"state{run}.safetensors")
         assert epochs[-1][1] == pytest.approx(miniature.caption_loss(), abs=1e-5), "what is kept is what was measured"
         assert miniature.aligner.head.summary.dropout.p == miniature.recipe.tail_dropout
     assert [epoch for epoch, _ in epochs] == [*range(1, 9), *range(1, 7)]
@@ -391,12 +391,11 @@ def test_a_stopped_tail_stage_goes_on_from_its_last_epoch(miniature: Miniature, 
         if seen == [1, 2, 3]:
             raise KeyboardInterrupt
 
-    arguments = miniature.features, miniature.data, miniature.recipe, 0
-    train_tail(miniature.aligner, *arguments, lambda epoch, average: None)
+    train_tail(miniature.aligner, miniature.data, 0, lambda epoch, average: None, tmp_path / "unbroken.safetensors")
     with pytest.raises(KeyboardInterrupt):
-        train_tail(copy.deepcopy(start), *arguments, stop, state)
+        train_tail(copy.deepcopy(start), miniature.data, 0, stop, state)
     resumed = copy.deepcopy(start)
-    train_tail(resumed, *arguments, stop, state)
+    train_tail(resumed, miniature.data, 0, stop, state)
     assert seen == [1, 2, 3, 3, 4, 5, 6, 7, 8], "the epoch that was broken off is done again, the others are not"
     whole = miniature.aligner.state_dict()
     for name, value in resumed.state_dict().items():
@@ -430,7 +429,7 @@ def test_the_text_head_learns(miniature: Miniature, preprocessor: Preprocessor) 
     head.summary_norm.deviation.fill_(12**-0.5)
     frozen = copy.deepcopy(aligner.state_dict())
     before = text_losses(head, targets, features, data.train)
-    train_text(head, aligner, data, targets, recipe)
+    train_text(head, aligner, data, targets)
     after = text_losses(head, targets, features, data.train)
     assert (after < 0.6 * before).all(), (before, after)
     assert all(torch.equal(value, frozen[name]) for name, value in aligner.state_dict().items())
@@ -463,7 +462,7 @@ def test_the_checkpoint_holds_its_limits_and_rewrites_only_what_was_trained(
     class_embeds = functional.normalize(torch.randn(1000, 512), dim=-1)
     preprocessor, folder = compact_preprocessor(tokenizer, 260), tmp_path / "compact"
     center = 0.05 * torch.randn(512)
-    model = assemble(image, text, aligner, head, class_embeds, center, (0.1, 0.5), 0.3)
+    model = assemble(image, text, aligner, head, class_embeds, center, Recipe(image_weight=(0.1, 0.5), text_weight=0.3))
     encoder = save_compact(model, preprocessor, folder)
 
     files = {path.name: path.stat().st_size for path in folder.iterdir()}

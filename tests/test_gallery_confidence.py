@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from alignment.confidence import DEFAULT_CALIBRATION, DIRECTIONS, Cohort, calibrator, cohort
+from alignment.confidence import DEFAULT_CALIBRATION, DIRECTIONS, Cohort, cohort, fit_calibration
+from alignment.confidence.calibration import MIN_FITTED
 from alignment.gallery import Gallery, build_gallery
 from alignment.gallery.writer import write_gallery
 from alignment.model import DualEncoder
@@ -147,13 +148,13 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
     return functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-@pytest.mark.parametrize(("count", "borrowed"), [(calibrator.MIN_FITTED - 1, True), (calibrator.MIN_FITTED, False)])
+@pytest.mark.parametrize(("count", "borrowed"), [(MIN_FITTED - 1, True), (MIN_FITTED, False)])
 def test_curves_are_fitted_where_there_are_pairs_enough_and_borrowed_elsewhere(count, borrowed):
     images = unit(count + 20, 32, seed=1)
     ids = [f"p{row}" for row in range(count + 20)]  # twenty have no caption
     texts = functional.normalize(images[:count] + 0.8 * unit(count, 32, seed=2), dim=-1)
     background = Cohort(unit(30, 32, seed=3), unit(100, 32, seed=4))
-    calibration, how = calibrator.fit_calibration(ids, ids[:count], images, texts, background)
+    calibration, how = fit_calibration(ids, ids[:count], images, texts, background)
     assert (calibration == DEFAULT_CALIBRATION) is borrowed
     assert how.startswith("borrowed" if borrowed else f"fitted on {count} pictures")
     assert set(calibration.thresholds) == set(DIRECTIONS)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from alignment.confidence.ood_probes import blank_images, random_texts
+from alignment.confidence.cohort import blank_images, random_texts
 
 
 def test_seed_decides() -> None:

@@ -17,11 +17,11 @@ import uvicorn
 import alignment
 import app
 from alignment.server import Settings, add_options, limit_arenas, process_folder
-from alignment.server.lifecycle import trim_memory
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import HumanFormatter, JsonFormatter
 from alignment.server.page import is_possible_path
 from alignment.server.routes import log_name
+from alignment.server.service import trim_memory
 from alignment.server.sessions import SessionOwners, new_cookie
 from alignment.server.settings import variable
 from alignment.server.uploads import expire_files

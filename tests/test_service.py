@@ -25,7 +25,6 @@ from alignment.model import DualEncoder
 from alignment.server import Service, Settings, gradio_internals, middleware
 from alignment.server import service as service_module
 from alignment.server.gradio_internals import queue_status
-from alignment.server.lifecycle import Lifecycle
 from tests.http_client import run_coroutine, until
 
 
@@ -248,11 +247,11 @@ def test_sessions_expire_after_their_time(serve, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_and_a_second_one_ends_the_process(number):
-    lifecycle, before = Lifecycle(), signal.getsignal(number)
-    with lifecycle.handle_signals():
-        assert not lifecycle.is_stopping
+    service, before = Service(), signal.getsignal(number)
+    with service.handle_signals():
+        assert not service.stopping.is_set()
         signal.raise_signal(number)
-        assert lifecycle.is_stopping
+        assert service.stopping.is_set()
         assert signal.getsignal(number) is before
     assert signal.getsignal(number) is before
 
@@ -273,7 +272,7 @@ def test_a_stop_waits_for_an_upload_under_way(serve):
         ThreadPoolExecutor(1) as pool,
     ):
         until(lambda: len(client.service.uploads) == 1)
-        client.service.lifecycle.stop()
+        client.service.stopping.set()
         ended = pool.submit(client.service.serve, client.page)
         with pytest.raises(TimeoutError):
             ended.result(0.5)

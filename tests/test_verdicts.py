@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignment.confidence.verdicts import Thresholds, best
+from alignment.confidence.calibration import Thresholds, best
 
 THRESHOLDS = Thresholds(fits=0.5, may_fit=0.2)
 

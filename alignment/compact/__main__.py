@@ -103,12 +103,11 @@ class Run:
 
     def make(self, out: Path) -> None:
         """Train what `cache` does not hold yet, then write the checkpoint."""
-        data = Training(self.train, *self._taught(), self.recipe)
+        data = Training(self.train, self.features, *self._taught(), self.recipe)
         aligner = self._align_images(data)
         class_embeds, center = _class_embeds(self.texts, self.text_features.sentences)
         head = self._align_texts(aligner, data, class_embeds, center)
-        weights = self.recipe.image_weight, self.recipe.text_weight
-        model = assemble(self.image, self.text, aligner, head, class_embeds, center, *weights)
+        model = assemble(self.image, self.text, aligner, head, class_embeds, center, self.recipe)
         encoder = save_compact(model, self.preprocessor, out)
         recipe = json.dumps(asdict(self.recipe), indent=1)
         (out / "recipe.json").write_text(recipe + "\n", encoding="utf-8")
@@ -127,7 +126,7 @@ class Run:
     def _align_images(self, data: Training) -> Aligner:
         """Run the first two stages."""
         aligner = self._aligner({language: found.features.shape[1] for language, found in data.captions.items()})
-        self._stage("heads", aligner, lambda: train_heads(aligner, self.features, data, self.recipe))
+        self._stage("heads", aligner, lambda: train_heads(aligner, data))
         self._measure("heads", aligner, data)
         heads, tuned = copy.deepcopy(aligner.state_dict()), AveragedModel(aligner)
         for run in range(len(self.recipe.tail_epochs)):
@@ -144,7 +143,7 @@ class Run:
         head = NgramTextModel(NgramTextConfig(embed_dim=EMBED_DIM)).head
         head.summary_norm.deviation.fill_(self.text.config.sentence_dim**-0.5)
         targets = self._targets(aligner, data, class_embeds, center)
-        self._stage("text", head, lambda: train_text(head, aligner, data, targets, self.recipe))
+        self._stage("text", head, lambda: train_text(head, aligner, data, targets))
         self._report("text", targets.images[:, 0], partial(self._embed_texts, head, targets))
         return head
 
@@ -169,12 +168,11 @@ class Run:
         module.eval()
 
     def _tune(self, aligner: Aligner, data: Training, run: int) -> None:
-        state = self.cache / f"tail{run}-{self.key}.state.safetensors"
-
         def measured(epoch: int, average: Aligner) -> None:
-            self._measure(f"tail {run}, epoch {epoch}", average.eval(), data)
+            self._measure(f"tail {run}, epoch {epoch}", average, data)
 
-        train_tail(aligner, self.features, data, self.recipe, run, measured, state)
+        state = self.cache / f"tail{run}-{self.key}.state.safetensors"
+        train_tail(aligner, data, run, measured, state)
         state.unlink(missing_ok=True)
 
     @torch.no_grad()
@@ -279,10 +277,9 @@ class Texts:
 
 
 def _class_embeds(texts: Texts, sentences: Tensor) -> tuple[Tensor, Tensor]:
-    """Average the centred sentence embeddings of a class's names, English and Chinese counting the same.
+    """Average the centred sentence embeddings of each class's names, English and Chinese counting the same.
 
-    Returns:
-        The embeddings of the classes (num_classes, sentence_dim), and the centre: the mean over all names.
+    Returns (num_classes, sentence_dim), and the centre (sentence_dim,): the mean over all names.
     """
     center = sentences[torch.cat(texts.names)].mean(0)
     embeds = torch.zeros(len(texts.names), len(center))

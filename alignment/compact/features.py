@@ -62,10 +62,7 @@ def image_features(
     batch_size: int = 32,
     seed: int = 0,
 ) -> ImageFeatures:
-    """Run the plain tower over every view of every picture, in bfloat16, or take what an earlier run left in `cache`.
-
-    A run that was stopped goes on where it last saved.
-    """
+    """Run the plain tower over every view of every picture, in bfloat16, from where the last run saved in `cache`."""
     key = _key([VIEWS, CROP_AREA, CROP_ASPECT, seed, *paths])
     maps_path, pooled_path = cache / f"maps-{key}.npy", cache / f"pooled-{key}.npy"
     done_path = cache / f"maps-{key}.json"

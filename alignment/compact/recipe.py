@@ -1,16 +1,8 @@
 """Align the two towers: heads on frozen features first, then the image tower's last blocks, then the text side.
 
-Place in the flow: the last step of `python -m alignment.compact`. Three stages, each measured on dev:
-
-1. *heads*: image head and a teacher's text head for each language on frozen features;
-2. *tail*: the same with the image tower's last blocks, on random windows of the cached maps, several times from the
-   same heads; the weights of these runs are averaged (Wortsman et al., 2022, "Model soups");
-3. *text*: the text head that ships (sentence embedding alone, sixteen languages), on the finished image embeddings,
-   concept parts included, held near the teachers' embeddings of the captions; the bilingual scenes tie Chinese to
-   English.
-
-Every stage also learns the thousand ImageNet class names without an ImageNet picture: the rows of the classifier serve
-as prototypes of what a picture of the class looks like to the tower.
+Place in the flow: the last step of `python -m alignment.compact`. The weights of several runs of the second stage are
+averaged (Wortsman et al., 2022, "Model soups"). Every stage also learns the thousand ImageNet class names, from
+`Prototypes` in place of pictures.
 """
 
 from __future__ import annotations
@@ -148,38 +140,32 @@ class Aligner(nn.Module):
         return torch.stack([softmax_loss(scale * images @ drawn.T) for drawn in captions.unbind(1)]).mean()
 
 
-def train_heads(aligner: Aligner, features: ImageFeatures, data: Training, recipe: Recipe) -> None:
+def train_heads(aligner: Aligner, data: Training) -> None:
     """Stage 1: both heads on frozen features."""
-    size = 2 * recipe.batch_size
-    optimiser = recipe.optimiser(
-        aligner, [(aligner.head_parameters(), recipe.heads_rate)], recipe.heads_epochs * (len(data.train) // size)
-    )
+    recipe, size = data.recipe, 2 * data.recipe.batch_size
+    steps = recipe.heads_epochs * (len(data.train) // size)
+    optimiser = recipe.optimiser(aligner, [(aligner.head_parameters(), recipe.heads_rate)], steps)
     for images in data.batches(size, recipe.heads_epochs):
-        embeds = aligner.pooled(features.pooled[images, torch.randint(VIEWS, (size,))])
+        embeds = aligner.pooled(data.features.pooled[images, torch.randint(VIEWS, (size,))])
         optimiser.step(data.caption_loss(aligner, embeds, images) + data.names_loss(aligner))
     optimiser.keep_average()
 
 
 def train_tail(
-    aligner: Aligner,
-    features: ImageFeatures,
-    data: Training,
-    recipe: Recipe,
-    run: int,
-    measured: Callable[[int, Aligner], None],
-    state: Path | None = None,
+    aligner: Aligner, data: Training, run: int, measured: Callable[[int, Aligner], None], state: Path
 ) -> None:
     """Stage 2, one run of it: the heads and the tower's last blocks, on random windows of the cached maps.
 
     After each epoch `measured` is called with its number and the averaged weights, and the file `state` keeps all that
     a run needs to go on after a stop.
     """
+    recipe, features = data.recipe, data.features
     size, whole, epochs = recipe.batch_size, features.maps.shape[-1], recipe.tail_epochs[run]
     set_dropout(aligner, recipe.tail_dropout)
     groups = [(aligner.head_parameters(), recipe.tuned_rate), (list(aligner.tail.parameters()), recipe.tail_rate)]
     steps = len(data.train) // size
     optimiser = recipe.optimiser(aligner, groups, epochs * steps)
-    if state is not None and state.exists():
+    if state.exists():
         optimiser.load(state)
     for epoch in range(optimiser.count // steps, epochs):
         torch.manual_seed(recipe.seed * 10_007 + run * 101 + epoch)
@@ -193,8 +179,7 @@ def train_tail(
                 loss = loss + recipe.hold_weight * moved.square().mean()
             optimiser.step(loss)
         measured(epoch + 1, cast(Aligner, optimiser.average.module))
-        if state is not None:
-            optimiser.save(state)
+        optimiser.save(state)
     optimiser.keep_average()
 
 
@@ -203,6 +188,7 @@ class Training:
     """The training data of the first two stages."""
 
     train: Tensor  # rows of the training pictures
+    features: ImageFeatures
     captions: Mapping[str, Captions]  # language -> its captions with their teacher's features
     prototypes: Prototypes  # what pictures of the ImageNet classes look like
     names: Mapping[str, Sequence[Tensor]]  # language -> for each class the teacher's features of its names
@@ -286,9 +272,9 @@ class TextTargets:
         return join_parts(embeds, functional.normalize(sentences - self.center, dim=-1), weight)
 
 
-def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: TextTargets, recipe: Recipe) -> None:
+def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: TextTargets) -> None:
     """Stage 3: the text head that ships, against finished image embeddings and the teachers' caption embeddings."""
-    size = 2 * recipe.batch_size
+    recipe, size = data.recipe, 2 * data.recipe.batch_size
     steps = recipe.text_epochs * (len(data.train) // size)
     set_dropout(head, recipe.text_dropout)
     optimiser = recipe.optimiser(head, [(list(head.parameters()), recipe.text_rate)], steps)

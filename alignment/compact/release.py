@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SiglipImageProcessor
 
-from alignment.compact.recipe import Aligner
+from alignment.compact.recipe import Aligner, Recipe
 from alignment.model import DualEncoder
 from alignment.model.composition import ComposedConfig, ComposedModel
 from alignment.preprocess import Preprocessor, TokenizerSpec
@@ -48,26 +48,17 @@ def assemble(
     text_head: AlignmentHead,
     class_embeds: Tensor,
     center: Tensor,
-    image_weight: tuple[float, float],
-    text_weight: float,
+    recipe: Recipe,
 ) -> ComposedModel:
     """Join the plain towers, the tuned tail and the heads into one dual encoder.
 
-    Args:
-        plain_image: the converted classifier; its own tail stays in the concept branch.
-        plain_text: the converted sentence encoder.
-        aligner: the tuned tail, the image head and the logit scale.
-        text_head: the text head that ships.
-        class_embeds: (num_classes, sentence_dim), what the concept branch says of each class.
-        center: (sentence_dim,), what the sentence embeddings of all names share.
-        image_weight: see `Recipe`.
-        text_weight: see `Recipe`.
+    The plain image tower's own tail stays in the concept branch, which says of each class the embedding in
+    `class_embeds` (num_classes, sentence_dim); `center` (sentence_dim,) is what the embeddings of all names share.
     """
     embed_dim, width = text_head.summary.out.out_features, plain_text.config.sentence_dim
-    image = EfficientNetLiteModel(
-        EfficientNetLiteConfig(embed_dim=embed_dim, concept_dim=width, concept_weight=image_weight)
-    )
-    text = NgramTextModel(NgramTextConfig(embed_dim=embed_dim, concept_weight=text_weight))
+    image_config = EfficientNetLiteConfig(embed_dim=embed_dim, concept_dim=width, concept_weight=recipe.image_weight)
+    image = EfficientNetLiteModel(image_config)
+    text = NgramTextModel(NgramTextConfig(embed_dim=embed_dim, concept_weight=recipe.text_weight))
     state = plain_image.state_dict()
     concept = {f"concept.{name}": value for name, value in state.items() if name.startswith(("tail.", "classifier."))}
     trunk = {name: value for name, value in state.items() if name.startswith(("stem.", "trunk."))}
@@ -80,7 +71,6 @@ def assemble(
         text_config=text.config,
         projection="none",
         projection_dim=embed_dim + width,
-        vision_pooling="pooler",
         text_pooling="pooler",
         vision_width=embed_dim + width,
         text_width=embed_dim + width,

@@ -30,9 +30,7 @@ class Photo:
 def read_photos(folders: Iterable[Path], chinese: Path | None = None) -> list[Photo]:
     """Read the captioned photographs of several folders, the test splits left out, sorted by source and file name.
 
-    Args:
-        folders: data folders.
-        chinese: captions in the format of Flickr8k-CN (`NAME#zhc#N caption`), joined to the photographs by file name.
+    The captions of `chinese`, in the format of Flickr8k-CN, are joined to the photographs by file name.
 
     Raises:
         FileNotFoundError: when a folder or file is missing.

@@ -3,24 +3,20 @@
 Place in the flow: `similarity -> confidence (here) -> gallery -> page`.
 """
 
-from alignment.confidence.calibration import DEFAULT_CALIBRATION, Calibration, MatchConfidence
-from alignment.confidence.calibrator import MatchCalibrator, fit_calibration
+from alignment.confidence.calibration import (
+    DEFAULT_CALIBRATION,
+    VERDICTS,
+    Calibration,
+    MatchCalibrator,
+    MatchConfidence,
+    Thresholds,
+    Verdict,
+    fit_calibration,
+)
 from alignment.confidence.cohort import DIRECTIONS, Cohort, Direction, build_cohort, cohort_items, cohort_version
-from alignment.confidence.verdicts import VERDICTS, Thresholds, Verdict
 
 __all__ = [
-    "DEFAULT_CALIBRATION",
-    "DIRECTIONS",
-    "VERDICTS",
-    "Calibration",
-    "Cohort",
-    "Direction",
-    "MatchCalibrator",
-    "MatchConfidence",
-    "Thresholds",
-    "Verdict",
-    "build_cohort",
-    "cohort_items",
-    "cohort_version",
+    "DEFAULT_CALIBRATION", "DIRECTIONS", "VERDICTS", "Calibration", "Cohort", "Direction", "MatchCalibrator",
+    "MatchConfidence", "Thresholds", "Verdict", "build_cohort", "cohort_items", "cohort_version",
     "fit_calibration",
-]
+]  # fmt: skip

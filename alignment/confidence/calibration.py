@@ -1,10 +1,8 @@
 """Calibrate similarities: the probability that a result is a match, and that any candidate is one.
 
-Place in the flow: `similarity + cohort -> calibration (here) -> gallery -> page`. A cosine by itself says little: the
-best result of one query scores 0.5, an unrelated one of another query scores the same. The scores of a query with
-unrelated items (its cohort) tell how high it reaches by chance, and the best of many candidates is high more easily
-than the best of a few. Two logistic curves per direction turn these features into a probability; they are fitted on
-pairs and non-pairs.
+Place in the flow: `similarity + cohort -> calibration (here) -> gallery -> page`. The same cosine is a match for one
+query and none for another. Two logistic curves per direction turn the score, the query's scores with unrelated items
+(the cohort) and the number of candidates into a probability.
 
 Source: cohort normalisation of scores, see Matejka et al., Analysis of Score Normalization in Multilingual Speaker
 Recognition, Interspeech 2017 (`TAIL` is their adaptive selection).
@@ -12,27 +10,79 @@ Recognition, Interspeech 2017 (`TAIL` is their adaptive selection).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from alignment.confidence.cohort import DIRECTIONS, Cohort, Direction
 from alignment.confidence.curve import Curve
-from alignment.confidence.verdicts import Thresholds, Verdict, best
 from alignment.similarity import cosine_similarity, top_k
+
+Verdict = Literal["fits", "may_fit", "nothing_close", "no_meaning"]
+"""Of a result or of a whole answer; `no_meaning`: the query is out of distribution (random text, a blank image)."""
+
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+"""All verdicts, the best first."""
+
+FITS_THRESHOLD = 0.5
+"""Match probability from which a result fits, unless a calibration says otherwise."""
 
 TARGET_FALSE_REJECTION = 0.05
 """Share of the queries with a match that a fitted threshold may reject."""
 
+MIN_FITTED = 100
+"""Captioned pictures below which `DEFAULT_CALIBRATION` is used."""
+
+_MAX_FITTED = 1000  # captioned pictures; more only take longer
+_MAX_CAPTIONS = 5  # of a picture
 _RESULTS = 10  # of a search that the fit learns from
 _SIZES: Mapping[Direction, tuple[int, ...]] = {
     "image_to_text": (50, 150, 500, 2000),
     "text_to_image": (10, 30, 100, 400),
 }  # candidates of the galleries drawn for the fit
 _MISSING = -9.0  # no cosine
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Match probabilities from which a result fits and may fit, for one direction.
+
+    If the probability that any candidate is a match reaches `may_fit`, the likeliest result may fit in any case.
+    """
+
+    fits: float
+    may_fit: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.may_fit <= self.fits <= 1:
+            raise ValueError(f"Thresholds are probabilities, `may_fit` not above `fits`, unlike {self}.")
+
+    @classmethod
+    def of(cls, may_fit: float) -> Thresholds:
+        """Combine a `may_fit` threshold with the default `fits` threshold."""
+        return cls(max(FITS_THRESHOLD, may_fit), may_fit)
+
+    def verdict(self, probability: float) -> Verdict:
+        """Return the verdict on one result."""
+        return "fits" if probability >= self.fits else "may_fit" if probability >= self.may_fit else "nothing_close"
+
+    def verdicts(self, probabilities: Tensor, p_any_match: float) -> tuple[Verdict, ...]:
+        """Return the verdicts on the results of one query, from (num_results,) match probabilities."""
+        chances = probabilities.tolist()
+        found = [self.verdict(chance) for chance in chances]
+        if p_any_match >= self.may_fit and best(found) == "nothing_close":
+            likeliest = max(chances, default=0.0)
+            found = ["may_fit" if chance == likeliest else "nothing_close" for chance in chances]
+        return tuple(found)
+
+
+def best(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the verdict on a whole answer: that of its best result; `nothing_close` without results."""
+    return min(verdicts, key=VERDICTS.index, default="nothing_close")
 
 
 @dataclass(frozen=True)
@@ -73,7 +123,7 @@ class Calibration:
             raise ValueError(f"A calibration has curves and thresholds for {' and '.join(DIRECTIONS)}.")
 
     def assess(
-        self, similarity: Tensor, query_embed: Tensor, direction: Direction, *, num_candidates: int, cohort: Cohort
+        self, similarity: Tensor, query_embed: Tensor, direction: Direction, num_candidates: int, cohort: Cohort
     ) -> MatchConfidence:
         """Rate the results of one query, at even odds that the candidates hold a match.
 
@@ -150,11 +200,8 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that galleries hold."""
-        parts: dict[str, Mapping[Direction, Any]] = {
-            "match": self.match,
-            "fits": self.any_match,
-            "lines": self.thresholds,
-        }
+        parts: dict[str, Mapping[Direction, Any]]
+        parts = {"match": self.match, "fits": self.any_match, "lines": self.thresholds}
         return {name: {way: asdict(part[way]) for way in DIRECTIONS} for name, part in parts.items()}
 
     @classmethod
@@ -222,3 +269,68 @@ def draw_searches(
         values, ids = top_k(similarity.masked_fill(~chosen, _MISSING), _RESULTS)
         right = relevance.gather(1, ids) * (values > _MISSING)
         yield DrawnSearch(values, right, (relevance * chosen).amax(1), chosen.sum(1))
+
+
+# ---------------------------------------------------------------- a gallery's own calibration
+
+
+class Embeddings(Protocol):
+    """Embeddings by position: a tensor, or what reads them when asked."""
+
+    def __getitem__(self, positions: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class MatchCalibrator:
+    """A calibration with the cohort it was fitted on."""
+
+    calibration: Calibration
+    cohort: Cohort
+
+    @classmethod
+    def restored(cls, calibration: Mapping[str, Any] | None, cohort: Mapping[str, Tensor]) -> MatchCalibrator | None:
+        """Restore what a gallery holds; None where it holds no calibration or no cohort.
+
+        Raises:
+            ValueError: when it is damaged.
+        """
+        if calibration is None or not cohort:
+            return None
+        try:
+            tensors = {name: embeds.float() for name, embeds in cohort.items()}
+            return cls(Calibration.from_dict(calibration), Cohort(**tensors))
+        except TypeError as error:
+            raise ValueError(f"This is no cohort: {error}") from error
+
+    def assess(
+        self, similarity: Tensor, query_embed: Tensor, direction: Direction, num_candidates: int
+    ) -> MatchConfidence:
+        """Rate the results of one query, see `Calibration.assess`."""
+        return self.calibration.assess(similarity, query_embed, direction, num_candidates, self.cohort)
+
+
+def fit_calibration(
+    picture_ids: Sequence[str], scenes: Sequence[str], image_embeds: Embeddings, text_embeds: Embeddings, cohort: Cohort
+) -> tuple[Calibration, str]:
+    """Fit the curves on a gallery's own captioned pictures; below `MIN_FITTED` of them take `DEFAULT_CALIBRATION`.
+
+    On pictures that the model was trained on, the probabilities come out too high.
+
+    Rows of `image_embeds` (num_pictures, embed_dim) belong to `picture_ids`, rows of `text_embeds` (num_captions,
+    embed_dim) describe the pictures whose ids are in `scenes`; the cohort holds none of these items. The second value
+    describes what it was fitted on.
+    """
+    own: dict[str, list[int]] = {id: [] for id in picture_ids}
+    for row, scene in enumerate(scenes):
+        if scene in own:
+            own[scene].append(row)
+    captioned = [row for row, id in enumerate(picture_ids) if own[id]]
+    if len(captioned) < MIN_FITTED:
+        return DEFAULT_CALIBRATION, "borrowed from the compact model"
+    chosen = sorted(random.Random(0).sample(captioned, min(len(captioned), _MAX_FITTED)))
+    texts = [(place, row) for place, image in enumerate(chosen) for row in own[picture_ids[image]][:_MAX_CAPTIONS]]
+    owners, rows = torch.tensor(texts).T
+    relevance = (owners[None] == torch.arange(len(chosen))[:, None]).float()
+    images, captions = image_embeds[torch.tensor(chosen)].float(), text_embeds[rows].float()
+    fitted = Calibration.fit(images, captions, relevance, cohort, prior=DEFAULT_CALIBRATION)
+    return fitted, f"fitted on {len(chosen)} pictures with {len(rows)} captions of this gallery"

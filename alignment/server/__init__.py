@@ -1,29 +1,17 @@
 """Floor 4, server: what stands around Gradio, so that the page can be left running on a public address.
 
 Place in the flow: `request -> middleware (route, rate, size) -> Gradio -> page (session, files) -> alignment.ui`, with
-`uploads` for files and `lifecycle` for the end. `Service` puts them together.
+`uploads` for files. `Service` puts them together.
 """
 
 from alignment.server.gradio_internals import check_gradio, harden_mcp
-from alignment.server.lifecycle import limit_arenas
 from alignment.server.logging import configure_logging, redirect_server_logs
 from alignment.server.page import GuardedBlocks
-from alignment.server.service import Service
+from alignment.server.service import Service, limit_arenas
 from alignment.server.settings import Settings, add_options, check_address, host_in_url, read_port
 from alignment.server.uploads import process_folder
 
 __all__ = [
-    "GuardedBlocks",
-    "Service",
-    "Settings",
-    "add_options",
-    "check_address",
-    "check_gradio",
-    "configure_logging",
-    "harden_mcp",
-    "host_in_url",
-    "limit_arenas",
-    "process_folder",
-    "read_port",
-    "redirect_server_logs",
-]
+    "GuardedBlocks", "Service", "Settings", "add_options", "check_address", "check_gradio", "configure_logging",
+    "harden_mcp", "host_in_url", "limit_arenas", "process_folder", "read_port", "redirect_server_logs",
+]  # fmt: skip

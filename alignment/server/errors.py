@@ -63,8 +63,3 @@ class ServiceError(Exception):
         said = translate(headers.get(PAGE_LANGUAGE) or headers.get("accept-language", ""), self.error)
         retry = {"Retry-After": str(math.ceil(self.retry_s))} if self.retry_s else {}
         return JSONResponse({"error": said, "detail": said, "code": self.code}, self.status, retry)
-
-
-def in_english(accept_language: str, error: InputError) -> str:
-    """Say an error in English whatever is asked for; the `Translate` of a service without a page."""
-    return str(error)

@@ -39,7 +39,7 @@ def check_gradio(installed: str = gr.__version__) -> None:
         raise ValueError(f"Gradio {installed} is not supported; run: pip install 'gradio>={first},<{last}'")
 
 
-def blocks_of(scope: Mapping[str, Any]) -> gr.Blocks:
+def blocks_of(scope: Mapping[str, Any]) -> EventBlocks:
     """Return the page that an ASGI scope belongs to: the middleware is made before Gradio creates its app."""
     return scope["app"].get_blocks()
 
@@ -252,36 +252,24 @@ class HeaderTimeoutProtocol(H11Protocol):
         super().connection_made(transport)
         self._counted = ExitStack()
         if self._counted.enter_context(self.limiter.request(self.client[0] if self.client else "")):
-            self._update_timer()
+            self._set_timer(True)
         else:
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Stop the timer once a request is complete, start it after the response."""
         super().data_received(data)
-        self._update_timer()
+        self._set_timer(self.cycle is None or self.cycle.response_complete)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Remove the connection from the count."""
-        self._stop_timer()
+        self._set_timer(False)
         self._counted.close()
         super().connection_lost(exc)
 
-    def _is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _update_timer(self) -> None:
-        if self._is_answering():
-            self._stop_timer()
-        elif self._timer is None:
-            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._time_out)
-
-    def _stop_timer(self) -> None:
-        if self._timer:
+    def _set_timer(self, runs: bool) -> None:
+        if runs and self._timer is None:
+            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.abort)
+        elif self._timer and not runs:
             self._timer.cancel()
-        self._timer = None
-
-    def _time_out(self) -> None:
-        self._timer = None
-        if not self._is_answering():
-            self.transport.abort()
+            self._timer = None

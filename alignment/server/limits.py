@@ -67,10 +67,8 @@ class ConcurrencyLimiter:
 def client_address(scope: Scope, proxies: int) -> str:
     """Return the address that a request counts for; of IPv6 its /64 network, which one household has.
 
-    Args:
-        scope: of the request.
-        proxies: trusted reverse proxies. Each appends its peer to X-Forwarded-For; private addresses are skipped, since
-            the servers of a host forward to each other.
+    Each of so many trusted reverse proxies appends its peer to X-Forwarded-For; private addresses are skipped, since
+    the servers of a host forward to each other.
     """
     header = b",".join(value for name, value in scope["headers"] if proxies and name == b"x-forwarded-for")
     addresses = [address for part in header.decode("latin-1").split(",") if (address := _parse(part))]

@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import gradio as gr
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
@@ -19,13 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from alignment.server import routes
 from alignment.server.errors import PAGE_LANGUAGE, ServiceError, Translate
 from alignment.server.gradio_internals import blocks_of, has_messages, queue_status, session_of_event
-from alignment.server.lifecycle import Lifecycle
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import log_event
 from alignment.server.page import BEGUN, OWNERS, REQUEST_ID
 from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
-from alignment.server.settings import Settings
-from alignment.server.uploads import CLIENT, UPLOADS, UploadQuota
+from alignment.server.uploads import CLIENT
+
+if TYPE_CHECKING:
+    from alignment.server.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -77,20 +79,13 @@ class RequestContext:
 class RequestGuard:
     """ASGI middleware with the limits of the service."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        settings: Settings,
-        lifecycle: Lifecycle,
-        uploads: UploadQuota,
-        token: str,
-        translate: Translate,
-    ) -> None:
-        """Wrap Gradio's app; `token` marks requests without limits, see `INTERNAL_TOKEN_HEADER`."""
-        self._app, self._settings, self._lifecycle, self._uploads = app, settings, lifecycle, uploads
-        self._token, self._translate = token.encode(), translate
-        self._rate, self._upload_rate = TokenBucket(settings.rate), TokenBucket(settings.rate * _UPLOAD_RATE)
-        self._open, self._owners = ConcurrencyLimiter(settings.at_once), SessionOwners()
+    def __init__(self, app: ASGIApp, service: "Service", translate: Translate) -> None:
+        """Wrap Gradio's app."""
+        self._app, self._service, self._translate = app, service, translate
+        self._settings, self._token = service.settings, service.token.encode()
+        rate = self._settings.rate
+        self._rate, self._upload_rate = TokenBucket(rate), TokenBucket(rate * _UPLOAD_RATE)
+        self._open, self._owners = ConcurrencyLimiter(self._settings.at_once), SessionOwners()
         self._arriving = 0  # bytes of bodies that are being read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,20 +106,20 @@ class RequestGuard:
             try:
                 self._check(context, has_room)
                 is_work = context.kind in ("call", "upload")
-                self._lifecycle.requests += is_work
+                self._service.requests += is_work
                 await self._app(scope, self._reading(context, receive), self._writing(context, send))
             except Exception as error:
                 context.error = _service_error(error, context)
                 await self._refuse(context, receive, send)
             finally:
-                self._lifecycle.requests -= is_work
+                self._service.requests -= is_work
                 self._arriving -= context.received if context.kind == "call" else 0
                 self._log(context)
 
     def _context(self, scope: Scope) -> RequestContext:
         context = RequestContext(scope, blocks_of(scope), routes.route_kind(scope["method"], scope["path"]))
-        scope.update({CLIENT: client_address(scope, self._settings.proxies), UPLOADS: self._uploads})
-        scope.update({REQUEST_ID: context.id, BEGUN: context.begun, OWNERS: self._owners})
+        client = client_address(scope, self._settings.proxies)
+        scope.update({CLIENT: client, REQUEST_ID: context.id, BEGUN: context.begun, OWNERS: self._owners})
         if scope["path"].startswith(routes.MCP):
             # Gradio passes an agent's headers on to its own requests for the tool: they have been counted here, and
             # their session is shared by all agents.
@@ -141,7 +136,7 @@ class RequestGuard:
             return
         if not has_room:
             raise ServiceError("service.open")
-        if kind in ("call", "upload") and self._lifecycle.is_stopping:
+        if kind in ("call", "upload") and self._service.stopping.is_set():
             raise ServiceError("service.stopping")
         announced = headers.get("content-length", "")
         if kind == "call" and announced.isdecimal() and int(announced) > self._settings.request_mb * _MB:
@@ -152,7 +147,7 @@ class RequestGuard:
                 raise ServiceError("service.rate", retry_s=seconds, seconds=seconds)
         if kind == "call":
             self._check_call(context)
-        if kind == "stream":
+        if kind == "stream" and not is_agent:  # all agents share a session
             self._check_session(context)
 
     def _check_call(self, context: RequestContext) -> None:
@@ -165,14 +160,12 @@ class RequestGuard:
     def _check_session(self, context: RequestContext) -> None:
         """Refuse messages of unknown sessions, and those of other browsers' sessions."""
         path = context.scope["path"].rstrip("/")
-        if path.startswith(routes.MCP):
-            return  # all agents share a session
-        name = path.rpartition("/")[2]
+        name, is_heartbeat = path.rpartition("/")[2], path.startswith(routes.HEARTBEAT)
         if path == routes.QUEUE_DATA:
             session = QueryParams(context.scope["query_string"]).get("session_hash", "")
         else:
-            session = name if path.startswith(routes.HEARTBEAT) else session_of_event(context.page, name)
-        is_known = path.startswith(routes.HEARTBEAT) or has_messages(context.page, session)
+            session = name if is_heartbeat else session_of_event(context.page, name)
+        is_known = is_heartbeat or has_messages(context.page, session)
         if not is_known or not self._owners.admit(session, cookie_of(context.scope)):
             raise ServiceError("service.closed")
 

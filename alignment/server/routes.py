@@ -40,9 +40,7 @@ OWN_NAMES = frozenset(
 def strip_root_path(root_path: str, path: str) -> str | None:
     """Take the page's own path off an address where a reverse proxy has left it on.
 
-    Returns:
-        The address as the page knows it; None for the root path without its slash, relative to which a browser would
-        look for the page's files in the wrong place.
+    Returns None for the root path without its slash, relative to which a browser would look for files in vain.
     """
     if not root_path or not f"{path}/".startswith(f"{root_path}/"):
         return path

@@ -1,11 +1,15 @@
-"""Server, service: what `app.py` passes to Gradio's `launch`, put together from the other modules."""
+"""Server, service: what `app.py` passes to Gradio's `launch`, signals, and a stop that answers what is under way."""
 
 import asyncio
+import ctypes
 import logging
 import secrets
+import signal
+import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +25,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from alignment import __version__
-from alignment.server.errors import ServiceError, Translate, in_english
+from alignment.server.errors import ServiceError, Translate
 from alignment.server.gradio_internals import EventBlocks, QueueJanitor, blocks_of, limit_connections, queue_status
-from alignment.server.lifecycle import Lifecycle, trim_memory
+from alignment.server.logging import log_event
 from alignment.server.middleware import RequestGuard
 from alignment.server.routes import UPLOAD
 from alignment.server.settings import Settings
@@ -36,60 +40,117 @@ MAX_IDLE_SESSIONS = 2000  # with an answer that their client has not fetched
 _ANSWER_AGE_S = 300.0  # for which an answer waits for a program to fetch it
 _MAX_SESSIONS = 10_000
 _CONNECTIONS_PER_REQUEST = 2  # a browser opens some ahead
+_POLL_S = 0.1
+_DELIVERY_S = 2.0  # for which an answer waits at the end for a client that may never fetch it
+_MAX_ARENAS, _M_ARENA_MAX = 4, -8
+
+
+def limit_arenas() -> None:
+    """Let all threads share a few of glibc's arenas; to be called before there are threads.
+
+    Each of forty threads would get one, and each keep what its largest request needed: a gigabyte that is not in use.
+    """
+    _call_libc("mallopt", _M_ARENA_MAX, _MAX_ARENAS)
+
+
+def trim_memory() -> None:
+    """Return memory that is free at present to the system."""
+    _call_libc("malloc_trim", 0)
+
+
+def _call_libc(name: str, *args: int) -> None:
+    """Call a function of glibc, if there is one: not on other systems, nor with musl."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*args)
 
 
 class Service:
-    """What stands around the page: limits before it, clean-up behind it."""
+    """What stands around the page: limits before it, clean-up behind it, and how it is stopped."""
 
     def __init__(self, settings: Settings | None = None, folder: Path | None = None) -> None:
         """Apply the settings; `folder` is where uploads lie, None where old files are not to be deleted."""
         self.settings, self.folder = settings or Settings(), folder
-        self.lifecycle, self.uploads = Lifecycle(), UploadQuota(self.settings)
-        self.token = secrets.token_urlsafe(24)
+        self.uploads, self.token = UploadQuota(self.settings), secrets.token_urlsafe(24)
+        self.stopping, self.since = threading.Event(), time.monotonic()
+        self.requests = 0  # calls and uploads under way
 
     def launch_options(
         self,
         describe: Callable[[], Mapping[str, Any]] = dict,
         routes: Sequence[Route] = (),
         *,
-        translate: Translate = in_english,
+        translate: Translate = lambda accept_language, error: str(error),
         max_file_mb: int = 100,
     ) -> dict[str, Any]:
         """Return options for Gradio's `launch`.
 
-        Args:
-            describe: what /healthz says of the model and the gallery.
-            routes: of the page, beside those of the service.
-            translate: says errors in the client's language.
-            max_file_mb: of an uploaded file.
+        /healthz adds what `describe` returns of the model and the gallery; `routes` are the page's own. Errors are in
+        English without `translate`.
         """
         settings, self.uploads = self.settings, UploadQuota(self.settings, max_file_mb)
         # Behind a reverse proxy all connections are the proxy's.
         limit_connections(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
-        guard = Middleware(RequestGuard, settings, self.lifecycle, self.uploads, self.token, translate)
+        guard = Middleware(RequestGuard, self, translate)
         health = Route("/healthz", partial(self._health, describe))
-        upload = [Route(path, receive_upload, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
-        refuse = partial(_framework_error, translate)
+        receive = partial(receive_upload, self.uploads)
+        upload = [Route(path, receive, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
+        refuse = dict.fromkeys((RequestValidationError, HTTPException), partial(_framework_error, translate))
+        options = {"routes": [health, *upload, *routes], "middleware": [guard], "lifespan": self._clean_up}
         return {
-            "app_kwargs": {
-                "routes": [health, *upload, *routes],
-                "middleware": [guard],
-                "lifespan": self._clean_up,
-                "exception_handlers": {RequestValidationError: refuse, HTTPException: refuse},
-            },
+            "app_kwargs": {**options, "exception_handlers": refuse},
             "root_path": settings.root_path,
             "state_session_capacity": _MAX_SESSIONS,
         }
 
+    @contextmanager
+    def handle_signals(self) -> Iterator[None]:
+        """Let SIGTERM and SIGINT stop the service; a second signal ends the process as it does elsewhere."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def handle(*received: object) -> None:
+            self.stopping.set()
+            restore()
+
+        for number in before:
+            signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            restore()
+
     def serve(self, page: gr.Blocks) -> None:
-        """Run a launched page until the process is told to stop; see `Lifecycle.serve`."""
-        self.lifecycle.serve(page, self.settings.stop_seconds)
+        """Block until told to stop, wait `stop_seconds` at most for what is under way, and close the launched page.
+
+        Raises:
+            OSError: when the queue has broken down: requests are no longer answered.
+        """
+        while not self.stopping.wait(_POLL_S):
+            if queue_status(page).broken:
+                page.close(verbose=False)
+                raise OSError("The queue of requests has broken down. Start the app again.")
+        log_event(logger, "stopping")
+        begun = busy_at = now = time.monotonic()
+        while (now := time.monotonic()) - begun < self.settings.stop_seconds:
+            status = queue_status(page)
+            if status.waiting or status.active or self.requests:
+                busy_at = now
+            elif not status.undelivered or now - busy_at > _DELIVERY_S:
+                break
+            time.sleep(_POLL_S)
+        status = queue_status(page)
+        log_event(logger, "stopped", waited_s=round(now - begun, 1), unfinished=status.waiting + status.active)
+        page.close(verbose=False)
 
     async def _health(self, describe: Callable[[], Mapping[str, Any]], request: Request) -> JSONResponse:
         """Answer 200 while requests are taken, 503 when the service is stopping or broken."""
         queue = queue_status(blocks_of(request.scope))
-        status = "stopping" if self.lifecycle.is_stopping else "broken" if queue.broken else "ok"
-        uptime_s = round(time.monotonic() - self.lifecycle.since, 1)
+        status = "stopping" if self.stopping.is_set() else "broken" if queue.broken else "ok"
+        uptime_s = round(time.monotonic() - self.since, 1)
         numbers = {"uptime_s": uptime_s, "queue": queue.waiting, "working": queue.active}
         body = {"status": status, "version": __version__, **describe(), **numbers}
         return JSONResponse(body, 200 if status == "ok" else 503, {"Cache-Control": "no-store"})
@@ -104,18 +165,15 @@ class Service:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _clean_up_forever(self, page: gr.Blocks) -> None:
+    async def _clean_up_forever(self, page: EventBlocks) -> None:
         janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
         seconds = 60 * self.settings.keep_minutes
-        sessions = page.sessions if isinstance(page, EventBlocks) else None
-        if sessions:
-            sessions.max_bytes = int(self.settings.sessions_mb * 2**20)
+        page.sessions.max_bytes = int(self.settings.sessions_mb * 2**20)
         while True:
             await asyncio.sleep(CLEAN_UP_PERIOD_S)
             try:
                 janitor.collect()
-                if sessions:
-                    sessions.expire(seconds)
+                page.sessions.expire(seconds)
                 if self.folder:
                     await run_sync(expire_files, self.folder, seconds)
                 self.uploads.collect_consumed()

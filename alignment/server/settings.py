@@ -43,10 +43,17 @@ class Settings:
     log: str = _setting("human", "how to log: for people, or a JSON object a line")
 
     def __post_init__(self) -> None:
-        """Raise ValueError on values that argparse does not check: defaults from the environment."""
+        """Normalise the root path to "/search" or ""; raise ValueError on what argparse does not check."""
         if self.log not in LOGS:
             raise ValueError(f"{variable('log')} is {self.log!r}; it may be {' or '.join(LOGS)}.")
-        object.__setattr__(self, "root_path", read_root_path(self.root_path))
+        path = "/" + self.root_path.strip("/")
+        if not re.fullmatch(r"(/[\w~-][\w.~-]*)+|/", path, re.ASCII) or path.split("/")[1] in OWN_NAMES:
+            raise ValueError(
+                f"--root-path is {self.root_path!r}; it is a path such as /search, without host and query, of letters, "
+                "digits and '-', '_', '.', '~', and does not begin with one of "
+                f"{', '.join(sorted(OWN_NAMES))}."
+            )
+        object.__setattr__(self, "root_path", path.rstrip("/"))
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
@@ -92,21 +99,6 @@ def _amount(kind: type[int] | type[float], text: str) -> float:
     return value
 
 
-def read_root_path(text: str) -> str:
-    """Normalise a path to the form "/search"; "" for the top.
-
-    Raises:
-        ValueError: when it is no path, or begins like an address of the page's own.
-    """
-    path = "/" + text.strip("/")
-    if not re.fullmatch(r"(/[\w~-][\w.~-]*)+|/", path, re.ASCII) or path.split("/")[1] in OWN_NAMES:
-        raise ValueError(
-            f"--root-path is {text!r}; it is a path such as /search, without host and query, of letters, digits and "
-            f"'-', '_', '.', '~', and does not begin with one of {', '.join(sorted(OWN_NAMES))}."
-        )
-    return path.rstrip("/")
-
-
 # ---------------------------------------------------------------- host and port
 
 
@@ -123,11 +115,7 @@ def host_in_url(host: str) -> str:
 
 
 def check_address(host: str, port: int) -> None:
-    """Make sure that the page can be served there.
-
-    Raises:
-        ValueError: when the host is no address of this machine, or the port is taken or not for this user.
-    """
+    """Raise ValueError when the host is no address of this machine, or the port is taken or not for this user."""
     bare = host.strip("[]")
     try:
         family = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)[0][0]

@@ -32,8 +32,8 @@ from alignment.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-UPLOADS, CLIENT = "alignment.uploads", "alignment.client"
-"""Keys of the ASGI scope under which the middleware passes the quota and the client's address on."""
+CLIENT = "alignment.client"
+"""Key of the ASGI scope under which the middleware passes the client's address on."""
 
 _MB = 2**20
 _SPARE_MB = 200  # of the disk that stays free
@@ -55,14 +55,9 @@ def upload_folder() -> Path:
 def process_folder(base: Path | None = None) -> Iterator[Path]:
     """Make a folder of random name for Gradio and all temporary files of this process, and delete it at the end.
 
-    Only this user may read it. Folders of processes that were killed are deleted first. A file lock, which the system
-    releases with its process, tells them from those of living ones, across containers too.
-
-    Args:
-        base: the folder it is made in; by default GRADIO_TEMP_DIR, else the system's temporary folder.
-
-    Raises:
-        OSError: when it cannot be made there.
+    It lies in `base`, else in GRADIO_TEMP_DIR or the system's temporary folder, and only this user may read it. Folders
+    of processes that were killed are deleted first. A file lock, which the system releases with its process, tells them
+    from those of living ones, across containers too. Raises OSError when it cannot be made there.
     """
     variable, temp = os.environ.get("GRADIO_TEMP_DIR"), tempfile.tempdir
     base = Path(base or variable or tempfile.gettempdir()).resolve()
@@ -130,11 +125,6 @@ class UploadBatch:
     files: int = 1
     complete: bool = False
 
-    @property
-    def is_consumed(self) -> bool:
-        """Whether all files have been read and deleted."""
-        return self.complete and not any(path.is_file() for path in self.folder.rglob("*"))
-
 
 class UploadQuota:
     """Limits on the files that wait to be read, per client and in all; used in the server's event loop only."""
@@ -149,8 +139,9 @@ class UploadQuota:
 
     def collect_consumed(self) -> None:
         """Forget batches that have been read, with their empty folders."""
-        for batch in [batch for batch in self._batches if batch.is_consumed]:
-            self.discard(batch)
+        for batch in [batch for batch in self._batches if batch.complete]:
+            if not any(path.is_file() for path in batch.folder.rglob("*")):
+                self.discard(batch)
         self._files, self._bytes = +self._files, +self._bytes  # without clients that have nothing here
 
     def begin(self, client: str, announced: int) -> UploadBatch:
@@ -205,12 +196,11 @@ class UploadQuota:
 # ---------------------------------------------------------------- the route
 
 
-async def receive_upload(request: Request) -> JSONResponse:
+async def receive_upload(quota: UploadQuota, request: Request) -> JSONResponse:
     """Store the files of a request, and answer with their paths as Gradio's own route does.
 
     A request with anything but whole files in fields called "files" is refused, and nothing of it stays.
     """
-    quota: UploadQuota = request.scope[UPLOADS]
     announced = request.headers.get("content-length", "")
     batch = quota.begin(request.scope[CLIENT], int(announced) if announced.isdecimal() else 0)
     try:
