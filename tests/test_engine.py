@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from alignment.engine import MAX_PHOTOS, Alignment, AlignmentEngine, Term, as_webp
-from alignment.engine.photos import Thumbnails
+from alignment.engine.core import Thumbnails
 from alignment.gallery import Gallery, Picture, build_gallery
 from alignment.gallery.records import FileFingerprint
 from alignment.model import DualEncoder

@@ -18,8 +18,7 @@ from PIL import Image
 from alignment.atomic import sha256_of
 from alignment.data import AmbiguousImageNames, EmptyDataset, ImageHash, Pair, merge_duplicates, read_data
 from alignment.data.tables import CLASSES_ONLY
-from alignment.engine.core import AlignmentEngine
-from alignment.engine.photos import as_webp
+from alignment.engine.core import AlignmentEngine, as_webp
 from alignment.engine.safe_zip import MAX_PICTURE_MB, SafeZip, open_archive
 from alignment.evaluate import KS, Embedded, Estimate, evaluate_embedded, suspected_false_negatives, worst_queries
 from alignment.evaluate.error_analysis import Example, FalseNegative

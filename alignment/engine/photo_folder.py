@@ -16,8 +16,7 @@ from typing import Literal
 from alignment.atomic import describe_error
 from alignment.data import describe_issues
 from alignment.data.files import walk
-from alignment.engine.core import AlignmentEngine
-from alignment.engine.photos import Skipped
+from alignment.engine.core import AlignmentEngine, Skipped
 from alignment.gallery import BuildReport, Gallery, Show, build_gallery, build_starter, cached_folder
 from alignment.gallery.starter import Bar
 from alignment.model import DualEncoder

@@ -22,8 +22,7 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from alignment.engine.core import AlignmentEngine
-from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
+from alignment.engine.core import MAX_PHOTOS, AlignmentEngine, Photos, Skipped, as_webp
 from alignment.engine.safe_zip import MAX_PICTURE_MB, SafeZip, open_archive
 from alignment.gallery import THUMBNAIL_PIXELS, Picture
 from alignment.model import DualEncoder, chunk_size

@@ -12,9 +12,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from alignment.evaluate.bootstrap import LOWER_IS_BETTER, Difference, Estimate
 from alignment.evaluate.error_analysis import Example, FalseNegative
-from alignment.evaluate.retrieval import difference_cells, estimate_cells, metric_title
+from alignment.evaluate.retrieval import (
+    LOWER_IS_BETTER,
+    Difference,
+    Estimate,
+    difference_cells,
+    estimate_cells,
+    metric_title,
+)
 from alignment.preprocess import InputError, open_image
 
 THUMBNAIL = 160  # pixels of the longer side

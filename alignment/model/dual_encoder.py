@@ -20,11 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.model import probes, zerogpu
+from alignment.model import zerogpu
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
-from alignment.model.devices import best_device, find_device
 from alignment.model.graph_cache import GraphCache, ModelInfo
-from alignment.model.openvino import OpenVINOTower, export_tower, openvino
+from alignment.model.openvino import PROBE_CAPTIONS, OpenVINOTower, draw_pictures, export_tower, openvino
 from alignment.model.torch_tower import LazyModule, TorchTower, TracedSide, pinned
 from alignment.model.tower import Inputs, Kind, Pooling, Projection, Tower, concatenate
 from alignment.prefetch import prefetch_map
@@ -39,6 +38,35 @@ Item = TypeVar("Item")
 MIN_PARAMS_TO_EXPORT = 2_000_000  # for "auto"; smaller models take longer to export than graphs save
 _IMAGE_BATCH = {"cpu": 8, "cuda": 256}  # pictures per forward pass by device
 _TEXT_BATCH = {"cpu": 64, "cuda": 1024}
+
+
+def best_device() -> str:
+    """Name the fastest kind of device that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """Find "cuda", "cuda:1", "mps", "cpu", or by default the best there is; ValueError when it is not here."""
+    name = name or best_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no name of a device at all
+        device = None
+    if device is None or not _is_there(device):
+        raise ValueError(
+            f"PyTorch has no device {str(name)!r} to use here: choose cuda, mps or cpu, or leave --device out for the "
+            f"best there is, {best_device()}."
+        )
+    return device
+
+
+def _is_there(device: torch.device) -> bool:
+    """Look for a device without touching it: each process would take memory of its own there."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    return device.type == "cpu" or (device.type == "mps" and torch.backends.mps.is_available())
 
 
 class DualEncoder:
@@ -286,10 +314,10 @@ class DualEncoder:
 
     def _export(self, kind: Kind, path: Path) -> str:
         if kind == "image":
-            drawn = probes.pictures()
+            drawn = draw_pictures()
             batches = [self.preprocessor.images(pictures) for pictures in (drawn[:2], drawn[2:])]
         else:
-            batches = [self.preprocessor.texts(captions) for captions in probes.CAPTIONS]
+            batches = [self.preprocessor.texts(captions) for captions in PROBE_CAPTIONS]
         return export_tower(kind, TracedSide(self._lazy.get(), kind, list(batches[0])).eval(), batches, path)
 
     def _batched(self, inputs: Iterable[Inputs], size: int | None) -> Generator[Inputs]:

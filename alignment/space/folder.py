@@ -4,11 +4,12 @@ Place in the flow: `model, gallery -> folder (here) -> checks -> the Hub`. Files
 its gallery and its model. Hidden files, caches, tests and the packages that only training needs are left out.
 """
 
+import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ from typing import Any
 from huggingface_hub import SpaceCardData
 
 from alignment.bundled import GALLERY, MODEL, ROOT
-from alignment.space.gallery import copy_gallery
-from alignment.space.model_source import ModelSource, safe_name
+from alignment.gallery.database import KINDS, GalleryDatabase
+from alignment.gallery.items import StoredRecords
+from alignment.gallery.records import Caption, FileFingerprint, Picture, rebuild_command
+from alignment.gallery.writer import write_gallery
+from alignment.model import DualEncoder
+from alignment.model.checkpoints import checkpoint_files, checkpoint_folder
+from alignment.space.checks import check_folder, private_paths
 
 TITLE = "Image-Text Alignment"
 THUMBNAIL = "assets/screenshots/search_en.png"
@@ -48,6 +54,54 @@ Look at the similarity matrix that decides both. What you drop in is kept for yo
 
 Model: {model}.
 """
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The model of a Space.
+
+    Attributes:
+        name: folder in the Space, or Hub id.
+        folder: on this machine, with `files`.
+        revision: commit on the Hub; "" for a model that is sent along.
+    """
+
+    name: str
+    folder: Path
+    files: tuple[str, ...]
+    revision: str = ""
+
+
+def choose_model(name: str, revision: str | None = None) -> ModelSource:
+    """Find a model on this machine by folder or Hub id; FileNotFoundError when there is none.
+
+    `revision` is a branch, tag or commit on the Hub; by default the one fetched last.
+    """
+    is_local = Path(name).is_dir()
+    try:
+        folder = checkpoint_folder(name, revision, fetch=False)
+    except FileNotFoundError as error:
+        if is_local:
+            raise
+        wanted = f"{name} --revision {revision}" if revision else name
+        raise FileNotFoundError(
+            f"The model {name} is not on this machine: check the spelling, and run `hf download {wanted}`, or build "
+            "the gallery with it, before the Space is published."
+        ) from error
+    files = checkpoint_files(folder)
+    if not is_local:
+        return ModelSource(name, folder, tuple(files), folder.name)
+    card = ["README.md"] if (folder / "README.md").is_file() else []
+    place = f"checkpoints/{safe_name(folder, 'model')}"
+    is_bundled = folder.resolve() == (ROOT / MODEL).resolve()
+    if place == MODEL and not is_bundled:
+        place += "-2"
+    return ModelSource(MODEL if is_bundled else place, folder, (*card, *files))
+
+
+def safe_name(folder: Path, otherwise: str) -> str:
+    """Return the name of a folder in characters that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip(".-") or otherwise
 
 
 @dataclass(frozen=True)
@@ -156,3 +210,56 @@ def _chosen(*patterns: str) -> Iterator[str]:
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(os.path.realpath(source), target)  # the Hub's cache consists of links
+
+
+def copy_gallery(source: Path, target: Path, model: ModelSource) -> str:
+    """Write a gallery that may be public; returns a sentence that says what becomes public.
+
+    A picture keeps its thumbnail, its captions, its credit and the bare name of its file. Its folder, size, date and
+    hash are left out, and so are the source and the options of the build.
+
+    Raises:
+        FileNotFoundError: when there is no gallery in `source`.
+        ValueError: when another model made it, it is damaged, thumbnails are missing, or a caption contains a secret
+            or the path it was built from.
+    """
+    database = GalleryDatabase.open(source, model.name)
+    metadata = database.metadata
+    if metadata.fingerprint != DualEncoder.load(model.folder, device="cpu").fingerprint:
+        name, commit = (model.name, f" at {model.revision[:12]}") if model.revision else (str(model.folder), "")
+        command = rebuild_command(source, name)
+        raise ValueError(f"The gallery in {source} was not made by {name}{commit}. Build it anew with: {command}")
+    captions: list[Caption] = list(StoredRecords(database, "caption", database.ids("caption")))
+    originals: list[Picture] = list(StoredRecords(database, "picture", database.ids("picture")))
+    by_id = {picture.id: picture for picture in originals}
+    copies = (_public(picture, database.thumbnail(picture)) for picture in originals)
+    pictures = [picture for picture in copies if picture]
+    if missing := len(originals) - len(pictures):
+        command = rebuild_command(source, metadata.model, metadata)
+        raise ValueError(
+            f"The gallery in {source} lacks the thumbnails of {missing} pictures. Rebuild it with: {command}"
+        )
+    embeds = {kind: (rows for _, rows in database.batches(kind)) for kind in KINDS}
+    public, cohort = replace(metadata, model=model.name, source="", options=""), database.cohort()
+
+    def thumbnail(picture: Picture) -> bytes | None:
+        return database.thumbnail(by_id[picture.id])
+
+    write_gallery(target, pictures, captions, embeds, database.embed_dim, public, cohort, thumbnail)
+    check_folder(target, private_paths(Path(metadata.source)))
+    return (
+        f"Whoever may open the Space sees {sum(not picture.package for picture in pictures)} of your pictures as "
+        f"thumbnails, with the names of their files, and {len(captions)} captions. The originals, and where they lie, "
+        "stay on this machine."
+    )
+
+
+def _public(picture: Picture, webp: bytes | None) -> Picture | None:
+    """Reduce a picture to its file name and a hash of its thumbnail; None if it has no thumbnail."""
+    if picture.package:  # the Space installs the same package
+        return picture
+    if not webp:
+        return None
+    name = picture.source.replace("\\", "/").rpartition("/")[2]
+    digest = hashlib.sha256(picture.id.encode() + webp).hexdigest()
+    return replace(picture, source=name, root="", file=FileFingerprint(0, 0, digest))
