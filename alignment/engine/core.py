@@ -139,8 +139,6 @@ class AlignmentEngine:
         """How to judge the cosines of this gallery's model."""
         return self._scale_of(self.gallery)
 
-    # ------------------------------------------------------------ search
-
     @property
     def draft_size(self) -> int | None:
         """The `draft_size` of `open_image` for pictures that are embedded by all models and shown small."""
@@ -183,10 +181,7 @@ class AlignmentEngine:
         return gallery.search_images(self.embed_caption(query), k)
 
     def compose_query(self, terms: Sequence[Term]) -> Query:
-        """Combine captions, which are embedded here, and pictures with their embeddings.
-
-        Raises InputError without a plus term, on too many terms, and on a caption that is too long.
-        """
+        """Embed the captions among the terms; InputError without a plus term, on too many terms or a too long one."""
         check_count(len(terms))
         texts = [term.text for term in terms if not term.picture]
         embeds = iter(self.embed_captions(texts) if texts else ())
@@ -201,14 +196,12 @@ class AlignmentEngine:
         first = self.align(photos.gallery.image_embeds, captions)
         if self.second is None or photos.second_embeds is None:
             return (first,)
-        text_embeds = self.second.encoder.encode_texts(captions)
-        return first, Alignment.of(photos.second_embeds, text_embeds, self.second.encoder)
+        encoder = self.second.encoder
+        return first, Alignment.of(photos.second_embeds, encoder.encode_texts(captions), encoder)
 
     def explain(self, image: Image.Image, caption: str) -> Explanation:
         """Compute what each word and each place contributes; raises InputError on an empty or too long caption."""
         return self._explaining.submit(explain_match, self.encoder, self.scale, image, caption).result()
-
-    # ------------------------------------------------------------ photos of a visitor
 
     def no_photos(self, *, both: bool = False) -> Photos:
         """Start an empty collection; with `both`, the second model, if there is one, will embed it too."""
@@ -229,11 +222,7 @@ class AlignmentEngine:
     def add_photos(
         self, photos: Photos, files: Sequence[tuple[str, bytes]], *, limit: int = MAX_PHOTOS
     ) -> tuple[Photos, list[Skipped]]:
-        """Embed files, given by name and content, up to a limit of photos in all.
-
-        Returns:
-            The larger collection, and the files that were left out.
-        """
+        """Embed files, (name, content), up to a limit of photos in all; returns also the files that were left out."""
         new: dict[str, Picture] = {}
         images: list[Image.Image] = []
         skipped = []
@@ -279,8 +268,6 @@ class AlignmentEngine:
         own = Gallery(pictures, (), embeds, no_texts, gallery.metadata, judge=gallery.judge)
         return Photos(own, thumbnails, second)
 
-    # ------------------------------------------------------------ pictures to show
-
     def picture_embed(self, id: str) -> Tensor:
         """Fetch the embedding of a picture of the gallery; KeyError when there is none."""
         gallery, picture = self._find(id)
@@ -306,10 +293,7 @@ class AlignmentEngine:
             return False
 
     def thumbnail(self, id: str) -> bytes:
-        """Fetch the thumbnail of a picture of the gallery, WebP, or make it once.
-
-        Raises KeyError when the gallery has no such picture, and InputError when its file is gone.
-        """
+        """Fetch or make the thumbnail of a picture, WebP; KeyError without the picture, InputError without its file."""
         gallery, picture = self._find(id)
         shown = gallery.thumbnail(picture)
         return shown if isinstance(shown, bytes) else self._made_thumbnail(shown, picture.file)

@@ -60,14 +60,9 @@ LeftOut = defaultdict[str, list[str]]
 
 @dataclass(frozen=True)
 class Progress:
-    """A step of `measure_archive`.
+    """A step of `measure_archive`; `share` is that of all the work, in [0, 1], roughly."""
 
-    Attributes:
-        what: "unpacking", "pictures" or "captions".
-        share: of all the work, in [0, 1], roughly.
-    """
-
-    what: str
+    what: str  # "unpacking", "pictures" or "captions"
     done: int
     total: int
     share: float = 0.0
@@ -82,19 +77,13 @@ class SuspectedLabel(FalseNegative):
 
 @dataclass(frozen=True)
 class EvalResult(RetrievalReport[Estimate]):
-    """A report with examples; pictures go by their names in the archive.
+    """A report with examples; pictures go by their names in the archive."""
 
-    Attributes:
-        chance: the metrics of a random ranking.
-        left_out: reason -> names.
-        thumbnails: name -> WebP of the pictures in `worst` and `suspects`.
-    """
-
-    chance: Mapping[str, float]
-    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    chance: Mapping[str, float]  # the metrics of a random ranking
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> names
     worst: Sequence[Example] = ()
     suspects: Sequence[SuspectedLabel] = ()
-    thumbnails: Mapping[str, bytes] = field(default_factory=dict)
+    thumbnails: Mapping[str, bytes] = field(default_factory=dict)  # name -> WebP, of `worst` and `suspects`
 
 
 def _measure(
@@ -139,10 +128,7 @@ def _suspects(embedded: Embedded) -> list[SuspectedLabel]:
 
 
 def gallery_trial(gallery: Gallery, lang: str) -> EvalResult | None:
-    """Evaluate a gallery's pictures with their captions in a language, or in any if it has none in this one.
-
-    The report names pictures by id, without thumbnails. None where fewer than two pictures have a caption.
-    """
+    """Evaluate a gallery on its captions in a language, or on all; None with fewer than two captioned pictures."""
     pictures, captions = gallery.pictures[:MAX_TRIAL_PICTURES], list(gallery.captions)
     any_language = all(caption.lang != lang for caption in captions)
     own: dict[str, list[int]] = {picture.id: [] for picture in pictures}
@@ -163,8 +149,7 @@ def gallery_trial(gallery: Gallery, lang: str) -> EvalResult | None:
 def measure_archive(engine: AlignmentEngine, path: Path) -> Generator[Progress | EvalResult, None, None]:
     """Unpack a data set, evaluate it and delete it; yields progress, and at last the report.
 
-    Raises:
-        InputError: when it cannot be read, or holds too little or too much.
+    Raises InputError when it cannot be read, or holds too little or too much.
     """
     with tempfile.TemporaryDirectory(prefix="trial-") as name:
         root, left_out = Path(name).resolve(), LeftOut(list)

@@ -75,9 +75,7 @@ class Scale:
 class Explanation:
     """Why a picture and a caption match, or do not.
 
-    Attributes:
-        words: of the caption, each with one contribution.
-        places: (rows, columns) over the whole picture: the cosine it would have if all of it were like this place.
+    `places` is (rows, columns) over the picture: the cosine it would have if all of it were like this place.
     """
 
     cosine: float

@@ -3,15 +3,14 @@
     python -m alignment.evaluate --model checkpoints/compact --data DATASET --split dev --json report.json
     python -m alignment.evaluate --compare checkpoints/compact runs/mine --data DATASET --split dev --html gains.html
 
-Place in the flow: `data + model -> evaluate (here) -> report`. `embedding` encodes a data set once; `ranks` ranks its
-queries; `retrieval`, `zero_shot` and `eccv` compute metrics and intervals; `error_analysis` selects queries;
+Place in the flow: `data + model -> evaluate (here) -> report`. `embedding` encodes a data set once and
+ranks its queries; `retrieval`, `zero_shot` and `eccv` compute metrics and intervals; `error_analysis` selects queries;
 `html_report` and `command` are the command line.
 """
 
 from alignment.evaluate.command import main
-from alignment.evaluate.embedding import Embedded, embed_pairs
+from alignment.evaluate.embedding import KS, Embedded, embed_pairs
 from alignment.evaluate.error_analysis import suspected_false_negatives, worst_queries
-from alignment.evaluate.ranks import KS
 from alignment.evaluate.retrieval import (
     Difference,
     Estimate,

@@ -31,12 +31,9 @@ _CHANGED, _BOTH_RANKS = ("Got better", "Got worse"), "Rank of the right answer, 
 
 
 def html_page(
-    models: Sequence[str],
-    facts: Mapping[str, str],
-    metrics: Mapping[str, Estimate] | Mapping[str, Difference],
-    examples: Sequence[Sequence[Example]] = (),
-    negatives: Sequence[FalseNegative] = (),
-) -> str:
+    models: Sequence[str], facts: Mapping[str, str], metrics: Mapping[str, Estimate] | Mapping[str, Difference],
+    examples: Sequence[Sequence[Example]] = (), negatives: Sequence[FalseNegative] = (),
+) -> str:  # fmt: skip
     """Render the report of one model, or the comparison of two; `facts` are data set, sizes and settings by title.
 
     `examples` are [`worst_queries`] of one model or `changed_queries` of two, `negatives` `suspected_false_negatives`.

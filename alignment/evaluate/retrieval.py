@@ -12,8 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from alignment.evaluate.embedding import Embedded
-from alignment.evaluate.ranks import DIRECTIONS, KS, query_ranks
+from alignment.evaluate.embedding import DIRECTIONS, KS, Embedded, query_ranks
 
 Statistics = Callable[[Tensor], Mapping[str, float]]
 """Metrics by name when image i is drawn `draws[i]` times; draws is (num_images,) int64."""

@@ -104,14 +104,10 @@ class ComposedModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.text_projection(pooled))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-    ) -> ModelOutput:
+    ) -> ModelOutput:  # fmt: skip
         """Score every picture against every caption."""
         images = self.get_image_features(
             pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes

@@ -53,12 +53,11 @@ def checkpoint_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
 class GraphCache:
     """The graphs of one model, on disk where that is possible."""
 
-    def __init__(self, entry: Path | None) -> None:
-        """Open an entry; None disables the cache, as for a model that came from no folder."""
-        self.entry = entry
+    entry: Path | None  # None disables the cache, as for a model that came from no folder
 
     @classmethod
     def of(cls, folder: Path) -> Self:

@@ -58,24 +58,18 @@ Model: {model}.
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The model of a Space.
+    """The model of a Space: sent along, or fetched there from the Hub at one commit, that of the gallery's build."""
 
-    Attributes:
-        name: folder in the Space, or Hub id.
-        folder: on this machine, with `files`.
-        revision: commit on the Hub; "" for a model that is sent along.
-    """
-
-    name: str
-    folder: Path
-    files: tuple[str, ...]
-    revision: str = ""
+    name: str  # folder in the Space, or Hub id
+    folder: Path  # on this machine
+    files: tuple[str, ...]  # in it
+    revision: str = ""  # commit on the Hub; "" for a model that is sent along
 
 
 def choose_model(name: str, revision: str | None = None) -> ModelSource:
-    """Find a model on this machine by folder or Hub id; FileNotFoundError when there is none.
+    """Find a model on this machine by folder or Hub id, at the revision fetched last by default, and fetch nothing.
 
-    `revision` is a branch, tag or commit on the Hub; by default the one fetched last.
+    Raises FileNotFoundError when there is none.
     """
     is_local = Path(name).is_dir()
     try:
@@ -106,21 +100,14 @@ def safe_name(folder: Path, otherwise: str) -> str:
 
 @dataclass(frozen=True)
 class Space:
-    """What is to be published.
+    """What is to be published."""
 
-    Attributes:
-        repo_id: "USER/NAME".
-        gallery: the gallery's folder; None for the bundled one.
-        hardware: such as "zero-a10g"; None for the Hub's default.
-        more: further variables.
-    """
-
-    repo_id: str
+    repo_id: str  # "USER/NAME"
     model: ModelSource
-    gallery: Path | None = None
+    gallery: Path | None = None  # its folder; None for the bundled one
     title: str = TITLE
-    hardware: str | None = None
-    more: Mapping[str, str] = field(default_factory=dict)
+    hardware: str | None = None  # such as "zero-a10g"; None for the Hub's default
+    more: Mapping[str, str] = field(default_factory=dict)  # further variables
 
     @property
     def place(self) -> str:
@@ -138,10 +125,8 @@ class Space:
 def stage(space: Space, folder: Path) -> str:
     """Write the Space into a new folder; returns a sentence that says what becomes public, "" if nothing new does.
 
-    Raises:
-        FileNotFoundError: when a source file is missing.
-        FileExistsError: when the folder exists.
-        ValueError: when another model made the gallery, or the title is empty.
+    Raises FileNotFoundError when a source file is missing, FileExistsError when the folder exists, and ValueError when
+    the title is empty or `copy_gallery` refuses the gallery.
     """
     if space.gallery is None and space.model.name != MODEL:
         raise ValueError(
@@ -216,12 +201,9 @@ def copy_gallery(source: Path, target: Path, model: ModelSource) -> str:
     """Write a gallery that may be public; returns a sentence that says what becomes public.
 
     A picture keeps its thumbnail, its captions, its credit and the bare name of its file. Its folder, size, date and
-    hash are left out, and so are the source and the options of the build.
-
-    Raises:
-        FileNotFoundError: when there is no gallery in `source`.
-        ValueError: when another model made it, it is damaged, thumbnails are missing, or a caption contains a secret
-            or the path it was built from.
+    hash are left out, and so are the source and the options of the build. The copy is a new database: the original's
+    free pages may contain deleted rows. Raises FileNotFoundError without a gallery, and ValueError when another model
+    made it, it is damaged, thumbnails are missing, or a caption contains a secret or the path it was built from.
     """
     database = GalleryDatabase.open(source, model.name)
     metadata = database.metadata
