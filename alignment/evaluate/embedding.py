@@ -43,13 +43,20 @@ class Embedded:
 
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
-        """Rank of every query's best positive, see `query_ranks`."""
-        return query_ranks(self.image_embeds, self.text_embeds, self.image_of_text)
+        """Rank of every query's best positive in both `DIRECTIONS`, int64, from 1; see `retrieval_ranks`."""
+        images, texts = self.sides
+        is_covered = len(texts[0]) == len(texts[1]) and texts[1].unique().tolist() == images[1].tolist()
+        if len(images[0]) == 0 or not is_covered:
+            raise ValueError("Every text must belong to an image, every image must own a text, and there must be some.")
+        return {
+            direction: torch.cat([retrieval_ranks(*block, tolerance=ROUNDING) for _, *block in scored_blocks(*sides)])
+            for direction, sides in zip(DIRECTIONS, ((images, texts), (texts, images)), strict=True)
+        }
 
     @property
     def sides(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Images and texts as `scored_blocks` takes them: embeddings, and the index of each one's image."""
-        return (self.image_embeds, torch.arange(len(self.images))), (self.text_embeds, self.image_of_text)
+        return (self.image_embeds, torch.arange(len(self.image_embeds))), (self.text_embeds, self.image_of_text)
 
 
 def embed_pairs(
@@ -142,22 +149,6 @@ def retrieval_ranks(similarity: Tensor, positives: Tensor, *, tolerance: float =
         raise ValueError("A query has no positive among the candidates; leave it out, it can never be found.")
     best_positive = similarity.where(positives, -torch.inf).amax(dim=1, keepdim=True)
     return ((similarity >= best_positive - tolerance) & ~positives).sum(dim=1) + 1
-
-
-def query_ranks(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> dict[str, Tensor]:
-    """Rank the best positive of every query in both `DIRECTIONS`; cosines within `ROUNDING` are ties.
-
-    Arguments as for `retrieval.evaluate_embeddings`. Ranks are from 1, int64: (num_images,) and (num_texts,).
-    """
-    rows = torch.arange(len(image_embeds))
-    is_covered = len(image_of_text) == len(text_embeds) and image_of_text.unique().tolist() == rows.tolist()
-    if len(rows) == 0 or not is_covered:
-        raise ValueError("Every text must belong to an image and every image must own a text, and there must be some.")
-    images, texts = (image_embeds, rows), (text_embeds, image_of_text)
-    return {
-        direction: torch.cat([retrieval_ranks(*block, tolerance=ROUNDING) for _, *block in scored_blocks(*sides)])
-        for direction, sides in zip(DIRECTIONS, ((images, texts), (texts, images)), strict=True)
-    }
 
 
 def scored_blocks(

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from alignment.evaluate.embedding import DIRECTIONS, KS, Embedded, query_ranks
+from alignment.evaluate.embedding import DIRECTIONS, KS, Embedded
 
 Statistics = Callable[[Tensor], Mapping[str, float]]
 """Metrics by name when image i is drawn `draws[i]` times; draws is (num_images,) int64."""
@@ -77,14 +77,14 @@ def evaluate_embeddings(
     image that each text describes. The bootstrap draws the same for every model; without `resamples` there is no
     interval. Raises ValueError on non-finite embeddings, no embeddings, or an image without a text.
     """
-    ranks = query_ranks(image_embeds, text_embeds, image_of_text)
-    sampled = _bootstrap(ranks, image_of_text, resamples, seed)
-    return RetrievalReport(len(image_embeds), len(text_embeds), estimates(sampled))
+    names = [""] * len(image_embeds), [""] * len(text_embeds)
+    embedded = Embedded(*names, image_of_text, image_embeds, text_embeds)
+    return evaluate_embedded(embedded, resamples=resamples, seed=seed)
 
 
 def evaluate_embedded(embedded: Embedded, *, resamples: int = 1000, seed: int = 0) -> RetrievalReport[Estimate]:
     """Measure recall in both directions on an embedded data set, see `evaluate_embeddings`."""
-    sampled = _bootstrap(embedded.ranks, embedded.image_of_text, resamples, seed)
+    sampled = _bootstrap(embedded, resamples, seed)
     return RetrievalReport(len(embedded.images), len(embedded.texts), estimates(sampled))
 
 
@@ -95,20 +95,19 @@ def compare_retrieval(
     is_same = list(before.images) == list(after.images) and list(before.texts) == list(after.texts)
     if not is_same or not torch.equal(before.image_of_text, after.image_of_text):
         raise ValueError("The two models were given different images or captions; compare them on the same.")
-    sampled = (_bootstrap(model.ranks, model.image_of_text, resamples, seed) for model in (before, after))
+    sampled = (_bootstrap(model, resamples, seed) for model in (before, after))
     return RetrievalReport(len(before.images), len(before.texts), differences(*sampled))
 
 
-def _bootstrap(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> Sampled:
-    num_images = len(ranks[DIRECTIONS[0]])
-    images = (torch.arange(num_images), image_of_text)
-    directions = [_statistics(name, ranks[name], of) for name, of in zip(DIRECTIONS, images, strict=True)]
+def _bootstrap(embedded: Embedded, resamples: int, seed: int) -> Sampled:
+    sides = zip(embedded.ranks.items(), embedded.sides, strict=True)
+    directions = [_statistics(name, ranks, images) for (name, ranks), (_, images) in sides]
 
     def statistics(draws: Tensor) -> dict[str, float]:
         found = {name: value for direction in directions for name, value in direction(draws).items()}
         return found | {"recall_sum": sum(found[f"{name}_recall_sum"] for name in DIRECTIONS)}
 
-    return bootstrap(statistics, num_images, resamples=resamples, seed=seed)
+    return bootstrap(statistics, len(embedded.images), resamples=resamples, seed=seed)
 
 
 def _statistics(direction: str, ranks: Tensor, images: Tensor) -> Statistics:
