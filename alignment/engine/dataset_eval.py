@@ -89,7 +89,6 @@ class EvalResult(RetrievalReport[Estimate]):
 def _measure(
     embedded: Embedded, thumbnail: Callable[[str], bytes], left_out: Mapping[str, Sequence[str]]
 ) -> EvalResult:
-    """Compute the report; `thumbnail` returns the WebP file of an image by its name."""
     report = evaluate_embedded(embedded, resamples=RESAMPLES)
     worst, suspects = worst_queries(embedded, SHOWN), _suspects(embedded)
     names = [name for suspect in suspects for name in (suspect.image, suspect.owner)]

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -185,19 +185,18 @@ def check(arguments: argparse.Namespace) -> None:
 
 def read_task(arguments: argparse.Namespace) -> EvalTask:
     """Read the data to evaluate on; raises what its readers raise, and ValueError without any caption."""
-    task = EvalTask()
+    photos = templates = None
     if arguments.zero_shot:
         templates = read_templates(arguments.templates) if arguments.templates else None
         photos = read_class_folders(arguments.zero_shot, arguments.class_names)
-        task = EvalTask(photos=photos, templates=templates)
-    if arguments.data:
-        reading = read_data(arguments.data, format=arguments.format, split=arguments.split)
-        if not any(pair.captions for pair in reading.pairs):
-            why = "".join(f"\n- {line}" for line in describe_issues(reading))
-            raise ValueError(f"{arguments.data}: there is no picture with a caption to measure on.{why}")
-        eccv = read_eccv(reading.pairs, Path(arguments.data)) if arguments.eccv else None
-        task = replace(task, pairs=eccv.pairs if eccv else reading.pairs, reading=reading, eccv=eccv)
-    return task
+    if not arguments.data:
+        return EvalTask(photos=photos, templates=templates)
+    reading = read_data(arguments.data, format=arguments.format, split=arguments.split)
+    if not any(pair.captions for pair in reading.pairs):
+        why = "".join(f"\n- {line}" for line in describe_issues(reading))
+        raise ValueError(f"{arguments.data}: there is no picture with a caption to measure on.{why}")
+    eccv = read_eccv(reading.pairs, Path(arguments.data)) if arguments.eccv else None
+    return EvalTask(eccv.pairs if eccv else reading.pairs, reading, eccv, photos, templates)
 
 
 def _warn_of_repeated(pairs: Sequence[Pair]) -> None:
@@ -227,7 +226,6 @@ def _measure(name: str, task: EvalTask, arguments: argparse.Namespace) -> ModelO
 
 
 def _evaluate(arguments: argparse.Namespace, task: EvalTask) -> None:
-    """Measure one model or two; print, and write the JSON file and the page that were asked for."""
     resampling = {"resamples": arguments.resamples, "seed": arguments.seed}
     settings = {"data": arguments.data, "split": arguments.split, **resampling}
     if arguments.zero_shot:

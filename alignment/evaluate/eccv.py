@@ -133,7 +133,6 @@ def _check_complete(labels: Mapping[int, Sequence[int]], image_ids: set[int], ca
 
 
 def _select(embeds: Tensor, ids: Sequence[int], wanted: set[int]) -> tuple[Tensor, Tensor]:
-    """Keep the embeddings of some ids, with the ids as (n,) int64."""
     rows = [row for row, number in enumerate(ids) if number in wanted]
     return embeds[rows], torch.tensor(ids)[rows]
 

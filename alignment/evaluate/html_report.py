@@ -72,7 +72,6 @@ def _cells(name: str, found: Difference | Estimate) -> dict[str, str]:
 
 
 def _grouped(rows: Mapping[str, dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """Sort the rows into one group per direction, and an overall group."""
     groups: dict[str, list[dict[str, str]]] = {title: [] for title in _GROUPS.values()}
     for name, row in rows.items():
         prefix = next(prefix for prefix in _GROUPS if name.startswith(prefix))

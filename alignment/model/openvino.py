@@ -1,12 +1,11 @@
 """The OpenVINO back end: several times faster on a CPU than PyTorch, with the same embeddings within `MIN_COSINE`.
 
 Place in the flow: `module -> graph (here) -> embeddings`. A graph is traced once, checked against the module on drawn
-pictures or sample captions, and written to a file in the graph cache. Where OpenVINO is missing, or a graph does not
-compute what the module does, PyTorch runs the tower.
+pictures or sample captions, and cached. Where OpenVINO is missing, or no graph is accurate, PyTorch runs the tower.
 
-Where the processor has bfloat16 the graph computes in it, which doubles the speed. A vision transformer keeps its
-accuracy, a narrow convolutional network loses some: its first layers then stay in float32, as many as it takes.
-OpenVINO has no public option for that, so the graph's XML text is marked; `tests/test_openvino.py` checks the mark.
+Bfloat16, where the processor has it, doubles the speed. A narrow convolutional network loses accuracy in it: its first
+layers then stay in float32, as many as it takes. OpenVINO has no public option for that, so the graph's XML text is
+marked; `tests/test_openvino.py` checks the mark.
 """
 
 import logging
@@ -141,9 +140,6 @@ class _Compiled:
             with self._lock:
                 self._idle.append(request)
         return functional.normalize(embeds, dim=-1)
-
-
-# ---------------------------------------------------------------- export
 
 
 def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: Path) -> str:

@@ -123,7 +123,6 @@ def _variables(words: Sequence[str]) -> dict[str, str]:
 
 
 def _show(space: Space, folder: Path, note: str, export: str | None) -> None:
-    """Print everything that would be sent."""
     files = contents(folder)
     for name, size in files.items():
         large = "  (to the store for large files)" if size > LARGE else ""

@@ -13,8 +13,7 @@ import gradio as gr
 import numpy as np
 
 from alignment.engine import Alignment
-from alignment.engine.explanation import Scale
-from alignment.engine.matrix import colour_limits, named_captions
+from alignment.engine.matrix import Scale, colour_limits, named_captions
 from alignment.gallery import Picture
 from alignment.heatmap import heat_colours
 from alignment.preprocess import InputError, count_captions, open_image, parse_captions
