@@ -35,17 +35,11 @@ _CACHED_THUMBNAILS = 1024  # of pictures without one in the gallery; some 15 KB 
 
 @dataclass(frozen=True)
 class Photos:
-    """A visitor's own pictures: a gallery in memory. Never changed, only replaced.
+    """A visitor's own pictures: a gallery in memory. Never changed, only replaced."""
 
-    Attributes:
-        gallery: the pictures (`source` is the name of the uploaded file) and their embeddings.
-        thumbnails: picture id -> WebP.
-        second_embeds: (num_pictures, embed_dim) of a second model; None without one.
-    """
-
-    gallery: Gallery
-    thumbnails: Mapping[str, bytes]
-    second_embeds: Tensor | None = None
+    gallery: Gallery  # `source` of a picture is the name of the uploaded file
+    thumbnails: Mapping[str, bytes]  # picture id -> WebP
+    second_embeds: Tensor | None = None  # (num_pictures, embed_dim) of a second model; None without one
 
     def __len__(self) -> int:
         return len(self.gallery.pictures)
@@ -96,11 +90,8 @@ def as_webp(image: Image.Image, side: int = THUMBNAIL_PIXELS) -> bytes:
 class AlignmentEngine:
     """One encoder and one gallery, searched in both directions; safe to call from several threads.
 
-    Attributes:
-        gallery: what is searched; see `show`.
-        starter: the gallery of the worked examples.
-        second: a model to compare with, if there is one.
-        names_files: whether visitors may read the names of the gallery's files.
+    `gallery` is searched, see `show`; `starter` is that of the worked examples; `second` is a model to compare with;
+    `names_files` tells whether visitors may read the names of the gallery's files.
     """
 
     def __init__(

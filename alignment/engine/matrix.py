@@ -3,13 +3,11 @@
 Place in the flow: `photos + captions -> Alignment, Explanation (here) -> the matrix and the heat maps of the page`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +45,7 @@ class Scale:
     spread: float
 
     @classmethod
-    def of(cls, gallery: Gallery) -> Scale:
+    def of(cls, gallery: Gallery) -> Self:
         """Measure it on the gallery's cohort, or on its own items, few of which belong together."""
         if gallery.judge is not None:
             return cls(*gallery.judge.cohort.units["text_to_image"])
@@ -94,7 +92,7 @@ class Alignment:
     logit_bias: float | None = None
 
     @classmethod
-    def of(cls, image_embeds: Tensor, text_embeds: Tensor, encoder: DualEncoder) -> Alignment:
+    def of(cls, image_embeds: Tensor, text_embeds: Tensor, encoder: DualEncoder) -> Self:
         """Score embeddings of a model."""
         similarity, scale, bias = cosine_similarity(image_embeds, text_embeds), encoder.logit_scale, encoder.logit_bias
         return cls(similarity, logits_per_image(similarity, scale, bias), scale, bias)
@@ -128,7 +126,7 @@ class SecondModel:
     scale: Scale
 
     @classmethod
-    def load(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> SecondModel:
+    def load(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Self:
         """Load it and measure its scale; raises what `DualEncoder.load` raises."""
         encoder = DualEncoder.load(name_or_path, revision=revision)
         paths, captions = cohort_items()
