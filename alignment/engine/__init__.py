@@ -1,8 +1,8 @@
 """Floor 4, serving: everything that the page asks of a model and a gallery.
 
 Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, called by `core`. Captions and pictures are
-combined by `queries`, batched by `batching`, compared and explained by `matrix`; `photo_folder`
-and `photo_zip` hold a user's own pictures; `dataset_eval` evaluates an upload, read by `safe_zip`.
+combined by `queries`, batched by `batching`, compared and explained by `matrix`; `photo_folder` and
+`photo_zip` read a user's own pictures; `dataset_eval` evaluates an upload, opened by `safe_zip`.
 """
 
 from alignment.engine.core import MAX_PHOTOS, AlignmentEngine, Photos, Skipped, as_webp

@@ -3,8 +3,8 @@
     python -m alignment.evaluate --model checkpoints/compact --data DATASET --split dev --json report.json
     python -m alignment.evaluate --compare checkpoints/compact runs/mine --data DATASET --split dev --html gains.html
 
-Place in the flow: `data + model -> evaluate (here) -> report`. `embedding` encodes a data set once and
-ranks its queries; `retrieval`, `zero_shot` and `eccv` compute metrics and intervals; `error_analysis` selects queries;
+Place in the flow: `data + model -> evaluate (here) -> report`. `embedding` encodes a data set once and ranks its
+queries; `retrieval`, `zero_shot` and `eccv` compute metrics and intervals; `error_analysis` selects queries;
 `html_report` and `command` are the command line.
 """
 

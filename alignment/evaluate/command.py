@@ -1,6 +1,6 @@
 """The command: measure one model or compare two, print the metrics, write JSON and a page.
 
-Place in the flow: `arguments, DualEncoder -> command (here) -> terminal, files`.
+Place in the flow: `argv -> parse, check, read_task -> DualEncoder, metrics -> terminal, files`, all called here.
 """
 
 import argparse
@@ -18,27 +18,11 @@ from torch import Tensor
 
 from alignment.atomic import describe_error, write_file
 from alignment.data import Pair, ReadResult, describe_issues, describe_truncated, read_data
+from alignment.evaluate import retrieval, zero_shot
 from alignment.evaluate.eccv import EccvData, eccv_table, evaluate_eccv, read_eccv
 from alignment.evaluate.embedding import Embedded, embed_pairs
 from alignment.evaluate.error_analysis import changed_queries, suspected_false_negatives, worst_queries
 from alignment.evaluate.html_report import html_page
-from alignment.evaluate.retrieval import (
-    Difference,
-    Estimate,
-    compare_retrieval,
-    difference_table,
-    evaluate_embedded,
-    report_table,
-)
-from alignment.evaluate.zero_shot import (
-    LabelledImages,
-    class_ranks,
-    compare_zero_shot,
-    read_class_folders,
-    read_templates,
-    zero_shot_line,
-    zero_shot_metrics,
-)
 from alignment.model import DualEncoder, find_device
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import join_first
@@ -76,7 +60,7 @@ class EvalTask:
     pairs: Sequence[Pair] | None = None
     reading: ReadResult | None = None
     eccv: EccvData | None = None
-    photos: LabelledImages | None = None
+    photos: zero_shot.LabelledImages | None = None
     templates: Sequence[str] | None = None
 
 
@@ -187,8 +171,8 @@ def read_task(arguments: argparse.Namespace) -> EvalTask:
     """Read the data to evaluate on; raises what its readers raise, and ValueError without any caption."""
     photos = templates = None
     if arguments.zero_shot:
-        templates = read_templates(arguments.templates) if arguments.templates else None
-        photos = read_class_folders(arguments.zero_shot, arguments.class_names)
+        templates = zero_shot.read_templates(arguments.templates) if arguments.templates else None
+        photos = zero_shot.read_class_folders(arguments.zero_shot, arguments.class_names)
     if not arguments.data:
         return EvalTask(photos=photos, templates=templates)
     reading = read_data(arguments.data, format=arguments.format, split=arguments.split)
@@ -219,7 +203,7 @@ def _measure(name: str, task: EvalTask, arguments: argparse.Namespace) -> ModelO
         embedded = embed_pairs(encoder, task.pairs, **options)
         cut = encoder.preprocessor.truncated(embedded.texts)
     if task.photos is not None:
-        ranks = class_ranks(encoder, task.photos, templates=task.templates, **options)
+        ranks = zero_shot.class_ranks(encoder, task.photos, templates=task.templates, **options)
     if task.eccv is not None and embedded is not None:
         eccv = evaluate_eccv(embedded, task.eccv)
     return ModelOutput(encoder.fingerprint, embedded, ranks, eccv, cut, encoder.preprocessor.max_length)
@@ -251,20 +235,20 @@ def _evaluate(arguments: argparse.Namespace, task: EvalTask) -> None:
 def _report(found: ModelOutput, task: EvalTask, resampling: Mapping[str, int]) -> tuple[Any, ...]:
     """Print the metrics of one model; returns them for the JSON file, for the page, and its worst queries."""
     content: dict[str, Any] = {}
-    metrics: dict[str, Estimate] = {}
+    metrics: dict[str, retrieval.Estimate] = {}
     shown: tuple[Any, ...] = ()
     if found.embedded is not None:
-        report = evaluate_embedded(found.embedded, **resampling)
-        print(report_table(report))
+        report = retrieval.evaluate_embedded(found.embedded, **resampling)
+        print(retrieval.report_table(report))
         content |= asdict(report)
         metrics |= report.metrics
         shown = [worst_queries(found.embedded, EXAMPLES)], suspected_false_negatives(found.embedded, 2 * EXAMPLES)
     if found.class_ranks is not None and task.photos is not None:
-        zero_shot = zero_shot_metrics(found.class_ranks, **resampling)
+        shares = zero_shot.zero_shot_metrics(found.class_ranks, **resampling)
         sizes = {"num_images": len(found.class_ranks), "num_classes": len(task.photos.class_names)}
-        print(zero_shot_line(zero_shot, **sizes))
-        content["zero_shot"] = sizes | {"metrics": {name: asdict(one) for name, one in zero_shot.items()}}
-        metrics |= zero_shot
+        print(zero_shot.zero_shot_line(shares, **sizes))
+        content["zero_shot"] = sizes | {"metrics": {name: asdict(one) for name, one in shares.items()}}
+        metrics |= shares
     if found.eccv is not None:
         print(eccv_table(found.eccv))
         content["eccv"] = dict(found.eccv)
@@ -274,18 +258,18 @@ def _report(found: ModelOutput, task: EvalTask, resampling: Mapping[str, int]) -
 def _compare(before: ModelOutput, after: ModelOutput, resampling: Mapping[str, int]) -> tuple[Any, ...]:
     """Print the differences between two models; returns them for JSON and page, and the queries that changed most."""
     content: dict[str, Any] = {}
-    metrics: dict[str, Difference] = {}
+    metrics: dict[str, retrieval.Difference] = {}
     shown: tuple[Any, ...] = ()
     if before.embedded is not None and after.embedded is not None:
-        comparison = compare_retrieval(before.embedded, after.embedded, **resampling)
+        comparison = retrieval.compare_retrieval(before.embedded, after.embedded, **resampling)
         content = {"num_images": comparison.num_images, "num_texts": comparison.num_texts}
         metrics |= comparison.metrics
         better = after.embedded if comparison["recall_sum"] >= 0 else before.embedded
         changed = changed_queries(before.embedded, after.embedded, EXAMPLES)
         shown = changed, suspected_false_negatives(better, 2 * EXAMPLES)
     if before.class_ranks is not None and after.class_ranks is not None:
-        metrics |= compare_zero_shot(before.class_ranks, after.class_ranks, **resampling)
-    print(difference_table(metrics))
+        metrics |= zero_shot.compare_zero_shot(before.class_ranks, after.class_ranks, **resampling)
+    print(retrieval.difference_table(metrics))
     rows = {name: asdict(found) for name, found in metrics.items()}
     content["metrics"] = {name: {**row, "not_better": row.pop("p_not_better")} for name, row in rows.items()}
     if before.eccv is not None and after.eccv is not None:

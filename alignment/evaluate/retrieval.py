@@ -1,6 +1,6 @@
 """Recall in both directions over a data set, with intervals, and the difference between two models.
 
-Place in the flow: `embedding -> ranks -> retrieval (here) -> report`. One query per image and one per caption, all
+Place in the flow: `embedding -> retrieval (here) -> report`. One query per image and one per caption, all
 captions and images of the split as candidates, no prompt, no logit scale (it would change no rank). Recalls over a
 batch, or with one caption per image, are higher and cannot be compared with these.
 """
@@ -129,7 +129,11 @@ def _statistics(direction: str, ranks: Tensor, images: Tensor) -> Statistics:
 
 
 def bootstrap(statistics: Statistics, num_images: int, *, resamples: int, seed: int) -> Sampled:
-    """Compute metrics of a data set, and of `resamples` draws that depend on `num_images` and `seed` alone."""
+    """Compute metrics of a data set, and of `resamples` draws of images, each with all its queries; candidates stay.
+
+    The draws depend on `num_images` and `seed` alone. So two models measured on one data set are paired, and the
+    interval of their difference is narrower than their own intervals suggest.
+    """
     values = statistics(torch.ones(num_images, dtype=torch.long))
     generator = torch.Generator().manual_seed(seed)
     samples: dict[str, list[float]] = {name: [] if resamples else [value] for name, value in values.items()}
