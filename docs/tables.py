@@ -35,7 +35,7 @@ PARSERS = {
     "app": "app",
     "alignment.gallery": "alignment.gallery.command",
     "alignment.train": "alignment.train.command",
-    "alignment.evaluate": "alignment.evaluate.arguments",
+    "alignment.evaluate": "alignment.evaluate.command",
     "alignment.space": "alignment.space.command",
     "alignment.compact": "alignment.compact.__main__",
 }

@@ -3,13 +3,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from alignment.engine import MAX_PHOTOS, Alignment, AlignmentEngine, Term, as_webp
-from alignment.engine.photos import Thumbnails
+from alignment.engine.core import Thumbnails
 from alignment.gallery import Gallery, Picture, build_gallery
 from alignment.gallery.records import FileFingerprint
 from alignment.model import DualEncoder
@@ -265,21 +266,21 @@ def test_captions_that_wait_are_encoded_together_and_embedded_as_if_alone(engine
         torch.testing.assert_close(embed, expected, atol=1e-5, rtol=0)
 
 
-class Slow(BytesIO):
-    """An upload that takes its time."""
+class Slow:
+    """A path that takes its time."""
 
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.begun, self.may_go_on = threading.Event(), threading.Event()
+    def __init__(self, path: Path) -> None:
+        self.path, self.begun, self.may_go_on = path, threading.Event(), threading.Event()
 
-    def read(self, *sizes: int) -> bytes:
+    def __fspath__(self) -> str:
         self.begun.set()
         assert self.may_go_on.wait(30)
-        return super().read(*sizes)
+        return str(self.path)
 
 
-def test_decoding_one_picture_does_not_delay_other_requests(engine, pictures):
-    slow = Slow(photo(5))
+def test_decoding_one_picture_does_not_delay_other_requests(engine, pictures, tmp_path):
+    slow = Slow(tmp_path / "slow.png")
+    slow.path.write_bytes(photo(5))
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(engine.embed_image, slow)
         assert slow.begun.wait(30)

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from alignment.gallery.records import read_hand_written
-from alignment.model import DualEncoder, probes
+from alignment.model import DualEncoder
 from alignment.model.graph_cache import MAX_ENTRIES, checkpoint_digest
-from alignment.model.openvino import MIN_COSINE, mark_first_layers_precise, openvino
+from alignment.model.openvino import MIN_COSINE, PROBE_CAPTIONS, draw_pictures, mark_first_layers_precise, openvino
 from alignment.preprocess import InputError
 
 Checkpoint = Callable[[str], Path]
@@ -304,10 +304,10 @@ for _ in range(2):
 
 
 def test_probes_are_the_same_pictures_every_time_and_captions_differ_in_length() -> None:
-    first, second = probes.pictures(4), probes.pictures(4)
+    first, second = draw_pictures(4), draw_pictures(4)
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in second]
     assert len({picture.tobytes() for picture in first}) == 4
-    assert len({len(captions) for captions in probes.CAPTIONS}) == 4
+    assert len({len(captions) for captions in PROBE_CAPTIONS}) == 4
 
 
 @pytest.fixture(autouse=True)

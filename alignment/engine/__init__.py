@@ -1,15 +1,13 @@
 """Floor 4, serving: everything that the page asks of a model and a gallery.
 
 Place in the flow: `upload -> preprocess -> model -> similarity -> matches`, called by `core`. Captions and pictures are
-combined by `queries`, batched by `batching`, compared by `matrix` and explained by `explanation`; `photos`,
-`photo_folder` and `photo_zip` hold a user's own pictures; `dataset_eval` evaluates an upload, read by `safe_zip`.
+combined by `queries`, batched by `batching`, compared and explained by `matrix`; `photo_folder` and
+`photo_zip` read a user's own pictures; `dataset_eval` evaluates an upload, opened by `safe_zip`.
 """
 
-from alignment.engine.core import AlignmentEngine
-from alignment.engine.explanation import Explanation, Scale
-from alignment.engine.matrix import Alignment, SecondModel
+from alignment.engine.core import MAX_PHOTOS, AlignmentEngine, Photos, Skipped, as_webp
+from alignment.engine.matrix import Alignment, Explanation, Scale, SecondModel
 from alignment.engine.photo_folder import PhotoFolder, Scan
-from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
 from alignment.engine.queries import MAX_TERMS, Query, Term, parse_query, write_query
 from alignment.engine.safe_zip import MAX_ZIP_MB
 

@@ -5,11 +5,12 @@ a visitor: their photos are a value that the page holds and passes in.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
@@ -18,9 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from alignment.engine.batching import IMAGES_AT_ONCE, MORE_IMAGES, TEXTS_AT_ONCE, DynamicBatcher
-from alignment.engine.explanation import Explanation, Scale, explain_match
-from alignment.engine.matrix import Alignment, SecondModel
-from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, Thumbnails, as_webp
+from alignment.engine.matrix import Alignment, Explanation, Scale, SecondModel, explain_match
 from alignment.engine.queries import Query, Term, check_count, search
 from alignment.gallery import THUMBNAIL_PIXELS, Caption, Gallery, Picture, SearchResult
 from alignment.gallery.records import FileFingerprint
@@ -28,18 +27,71 @@ from alignment.model import DualEncoder, chunk_size
 from alignment.prefetch import prefetch_map
 from alignment.preprocess import ImageSource, InputError, clean_caption, open_image
 
+MAX_PHOTOS = 500  # of one visitor; their embeddings and thumbnails stay in memory
+
 _PREPARED_AT_ONCE = 8  # pictures of one visitor between two turns of others
 _CACHED_THUMBNAILS = 1024  # of pictures without one in the gallery; some 15 KB each
+
+
+@dataclass(frozen=True)
+class Photos:
+    """A visitor's own pictures: a gallery in memory. Never changed, only replaced."""
+
+    gallery: Gallery  # `source` of a picture is the name of the uploaded file
+    thumbnails: Mapping[str, bytes]  # picture id -> WebP
+    second_embeds: Tensor | None = None  # (num_pictures, embed_dim) of a second model; None without one
+
+    def __len__(self) -> int:
+        return len(self.gallery.pictures)
+
+    def check_room(self, id: str, new: Collection[str], limit: int) -> None:
+        """Raise InputError when a picture is here or in `new` already, or when these reach the limit."""
+        if id in self.thumbnails or id in new:
+            raise InputError("This picture is there already.", "photo.duplicate")
+        if len(self) + len(new) >= limit:
+            raise InputError("There is room for {limit} pictures only.", "photo.limit", limit=limit)
+
+
+class Thumbnails(Mapping[str, bytes]):
+    """Thumbnails that are made when they are looked up."""
+
+    def __init__(self, ids: Sequence[str], make: Callable[[str], bytes]) -> None:
+        self._ids, self._make = dict.fromkeys(ids), make
+
+    def __getitem__(self, id: str) -> bytes:
+        if id not in self._ids:
+            raise KeyError(id)
+        return self._make(id)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was left out, and why."""
+
+    name: str
+    error: InputError
+
+
+def as_webp(image: Image.Image, side: int = THUMBNAIL_PIXELS) -> bytes:
+    """Scale a picture down to fit a square of `side` pixels, as WebP."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    buffer = BytesIO()
+    small.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
 
 
 class AlignmentEngine:
     """One encoder and one gallery, searched in both directions; safe to call from several threads.
 
-    Attributes:
-        gallery: what is searched; see `show`.
-        starter: the gallery of the worked examples.
-        second: a model to compare with, if there is one.
-        names_files: whether visitors may read the names of the gallery's files.
+    `gallery` is searched, see `show`; `starter` is that of the worked examples; `second` is a model to compare with;
+    `names_files` tells whether visitors may read the names of the gallery's files.
     """
 
     def __init__(
@@ -76,8 +128,6 @@ class AlignmentEngine:
     def scale(self) -> Scale:
         """How to judge the cosines of this gallery's model."""
         return self._scale_of(self.gallery)
-
-    # ------------------------------------------------------------ search
 
     @property
     def draft_size(self) -> int | None:
@@ -121,10 +171,7 @@ class AlignmentEngine:
         return gallery.search_images(self.embed_caption(query), k)
 
     def compose_query(self, terms: Sequence[Term]) -> Query:
-        """Combine captions, which are embedded here, and pictures with their embeddings.
-
-        Raises InputError without a plus term, on too many terms, and on a caption that is too long.
-        """
+        """Embed the captions among the terms; InputError without a plus term, on too many terms or a too long one."""
         check_count(len(terms))
         texts = [term.text for term in terms if not term.picture]
         embeds = iter(self.embed_captions(texts) if texts else ())
@@ -139,14 +186,12 @@ class AlignmentEngine:
         first = self.align(photos.gallery.image_embeds, captions)
         if self.second is None or photos.second_embeds is None:
             return (first,)
-        text_embeds = self.second.encoder.encode_texts(captions)
-        return first, Alignment.of(photos.second_embeds, text_embeds, self.second.encoder)
+        encoder = self.second.encoder
+        return first, Alignment.of(photos.second_embeds, encoder.encode_texts(captions), encoder)
 
     def explain(self, image: Image.Image, caption: str) -> Explanation:
         """Compute what each word and each place contributes; raises InputError on an empty or too long caption."""
         return self._explaining.submit(explain_match, self.encoder, self.scale, image, caption).result()
-
-    # ------------------------------------------------------------ photos of a visitor
 
     def no_photos(self, *, both: bool = False) -> Photos:
         """Start an empty collection; with `both`, the second model, if there is one, will embed it too."""
@@ -167,11 +212,7 @@ class AlignmentEngine:
     def add_photos(
         self, photos: Photos, files: Sequence[tuple[str, bytes]], *, limit: int = MAX_PHOTOS
     ) -> tuple[Photos, list[Skipped]]:
-        """Embed files, given by name and content, up to a limit of photos in all.
-
-        Returns:
-            The larger collection, and the files that were left out.
-        """
+        """Embed files, (name, content), up to a limit of photos in all; returns also the files that were left out."""
         new: dict[str, Picture] = {}
         images: list[Image.Image] = []
         skipped = []
@@ -217,8 +258,6 @@ class AlignmentEngine:
         own = Gallery(pictures, (), embeds, no_texts, gallery.metadata, judge=gallery.judge)
         return Photos(own, thumbnails, second)
 
-    # ------------------------------------------------------------ pictures to show
-
     def picture_embed(self, id: str) -> Tensor:
         """Fetch the embedding of a picture of the gallery; KeyError when there is none."""
         gallery, picture = self._find(id)
@@ -244,10 +283,7 @@ class AlignmentEngine:
             return False
 
     def thumbnail(self, id: str) -> bytes:
-        """Fetch the thumbnail of a picture of the gallery, WebP, or make it once.
-
-        Raises KeyError when the gallery has no such picture, and InputError when its file is gone.
-        """
+        """Fetch or make the thumbnail of a picture, WebP; KeyError without the picture, InputError without its file."""
         gallery, picture = self._find(id)
         shown = gallery.thumbnail(picture)
         return shown if isinstance(shown, bytes) else self._made_thumbnail(shown, picture.file)

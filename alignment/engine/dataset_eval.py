@@ -18,8 +18,7 @@ from PIL import Image
 from alignment.atomic import sha256_of
 from alignment.data import AmbiguousImageNames, EmptyDataset, ImageHash, Pair, merge_duplicates, read_data
 from alignment.data.tables import CLASSES_ONLY
-from alignment.engine.core import AlignmentEngine
-from alignment.engine.photos import as_webp
+from alignment.engine.core import AlignmentEngine, as_webp
 from alignment.engine.safe_zip import MAX_PICTURE_MB, SafeZip, open_archive
 from alignment.evaluate import KS, Embedded, Estimate, evaluate_embedded, suspected_false_negatives, worst_queries
 from alignment.evaluate.error_analysis import Example, FalseNegative
@@ -61,14 +60,9 @@ LeftOut = defaultdict[str, list[str]]
 
 @dataclass(frozen=True)
 class Progress:
-    """A step of `measure_archive`.
+    """A step of `measure_archive`; `share` is that of all the work, in [0, 1], roughly."""
 
-    Attributes:
-        what: "unpacking", "pictures" or "captions".
-        share: of all the work, in [0, 1], roughly.
-    """
-
-    what: str
+    what: str  # "unpacking", "pictures" or "captions"
     done: int
     total: int
     share: float = 0.0
@@ -83,25 +77,18 @@ class SuspectedLabel(FalseNegative):
 
 @dataclass(frozen=True)
 class EvalResult(RetrievalReport[Estimate]):
-    """A report with examples; pictures go by their names in the archive.
+    """A report with examples; pictures go by their names in the archive."""
 
-    Attributes:
-        chance: the metrics of a random ranking.
-        left_out: reason -> names.
-        thumbnails: name -> WebP of the pictures in `worst` and `suspects`.
-    """
-
-    chance: Mapping[str, float]
-    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    chance: Mapping[str, float]  # the metrics of a random ranking
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> names
     worst: Sequence[Example] = ()
     suspects: Sequence[SuspectedLabel] = ()
-    thumbnails: Mapping[str, bytes] = field(default_factory=dict)
+    thumbnails: Mapping[str, bytes] = field(default_factory=dict)  # name -> WebP, of `worst` and `suspects`
 
 
 def _measure(
     embedded: Embedded, thumbnail: Callable[[str], bytes], left_out: Mapping[str, Sequence[str]]
 ) -> EvalResult:
-    """Compute the report; `thumbnail` returns the WebP file of an image by its name."""
     report = evaluate_embedded(embedded, resamples=RESAMPLES)
     worst, suspects = worst_queries(embedded, SHOWN), _suspects(embedded)
     names = [name for suspect in suspects for name in (suspect.image, suspect.owner)]
@@ -140,10 +127,7 @@ def _suspects(embedded: Embedded) -> list[SuspectedLabel]:
 
 
 def gallery_trial(gallery: Gallery, lang: str) -> EvalResult | None:
-    """Evaluate a gallery's pictures with their captions in a language, or in any if it has none in this one.
-
-    The report names pictures by id, without thumbnails. None where fewer than two pictures have a caption.
-    """
+    """Evaluate a gallery on its captions in a language, or on all; None with fewer than two captioned pictures."""
     pictures, captions = gallery.pictures[:MAX_TRIAL_PICTURES], list(gallery.captions)
     any_language = all(caption.lang != lang for caption in captions)
     own: dict[str, list[int]] = {picture.id: [] for picture in pictures}
@@ -164,8 +148,7 @@ def gallery_trial(gallery: Gallery, lang: str) -> EvalResult | None:
 def measure_archive(engine: AlignmentEngine, path: Path) -> Generator[Progress | EvalResult, None, None]:
     """Unpack a data set, evaluate it and delete it; yields progress, and at last the report.
 
-    Raises:
-        InputError: when it cannot be read, or holds too little or too much.
+    Raises InputError when it cannot be read, or holds too little or too much.
     """
     with tempfile.TemporaryDirectory(prefix="trial-") as name:
         root, left_out = Path(name).resolve(), LeftOut(list)

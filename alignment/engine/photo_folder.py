@@ -18,8 +18,7 @@ from typing import Literal, TypeAlias
 from alignment.atomic import describe_error
 from alignment.data import describe_issues
 from alignment.data.files import walk
-from alignment.engine.core import AlignmentEngine
-from alignment.engine.photos import Skipped
+from alignment.engine.core import AlignmentEngine, Skipped
 from alignment.engine.starter import build_starter, cached_folder
 from alignment.gallery import BuildReport, Gallery, build_gallery
 from alignment.model import DualEncoder
@@ -39,16 +38,13 @@ _STOP_TIMEOUT_S = 5.0  # to wait for the batch under way
 class Scan:
     """Progress of a scan, or the outcome of the last one.
 
-    Attributes:
-        state: "starter" while the starter gallery is built; "waiting" for another process that writes to the same
-            gallery; "empty": the folder holds no pictures.
-        total: items; 0 until they are listed.
-        skipped: pictures, folders and captions files that could not be read.
+    It is "starter" while the starter gallery is built, "waiting" for another process that writes to the same gallery,
+    and "empty" when the folder holds no pictures. `skipped` are pictures, folders and captions files not read.
     """
 
     state: State = "none"
     done: int = 0
-    total: int = 0
+    total: int = 0  # until the items are listed
     added: int = 0
     changed: int = 0
     removed: int = 0
@@ -65,22 +61,15 @@ class _Stopped(Exception):
 
 
 class PhotoFolder:
-    """A folder of photos and its gallery in the cache folder; or only the starter gallery of a model.
+    """A folder of photos, `source`, and its gallery in the cache folder `out`; or the starter gallery of a model.
 
-    Attributes:
-        source: the folder; "" where only the starter gallery is built.
-        out: the gallery's folder.
-        scan: progress; replaced at each step.
-        version: number of galleries shown so far.
+    `scan` is replaced at each step; `version` counts the galleries shown so far.
     """
 
     retry = 3.0  # seconds between two attempts to lock a gallery that another process writes
 
     def __init__(self, engine: AlignmentEngine, source: str | os.PathLike[str] | None, bar: Bar) -> None:
-        """Let the engine show the gallery of a folder, if there is one; without a folder the starter gallery.
-
-        `bar` is opened for each scan, to show its progress on the terminal.
-        """
+        """Show the gallery of a folder, if there is one; `bar` is opened for each scan, for its progress."""
         self.engine, self.bar = engine, bar
         self.source = photo_folder(source) if source else ""
         self.out = cached_folder(engine.encoder, self.source)
@@ -109,8 +98,6 @@ class PhotoFolder:
         """Wait until the scan has ended."""
         if self._thread.ident is not None:
             self._thread.join(seconds)
-
-    # ------------------------------------------------------------ in the thread
 
     def _run(self) -> None:
         try:

@@ -22,8 +22,7 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from alignment.engine.core import AlignmentEngine
-from alignment.engine.photos import MAX_PHOTOS, Photos, Skipped, as_webp
+from alignment.engine.core import MAX_PHOTOS, AlignmentEngine, Photos, Skipped, as_webp
 from alignment.engine.safe_zip import MAX_PICTURE_MB, SafeZip, open_archive
 from alignment.gallery import THUMBNAIL_PIXELS, Picture
 from alignment.model import DualEncoder, chunk_size
@@ -100,8 +99,7 @@ def _plain(name: str) -> str:
 def add_archive(engine: AlignmentEngine, photos: Photos, path: Path, *, limit: int = MAX_PHOTOS) -> Iterator[Added]:
     """Add the photos of an exported zip or of any zip of pictures, up to a limit; yields after each few.
 
-    Raises:
-        InputError: when it cannot be opened, holds no picture, or was exported with another model.
+    Raises InputError when it cannot be opened, holds no picture, or was exported with another model.
     """
     with open_archive(path) as archive:
         found = [name for name in archive.members if name.rpartition("/")[2] == _STAMP and name.count("/") <= 1]
@@ -145,11 +143,7 @@ def _add_album(engine: AlignmentEngine, photos: Photos, archive: SafeZip, folder
 
 
 def _read_album(archive: SafeZip, folder: str, encoder: DualEncoder) -> tuple[list[Picture], Tensor]:
-    """Read the pictures of an export in a folder of a zip, and their embeddings, (num_pictures, embed_dim).
-
-    Raises:
-        InputError: when a file is missing, malformed, or made by another model.
-    """
+    """Read the pictures of an export in a folder of a zip, and their embeddings, (num_pictures, embed_dim)."""
     with _malformed_is_damaged(_STAMP):
         stamp = json.loads(_read(archive, folder + _STAMP, _TEXT_MB))
         fingerprint, model = stamp["fingerprint"], sanitize_text(str(stamp.get("model", "")), _MAX_NAME) or "?"

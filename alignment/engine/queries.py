@@ -42,17 +42,12 @@ _CONSIDERED, _GROWTH, _MAX_CONSIDERED = 1000, 4, 16_000  # of many pictures, for
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a query: a caption, or a picture by its id in the gallery or on the page.
-
-    Attributes:
-        weight: negative for a minus term.
-        embed: (embed_dim,), unit norm; None until a caption has been embedded.
-    """
+    """One part of a query: a caption, or a picture by its id in the gallery or on the page."""
 
     text: str = ""
-    weight: float = 1.0
+    weight: float = 1.0  # negative for a minus term
     picture: str = ""
-    embed: Tensor | None = None
+    embed: Tensor | None = None  # (embed_dim,), unit norm; None until a caption has been embedded
 
     @property
     def wanted(self) -> bool:

@@ -43,16 +43,11 @@ _MESSAGES = {
 
 @dataclass(frozen=True)
 class SafeZip:
-    """An open zip file whose directory has been checked; members are inflated when they are read.
-
-    Attributes:
-        members: name -> entry of the files that may be read, in the order of the directory.
-        left_out: reason ("link", "name", "twice") -> names of the others.
-    """
+    """An open zip file whose directory has been checked; members are inflated when they are read."""
 
     file: zipfile.ZipFile
-    members: Mapping[str, zipfile.ZipInfo]
-    left_out: Mapping[str, Sequence[str]]
+    members: Mapping[str, zipfile.ZipInfo]  # of the files that may be read, by name, in the order of the directory
+    left_out: Mapping[str, Sequence[str]]  # reason ("link", "name", "twice") -> names of the others
 
     def read(self, name: str, limit_mb: float) -> bytes:
         """Inflate one file; raises InputError when it is larger than the limit or damaged."""

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from alignment.data import Pair
-from alignment.evaluate.embedding import Embedded
-from alignment.evaluate.ranks import DIRECTIONS, ROUNDING, scored_blocks
+from alignment.evaluate.embedding import DIRECTIONS, ROUNDING, Embedded, scored_blocks
 from alignment.preprocess import InputError, clean_caption
 
 _FILES = ("dataset_coco.json", "captions_val2014.json")
@@ -134,7 +133,6 @@ def _check_complete(labels: Mapping[int, Sequence[int]], image_ids: set[int], ca
 
 
 def _select(embeds: Tensor, ids: Sequence[int], wanted: set[int]) -> tuple[Tensor, Tensor]:
-    """Keep the embeddings of some ids, with the ids as (n,) int64."""
     rows = [row for row, number in enumerate(ids) if number in wanted]
     return embeds[rows], torch.tensor(ids)[rows]
 

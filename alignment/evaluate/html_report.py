@@ -12,9 +12,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from alignment.evaluate.bootstrap import LOWER_IS_BETTER, Difference, Estimate
 from alignment.evaluate.error_analysis import Example, FalseNegative
-from alignment.evaluate.retrieval import difference_cells, estimate_cells, metric_title
+from alignment.evaluate.retrieval import (
+    LOWER_IS_BETTER,
+    Difference,
+    Estimate,
+    difference_cells,
+    estimate_cells,
+    metric_title,
+)
 from alignment.preprocess import InputError, open_image
 
 THUMBNAIL = 160  # pixels of the longer side
@@ -25,12 +31,9 @@ _CHANGED, _BOTH_RANKS = ("Got better", "Got worse"), "Rank of the right answer, 
 
 
 def html_page(
-    models: Sequence[str],
-    facts: Mapping[str, str],
-    metrics: Mapping[str, Estimate] | Mapping[str, Difference],
-    examples: Sequence[Sequence[Example]] = (),
-    negatives: Sequence[FalseNegative] = (),
-) -> str:
+    models: Sequence[str], facts: Mapping[str, str], metrics: Mapping[str, Estimate] | Mapping[str, Difference],
+    examples: Sequence[Sequence[Example]] = (), negatives: Sequence[FalseNegative] = (),
+) -> str:  # fmt: skip
     """Render the report of one model, or the comparison of two; `facts` are data set, sizes and settings by title.
 
     `examples` are [`worst_queries`] of one model or `changed_queries` of two, `negatives` `suspected_false_negatives`.
@@ -69,7 +72,6 @@ def _cells(name: str, found: Difference | Estimate) -> dict[str, str]:
 
 
 def _grouped(rows: Mapping[str, dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """Sort the rows into one group per direction, and an overall group."""
     groups: dict[str, list[dict[str, str]]] = {title: [] for title in _GROUPS.values()}
     for name, row in rows.items():
         prefix = next(prefix for prefix in _GROUPS if name.startswith(prefix))

@@ -1,29 +1,52 @@
 """Recall in both directions over a data set, with intervals, and the difference between two models.
 
-Place in the flow: `embedding -> ranks -> retrieval (here) -> report`. One query per image and one per caption, all
+Place in the flow: `embedding -> retrieval (here) -> report`. One query per image and one per caption, all
 captions and images of the split as candidates, no prompt, no logit scale (it would change no rank). Recalls over a
 batch, or with one caption per image, are higher and cannot be compared with these.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from alignment.evaluate.bootstrap import (
-    LOWER_IS_BETTER,
-    Difference,
-    Estimate,
-    Sampled,
-    Statistics,
-    bootstrap,
-    differences,
-    estimates,
-)
-from alignment.evaluate.embedding import Embedded
-from alignment.evaluate.ranks import DIRECTIONS, KS, query_ranks
+from alignment.evaluate.embedding import DIRECTIONS, KS, Embedded
+
+Statistics = Callable[[Tensor], Mapping[str, float]]
+"""Metrics by name when image i is drawn `draws[i]` times; draws is (num_images,) int64."""
+
+Sampled = Mapping[str, tuple[float, Tensor]]
+"""Metrics by name: of the data set, and of its resamples, (num_resamples,) float64; without these the value alone."""
+
+LOWER_IS_BETTER = "median_rank"  # suffix of the metrics that are better when low
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of model A (`before`) and B (`after`), and B minus A with its paired 95 % bootstrap interval.
+
+    A gain of a median rank is negative. `p_not_better` is the share of resamples in which B is no better than A, in
+    [0, 1]; without resamples 0 or 1.
+    """
+
+    before: float
+    after: float
+    value: float
+    low: float
+    high: float
+    p_not_better: float
+
 
 Metric = TypeVar("Metric", Estimate, Difference)
 
@@ -54,14 +77,14 @@ def evaluate_embeddings(
     image that each text describes. The bootstrap draws the same for every model; without `resamples` there is no
     interval. Raises ValueError on non-finite embeddings, no embeddings, or an image without a text.
     """
-    ranks = query_ranks(image_embeds, text_embeds, image_of_text)
-    sampled = _bootstrap(ranks, image_of_text, resamples, seed)
-    return RetrievalReport(len(image_embeds), len(text_embeds), estimates(sampled))
+    names = [""] * len(image_embeds), [""] * len(text_embeds)
+    embedded = Embedded(*names, image_of_text, image_embeds, text_embeds)
+    return evaluate_embedded(embedded, resamples=resamples, seed=seed)
 
 
 def evaluate_embedded(embedded: Embedded, *, resamples: int = 1000, seed: int = 0) -> RetrievalReport[Estimate]:
     """Measure recall in both directions on an embedded data set, see `evaluate_embeddings`."""
-    sampled = _bootstrap(embedded.ranks, embedded.image_of_text, resamples, seed)
+    sampled = _bootstrap(embedded, resamples, seed)
     return RetrievalReport(len(embedded.images), len(embedded.texts), estimates(sampled))
 
 
@@ -72,20 +95,19 @@ def compare_retrieval(
     is_same = list(before.images) == list(after.images) and list(before.texts) == list(after.texts)
     if not is_same or not torch.equal(before.image_of_text, after.image_of_text):
         raise ValueError("The two models were given different images or captions; compare them on the same.")
-    sampled = (_bootstrap(model.ranks, model.image_of_text, resamples, seed) for model in (before, after))
+    sampled = (_bootstrap(model, resamples, seed) for model in (before, after))
     return RetrievalReport(len(before.images), len(before.texts), differences(*sampled))
 
 
-def _bootstrap(ranks: Mapping[str, Tensor], image_of_text: Tensor, resamples: int, seed: int) -> Sampled:
-    num_images = len(ranks[DIRECTIONS[0]])
-    images = (torch.arange(num_images), image_of_text)
-    directions = [_statistics(name, ranks[name], of) for name, of in zip(DIRECTIONS, images, strict=True)]
+def _bootstrap(embedded: Embedded, resamples: int, seed: int) -> Sampled:
+    sides = zip(embedded.ranks.items(), embedded.sides, strict=True)
+    directions = [_statistics(name, ranks, images) for (name, ranks), (_, images) in sides]
 
     def statistics(draws: Tensor) -> dict[str, float]:
         found = {name: value for direction in directions for name, value in direction(draws).items()}
         return found | {"recall_sum": sum(found[f"{name}_recall_sum"] for name in DIRECTIONS)}
 
-    return bootstrap(statistics, num_images, resamples=resamples, seed=seed)
+    return bootstrap(statistics, len(embedded.images), resamples=resamples, seed=seed)
 
 
 def _statistics(direction: str, ranks: Tensor, images: Tensor) -> Statistics:
@@ -104,6 +126,43 @@ def _statistics(direction: str, ranks: Tensor, images: Tensor) -> Statistics:
         return found | {f"{direction}_recall_sum": sum(recalls.values()), f"{direction}_median_rank": median}
 
     return statistics
+
+
+def bootstrap(statistics: Statistics, num_images: int, *, resamples: int, seed: int) -> Sampled:
+    """Compute metrics of a data set, and of `resamples` draws of images, each with all its queries; candidates stay.
+
+    The draws depend on `num_images` and `seed` alone. So two models measured on one data set are paired, and the
+    interval of their difference is narrower than their own intervals suggest.
+    """
+    values = statistics(torch.ones(num_images, dtype=torch.long))
+    generator = torch.Generator().manual_seed(seed)
+    samples: dict[str, list[float]] = {name: [] if resamples else [value] for name, value in values.items()}
+    for _ in range(resamples):
+        draws = torch.randint(num_images, (num_images,), generator=generator).bincount(minlength=num_images)
+        for name, value in statistics(draws).items():
+            samples[name].append(value)
+    return {name: (value, torch.tensor(samples[name], dtype=torch.double)) for name, value in values.items()}
+
+
+def estimates(sampled: Sampled) -> dict[str, Estimate]:
+    """Add an interval to each metric."""
+    return {name: Estimate(value, *_interval(samples)) for name, (value, samples) in sampled.items()}
+
+
+def differences(before: Sampled, after: Sampled) -> dict[str, Difference]:
+    """Subtract model A (`before`) from model B (`after`) draw by draw; both need the same resamples and seed."""
+    found = {}
+    for name, (old, old_samples) in before.items():
+        new, new_samples = after[name]
+        gains = new_samples - old_samples
+        better = gains < 0 if name.endswith(LOWER_IS_BETTER) else gains > 0
+        found[name] = Difference(old, new, new - old, *_interval(gains), (~better).double().mean().item())
+    return found
+
+
+def _interval(samples: Tensor) -> tuple[float, float]:
+    low, high = samples.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return low, high
 
 
 def report_table(report: RetrievalReport[Estimate]) -> str:

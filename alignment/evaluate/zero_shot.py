@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignment.data.files import UNLISTED, walk
-from alignment.evaluate.bootstrap import Difference, Estimate, Sampled, bootstrap, differences, estimates
-from alignment.evaluate.embedding import NamedProgress, embed_images, with_name
-from alignment.evaluate.ranks import ROUNDING, retrieval_ranks
+from alignment.evaluate.embedding import ROUNDING, NamedProgress, embed_images, retrieval_ranks, with_name
+from alignment.evaluate.retrieval import Difference, Estimate, Sampled, bootstrap, differences, estimates
 from alignment.model import DualEncoder
 from alignment.preprocess import IMAGE_SUFFIXES
 from alignment.similarity import cosine_similarity
@@ -109,13 +108,9 @@ def _read(file: Path) -> str:
 
 
 def class_ranks(
-    encoder: DualEncoder,
-    data: LabelledImages,
-    *,
-    templates: Sequence[str] | None = None,
-    batch_size: int = 16,
+    encoder: DualEncoder, data: LabelledImages, *, templates: Sequence[str] | None = None, batch_size: int = 16,
     progress: NamedProgress | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Rank each picture's class among all classes, from 1, (num_images,) int64; ties count against the model.
 
     Pictures that cannot be opened are left out and logged; without any other, ValueError is raised. `templates` are
@@ -131,11 +126,9 @@ def class_ranks(
 
 
 def class_embeddings(
-    encoder: DualEncoder,
-    class_names: Sequence[Sequence[str]],
-    templates: Sequence[str] | None = None,
+    encoder: DualEncoder, class_names: Sequence[Sequence[str]], templates: Sequence[str] | None = None,
     progress: NamedProgress | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Embed classes by their names: (num_classes, embed_dim), unit norm; arguments as for `class_ranks`."""
     sentences = [
         [template.replace("{}", name) for name in names for template in templates or _default_templates(name)]

@@ -5,8 +5,7 @@ interface and chooses a back end for each side: `torch_tower`, `openvino` or `ze
 let `DualEncoder.tower` choose it.
 """
 
-from alignment.model.devices import best_device, find_device
-from alignment.model.dual_encoder import DualEncoder
+from alignment.model.dual_encoder import DualEncoder, best_device, find_device
 from alignment.model.zerogpu import chunk_size
 
 __all__ = ["DualEncoder", "best_device", "chunk_size", "find_device"]

@@ -22,11 +22,8 @@ _INDEX = "model.safetensors.index.json"
 def checkpoint_folder(name: str, revision: str | None, *, fetch: bool = True) -> Path:
     """Find a checkpoint on disk; a Hub id is fetched first: configuration, vocabulary, safetensors, nothing else.
 
-    Without `fetch`, only what was fetched before is found.
-
-    Raises:
-        FileNotFoundError: when there is none, or its weights are pickled.
-        ValueError: when a folder is asked for a revision.
+    Without `fetch`, only what was fetched before is found. Raises FileNotFoundError when there is none or its weights
+    are pickled, and ValueError when a folder is asked for a revision.
     """
     folder = Path(name)
     if folder.is_file():

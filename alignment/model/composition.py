@@ -13,15 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
@@ -104,14 +96,10 @@ class ComposedModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.text_projection(pooled))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-    ) -> ModelOutput:
+    ) -> ModelOutput:  # fmt: skip
         """Score every picture against every caption."""
         images = self.get_image_features(
             pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
@@ -130,13 +118,14 @@ AutoModel.register(ComposedConfig, ComposedModel, exist_ok=True)
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """Choose the Auto class that builds a tower: of an encoder-decoder such as T5, the encoder alone."""
-    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+    is_text_encoder = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return AutoModelForTextEncoding if is_text_encoder else AutoModel
 
 
 def build_tower(config: PreTrainedConfig) -> Any:
     """Build a tower with random weights."""
-    if type(config) in MODEL_MAPPING or type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
-        return auto_class(config).from_config(config)
+    if (auto := auto_class(config)) is not AutoModel or type(config) in transformers.MODEL_MAPPING:
+        return auto.from_config(config)
     # The text halves of SigLIP and Chinese-CLIP: no Auto class knows them.
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):

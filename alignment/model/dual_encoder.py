@@ -20,11 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignment.model import probes, zerogpu
+from alignment.model import zerogpu
 from alignment.model.checkpoints import checkpoint_folder, load_dual_encoder, load_tower, without_progress_bar
-from alignment.model.devices import best_device, find_device
 from alignment.model.graph_cache import GraphCache, ModelInfo
-from alignment.model.openvino import OpenVINOTower, export_tower, openvino
+from alignment.model.openvino import PROBE_CAPTIONS, OpenVINOTower, draw_pictures, export_tower, openvino
 from alignment.model.torch_tower import LazyModule, TorchTower, TracedSide, pinned
 from alignment.model.tower import Inputs, Kind, Pooling, Projection, Tower, concatenate
 from alignment.prefetch import prefetch_map
@@ -33,12 +32,43 @@ from alignment.preprocess import ImageSource, Preprocessor, clean_caption
 logger = logging.getLogger(__name__)
 
 Runtime = Literal["auto", "openvino", "torch"]
+Device = str | torch.device | None
 Progress = Callable[[int, int], None]
+StrPath = str | os.PathLike[str]
 Item = TypeVar("Item")
 
 MIN_PARAMS_TO_EXPORT = 2_000_000  # for "auto"; smaller models take longer to export than graphs save
 _IMAGE_BATCH = {"cpu": 8, "cuda": 256}  # pictures per forward pass by device
 _TEXT_BATCH = {"cpu": 64, "cuda": 1024}
+
+
+def best_device() -> str:
+    """Name the fastest kind of device that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def find_device(name: Device = None) -> torch.device:
+    """Find "cuda", "cuda:1", "mps", "cpu", or by default the best there is; ValueError when it is not here."""
+    name = name or best_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no name of a device at all
+        device = None
+    if device is None or not _is_there(device):
+        raise ValueError(
+            f"PyTorch has no device {str(name)!r} to use here: choose cuda, mps or cpu, or leave --device out for the "
+            f"best there is, {best_device()}."
+        )
+    return device
+
+
+def _is_there(device: torch.device) -> bool:
+    """Look for a device without touching it: each process would take memory of its own there."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    return device.type == "cpu" or (device.type == "mps" and torch.backends.mps.is_available())
 
 
 class DualEncoder:
@@ -49,19 +79,11 @@ class DualEncoder:
     """
 
     def __init__(
-        self,
-        module: Any,
-        preprocessor: Preprocessor,
-        *,
-        name: str,
-        device: str | torch.device | None = None,
-        runtime: Runtime = "auto",
+        self, module: Any, preprocessor: Preprocessor, *, name: str, device: Device = None, runtime: Runtime = "auto"
     ) -> None:
         """Take a transformers model, or a function that loads one when it is first needed; see the class."""
         self.device = torch.device(device or best_device())
-        self.preprocessor = preprocessor
-        self.name = name
-        self.runtime = runtime
+        self.preprocessor, self.name, self.runtime = preprocessor, name, runtime
         self._lazy = LazyModule(module, self.device)
         self._cache = GraphCache(None)
         self._info: ModelInfo | None = None
@@ -78,21 +100,14 @@ class DualEncoder:
 
     @classmethod
     def load(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        device: str | torch.device | None = None,
-        runtime: Runtime = "auto",
+        cls, name_or_path: StrPath, *, revision: str | None = None, device: Device = None, runtime: Runtime = "auto"
     ) -> Self:
         """Load a CLIP, SigLIP, SigLIP2, Chinese-CLIP, vision-text-dual-encoder or composed checkpoint.
 
         It is a folder, or a Hub id at a branch, tag or commit (`revision`). The `device` is "cuda", "mps" or "cpu", by
-        default the best one there is, and on ZeroGPU the CPU, with a GPU for many pictures at once.
-
-        Raises:
-            FileNotFoundError: when the checkpoint, its safetensors, tokenizer or image processor is missing.
-            ValueError: when it is no dual encoder, is damaged or needs code of its own, or there is no such device.
+        default the best one there is, and on ZeroGPU the CPU, with a GPU for many pictures at once. Raises
+        FileNotFoundError when the checkpoint, its safetensors, tokenizer or image processor is missing, and ValueError
+        when it is no dual encoder, is damaged or needs code of its own, or there is no such device.
         """
         name = os.fspath(name_or_path)
         on_zerogpu = device is None and zerogpu.on_zerogpu()
@@ -118,30 +133,17 @@ class DualEncoder:
 
     @classmethod
     def compose(
-        cls,
-        vision: str | os.PathLike[str],
-        text: str | os.PathLike[str],
-        *,
-        embed_dim: int = 512,
-        pooling: Pooling | tuple[Pooling, Pooling] = ("pooler", "mean"),
-        projection: Projection = "linear",
-        device: str | torch.device | None = None,
-    ) -> Self:
+        cls, vision: StrPath, text: StrPath, *, embed_dim: int = 512,
+        pooling: Pooling | tuple[Pooling, Pooling] = ("pooler", "mean"), projection: Projection = "linear",
+        device: Device = None,
+    ) -> Self:  # fmt: skip
         """Join a vision tower and a text tower with fresh projections; train it before use.
 
-        Args:
-            vision: folder or Hub id of any vision tower; of a dual encoder the vision half is taken.
-            text: the same for the text tower.
-            embed_dim: width of the space they share.
-            pooling: for both towers or as (vision, text): the mean of all tokens (padding left out), the first token,
-                or the tower's own pooler.
-            projection: "linear", "mlp" for a linear layer plus a two-layer correction, or "none" for towers that
-                already share a space of width `embed_dim`.
-            device: as for `load`.
-
-        Raises:
-            FileNotFoundError: when a tower, its safetensors, tokenizer or image processor is missing.
-            ValueError: when a tower has no such pooling, or a pooler that was never trained.
+        A tower is a folder or Hub id; of a dual encoder its half is taken. `pooling`, of both or as (vision, text), is
+        the mean of all tokens (padding left out), the first token ("cls"), or the tower's own pooler. `projection` is
+        "linear", "mlp" for a linear layer plus a two-layer correction, or "none" for towers that already share a space
+        of width `embed_dim`. Raises what `load` raises, and ValueError when a tower has no such pooling, or a pooler
+        that was never trained.
         """
         from alignment.model.composition import ComposedConfig, ComposedModel, pooled_width
 
@@ -166,7 +168,7 @@ class DualEncoder:
         module = ComposedModel(config, vision_model, text_model)
         return cls(module, preprocessor, name=" + ".join(names), device=device)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write weights (float32 safetensors), configuration, image processor and tokenizer; `load` reads them back."""
         with without_progress_bar():
             self.module.save_pretrained(folder)
@@ -286,10 +288,10 @@ class DualEncoder:
 
     def _export(self, kind: Kind, path: Path) -> str:
         if kind == "image":
-            drawn = probes.pictures()
+            drawn = draw_pictures()
             batches = [self.preprocessor.images(pictures) for pictures in (drawn[:2], drawn[2:])]
         else:
-            batches = [self.preprocessor.texts(captions) for captions in probes.CAPTIONS]
+            batches = [self.preprocessor.texts(captions) for captions in PROBE_CAPTIONS]
         return export_tower(kind, TracedSide(self._lazy.get(), kind, list(batches[0])).eval(), batches, path)
 
     def _batched(self, inputs: Iterable[Inputs], size: int | None) -> Generator[Inputs]:

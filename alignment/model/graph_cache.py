@@ -1,14 +1,10 @@
 """The cache of OpenVINO graphs, by the content of the checkpoint's files.
 
-Place in the flow: `checkpoint folder -> digest -> graphs and model info (here) -> encoder`. An entry holds what serving
-needs of a model, so that a known one answers without building the PyTorch module:
-
-- `facts.json`: fingerprint, logit scale and bias, width;
-- `image.xml`, `image.bin`, `text.xml`, `text.bin`: a graph each, exported when first needed;
-- `image.json`, `text.json`: how to run it and the hashes of its files, written last. JSON files have a checksum.
-
-Entries lie in `graphs` below `$ALIGNMENT_CACHE`, else below `~/.cache/alignment`. A file that is missing, cut off or
-altered is made again; where nothing may be written, a graph lives as long as the process.
+Place in the flow: `checkpoint folder -> digest -> graphs and model info (here) -> encoder`. An entry in `graphs` below
+`$ALIGNMENT_CACHE`, else below `~/.cache/alignment`, holds what serving needs without the PyTorch module: `ModelInfo` in
+`facts.json`, and of each side a graph (`image.xml`, `image.bin`) and, written last, how to run it and the hashes of its
+files (`image.json`). A file that is missing, cut off or altered is made again; where nothing may be written, a graph
+lives as long as the process.
 """
 
 import hashlib
@@ -53,12 +49,11 @@ def checkpoint_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
 class GraphCache:
     """The graphs of one model, on disk where that is possible."""
 
-    def __init__(self, entry: Path | None) -> None:
-        """Open an entry; None disables the cache, as for a model that came from no folder."""
-        self.entry = entry
+    entry: Path | None  # None disables the cache, as for a model that came from no folder
 
     @classmethod
     def of(cls, folder: Path) -> Self:

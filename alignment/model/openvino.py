@@ -1,12 +1,11 @@
 """The OpenVINO back end: several times faster on a CPU than PyTorch, with the same embeddings within `MIN_COSINE`.
 
 Place in the flow: `module -> graph (here) -> embeddings`. A graph is traced once, checked against the module on drawn
-pictures or sample captions, and written to a file in the graph cache. Where OpenVINO is missing, or a graph does not
-compute what the module does, PyTorch runs the tower.
+pictures or sample captions, and cached. Where OpenVINO is missing, or no graph is accurate, PyTorch runs the tower.
 
-Where the processor has bfloat16 the graph computes in it, which doubles the speed. A vision transformer keeps its
-accuracy, a narrow convolutional network loses some: its first layers then stay in float32, as many as it takes.
-OpenVINO has no public option for that, so the graph's XML text is marked; `tests/test_openvino.py` checks the mark.
+Bfloat16, where the processor has it, doubles the speed. A narrow convolutional network loses accuracy in it: its first
+layers then stay in float32, as many as it takes. OpenVINO has no public option for that, so the graph's XML text is
+marked; `tests/test_openvino.py` checks the mark.
 """
 
 import logging
@@ -21,7 +20,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -42,6 +43,12 @@ _KNOWN_INPUTS: dict[Kind, set[str]] = {
 _LAYER = re.compile(r"(?=<layer id=)")
 _HEAVY = re.compile(r' type="(?:Convolution|GroupConvolution|MatMul)"')
 _PRECISE = '<attribute name="precise" version="0" />'  # OpenVINO's mark of an operation that keeps float32
+PROBE_CAPTIONS = (  # batches of different sizes and lengths, to check a graph with
+    ("a dog runs on the beach", "two children play football in the park"),
+    ("一只狗在沙滩上奔跑",),
+    ("red", "a plate of pasta with tomatoes, basil and a glass of water on a wooden table by the window", "夜晚的城市"),
+    ("A man in a yellow jacket climbs a snowy mountain!", "ein Hund am Strand", "3 cats", "雨中撑伞的人们走过斑马线"),
+)
 
 
 @cache
@@ -135,9 +142,6 @@ class _Compiled:
         return functional.normalize(embeds, dim=-1)
 
 
-# ---------------------------------------------------------------- export
-
-
 def export_tower(kind: Kind, tower: nn.Module, probes: Sequence[Inputs], path: Path) -> str:
     """Write a tower as a graph, the fastest one that is close enough to PyTorch; returns the precision to run it in.
 
@@ -192,3 +196,33 @@ def _marked(layer: str) -> str:
     if "<rt_info>" in layer:
         return layer.replace("<rt_info>", f"<rt_info>{_PRECISE}", 1)
     return re.sub(r"(<layer [^>]*[^/]>)", rf"\1<rt_info>{_PRECISE}</rt_info>", layer, count=1)
+
+
+def draw_pictures(count: int = 16, side: int = 320, seed: int = 0) -> list[Image.Image]:
+    """Draw pictures with the spectrum of photographs and, on most, a few shapes.
+
+    Source: natural images have an amplitude of about 1 / frequency (Field, 1987).
+    """
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    frequency[0, 0] = 1 / side
+    blend = 0.64 * np.eye(3) + 0.32  # the three colours of a photograph are correlated
+    drawn = []
+    for number in range(count):
+        noise = np.fft.fft2(rng.normal(size=(3, side, side))) / frequency ** rng.uniform(0.8, 1.6)
+        field = np.fft.ifft2(noise).real
+        field = (field - field.mean((1, 2), keepdims=True)) / field.std((1, 2), keepdims=True)
+        colours = np.einsum("ij,jhw->hwi", blend, field) * rng.uniform(30, 70) + 127 + rng.uniform(-60, 60, 3)
+        picture = Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8))
+        _draw_shapes(picture, number % 5 * 2, rng)
+        drawn.append(picture)
+    return drawn
+
+
+def _draw_shapes(picture: Image.Image, count: int, rng: np.random.Generator) -> None:
+    canvas = ImageDraw.Draw(picture)
+    for _ in range(count):
+        corner = rng.integers(0, picture.width, 2)
+        box = [*corner.tolist(), *(corner + rng.integers(20, 160, 2)).tolist()]
+        colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+        (canvas.ellipse if rng.random() < 0.5 else canvas.rectangle)(box, fill=colour)

@@ -30,11 +30,7 @@ _SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASS|_KEY|CREDENTIAL|^KEY", re.IGNO
 
 
 def check_folder(folder: Path, private: Sequence[str] = ()) -> None:
-    """Refuse a folder that holds secrets, private paths (see `private_paths`) or more files than the Hub takes.
-
-    Raises:
-        ValueError: naming the file.
-    """
+    """Raise ValueError on a file with secrets or `private_paths`, and on more files in a folder than the Hub takes."""
     spellings = [re.escape(spelling) for path in private for spelling in (path, path.replace("\\", "\\\\"))]  # JSON's
     private_path = re.compile(rf"({'|'.join(spellings) or '(?!)'})(?![\w-])")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

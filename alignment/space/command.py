@@ -12,8 +12,7 @@ from huggingface_hub import HfApi
 from alignment.bundled import GALLERY, MODEL, ROOT, bundled
 from alignment.hub import check_login
 from alignment.space.checks import LARGE, check_folder, check_variables, private_paths
-from alignment.space.folder import TITLE, Space, contents, stage
-from alignment.space.model_source import choose_model
+from alignment.space.folder import TITLE, Space, choose_model, contents, stage
 from alignment.space.publish import AGAIN, check_name, publish
 
 _HELP = """\
@@ -124,7 +123,6 @@ def _variables(words: Sequence[str]) -> dict[str, str]:
 
 
 def _show(space: Space, folder: Path, note: str, export: str | None) -> None:
-    """Print everything that would be sent."""
     files = contents(folder)
     for name, size in files.items():
         large = "  (to the store for large files)" if size > LARGE else ""

@@ -4,11 +4,12 @@ Place in the flow: `model, gallery -> folder (here) -> checks -> the Hub`. Files
 its gallery and its model. Hidden files, caches, tests and the packages that only training needs are left out.
 """
 
+import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from typing import Any
 from huggingface_hub import SpaceCardData
 
 from alignment.bundled import GALLERY, MODEL, ROOT
-from alignment.space.gallery import copy_gallery
-from alignment.space.model_source import ModelSource, safe_name
+from alignment.gallery.database import KINDS, GalleryDatabase
+from alignment.gallery.records import FileFingerprint, Picture, rebuild_command
+from alignment.gallery.writer import write_gallery
+from alignment.model import DualEncoder
+from alignment.model.checkpoints import checkpoint_files, checkpoint_folder
+from alignment.space.checks import check_folder, private_paths
 
 TITLE = "Image-Text Alignment"
 THUMBNAIL = "assets/screenshots/search_en.png"
@@ -51,22 +56,57 @@ Model: {model}.
 
 
 @dataclass(frozen=True)
-class Space:
-    """What is to be published.
+class ModelSource:
+    """The model of a Space: sent along, or fetched there from the Hub at one commit, that of the gallery's build."""
 
-    Attributes:
-        repo_id: "USER/NAME".
-        gallery: the gallery's folder; None for the bundled one.
-        hardware: such as "zero-a10g"; None for the Hub's default.
-        more: further variables.
+    name: str  # folder in the Space, or Hub id
+    folder: Path  # on this machine
+    files: tuple[str, ...]  # in it
+    revision: str = ""  # commit on the Hub; "" for a model that is sent along
+
+
+def choose_model(name: str, revision: str | None = None) -> ModelSource:
+    """Find a model on this machine by folder or Hub id, at the revision fetched last by default, and fetch nothing.
+
+    Raises FileNotFoundError when there is none.
     """
+    is_local = Path(name).is_dir()
+    try:
+        folder = checkpoint_folder(name, revision, fetch=False)
+    except FileNotFoundError as error:
+        if is_local:
+            raise
+        wanted = f"{name} --revision {revision}" if revision else name
+        raise FileNotFoundError(
+            f"The model {name} is not on this machine: check the spelling, and run `hf download {wanted}`, or build "
+            "the gallery with it, before the Space is published."
+        ) from error
+    files = checkpoint_files(folder)
+    if not is_local:
+        return ModelSource(name, folder, tuple(files), folder.name)
+    card = ["README.md"] if (folder / "README.md").is_file() else []
+    place = f"checkpoints/{safe_name(folder, 'model')}"
+    is_bundled = folder.resolve() == (ROOT / MODEL).resolve()
+    if place == MODEL and not is_bundled:
+        place += "-2"
+    return ModelSource(MODEL if is_bundled else place, folder, (*card, *files))
 
-    repo_id: str
+
+def safe_name(folder: Path, otherwise: str) -> str:
+    """Return the name of a folder in characters that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip(".-") or otherwise
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is to be published."""
+
+    repo_id: str  # "USER/NAME"
     model: ModelSource
-    gallery: Path | None = None
+    gallery: Path | None = None  # its folder; None for the bundled one
     title: str = TITLE
-    hardware: str | None = None
-    more: Mapping[str, str] = field(default_factory=dict)
+    hardware: str | None = None  # such as "zero-a10g"; None for the Hub's default
+    more: Mapping[str, str] = field(default_factory=dict)  # further variables
 
     @property
     def place(self) -> str:
@@ -84,10 +124,8 @@ class Space:
 def stage(space: Space, folder: Path) -> str:
     """Write the Space into a new folder; returns a sentence that says what becomes public, "" if nothing new does.
 
-    Raises:
-        FileNotFoundError: when a source file is missing.
-        FileExistsError: when the folder exists.
-        ValueError: when another model made the gallery, or the title is empty.
+    Raises FileNotFoundError when a source file is missing, FileExistsError when the folder exists, and ValueError when
+    the title is empty or `copy_gallery` refuses the gallery.
     """
     if space.gallery is None and space.model.name != MODEL:
         raise ValueError(
@@ -156,3 +194,52 @@ def _chosen(*patterns: str) -> Iterator[str]:
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(os.path.realpath(source), target)  # the Hub's cache consists of links
+
+
+def copy_gallery(source: Path, target: Path, model: ModelSource) -> str:
+    """Write a gallery that may be public; returns a sentence that says what becomes public.
+
+    A picture keeps its thumbnail, its captions, its credit and the bare name of its file. Its folder, size, date and
+    hash are left out, and so are the source and the options of the build. The copy is a new database: the original's
+    free pages may contain deleted rows. Raises FileNotFoundError without a gallery, and ValueError when another model
+    made it, it is damaged, thumbnails are missing, or a caption contains a secret or the path it was built from.
+    """
+    database = GalleryDatabase.open(source, model.name)
+    metadata = database.metadata
+    if metadata.fingerprint != DualEncoder.load(model.folder, device="cpu").fingerprint:
+        name, commit = (model.name, f" at {model.revision[:12]}") if model.revision else (str(model.folder), "")
+        command = rebuild_command(source, name)
+        raise ValueError(f"The gallery in {source} was not made by {name}{commit}. Build it anew with: {command}")
+    originals, captions = database.records()
+    by_id = {picture.id: picture for picture in originals}
+    copies = (_public(picture, database.thumbnail(picture)) for picture in originals)
+    pictures = [picture for picture in copies if picture]
+    if missing := len(originals) - len(pictures):
+        command = rebuild_command(source, metadata.model, metadata)
+        raise ValueError(
+            f"The gallery in {source} lacks the thumbnails of {missing} pictures. Rebuild it with: {command}"
+        )
+    embeds = {kind: (rows for _, rows in database.batches(kind)) for kind in KINDS}
+    public, cohort = replace(metadata, model=model.name, source="", options=""), database.cohort()
+
+    def thumbnail(picture: Picture) -> bytes | None:
+        return database.thumbnail(by_id[picture.id])
+
+    write_gallery(target, pictures, captions, embeds, database.embed_dim, public, cohort, thumbnail)
+    check_folder(target, private_paths(Path(metadata.source)))
+    return (
+        f"Whoever may open the Space sees {sum(not picture.package for picture in pictures)} of your pictures as "
+        f"thumbnails, with the names of their files, and {len(captions)} captions. The originals, and where they lie, "
+        "stay on this machine."
+    )
+
+
+def _public(picture: Picture, webp: bytes | None) -> Picture | None:
+    """Reduce a picture to its file name and a hash of its thumbnail; None if it has no thumbnail."""
+    if picture.package:  # the Space installs the same package
+        return picture
+    if not webp:
+        return None
+    name = picture.source.replace("\\", "/").rpartition("/")[2]
+    digest = hashlib.sha256(picture.id.encode() + webp).hexdigest()
+    return replace(picture, source=name, root="", file=FileFingerprint(0, 0, digest))

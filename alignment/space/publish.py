@@ -33,18 +33,11 @@ class PublishResult:
 def publish(
     space: Space, folder: Path, *, private: bool = False, replace: bool = False, api: HfApi | None = None
 ) -> PublishResult:
-    """Upload the folder of a Space; files on the Hub that the folder lacks are deleted.
+    """Upload the folder of a Space, see `stage`; files on the Hub that the folder lacks are deleted.
 
-    Args:
-        space: what is published.
-        folder: the files, see `stage`.
-        private: visibility of a new Space.
-        replace: whether another app that runs under this name may be overwritten.
-        api: client with token; by default the public Hub and the token of the login.
-
-    Raises:
-        ValueError: when the Hub refuses, or another app runs under this name.
-        ConnectionError: when the Hub cannot be reached or disconnects.
+    Only a new Space becomes `private`; with `replace`, another app that runs under this name is overwritten. By default
+    `api` is the public Hub with the token of the login. Raises ValueError when the Hub refuses, or another app runs
+    under this name, and ConnectionError when the Hub cannot be reached or disconnects.
     """
     api = api or HfApi()
     with translate_hub_errors(space.repo_id, AGAIN, _refusals(space)):

@@ -25,7 +25,7 @@ from torch import Tensor
 from alignment.data import read_pairs
 from alignment.engine.queries import Query, Term, scores
 from alignment.evaluate import embed_pairs
-from alignment.evaluate.bootstrap import bootstrap, estimates
+from alignment.evaluate.retrieval import bootstrap, estimates
 from alignment.gallery import Gallery
 from alignment.gallery.search import NEAR_DUPLICATE_DISTANCE
 from alignment.model import DualEncoder

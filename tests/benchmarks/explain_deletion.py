@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignment.evaluate.bootstrap import bootstrap, estimates
+from alignment.evaluate.retrieval import bootstrap, estimates
 from alignment.explain import patch_relevance
 from alignment.model import DualEncoder
 
