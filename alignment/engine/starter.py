@@ -3,8 +3,6 @@
 Place in the flow: `model + photos or starter captions -> build_gallery -> $ALIGNMENT_CACHE/galleries (here) -> app`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from contextlib import closing
