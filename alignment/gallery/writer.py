@@ -188,10 +188,12 @@ class GalleryWriter(SQLiteFile):
         ids = item_ids(items)
         embeddings = (rows[self._key(kind, content_of(item))] for item in items)
         values = ((id, *_columns(item), row) for id, item, row in zip(ids.tolist(), items, embeddings, strict=True))
-        marks = ", ".join(f"?{place}" for place in range(1, COLUMNS[kind].count(",") + 2))
+        names = [*COLUMNS[kind].split(", "), "crc"]
+        marks = ", ".join(f"?{place}" for place in range(1, len(names)))
+        old, new = ", ".join(names), ", ".join(f"excluded.{name}" for name in names)
         self(f"DELETE FROM {kind} WHERE id NOT IN {CHOSEN}", (json.dumps(ids.tolist()),))
-        differs = f"SELECT {marks}, crc_of({marks}) EXCEPT SELECT * FROM {kind} WHERE id = ?1"
-        self(f"INSERT OR REPLACE INTO {kind} {differs}", many=values)
+        update = f"DO UPDATE SET ({old}) = ({new}) WHERE ({old}) IS NOT ({new})"  # an equal row is no change
+        self(f"INSERT INTO {kind} VALUES ({marks}, crc_of({marks})) ON CONFLICT(id) {update}", many=values)
         return ids
 
     def _replace_meta(self, meta: dict[str, Any], header: dict[str, Any], changed: bool) -> None:
