@@ -110,7 +110,7 @@ def driven(app) -> AppProcess:
 
 def drive(visitor: Visitor) -> None:
     results = visitor.do("pictures-search", "click", pictures_query=QUERY)["pictures-results"]
-    why = visitor.do("pictures-results", "why", {"id": results["cards"][0]["id"]})
+    why = visitor.do("pictures-results", "why", {"id": results["rows"][0]["id"]})
     assert why["explanation"]["terms"]
     sent = {"files": [{"name": f"{NAME}.png", "path": visitor.upload(f"{NAME}.png", photo())}]}
     shown = visitor.do("captions-drop", "files", sent)
@@ -254,8 +254,8 @@ def test_photos_and_their_results_are_their_owners_alone(anna, bob):
     sent = {"files": [{"name": "mine.png", "path": anna.upload("mine.png", photo(5))}], "run": 1}
     anna.do("photos-drop", "files", sent)
     found = anna.do("photos-search", "click", photos_query="a gradient")["photos-results"]
-    assert len(found["cards"]) == 1
-    id = found["cards"][0]["id"]
+    assert len(found["rows"]) == 1
+    id = found["rows"][0]["id"]
     assert bob.http.get(f"/thumbnails/{id}.webp").status_code == 404
     assert id not in json.dumps(bob.do("photos-search", "click", photos_query="a gradient"))
     assert bob.do("photos-download", "wanted")["photos-courier"].get("data") != ""
@@ -273,7 +273,7 @@ def test_photos_and_their_results_are_their_owners_alone(anna, bob):
     answer = bob.http.post(f"/gradio_api/run/{down['api_name']}", json=bob.body(down, None, {}))
     assert answer.status_code == 500
     assert "another browser" in answer.text
-    assert len(anna.do("photos-search", "click", photos_query="a gradient")["photos-results"]["cards"]) == 1
+    assert len(anna.do("photos-search", "click", photos_query="a gradient")["photos-results"]["rows"]) == 1
 
 
 # ---------------------------------------------------------------- health, and the end
