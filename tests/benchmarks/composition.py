@@ -65,7 +65,7 @@ def embedded(arguments: argparse.Namespace, encoder: DualEncoder) -> dict[str, T
     data = embed_pairs(encoder, pairs)
     captions = [set(re.findall(r"\w+", caption.lower())) for caption in data.texts]
     said = torch.tensor([[bool(words & set(forms.split())) for forms in FORMS.values()] for words in captions])
-    counts = torch.zeros(len(data.images), len(FORMS)).index_add(0, data.owners, said.float())
+    counts = torch.zeros(len(data.images), len(FORMS)).index_add(0, data.image_of_text, said.float())
     found = {"image": data.image_embeds, "counts": counts, "word": encoder.encode_texts(list(FORMS))}
     for name, change in CHANGES.items():
         found[f"again.{name}"] = encoder.encode_images([change(open_image(path)) for path in data.images[:AGAIN]])
@@ -206,15 +206,15 @@ def main() -> None:
     encoder = DualEncoder.load(arguments.model, device="cpu")
     judge = Gallery.load(arguments.gallery, encoder).judge
     if judge is None:
-        raise SystemExit("The gallery has no background; build it again.")
-    background = judge.background.image_embeds
+        raise SystemExit("The gallery has no cohort; build it again.")
+    cohort = judge.cohort.image_embeds
     data = embedded(arguments, encoder)
-    ways = rankings(data["image"], background)
+    ways = rankings(data["image"], cohort)
     plus = {name: ways[name] for name in ("embeddings as they are", "as in the product")}
     pictures_and_words(data, plus, 1.0)
     pictures_and_words(data, ways, -1.0)
     words_without_words(data, ways)
-    near_duplicates(data, background)
+    near_duplicates(data, cohort)
 
 
 if __name__ == "__main__":
