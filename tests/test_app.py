@@ -286,7 +286,7 @@ def test_every_reason_that_the_code_names_by_a_constant_has_its_sentence():
 
 def test_every_error_of_the_door_is_translated():
     door = Path(preprocess.__file__).parent.glob("*.py")
-    engine = (UI.parent / "engine" / f"{name}.py" for name in ("core", "photos", "photo_folder"))
+    engine = (UI.parent / "engine" / f"{name}.py" for name in ("core", "photo_folder"))
     sources = "".join(path.read_text("utf-8") for path in (*door, *engine, *UI.glob("*.py")))
     codes = set(re.findall(r'"((?:image|caption|captions|photo|photos|upload)\.[a-z_]+)"', sources))
     codes -= {key for key in codes if key in strings()["en"]}  # words of a tab

@@ -81,7 +81,7 @@ def with_class(page: Page, name: str) -> list[tuple[int, int]]:
 @pytest.fixture(scope="session")
 def sample(engine):
     """The scores of the page's own pictures and the swapped captions."""
-    return engine.align(engine.gallery_photos(IDS), SWAPPED.split("\n"))
+    return engine.align_both(engine.gallery_photos(IDS), SWAPPED.split("\n"))[0]
 
 
 # ---------------------------------------------------------------- the arithmetic of the page
@@ -306,7 +306,7 @@ def test_the_csv_holds_the_view_and_no_formula(visit, engine):
     head, *rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"))))
     assert head[0] == text("zh", "matrix.view.cosine")
     assert [row[0] for row in rows] == ["'" + captions[0], "'" + captions[1], captions[2]]
-    expected = engine.align(engine.gallery_photos(IDS), captions).similarity.T
+    expected = engine.align_both(engine.gallery_photos(IDS), captions)[0].similarity.T
     numbers = torch.tensor([[float(number) for number in row[1:]] for row in rows])
     torch.testing.assert_close(numbers, expected, atol=1e-6, rtol=0)
 
