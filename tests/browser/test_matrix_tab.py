@@ -31,6 +31,8 @@ IDS = FAVOURITES[:NUM_COMPARED]
 def open_matrix(page: Page, lang: str = "en") -> Page:
     page.get_by_role("tab", name=text(lang, "matrix.tab")).click()
     expect(page.locator("#matrix-table .al-cell").first).to_be_visible()
+    # The example captions change with the label: what is typed before would be replaced.
+    expect(page.locator("#matrix-captions")).to_contain_text(text(lang, "matrix.captions"))
     return page
 
 
