@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.records import GalleryMetadata, Picture
 from alignment.gallery.writer import write_gallery
 from alignment.index import MilvusIndex, Server
+from tests.http_client import until
 
 OLD = Path(__file__).resolve().parents[1] / "old_gallery"
 
@@ -85,6 +86,12 @@ def test_a_role_that_may_not_wait_for_the_index_can_push(
     write_gallery(tmp_path, pictures, [], {"picture": [unit(5000)]}, 16, metadata, {})
     remote = Remote(Server(guarded.uri, "limited:limited1"), "limited", tmp_path)
     with closing(GalleryDatabase.open(tmp_path)) as database:
-        remote.push(database)
+
+        def is_granted() -> bool:
+            with suppress(PermissionError):
+                return bool(remote.push(database))
+            return False
+
+        until(is_granted)  # the server takes some seconds to apply what was granted
         assert "PrivilegeFlush" in caplog.text
         remote.open("picture", metadata.fingerprint, database.ids("picture")).close()
