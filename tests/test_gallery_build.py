@@ -346,7 +346,29 @@ def test_captions_alone_make_a_gallery(tmp_path: Path, encoder: DualEncoder) -> 
     (source / CAPTIONS).write_text('{"id": "a", "topic": "pets", "en": "two cats", "zh": "一只猫"}\n', "utf-8")
     gallery, _ = build(source, tmp_path / "out", encoder)
     assert gallery.image_embeds.shape == (0, encoder.embed_dim)
-    assert [match.item.id for match in gallery.search_captions(gallery.text_embeds[1], 1).matches] == ["a.zh"]
+    assert [match.item.id for match in gallery.search_captions(gallery.text_embeds[1], 1, lang="zh").matches] == [
+        "a.zh"
+    ]
+
+
+def test_a_scene_has_one_embedding_in_all_its_languages(tmp_path: Path, encoder: DualEncoder) -> None:
+    source, texts = tmp_path / "source", {"en": "two cats", "zh": "一只猫"}
+    source.mkdir()
+    Image.new("RGB", (9, 9)).save(source / "cat.png")
+    (source / PICTURES).write_text(json.dumps({"id": "cat", "source": "cat.png", **texts}), "utf-8")
+    scenes = [{"id": "a", "topic": "pets", **texts}, {"id": "b", "topic": "pets", "en": "a dog"}]
+    (source / CAPTIONS).write_text("\n".join(map(json.dumps, scenes)), "utf-8")
+    gallery, report = build(source, tmp_path / "out", encoder)
+    english, chinese, dog, *of_picture = gallery.text_embeds
+    alone = encoder.encode_texts([*texts.values(), "a dog"])
+    mean = torch.nn.functional.normalize(alone[:2].mean(0), dim=0)
+    torch.testing.assert_close(
+        torch.stack([english, chinese, dog]), torch.stack([mean, mean, alone[2]]), atol=1e-3, rtol=0
+    )
+    torch.testing.assert_close(torch.stack(of_picture), alone[:2], atol=1e-3, rtol=0)
+    assert report.encoded["captions"] == 5
+    assert build(source, tmp_path / "out", encoder)[1].encoded["captions"] == 0
+    assert stored(tmp_path / "out")["embedding"] == 5
 
 
 def test_source_and_gallery_must_differ(photos: Path, encoder: DualEncoder) -> None:

@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from alignment.atomic import exclusive_lock, remove_stale_temp
 from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calibration
@@ -294,18 +295,23 @@ class _Build:
             self.growing(Gallery(known, (), images, none, self.metadata, judge=judge))
 
     def _encode_captions(self, captions: Sequence[Caption]) -> None:
-        texts = dict.fromkeys(caption.text for caption in captions)
-        fresh = [text for text in texts if not self.writer.has("caption", text)]
+        texts = {content_of(caption): caption.translations or (caption.text,) for caption in captions}
+        fresh = [content for content in texts if not self.writer.has("caption", content)]
+        todo = count = sum(len(texts[content]) for content in fresh)
         for start in range(0, len(fresh), _CAPTION_BATCH):
             batch = fresh[start : start + _CAPTION_BATCH]
+            sizes = [len(texts[content]) for content in batch]
 
-            def show(count: int, _: int, done: int = self.total - len(fresh) + start) -> None:
-                self.progress(done + count, self.total)
+            def show(done: int, _: int, before: int = self.total - todo) -> None:
+                self.progress(before + done, self.total)
 
-            self.writer.add("caption", batch, self.encoder.encode_texts(batch, progress=show))
+            embeds = self.encoder.encode_texts([text for content in batch for text in texts[content]], progress=show)
+            means = torch.stack([embeds_of.mean(0) for embeds_of in embeds.split(sizes)])
+            self.writer.add("caption", batch, functional.normalize(means, dim=-1))
             self.writer.commit()
-        self.report.encoded["captions"] = len(fresh)
-        self.report.reused["captions"] = len(captions) - len(fresh)
+            todo -= sum(sizes)
+        self.report.encoded["captions"] = count
+        self.report.reused["captions"] = len(captions) - count
         self.progress(self.total, self.total)
 
     def finish(self, pictures: Sequence[Picture], captions: Sequence[Caption], calibrate: bool) -> None:

@@ -78,6 +78,8 @@ class Caption:
     lang: str = ""  # "en", "zh", ... or "" for unknown
     scene: str = ""  # shared by captions of the same scene, such as its two languages; the picture's id if there is one
     topic: str = ""  # category of the scene
+    # texts of the scene in all its languages, whose mean embedding it has; empty where the text is embedded alone
+    translations: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,9 @@ def is_hand_written(folder: Path) -> bool:
 def read_hand_written(folder: Path) -> tuple[list[Picture], list[Caption]]:
     """Read `pictures.jsonl`, `captions.jsonl` or both; the pictures' captions are candidates as well.
 
+    A scene in several languages has one embedding, so that a picture finds the same scenes in each of them; pictures'
+    captions, which evaluate a language, have their own.
+
     A picture's line: {"id": "cat", "source": "package:skimage/data/chelsea.png", "en": "A tabby cat.", "credit": ""};
     a scene's: {"id": "pets-01", "topic": "pets", "en": "A cat sleeps.", "zh": "..."}. Every other key is a language.
 
@@ -174,11 +179,12 @@ def read_hand_written(folder: Path) -> tuple[list[Picture], list[Caption]]:
     """
     listed = _entries(folder / PICTURES, "id", "source", "credit")
     pictures = [Picture(id, source, own, credit, os.path.abspath(folder)) for (id, source, credit), own in listed]
-    scenes = [(id, topic, own) for (id, topic), own in _entries(folder / CAPTIONS, "id", "topic")]
-    scenes += [(picture.id, "", dict(picture.captions)) for picture in pictures]
+    entries = _entries(folder / CAPTIONS, "id", "topic")
+    scenes = [(id, topic, own, tuple(own.values())) for (id, topic), own in entries]
+    scenes += [(picture.id, "", dict(picture.captions), ()) for picture in pictures]
     captions = [
-        Caption(f"{scene}.{lang}", text, lang, scene, topic)
-        for scene, topic, texts in scenes
+        Caption(f"{scene}.{lang}", text, lang, scene, topic, translations)
+        for scene, topic, texts, translations in scenes
         for lang, text in texts.items()
     ]
     for ids in ([picture.id for picture in pictures], [caption.id for caption in captions]):

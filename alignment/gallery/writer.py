@@ -98,7 +98,7 @@ class GalleryWriter(SQLiteFile):
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
     def has(self, kind: Kind, content: str) -> bool:
-        """Whether there is an embedding of a picture's file, by its SHA-256, or of a caption, by its text."""
+        """Whether there is an embedding of a picture's file, by its SHA-256, or of a caption, see `content_of`."""
         return self._any("embedding WHERE key = ?", self._key(kind, content))
 
     def has_thumbnail(self, sha256: str) -> bool:
@@ -225,7 +225,7 @@ def _blobs(embeds: Tensor) -> list[bytes]:
 def _columns(item: Picture | Caption) -> Row:
     """Lay a record out as its row, without id and embedding."""
     if isinstance(item, Caption):
-        name, text, lang, scene, topic = astuple(item)
+        name, text, lang, scene, topic, _ = astuple(item)
         # Nearly every name begins with the scene: that is a tenth of the row.
         return name.removeprefix(scene) if scene and name.startswith(f"{scene}.") else name, text, lang, scene, topic
     captions = json.dumps(dict(item.captions), ensure_ascii=False) if item.captions else ""
@@ -235,8 +235,10 @@ def _columns(item: Picture | Caption) -> Row:
 
 
 def content_of(item: Picture | Caption) -> str:
-    """Return what an item's embedding is stored by: the SHA-256 of a picture's file, or a caption's text."""
-    return item.text if isinstance(item, Caption) else item.file.sha256 if item.file else item.id
+    """Return what an item's embedding is stored by: the SHA-256 of a picture's file, or a caption's texts."""
+    if isinstance(item, Caption):
+        return "\0".join(item.translations) or item.text
+    return item.file.sha256 if item.file else item.id
 
 
 def write_gallery(

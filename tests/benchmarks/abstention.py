@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from alignment.compact.features import teacher_embeddings
 from alignment.compact.scenes import LANGUAGES, Photo, read_photos
@@ -49,6 +50,10 @@ SENTENCE_ENCODERS = {"en": "mpnet", "zh": "e5"}
 NONSENSE, EMPTY = 60, 30  # of each kind
 RESULTS = 10
 BINS = 10
+FUNCTION_WORDS = (
+    "a an the of on in at with and is are to by for from it his her its their up down over out into near beside behind "
+    "while through two one three some several other another this that as off under between against along front"
+)
 SEARCHED: dict[Direction, tuple[int, ...]] = {"image_to_text": (200, 1000, 6000), "text_to_image": (10, 23, 100, 800)}
 """Candidates of the galleries that the fit draws."""
 
@@ -169,6 +174,32 @@ class Meaning:
         return (self.slope * self.to_photos(embeds) + self.bias).sigmoid()
 
 
+def shared_words(photos: Sequence[Photo], bank: Sequence[str], language: str) -> Tensor:
+    """Tell which texts share a content word, in Chinese two characters, with a caption of each photograph.
+
+    Returns:
+        (num_photos, num_texts) bool.
+    """
+    own = [_words(" ; ".join(photo.captions[language]), language) for photo in photos]
+    said = [_words(text, language) for text in bank]
+    places = {word: place for place, word in enumerate(sorted(set().union(*said)))}
+
+    def marks(texts: Sequence[set[str]]) -> Tensor:
+        found = torch.zeros(len(texts), len(places))
+        for row, words in enumerate(texts):
+            found[row, [places[word] for word in words if word in places]] = 1
+        return found
+
+    return marks(own) @ marks(said).T > 0
+
+
+def _words(text: str, language: str) -> set[str]:
+    if language == "zh":
+        return {run[at : at + 2] for run in re.findall(r"[\u4e00-\u9fff]+", text) for at in range(len(run) - 1)}
+    said, function = (re.findall("[a-z]+", part.lower()) for part in (text, FUNCTION_WORDS))
+    return {word.rstrip("s") for word in said} - {word.rstrip("s") for word in function}
+
+
 # ---------------------------------------------------------------- measures
 
 
@@ -195,10 +226,12 @@ class Answers:
     right: Tensor
     fits: Tensor
     photo: Tensor
+    shared: Tensor  # whether the first shares a content word with the photograph's captions, and one of the first three
 
     def measures(self, rows: Tensor | None = None) -> dict[str, float]:
         """Measure some rows, or all."""
-        said, right, fits = (x if rows is None else x[rows] for x in (self.said, self.right, self.fits))
+        every = (self.said, self.right, self.fits, self.shared.double())
+        said, right, fits, shared = (x if rows is None else x[rows] for x in every)
         sure = said >= 0.5
         return {
             "something fits": float(fits.double().mean()),
@@ -207,6 +240,9 @@ class Answers:
             "right of these": float(right[sure].double().mean()) if sure.any() else float("nan"),
             "calibration error": calibration_error(said, right),
             "AUROC": auroc(said, right >= 0.5),
+            "first shares a word": float(shared[:, 0].mean()),
+            "one of three does": float(shared[:, 1].mean()),
+            "first, said at least a half": float(shared[sure, 0].mean()),
         }
 
     def with_intervals(self, resamples: int) -> dict[str, tuple[float, float, float]]:
@@ -234,20 +270,26 @@ class Side:
     relevance: Tensor
     photo: Tensor
     judged: Tensor | None = None  # rows of (photo, candidate, whether it fits), judged by eye
+    alone: Tensor | None = None  # the candidates embedded in this language only, as in most galleries
+    shared: Tensor | None = None  # (num_queries, num_candidates), see `shared_words`
 
     def of(self, photos: Tensor, direction: Direction) -> Side:
         """Keep the queries of some photographs; where photographs are searched, keep those only."""
         rows = torch.isin(self.photo, photos)
         columns = rows if direction == "text_to_image" else torch.ones(len(self.candidates), dtype=torch.bool)
         relevance = self.relevance[rows][:, columns]
-        return Side(self.queries[rows], self.candidates[columns], relevance, self.photo[rows])
+        shared = None if self.shared is None else self.shared[rows][:, columns]
+        return Side(self.queries[rows], self.candidates[columns], relevance, self.photo[rows], shared=shared)
 
 
 Data = dict[Direction, dict[str, Side]]
 
 
-def load(arguments: argparse.Namespace, encoder: DualEncoder) -> Data:
-    """Embed the dev photographs, a caption of each in each language, and the starter gallery's captions."""
+def load(arguments: argparse.Namespace, encoder: DualEncoder) -> tuple[Data, list[str]]:
+    """Embed the dev photographs, a caption of each in each language, and the starter gallery's captions.
+
+    The second value is the data set of each photograph.
+    """
     photos = [photo for photo in read_photos(arguments.data, arguments.chinese) if photo.split == "dev"]
     photos = [photo for photo in photos if all(photo.captions.get(language) for language in LANGUAGES)]
     _, captions = read_hand_written(SOURCES)
@@ -259,11 +301,17 @@ def load(arguments: argparse.Namespace, encoder: DualEncoder) -> Data:
         first = torch.tensor([int((meaning.owners == row).nonzero()[0]) for row in range(len(photos))])
         relevance = meaning.probability(meaning.bank).clamp(max=0.999)
         texts = encoder.encode_texts(list(bank.values()))
-        found["image_to_text"][language] = Side(images, texts, relevance, rows, meaning.judged)
+        shared = shared_words(photos, list(bank.values()), language)
+        found["image_to_text"][language] = Side(images, texts, relevance, rows, meaning.judged, texts, shared)
         relevance = meaning.probability(meaning.own[first]).clamp(max=0.999).fill_diagonal_(1.0).T
-        texts = encoder.encode_texts([meaning.texts[row] for row in first.tolist()])
-        found["text_to_image"][language] = Side(texts, images, relevance, rows)
-    return found
+        own = [meaning.texts[row] for row in first.tolist()]
+        shared = shared_words(photos, own, language).T
+        found["text_to_image"][language] = Side(encoder.encode_texts(own), images, relevance, rows, shared=shared)
+    sides = found["image_to_text"].values()
+    scenes = functional.normalize(torch.stack([side.candidates for side in sides]).mean(0), dim=-1)
+    for side in sides:
+        side.candidates = scenes  # as `build_gallery` embeds a scene
+    return found, [photo.source for photo in photos]
 
 
 def fit(data: Data, photos: Tensor, cohort: Cohort) -> Calibration:
@@ -292,21 +340,28 @@ def fit(data: Data, photos: Tensor, cohort: Cohort) -> Calibration:
     return Calibration(match, any_match, thresholds)
 
 
-def judged_evidence(side: Side, photos: Tensor, cohort: Cohort) -> tuple[Tensor, Tensor]:
+def judged_evidence(side: Side, candidates: Tensor, photos: Tensor, cohort: Cohort) -> tuple[Tensor, Tensor]:
     """Return the evidence for the pairs judged by eye that a search would show, of some photographs, and which fit."""
     assert side.judged is not None
     photo, scene, fits = side.judged[torch.isin(side.judged[:, 0], photos)].T
     queries = side.queries[photo]
-    everything = queries @ side.candidates.T
+    everything = queries @ candidates.T
     similarity = everything.gather(1, scene[:, None])
     shown = (everything > similarity).sum(1) < RESULTS
-    evidence = cohort.evidence(similarity, queries, len(side.candidates), "image_to_text")[:, 0]
+    evidence = cohort.evidence(similarity, queries, len(candidates), "image_to_text")[:, 0]
     return evidence[shown], fits[shown].bool()
 
 
 def judged_curve(languages: dict[str, Side], photos: Tensor, cohort: Cohort, prior: Curve) -> Curve:
-    """Fit on the pairs judged by eye: at the same closeness in meaning, what the model finds itself fits more often."""
-    parts = [judged_evidence(side, photos, cohort) for side in languages.values()]
+    """Fit on the pairs judged by eye: at the same closeness in meaning, what the model finds itself fits more often.
+
+    Scenes count twice: as the starter gallery embeds them, and in each language alone.
+    """
+    parts = [
+        judged_evidence(side, candidates, photos, cohort)
+        for side in languages.values()
+        for candidates in (side.candidates, side.alone)
+    ]
     evidence, labels = (torch.cat(list(part)) for part in zip(*parts, strict=True))
     return Curve.fit(evidence, labels, prior=prior)
 
@@ -320,10 +375,15 @@ def answers(side: Side, direction: Direction, calibration: Calibration, cohort: 
         told.append((float(judged.probabilities[0]), judged.verdict in ("fits", "may_fit")))
     said, fits = zip(*told, strict=True)
     right = side.relevance.gather(1, ids[:, :1]).squeeze(1)
-    return Answers(torch.tensor(said), right, torch.tensor(fits), side.photo)
+    assert side.shared is not None
+    shared = side.shared.gather(1, ids[:, :3])
+    either = torch.stack([shared[:, 0], shared.any(1)], dim=1)
+    return Answers(torch.tensor(said), right, torch.tensor(fits), side.photo, either)
 
 
-def cross_fit(data: Data, cohort: Cohort, resamples: int) -> dict[Direction, tuple[Tensor, Tensor]]:
+def cross_fit(
+    data: Data, sources: Sequence[str], cohort: Cohort, resamples: int
+) -> dict[Direction, tuple[Tensor, Tensor]]:
     """Fit on one half of the photographs and measure on the other, both ways, and print the tables.
 
     Returns:
@@ -344,21 +404,30 @@ def cross_fit(data: Data, cohort: Cohort, resamples: int) -> dict[Direction, tup
             everyone[direction].append(joined)
             print(f"{direction}, {language}: {len(joined.said)} queries, {len(parts[0].said)} photographs a half")
             for name, (value, low, high) in joined.with_intervals(resamples).items():
-                print(f"    {name:22}{value:.3f} [{low:.3f}, {high:.3f}]")
+                print(f"    {name:28}{value:.3f} [{low:.3f}, {high:.3f}]")
+            for source in sorted(set(sources)):
+                rows = torch.tensor([sources[row] == source for row in joined.photo.tolist()])
+                told = ", ".join(f"{name} {value:.3f}" for name, value in joined.measures(rows).items())
+                print(f"    {source}: {told}")
     shown = {
         way: (torch.cat([part.said for part in parts]), torch.cat([part.right for part in parts]))
         for way, parts in everyone.items()
     }
-    judged = [
-        (fitted[part].match["image_to_text"].probability(evidence), fits)
-        for part in (0, 1)
-        for side in data["image_to_text"].values()
-        for evidence, fits in [judged_evidence(side, (half != part).nonzero()[:, 0], cohort)]
-    ]
-    said, fits = torch.cat([said for said, _ in judged]), torch.cat([fits for _, fits in judged])
-    shown["image_to_text"] = said, fits
-    print(f"judged pairs: {len(said)}, said {float(said.mean()):.3f}, fit {float(fits.double().mean()):.3f}")
-    print(f"    calibration error {calibration_error(said, fits):.3f}, AUROC {auroc(said, fits):.3f}")
+    for name in ("alone", "candidates"):  # captions of one language, then scenes as the starter gallery holds them
+        judged = [
+            (fitted[part].match["image_to_text"].probability(evidence), fits)
+            for part in (0, 1)
+            for side in data["image_to_text"].values()
+            for evidence, fits in [judged_evidence(side, getattr(side, name), (half != part).nonzero()[:, 0], cohort)]
+        ]
+        said, fits = torch.cat([said for said, _ in judged]), torch.cat([fits for _, fits in judged])
+        shown["image_to_text"] = said, fits
+        sure = fits[said >= 0.5].double()
+        print(
+            f"judged pairs, {name}: {len(said)}, said {float(said.mean()):.3f}, fit {float(fits.double().mean()):.3f}"
+        )
+        print(f"    calibration error {calibration_error(said, fits):.3f}, AUROC {auroc(said, fits):.3f}")
+        print(f"    said at least a half: {len(sure)}, of which fit {float(sure.mean()):.3f}")
     return shown
 
 
@@ -430,8 +499,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     encoder = DualEncoder.load(arguments.model, device="cpu")
-    cohort, data = build_cohort(encoder), load(arguments, encoder)
-    measured = cross_fit(data, cohort, arguments.resamples)
+    cohort, (data, sources) = build_cohort(encoder), load(arguments, encoder)
+    measured = cross_fit(data, sources, cohort, arguments.resamples)
     whole = fit(data, torch.arange(len(data["image_to_text"]["en"].photo)), cohort)
     refusals(data, whole, cohort, encoder)
     print(json.dumps(whole.to_dict(), indent=2))
