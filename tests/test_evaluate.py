@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from alignment.data import Pair
 from alignment.evaluate import KS, Estimate, embed_pairs, evaluate_embedded, evaluate_embeddings, main
-from alignment.evaluate.embedding import ROUNDING, NamedProgress, retrieval_ranks
+from alignment.evaluate.embedding import NamedProgress
+from alignment.evaluate.ranks import ROUNDING, retrieval_ranks
 from alignment.evaluate.retrieval import RetrievalReport, report_table
 from alignment.preprocess import InputError
 

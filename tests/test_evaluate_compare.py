@@ -25,9 +25,9 @@ from alignment.evaluate import (
     suspected_false_negatives,
     worst_queries,
 )
-from alignment.evaluate.embedding import retrieval_ranks
 from alignment.evaluate.error_analysis import Example, FalseNegative, changed_queries
 from alignment.evaluate.html_report import THUMBNAIL, html_page
+from alignment.evaluate.ranks import retrieval_ranks
 
 
 def random_embeds(*shape: int, seed: int = 0) -> Tensor:

@@ -20,7 +20,8 @@ from test_preprocess import equal
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from alignment.preprocess import InputError, Preprocessor, open_image
-from alignment.preprocess.preprocessor import FileTokenizer, ImageTransform, TokenizerSpec
+from alignment.preprocess.image_transform import ImageTransform
+from alignment.preprocess.tokenizer import FileTokenizer, TokenizerSpec
 
 ROOT = Path(__file__).parents[1]
 COMPACT = ROOT / "checkpoints" / "compact"

@@ -6,7 +6,8 @@ combined by `queries`, batched by `batching`, compared and explained by `matrix`
 """
 
 from alignment.engine.core import MAX_PHOTOS, AlignmentEngine, Photos, Skipped, as_webp
-from alignment.engine.matrix import Alignment, Explanation, Scale, SecondModel
+from alignment.engine.explanation import Explanation, Scale
+from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.photo_folder import PhotoFolder, Scan
 from alignment.engine.queries import MAX_TERMS, Query, Term, parse_query, write_query
 from alignment.engine.safe_zip import MAX_ZIP_MB

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from alignment.engine.batching import IMAGES_AT_ONCE, MORE_IMAGES, TEXTS_AT_ONCE, DynamicBatcher
-from alignment.engine.matrix import Alignment, Explanation, Scale, SecondModel, explain_match
+from alignment.engine.explanation import Explanation, Scale, explain_match
+from alignment.engine.matrix import Alignment, SecondModel
 from alignment.engine.queries import Query, Term, check_count, search
 from alignment.gallery import THUMBNAIL_PIXELS, Caption, Gallery, Picture, SearchResult
 from alignment.gallery.records import FileFingerprint

@@ -9,8 +9,9 @@ queries; `retrieval`, `zero_shot` and `eccv` compute metrics and intervals; `err
 """
 
 from alignment.evaluate.command import main
-from alignment.evaluate.embedding import KS, Embedded, embed_pairs
+from alignment.evaluate.embedding import Embedded, embed_pairs
 from alignment.evaluate.error_analysis import suspected_false_negatives, worst_queries
+from alignment.evaluate.ranks import KS
 from alignment.evaluate.retrieval import (
     Difference,
     Estimate,

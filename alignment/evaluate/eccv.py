@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from alignment.data import Pair
-from alignment.evaluate.embedding import DIRECTIONS, ROUNDING, Embedded, scored_blocks
+from alignment.evaluate.embedding import Embedded
+from alignment.evaluate.ranks import DIRECTIONS, ROUNDING, scored_blocks
 from alignment.preprocess import InputError, clean_caption
 
 _FILES = ("dataset_coco.json", "captions_val2014.json")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.evaluate.embedding import DIRECTIONS, ROUNDING, Embedded, scored_blocks
+from alignment.evaluate.embedding import Embedded
+from alignment.evaluate.ranks import DIRECTIONS, ROUNDING, scored_blocks
 from alignment.similarity import cosine_similarity
 
 

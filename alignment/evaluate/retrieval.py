@@ -12,7 +12,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from alignment.evaluate.embedding import DIRECTIONS, KS, Embedded
+from alignment.evaluate.embedding import Embedded
+from alignment.evaluate.ranks import DIRECTIONS, KS
 
 Statistics = Callable[[Tensor], Mapping[str, float]]
 """Metrics by name when image i is drawn `draws[i]` times; draws is (num_images,) int64."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignment.data.files import UNLISTED, walk
-from alignment.evaluate.embedding import ROUNDING, NamedProgress, embed_images, retrieval_ranks, with_name
+from alignment.evaluate.embedding import NamedProgress, embed_images, with_name
+from alignment.evaluate.ranks import ROUNDING, retrieval_ranks
 from alignment.evaluate.retrieval import Difference, Estimate, Sampled, bootstrap, differences, estimates
 from alignment.model import DualEncoder
 from alignment.preprocess import IMAGE_SUFFIXES

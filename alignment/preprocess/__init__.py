@@ -8,7 +8,8 @@ transformers takes seconds to import, so it is imported only for checkpoints tha
 from alignment.preprocess.captions import MAX_CAPTION_CHARS, clean_caption, join_first, parse_captions, sanitize_text
 from alignment.preprocess.errors import InputError, message_with_option
 from alignment.preprocess.images import IMAGE_SUFFIXES, ImageSource, open_image
-from alignment.preprocess.preprocessor import Preprocessor, TokenizerSpec
+from alignment.preprocess.preprocessor import Preprocessor
+from alignment.preprocess.tokenizer import TokenizerSpec
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_CAPTION_CHARS", "ImageSource", "InputError", "Preprocessor", "TokenizerSpec"]
 __all__ += ["clean_caption", "join_first", "message_with_option", "open_image", "parse_captions", "sanitize_text"]

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 
 import app
 from alignment.engine import AlignmentEngine, SecondModel
-from alignment.evaluate.embedding import retrieval_ranks
+from alignment.evaluate.ranks import retrieval_ranks
 from alignment.losses import sigmoid_loss, softmax_loss
 from alignment.model import DualEncoder
 from alignment.server import Service, Settings
