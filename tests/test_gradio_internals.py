@@ -2,7 +2,10 @@
 moves a private part that the module of this name relies on. `make upgrade-check` runs them with the newest releases."""
 
 import json
+import logging
+import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,13 +31,13 @@ from alignment.server.gradio_internals import (
     LightSessions,
     QueueJanitor,
     check_gradio,
+    configure_uvicorn,
     event_data,
     harden_mcp,
     has_messages,
-    limit_connections,
     queue_status,
     session_of_event,
-    set_temp_folder,
+    temp_folder,
 )
 from tests.http_client import run_coroutine, until
 
@@ -79,7 +82,7 @@ def page(gate, tmp_path_factory) -> Iterator[Recorder]:
             given.change(keep, [given, kept], [gr.Textbox(), kept], api_name="keep", api_visibility="private")
             gr.api(echo, api_name="echo")
             gr.api(wait, api_name="wait")
-        limit_connections(0)
+        configure_uvicorn(0)
         page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, mcp_server=True)
         harden_mcp(page)
         yield page
@@ -250,22 +253,32 @@ def test_headers_of_an_agents_request_reach_the_tools_request(page, gate):
 
 
 def test_uvicorn_takes_the_protocol_and_closes_idle_connections():
-    limit_connections(3)
+    configure_uvicorn(3)
     config = uvicorn.Config(lambda: None)
     config.load()
     assert config.http_protocol_class is HeaderTimeoutProtocol
 
 
+def test_uvicorn_leaves_its_log_to_the_handlers_of_the_process():
+    names = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
+    for name in names:
+        logging.getLogger(name).handlers.clear()  # of servers that ran before `configure_uvicorn`
+        logging.getLogger(name).propagate = True
+    configure_uvicorn(0)
+    uvicorn.Config(lambda: None)
+    assert not any(logging.getLogger(name).handlers for name in names)
+    assert all(logging.getLogger(name).propagate for name in names)
+
+
 def test_gradio_makes_its_own_folders_where_it_is_told(tmp_path):
-    before = set_temp_folder(str(tmp_path))
-    try:
-        assert set_temp_folder(str(tmp_path)) == str(tmp_path)
+    with temp_folder(str(tmp_path)):
+        assert os.environ["GRADIO_TEMP_DIR"] == tempfile.gettempdir() == str(tmp_path)
         with gr.Blocks(analytics_enabled=False) as page:
             gr.Textbox()
         gr.routes.App.create_app(page)
         assert list(tmp_path.iterdir()) != []
-    finally:
-        set_temp_folder(before)
+    assert os.environ.get("GRADIO_TEMP_DIR") != str(tmp_path)
+    assert tempfile.gettempdir() != str(tmp_path)
 
 
 def test_the_page_of_a_scope_is_found(page):

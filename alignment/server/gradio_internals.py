@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -44,13 +46,22 @@ def blocks_of(scope: Mapping[str, Any]) -> EventBlocks:
     return scope["app"].get_blocks()
 
 
-def set_temp_folder(folder: str) -> str:
-    """Let Gradio make its own folders in this one; returns the one before.
+@contextmanager
+def temp_folder(folder: str) -> Iterator[None]:
+    """Let Gradio, and the rest of this process, make temporary files in this folder.
 
     Gradio reads GRADIO_TEMP_DIR when it is imported, and would leave an empty folder in the one of the system.
     """
-    before, routes.DEFAULT_TEMP_DIR = routes.DEFAULT_TEMP_DIR, folder
-    return before
+
+    def use(*folders: Any) -> None:
+        os.environ["GRADIO_TEMP_DIR"], tempfile.tempdir, routes.DEFAULT_TEMP_DIR = folders
+
+    before = os.environ.get("GRADIO_TEMP_DIR", ""), tempfile.tempdir, routes.DEFAULT_TEMP_DIR
+    use(folder, folder, folder)
+    try:
+        yield
+    finally:
+        use(*before)
 
 
 def event_data(event: gr.EventData) -> dict[str, Any]:
@@ -142,7 +153,7 @@ class QueueJanitor:
         """Forget what is due; in the server's event loop only."""
         unfinished, now = self._queue.event_ids_to_events, time.monotonic()
         pending = self._queue.pending_event_ids_session
-        idle = [name for name, ids in pending.items() if not any(id in unfinished for id in ids)]
+        idle = [name for name, ids in pending.items() if unfinished.keys().isdisjoint(ids)]
         self._since = {name: self._since.get(name, now) for name in idle}
         excess = len(idle) - self._max_idle
         for place, name in enumerate(sorted(idle, key=self._since.__getitem__)):
@@ -181,8 +192,8 @@ class LightSessions(StateHolder):
                 self.session_data.move_to_end(session_id)
                 # The components hold a state's content twice more: as a value and in their configuration.
                 self._sizes[session_id] = 3 * estimate_bytes(list(self.session_data[session_id].state_data.values()))
-            while len(self.session_data) > 1 and (self._is_heavy() or len(self.session_data) > self.capacity):
-                self._drop(self._least_valuable(session_id))
+            while len(self.session_data) > 1 and (surplus := self._surplus(session_id)):
+                self._drop(surplus)
 
     def expire(self, seconds: float) -> None:
         """Drop sessions that were not used for so long."""
@@ -191,14 +202,13 @@ class LightSessions(StateHolder):
             for session_id in [name for name, used in self.time_last_used.items() if used < limit]:
                 self._drop(session_id)
 
-    def _is_heavy(self) -> bool:
-        return sum(self._sizes.values()) > self.max_bytes
-
-    def _least_valuable(self, current: str) -> str:
-        """Choose a session to evict: empty ones first, so that opening many does not evict others' uploads."""
+    def _surplus(self, current: str) -> str:
+        """Choose a session to evict, "" if all may stay; of too many an empty one: opening many evicts no uploads."""
         oldest = next(iter(self.session_data))
+        if sum(self._sizes.values()) > self.max_bytes:
+            return oldest
         empty = (name for name in self.session_data if not self._sizes.get(name) and name != current)
-        return oldest if self._is_heavy() else next(empty, oldest)
+        return next(empty, oldest) if len(self.session_data) > self.capacity else ""
 
     def _drop(self, session_id: str) -> None:
         for table in (self.session_data, self._sizes, self.time_last_used):
@@ -231,10 +241,14 @@ def _bare_paths(value: Any) -> Any:
     return [_bare_paths(part) for part in value] if isinstance(value, list) else value
 
 
-def limit_connections(max_per_address: int) -> None:
-    """Let uvicorn serve with `HeaderTimeoutProtocol`, to which `launch` passes no options; 0 for any number."""
-    HeaderTimeoutProtocol.limiter = ConcurrencyLimiter(max_per_address)
+def configure_uvicorn(max_connections: int) -> None:
+    """Let uvicorn serve with `HeaderTimeoutProtocol`, and log as the process does; `launch` passes it no options.
+
+    An address may hold so many connections, 0 for any number. uvicorn's own handlers would write another format.
+    """
+    HeaderTimeoutProtocol.limiter = ConcurrencyLimiter(max_connections)
     uvicorn.config.HTTP_PROTOCOLS["auto"] = HeaderTimeoutProtocol  # type: ignore[assignment]  # a class does as well
+    uvicorn.config.LOGGING_CONFIG["loggers"] = {}
 
 
 class HeaderTimeoutProtocol(H11Protocol):

@@ -6,13 +6,11 @@ and the lines of code are logged: its message may quote what a client sent.
 
 import json
 import logging
-import sys
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
 _FIELDS = "service"
-_SERVER_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 _OURS = "alignment"
 _QUOTABLE = tuple(f"{_OURS}.{part}" for part in ("engine.photo_folder", "gallery", "index", "model", "server"))
 """Loggers whose messages are about what the operator chose; messages of others may quote clients."""
@@ -25,21 +23,11 @@ def log_event(logger: logging.Logger, event: str, **fields: object) -> None:
 
 def configure_logging(style: str) -> None:
     """Send the log of the whole process to stderr: "json" for a JSON object a line, "human" for a line of text."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else HumanFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger(_OURS).setLevel(logging.INFO)
     logging.captureWarnings(True)
-
-
-def redirect_server_logs() -> None:
-    """Send the web server's log there too; it installs handlers of its own when it starts."""
-    for name in _SERVER_LOGGERS:
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
 
 
 class HumanFormatter(logging.Formatter):
@@ -74,9 +62,9 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _location(record: logging.LogRecord) -> str:
+    """Return the lines of code of an exception, and its type; "" if there is none."""
     if not record.exc_info or record.exc_info[0] is None:
         return ""
     kind, _, trace = record.exc_info
-    return " > ".join(
-        [*(f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(trace)), kind.__name__]
-    )
+    lines = [f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(trace)]
+    return " > ".join([*lines, kind.__name__])

@@ -14,12 +14,9 @@ from alignment.preprocess import InputError
 from alignment.server.errors import ServiceError
 from alignment.server.gradio_internals import Event, EventBlocks
 from alignment.server.logging import log_event
-from alignment.server.sessions import SessionOwners, cookie_of
+from alignment.server.middleware import GUARDED, GuardedRequest
 
 logger = logging.getLogger(__name__)
-
-REQUEST_ID, BEGUN, OWNERS = "alignment.request", "alignment.begun", "alignment.owners"
-"""Keys of the ASGI scope under which the middleware passes on a request's id and time, and the owners of sessions."""
 
 MAX_PATH = 4096  # characters
 _MAX_NAME = 255  # bytes of a part of a path
@@ -30,9 +27,10 @@ class GuardedBlocks(EventBlocks):
 
     async def handle_event(self, event: Event, proceed: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """Check an event, let Gradio process it, and log how long it took and how it ended."""
-        begun, outcome, answer = event.scope.get(BEGUN, time.monotonic()), "cancelled", {}
+        request: GuardedRequest | None = event.scope.get(GUARDED)
+        begun, outcome, answer = request.begun if request else time.monotonic(), "cancelled", {}
         try:
-            _check(event)
+            _check(event, request)
             answer = await proceed()
             outcome = "ok"
             return answer
@@ -45,24 +43,23 @@ class GuardedBlocks(EventBlocks):
         except Exception as error:
             outcome = "error"
             logger.exception("A request failed")
-            raise gr.Error(str(ServiceError("internal").error), print_exception=False) from error
+            raise gr.Error(str(ServiceError("internal")), print_exception=False) from error
         finally:
             if not answer.get("is_generating"):
                 ms = round((time.monotonic() - begun) * 1000, 1)
-                request_id = event.scope.get(REQUEST_ID, "")
+                request_id = request.id if request else ""
                 log_event(logger, "answer", id=request_id, endpoint=event.endpoint, ms=ms, outcome=outcome)
 
 
-def _check(event: Event) -> None:
+def _check(event: Event, request: GuardedRequest | None) -> None:
     """Raise InputError on another browser's session, and on files that Gradio would fetch or cannot look for."""
-    owners: SessionOwners | None = event.scope.get(OWNERS)
-    if owners and event.session and not owners.admit(event.session, cookie_of(event.scope)):
-        raise ServiceError("service.session").error
+    if request and event.session and not request.may_use(event.session):
+        raise ServiceError("service.session")
     for path in _paths(event.inputs):
         if is_url(path):
-            raise ServiceError("api.address").error
+            raise ServiceError("api.address")
         if isinstance(path, str) and not is_possible_path(path):
-            raise ServiceError("upload.lost").error
+            raise ServiceError("upload.lost")
 
 
 def _paths(value: object) -> Iterator[object]:

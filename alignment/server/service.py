@@ -26,12 +26,13 @@ from starlette.routing import Route
 
 from alignment import __version__
 from alignment.server.errors import ServiceError, Translate
-from alignment.server.gradio_internals import EventBlocks, QueueJanitor, blocks_of, limit_connections, queue_status
+from alignment.server.gradio_internals import EventBlocks, QueueJanitor, blocks_of, configure_uvicorn, queue_status
 from alignment.server.logging import log_event
-from alignment.server.middleware import RequestGuard
+from alignment.server.middleware import GuardedRequest, RequestGuard
 from alignment.server.routes import UPLOAD
 from alignment.server.settings import Settings
 from alignment.server.uploads import UploadQuota, expire_files, receive_upload
+from alignment.signals import handle_signals
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Service:
         self.settings, self.folder = settings or Settings(), folder
         self.uploads, self.token = UploadQuota(self.settings), secrets.token_urlsafe(24)
         self.stopping, self.since = threading.Event(), time.monotonic()
-        self.requests = 0  # calls and uploads under way
+        self.requests = set[GuardedRequest]()  # calls and uploads under way
 
     def launch_options(
         self,
@@ -88,12 +89,12 @@ class Service:
         /healthz adds what `describe` returns of the model and the gallery; `routes` are the page's own. Errors are in
         English without `translate`.
         """
-        settings, self.uploads = self.settings, UploadQuota(self.settings, max_file_mb)
+        settings = self.settings
         # Behind a reverse proxy all connections are the proxy's.
-        limit_connections(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
+        configure_uvicorn(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
         guard = Middleware(RequestGuard, self, translate)
         health = Route("/healthz", partial(self._health, describe))
-        receive = partial(receive_upload, self.uploads)
+        receive = partial(receive_upload, self.uploads, max_file_mb)
         upload = [Route(path, receive, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
         refuse = dict.fromkeys((RequestValidationError, HTTPException), partial(_framework_error, translate))
         options = {"routes": [health, *upload, *routes], "middleware": [guard], "lifespan": self._clean_up}
@@ -106,22 +107,13 @@ class Service:
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
         """Let SIGTERM and SIGINT stop the service; a second signal ends the process as it does elsewhere."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        def handle(*received: object) -> None:
+        def stop(*received: object) -> None:
             self.stopping.set()
             restore()
 
-        for number in before:
-            signal.signal(number, handle)
-        try:
+        with handle_signals(stop, signal.SIGTERM, signal.SIGINT) as restore:
             yield
-        finally:
-            restore()
 
     def serve(self, page: gr.Blocks) -> None:
         """Block until told to stop, wait `stop_seconds` at most for what is under way, and close the launched page.
@@ -158,12 +150,10 @@ class Service:
     @asynccontextmanager
     async def _clean_up(self, app: Any) -> AsyncIterator[None]:
         """Clean up periodically for as long as the server runs."""
-        task = asyncio.create_task(self._clean_up_forever(blocks_of({"app": app})))
-        try:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(self._clean_up_forever(blocks_of({"app": app})))
             yield
-        finally:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     async def _clean_up_forever(self, page: EventBlocks) -> None:
         janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)

@@ -215,7 +215,7 @@ def _bytes(image: object) -> bytes:
     if upload is None:
         raise InputError("A picture is a data URL or an uploaded file.", "api.image")
     if is_url(upload.path):
-        raise ServiceError("api.address").error
+        raise ServiceError("api.address")
     return read_upload(upload, MAX_PICTURES)
 
 
