@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import httpx
@@ -22,11 +22,9 @@ from mcp.client.streamable_http import streamable_http_client
 
 import app
 from alignment.bundled import ROOT
-from alignment.server import gradio_internals
+from alignment.server import GuardedBlocks, gradio_internals
 from alignment.server.gradio_internals import (
     SUPPORTED_GRADIO,
-    Event,
-    EventBlocks,
     HeaderTimeoutProtocol,
     LightSessions,
     QueueJanitor,
@@ -34,22 +32,31 @@ from alignment.server.gradio_internals import (
     configure_uvicorn,
     event_data,
     harden_mcp,
-    has_messages,
     queue_status,
-    session_of_event,
+    streaming_session,
     temp_folder,
 )
 from tests.http_client import run_coroutine, until
 
 
-class Recorder(EventBlocks):
+class Event(NamedTuple):
+    """What Gradio passes to `process_api`."""
+
+    endpoint: str
+    inputs: list[Any]
+    session: str
+    scope: dict[str, Any]
+
+
+class Recorder(GuardedBlocks):
     """A page that remembers its events."""
 
     seen: list[Event]
 
-    async def handle_event(self, event: Event, proceed: Any) -> dict[str, Any]:
-        self.seen.append(event)
-        return await proceed()
+    async def process_api(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> dict[str, Any]:
+        scope = options["request"].request.scope
+        self.seen.append(Event(block_fn.api_name, inputs, options["session_hash"], scope))
+        return await super().process_api(block_fn, inputs, *args, **options)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,7 @@ def page(gate, tmp_path_factory) -> Iterator[Recorder]:
         configure_uvicorn(0)
         page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, mcp_server=True)
         harden_mcp(page)
+        LightSessions(page, 10**9)
         yield page
         gate.set()
         page.close()
@@ -133,16 +141,10 @@ def test_no_other_module_touches_a_private_part():
 def test_events_pass_through_the_hook_before_their_files_are_fetched(page, monkeypatch):
     fetched: list[str] = []
     monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", lambda url, *_: fetched.append(url))
-
-    async def refuse(event: Event, proceed: Any) -> dict[str, Any]:
-        page.seen.append(event)
-        raise gr.Error("refused", print_exception=False)
-
-    monkeypatch.setattr(page, "handle_event", refuse)
     sent = {"path": "http://127.0.0.1:1/a.png", "meta": {"_type": "gradio.FileData"}}
     told = fetch(page, "echo", call(page, "echo", sent, session_hash="anna"))
     event = page.seen[-1]
-    assert "refused" in told
+    assert "Addresses on the network are not opened" in told
     assert fetched == []
     assert (event.endpoint, event.session, event.inputs[0]["path"]) == ("echo", "anna", sent["path"])
     assert event.scope["path"].endswith("/call/echo")
@@ -153,7 +155,7 @@ def test_the_queue_tells_what_waits_and_forgets_only_what_is_over(page, gate):
     janitor = QueueJanitor(page, max_age_s=3600, max_idle=1)
 
     def known() -> list[str]:
-        return [id for id in ids if has_messages(page, session_of_event(page, id))]
+        return [id for id in ids if streaming_session(page, event_id=id)]
 
     ids = [call(page, "wait", "x") for _ in range(3)]  # one runs, two wait
     until(lambda: (queue_status(page).waiting, queue_status(page).active) == (2, 1))
@@ -193,7 +195,7 @@ def test_no_statistics_are_kept():
 
 
 def test_sessions_describe_no_components_and_are_bounded(page):
-    sessions = page.sessions
+    sessions = page.state_holder
     assert isinstance(sessions, LightSessions)
     assert page.app.state_holder is page.state_holder is sessions
     assert "b" * 100 in fetch(page, "keep", call(page, "keep", "b" * 100, session_hash="bob"))
@@ -208,9 +210,9 @@ def test_sessions_describe_no_components_and_are_bounded(page):
 
 
 def test_a_call_without_a_session_opens_none(page):
-    page.sessions.expire(0)
+    page.state_holder.expire(0)
     assert "event: complete" in fetch(page, "keep", call(page, "keep", "x"))
-    assert not page.sessions.session_data
+    assert not page.state_holder.session_data
 
 
 # ---------------------------------------------------------------- tools

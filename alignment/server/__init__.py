@@ -4,7 +4,7 @@ Place in the flow: `request -> middleware (route, rate, size) -> Gradio -> page 
 `uploads` for files. `Service` puts them together.
 """
 
-from alignment.server.gradio_internals import check_gradio, harden_mcp
+from alignment.server.gradio_internals import check_gradio
 from alignment.server.logging import configure_logging
 from alignment.server.page import GuardedBlocks
 from alignment.server.service import Service, limit_arenas
@@ -13,5 +13,5 @@ from alignment.server.uploads import process_folder
 
 __all__ = [
     "GuardedBlocks", "Service", "Settings", "add_options", "check_address", "check_gradio", "configure_logging",
-    "harden_mcp", "host_in_url", "limit_arenas", "process_folder", "read_port",
+    "host_in_url", "limit_arenas", "process_folder", "read_port",
 ]  # fmt: skip

@@ -11,10 +11,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
-from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,7 +40,7 @@ def check_gradio(installed: str = gr.__version__) -> None:
         raise ValueError(f"Gradio {installed} is not supported; run: pip install 'gradio>={first},<{last}'")
 
 
-def blocks_of(scope: Mapping[str, Any]) -> EventBlocks:
+def blocks_of(scope: Mapping[str, Any]) -> gr.Blocks:
     """Return the page that an ASGI scope belongs to: the middleware is made before Gradio creates its app."""
     return scope["app"].get_blocks()
 
@@ -69,46 +68,6 @@ def event_data(event: gr.EventData) -> dict[str, Any]:
     return event._data if isinstance(event._data, dict) else {}
 
 
-class Event(NamedTuple):
-    """One call of a listener or an API endpoint; `scope` is that of the HTTP request that asked for it, or empty."""
-
-    endpoint: str
-    inputs: list[Any]  # as the client sent them: no file is fetched yet
-    session: str | None
-    scope: MutableMapping[str, Any]
-
-
-class EventBlocks(gr.Blocks):
-    """A page whose events pass through `handle_event` before Gradio preprocesses them.
-
-    HTTP middleware does not see events: a request only puts one into the queue. Without this hook Gradio would download
-    any URL in the inputs, print exceptions that quote them, and answer events of other browsers' sessions.
-    """
-
-    @cached_property
-    def sessions(self) -> LightSessions:
-        """The page's sessions, in use once it is launched."""
-        return LightSessions()
-
-    async def handle_event(self, event: Event, proceed: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-        """Answer an event; `proceed` runs Gradio's own processing. To be overridden."""
-        return await proceed()
-
-    async def process_api(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> dict[str, Any]:
-        """Pass the event to `handle_event`."""
-        fn = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
-        scope = getattr(getattr(options.get("request"), "request", None), "scope", None) or {}
-        event = Event(str(fn.api_name), inputs, options.get("session_hash"), scope)
-        return await self.handle_event(event, partial(super().process_api, block_fn, inputs, *args, **options))
-
-    def launch(self, *args: Any, **options: Any) -> Any:
-        """Launch as Gradio does, with `LightSessions`."""
-        served = super().launch(*args, **options)
-        self.sessions.set_blocks(self)
-        self.app.state_holder = self.sessions
-        return served
-
-
 class QueueStatus(NamedTuple):
     """Numbers of events that wait and that are being answered; whether an answer is not fetched yet; a broken queue."""
 
@@ -122,17 +81,14 @@ def queue_status(page: gr.Blocks) -> QueueStatus:
     """Read a page's queue, for /healthz, the queue limit and a clean stop."""
     queue = page._queue
     undelivered = any(list(queue.pending_event_ids_session.values()))
-    return QueueStatus(len(queue), queue.get_active_worker_count(), undelivered, bool(queue.stopped))
+    return QueueStatus(len(queue), queue.get_active_worker_count(), undelivered, queue.stopped)
 
 
-def session_of_event(page: gr.Blocks, event_id: str) -> str:
-    """Return the session of an event whose answer is not fetched yet, "" if there is none."""
-    return next((name for name, ids in page._queue.pending_event_ids_session.items() if event_id in ids), "")
-
-
-def has_messages(page: gr.Blocks, session: str) -> bool:
-    """Tell whether a session may fetch messages; Gradio breaks off the answer to any other."""
-    return session in page._queue.pending_messages_per_session
+def streaming_session(page: gr.Blocks, session: str = "", event_id: str = "") -> str:
+    """Return the session, given or of an event, that may fetch messages, else ""; Gradio breaks off other streams."""
+    queue = page._queue
+    session = next((name for name, ids in queue.pending_event_ids_session.items() if event_id in ids), session)
+    return session if session in queue.pending_messages_per_session else ""
 
 
 class QueueJanitor:
@@ -151,15 +107,15 @@ class QueueJanitor:
 
     def collect(self) -> None:
         """Forget what is due; in the server's event loop only."""
-        unfinished, now = self._queue.event_ids_to_events, time.monotonic()
-        pending = self._queue.pending_event_ids_session
-        idle = [name for name, ids in pending.items() if unfinished.keys().isdisjoint(ids)]
+        ids, messages = self._queue.pending_event_ids_session, self._queue.pending_messages_per_session
+        unfinished, now = self._queue.event_ids_to_events.keys(), time.monotonic()
+        idle = [name for name in messages | ids if unfinished.isdisjoint(ids.get(name, ()))]
         self._since = {name: self._since.get(name, now) for name in idle}
         excess = len(idle) - self._max_idle
         for place, name in enumerate(sorted(idle, key=self._since.__getitem__)):
-            if not pending[name] or now - self._since[name] > self._max_age_s or place < excess:
-                del pending[name], self._since[name]
-                self._queue.pending_messages_per_session.pop(name, None)
+            if not ids.get(name) or now - self._since[name] > self._max_age_s or place < excess:
+                for table in (ids, messages, self._since):
+                    table.pop(name, None)
 
 
 class LightSessions(StateHolder):
@@ -169,11 +125,12 @@ class LightSessions(StateHolder):
     15 ms and 0.3 MB for a query of 1 ms. The descriptions serve deep links, which this page does not make.
     """
 
-    max_bytes = 10**9  # estimated, of all sessions; beyond it the least recently used ones are dropped
-
-    def __init__(self) -> None:
+    def __init__(self, page: gr.Blocks, max_bytes: float) -> None:
+        """Keep the sessions of a page; beyond so many bytes, as estimated, drop those not used for longest."""
         super().__init__()
-        self._sizes: dict[str, int] = {}
+        self.max_bytes, self._sizes = max_bytes, dict[str, int]()
+        self.set_blocks(page)
+        page.app.state_holder = self
 
     def __getitem__(self, session_id: str) -> SessionState:
         """Return a session, new where it is unknown."""
@@ -216,7 +173,7 @@ class LightSessions(StateHolder):
 
 
 def harden_mcp(page: gr.Blocks) -> None:
-    """Let a launched page's MCP tools answer in JSON, and open no file of this machine that an agent names.
+    """Let a page's MCP tools answer in JSON, and open no file of this machine that an agent names.
 
     Gradio writes answers as Python's `str`. Its client in this process uploads the file at any path in the arguments;
     here only the bare path is passed on, which is an earlier upload or refused.

@@ -30,41 +30,34 @@ def configure_logging(style: str) -> None:
     logging.captureWarnings(True)
 
 
-class HumanFormatter(logging.Formatter):
-    """A line of text for each event, and one for the place where code failed."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format one event."""
-        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        fields = [f"{name} {value}" for name, value in getattr(record, _FIELDS, {}).items()]
-        line = "  ".join([f"{time} {record.levelname.lower()}: {_message(record)}", *fields])
-        return "\n".join(filter(None, (line, _location(record))))
-
-
 class JsonFormatter(logging.Formatter):
     """A JSON object for each event."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format one event."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"time": time, "level": record.levelname.lower(), "event": _message(record)}
-        line |= getattr(record, _FIELDS, {})
-        if location := _location(record):
-            line["error"] = location
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps({"time": time, **_fields(record)}, ensure_ascii=False, default=str)
 
 
-def _message(record: logging.LogRecord) -> str:
-    """Return the message, of loggers that may quote clients only its fixed beginning."""
+class HumanFormatter(logging.Formatter):
+    """A line of text for each event, and one for the place where code failed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one event."""
+        time, fields = datetime.fromtimestamp(record.created).strftime("%H:%M:%S"), _fields(record)
+        level, event, error = fields.pop("level"), fields.pop("event"), fields.pop("error", "")
+        line = "  ".join([f"{time} {level}: {event}", *(f"{name} {value}" for name, value in fields.items())])
+        return f"{line}\n{error}".rstrip()
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    """Return what may be logged of a record; of loggers that may quote clients only a message's fixed beginning."""
+    event = f"{record.name}: {record.msg}" if not record.args else f"{record.name}: {str(record.msg).split('%')[0]}…"
     if record.name.startswith(_QUOTABLE) and not record.exc_info:
-        return record.getMessage()
-    return f"{record.name}: {record.msg}" if not record.args else f"{record.name}: {str(record.msg).split('%')[0]}…"
-
-
-def _location(record: logging.LogRecord) -> str:
-    """Return the lines of code of an exception, and its type; "" if there is none."""
-    if not record.exc_info or record.exc_info[0] is None:
-        return ""
-    kind, _, trace = record.exc_info
-    lines = [f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(trace)]
-    return " > ".join([*lines, kind.__name__])
+        event = record.getMessage()
+    fields = {"level": record.levelname.lower(), "event": event, **getattr(record, _FIELDS, {})}
+    if record.exc_info and record.exc_info[0]:
+        kind, _, trace = record.exc_info
+        lines = [f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(trace)]
+        fields["error"] = " > ".join([*lines, kind.__name__])
+    return fields

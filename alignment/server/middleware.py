@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alignment.server import routes
 from alignment.server.errors import ServiceError, Translate
-from alignment.server.gradio_internals import blocks_of, has_messages, queue_status, session_of_event
+from alignment.server.gradio_internals import blocks_of, queue_status, streaming_session
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import log_event
 from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
@@ -141,8 +141,6 @@ class GuardedRequest:
             raise ServiceError("service.open")
         if kind in ("call", "upload") and guard.service.stopping.is_set():
             raise ServiceError("service.stopping")
-        if kind == "call":
-            self._check_size(int(self._headers.get("content-length", 0)))
         if kind in guard.rates and (seconds := math.ceil(guard.rates[kind].wait(self.client))):
             raise ServiceError("service.rate", retry_s=seconds, seconds=seconds)
         if kind == "call":
@@ -155,6 +153,7 @@ class GuardedRequest:
             raise ServiceError("service.size", limit=f"{self._guard.settings.request_mb:g}")
 
     def _check_call(self) -> None:
+        self._check_size(int(self._headers.get("content-length", 0)))
         if queue_status(self._page).waiting >= self._guard.settings.queue:
             raise ServiceError("service.queue")
         endpoint = routes.called_endpoint(self._path)
@@ -163,13 +162,13 @@ class GuardedRequest:
 
     def _check_session(self) -> None:
         """Refuse messages of unknown sessions, and those of other browsers' sessions."""
-        path = self._path.rstrip("/")
-        name, is_heartbeat = path.rpartition("/")[2], path.startswith(routes.HEARTBEAT)
+        path, query = self._path.rstrip("/"), QueryParams(self._scope["query_string"])
+        session = name = path.rpartition("/")[2]
         if path == routes.QUEUE_DATA:
-            session = QueryParams(self._scope["query_string"]).get("session_hash", "")
-        else:
-            session = name if is_heartbeat else session_of_event(self._page, name)
-        if not (is_heartbeat or has_messages(self._page, session)) or not self.may_use(session):
+            session = streaming_session(self._page, query.get("session_hash", ""))
+        elif not path.startswith(routes.HEARTBEAT):
+            session = streaming_session(self._page, event_id=name)
+        if not session or not self.may_use(session):
             raise ServiceError("service.closed")
 
     def _endpoints(self) -> set[str]:

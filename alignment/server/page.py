@@ -5,14 +5,13 @@ Place in the flow: `middleware -> Gradio's queue -> GuardedBlocks (owner, files,
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from alignment.preprocess import InputError
 from alignment.server.errors import ServiceError
-from alignment.server.gradio_internals import Event, EventBlocks
 from alignment.server.logging import log_event
 from alignment.server.middleware import GUARDED, GuardedRequest
 
@@ -22,16 +21,22 @@ MAX_PATH = 4096  # characters
 _MAX_NAME = 255  # bytes of a part of a path
 
 
-class GuardedBlocks(EventBlocks):
-    """Gradio's page, but it fetches nothing from the network for a client, and fails without quoting the inputs."""
+class GuardedBlocks(gr.Blocks):
+    """Gradio's page, but it fetches nothing from the network for a client, and fails without quoting the inputs.
 
-    async def handle_event(self, event: Event, proceed: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    HTTP middleware does not see events: a request only puts one into the queue. Gradio passes each to `process_api`,
+    which by itself downloads any URL in the inputs, prints exceptions that quote them, and answers events of other
+    browsers' sessions.
+    """
+
+    async def process_api(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> dict[str, Any]:
         """Check an event, let Gradio process it, and log how long it took and how it ended."""
-        request: GuardedRequest | None = event.scope.get(GUARDED)
+        scope = getattr(getattr(options.get("request"), "request", None), "scope", None) or {}  # of the HTTP request
+        request: GuardedRequest | None = scope.get(GUARDED)
         begun, outcome, answer = request.begun if request else time.monotonic(), "cancelled", {}
         try:
-            _check(event, request)
-            answer = await proceed()
+            _check(inputs, options.get("session_hash"), request)
+            answer = await super().process_api(block_fn, inputs, *args, **options)
             outcome = "ok"
             return answer
         except InputError as error:
@@ -46,16 +51,16 @@ class GuardedBlocks(EventBlocks):
             raise gr.Error(str(ServiceError("internal")), print_exception=False) from error
         finally:
             if not answer.get("is_generating"):
+                endpoint = str((self.fns[block_fn] if isinstance(block_fn, int) else block_fn).api_name)
                 ms = round((time.monotonic() - begun) * 1000, 1)
-                request_id = request.id if request else ""
-                log_event(logger, "answer", id=request_id, endpoint=event.endpoint, ms=ms, outcome=outcome)
+                log_event(logger, "answer", id=request.id if request else "", endpoint=endpoint, ms=ms, outcome=outcome)
 
 
-def _check(event: Event, request: GuardedRequest | None) -> None:
+def _check(inputs: list[Any], session: str | None, request: GuardedRequest | None) -> None:
     """Raise InputError on another browser's session, and on files that Gradio would fetch or cannot look for."""
-    if request and event.session and not request.may_use(event.session):
+    if request and session and not request.may_use(session):
         raise ServiceError("service.session")
-    for path in _paths(event.inputs):
+    for path in _paths(inputs):
         if is_url(path):
             raise ServiceError("api.address")
         if isinstance(path, str) and not is_possible_path(path):

@@ -12,21 +12,27 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gradio as gr
 from anyio.to_thread import run_sync
-from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from alignment import __version__
 from alignment.server.errors import ServiceError, Translate
-from alignment.server.gradio_internals import EventBlocks, QueueJanitor, blocks_of, configure_uvicorn, queue_status
+from alignment.server.gradio_internals import (
+    LightSessions,
+    QueueJanitor,
+    blocks_of,
+    configure_uvicorn,
+    harden_mcp,
+    queue_status,
+)
 from alignment.server.logging import log_event
 from alignment.server.middleware import GuardedRequest, RequestGuard
 from alignment.server.routes import UPLOAD
@@ -96,10 +102,9 @@ class Service:
         health = Route("/healthz", partial(self._health, describe))
         receive = partial(receive_upload, self.uploads, max_file_mb)
         upload = [Route(path, receive, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
-        refuse = dict.fromkeys((RequestValidationError, HTTPException), partial(_framework_error, translate))
-        options = {"routes": [health, *upload, *routes], "middleware": [guard], "lifespan": self._clean_up}
+        app = {"routes": [health, *upload, *routes], "middleware": [guard], "lifespan": self._clean_up}
         return {
-            "app_kwargs": {**options, "exception_handlers": refuse},
+            "app_kwargs": {**app, "exception_handlers": {RequestValidationError: _refuse, HTTPException: _refuse}},
             "root_path": settings.root_path,
             "state_session_capacity": _MAX_SESSIONS,
         }
@@ -149,21 +154,23 @@ class Service:
 
     @asynccontextmanager
     async def _clean_up(self, app: Any) -> AsyncIterator[None]:
-        """Clean up periodically for as long as the server runs."""
+        """Prepare the page before it is served, and clean up periodically for as long as it is."""
+        page = blocks_of({"app": app})
+        harden_mcp(page)
+        sessions = LightSessions(page, self.settings.sessions_mb * 2**20)
+        janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(self._clean_up_forever(blocks_of({"app": app})))
+            task = group.create_task(self._clean_up_forever(sessions, janitor))
             yield
             task.cancel()
 
-    async def _clean_up_forever(self, page: EventBlocks) -> None:
-        janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
+    async def _clean_up_forever(self, sessions: LightSessions, janitor: QueueJanitor) -> None:
         seconds = 60 * self.settings.keep_minutes
-        page.sessions.max_bytes = int(self.settings.sessions_mb * 2**20)
         while True:
             await asyncio.sleep(CLEAN_UP_PERIOD_S)
             try:
                 janitor.collect()
-                page.sessions.expire(seconds)
+                sessions.expire(seconds)
                 if self.folder:
                     await run_sync(expire_files, self.folder, seconds)
                 self.uploads.collect_consumed()
@@ -172,10 +179,8 @@ class Service:
                 logger.exception("A clean-up failed")
 
 
-async def _framework_error(translate: Translate, request: Request, error: Exception) -> Response:
-    """Answer a request that FastAPI refuses in the form of `ServiceError`, quoting nothing of it."""
+async def _refuse(request: Request, error: Exception) -> NoReturn:
+    """Let the middleware answer what FastAPI or Gradio refuses, in the form of `ServiceError` and quoting nothing."""
     status = error.status_code if isinstance(error, HTTPException) else 422
-    if isinstance(error, HTTPException) and status >= 500:
-        return await http_exception_handler(request, error)
-    known = ServiceError("service.closed") if status == 404 else ServiceError("service.request", status=status)
-    return known.response(request.headers, translate)
+    code = {404: "service.closed", 503: "service.queue"}.get(status, "internal" if status >= 500 else "service.request")
+    raise ServiceError(code, status=status)

@@ -24,7 +24,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
-from starlette.types import Message
+from starlette.types import Message, Receive
 
 from alignment.server.errors import ServiceError
 from alignment.server.gradio_internals import temp_folder
@@ -183,22 +183,28 @@ async def receive_upload(quota: UploadQuota, max_file_mb: int, request: Request)
     A request with anything but whole files in fields called "files" is refused, and nothing of it stays.
     """
     with quota.batch(request.scope[GUARDED].client, int(request.headers.get("content-length", 0))) as batch:
+        counted = Request(request.scope, _counting(request, quota, batch))
         try:
-            files = await _parse(request, quota, batch)
+            async with counted.form(max_files=_MAX_FILES, max_fields=0) as form:
+                files = [part for name, part in form.multi_items() if name == "files" and isinstance(part, UploadFile)]
+                if not files or len(files) != len(form.multi_items()):
+                    raise ServiceError("upload.lost")
+                sizes = [file.size or 0 for file in files]
+                if max(sizes) > max_file_mb * _MB:
+                    raise ServiceError("upload.size", limit=f"{max_file_mb:g}")
+                quota.count(batch, len(sizes) - batch.files, sum(sizes) - batch.bytes)  # without the parts' headers
+                paths = [await run_sync(_store, file, batch.folder) for file in files]
         except ServiceError:
             raise
         except (HTTPException, KeyError, ValueError, ClientDisconnect) as error:
             cause = str(getattr(error.__context__, "__cause__", None))  # what the parser said
             is_name = "header" in cause.lower()  # the longest word of a part's header is the file's name
             raise ServiceError("upload.name" if is_name else "upload.lost") from error
-        paths = [await run_sync(_store, file, batch.folder, max_file_mb) for file in files]
-        sizes = [path.stat().st_size for path in paths]
-        quota.count(batch, len(sizes) - batch.files, sum(sizes) - batch.bytes)  # without the headers of the parts
     return JSONResponse([str(path) for path in paths])
 
 
-async def _parse(request: Request, quota: UploadQuota, batch: UploadBatch) -> list[UploadFile]:
-    """Count what arrives; refuse all but files, and a body without its closing boundary, of which a file is cut off."""
+def _counting(request: Request, quota: UploadQuota, batch: UploadBatch) -> Receive:
+    """Count what arrives of a body, and refuse one without its closing boundary, of which a file is cut off."""
     tail = b""
 
     async def receive() -> Message:
@@ -211,29 +217,14 @@ async def _parse(request: Request, quota: UploadQuota, batch: UploadBatch) -> li
             raise ServiceError("upload.lost")
         return message
 
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ServiceError("upload.lost")
-    form = await Request(request.scope, receive).form(max_files=_MAX_FILES, max_fields=0)
-    files = [part for name, part in form.multi_items() if name == "files" and isinstance(part, UploadFile)]
-    if not files or len(files) != len(form.multi_items()):
-        await form.close()
-        raise ServiceError("upload.lost")
-    return files
+    return receive
 
 
-def _store(file: UploadFile, folder: Path, max_mb: int) -> Path:
-    """Write a parsed file into a folder of its own; raises ServiceError where it is too large."""
-    with file.file as source:
-        if (file.size or 0) > max_mb * _MB:
-            raise ServiceError("upload.size", limit=f"{max_mb:g}")
-        path = folder / secrets.token_hex(4) / _safe_name(file.filename or "")
-        path.parent.mkdir()
-        with path.open("xb") as target:
-            shutil.copyfileobj(source, target)
+def _store(file: UploadFile, folder: Path) -> Path:
+    """Write a parsed file into a folder of its own, under a name that any file system takes, with its suffix."""
+    name = re.sub(r"[^\w.,() -]", "", re.split(r"[/\\]", file.filename or "")[-1]).strip(". ")
+    path = folder / secrets.token_hex(4) / (name.encode()[-_MAX_NAME:].decode(errors="ignore") or "upload")
+    path.parent.mkdir()
+    with path.open("xb") as target:
+        shutil.copyfileobj(file.file, target)
     return path
-
-
-def _safe_name(name: str) -> str:
-    """Return a name that any file system takes, with the suffix of the client's name."""
-    cleaned = re.sub(r"[^\w.,() -]", "", re.split(r"[/\\]", name)[-1]).strip(". ")
-    return cleaned.encode()[-_MAX_NAME:].decode(errors="ignore") or "upload"
