@@ -177,6 +177,25 @@ def test_the_queue_tells_what_waits_and_forgets_only_what_is_over(page, gate):
     assert not queue_status(page).broken
 
 
+def test_a_session_whose_client_has_left_is_forgotten(page, gate):
+    gate.clear()
+    janitor = QueueJanitor(page, max_age_s=3600, max_idle=100)
+    first = call(page, "wait", "x")
+    until(lambda: queue_status(page).active == 1)
+    call(page, "wait", "y", session_hash="leaver")
+    url, params = f"{page.local_url}gradio_api/queue/data", {"session_hash": "leaver"}
+    with httpx.stream("GET", url, params=params, trust_env=False, timeout=60) as events:
+        assert "estimation" in next(events.iter_lines())
+
+    def forgotten() -> bool:
+        janitor.collect()
+        return not streaming_session(page, "leaver")
+
+    until(forgotten)
+    gate.set()
+    assert "event: complete" in fetch(page, "wait", first)
+
+
 def test_what_a_script_sends_reaches_its_listener():
     assert event_data(gr.EventData(None, {"id": "a"})) == {"id": "a"}
     assert event_data(gr.EventData(None, None)) == event_data(gr.EventData(None, [1])) == {}

@@ -157,6 +157,17 @@ def test_a_full_queue_refuses(serve, echo):
     assert all("event: complete" in answer(client, each) for each in asked)
 
 
+def test_what_gradio_refuses_itself_is_said_in_the_same_form(serve, echo):
+    client = serve(queue=1000, rate=0)  # Gradio's own queue takes 100
+    echo.may_go_on.clear()
+    asked = [ask(client) for _ in range(AT_ONCE)]
+    until(lambda: client.get("/healthz").json()["working"] == AT_ONCE)
+    asked += [ask(client) for _ in range(100)]
+    refused(ask(client), 503, "queue")
+    echo.may_go_on.set()
+    assert all("event: complete" in answer(client, each) for each in asked)
+
+
 def test_open_requests_are_counted(serve, echo):
     client = serve(at_once=1, rate=0)
     echo.may_go_on.clear()

@@ -51,16 +51,12 @@ def temp_folder(folder: str) -> Iterator[None]:
 
     Gradio reads GRADIO_TEMP_DIR when it is imported, and would leave an empty folder in the one of the system.
     """
-
-    def use(*folders: Any) -> None:
-        os.environ["GRADIO_TEMP_DIR"], tempfile.tempdir, routes.DEFAULT_TEMP_DIR = folders
-
     before = os.environ.get("GRADIO_TEMP_DIR", ""), tempfile.tempdir, routes.DEFAULT_TEMP_DIR
-    use(folder, folder, folder)
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = routes.DEFAULT_TEMP_DIR = folder
     try:
         yield
     finally:
-        use(*before)
+        os.environ["GRADIO_TEMP_DIR"], tempfile.tempdir, routes.DEFAULT_TEMP_DIR = before
 
 
 def event_data(event: gr.EventData) -> dict[str, Any]:
@@ -149,7 +145,7 @@ class LightSessions(StateHolder):
                 self.session_data.move_to_end(session_id)
                 # The components hold a state's content twice more: as a value and in their configuration.
                 self._sizes[session_id] = 3 * estimate_bytes(list(self.session_data[session_id].state_data.values()))
-            while len(self.session_data) > 1 and (surplus := self._surplus(session_id)):
+            while (surplus := self._surplus(session_id)) is not None:
                 self._drop(surplus)
 
     def expire(self, seconds: float) -> None:
@@ -159,13 +155,13 @@ class LightSessions(StateHolder):
             for session_id in [name for name, used in self.time_last_used.items() if used < limit]:
                 self._drop(session_id)
 
-    def _surplus(self, current: str) -> str:
-        """Choose a session to evict, "" if all may stay; of too many an empty one: opening many evicts no uploads."""
-        oldest = next(iter(self.session_data))
+    def _surplus(self, current: str) -> str | None:
+        """Choose a session to evict, if any; of too many an empty one, so that opening many evicts no uploads."""
+        oldest = next((name for name in self.session_data if name != current), None)
         if sum(self._sizes.values()) > self.max_bytes:
             return oldest
         empty = (name for name in self.session_data if not self._sizes.get(name) and name != current)
-        return next(empty, oldest) if len(self.session_data) > self.capacity else ""
+        return next(empty, oldest) if len(self.session_data) > self.capacity else None
 
     def _drop(self, session_id: str) -> None:
         for table in (self.session_data, self._sizes, self.time_last_used):
