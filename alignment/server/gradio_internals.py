@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -177,13 +178,11 @@ def harden_mcp(page: gr.Blocks) -> None:
     tools: Any = page.mcp_server_obj
     if tools is None:
         return
-    text = tools.types.TextContent
-
-    def to_json(answers: list[Any], root_url: str) -> list[Any]:
-        return [text(type="text", text=json.dumps(answer, ensure_ascii=False)) for answer in answers]
-
+    text = partial(tools.types.TextContent, type="text")
     tools.convert_strings_to_filedata = lambda value, positions: _bare_paths(value)
-    tools.postprocess_output_data = to_json
+    tools.postprocess_output_data = lambda answers, root_url: [
+        text(text=json.dumps(answer, ensure_ascii=False)) for answer in answers
+    ]
 
 
 def _bare_paths(value: Any) -> Any:

@@ -122,9 +122,9 @@ class GuardedRequest:
                 self._log()
 
     def _pass_token_on(self) -> None:
-        """Gradio passes an agent's headers on to its own request for the tool.
+        """Mark the request that Gradio makes for an agent's tool, with the headers of this one, as counted here.
 
-        That has been counted here, and its session is shared by all agents.
+        Its session is shared by all agents, and so belongs to no cookie.
         """
         headers = [(name, value) for name, value in self._scope["headers"] if name != b"cookie"]
         token = self._guard.service.token.encode()

@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 CLEAN_UP_PERIOD_S = 10.0
 MAX_IDLE_SESSIONS = 2000  # with an answer that their client has not fetched
 _ANSWER_AGE_S = 300.0  # for which an answer waits for a program to fetch it
-_MAX_SESSIONS = 10_000
 _CONNECTIONS_PER_REQUEST = 2  # a browser opens some ahead
 _POLL_S = 0.1
 _DELIVERY_S = 2.0  # for which an answer waits at the end for a client that may never fetch it
@@ -106,7 +105,6 @@ class Service:
         return {
             "app_kwargs": {**app, "exception_handlers": {RequestValidationError: _refuse, HTTPException: _refuse}},
             "root_path": settings.root_path,
-            "state_session_capacity": _MAX_SESSIONS,
         }
 
     @contextmanager
