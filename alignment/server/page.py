@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 
 from alignment.preprocess import InputError
 from alignment.server.errors import ServiceError
@@ -61,7 +62,7 @@ def _check(inputs: list[Any], session: str | None, request: GuardedRequest | Non
     if request and session and not request.may_use(session):
         raise ServiceError("service.session")
     for path in _paths(inputs):
-        if is_url(path):
+        if is_http_url_like(path):  # by which Gradio decides whether to download it
             raise ServiceError("api.address")
         if isinstance(path, str) and not is_possible_path(path):
             raise ServiceError("upload.lost")
@@ -73,11 +74,6 @@ def _paths(value: object) -> Iterator[object]:
         yield value.get("path")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _paths(part)
-
-
-def is_url(value: object) -> bool:
-    """Tell whether Gradio would download this."""
-    return isinstance(value, str) and value.startswith(("http://", "https://"))
 
 
 def is_possible_path(path: str) -> bool:
