@@ -210,8 +210,6 @@ def serve(engine: AlignmentEngine, args: Namespace, service: server.Service, pho
     page = build_page(engine, args.lang, args.queue, photos)
     options = {"server_name": server.host_in_url(args.host), "server_port": args.port, "mcp_server": args.mcp or None}
     _, url, _ = page.launch(prevent_thread_lock=True, **options, **launch_options(engine, service, photos))
-    server.redirect_server_logs()
-    server.harden_mcp(page)
     gc.freeze()
     gc.enable()
     print(f"Open {url}", flush=True)

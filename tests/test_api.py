@@ -29,7 +29,7 @@ from alignment.gallery import Gallery
 from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
-from alignment.server import GuardedBlocks, Service, Settings, harden_mcp
+from alignment.server import GuardedBlocks, Service, Settings
 from alignment.ui.api import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS, Api, add_api
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
 from tests.http_client import run_coroutine
@@ -61,7 +61,6 @@ def address(engine, uploads) -> Iterator[str]:
     page = app.build_page(engine, "en")
     options = app.launch_options(engine, Service(Settings(rate=0)))
     _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", mcp_server=True, **options)
-    harden_mcp(page)
     yield url.rstrip("/")
     page.close()
 

@@ -2,12 +2,15 @@
 moves a private part that the module of this name relies on. `make upgrade-check` runs them with the newest releases."""
 
 import json
+import logging
+import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import httpx
@@ -19,34 +22,41 @@ from mcp.client.streamable_http import streamable_http_client
 
 import app
 from alignment.bundled import ROOT
-from alignment.server import gradio_internals
+from alignment.server import GuardedBlocks, gradio_internals
 from alignment.server.gradio_internals import (
     SUPPORTED_GRADIO,
-    Event,
-    EventBlocks,
     HeaderTimeoutProtocol,
     LightSessions,
     QueueJanitor,
     check_gradio,
+    configure_uvicorn,
     event_data,
     harden_mcp,
-    has_messages,
-    limit_connections,
     queue_status,
-    session_of_event,
-    set_temp_folder,
+    streaming_session,
+    temp_folder,
 )
 from tests.http_client import run_coroutine, until
 
 
-class Recorder(EventBlocks):
+class Event(NamedTuple):
+    """What Gradio passes to `process_api`."""
+
+    endpoint: str
+    inputs: list[Any]
+    session: str
+    scope: dict[str, Any]
+
+
+class Recorder(GuardedBlocks):
     """A page that remembers its events."""
 
     seen: list[Event]
 
-    async def handle_event(self, event: Event, proceed: Any) -> dict[str, Any]:
-        self.seen.append(event)
-        return await proceed()
+    async def process_api(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> dict[str, Any]:
+        scope = options["request"].request.scope
+        self.seen.append(Event(block_fn.api_name, inputs, options["session_hash"], scope))
+        return await super().process_api(block_fn, inputs, *args, **options)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +89,10 @@ def page(gate, tmp_path_factory) -> Iterator[Recorder]:
             given.change(keep, [given, kept], [gr.Textbox(), kept], api_name="keep", api_visibility="private")
             gr.api(echo, api_name="echo")
             gr.api(wait, api_name="wait")
-        limit_connections(0)
+        configure_uvicorn(0)
         page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, mcp_server=True)
         harden_mcp(page)
+        LightSessions(page, 10**9)
         yield page
         gate.set()
         page.close()
@@ -130,16 +141,10 @@ def test_no_other_module_touches_a_private_part():
 def test_events_pass_through_the_hook_before_their_files_are_fetched(page, monkeypatch):
     fetched: list[str] = []
     monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", lambda url, *_: fetched.append(url))
-
-    async def refuse(event: Event, proceed: Any) -> dict[str, Any]:
-        page.seen.append(event)
-        raise gr.Error("refused", print_exception=False)
-
-    monkeypatch.setattr(page, "handle_event", refuse)
     sent = {"path": "http://127.0.0.1:1/a.png", "meta": {"_type": "gradio.FileData"}}
     told = fetch(page, "echo", call(page, "echo", sent, session_hash="anna"))
     event = page.seen[-1]
-    assert "refused" in told
+    assert "Addresses on the network are not opened" in told
     assert fetched == []
     assert (event.endpoint, event.session, event.inputs[0]["path"]) == ("echo", "anna", sent["path"])
     assert event.scope["path"].endswith("/call/echo")
@@ -150,7 +155,7 @@ def test_the_queue_tells_what_waits_and_forgets_only_what_is_over(page, gate):
     janitor = QueueJanitor(page, max_age_s=3600, max_idle=1)
 
     def known() -> list[str]:
-        return [id for id in ids if has_messages(page, session_of_event(page, id))]
+        return [id for id in ids if streaming_session(page, event_id=id)]
 
     ids = [call(page, "wait", "x") for _ in range(3)]  # one runs, two wait
     until(lambda: (queue_status(page).waiting, queue_status(page).active) == (2, 1))
@@ -172,6 +177,25 @@ def test_the_queue_tells_what_waits_and_forgets_only_what_is_over(page, gate):
     assert not queue_status(page).broken
 
 
+def test_a_session_whose_client_has_left_is_forgotten(page, gate):
+    gate.clear()
+    janitor = QueueJanitor(page, max_age_s=3600, max_idle=100)
+    first = call(page, "wait", "x")
+    until(lambda: queue_status(page).active == 1)
+    call(page, "wait", "y", session_hash="leaver")
+    url, params = f"{page.local_url}gradio_api/queue/data", {"session_hash": "leaver"}
+    with httpx.stream("GET", url, params=params, trust_env=False, timeout=60) as events:
+        assert "estimation" in next(events.iter_lines())
+
+    def forgotten() -> bool:
+        janitor.collect()
+        return not streaming_session(page, "leaver")
+
+    until(forgotten)
+    gate.set()
+    assert "event: complete" in fetch(page, "wait", first)
+
+
 def test_what_a_script_sends_reaches_its_listener():
     assert event_data(gr.EventData(None, {"id": "a"})) == {"id": "a"}
     assert event_data(gr.EventData(None, None)) == event_data(gr.EventData(None, [1])) == {}
@@ -190,7 +214,7 @@ def test_no_statistics_are_kept():
 
 
 def test_sessions_describe_no_components_and_are_bounded(page):
-    sessions = page.sessions
+    sessions = page.state_holder
     assert isinstance(sessions, LightSessions)
     assert page.app.state_holder is page.state_holder is sessions
     assert "b" * 100 in fetch(page, "keep", call(page, "keep", "b" * 100, session_hash="bob"))
@@ -205,9 +229,9 @@ def test_sessions_describe_no_components_and_are_bounded(page):
 
 
 def test_a_call_without_a_session_opens_none(page):
-    page.sessions.expire(0)
+    page.state_holder.expire(0)
     assert "event: complete" in fetch(page, "keep", call(page, "keep", "x"))
-    assert not page.sessions.session_data
+    assert not page.state_holder.session_data
 
 
 # ---------------------------------------------------------------- tools
@@ -250,22 +274,32 @@ def test_headers_of_an_agents_request_reach_the_tools_request(page, gate):
 
 
 def test_uvicorn_takes_the_protocol_and_closes_idle_connections():
-    limit_connections(3)
+    configure_uvicorn(3)
     config = uvicorn.Config(lambda: None)
     config.load()
     assert config.http_protocol_class is HeaderTimeoutProtocol
 
 
+def test_uvicorn_leaves_its_log_to_the_handlers_of_the_process():
+    names = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
+    for name in names:
+        logging.getLogger(name).handlers.clear()  # of servers that ran before `configure_uvicorn`
+        logging.getLogger(name).propagate = True
+    configure_uvicorn(0)
+    uvicorn.Config(lambda: None)
+    assert not any(logging.getLogger(name).handlers for name in names)
+    assert all(logging.getLogger(name).propagate for name in names)
+
+
 def test_gradio_makes_its_own_folders_where_it_is_told(tmp_path):
-    before = set_temp_folder(str(tmp_path))
-    try:
-        assert set_temp_folder(str(tmp_path)) == str(tmp_path)
+    with temp_folder(str(tmp_path)):
+        assert os.environ["GRADIO_TEMP_DIR"] == tempfile.gettempdir() == str(tmp_path)
         with gr.Blocks(analytics_enabled=False) as page:
             gr.Textbox()
         gr.routes.App.create_app(page)
         assert list(tmp_path.iterdir()) != []
-    finally:
-        set_temp_folder(before)
+    assert os.environ.get("GRADIO_TEMP_DIR") != str(tmp_path)
+    assert tempfile.gettempdir() != str(tmp_path)
 
 
 def test_the_page_of_a_scope_is_found(page):

@@ -157,6 +157,17 @@ def test_a_full_queue_refuses(serve, echo):
     assert all("event: complete" in answer(client, each) for each in asked)
 
 
+def test_what_gradio_refuses_itself_is_said_in_the_same_form(serve, echo):
+    client = serve(queue=1000, rate=0)  # Gradio's own queue takes 100
+    echo.may_go_on.clear()
+    asked = [ask(client) for _ in range(AT_ONCE)]
+    until(lambda: client.get("/healthz").json()["working"] == AT_ONCE)
+    asked += [ask(client) for _ in range(100)]
+    refused(ask(client), 503, "queue")
+    echo.may_go_on.set()
+    assert all("event: complete" in answer(client, each) for each in asked)
+
+
 def test_open_requests_are_counted(serve, echo):
     client = serve(at_once=1, rate=0)
     echo.may_go_on.clear()
@@ -206,6 +217,7 @@ def test_uploads_are_limited_in_number_and_size_until_they_are_read(serve):
     first = send(client, 100, 100)
     assert first.status_code == 200
     assert "3 files and 1 MB" in refused(send(client, 2**20), 413, "waiting")
+    refused(send(client, 100, 100), 413, "waiting")  # with those that lie here already
     assert send(client, 100).status_code == 200
     refused(send(client, 100), 413, "waiting")
     for path in first.json():

@@ -240,7 +240,7 @@ def test_sessions_expire_after_their_time(serve, monkeypatch):
     monkeypatch.setattr(service_module, "CLEAN_UP_PERIOD_S", 0.05)
     client = serve(keep_minutes=0.02)
     answer(client, ask(client, session_hash="anna"))
-    sessions = client.page.sessions
+    sessions = client.page.state_holder
     assert "anna" in sessions
     until(lambda: "anna" not in sessions)
 

@@ -12,6 +12,7 @@ from gradio_client import Client
 from torch import Tensor
 
 from alignment.server import GuardedBlocks
+from alignment.server.gradio_internals import LightSessions
 from alignment.server.sessions import Immutable, estimate_bytes, session_state
 
 
@@ -40,6 +41,7 @@ def launched(tmp_path_factory) -> Iterator[GuardedBlocks]:
             thing, said, basket = gr.Textbox(), gr.Textbox(), session_state(FIRST)
             thing.submit(put, [thing, basket], [said, basket], api_name="put")
         page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
+        LightSessions(page, 10**9)
         yield page
         page.close()
 
@@ -47,8 +49,8 @@ def launched(tmp_path_factory) -> Iterator[GuardedBlocks]:
 @pytest.fixture
 def page(launched) -> GuardedBlocks:
     """The page without any session."""
-    launched.sessions.expire(-1)
-    assert not launched.sessions.session_data
+    launched.state_holder.expire(-1)
+    assert not launched.state_holder.session_data
     return launched
 
 
@@ -75,7 +77,7 @@ def test_each_visitor_has_what_is_theirs(page):
 def test_what_is_kept_is_not_copied(page):
     assert deepcopy(FIRST) is FIRST
     assert call(page, "apple", session_hash="anna").startswith("event: complete")
-    (session,) = page.sessions.session_data.values()
+    (session,) = page.state_holder.session_data.values()
     (basket,) = session.state_data.values()
     assert basket.things == ("apple",)
     assert basket.weight.data_ptr() == FIRST.weight.data_ptr()
@@ -93,7 +95,7 @@ def test_the_initial_value_is_not_told_to_the_browser(page):
 
 
 def test_sessions_together_weigh_no_more_than_they_may(page, monkeypatch):
-    sessions = page.sessions
+    sessions = page.state_holder
     monkeypatch.setattr(sessions, "max_bytes", 100)
     for name in ("anna", "bob", "carl"):
         call(page, "x" * 20, session_hash=name)
@@ -104,7 +106,7 @@ def test_sessions_together_weigh_no_more_than_they_may(page, monkeypatch):
 
 
 def test_sessions_that_hold_nothing_make_way_for_those_that_do(page, monkeypatch):
-    sessions = page.sessions
+    sessions = page.state_holder
     monkeypatch.setattr(sessions, "capacity", 3)
     for name, thing in (("anna", "apple"), ("bob", "bread")):
         call(page, thing, session_hash=name)

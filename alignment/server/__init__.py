@@ -4,8 +4,8 @@ Place in the flow: `request -> middleware (route, rate, size) -> Gradio -> page 
 `uploads` for files. `Service` puts them together.
 """
 
-from alignment.server.gradio_internals import check_gradio, harden_mcp
-from alignment.server.logging import configure_logging, redirect_server_logs
+from alignment.server.gradio_internals import check_gradio
+from alignment.server.logging import configure_logging
 from alignment.server.page import GuardedBlocks
 from alignment.server.service import Service, limit_arenas
 from alignment.server.settings import Settings, add_options, check_address, host_in_url, read_port
@@ -13,5 +13,5 @@ from alignment.server.uploads import process_folder
 
 __all__ = [
     "GuardedBlocks", "Service", "Settings", "add_options", "check_address", "check_gradio", "configure_logging",
-    "harden_mcp", "host_in_url", "limit_arenas", "process_folder", "read_port", "redirect_server_logs",
+    "host_in_url", "limit_arenas", "process_folder", "read_port",
 ]  # fmt: skip

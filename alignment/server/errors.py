@@ -43,23 +43,24 @@ _ERRORS: dict[str, tuple[int, int, str]] = {
 }
 
 
-class ServiceError(Exception):
-    """A request that is not served; `error` is the sentence, translatable by its code."""
+class ServiceError(InputError):
+    """A request that is not served, with the sentence for its client; the page shows it as any `InputError`."""
 
     def __init__(self, code: str, *, status: int = 0, retry_s: float = 0, **values: object) -> None:
         """Make the error `code` of the table above; `values` fill the placeholders of its message."""
         known_status, known_retry_s, message = _ERRORS[code]
+        super().__init__(message, code, **values)
         self.status, self.retry_s = status or known_status, retry_s or known_retry_s
-        self.error = InputError(message, code, **values)
-        super().__init__(code)
 
     @property
-    def code(self) -> str:
-        """One word, for the log and for programs."""
-        return self.error.code.rpartition(".")[2]
+    def word(self) -> str:
+        """The code's last part, for the log and for programs."""
+        return self.code.rpartition(".")[2]
 
     def response(self, headers: Headers, translate: Translate) -> JSONResponse:
         """Return the HTTP answer. Gradio's clients show `detail`, ours and others read `error` and `code`."""
-        said = translate(headers.get(PAGE_LANGUAGE) or headers.get("accept-language", ""), self.error)
+        said = translate(headers.get(PAGE_LANGUAGE) or headers.get("accept-language", ""), self)
+        # For a 503 Gradio's page shows a message of its own, in English.
+        status = 429 if self.status == 503 and PAGE_LANGUAGE in headers else self.status
         retry = {"Retry-After": str(math.ceil(self.retry_s))} if self.retry_s else {}
-        return JSONResponse({"error": said, "detail": said, "code": self.code}, self.status, retry)
+        return JSONResponse({"error": said, "detail": said, "code": self.word}, status, retry)

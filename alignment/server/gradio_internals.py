@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
-from functools import cached_property, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,63 +41,28 @@ def check_gradio(installed: str = gr.__version__) -> None:
         raise ValueError(f"Gradio {installed} is not supported; run: pip install 'gradio>={first},<{last}'")
 
 
-def blocks_of(scope: Mapping[str, Any]) -> EventBlocks:
+def blocks_of(scope: Mapping[str, Any]) -> gr.Blocks:
     """Return the page that an ASGI scope belongs to: the middleware is made before Gradio creates its app."""
     return scope["app"].get_blocks()
 
 
-def set_temp_folder(folder: str) -> str:
-    """Let Gradio make its own folders in this one; returns the one before.
+@contextmanager
+def temp_folder(folder: str) -> Iterator[None]:
+    """Let Gradio, and the rest of this process, make temporary files in this folder.
 
     Gradio reads GRADIO_TEMP_DIR when it is imported, and would leave an empty folder in the one of the system.
     """
-    before, routes.DEFAULT_TEMP_DIR = routes.DEFAULT_TEMP_DIR, folder
-    return before
+    before = os.environ.get("GRADIO_TEMP_DIR", ""), tempfile.tempdir, routes.DEFAULT_TEMP_DIR
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = routes.DEFAULT_TEMP_DIR = folder
+    try:
+        yield
+    finally:
+        os.environ["GRADIO_TEMP_DIR"], tempfile.tempdir, routes.DEFAULT_TEMP_DIR = before
 
 
 def event_data(event: gr.EventData) -> dict[str, Any]:
     """Return what a script sent with its event, {} if it is no object; the public attributes fail on other values."""
     return event._data if isinstance(event._data, dict) else {}
-
-
-class Event(NamedTuple):
-    """One call of a listener or an API endpoint; `scope` is that of the HTTP request that asked for it, or empty."""
-
-    endpoint: str
-    inputs: list[Any]  # as the client sent them: no file is fetched yet
-    session: str | None
-    scope: MutableMapping[str, Any]
-
-
-class EventBlocks(gr.Blocks):
-    """A page whose events pass through `handle_event` before Gradio preprocesses them.
-
-    HTTP middleware does not see events: a request only puts one into the queue. Without this hook Gradio would download
-    any URL in the inputs, print exceptions that quote them, and answer events of other browsers' sessions.
-    """
-
-    @cached_property
-    def sessions(self) -> LightSessions:
-        """The page's sessions, in use once it is launched."""
-        return LightSessions()
-
-    async def handle_event(self, event: Event, proceed: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-        """Answer an event; `proceed` runs Gradio's own processing. To be overridden."""
-        return await proceed()
-
-    async def process_api(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> dict[str, Any]:
-        """Pass the event to `handle_event`."""
-        fn = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
-        scope = getattr(getattr(options.get("request"), "request", None), "scope", None) or {}
-        event = Event(str(fn.api_name), inputs, options.get("session_hash"), scope)
-        return await self.handle_event(event, partial(super().process_api, block_fn, inputs, *args, **options))
-
-    def launch(self, *args: Any, **options: Any) -> Any:
-        """Launch as Gradio does, with `LightSessions`."""
-        served = super().launch(*args, **options)
-        self.sessions.set_blocks(self)
-        self.app.state_holder = self.sessions
-        return served
 
 
 class QueueStatus(NamedTuple):
@@ -111,17 +78,14 @@ def queue_status(page: gr.Blocks) -> QueueStatus:
     """Read a page's queue, for /healthz, the queue limit and a clean stop."""
     queue = page._queue
     undelivered = any(list(queue.pending_event_ids_session.values()))
-    return QueueStatus(len(queue), queue.get_active_worker_count(), undelivered, bool(queue.stopped))
+    return QueueStatus(len(queue), queue.get_active_worker_count(), undelivered, queue.stopped)
 
 
-def session_of_event(page: gr.Blocks, event_id: str) -> str:
-    """Return the session of an event whose answer is not fetched yet, "" if there is none."""
-    return next((name for name, ids in page._queue.pending_event_ids_session.items() if event_id in ids), "")
-
-
-def has_messages(page: gr.Blocks, session: str) -> bool:
-    """Tell whether a session may fetch messages; Gradio breaks off the answer to any other."""
-    return session in page._queue.pending_messages_per_session
+def streaming_session(page: gr.Blocks, session: str = "", event_id: str = "") -> str:
+    """Return the session, given or of an event, that may fetch messages, else ""; Gradio breaks off other streams."""
+    queue = page._queue
+    session = next((name for name, ids in queue.pending_event_ids_session.items() if event_id in ids), session)
+    return session if session in queue.pending_messages_per_session else ""
 
 
 class QueueJanitor:
@@ -140,15 +104,15 @@ class QueueJanitor:
 
     def collect(self) -> None:
         """Forget what is due; in the server's event loop only."""
-        unfinished, now = self._queue.event_ids_to_events, time.monotonic()
-        pending = self._queue.pending_event_ids_session
-        idle = [name for name, ids in pending.items() if not any(id in unfinished for id in ids)]
+        ids, messages = self._queue.pending_event_ids_session, self._queue.pending_messages_per_session
+        unfinished, now = self._queue.event_ids_to_events.keys(), time.monotonic()
+        idle = [name for name in messages | ids if unfinished.isdisjoint(ids.get(name, ()))]
         self._since = {name: self._since.get(name, now) for name in idle}
         excess = len(idle) - self._max_idle
         for place, name in enumerate(sorted(idle, key=self._since.__getitem__)):
-            if not pending[name] or now - self._since[name] > self._max_age_s or place < excess:
-                del pending[name], self._since[name]
-                self._queue.pending_messages_per_session.pop(name, None)
+            if not ids.get(name) or now - self._since[name] > self._max_age_s or place < excess:
+                for table in (ids, messages, self._since):
+                    table.pop(name, None)
 
 
 class LightSessions(StateHolder):
@@ -158,11 +122,12 @@ class LightSessions(StateHolder):
     15 ms and 0.3 MB for a query of 1 ms. The descriptions serve deep links, which this page does not make.
     """
 
-    max_bytes = 10**9  # estimated, of all sessions; beyond it the least recently used ones are dropped
-
-    def __init__(self) -> None:
+    def __init__(self, page: gr.Blocks, max_bytes: float) -> None:
+        """Keep the sessions of a page; beyond so many bytes, as estimated, drop those not used for longest."""
         super().__init__()
-        self._sizes: dict[str, int] = {}
+        self.max_bytes, self._sizes = max_bytes, dict[str, int]()
+        self.set_blocks(page)
+        page.app.state_holder = self
 
     def __getitem__(self, session_id: str) -> SessionState:
         """Return a session, new where it is unknown."""
@@ -181,8 +146,8 @@ class LightSessions(StateHolder):
                 self.session_data.move_to_end(session_id)
                 # The components hold a state's content twice more: as a value and in their configuration.
                 self._sizes[session_id] = 3 * estimate_bytes(list(self.session_data[session_id].state_data.values()))
-            while len(self.session_data) > 1 and (self._is_heavy() or len(self.session_data) > self.capacity):
-                self._drop(self._least_valuable(session_id))
+            while (surplus := self._surplus(session_id)) is not None:
+                self._drop(surplus)
 
     def expire(self, seconds: float) -> None:
         """Drop sessions that were not used for so long."""
@@ -191,14 +156,13 @@ class LightSessions(StateHolder):
             for session_id in [name for name, used in self.time_last_used.items() if used < limit]:
                 self._drop(session_id)
 
-    def _is_heavy(self) -> bool:
-        return sum(self._sizes.values()) > self.max_bytes
-
-    def _least_valuable(self, current: str) -> str:
-        """Choose a session to evict: empty ones first, so that opening many does not evict others' uploads."""
-        oldest = next(iter(self.session_data))
+    def _surplus(self, current: str) -> str | None:
+        """Choose a session to evict, if any; of too many an empty one, so that opening many evicts no uploads."""
+        oldest = next((name for name in self.session_data if name != current), None)
+        if sum(self._sizes.values()) > self.max_bytes:
+            return oldest
         empty = (name for name in self.session_data if not self._sizes.get(name) and name != current)
-        return oldest if self._is_heavy() else next(empty, oldest)
+        return next(empty, oldest) if len(self.session_data) > self.capacity else None
 
     def _drop(self, session_id: str) -> None:
         for table in (self.session_data, self._sizes, self.time_last_used):
@@ -206,7 +170,7 @@ class LightSessions(StateHolder):
 
 
 def harden_mcp(page: gr.Blocks) -> None:
-    """Let a launched page's MCP tools answer in JSON, and open no file of this machine that an agent names.
+    """Let a page's MCP tools answer in JSON, and open no file of this machine that an agent names.
 
     Gradio writes answers as Python's `str`. Its client in this process uploads the file at any path in the arguments;
     here only the bare path is passed on, which is an earlier upload or refused.
@@ -214,13 +178,11 @@ def harden_mcp(page: gr.Blocks) -> None:
     tools: Any = page.mcp_server_obj
     if tools is None:
         return
-    text = tools.types.TextContent
-
-    def to_json(answers: list[Any], root_url: str) -> list[Any]:
-        return [text(type="text", text=json.dumps(answer, ensure_ascii=False)) for answer in answers]
-
+    text = partial(tools.types.TextContent, type="text")
     tools.convert_strings_to_filedata = lambda value, positions: _bare_paths(value)
-    tools.postprocess_output_data = to_json
+    tools.postprocess_output_data = lambda answers, root_url: [
+        text(text=json.dumps(answer, ensure_ascii=False)) for answer in answers
+    ]
 
 
 def _bare_paths(value: Any) -> Any:
@@ -231,10 +193,14 @@ def _bare_paths(value: Any) -> Any:
     return [_bare_paths(part) for part in value] if isinstance(value, list) else value
 
 
-def limit_connections(max_per_address: int) -> None:
-    """Let uvicorn serve with `HeaderTimeoutProtocol`, to which `launch` passes no options; 0 for any number."""
-    HeaderTimeoutProtocol.limiter = ConcurrencyLimiter(max_per_address)
+def configure_uvicorn(max_connections: int) -> None:
+    """Let uvicorn serve with `HeaderTimeoutProtocol`, and log as the process does; `launch` passes it no options.
+
+    An address may hold so many connections, 0 for any number. uvicorn's own handlers would write another format.
+    """
+    HeaderTimeoutProtocol.limiter = ConcurrencyLimiter(max_connections)
     uvicorn.config.HTTP_PROTOCOLS["auto"] = HeaderTimeoutProtocol  # type: ignore[assignment]  # a class does as well
+    uvicorn.config.LOGGING_CONFIG["loggers"] = {}
 
 
 class HeaderTimeoutProtocol(H11Protocol):

@@ -3,7 +3,7 @@
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from starlette.types import Scope
@@ -19,25 +19,25 @@ class TokenBucket:
         self, per_minute: float, clock: Callable[[], float] = time.monotonic, max_addresses: int = _MAX_ADDRESSES
     ) -> None:
         """Allow `per_minute` requests of an address, 0 for any number; keep at most `max_addresses` buckets."""
-        self._per_second, self._capacity = per_minute / 60, max(1.0, per_minute * _BURST)
+        self._interval_s = 60 / per_minute if per_minute else 0.0  # between two tokens
+        self._filling_s = max(1.0, per_minute * _BURST) * self._interval_s  # of an empty bucket
         self._clock, self._max_addresses = clock, max_addresses
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # address -> tokens, as of this second
+        self._full_at: OrderedDict[str, float] = OrderedDict()  # address -> when its bucket is full again
 
     def __len__(self) -> int:
-        return len(self._buckets)
+        return len(self._full_at)
 
     def wait(self, address: str) -> float:
         """Take a token; returns 0, or the seconds until there is one."""
-        if not self._per_second:
+        if not self._interval_s:
             return 0.0
         now = self._clock()
-        tokens, since = self._buckets.pop(address, (self._capacity, now))
-        tokens = min(self._capacity, tokens + (now - since) * self._per_second)
-        taken = tokens >= 1
-        self._buckets[address] = (tokens - taken, now)
-        if len(self._buckets) > self._max_addresses:
-            self._buckets.popitem(last=False)
-        return 0.0 if taken else (1 - tokens) / self._per_second
+        full_at = max(now, self._full_at.pop(address, now))
+        missing_s = max(0.0, full_at + self._interval_s - now - self._filling_s)
+        self._full_at[address] = full_at if missing_s else full_at + self._interval_s
+        if len(self._full_at) > self._max_addresses:
+            self._full_at.popitem(last=False)
+        return missing_s
 
 
 class ConcurrencyLimiter:
@@ -80,10 +80,7 @@ def client_address(scope: Scope, proxies: int) -> str:
 
 
 def _parse(text: str) -> IPv4Address | IPv6Address | None:
-    host = text.strip().rpartition(":")[0]  # some proxies append the port
-    for written in (text.strip(), host):
-        try:
-            return ip_address(written.strip("[]"))
-        except ValueError:
-            continue
+    for written in (text, text.rpartition(":")[0]):  # some proxies append the port
+        with suppress(ValueError):
+            return ip_address(written.strip().strip("[]"))
     return None

@@ -6,13 +6,11 @@ and the lines of code are logged: its message may quote what a client sent.
 
 import json
 import logging
-import sys
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
 _FIELDS = "service"
-_SERVER_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 _OURS = "alignment"
 _QUOTABLE = tuple(f"{_OURS}.{part}" for part in ("engine.photo_folder", "gallery", "index", "model", "server"))
 """Loggers whose messages are about what the operator chose; messages of others may quote clients."""
@@ -25,32 +23,11 @@ def log_event(logger: logging.Logger, event: str, **fields: object) -> None:
 
 def configure_logging(style: str) -> None:
     """Send the log of the whole process to stderr: "json" for a JSON object a line, "human" for a line of text."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else HumanFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger(_OURS).setLevel(logging.INFO)
     logging.captureWarnings(True)
-
-
-def redirect_server_logs() -> None:
-    """Send the web server's log there too; it installs handlers of its own when it starts."""
-    for name in _SERVER_LOGGERS:
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
-
-
-class HumanFormatter(logging.Formatter):
-    """A line of text for each event, and one for the place where code failed."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format one event."""
-        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        fields = [f"{name} {value}" for name, value in getattr(record, _FIELDS, {}).items()]
-        line = "  ".join([f"{time} {record.levelname.lower()}: {_message(record)}", *fields])
-        return "\n".join(filter(None, (line, _location(record))))
 
 
 class JsonFormatter(logging.Formatter):
@@ -59,24 +36,28 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Format one event."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"time": time, "level": record.levelname.lower(), "event": _message(record)}
-        line |= getattr(record, _FIELDS, {})
-        if location := _location(record):
-            line["error"] = location
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps({"time": time, **_fields(record)}, ensure_ascii=False, default=str)
 
 
-def _message(record: logging.LogRecord) -> str:
-    """Return the message, of loggers that may quote clients only its fixed beginning."""
+class HumanFormatter(logging.Formatter):
+    """A line of text for each event, and one for the place where code failed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one event."""
+        time, fields = datetime.fromtimestamp(record.created).strftime("%H:%M:%S"), _fields(record)
+        level, event, error = fields.pop("level"), fields.pop("event"), fields.pop("error", "")
+        line = "  ".join([f"{time} {level}: {event}", *(f"{name} {value}" for name, value in fields.items())])
+        return f"{line}\n{error}".rstrip()
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    """Return what may be logged of a record; of loggers that may quote clients only a message's fixed beginning."""
+    event = f"{record.name}: {record.msg}" if not record.args else f"{record.name}: {str(record.msg).split('%')[0]}…"
     if record.name.startswith(_QUOTABLE) and not record.exc_info:
-        return record.getMessage()
-    return f"{record.name}: {record.msg}" if not record.args else f"{record.name}: {str(record.msg).split('%')[0]}…"
-
-
-def _location(record: logging.LogRecord) -> str:
-    if not record.exc_info or record.exc_info[0] is None:
-        return ""
-    kind, _, trace = record.exc_info
-    return " > ".join(
-        [*(f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(trace)), kind.__name__]
-    )
+        event = record.getMessage()
+    fields = {"level": record.levelname.lower(), "event": event, **getattr(record, _FIELDS, {})}
+    if record.exc_info and record.exc_info[0]:
+        kind, _, trace = record.exc_info
+        lines = [f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(trace)]
+        fields["error"] = " > ".join([*lines, kind.__name__])
+    return fields

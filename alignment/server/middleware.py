@@ -9,27 +9,26 @@ import math
 import os
 import secrets
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import gradio as gr
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alignment.server import routes
-from alignment.server.errors import PAGE_LANGUAGE, ServiceError, Translate
-from alignment.server.gradio_internals import blocks_of, has_messages, queue_status, session_of_event
+from alignment.server.errors import ServiceError, Translate
+from alignment.server.gradio_internals import blocks_of, queue_status, streaming_session
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import log_event
-from alignment.server.page import BEGUN, OWNERS, REQUEST_ID
 from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
-from alignment.server.uploads import CLIENT
 
 if TYPE_CHECKING:
     from alignment.server.service import Service
 
 logger = logging.getLogger(__name__)
+
+GUARDED = "alignment.request"
+"""Key of the ASGI scope under which its `GuardedRequest` is passed on."""
 
 INTERNAL_TOKEN_HEADER = "x-alignment-internal"
 """Carries a random token in requests that this process makes to itself for its MCP tools; they pass without limits."""
@@ -56,203 +55,188 @@ _HEADERS = {
 }
 
 
-@dataclass
-class RequestContext:
-    """One request on its way through; sizes in bytes."""
-
-    scope: Scope
-    page: gr.Blocks
-    kind: routes.RouteKind | None
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
-    begun: float = field(default_factory=time.monotonic)
-    received: int = 0
-    sent: int = 0
-    status: int = 0
-    error: ServiceError | None = None
-
-    @property
-    def endpoints(self) -> set[str]:
-        """Names of the page's functions."""
-        return {str(fn.api_name) for fn in self.page.fns.values()}
-
-
 class RequestGuard:
     """ASGI middleware with the limits of the service."""
 
     def __init__(self, app: ASGIApp, service: "Service", translate: Translate) -> None:
         """Wrap Gradio's app."""
-        self._app, self._service, self._translate = app, service, translate
-        self._settings, self._token = service.settings, service.token.encode()
-        rate = self._settings.rate
-        self._rate, self._upload_rate = TokenBucket(rate), TokenBucket(rate * _UPLOAD_RATE)
-        self._open, self._owners = ConcurrencyLimiter(self._settings.at_once), SessionOwners()
-        self._arriving = 0  # bytes of bodies that are being read
+        self.app, self.service, self.settings, self.translate = app, service, service.settings, translate
+        counted, uploads = TokenBucket(self.settings.rate), TokenBucket(self.settings.rate * _UPLOAD_RATE)
+        self.rates = {"call": counted, "page": counted, "upload": uploads}
+        self.open, self.owners = ConcurrencyLimiter(self.settings.at_once), SessionOwners()
+        self.arriving = 0  # bytes of calls that are being read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
         if scope["type"] != "http":
             return  # nothing here answers a websocket
-        path = routes.strip_root_path(self._settings.root_path, scope["path"])
+        path = routes.strip_root_path(self.settings.root_path, scope["path"])
         if path is None:
             query = scope["query_string"].decode("latin-1")
-            await RedirectResponse(f"{self._settings.root_path}/?{query}".rstrip("?"))(scope, receive, send)
+            await RedirectResponse(f"{self.settings.root_path}/?{query}".rstrip("?"))(scope, receive, send)
             return
         scope.update(path=path, root_path="")  # Gradio has its root path from `launch`
-        context = self._context(scope)
-        is_work = False
-        with self._open.request(scope[CLIENT]) as has_room:
+        await GuardedRequest(self, scope, receive, send).answer()
+
+
+class GuardedRequest:
+    """One request on its way through; sizes in bytes."""
+
+    def __init__(self, guard: RequestGuard, scope: Scope, receive: Receive, send: Send) -> None:
+        self.id, self.begun = secrets.token_hex(8), time.monotonic()
+        self.client, self._cookie = client_address(scope, guard.settings.proxies), cookie_of(scope)
+        self._guard, self._scope, self._receive, self._send = guard, scope, receive, send
+        self._page, self._path, self._headers = blocks_of(scope), scope["path"], Headers(scope=scope)
+        self._kind = routes.route_kind(scope["method"], self._path)
+        self._is_agents = self._path.startswith(routes.MCP)
+        self._error: ServiceError | None = None
+        self._received = self._sent = self._status = 0
+        self._is_whole, self._left_s = False, BODY_TIMEOUT_S
+        scope[GUARDED] = self
+
+    def may_use(self, session: str) -> bool:
+        """Tell whether a session belongs to this request's browser."""
+        return self._guard.owners.admit(session, self._cookie)
+
+    async def answer(self) -> None:
+        """Pass the request on to Gradio, or refuse it, and log it."""
+        guard, work = self._guard, self._guard.service.requests
+        with guard.open.request(self.client) as has_room:
             try:
-                self._check(context, has_room)
-                is_work = context.kind in ("call", "upload")
-                self._service.requests += is_work
-                await self._app(scope, self._reading(context, receive), self._writing(context, send))
+                self._check(has_room)
+                if self._kind in ("call", "upload"):
+                    work.add(self)
+                if self._is_agents:
+                    self._pass_token_on()
+                await guard.app(self._scope, self._read, self._write)
             except Exception as error:
-                context.error = _service_error(error, context)
-                await self._refuse(context, receive, send)
+                self._error = self._error or self._service_error(error)
+                if not self._status:  # the answer has not begun
+                    response = self._error.response(self._headers, guard.translate)
+                    await response(self._scope, self._receive, self._respond)
             finally:
-                self._service.requests -= is_work
-                self._arriving -= context.received if context.kind == "call" else 0
-                self._log(context)
+                work.discard(self)
+                guard.arriving -= self._received if self._kind == "call" else 0
+                self._log()
 
-    def _context(self, scope: Scope) -> RequestContext:
-        context = RequestContext(scope, blocks_of(scope), routes.route_kind(scope["method"], scope["path"]))
-        client = client_address(scope, self._settings.proxies)
-        scope.update({CLIENT: client, REQUEST_ID: context.id, BEGUN: context.begun, OWNERS: self._owners})
-        if scope["path"].startswith(routes.MCP):
-            # Gradio passes an agent's headers on to its own requests for the tool: they have been counted here, and
-            # their session is shared by all agents.
-            headers = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
-            scope["headers"] = [*headers, (INTERNAL_TOKEN_HEADER.encode(), self._token)]
-        return context
+    def _pass_token_on(self) -> None:
+        """Mark the request that Gradio makes for an agent's tool, with the headers of this one, as counted here.
 
-    def _check(self, context: RequestContext, has_room: bool) -> None:
-        headers, kind = Headers(scope=context.scope), context.kind
-        token, is_agent = headers.get(INTERNAL_TOKEN_HEADER, ""), context.scope["path"].startswith(routes.MCP)
+        Its session is shared by all agents, and so belongs to no cookie.
+        """
+        headers = [(name, value) for name, value in self._scope["headers"] if name != b"cookie"]
+        token = self._guard.service.token.encode()
+        self._scope["headers"] = [*headers, (INTERNAL_TOKEN_HEADER.encode(), token)]
+
+    def _check(self, has_room: bool) -> None:
+        guard, kind = self._guard, self._kind
+        token = self._headers.get(INTERNAL_TOKEN_HEADER, "").encode()
         if kind is None:
             raise ServiceError("service.closed")
-        if kind == "health" or (not is_agent and secrets.compare_digest(token.encode(), self._token)):
+        if kind == "health" or (not self._is_agents and secrets.compare_digest(token, guard.service.token.encode())):
             return
         if not has_room:
             raise ServiceError("service.open")
-        if kind in ("call", "upload") and self._service.stopping.is_set():
+        if kind in ("call", "upload") and guard.service.stopping.is_set():
             raise ServiceError("service.stopping")
-        announced = headers.get("content-length", "")
-        if kind == "call" and announced.isdecimal() and int(announced) > self._settings.request_mb * _MB:
-            raise self._too_large()
-        if kind in ("call", "upload", "page"):
-            rate = self._upload_rate if kind == "upload" else self._rate
-            if seconds := math.ceil(rate.wait(context.scope[CLIENT])):
-                raise ServiceError("service.rate", retry_s=seconds, seconds=seconds)
+        if kind in guard.rates and (seconds := math.ceil(guard.rates[kind].wait(self.client))):
+            raise ServiceError("service.rate", retry_s=seconds, seconds=seconds)
         if kind == "call":
-            self._check_call(context)
-        if kind == "stream" and not is_agent:  # all agents share a session
-            self._check_session(context)
+            self._check_call()
+        if kind == "stream" and not self._is_agents:  # all agents share a session
+            self._check_session()
 
-    def _check_call(self, context: RequestContext) -> None:
-        if queue_status(context.page).waiting >= self._settings.queue:
+    def _check_size(self, size: int) -> None:
+        if size > self._guard.settings.request_mb * _MB:
+            raise ServiceError("service.size", limit=f"{self._guard.settings.request_mb:g}")
+
+    def _check_call(self) -> None:
+        self._check_size(int(self._headers.get("content-length", 0)))
+        if queue_status(self._page).waiting >= self._guard.settings.queue:
             raise ServiceError("service.queue")
-        endpoint = routes.called_endpoint(context.scope["path"])
-        if endpoint is not None and endpoint not in context.endpoints | {"predict"}:  # any function, by its number
+        endpoint = routes.called_endpoint(self._path)
+        if endpoint is not None and endpoint not in self._endpoints() | {"predict"}:  # any function, by its number
             raise ServiceError("service.closed")
 
-    def _check_session(self, context: RequestContext) -> None:
+    def _check_session(self) -> None:
         """Refuse messages of unknown sessions, and those of other browsers' sessions."""
-        path = context.scope["path"].rstrip("/")
-        name, is_heartbeat = path.rpartition("/")[2], path.startswith(routes.HEARTBEAT)
+        path, query = self._path.rstrip("/"), QueryParams(self._scope["query_string"])
+        session = name = path.rpartition("/")[2]
         if path == routes.QUEUE_DATA:
-            session = QueryParams(context.scope["query_string"]).get("session_hash", "")
-        else:
-            session = name if is_heartbeat else session_of_event(context.page, name)
-        is_known = is_heartbeat or has_messages(context.page, session)
-        if not is_known or not self._owners.admit(session, cookie_of(context.scope)):
+            session = streaming_session(self._page, query.get("session_hash", ""))
+        elif not path.startswith(routes.HEARTBEAT):
+            session = streaming_session(self._page, event_id=name)
+        if not session or not self.may_use(session):
             raise ServiceError("service.closed")
 
-    def _too_large(self) -> ServiceError:
-        return ServiceError("service.size", limit=f"{self._settings.request_mb:g}")
+    def _endpoints(self) -> set[str]:
+        return {str(fn.api_name) for fn in self._page.fns.values()}
 
-    def _reading(self, context: RequestContext, receive: Receive) -> Receive:
-        is_whole, left = False, BODY_TIMEOUT_S
+    async def _read(self) -> Message:
+        """Receive a part of the body, in time and within its limit."""
+        if self._is_whole:
+            return await self._receive()  # waits for the client to disconnect
+        begun, megabytes = time.monotonic(), self._received // _MB
+        try:
+            message = await asyncio.wait_for(self._receive(), self._left_s)
+            self._count(len(message.get("body", b"")))
+        except (TimeoutError, ServiceError) as error:
+            # The framework would answer in its own way; `_write` raises this instead.
+            self._error = error if isinstance(error, ServiceError) else ServiceError("service.slow")
+            raise self._error from None
+        waited = time.monotonic() - begun
+        self._left_s = BODY_TIMEOUT_S if self._received // _MB > megabytes else self._left_s - waited
+        self._is_whole = not message.get("more_body")
+        return message
 
-        async def read() -> Message:
-            nonlocal is_whole, left
-            if is_whole:
-                return await receive()  # waits for the client to disconnect
-            begun, megabytes = time.monotonic(), context.received // _MB
-            try:
-                message = await asyncio.wait_for(receive(), left)
-                self._count(context, len(message.get("body", b"")))
-            except (TimeoutError, ServiceError) as error:
-                # The framework would answer in its own way; `_writing` raises this instead.
-                context.error = error if isinstance(error, ServiceError) else ServiceError("service.slow")
-                raise context.error from None
-            waited = time.monotonic() - begun
-            left = BODY_TIMEOUT_S if context.received // _MB > megabytes else left - waited
-            is_whole = not message.get("more_body")
-            return message
-
-        return read
-
-    def _count(self, context: RequestContext, size: int) -> None:
-        context.received += size
-        limit = self._settings.request_mb * _MB
-        if context.kind == "call":
-            self._arriving += size
-            if self._arriving > _MAX_BODIES * limit:
+    def _count(self, size: int) -> None:
+        self._received += size
+        if self._kind == "call":
+            self._guard.arriving += size
+            if self._guard.arriving > _MAX_BODIES * self._guard.settings.request_mb * _MB:
                 raise ServiceError("service.queue")
-            if context.received > limit:
-                raise self._too_large()
-        elif context.kind != "upload" and context.received > _SMALL:  # `UploadQuota` counts uploads
+            self._check_size(self._received)
+        elif self._kind != "upload" and self._received > _SMALL:  # `UploadQuota` counts uploads
             raise ServiceError("service.request", status=413)
 
-    def _writing(self, context: RequestContext, send: Send) -> Send:
-        async def write(message: Message) -> None:
-            if context.error and not context.status:
-                raise context.error
-            if message["type"] == "http.response.start":
-                context.status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers.update({**_HEADERS, "X-Request-ID": context.id})
-                if context.scope["path"] == "/" and not cookie_of(context.scope):
-                    headers.append("Set-Cookie", new_cookie(context.scope, self._settings.root_path))
-            context.sent += len(message.get("body", b""))
-            await send(message)
+    async def _write(self, message: Message) -> None:
+        if self._error and not self._status:
+            raise self._error
+        await self._respond(message)
 
-        return write
+    async def _respond(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers.update({**_HEADERS, "X-Request-ID": self.id})
+            if self._path == "/" and not self._cookie:
+                headers.append("Set-Cookie", new_cookie(self._scope, self._guard.settings.root_path))
+        self._sent += len(message.get("body", b""))
+        await self._send(message)
 
-    async def _refuse(self, context: RequestContext, receive: Receive, send: Send) -> None:
-        error, headers = context.error, Headers(scope=context.scope)
-        if error is None or context.status:  # the answer has begun
+    def _service_error(self, error: Exception) -> ServiceError:
+        """Tell the client's mistakes from failures of ours; Gradio lets both escape as exceptions.
+
+        Listeners do not fail here: `GuardedBlocks` answers for them. What escapes from a call before is Gradio failing
+        to read its arguments: an unknown function, an argument too many.
+        """
+        if isinstance(error, ServiceError):
+            return error
+        if isinstance(error, OSError) and self._kind == "asset":  # a name that no file can have
+            return ServiceError("service.closed")
+        if self._kind == "call" and not isinstance(error, OSError | RuntimeError | MemoryError):
+            logger.info("Gradio could not read a call", exc_info=error)
+            return ServiceError("service.request")
+        logger.exception("A request failed")
+        return ServiceError("internal")
+
+    def _log(self) -> None:
+        if self._error is None and self._kind not in ("call", "upload") and self._status < 500:
             return
-        if error.status == 503 and PAGE_LANGUAGE in headers:
-            error.status = 429  # for a 503 Gradio's page shows a message of its own, in English
-        context.error = None  # lets the answer pass
-        await error.response(headers, self._translate)(context.scope, receive, self._writing(context, send))
-        context.error = error
-
-    def _log(self, context: RequestContext) -> None:
-        if context.error is None and context.kind not in ("call", "upload") and context.status < 500:
-            return
-        outcome = context.error.code if context.error else "ok" if context.status < 400 else "error"
-        endpoint = routes.log_name(context.scope["path"], context.endpoints) if context.kind else "none"
-        ms, status = round((time.monotonic() - context.begun) * 1000, 1), context.status
-        numbers = {"ms": ms, "outcome": outcome, "status": status, "received": context.received, "sent": context.sent}
-        log_event(logger, "request", id=context.id, endpoint=endpoint, **numbers)
-
-
-def _service_error(error: Exception, context: RequestContext) -> ServiceError:
-    """Tell the client's mistakes from failures of ours; Gradio lets both escape as exceptions.
-
-    Listeners do not fail here: `GuardedBlocks` answers for them. What escapes from a call before is Gradio failing to
-    read its arguments: an unknown function, an argument too many.
-    """
-    if isinstance(error, ServiceError):
-        return error
-    if isinstance(error, OSError) and context.kind == "asset":  # a name that no file can have
-        return ServiceError("service.closed")
-    if context.kind == "call" and not isinstance(error, OSError | RuntimeError | MemoryError):
-        logger.info("Gradio could not read a call", exc_info=error)
-        return ServiceError("service.request")
-    logger.exception("A request failed")
-    return ServiceError("internal")
+        outcome = self._error.word if self._error else "ok" if self._status < 400 else "error"
+        endpoint = routes.log_name(self._path, self._endpoints()) if self._kind else "none"
+        ms = round((time.monotonic() - self.begun) * 1000, 1)
+        numbers = {"ms": ms, "outcome": outcome, "status": self._status}
+        log_event(logger, "request", id=self.id, endpoint=endpoint, **numbers, received=self._received, sent=self._sent)

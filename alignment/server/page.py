@@ -5,35 +5,39 @@ Place in the flow: `middleware -> Gradio's queue -> GuardedBlocks (owner, files,
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 
 from alignment.preprocess import InputError
 from alignment.server.errors import ServiceError
-from alignment.server.gradio_internals import Event, EventBlocks
 from alignment.server.logging import log_event
-from alignment.server.sessions import SessionOwners, cookie_of
+from alignment.server.middleware import GUARDED, GuardedRequest
 
 logger = logging.getLogger(__name__)
-
-REQUEST_ID, BEGUN, OWNERS = "alignment.request", "alignment.begun", "alignment.owners"
-"""Keys of the ASGI scope under which the middleware passes on a request's id and time, and the owners of sessions."""
 
 MAX_PATH = 4096  # characters
 _MAX_NAME = 255  # bytes of a part of a path
 
 
-class GuardedBlocks(EventBlocks):
-    """Gradio's page, but it fetches nothing from the network for a client, and fails without quoting the inputs."""
+class GuardedBlocks(gr.Blocks):
+    """Gradio's page, but it fetches nothing from the network for a client, and fails without quoting the inputs.
 
-    async def handle_event(self, event: Event, proceed: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    HTTP middleware does not see events: a request only puts one into the queue. Gradio passes each to `process_api`,
+    which by itself downloads any URL in the inputs, prints exceptions that quote them, and answers events of other
+    browsers' sessions.
+    """
+
+    async def process_api(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> dict[str, Any]:
         """Check an event, let Gradio process it, and log how long it took and how it ended."""
-        begun, outcome, answer = event.scope.get(BEGUN, time.monotonic()), "cancelled", {}
+        scope = getattr(getattr(options.get("request"), "request", None), "scope", None) or {}  # of the HTTP request
+        request: GuardedRequest | None = scope.get(GUARDED)
+        begun, outcome, answer = request.begun if request else time.monotonic(), "cancelled", {}
         try:
-            _check(event)
-            answer = await proceed()
+            _check(inputs, options.get("session_hash"), request)
+            answer = await super().process_api(block_fn, inputs, *args, **options)
             outcome = "ok"
             return answer
         except InputError as error:
@@ -45,24 +49,23 @@ class GuardedBlocks(EventBlocks):
         except Exception as error:
             outcome = "error"
             logger.exception("A request failed")
-            raise gr.Error(str(ServiceError("internal").error), print_exception=False) from error
+            raise gr.Error(str(ServiceError("internal")), print_exception=False) from error
         finally:
             if not answer.get("is_generating"):
+                endpoint = str((self.fns[block_fn] if isinstance(block_fn, int) else block_fn).api_name)
                 ms = round((time.monotonic() - begun) * 1000, 1)
-                request_id = event.scope.get(REQUEST_ID, "")
-                log_event(logger, "answer", id=request_id, endpoint=event.endpoint, ms=ms, outcome=outcome)
+                log_event(logger, "answer", id=request.id if request else "", endpoint=endpoint, ms=ms, outcome=outcome)
 
 
-def _check(event: Event) -> None:
+def _check(inputs: list[Any], session: str | None, request: GuardedRequest | None) -> None:
     """Raise InputError on another browser's session, and on files that Gradio would fetch or cannot look for."""
-    owners: SessionOwners | None = event.scope.get(OWNERS)
-    if owners and event.session and not owners.admit(event.session, cookie_of(event.scope)):
-        raise ServiceError("service.session").error
-    for path in _paths(event.inputs):
-        if is_url(path):
-            raise ServiceError("api.address").error
+    if request and session and not request.may_use(session):
+        raise ServiceError("service.session")
+    for path in _paths(inputs):
+        if is_http_url_like(path):  # by which Gradio decides whether to download it
+            raise ServiceError("api.address")
         if isinstance(path, str) and not is_possible_path(path):
-            raise ServiceError("upload.lost").error
+            raise ServiceError("upload.lost")
 
 
 def _paths(value: object) -> Iterator[object]:
@@ -71,11 +74,6 @@ def _paths(value: object) -> Iterator[object]:
         yield value.get("path")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _paths(part)
-
-
-def is_url(value: object) -> bool:
-    """Tell whether Gradio would download this."""
-    return isinstance(value, str) and value.startswith(("http://", "https://"))
 
 
 def is_possible_path(path: str) -> bool:

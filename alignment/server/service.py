@@ -12,33 +12,39 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gradio as gr
 from anyio.to_thread import run_sync
-from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from alignment import __version__
 from alignment.server.errors import ServiceError, Translate
-from alignment.server.gradio_internals import EventBlocks, QueueJanitor, blocks_of, limit_connections, queue_status
+from alignment.server.gradio_internals import (
+    LightSessions,
+    QueueJanitor,
+    blocks_of,
+    configure_uvicorn,
+    harden_mcp,
+    queue_status,
+)
 from alignment.server.logging import log_event
-from alignment.server.middleware import RequestGuard
+from alignment.server.middleware import GuardedRequest, RequestGuard
 from alignment.server.routes import UPLOAD
 from alignment.server.settings import Settings
 from alignment.server.uploads import UploadQuota, expire_files, receive_upload
+from alignment.signals import handle_signals
 
 logger = logging.getLogger(__name__)
 
 CLEAN_UP_PERIOD_S = 10.0
 MAX_IDLE_SESSIONS = 2000  # with an answer that their client has not fetched
 _ANSWER_AGE_S = 300.0  # for which an answer waits for a program to fetch it
-_MAX_SESSIONS = 10_000
 _CONNECTIONS_PER_REQUEST = 2  # a browser opens some ahead
 _POLL_S = 0.1
 _DELIVERY_S = 2.0  # for which an answer waits at the end for a client that may never fetch it
@@ -73,7 +79,7 @@ class Service:
         self.settings, self.folder = settings or Settings(), folder
         self.uploads, self.token = UploadQuota(self.settings), secrets.token_urlsafe(24)
         self.stopping, self.since = threading.Event(), time.monotonic()
-        self.requests = 0  # calls and uploads under way
+        self.requests = set[GuardedRequest]()  # calls and uploads under way
 
     def launch_options(
         self,
@@ -88,40 +94,29 @@ class Service:
         /healthz adds what `describe` returns of the model and the gallery; `routes` are the page's own. Errors are in
         English without `translate`.
         """
-        settings, self.uploads = self.settings, UploadQuota(self.settings, max_file_mb)
+        settings = self.settings
         # Behind a reverse proxy all connections are the proxy's.
-        limit_connections(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
+        configure_uvicorn(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
         guard = Middleware(RequestGuard, self, translate)
         health = Route("/healthz", partial(self._health, describe))
-        receive = partial(receive_upload, self.uploads)
+        receive = partial(receive_upload, self.uploads, max_file_mb)
         upload = [Route(path, receive, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
-        refuse = dict.fromkeys((RequestValidationError, HTTPException), partial(_framework_error, translate))
-        options = {"routes": [health, *upload, *routes], "middleware": [guard], "lifespan": self._clean_up}
+        app = {"routes": [health, *upload, *routes], "middleware": [guard], "lifespan": self._clean_up}
         return {
-            "app_kwargs": {**options, "exception_handlers": refuse},
+            "app_kwargs": {**app, "exception_handlers": {RequestValidationError: _refuse, HTTPException: _refuse}},
             "root_path": settings.root_path,
-            "state_session_capacity": _MAX_SESSIONS,
         }
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
         """Let SIGTERM and SIGINT stop the service; a second signal ends the process as it does elsewhere."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        def handle(*received: object) -> None:
+        def stop(*received: object) -> None:
             self.stopping.set()
             restore()
 
-        for number in before:
-            signal.signal(number, handle)
-        try:
+        with handle_signals(stop, signal.SIGTERM, signal.SIGINT) as restore:
             yield
-        finally:
-            restore()
 
     def serve(self, page: gr.Blocks) -> None:
         """Block until told to stop, wait `stop_seconds` at most for what is under way, and close the launched page.
@@ -157,23 +152,23 @@ class Service:
 
     @asynccontextmanager
     async def _clean_up(self, app: Any) -> AsyncIterator[None]:
-        """Clean up periodically for as long as the server runs."""
-        task = asyncio.create_task(self._clean_up_forever(blocks_of({"app": app})))
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    async def _clean_up_forever(self, page: EventBlocks) -> None:
+        """Prepare the page before it is served, and clean up periodically for as long as it is."""
+        page = blocks_of({"app": app})
+        harden_mcp(page)
+        sessions = LightSessions(page, self.settings.sessions_mb * 2**20)
         janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(self._clean_up_forever(sessions, janitor))
+            yield
+            task.cancel()
+
+    async def _clean_up_forever(self, sessions: LightSessions, janitor: QueueJanitor) -> None:
         seconds = 60 * self.settings.keep_minutes
-        page.sessions.max_bytes = int(self.settings.sessions_mb * 2**20)
         while True:
             await asyncio.sleep(CLEAN_UP_PERIOD_S)
             try:
                 janitor.collect()
-                page.sessions.expire(seconds)
+                sessions.expire(seconds)
                 if self.folder:
                     await run_sync(expire_files, self.folder, seconds)
                 self.uploads.collect_consumed()
@@ -182,10 +177,8 @@ class Service:
                 logger.exception("A clean-up failed")
 
 
-async def _framework_error(translate: Translate, request: Request, error: Exception) -> Response:
-    """Answer a request that FastAPI refuses in the form of `ServiceError`, quoting nothing of it."""
+async def _refuse(request: Request, error: Exception) -> NoReturn:
+    """Let the middleware answer what FastAPI or Gradio refuses, in the form of `ServiceError` and quoting nothing."""
     status = error.status_code if isinstance(error, HTTPException) else 422
-    if isinstance(error, HTTPException) and status >= 500:
-        return await http_exception_handler(request, error)
-    known = ServiceError("service.closed") if status == 404 else ServiceError("service.request", status=status)
-    return known.response(request.headers, translate)
+    code = {404: "service.closed", 503: "service.queue"}.get(status, "internal" if status >= 500 else "service.request")
+    raise ServiceError(code, status=status)

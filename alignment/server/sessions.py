@@ -10,7 +10,7 @@ from dataclasses import is_dataclass
 from typing import Any, Self
 
 import gradio as gr
-from starlette.requests import cookie_parser
+from starlette.requests import HTTPConnection
 from starlette.types import Scope
 from torch import Tensor
 
@@ -67,8 +67,7 @@ class SessionOwners:
 
 def cookie_of(scope: Scope) -> str:
     """Read a browser's cookie; "" if it has none."""
-    header = b"; ".join(value for name, value in scope["headers"] if name == b"cookie").decode("latin-1")
-    value = cookie_parser(header).get(COOKIE, "")
+    value = HTTPConnection(scope).cookies.get(COOKIE, "")
     return value if value.isascii() else ""
 
 

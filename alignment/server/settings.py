@@ -7,40 +7,36 @@ import errno
 import os
 import re
 import socket
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Annotated, get_args, get_type_hints
 
 from alignment.server.routes import OWN_NAMES
 
 LOGS = ("human", "json")
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class Settings:
     """The limits of the service; a person who uses the page by hand never meets the defaults."""
 
-    keep_minutes: float = _setting(
-        60, "minutes that uploads, and what the page remembers of a visitor, outlive their last use"
-    )
-    rate: float = _setting(600, "requests a minute and address; 0: no limit")
-    at_once: int = _setting(250, "requests of an address open at the same time")
-    queue: int = _setting(64, "requests that may wait, of everybody together")
-    request_mb: float = _setting(64, "megabytes of a request without files")
-    client_files: int = _setting(500, "uploads of an address that may lie here at the same time")
-    client_mb: float = _setting(2000, "their megabytes")
-    disk_mb: float = _setting(8000, "megabytes of everybody's uploads together")
-    sessions_mb: float = _setting(1000, "megabytes that the page remembers of everybody's pictures and results")
-    proxies: int = _setting(0, "servers in front whose X-Forwarded-For is believed (on a Space: 1)")
-    root_path: str = _setting(
-        "", "path below which a server in front shows the page, such as /search; it may strip it or not"
-    )
-    stop_seconds: float = _setting(10, "seconds that a stop waits for requests under way")
-    log: str = _setting("human", "how to log: for people, or a JSON object a line")
+    keep_minutes: Annotated[
+        float, "minutes that uploads, and what the page remembers of a visitor, outlive their last use"
+    ] = 60
+    rate: Annotated[float, "requests a minute and address; 0: no limit"] = 600
+    at_once: Annotated[int, "requests of an address open at the same time"] = 250
+    queue: Annotated[int, "requests that may wait, of everybody together"] = 64
+    request_mb: Annotated[float, "megabytes of a request without files"] = 64
+    client_files: Annotated[int, "uploads of an address that may lie here at the same time"] = 500
+    client_mb: Annotated[float, "their megabytes"] = 2000
+    disk_mb: Annotated[float, "megabytes of everybody's uploads together"] = 8000
+    sessions_mb: Annotated[float, "megabytes that the page remembers of everybody's pictures and results"] = 1000
+    proxies: Annotated[int, "servers in front whose X-Forwarded-For is believed (on a Space: 1)"] = 0
+    root_path: Annotated[
+        str, "path below which a server in front shows the page, such as /search; it may strip it or not"
+    ] = ""
+    stop_seconds: Annotated[float, "seconds that a stop waits for requests under way"] = 10
+    log: Annotated[str, "how to log: for people, or a JSON object a line"] = "human"
 
     def __post_init__(self) -> None:
         """Normalise the root path to "/search" or ""; raise ValueError on what argparse does not check."""
@@ -69,24 +65,16 @@ def variable(name: str) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting, whose default is its environment variable; `Settings.from_args` reads them."""
     group = parser.add_argument_group("service", "limits, for a page that others can reach; each has its variable")
-    kinds: dict[str, dict[str, Any]] = {
-        "float": {"type": partial(_amount, float), "metavar": "N"},
-        "int": {"type": partial(_amount, int), "metavar": "N"},
-        "str": {"metavar": "PATH"},
-    }
-    for setting in fields(Settings):
+    elsewhere = {"root_path": os.environ.get("GRADIO_ROOT_PATH", ""), "proxies": int(bool(os.environ.get("SPACE_ID")))}
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        kind, text = get_args(hint)
+        values = {"metavar": "PATH"} if kind is str else {"type": partial(_amount, kind), "metavar": "N"}
         group.add_argument(
-            f"--{setting.name.replace('_', '-')}",
-            default=os.environ.get(variable(setting.name)) or _default(setting.name),
-            help=f"{setting.metadata['help']} ({variable(setting.name)}; default: %(default)s)",
-            **({"choices": LOGS} if setting.name == "log" else kinds[str(setting.type)]),
+            f"--{name.replace('_', '-')}",
+            default=os.environ.get(variable(name)) or elsewhere.get(name, getattr(Settings, name)),
+            help=f"{text} ({variable(name)}; default: %(default)s)",
+            **({"choices": LOGS} if name == "log" else values),
         )
-
-
-def _default(name: str) -> object:
-    if name == "proxies" and os.environ.get("SPACE_ID"):
-        return 1
-    return os.environ.get("GRADIO_ROOT_PATH", "") if name == "root_path" else getattr(Settings, name)
 
 
 def _amount(kind: type[int] | type[float], text: str) -> float:
@@ -122,17 +110,14 @@ def check_address(host: str, port: int) -> None:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
             probe.bind((bare, port))
+    except PermissionError as error:
+        reason = f"This user may not open port {port}: choose one from 1024 on, such as --port 7860."
+        raise ValueError(reason) from error
     except OSError as error:
-        raise ValueError(_reason(error, host, port)) from error
-
-
-def _reason(error: OSError, host: str, port: int) -> str:
-    if error.errno == errno.EADDRINUSE:
-        other = port + 1 if port < 65535 else port - 1
-        return f"Port {port} is taken by another program, perhaps by this app: stop it, or say --port {other}."
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"This user may not open port {port}: choose one from 1024 on, such as --port 7860."
-    return (
-        f"{host} is no address of this machine ({error.strerror}): --host is 127.0.0.1 for this machine alone, 0.0.0.0 "
-        "or :: for everybody, or one of its own addresses."
-    )
+        if error.errno == errno.EADDRINUSE:
+            other = port + 1 if port < 65535 else port - 1
+            reason = f"Port {port} is taken by another program, perhaps by this app: stop it, or say --port {other}."
+        else:
+            reason = f"{host} is no address of this machine ({error.strerror}): --host is 127.0.0.1 for this machine "
+            reason += "alone, 0.0.0.0 or :: for everybody, or one of its own addresses."
+        raise ValueError(reason) from error

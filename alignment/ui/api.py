@@ -17,13 +17,13 @@ from urllib.parse import unquote
 
 import gradio as gr
 import torch
+from gradio_client.utils import is_http_url_like
 from torch import Tensor
 
 from alignment.engine import AlignmentEngine
 from alignment.picture_limits import LIMITS
 from alignment.preprocess import MAX_CAPTION_CHARS, InputError, clean_caption, open_image
 from alignment.server.errors import ServiceError
-from alignment.server.page import is_url
 from alignment.ui import api_schemas as schemas
 from alignment.ui.uploads import MAX_FILE_MB, Upload, delete_uploads, read_upload
 from alignment.ui.widgets import queue_options
@@ -214,8 +214,8 @@ def _bytes(image: object) -> bytes:
     upload = _upload(image)
     if upload is None:
         raise InputError("A picture is a data URL or an uploaded file.", "api.image")
-    if is_url(upload.path):
-        raise ServiceError("api.address").error
+    if is_http_url_like(upload.path):
+        raise ServiceError("api.address")
     return read_upload(upload, MAX_PICTURES)
 
 

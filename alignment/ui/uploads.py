@@ -75,7 +75,7 @@ def read_upload(upload: Upload, limit: int) -> bytes:
     try:
         return upload_path(upload, limit).read_bytes()
     except OSError as error:
-        raise ServiceError("upload.lost").error from error
+        raise ServiceError("upload.lost") from error
 
 
 def upload_path(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> Path:
@@ -92,7 +92,7 @@ def upload_path(upload: Upload, limit: int = 1, limit_mb: int = MAX_FILE_MB) -> 
     try:
         size = limit_mb * 2**20 + 1 if upload.problem == "size" else _path(upload).stat().st_size
     except (OSError, ValueError) as error:
-        raise ServiceError("upload.lost").error from error
+        raise ServiceError("upload.lost") from error
     if size > limit_mb * 2**20:
         raise InputError("The file has more than {limit} MB; make it smaller.", "upload.size", limit=limit_mb)
     return _path(upload)
@@ -105,7 +105,7 @@ def _refusal(code: str) -> InputError:
     if code == "waiting":
         return InputError("There are too many files from your address waiting; try again soon.", "upload.waiting")
     known = map(ServiceError, ("upload.name", "service.open", "service.full", "service.stopping", "service.slow"))
-    return next((error.error for error in known if error.code == code), ServiceError("upload.lost").error)
+    return next((error for error in known if error.word == code), ServiceError("upload.lost"))
 
 
 def delete_uploads(uploads: Sequence[Upload]) -> None:

@@ -121,7 +121,7 @@ def user_errors() -> Iterator[None]:
         raise
     except Exception as error:
         logger.exception("A request failed")
-        raise ServiceError("internal").error from error
+        raise ServiceError("internal") from error
 
 
 def data_url(webp: bytes) -> str:
