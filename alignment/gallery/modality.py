@@ -3,15 +3,13 @@
 Place in the flow: `gallery.db + index -> modality (here) -> search`. No query scores all of many items.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import chain
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -117,7 +115,7 @@ class StoredRecords(Records[Item]):
         except (FileNotFoundError, ValueError):
             if not write:
                 raise
-        LocalIndex.write(path, (rows for _, rows in self._database.batches(self._kind, _EMBEDS)), stamp)
+        LocalIndex.write(path, (rows for _, rows in self._database.batches(self._kind)), stamp)
         return LocalIndex.open(path, stamp, self.tagged)
 
 
@@ -132,7 +130,7 @@ class Modality(Generic[Item]):
         self.sample = lru_cache(_CACHED_SAMPLES)(self._sample)
 
     @classmethod
-    def in_memory(cls, items: Records[Item] | Sequence[Item], embeds: Tensor) -> Modality[Item]:
+    def in_memory(cls, items: Sequence[Item], embeds: Tensor) -> Self:
         """Hold embeddings in memory, (n, embed_dim), one for each item or a ValueError; they are normalised."""
         if len(items) != len(embeds):
             raise ValueError(f"{len(items)} items have {len(embeds)} embeddings: each item needs one.")
@@ -143,12 +141,11 @@ class Modality(Generic[Item]):
         return modality
 
     @classmethod
-    def open(cls, database: GalleryDatabase, kind: Kind, remote: Remote | None = None) -> Modality[Item]:
-        """Open the items of a gallery: from its index, from a server, or, if they are few, in memory.
+    def open(cls, database: GalleryDatabase, kind: Kind, remote: Remote | None = None) -> Self:
+        """Open the items of a gallery, but no pictures of packages that are not installed here.
 
-        Pictures of packages that are not installed here are left out. KeyError when another process replaced the
-        gallery meanwhile, ValueError when it is damaged or the server holds other items, OSError when the server does
-        not answer.
+        They are searched through its index, on a server, or, if few, in memory. KeyError when another process replaced
+        it, ValueError when it is damaged or the server holds other items, OSError when the server does not answer.
         """
         every = ids = database.ids(kind)
         if kind == "picture" and (missing := _missing_pictures(database)):

@@ -2,17 +2,15 @@
 
 Of a file, faiss names candidates by their codes; their rows are ranked as exact search ranks all rows.
 
-Equal embeddings get equal scores wherever they stand, and equal scores are ordered by position. float32 sums differ in
-the last bit, by where a row stands, so scores are summed in float64 and rounded to float32. float64 for every row would
-cost many times the reading of it: float32 goes first, and only rows that could reach the best k within its error are
-scored again.
+Equal embeddings get equal scores, and equal scores are ordered by position. float32 sums differ in the last bit, by
+where a row stands, so scores are summed in float64 and rounded to float32. As that takes many times as long, float32
+goes first, and only rows that could reach the best k within its error are scored again.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -44,20 +42,18 @@ class LocalIndex(VectorIndex):
 
     write = staticmethod(quantized.write)
 
-    def __init__(self, embeds: Tensor, tagged: Callable[[str], Tensor] | None = None) -> None:
+    def __init__(
+        self, embeds: Tensor, tagged: Callable[[str], Tensor] | None = None, file: quantized.QuantizedFile | None = None
+    ) -> None:
         """Index unit-norm embeddings, (n, embed_dim), without a copy; `tagged` lists the positions that carry a tag."""
-        self._rows, self.embed_dim = embeds.numpy(), embeds.shape[1]
-        self._tagged = tagged or (lambda tag: torch.empty(0, dtype=torch.int64))
+        self._rows, self.embed_dim, self._tagged, self._file = embeds.numpy(), embeds.shape[1], tagged, file
         self._carriers = lru_cache(_CACHED_TAGS)(self._find_carriers)
-        self._file: quantized.QuantizedFile | None = None
 
     @classmethod
-    def open(cls, path: Path, stamp: str, tagged: Callable[[str], Tensor] | None = None) -> LocalIndex:
+    def open(cls, path: Path, stamp: str, tagged: Callable[[str], Tensor] | None = None) -> Self:
         """Map a file; FileNotFoundError if there is none, ValueError if it is damaged or has another stamp."""
         file = quantized.QuantizedFile(path, stamp)
-        index = cls(torch.from_numpy(file.rows), tagged)
-        index._file = file
-        return index
+        return cls(torch.from_numpy(file.rows), tagged, file)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,15 +81,14 @@ class LocalIndex(VectorIndex):
 
     def _find_carriers(self, tag: str) -> tuple[int, NDArray[np.uint8]]:  # how many, and a bit for each row
         mask = np.zeros(len(self), bool)
-        mask[self._tagged(tag).numpy()] = True
+        mask[self._tagged(tag).numpy() if self._tagged else []] = True
         return int(mask.sum()), np.packbits(mask, bitorder="little")
 
 
 def rank(rows: Floats, query: NDArray[np.float64], k: int, chosen: NDArray[np.int64] | None = None) -> Ranking:
-    """Find the k best of unit-norm rows, (n, embed_dim) of any floating type, or of those at the chosen positions.
+    """Find the k best of unit-norm rows, (n, embed_dim), or of those at the chosen positions; ties by lower position.
 
-    Best first, ties by lower position. Source of the error of a float32 sum in whatever order: Higham, Accuracy and
-    Stability of Numerical Algorithms, section 3.1.
+    Source: the error of a float32 sum in any order, Higham, Accuracy and Stability of Numerical Algorithms, 3.1.
     """
     positions = np.arange(len(rows)) if chosen is None else chosen
     if len(positions) > _ALL_IN_FLOAT64 * k > 0:

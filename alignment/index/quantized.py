@@ -3,9 +3,8 @@
 Layout: a page with a checksum and JSON, the rows in order, the faiss index (PCA, IVF, SQ8). All of it is mapped, which
 does not count as memory of the process. It is derived from a gallery's database and may be deleted at any time.
 
-A query visits the lists whose centres are nearest. How many lists, and how many candidates, is measured at writing
-against the exact best ten of queries that are mixtures of rows and random directions: captions lie between pictures as
-mixtures do, and point where no picture lies as well.
+A query visits the lists whose centres are nearest. How many lists and candidates is measured at writing, against the
+exact best ten of mixtures of rows and random directions: captions lie between pictures, and also where there are none.
 """
 
 import json
