@@ -32,6 +32,7 @@ from alignment.gallery.records import Caption, GalleryMetadata, Picture
 from alignment.gallery.scan import ScannedImage, scan_image
 from alignment.gallery.search import Gallery
 from alignment.gallery.writer import GalleryWriter, content_of, delete_database
+from alignment.index.server import Connection
 from alignment.model import DualEncoder
 from alignment.model.dual_encoder import Progress
 from alignment.prefetch import prefetch_map
@@ -89,7 +90,7 @@ def build_gallery(
     """
     out, report = Path(out), report or BuildReport()
     if remote is not None:
-        remote.check()
+        Connection(remote.server).close()  # an error if it cannot be used
     pictures, captions, metadata = _read_source(os.fspath(source), out, encoder, format, split, report)
     report.cut = encoder.preprocessor.truncated(caption.text for caption in captions)
     with exclusive_lock(out, timeout=timeout):

@@ -35,7 +35,7 @@ Row: TypeAlias = tuple[Any, ...]
 
 DATABASE = "gallery.db"
 KINDS: tuple[Kind, Kind] = ("picture", "caption")
-INDEX_FILES: dict[Kind, str] = {"picture": "image_embeds.faiss", "caption": "text_embeds.faiss"}
+SIDES: dict[Kind, str] = {"picture": "image_embeds", "caption": "text_embeds"}  # as their embeddings are called
 COHORT = "cohort."
 VERSION = 1
 COLUMNS = {  # that the checksum of a row is of

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from alignment.atomic import exclusive_lock, read_json_checksummed, write_json_checksummed
-from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
+from alignment.gallery.database import DATABASE, KINDS, SIDES, GalleryDatabase, Kind
 from alignment.gallery.old_format import import_gallery
 from alignment.gallery.records import tags_of
 from alignment.gallery.writer import GalleryWriter, content_of
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 OWNER_FILE = "milvus.json"
 _URI_HELP = "a Milvus server for the embeddings, such as http://localhost:19530 (or ALIGNMENT_INDEX)"
 _NAME_HELP = "of the gallery there, if not that of its folder (or ALIGNMENT_INDEX_NAME)"
-_SIDES: dict[Kind, str] = {"picture": "image_embeds", "caption": "text_embeds"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _BATCH_ROWS = 16_384
 
@@ -57,13 +56,9 @@ class Remote:
             raise ValueError(f"--index-name takes letters, digits and underscores, no digit first, not {name}")
         return cls(Server.at(uri), name or default_name(folder), Path(folder)) if uri else None
 
-    def check(self) -> None:
-        """Raise OSError or ValueError if the server cannot be used."""
-        Connection(self.server).close()
-
     def collection(self, kind: Kind, fingerprint: str) -> str:
         """Return the name of a collection."""
-        return f"{self.name}_{_SIDES[kind]}_{fingerprint[:12]}"
+        return f"{self.name}_{SIDES[kind]}_{fingerprint[:12]}"
 
     def push_command(self) -> str:
         """Return the command that brings the server up to date."""
@@ -171,7 +166,7 @@ class Remote:
         """Open the collections that this gallery had for other models."""
         with closing(Connection(self.server)) as connection:
             names = sorted(connection.call("list_collections"))
-        ours, owner = rf"{self.name}_({'|'.join(_SIDES.values())})_(?!{fingerprint[:12]})[0-9a-f]{{12}}", self._owner()
+        ours, owner = rf"{self.name}_({'|'.join(SIDES.values())})_(?!{fingerprint[:12]})[0-9a-f]{{12}}", self._owner()
         found = [MilvusIndex(self.server, name) for name in names if owner and re.fullmatch(ours, name)]
         return [index for index in found if index.about.get("owner") == owner]
 
