@@ -37,6 +37,7 @@ from alignment.signals import handle_signals
 
 _START = timedelta(minutes=10)  # that all processes of a torchrun have to come together
 _LONGEST = timedelta(days=30)  # that a process waits for the others
+Show: TypeAlias = Callable[..., None]  # takes (done, total), and what is done if that changes
 
 _HELP = """\
 Embed pictures and captions once, so that the app can search them at once.
@@ -80,9 +81,6 @@ interruption or when the gallery has changed: only what is missing is sent, and 
 User and password, or an API key, are read from ALIGNMENT_INDEX_TOKEN."""
 
 
-Show: TypeAlias = Callable[..., None]  # takes (done, total), and what is done if that changes
-
-
 class WorkerGroup(NamedTuple):
     """The processes of one torchrun: what this one embeds, and their gloo group."""
 
@@ -123,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return int(args.run(args))
+        return int(args.run(args, Remote.of(args.index, args.folder, args.index_name)))
     except KeyboardInterrupt:
         text = "Interrupted; a gallery that was there is as it was. The same command goes on from here."
         print(f"\n{text}", file=sys.stderr)
@@ -141,7 +139,8 @@ def build_parser() -> argparse.ArgumentParser:
     build = commands.add_parser("build", help=text, description=_HELP, epilog=_EXAMPLES, formatter_class=raw)
     add, add_path = build.add_argument, partial(build.add_argument, type=expanduser)
     add_path("source", metavar="SOURCE", help="what to embed, see above")
-    add_path("--out", metavar="DIR", required=True, help="the gallery folder, new or to be brought up to date")
+    text = "the gallery folder, new or to be brought up to date"
+    add_path("--out", metavar="DIR", dest="folder", required=True, help=text)
     add_path("--model", default=bundled(MODEL), help="folder or Hub id (default: %(default)s)")
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--split", help="only this part of a data set, such as train, dev or test")
@@ -167,46 +166,42 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace, remote: Remote | None) -> int:
     with closing(GalleryDatabase.open(Path(args.folder))) as database:
         if faults := database.check():
             more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
             raise database.damaged("; ".join(faults[:3]) + more)
         metadata = database.metadata
-        if remote := Remote.of(args.index, args.folder, args.index_name):
+        if remote is not None:
             for kind in (kind for kind in KINDS if len(database.ids(kind))):
                 remote.open(kind, metadata.fingerprint, database.ids(kind)).close()
     print(f"{args.folder}: {metadata.num_pictures} pictures and {metadata.num_captions} captions, as written.")
     return 0
 
 
-def _push(args: argparse.Namespace) -> int:
+def _push(args: argparse.Namespace, remote: Remote) -> int:
     with closing(GalleryDatabase.open(Path(args.folder))) as database:
-        remote, fingerprint = Remote.of(args.index, args.folder, args.index_name), database.metadata.fingerprint
-        assert remote  # the option is required
         if args.drop:
-            for name, count in remote.drop(fingerprint).items():
+            for name, count in remote.drop(database.metadata.fingerprint).items():
                 print(f"{name}: deleted, {count} rows")
             return 0
         with progress_bar("Sending", unit=" rows", quiet=args.dry_run) as show:
             says = remote.push(database, show, dry_run=args.dry_run)
     print("\n".join(says))
-    if old := remote.of_other_models(fingerprint):
+    if old := remote.of_other_models(database.metadata.fingerprint):
         names = ", ".join(f"{index.name} ({len(index)} rows)" for index in old)
         print(f"Of earlier models there is still {names}: push --drop deletes all, and the next push sends anew.")
     return 0
 
 
-def _pull(args: argparse.Namespace) -> int:
-    remote = Remote.of(args.index, args.folder, args.index_name)
-    assert remote  # the option is required
+def _pull(args: argparse.Namespace, remote: Remote) -> int:
     with progress_bar("Fetching", unit=" rows") as show:
         pictures, captions = remote.pull(show)
     print(f"{args.folder}: {pictures} pictures and {captions} captions are here again")
     return 0
 
 
-def _build(args: argparse.Namespace) -> int:
+def _build(args: argparse.Namespace, remote: Remote | None) -> int:
     share, report = Partition.parse(args.share) if args.share else None, BuildReport()
     use_size_options(args.max_megapixels, args.max_aspect_ratio)
     # torchrun sends SIGTERM when another process has failed; what is embedded is kept, as after Ctrl-C.
@@ -220,12 +215,12 @@ def _build(args: argparse.Namespace) -> int:
                 return 0
         with progress_bar() as show:
             gallery = build_gallery(
-                args.source, args.out, encoder, format=args.format, split=args.split, progress=show, report=report,
-                calibrate=not args.no_calibration, remote=Remote.of(args.index, args.out, args.index_name),
+                args.source, args.folder, encoder, format=args.format, split=args.split,
+                calibrate=not args.no_calibration, progress=show, report=report, remote=remote,
             )  # fmt: skip
     if share:
         report.encoded, report.reused = shared.encoded + report.encoded, shared.reused
-    return _sum_up(args.out, gallery, report, encoder.preprocessor.max_length)
+    return _sum_up(args.folder, gallery, report, encoder.preprocessor.max_length)
 
 
 def _embed_share(
@@ -238,7 +233,7 @@ def _embed_share(
         raise ValueError(f"{theirs}: give all of them the same files.")
     with progress_bar(f"Embedding {share}", quiet=bool(group) and share.number > 1) as show:
         data = {"format": args.format, "split": args.split, "progress": show, "report": report}
-        embed_share(args.source, args.out, encoder, share, **data)
+        embed_share(args.source, args.folder, encoder, share, **data)
     later = "" if group else " Once all are done, finish with the command without --share."
     counts = "{pictures} pictures and {captions} captions encoded".format_map(report.encoded)
     print(f"Share {share}: {counts}.{later}", flush=True)
