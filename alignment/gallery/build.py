@@ -86,7 +86,7 @@ def build_gallery(
     gets a copy of the embeddings and searches them. Waits `timeout` seconds while another process builds there.
 
     FileNotFoundError without the source; ValueError when it cannot be read, holds nothing that can, or is the gallery
-    folder; BlockingIOError when another process builds there; OSError when gallery or server cannot be written.
+    folder; BlockingIOError when another process builds there; OSError when it cannot be written or no server answers.
     """
     out, report = Path(out), report or BuildReport()
     if remote is not None:

@@ -202,7 +202,7 @@ def _pull(args: argparse.Namespace, remote: Remote) -> int:
 
 
 def _build(args: argparse.Namespace, remote: Remote | None) -> int:
-    share, report = Partition.parse(args.share) if args.share else None, BuildReport()
+    share, report = None if args.share is None else Partition.parse(args.share), BuildReport()
     use_size_options(args.max_megapixels, args.max_aspect_ratio)
     # torchrun sends SIGTERM when another process has failed; what is embedded is kept, as after Ctrl-C.
     with handle_signals(signal.default_int_handler, signal.SIGTERM), worker_group() as group:
