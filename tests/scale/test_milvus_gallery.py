@@ -72,7 +72,7 @@ def remote(folder: Path, place: Server) -> Iterator[Remote]:
 
 def run(command: str, folder: Path, remote: Remote, *options: str) -> None:
     args = build_parser().parse_args([command, str(folder), "--index", remote.server.uri, *options])
-    assert args.run(args, remote) == 0
+    assert args.run(args, Remote.of(args.index, args.folder, args.index_name)) == 0
 
 
 def push(folder: Path, remote: Remote, *options: str) -> None:
