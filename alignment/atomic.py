@@ -19,7 +19,6 @@ from typing import Any
 
 TEMP_PREFIX = ".writing-"  # of the names of files that are being written; readers ignore them
 LOCK = ".lock"  # name of the lock file in a folder; it holds process, host and time as JSON
-_CHECKSUM = "sha256"  # key of the checksum in a JSON object
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
@@ -57,15 +56,15 @@ def write_file(path: Path, content: bytes | str, *, fsync: bool = True) -> None:
 
 
 def write_json_checksummed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object as JSON together with its SHA-256."""
+    """Write an object as JSON together with its SHA-256, under the key "sha256"."""
     content = json.loads(json.dumps(content))  # as it will be read
-    write_file(path, json.dumps({**content, _CHECKSUM: _digest(content)}, indent=1) + "\n")
+    write_file(path, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
 
 
 def read_json_checksummed(path: Path) -> dict[str, Any]:
     """Read what `write_json_checksummed` wrote; ValueError when the content differs from that."""
     content = json.loads(path.read_text("utf-8"))
-    if not isinstance(content, dict) or content.pop(_CHECKSUM, "") != _digest(content):
+    if not isinstance(content, dict) or content.pop("sha256", "") != _digest(content):
         raise ValueError("its content is not what was written")
     return content
 
@@ -115,11 +114,10 @@ def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
             with suppress(FileNotFoundError):  # another process removed the empty folder in between
                 lock.acquire()
     except Timeout:
-        holder = "Another process"
+        holder = ""
         with suppress(OSError, ValueError, TypeError, KeyError):
-            about = json.loads(path.read_text("utf-8"))
-            holder = f"Another process ({about['process']} on {about['host']}, since {about['since']})"
-        text = f"{holder} is writing to {folder} now: wait until it is done, or choose another folder."
+            holder = " ({process} on {host}, since {since})".format_map(json.loads(path.read_text("utf-8")))
+        text = f"Another process{holder} is writing to {folder} now: wait until it is done, or choose another folder."
         raise BlockingIOError(text) from None
     try:
         with suppress(OSError):  # a full disk

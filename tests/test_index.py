@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from index_contract import search_all, unit
 from torch import Tensor
 
-from alignment.index import EXACT_ROWS, LocalIndex, local, quantized
+from alignment.index import EXACT_ROWS, LocalIndex, local
 
 MANY = EXACT_ROWS + 2000
 
@@ -145,7 +145,7 @@ def test_many_rows_are_ranked_as_the_slow_reference_does(kind: Callable[..., Ten
 def test_the_recall_that_was_asked_for_decides_how_much_is_searched(
     tmp_path: Path, many: Tensor, large: LocalIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantized, "TARGET_RECALL", 0.5)
+    monkeypatch.setattr(local, "TARGET_RECALL", 0.5)
     careless, queries = stored(tmp_path, many), between(many, 100)
     assert recall(search_all(large, queries, 10)[1], many, queries) >= 0.999
     assert recall(search_all(careless, queries, 10)[1], many, queries) < 0.97

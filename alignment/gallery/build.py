@@ -33,6 +33,7 @@ from alignment.gallery.records import Caption, GalleryMetadata, Picture
 from alignment.gallery.scan import ScannedImage, scan_image
 from alignment.gallery.search import Gallery
 from alignment.gallery.writer import GalleryWriter, content_of, delete_database
+from alignment.index.server import Connection
 from alignment.model import DualEncoder
 from alignment.model.dual_encoder import Progress
 from alignment.prefetch import prefetch_map
@@ -85,15 +86,12 @@ def build_gallery(
     with (done, total) items, and `growing` now and then with a gallery in memory of what is embedded so far. `remote`
     gets a copy of the embeddings and searches them. Waits `timeout` seconds while another process builds there.
 
-    Raises:
-        FileNotFoundError: when there is no such source.
-        ValueError: when it cannot be read, holds nothing that can, or is the gallery folder itself.
-        BlockingIOError: when another process is building there.
-        OSError: when the gallery cannot be written, or the server does not answer.
+    FileNotFoundError without the source; ValueError when it cannot be read, holds nothing that can, or is the gallery
+    folder; BlockingIOError when another process builds there; OSError when it cannot be written or no server answers.
     """
     out, report = Path(out), report or BuildReport()
     if remote is not None:
-        remote.check()
+        Connection(remote.server).close()  # an error if it cannot be used
     pictures, captions, metadata = _read_source(os.fspath(source), out, encoder, format, split, report)
     report.cut = encoder.preprocessor.truncated(caption.text for caption in captions)
     with exclusive_lock(out, timeout=timeout):
@@ -103,16 +101,15 @@ def build_gallery(
             if count := writer.count_unused():
                 logger.warning("%d embeddings that were made before are taken over.", count)
             for share in sorted(out.glob("share-*.db")):
-                try:
+                _open_writer(share, encoder).close()  # undoes what a killed process left half written, and repairs it
+                if share.exists():  # it was not empty
                     writer.merge(share)
-                except ValueError as error:
-                    logger.warning("%s is damaged (%s): what it holds is embedded again.", share, error)
-                delete_database(share)
+                    delete_database(share)
             build = _Build(writer, encoder, metadata, report, progress, growing, like)
             build.finish(*build.embed(*build.with_unlisted(pictures, captions)), calibrate)
     with closing(GalleryDatabase.open(out, encoder.name)) as database:
         if remote is not None:
-            remote.push(database, lambda what, done, total: progress(done, total) if progress else None)
+            remote.push(database, lambda done, total, what: progress(done, total) if progress else None)
         for kind in KINDS if remote is None else ():
             write_index(database, kind)
     return Gallery.load(out, encoder, remote)
@@ -166,7 +163,7 @@ def _open_writer(path: Path, encoder: DualEncoder, base: Path | None = None) -> 
     try:
         return GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
     except ValueError as error:
-        logger.warning("%s is damaged (%s), and built anew.", path, error)
+        logger.warning("%s is damaged (%s): what it holds is embedded again.", path, error)
         delete_database(path)
         return GalleryWriter(path, encoder.fingerprint, encoder.embed_dim, base)
 
@@ -338,9 +335,7 @@ class _Build:
 
 
 @dataclass
-class _Rows:
-    """Embeddings of items by position."""
-
+class _Rows:  # embeddings by position
     writer: GalleryWriter
     kind: Kind
     items: Sequence[Picture | Caption]

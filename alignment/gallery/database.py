@@ -10,8 +10,6 @@ Records and metadata are replaced in one transaction, so a reader sees the old g
 CRC: SQLite does not notice a flipped bit in a value.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -22,9 +20,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -38,7 +35,7 @@ Row: TypeAlias = tuple[Any, ...]
 
 DATABASE = "gallery.db"
 KINDS: tuple[Kind, Kind] = ("picture", "caption")
-INDEX_FILES: dict[Kind, str] = {"picture": "image_embeds.faiss", "caption": "text_embeds.faiss"}
+SIDES: dict[Kind, str] = {"picture": "image_embeds", "caption": "text_embeds"}  # as their embeddings are called
 COHORT = "cohort."
 VERSION = 1
 COLUMNS = {  # that the checksum of a row is of
@@ -51,7 +48,6 @@ COLUMNS = {  # that the checksum of a row is of
 _TIMEOUT_S = 60.0  # to wait for the commit of another process
 _CACHE_KB = 16384
 _OLD_FORMAT, _IMPORT_TIMEOUT_S = "gallery.json", 600.0
-_TAGS_CACHED = 16  # eight bytes for each item
 CHOSEN = "(SELECT value FROM json_each(?))"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # the last: of a damaged schema
 _ERRNO = dict.fromkeys((sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN), errno.EACCES)
@@ -83,10 +79,13 @@ class SQLiteFile:
         try:
             self._connection.create_function("crc_of", -1, _crc_of, deterministic=True)
             self(f"PRAGMA cache_size=-{_CACHE_KB}")
-            self("SELECT 1 FROM sqlite_schema")
+            self._prepare()
         except BaseException:
             self._connection.close()
             raise
+
+    def _prepare(self) -> None:  # a connection that has just been opened; it is closed if this fails
+        self("SELECT 1 FROM sqlite_schema")
 
     def close(self) -> None:
         """Close the file; what was not committed is gone."""
@@ -150,10 +149,8 @@ def _write_errno(path: Path) -> int:
 
 def _crc_of(*row: Any) -> int:
     """Compute the checksum of values; signed, as SQLite stores that in four bytes."""
-    crc = 0
-    for value in row:
-        crc = zlib.crc32(value if isinstance(value, bytes) else repr(value).encode("utf-8", "surrogatepass"), crc)
-    return crc - 2**31
+    data = (value if isinstance(value, bytes) else repr(value).encode("utf-8", "surrogatepass") for value in row)
+    return zlib.crc32(b"".join(data)) - 2**31
 
 
 def to_tensor(blobs: Iterable[bytes], dtype: Literal["<f2", "<i8"]) -> Tensor:
@@ -167,18 +164,10 @@ class GalleryDatabase(SQLiteFile):
     def __init__(self, folder: Path, model: str) -> None:
         """Open a gallery; see `open`."""
         self.folder, self.metadata = folder, GalleryMetadata("", model, 1.0, None)  # until it is read
-        self._tagged = lru_cache(_TAGS_CACHED)(self._select_tagged)
         super().__init__(folder / DATABASE, "ro")
-        try:
-            self._read_meta()
-        except BaseException as error:
-            self.close()
-            if isinstance(error, TypeError | KeyError):
-                raise self.damaged(error) from error
-            raise
 
     @classmethod
-    def open(cls, folder: Path, model: str = "MODEL") -> GalleryDatabase:
+    def open(cls, folder: Path, model: str = "MODEL") -> Self:
         """Open the gallery in a folder, whichever model made it; one of the previous format is converted first.
 
         `model` is the name of the one in use, for the advice in the errors: FileNotFoundError when there is no finished
@@ -194,21 +183,23 @@ class GalleryDatabase(SQLiteFile):
             with path.open("rb"):  # for the operating system's own errors
                 return cls(folder, model)
         except (FileNotFoundError, NotADirectoryError):
-            command = rebuild_command(folder, model)
-            raise FileNotFoundError(f"There is no gallery in {folder}. Build one: {command}") from None
+            build = rebuild_command(folder, model)
+            raise FileNotFoundError(f"There is no gallery in {folder}. Build one: {build}") from None
 
-    def _read_meta(self) -> None:
+    def _prepare(self) -> None:
         if (version := self("PRAGMA user_version")[0][0]) > VERSION:
             raise self.damaged(f"it has the format {version} of a later version of this program")
-        tables = self("SELECT 1 FROM sqlite_schema WHERE name = 'meta'")
-        meta = self._meta("NOT LIKE 'cohort.%'") if tables else {}
+        meta = self._meta("NOT LIKE 'cohort.%'") if self("SELECT 1 FROM sqlite_schema WHERE name = 'meta'") else {}
         if "metadata" not in meta:
             raise FileNotFoundError
-        header = json.loads(meta["metadata"])
-        self.metadata = GalleryMetadata(**{**header, "source": source_from_folder(self.folder, header["source"])})
-        self.embed_dim = int(meta["embed_dim"])
-        self._ids = {kind: to_tensor([meta[kind]], "<i8") for kind in KINDS}
-        self.packaged: list[int] = to_tensor([meta["packaged"]], "<i8").tolist()
+        try:
+            header = json.loads(meta["metadata"])
+            self.metadata = GalleryMetadata(**header | {"source": source_from_folder(self.folder, header["source"])})
+            self._ids = {kind: to_tensor([meta[kind]], "<i8") for kind in KINDS}
+            self.packaged: list[int] = to_tensor([meta["packaged"]], "<i8").tolist()
+            self.embed_dim = int(meta["embed_dim"])
+        except (TypeError, KeyError) as error:
+            raise self.damaged(error) from error
 
     def _meta(self, keys: str) -> dict[str, Any]:
         sql = f"SELECT key, value, crc IS crc_of(key, value) FROM meta WHERE key {keys}"
@@ -228,13 +219,12 @@ class GalleryDatabase(SQLiteFile):
 
     def ids(self, kind: Kind, tag: str | None = None) -> Tensor:
         """List ids in order of position, (n,) int64: of all, or of a folder and those below it, or of a language."""
-        return self._ids[kind] if tag is None else self._tagged(kind, tag)
-
-    def _select_tagged(self, kind: Kind, tag: str) -> Tensor:
+        if tag is None:
+            return self._ids[kind]
         try:
             folder = os.fsencode(tag)
         except UnicodeEncodeError:  # a lone surrogate, which no folder's name and no language has
-            return torch.empty(0, dtype=torch.int64)
+            return self._ids[kind][:0]
         if kind == "caption":
             rows = self("SELECT id FROM caption WHERE lang = ?", (folder.decode("utf-8", "replace"),))
         else:
@@ -254,7 +244,12 @@ class GalleryDatabase(SQLiteFile):
 
     def pictures(self, ids: Sequence[int]) -> list[Picture]:
         """Fetch records, in the order of their ids; KeyError when one is gone, as the gallery was replaced."""
-        return [_picture(row, self.metadata.source) for row in self._records("picture", ids)]
+        pictures = []
+        for _, name, source, _, captions, credit, size, mtime_ns, sha256, *_ in self._records("picture", ids):
+            file = FileFingerprint(size, mtime_ns, sha256.hex()) if sha256 else None
+            texts = json.loads(captions) if captions else {}
+            pictures.append(Picture(name, os.fsdecode(source), texts, credit, self.metadata.source, file))
+        return pictures
 
     def captions(self, ids: Sequence[int]) -> list[Caption]:
         """Fetch records; as `pictures`."""
@@ -295,7 +290,7 @@ class GalleryDatabase(SQLiteFile):
         found = to_tensor((embeds for _, embeds, _ in rows), "<f2").reshape(len(rows), self.embed_dim)
         return found[[places[id] for id in wanted]]
 
-    def batches(self, kind: Kind, size: int = 16384) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, kind: Kind, size: int = 16_384) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all embeddings in order of position, as (ids, float16 rows)."""
         for ids in filter(len, self.ids(kind).split(size)):
             yield ids, self.embeds(kind, ids)
@@ -319,12 +314,6 @@ class GalleryDatabase(SQLiteFile):
                 yield f"there are {len(there)} records of {kind}s instead of {count}"
             if missing := list(there.values()).count(0):
                 yield f"{missing} {kind}s have no embedding"
-
-
-def _picture(row: Row, root: str) -> Picture:
-    _, name, source, _, captions, credit, size, mtime_ns, sha256, *_ = row
-    file = FileFingerprint(size, mtime_ns, sha256.hex()) if sha256 else None
-    return Picture(name, os.fsdecode(source), json.loads(captions) if captions else {}, credit, root, file)
 
 
 def _caption(row: Row) -> Caption:

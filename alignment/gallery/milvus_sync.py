@@ -1,8 +1,5 @@
 """Copy the embeddings of a gallery to a Milvus server and back, for galleries that outgrow one machine.
 
-    python -m alignment.gallery push GALLERY --index http://host:19530
-    python -m alignment.gallery pull GALLERY --index http://host:19530
-
 Place in the flow: `gallery.db -> collections on the server (here) -> search`. Pictures and captions have a collection
 each, such as `my_photos_image_embeds_0123456789ab` with the model at its end. Rows have the ids of the gallery. When
 all are there and indexed, the collection is marked with a digest of the ids, which an app compares instead of listing
@@ -10,30 +7,25 @@ them; then rows are deleted that the gallery has no more. A collection stores it
 the file `milvus.json` of the gallery folder and of its copies; rows of another owner are never changed.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
-from os.path import expanduser
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from alignment.atomic import exclusive_lock, read_json_checksummed, write_json_checksummed
-from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
+from alignment.gallery.database import DATABASE, KINDS, SIDES, GalleryDatabase, Kind
 from alignment.gallery.old_format import import_gallery
-from alignment.gallery.records import Caption, Picture, tags_of
+from alignment.gallery.records import tags_of
 from alignment.gallery.writer import GalleryWriter, content_of
 from alignment.index import MilvusIndex, Server
 from alignment.index.server import Connection
@@ -43,11 +35,10 @@ logger = logging.getLogger(__name__)
 OWNER_FILE = "milvus.json"
 _URI_HELP = "a Milvus server for the embeddings, such as http://localhost:19530 (or ALIGNMENT_INDEX)"
 _NAME_HELP = "of the gallery there, if not that of its folder (or ALIGNMENT_INDEX_NAME)"
-_SIDES: dict[Kind, str] = {"picture": "image_embeds", "caption": "text_embeds"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _BATCH_ROWS = 16_384
 
-Progress: TypeAlias = Callable[[str, int, int], object]  # what is done, rows done, rows in all
+Progress: TypeAlias = Callable[[int, int, str], object]  # rows done, rows in all, what is done
 
 
 @dataclass(frozen=True)
@@ -59,19 +50,15 @@ class Remote:
     folder: Path
 
     @classmethod
-    def of(cls, uri: str | None, folder: str | os.PathLike[str], name: str | None = None) -> Remote | None:
+    def of(cls, uri: str | None, folder: str | os.PathLike[str], name: str | None = None) -> Self | None:
         """Read the options of a command; None without an address, ValueError if Milvus does not accept them."""
         if name and not _NAME.fullmatch(name):
             raise ValueError(f"--index-name takes letters, digits and underscores, no digit first, not {name}")
         return cls(Server.at(uri), name or default_name(folder), Path(folder)) if uri else None
 
-    def check(self) -> None:
-        """Raise OSError or ValueError if the server cannot be used."""
-        Connection(self.server).close()
-
     def collection(self, kind: Kind, fingerprint: str) -> str:
         """Return the name of a collection."""
-        return f"{self.name}_{_SIDES[kind]}_{fingerprint[:12]}"
+        return f"{self.name}_{SIDES[kind]}_{fingerprint[:12]}"
 
     def push_command(self) -> str:
         """Return the command that brings the server up to date."""
@@ -96,16 +83,14 @@ class Remote:
         with closing(self.open(kind, fingerprint, ids)) as index:
             return index.embeds(ids)
 
-    def push(
-        self, database: GalleryDatabase, progress: Progress = lambda *done: None, *, dry_run: bool = False
-    ) -> list[str]:
+    def push(self, database: GalleryDatabase, show: Progress, *, dry_run: bool = False) -> list[str]:
         """Bring the server up to date, or only say what would change; returns a line on each collection.
 
         ValueError if a collection is of another gallery, or this one is rebuilt meanwhile.
         """
-        return [self._push(kind, database, progress, dry_run) for kind in KINDS if len(database.ids(kind))]
+        return [self._push(kind, database, show, dry_run) for kind in KINDS if len(database.ids(kind))]
 
-    def _push(self, kind: Kind, database: GalleryDatabase, progress: Progress, dry_run: bool) -> str:
+    def _push(self, kind: Kind, database: GalleryDatabase, show: Progress, dry_run: bool) -> str:
         ids, fingerprint = database.ids(kind), database.metadata.fingerprint
         index = self._find(kind, fingerprint)
         existing = ids[:0] if index is None else index.ids()
@@ -123,7 +108,7 @@ class Remote:
             write_json_checksummed(self.folder / OWNER_FILE, {"owner": about["owner"]})
             index = MilvusIndex.create(self.server, self.collection(kind, fingerprint), database.embed_dim, about)
         with closing(index):
-            self._send(database, kind, missing, index, progress)
+            self._send(database, kind, missing, index, show)
             index.mark(digest(ids))
             index.delete(stale)
             if (count := len(index)) != len(ids):
@@ -139,42 +124,34 @@ class Remote:
                 index.upsert(ids, database.embeds(kind, ids), list(map(tags_of, items)))
             except KeyError:
                 raise ValueError(f"{self.folder} was rebuilt meanwhile. Run the command again.") from None
-            show(index.name, done := done + len(ids), count)
+            show(done := done + len(ids), count, index.name)
         try:
-            index.wait_until_indexed(lambda left: show(f"{index.name}: index", max(0, count - left), count))
+            index.wait_until_indexed(lambda left: show(max(0, count - left), count, f"{index.name}: index"))
         except (PermissionError, ValueError) as error:  # no privilege, or a provider without these requests
             logger.warning("Until the server has built the index of %s, searches miss results: %s", index.name, error)
 
-    def pull(self, progress: Progress = lambda *done: None) -> tuple[int, int]:
+    def pull(self, show: Progress) -> tuple[int, int]:
         """Fetch embeddings that the folder lacks; returns the number of items. ValueError if the server lacks them."""
         with exclusive_lock(self.folder):
             import_gallery(self.folder, self.embeds)
             with closing(GalleryDatabase.open(self.folder)) as old:
-                (pictures, captions), fingerprint = old.records(), old.metadata.fingerprint
-                with closing(GalleryWriter(self.folder / DATABASE, fingerprint, old.embed_dim)) as writer:
-                    self._fetch("picture", old, pictures, writer, progress)
-                    self._fetch("caption", old, captions, writer, progress)
+                pictures, captions = old.records()
+                with closing(GalleryWriter(self.folder / DATABASE, old.metadata.fingerprint, old.embed_dim)) as writer:
+                    self._fetch("picture", old.ids("picture"), list(map(content_of, pictures)), writer, show)
+                    self._fetch("caption", old.ids("caption"), list(map(content_of, captions)), writer, show)
                     writer.finish(pictures, captions, old.metadata, old.cohort())
         return len(pictures), len(captions)
 
-    def _fetch(
-        self,
-        kind: Kind,
-        old: GalleryDatabase,
-        items: Sequence[Picture | Caption],
-        writer: GalleryWriter,
-        show: Progress,
-    ) -> None:
-        if not items:
+    def _fetch(self, kind: Kind, ids: Tensor, contents: list[str], writer: GalleryWriter, show: Progress) -> None:
+        if not contents:
             return
-        contents, ids = [content_of(item) for item in items], old.ids(kind)
         missing = [row for row, content in enumerate(contents) if not writer.has(kind, content)]
-        with closing(self.open(kind, old.metadata.fingerprint, ids)) as index:
+        with closing(self.open(kind, writer.fingerprint, ids)) as index:
             for start in range(0, len(missing), _BATCH_ROWS):
                 rows = missing[start : start + _BATCH_ROWS]
                 writer.add(kind, [contents[row] for row in rows], index.embeds(ids[rows]))
                 writer.commit()
-                show(index.name, start + len(rows), len(missing))
+                show(start + len(rows), len(missing), index.name)
 
     def drop(self, fingerprint: str) -> dict[str, int]:
         """Delete all collections of a gallery; returns how many rows each had."""
@@ -189,7 +166,7 @@ class Remote:
         """Open the collections that this gallery had for other models."""
         with closing(Connection(self.server)) as connection:
             names = sorted(connection.call("list_collections"))
-        ours, owner = rf"{self.name}_({'|'.join(_SIDES.values())})_(?!{fingerprint[:12]})[0-9a-f]{{12}}", self._owner()
+        ours, owner = rf"{self.name}_({'|'.join(SIDES.values())})_(?!{fingerprint[:12]})[0-9a-f]{{12}}", self._owner()
         found = [MilvusIndex(self.server, name) for name in names if owner and re.fullmatch(ours, name)]
         return [index for index in found if index.about.get("owner") == owner]
 
@@ -231,56 +208,3 @@ def add_index_options(parser: argparse.ArgumentParser, *, required: bool = False
     uri, name = os.environ.get("ALIGNMENT_INDEX") or None, os.environ.get("ALIGNMENT_INDEX_NAME") or None
     parser.add_argument("--index", metavar="URI", default=uri, required=required and not uri, help=_URI_HELP)
     parser.add_argument("--index-name", metavar="NAME", default=name, help=_NAME_HELP)
-
-
-def add_push(commands: Any) -> None:
-    """Add the commands `push` and `pull`."""
-    text = "copy the embeddings to a Milvus server"
-    more = (
-        f"{text.capitalize()}, and wait until it has indexed them. The gallery folder is still needed. Run the command "
-        "again after an interruption or when the gallery has changed: only what is missing is sent, and what the "
-        "gallery has no more is deleted. User and password, or an API key, are read from ALIGNMENT_INDEX_TOKEN."
-    )
-    push = commands.add_parser("push", help=text, description=more)
-    push.add_argument("--dry-run", action="store_true", help="say what would be sent and taken out, and change nothing")
-    push.add_argument("--drop", action="store_true", help="delete the gallery's collections on the server instead")
-    text = "fetch embeddings that are missing or damaged in the gallery folder back from a Milvus server"
-    pull = commands.add_parser("pull", help=text)
-    for parser, run in ((push, _run_push), (pull, _run_pull)):
-        parser.add_argument("gallery", type=expanduser, metavar="GALLERY", help="the gallery folder")
-        add_index_options(parser, required=True)
-        parser.set_defaults(run=run)
-
-
-def _run_push(args: argparse.Namespace) -> int:
-    with closing(GalleryDatabase.open(Path(args.gallery))) as database:
-        remote, fingerprint = _remote(args), database.metadata.fingerprint
-        if args.drop:
-            for name, count in remote.drop(fingerprint).items():
-                print(f"{name}: deleted, {count} rows")
-            return 0
-        with tqdm(unit=" rows", dynamic_ncols=True, disable=args.dry_run) as bar:
-            says = remote.push(database, partial(_show, bar), dry_run=args.dry_run)
-    print("\n".join(says))
-    if old := remote.of_other_models(fingerprint):
-        names = ", ".join(f"{index.name} ({len(index)} rows)" for index in old)
-        print(f"Of earlier models there is still {names}: push --drop deletes all, and the next push sends anew.")
-    return 0
-
-
-def _run_pull(args: argparse.Namespace) -> int:
-    with tqdm(unit=" rows", dynamic_ncols=True) as bar:
-        pictures, captions = _remote(args).pull(partial(_show, bar))
-    print(f"{args.gallery}: {pictures} pictures and {captions} captions are here again")
-    return 0
-
-
-def _remote(args: argparse.Namespace) -> Remote:
-    remote = Remote.of(args.index, args.gallery, args.index_name)
-    assert remote is not None  # the option is required
-    return remote
-
-
-def _show(bar: tqdm, what: str, done: int, total: int) -> None:
-    bar.desc, bar.n, bar.total = what, done, total
-    bar.refresh()

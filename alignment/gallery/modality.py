@@ -3,22 +3,20 @@
 Place in the flow: `gallery.db + index -> modality (here) -> search`. No query scores all of many items.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import chain
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.gallery.database import INDEX_FILES, GalleryDatabase, Kind
+from alignment.gallery.database import SIDES, GalleryDatabase, Kind
 from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.records import Caption, Picture, tags_of
 from alignment.index import EXACT_ROWS, LocalIndex, VectorIndex
@@ -76,7 +74,7 @@ class Records(Sequence[Item]):
         return chain.from_iterable(self[start : start + _RECORDS] for start in range(0, len(self), _RECORDS))
 
 
-class StoredRecords(Records[Item]):
+class _StoredRecords(Records[Item]):
     """Records in a gallery's database; only their ids are in memory."""
 
     def __init__(self, database: GalleryDatabase, kind: Kind, ids: Tensor) -> None:
@@ -87,37 +85,32 @@ class StoredRecords(Records[Item]):
         return len(self._ids)
 
     def fetch(self, positions: Sequence[int]) -> list[Item | None]:
-        """See `Records`."""
         try:
             return list(self._read(self._ids.numpy()[list(positions)].tolist()))  # numpy: less overhead
         except KeyError:
             return [None] if len(positions) == 1 else [self.fetch([position])[0] for position in positions]
 
     def position(self, name: str) -> int | None:
-        """See `Records`."""
-        id = self._database.id_of(self._kind, name)
-        found = np.flatnonzero(self._ids.numpy() == (-1 if id is None else id))  # numpy: one thread
+        found = np.flatnonzero(self._ids.numpy() == self._database.id_of(self._kind, name))  # numpy: one thread
         return int(found[0]) if len(found) else None
 
     @cached_property
     def tags(self) -> Mapping[str, int]:
-        """See `Records`."""
         return self._database.tags(self._kind)
 
     def tagged(self, tag: str) -> Tensor:
-        """See `Records`."""
         return torch.isin(self._ids, self._database.ids(self._kind, tag)).nonzero().flatten()
 
     def open_index(self, *, write: bool) -> LocalIndex:
         """Map the index of all items; if it is missing or outdated, write it, or raise OSError or ValueError."""
-        path, model = self._database.folder / INDEX_FILES[self._kind], self._database.metadata.fingerprint
+        path, model = self._database.folder / f"{SIDES[self._kind]}.faiss", self._database.metadata.fingerprint
         stamp = hashlib.sha256(model.encode() + self._ids.numpy().tobytes()).hexdigest()
         try:
             return LocalIndex.open(path, stamp, self.tagged)
         except (FileNotFoundError, ValueError):
             if not write:
                 raise
-        LocalIndex.write(path, (rows for _, rows in self._database.batches(self._kind, _EMBEDS)), stamp)
+        LocalIndex.write(path, (rows for _, rows in self._database.batches(self._kind)), stamp)
         return LocalIndex.open(path, stamp, self.tagged)
 
 
@@ -132,7 +125,7 @@ class Modality(Generic[Item]):
         self.sample = lru_cache(_CACHED_SAMPLES)(self._sample)
 
     @classmethod
-    def in_memory(cls, items: Records[Item] | Sequence[Item], embeds: Tensor) -> Modality[Item]:
+    def in_memory(cls, items: Sequence[Item], embeds: Tensor) -> Self:
         """Hold embeddings in memory, (n, embed_dim), one for each item or a ValueError; they are normalised."""
         if len(items) != len(embeds):
             raise ValueError(f"{len(items)} items have {len(embeds)} embeddings: each item needs one.")
@@ -143,17 +136,16 @@ class Modality(Generic[Item]):
         return modality
 
     @classmethod
-    def open(cls, database: GalleryDatabase, kind: Kind, remote: Remote | None = None) -> Modality[Item]:
-        """Open the items of a gallery: from its index, from a server, or, if they are few, in memory.
+    def open(cls, database: GalleryDatabase, kind: Kind, remote: Remote | None = None) -> Self:
+        """Open the items of a gallery, but no pictures of packages that are not installed here.
 
-        Pictures of packages that are not installed here are left out. KeyError when another process replaced the
-        gallery meanwhile, ValueError when it is damaged or the server holds other items, OSError when the server does
-        not answer.
+        They are searched through its index, on a server, or, if few, in memory. KeyError when another process replaced
+        it, ValueError when it is damaged or the server holds other items, OSError when the server does not answer.
         """
         every = ids = database.ids(kind)
         if kind == "picture" and (missing := _missing_pictures(database)):
             ids = every[~torch.isin(every, torch.tensor(missing))]
-        items: StoredRecords[Item] = StoredRecords(database, kind, ids)
+        items: _StoredRecords[Item] = _StoredRecords(database, kind, ids)
         if remote is not None and len(ids):
             return cls(items, remote.open(kind, database.metadata.fingerprint, every), ids)
         if len(ids) == len(every) > EXACT_ROWS:
@@ -207,11 +199,10 @@ class Modality(Generic[Item]):
             foreign = count
 
     def softmax(self, query: Tensor, found: Tensor, scale: float, bias: float | None, tag: str | None = None) -> Tensor:
-        """Compute the model's softmax over all candidates, or its sigmoid, for the best of them.
+        """Compute the model's softmax over all candidates, or its sigmoid, for the cosines `found`, best first.
 
-        Among more than `LARGE` candidates only those found are weighed exactly, the rest by a sample. Among 50,000
-        pictures and with 128 found, the median relative error is 7 % for the compact model and 1 % for a model with
-        CLIP's `logit_scale`. `found` are the cosines of the best candidates, best first; the result has their shape.
+        Among more than `LARGE` candidates only these, the best, are weighed exactly, the rest by a sample: with 128 of
+        50,000 the median relative error is 7 % for the compact model, and 1 % for one with CLIP's `logit_scale`.
         """
         count = self.count(tag)
         if bias is None and is_large(count) and len(found):
@@ -243,9 +234,9 @@ def write_index(database: GalleryDatabase, kind: Kind) -> None:
     """Write the index of more than `EXACT_ROWS` items, unless it is up to date; delete that of fewer; or OSError."""
     ids = database.ids(kind)
     if len(ids) > EXACT_ROWS:
-        StoredRecords[Any](database, kind, ids).open_index(write=True)
+        _StoredRecords[Any](database, kind, ids).open_index(write=True)
     else:
-        (database.folder / INDEX_FILES[kind]).unlink(missing_ok=True)
+        (database.folder / f"{SIDES[kind]}.faiss").unlink(missing_ok=True)
 
 
 def is_large(count: int) -> bool:

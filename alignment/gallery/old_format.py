@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alignment.atomic import sha256_of
-from alignment.gallery.database import DATABASE, KINDS, Kind, source_from_folder
+from alignment.gallery.database import DATABASE, KINDS, SIDES, Kind, source_from_folder
 from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture, item_ids
 from alignment.gallery.writer import write_gallery
 
@@ -72,7 +72,7 @@ def _convert(folder: Path, fetch: Callable[[Kind, str, Tensor], Tensor] | None) 
     captions = [Caption(**json.loads(line)) for line in lines[1]]
     embeds: dict[Kind, list[Tensor]] = {}
     lists: tuple[Sequence[Picture | Caption], ...] = (pictures, captions)
-    for kind, name, items in zip(KINDS, ("image_embeds", "text_embeds"), lists, strict=True):
+    for kind, name, items in zip(KINDS, SIDES.values(), lists, strict=True):
         place = folder / f"{name}-{metadata.fingerprint[:12]}"
         if name not in tensors and fetch and not place.exists():
             tensors[name] = fetch(kind, metadata.fingerprint, item_ids(items))

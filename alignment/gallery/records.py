@@ -113,8 +113,7 @@ def item_ids(items: Iterable[Picture | Caption]) -> Tensor:
 
     The chance of a collision among a million items is one in twenty million.
     """
-    seen: Counter[str] = Counter()
-    ids = []
+    seen, ids = Counter[str](), list[int]()
     for item in items:
         about = item.lang if isinstance(item, Caption) else item.source
         content = item.text if isinstance(item, Caption) else item.file.sha256 if item.file else ""

@@ -3,8 +3,6 @@
 Place in the flow: `gallery folder -> Gallery (here) -> matches -> engine`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex
@@ -13,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Generic, TypeAlias
+from typing import Generic, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -107,15 +105,11 @@ class Gallery:
         self.judge, self.database, self.folder = judge, database, database.folder if database else None
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder, remote: Remote | None = None) -> Gallery:
-        """Open a gallery that this encoder made; if `remote` is given, that server is searched.
+    def load(cls, folder: str | os.PathLike[str], encoder: DualEncoder, remote: Remote | None = None) -> Self:
+        """Open a gallery that this encoder made, without pictures of packages that are not installed here.
 
-        Pictures of packages that are not installed here are left out.
-
-        Raises:
-            FileNotFoundError: when there is none.
-            ValueError: when another model made it, or it is damaged. Both errors say what to run.
-            OSError: when the server does not answer or refuses the connection.
+        If `remote` is given, that server is searched. FileNotFoundError without a gallery, ValueError when another
+        model made it or it is damaged, which both say what to run; OSError when the server does not answer.
         """
         for _ in range(_TRIES):
             with suppress(KeyError):  # another process replaced the gallery meanwhile
@@ -123,7 +117,7 @@ class Gallery:
         raise ValueError(f"The gallery in {folder} was replaced {_TRIES} times while it was opened.")
 
     @classmethod
-    def _load(cls, database: GalleryDatabase, encoder: DualEncoder, remote: Remote | None) -> Gallery:
+    def _load(cls, database: GalleryDatabase, encoder: DualEncoder, remote: Remote | None) -> Self:
         folder, metadata = database.folder, database.metadata
         rebuild = rebuild_command(folder, encoder.name, metadata)
         if metadata.fingerprint != encoder.fingerprint:
@@ -162,7 +156,7 @@ class Gallery:
         """Fetch the record of a picture by its public name."""
         return self.pictures.find(name)
 
-    def with_captions_of(self, other: Gallery) -> Gallery:
+    def with_captions_of(self, other: "Gallery") -> "Gallery":
         """Combine these pictures with another gallery's captions, both embedded by the same model."""
         return Gallery((), (), self.images, other.texts, self.metadata, judge=self.judge, database=self.database)
 

@@ -55,23 +55,18 @@ class GalleryWriter(SQLiteFile):
         What the gallery `base` holds counts as there. ValueError when the file is damaged in another way.
         """
         super().__init__(path, "rwc")
-        self.embed_dim, self._fingerprint = embed_dim, fingerprint
+        self.embed_dim, self.fingerprint = embed_dim, fingerprint
         self._files: list[SQLiteFile] = [self]
-        try:
-            self(f"PRAGMA page_size={_PAGE_BYTES}")
-            self(f"PRAGMA cache_spill={_SPILL_PAGES}")  # up to that, readers are locked out for the commit only
-            if not self("SELECT 1 FROM sqlite_schema WHERE name = 'scanned'"):
-                for statement in ("BEGIN", *_SCHEMA.split(";")[:-1], f"PRAGMA user_version={VERSION}", "COMMIT"):
-                    self(statement)
-            self._repair()
-        except BaseException:
-            super().close()
-            raise
         if base is not None:
             with suppress(OSError, ValueError):  # there is none, or it is damaged
                 self._files.append(SQLiteFile(base, "ro"))
 
-    def _repair(self) -> None:
+    def _prepare(self) -> None:
+        self(f"PRAGMA page_size={_PAGE_BYTES}")
+        self(f"PRAGMA cache_spill={_SPILL_PAGES}")  # up to that, readers are locked out for the commit only
+        if not self("SELECT 1 FROM sqlite_schema WHERE name = 'scanned'"):
+            for statement in ("BEGIN", *_SCHEMA.split(";")[:-1], f"PRAGMA user_version={VERSION}", "COMMIT"):
+                self(statement)
         if not (faults := list(self.faults())):
             return
         if broken := [fault for fault in faults if fault.partition(" ")[0] not in COLUMNS]:
@@ -94,19 +89,16 @@ class GalleryWriter(SQLiteFile):
             delete_database(self.path)
 
     def _key(self, kind: Kind, content: str) -> int:
-        text = f"{self._fingerprint}\0{kind}\0{content}".encode("utf-8", "surrogatepass")
+        text = f"{self.fingerprint}\0{kind}\0{content}".encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
     def has(self, kind: Kind, content: str) -> bool:
         """Whether there is an embedding of a picture's file, by its SHA-256, or of a caption, see `content_of`."""
-        return self._any("embedding WHERE key = ?", self._key(kind, content))
+        return any(file("SELECT 1 FROM embedding WHERE key = ?", [self._key(kind, content)]) for file in self._files)
 
     def has_thumbnail(self, sha256: str) -> bool:
         """Whether there is a thumbnail of a picture's file."""
-        return self._any("thumbnail WHERE sha256 = ?", bytes.fromhex(sha256))
-
-    def _any(self, rows: str, value: object) -> bool:
-        return any(file(f"SELECT 1 FROM {rows}", (value,)) for file in self._files)
+        return any(file("SELECT 1 FROM thumbnail WHERE sha256 = ?", [bytes.fromhex(sha256)]) for file in self._files)
 
     def add(self, kind: Kind, contents: Iterable[str], embeds: Tensor) -> None:
         """Add embeddings, (n, embed_dim), in half precision; contents as for `has`."""
@@ -139,9 +131,6 @@ class GalleryWriter(SQLiteFile):
 
     def merge(self, share: Path) -> None:
         """Take over the embeddings, thumbnails and files of another database; what is there already stays."""
-        GalleryWriter(share, "", 0).close()  # undoes what a killed process left half written, and repairs it
-        if not share.exists():  # it was empty
-            return
         self("ATTACH ? AS share", (f"{share.absolute().as_uri()}?mode=rw",))
         try:
             for table, columns in ((table, f"{COLUMNS[table]}, crc") for table in _CONTENT):
@@ -229,9 +218,9 @@ def _columns(item: Picture | Caption) -> Row:
         # Nearly every name begins with the scene: that is a tenth of the row.
         return name.removeprefix(scene) if scene and name.startswith(f"{scene}.") else name, text, lang, scene, topic
     captions = json.dumps(dict(item.captions), ensure_ascii=False) if item.captions else ""
-    source, folder = os.fsencode(item.source), os.fsencode(folder_of(item.source))
-    file = item.file or FileFingerprint(0, 0, "")
-    return item.id, source, folder, captions, item.credit, file.size, file.mtime_ns, bytes.fromhex(file.sha256)
+    source, folder, file = item.source, folder_of(item.source), item.file or FileFingerprint(0, 0, "")
+    state = file.size, file.mtime_ns, bytes.fromhex(file.sha256)
+    return item.id, os.fsencode(source), os.fsencode(folder), captions, item.credit, *state
 
 
 def content_of(item: Picture | Caption) -> str:
@@ -246,10 +235,10 @@ def write_gallery(
     embed_dim: int, metadata: GalleryMetadata, cohort: Mapping[str, Tensor],
     thumbnail: Callable[[Picture], bytes | None] = lambda picture: None,
 ) -> None:  # fmt: skip
-    """Write a new `gallery.db` in a folder, and rename it to its place at the end.
+    """Write a new `gallery.db` in a folder, which no other process writes to, and rename it to its place at the end.
 
-    No other process writes to the folder, see `alignment.atomic.exclusive_lock`. Pictures, captions and the batches of
-    their embeddings, (n, embed_dim) each, come in order of position. `thumbnail` returns the WebP file of a picture.
+    Pictures, captions and the batches of their embeddings, (n, embed_dim) each, come in order of position. `thumbnail`
+    returns the WebP file of a picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = metadata.fingerprint
@@ -259,9 +248,7 @@ def write_gallery(
             for batch in batches:
                 writer.add(kind, islice(contents, len(batch)), batch)
                 writer.commit()
-        for row, picture in enumerate(pictures):
+        for picture in pictures:
             if picture.file and (webp := thumbnail(picture)):
                 writer.add_thumbnail(picture.file.sha256, webp)
-            if row % _BATCH == 0:
-                writer.commit()
         writer.finish(pictures, captions, metadata, cohort)

@@ -1,7 +1,7 @@
 """Floor 2, nearest neighbours of an embedding, behind one interface, `VectorIndex`.
 
 Place in the flow: `encode (model) -> nearest candidates (here) -> matches (gallery)`. `local` ranks in one process,
-with a file `quantized` of many rows; `milvus` asks a Milvus server through `server`.
+`milvus` asks a Milvus server through `server`.
 """
 
 from alignment.index.local import EXACT_ROWS, LocalIndex

@@ -1,20 +1,17 @@
 """Vector index on a Milvus server: one collection, for galleries that outgrow one machine.
 
 A row is an id, an embedding and its tags, an array of texts. Only requests that every Milvus from 2.3 on answers alike
-are used: its own choice of an index, literal filters, no message above `REQUEST_BYTES`.
-
-Searches are approximate. Cosines that differ by less than `SCORE_TOLERANCE` count as equal and are ordered by id. Where
-Milvus returns too few results, the embeddings are fetched and ranked here.
+are used: its own choice of an index, literal filters, no message above `REQUEST_BYTES`. Searches are approximate.
+Cosines that differ by less than `SCORE_TOLERANCE` count as equal and are ordered by id. Where Milvus returns too few
+results, the embeddings are fetched and ranked here.
 """
-
-from __future__ import annotations
 
 import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing
-from typing import Any
+from contextlib import closing, suppress
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -55,7 +52,7 @@ class MilvusIndex(VectorIndex):
         self._rows_per_request = max(1, min(_ID_CHUNK, REQUEST_BYTES // (4 * self.embed_dim)))
 
     @classmethod
-    def create(cls, server: Server, name: str, embed_dim: int, about: Mapping[str, str]) -> MilvusIndex:
+    def create(cls, server: Server, name: str, embed_dim: int, about: Mapping[str, str]) -> Self:
         """Create an empty collection, with texts that cannot be changed later, and open it."""
         with closing(Connection(server)) as connection:
             from pymilvus import DataType, MilvusClient  # optional; the connection says what to install
@@ -139,8 +136,7 @@ class MilvusIndex(VectorIndex):
     def wait_until_indexed(self, progress: Callable[[int], object] = lambda rows: None) -> None:
         """Wait until the server searches its own index; recall@10 among 20,000 rows was .51 before and .97 then.
 
-        `progress` is called every second with the number of rows that are not indexed yet. ConnectionError if nothing
-        was indexed for `INDEX_TIMEOUT_S`.
+        `progress` gets the number of rows not indexed yet. ConnectionError if none were within `INDEX_TIMEOUT_S`.
         """
         fewest, end = math.inf, 0.0
         while (left := self._unindexed()) > PROVISIONAL_ROWS:
@@ -163,8 +159,7 @@ class MilvusIndex(VectorIndex):
     @property
     def marks(self) -> tuple[str, ...]:
         """Texts that the collection is marked with: aliases, which every server supports."""
-        aliases = self._connection.call("describe_collection", self.name).get("aliases", ())
-        start = self.name + _MARK
+        aliases, start = self._connection.call("describe_collection", self.name).get("aliases", ()), self.name + _MARK
         return tuple(alias.removeprefix(start) for alias in aliases if alias.startswith(start))
 
     def mark(self, text: str) -> None:
@@ -185,12 +180,10 @@ class MilvusIndex(VectorIndex):
 
 def read_description(described: Mapping[str, Any], collection: str) -> tuple[dict[str, str], int]:
     """Read the texts and the width that a collection was created with; ValueError if another program made it."""
-    try:
+    with suppress(ValueError, KeyError, AttributeError, TypeError, StopIteration):
         about = json.loads(described["description"])
         if (about.pop("made_by"), about.pop("format")) == (_MADE_BY, _FORMAT):
             return about, next(int(field["params"]["dim"]) for field in described["fields"] if field["name"] == "embed")
-    except (ValueError, KeyError, AttributeError, TypeError, StopIteration):
-        pass
     raise ValueError(f"{collection} was made by another program, or another version of this; choose a name.")
 
 

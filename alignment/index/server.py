@@ -4,15 +4,13 @@ Credentials come from the environment alone: other users of the machine can read
 logged. `pymilvus` is optional and imported when a server is first used; it retries only some of these errors.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 TOKEN = "ALIGNMENT_INDEX_TOKEN"
@@ -24,8 +22,7 @@ CALL_TIMEOUT_S = 120.0  # retries included; a server that was killed answers aga
 
 # Milvus error codes and texts for: starting, too busy, not loaded, not available at the moment.
 TRANSIENT_CODES = {1, 2, 8, 101, 103, 201, 202, 401, 500, 501, 502, 503, 504, 600, 601, 602, 901, 902, 903, 904}
-_TRANSIENT_TEXT = "not (fully )?loaded|loading|no available|unavailable|not ready|node offline|not healthy"
-_TRANSIENT_TEXT += "|timeout|fail connecting"
+_TRANSIENT_TEXT = "not (fully )?(loaded|ready|healthy)|loading|(no |un)available|node offline|timeout|fail connecting"
 _TRANSIENT_STATUS = (None, "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN", "INTERNAL")  # of gRPC
 _UNAUTHORIZED_TEXT = "auth|permission|privilege|unauthenticated"
 _COLLECTION_NOT_FOUND = 100
@@ -41,7 +38,7 @@ class Server:
     ca: str = ""  # path of the certificate to trust; "" for the public authorities
 
     @classmethod
-    def at(cls, uri: str, env: Mapping[str, str] = os.environ) -> Server:
+    def at(cls, uri: str, env: Mapping[str, str] = os.environ) -> Self:
         """Check an address, and read the credentials from the environment; ValueError if it contains a secret."""
         parts = urlsplit(uri)
         if parts.username or parts.password or parts.query or parts.fragment:
@@ -68,9 +65,9 @@ class Connection:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._errors = (pymilvus.MilvusException, grpc.RpcError, grpc.FutureTimeoutError)
         options: dict[str, Any] = {"server_pem_path": server.ca} if server.ca else {}
-        options |= {"timeout": CONNECT_TIMEOUT_S, "dedicated": True}
+        options |= {"uri": server.uri, "token": server.token, "timeout": CONNECT_TIMEOUT_S, "dedicated": True}
         try:
-            self._client = pymilvus.MilvusClient(uri=server.uri, token=server.token, **options)
+            self._client = pymilvus.MilvusClient(**options)
         except self._errors as error:
             raise self._translated(error) from None
         self.close = self._client.close
@@ -78,11 +75,8 @@ class Connection:
     def call(self, method: str, /, *args: Any, timeout: float = CALL_TIMEOUT_S, **options: Any) -> Any:
         """Call a method of `MilvusClient`, and again while its error is transient.
 
-        Raises:
-            ConnectionError: if errors were transient until the timeout, in seconds.
-            FileNotFoundError: if there is no such collection.
-            PermissionError: if the server rejects the credentials.
-            ValueError: if the server rejects the request.
+        ConnectionError if errors were transient until the timeout, in seconds; FileNotFoundError without the
+        collection; PermissionError if the server rejects the credentials, and ValueError if it rejects the request.
         """
         end, delay = time.monotonic() + timeout, _FIRST_DELAY_S
         while True:

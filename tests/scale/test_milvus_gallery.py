@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,9 @@ import torch
 from index_contract import search_all
 from torch import Tensor
 
+from alignment.gallery.command import build_parser
 from alignment.gallery.database import DATABASE, GalleryDatabase
-from alignment.gallery.milvus_sync import Remote, add_push
+from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture
 from alignment.gallery.writer import write_gallery
 from alignment.index import MilvusIndex, Server
@@ -71,10 +71,8 @@ def remote(folder: Path, place: Server) -> Iterator[Remote]:
 
 
 def run(command: str, folder: Path, remote: Remote, *options: str) -> None:
-    parser = argparse.ArgumentParser()
-    add_push(parser.add_subparsers())
-    args = parser.parse_args([command, str(folder), "--index", remote.server.uri, *options])
-    assert args.run(args) == 0
+    args = build_parser().parse_args([command, str(folder), "--index", remote.server.uri, *options])
+    assert args.run(args, Remote.of(args.index, args.folder, args.index_name)) == 0
 
 
 def push(folder: Path, remote: Remote, *options: str) -> None:
