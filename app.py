@@ -38,11 +38,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from alignment import server
-from alignment.atomic import describe_error
 from alignment.bundled import GALLERY, MODEL, bundled
 from alignment.engine import MAX_ZIP_MB, AlignmentEngine, PhotoFolder, SecondModel
 from alignment.engine.photo_folder import photo_folder
 from alignment.engine.starter import starter_gallery
+from alignment.file_errors import describe_error
 from alignment.gallery import Gallery, Remote, add_index_options, progress_bar
 from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options

@@ -4,24 +4,18 @@ Place in the flow: below every module that writes files. A file is written under
 and renamed, so that a name always stands for a complete file, also after a kill or a power cut.
 """
 
-import errno
-import hashlib
 import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 TEMP_PREFIX = ".writing-"  # of the names of files that are being written; readers ignore them
 LOCK = ".lock"  # name of the lock file in a folder; it holds process, host and time as JSON
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 
 
 @contextmanager
@@ -53,30 +47,6 @@ def write_file(path: Path, content: bytes | str, *, fsync: bool = True) -> None:
     with atomic_write(path, fsync=fsync) as temp:
         # surrogateescape: a file name in the text need not be UTF-8
         temp.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
-
-
-def write_json_checksummed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object as JSON together with its SHA-256, under the key "sha256"."""
-    content = json.loads(json.dumps(content))  # as it will be read
-    write_file(path, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
-
-
-def read_json_checksummed(path: Path) -> dict[str, Any]:
-    """Read what `write_json_checksummed` wrote; ValueError when the content differs from that."""
-    content = json.loads(path.read_text("utf-8"))
-    if not isinstance(content, dict) or content.pop("sha256", "") != _digest(content):
-        raise ValueError("its content is not what was written")
-    return content
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_path(path: Path) -> None:
@@ -131,19 +101,3 @@ def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
         if new:
             with suppress(OSError):  # not empty
                 folder.rmdir()
-
-
-def describe_error(error: Exception, again: str = "run the same command again") -> str:
-    """Say for the user of a command what went wrong and, for a file error, what mends it."""
-    if not isinstance(error, OSError):
-        return str(error)
-    code, place = error.errno, error.filename2 or error.filename
-    if code in FULL:
-        where = f" where {place} lies" if place else ""
-        text = f"There is no room left{where}: free some, or choose another folder, and {again}."
-        return f"{text} What was there before is as it was."
-    if code in FORBIDDEN and place:
-        return f"{place} may not be read or written ({error.strerror}): change its permissions, or choose another one."
-    if code in _IN_THE_WAY and place:
-        return f"{place} is in the way ({error.strerror}): move it, or choose another folder, and {again}."
-    return str(error)

@@ -17,17 +17,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignment.atomic import (
-    LOCK,
-    TEMP_PREFIX,
-    atomic_write,
-    describe_error,
-    exclusive_lock,
-    read_json_checksummed,
-    remove_stale_temp,
-    write_file,
-    write_json_checksummed,
-)
+from alignment.atomic import LOCK, TEMP_PREFIX, atomic_write, exclusive_lock, remove_stale_temp, write_file
+from alignment.checksum import read_json_checksummed, write_json_checksummed
+from alignment.file_errors import describe_error
 
 # ---------------------------------------------------------------- files
 

@@ -18,9 +18,10 @@ from fault_injection import FEW, Fault, Runner
 from PIL import Image
 from test_kills import KILLED, Contents, Galleries, Trainings, galleries, paint, run, trainings
 
-from alignment.atomic import LOCK, describe_error, exclusive_lock
+from alignment.atomic import LOCK, exclusive_lock
 from alignment.data import read_pairs
 from alignment.engine import AlignmentEngine
+from alignment.file_errors import describe_error
 from alignment.gallery import Gallery, build_gallery, main, modality
 from alignment.gallery.database import DATABASE
 from alignment.model import DualEncoder

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignment.atomic import describe_error
+from alignment.file_errors import describe_error
 from alignment.train.run_dir import is_complete, mark_complete, wrap_write_errors
 
 FULL = Path("/dev/full")  # writing to it fails as on a full disk

@@ -20,7 +20,8 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignment.atomic import read_json_checksummed, sha256_of, write_file, write_json_checksummed
+from alignment.atomic import write_file
+from alignment.checksum import read_json_checksummed, sha256_of, write_json_checksummed
 from alignment.data.collector import Collector, RawAnnotation
 from alignment.data.encoding import decode_text
 from alignment.data.files import canonical_split, find_files, is_hidden, nfc, split_from_path

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from alignment.atomic import sha256_of
+from alignment.checksum import sha256_of
 from alignment.data import AmbiguousImageNames, EmptyDataset, ImageHash, Pair, merge_duplicates, read_data
 from alignment.data.tables import CLASSES_ONLY
 from alignment.engine.core import AlignmentEngine, as_webp

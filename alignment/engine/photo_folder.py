@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from alignment.atomic import describe_error
 from alignment.data import describe_issues
 from alignment.data.files import walk
 from alignment.engine.core import AlignmentEngine, Skipped
 from alignment.engine.starter import build_starter, cached_folder
+from alignment.file_errors import describe_error
 from alignment.gallery import BuildReport, Gallery, build_gallery
 from alignment.model import DualEncoder
 from alignment.model.dual_encoder import Progress

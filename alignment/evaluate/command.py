@@ -16,13 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from alignment.atomic import describe_error, write_file
+from alignment.atomic import write_file
 from alignment.data import Pair, ReadResult, describe_issues, describe_truncated, read_data
 from alignment.evaluate import retrieval, zero_shot
 from alignment.evaluate.eccv import EccvData, eccv_table, evaluate_eccv, read_eccv
 from alignment.evaluate.embedding import Embedded, embed_pairs
 from alignment.evaluate.error_analysis import changed_queries, suspected_false_negatives, worst_queries
 from alignment.evaluate.html_report import html_page
+from alignment.file_errors import describe_error
 from alignment.model import DualEncoder, find_device
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import join_first

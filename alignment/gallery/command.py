@@ -12,20 +12,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from datetime import timedelta
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import distributed
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from alignment.atomic import describe_error
 from alignment.bundled import MODEL, bundled
 from alignment.data import Partition, describe_issues, describe_truncated
+from alignment.file_errors import describe_error
 from alignment.gallery.build import BuildReport, build_gallery, embed_share
 from alignment.gallery.database import KINDS, GalleryDatabase
 from alignment.gallery.milvus_sync import Remote, add_index_options
@@ -34,9 +32,8 @@ from alignment.model import DualEncoder
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.preprocess import join_first
 from alignment.signals import handle_signals
+from alignment.workers import WorkerGroup, worker_group
 
-_START = timedelta(minutes=10)  # that all processes of a torchrun have to come together
-_LONGEST = timedelta(days=30)  # that a process waits for the others
 Show: TypeAlias = Callable[..., None]  # takes (done, total), and what is done if that changes
 
 _HELP = """\
@@ -79,41 +76,6 @@ or without torchrun, each wherever and whenever you like, and the last one when 
 _PUSH_HELP = """, and wait until it has indexed them. The gallery folder is still needed. Run the command again after an
 interruption or when the gallery has changed: only what is missing is sent, and what the gallery has no more is deleted.
 User and password, or an API key, are read from ALIGNMENT_INDEX_TOKEN."""
-
-
-class WorkerGroup(NamedTuple):
-    """The processes of one torchrun: what this one embeds, and their gloo group."""
-
-    share: Partition
-    group: Any
-
-    def gather(self, value: Any) -> list[Any]:
-        """Wait for all processes; returns their values by rank, ChildProcessError when one of them has ended."""
-        values = [None] * self.share.count
-        try:
-            distributed.all_gather_object(values, value, group=self.group)
-        except RuntimeError as error:
-            ended = f"Another process of this torchrun has ended ({str(error).splitlines()[0]})."
-            kept = "What was embedded by then is kept: run the same command again, and it goes on from there."
-            raise ChildProcessError(f"{ended} {kept}") from error
-        return values
-
-
-@contextmanager
-def worker_group() -> Iterator[WorkerGroup | None]:
-    """Join the processes of this torchrun, TimeoutError when they do not come; None when this process is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield None
-        return
-    try:
-        distributed.init_process_group("gloo", timeout=_START)
-        group = distributed.new_group(timeout=_LONGEST)
-    except distributed.DistError as error:
-        raise TimeoutError(f"The processes of this torchrun did not come together: {error}") from error
-    try:
-        yield WorkerGroup(Partition(distributed.get_rank() + 1, distributed.get_world_size()), group)
-    finally:
-        distributed.destroy_process_group()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -209,7 +171,7 @@ def _build(args: argparse.Namespace, remote: Remote | None) -> int:
         count = torch.cuda.device_count() if group else 0  # one GPU for each process
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else None
         encoder = DualEncoder.load(args.model, revision=args.revision, device=device)
-        if share := group.share if group else share:
+        if share := Partition(group.rank + 1, group.size) if group else share:
             shared = _embed_share(args, encoder, share, group)
             if not group or share.number > 1:
                 return 0

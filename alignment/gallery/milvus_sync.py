@@ -22,7 +22,8 @@ from typing import Self, TypeAlias
 import torch
 from torch import Tensor
 
-from alignment.atomic import exclusive_lock, read_json_checksummed, write_json_checksummed
+from alignment.atomic import exclusive_lock
+from alignment.checksum import read_json_checksummed, write_json_checksummed
 from alignment.gallery.database import DATABASE, KINDS, SIDES, GalleryDatabase, Kind
 from alignment.gallery.old_format import import_gallery
 from alignment.gallery.records import tags_of

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alignment.atomic import sha256_of
+from alignment.checksum import sha256_of
 from alignment.gallery.database import DATABASE, KINDS, SIDES, Kind, source_from_folder
 from alignment.gallery.records import Caption, FileFingerprint, GalleryMetadata, Picture, item_ids
 from alignment.gallery.writer import write_gallery

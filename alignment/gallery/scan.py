@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 from PIL import Image
 from torch import Tensor
 
-from alignment.atomic import sha256_of
+from alignment.checksum import sha256_of
 from alignment.gallery.records import FileFingerprint, Picture
 from alignment.preprocess import Preprocessor, open_image
 

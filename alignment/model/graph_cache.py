@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from alignment.atomic import atomic_write, read_json_checksummed, remove_stale_temp, sha256_of, write_json_checksummed
+from alignment.atomic import atomic_write, remove_stale_temp
+from alignment.checksum import read_json_checksummed, sha256_of, write_json_checksummed
 from alignment.model.checkpoints import SMALL_FILES, TRAINING_FILES
 from alignment.model.openvino import OpenVINOTower, openvino, version_token
 from alignment.model.tower import Kind

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 
-from alignment.atomic import describe_error
+from alignment.file_errors import describe_error
 from alignment.picture_limits import add_size_options, use_size_options
 from alignment.train.config import DATA, MACHINE, RESULT, START, TRAINING, TrainConfig
 

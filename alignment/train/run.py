@@ -25,7 +25,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerState, set_seed
 
-from alignment.atomic import exclusive_lock, fsync_path, write_json_checksummed
+from alignment.atomic import exclusive_lock, fsync_path
+from alignment.checksum import write_json_checksummed
 from alignment.data import Pair, describe_truncated
 from alignment.evaluate import Difference, Embedded, Estimate, compare_retrieval, difference_table, evaluate_embedded
 from alignment.model import find_device

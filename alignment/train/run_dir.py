@@ -18,16 +18,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from alignment.atomic import (
-    FORBIDDEN,
-    FULL,
-    LOCK,
-    TEMP_PREFIX,
-    fsync_path,
-    read_json_checksummed,
-    sha256_of,
-    write_json_checksummed,
-)
+from alignment.atomic import LOCK, TEMP_PREFIX, fsync_path
+from alignment.checksum import read_json_checksummed, sha256_of, write_json_checksummed
+from alignment.file_errors import FORBIDDEN, FULL
 from alignment.model import best_device
 from alignment.train.config import TrainConfig
 from alignment.train.settings import TrainRecipe
