@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores, and so do the processes that they start
 
 import json
 import socket
@@ -23,8 +24,9 @@ import transformers
 from PIL import Image
 from tokenizers import pre_tokenizers
 
-_CACHE = TemporaryDirectory(prefix="alignment-cache-")
-os.environ["ALIGNMENT_CACHE"] = _CACHE.name  # graphs of one run are not those of another
+if "PYTEST_XDIST_WORKER" not in os.environ:  # graphs of one run are not those of another; its workers share them
+    _CACHE = TemporaryDirectory(prefix="alignment-cache-")
+    os.environ["ALIGNMENT_CACHE"] = _CACHE.name
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
