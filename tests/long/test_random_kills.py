@@ -19,7 +19,16 @@ from pathlib import Path
 
 import pytest
 from fault_injection import Fault, Runner
-from test_kills import KILLED, Galleries, Trainings, galleries, run, trainings
+from test_kills import (
+    KILLED,
+    Galleries,
+    Moment,
+    Trainings,
+    assert_old_or_new_when_killed,
+    galleries,
+    run,
+    trainings,
+)
 from test_train_run import (
     FULL,
     Checkpoint,
@@ -121,6 +130,21 @@ def test_killed_at_any_moment_it_ends_with_the_weights_of_an_undisturbed_run(
     (half / "model.safetensors").write_bytes(b"half")
     finish(start("--resume", "--output", str(folder)))
     assert_nothing_happened(folder, whole)
+
+
+MOMENTS: dict[str, Moment] = {
+    "within the first page of a journal": (Fault(size=300), False, 3),
+    "within the second page of a journal": (Fault(size=70_000), False, 3),
+    "some embeddings are committed": (Fault(before=("sql", "COMMIT"), after=3), False, 2),
+    "all are, and the records not begun": (Fault(before=("sql", "DELETE FROM picture")), False, 0),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_it_is_brought_up_to_date_a_gallery_is_the_old_one_or_the_new(
+    moment: str, galleries: Galleries
+) -> None:
+    assert_old_or_new_when_killed(galleries, moment, MOMENTS[moment])
 
 
 @pytest.mark.parametrize("what", ["new", "update"])
