@@ -36,9 +36,9 @@ app: $(APP_STAMP)  ## open the app on http://127.0.0.1:7860 (GRADIO_SERVER_PORT=
 	$(BIN)/python app.py $(ARGS)
 
 test: $(TEST_STAMP) $(BROWSER_STAMP) lint audit  ## check style, floors, names, types and known vulnerabilities, then run every test
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: $(TEST_STAMP) $(BROWSER_STAMP)  ## kill builds and trainings, build the wheel, keep the app under load: some half an hour
+test-long: $(TEST_STAMP) $(BROWSER_STAMP)  ## kill builds and trainings, run torchrun, build the wheel, keep the app under load: some half an hour
 	$(BIN)/pytest tests/long $(ARGS)
 
 test-scale: $(TEST_STAMP) $(MILVUS_STAMP)  ## run the index on a real Milvus server, started from pip in an environment of its own

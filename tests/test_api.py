@@ -65,9 +65,9 @@ def address(engine, uploads) -> Iterator[str]:
     page.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ask(address) -> Iterator[Callable[..., Any]]:
-    """Ask an endpoint as a program would: `ask("search_images", caption=...)`."""
+    """Ask an endpoint as a program would: `ask("search_images", caption=...)`. A client takes a second to close."""
     client = Client(address, verbose=False, analytics_enabled=False)
     yield lambda name, **values: client.predict(**values, api_name=f"/{name}")
     client.close()

@@ -64,10 +64,12 @@ def ranked(coco, right: dict[int, list[int]], side: str) -> Iterator[tuple[list[
         asked, ids, offered, others = texts, caption_ids, images, image_ids
     place = {number: row for row, number in enumerate(ids)}
     numbers = np.array(others)
-    for query, answers in right.items():
-        scores = (offered @ asked[place[query]]).numpy()
-        best = np.argpartition(-scores, 99)[:100]  # no query has as many right answers
-        yield numbers[best[np.argsort(-scores[best])]].tolist(), set(answers)
+    for some in torch.tensor(list(right)).split(500):
+        queries = some.tolist()
+        scores = asked[[place[query] for query in queries]] @ offered.T
+        best = scores.topk(100).indices.numpy()  # no query has as many right answers
+        for query, row in zip(queries, best, strict=True):
+            yield numbers[row].tolist(), set(right[query])
 
 
 def map_at_r(found: list[int], right: set[int]) -> float:

@@ -1,4 +1,7 @@
-"""Hostile uploads on every way that they take: decoded right, or refused in a sentence, and nothing else, ever."""
+"""Hostile uploads on every way that they take: decoded right, or refused in a sentence, and nothing else, ever.
+
+`tests/long/test_fuzz_long.py` opens them by the thousand.
+"""
 
 import base64
 import json
@@ -29,7 +32,7 @@ from alignment.ui.strings import error_text
 from alignment.ui.uploads import MAX_NAME
 
 SEED = 1
-IN_A_PROCESS, HERE, ZIPS, OVER_HTTP = 3000, 2000, 120, 12
+IN_A_PROCESS, HERE, ZIPS, OVER_HTTP = 600, 600, 120, 12
 
 FULL_SIZE_MB = 700
 """The most that opening one picture takes: 50 megapixels of 4 bytes, thrice where transparency comes out on white."""

@@ -1,4 +1,7 @@
-"""Several processes build one gallery: it is the same as one process makes, and a failing process ends all."""
+"""Several processes build one gallery: it is the same as one process makes.
+
+`tests/long/test_torchrun.py` has processes that fail.
+"""
 
 from __future__ import annotations
 
@@ -252,35 +255,7 @@ def test_what_is_no_share_is_refused(text: str, capsys: pytest.CaptureFixture[st
     assert "the second of four is 2/4" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- processes that fail
-
-
-def test_another_model_is_refused_before_anything_is_embedded(
-    checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """Each process has its own models, of which one differs."""
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.png").write_bytes(photo(0))
-    for rank, name in enumerate(("clip", "siglip")):
-        (tmp_path / f"model{rank}").symlink_to(checkpoint(name))
-    script = f"""
-import os, sys
-from alignment.gallery import main
-model = {str(tmp_path / "model")!r} + os.environ["RANK"]
-sys.exit(main(["build", {str(tmp_path / "photos")!r}, "--out", {str(tmp_path / "out")!r}, "--model", model]))
-"""
-    (tmp_path / "run.py").write_text(script)
-    done = torchrun(tmp_path / "run.py")
-    assert done.returncode != 0
-    assert "Process 1 has another model" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_one_process_that_cannot_go_on_ends_all_with_its_reason(tmp_path: Path, encoder: DualEncoder) -> None:
-    done = torchrun(*BUILD, tmp_path / "nothing here", "--out", tmp_path / "out", "--model", encoder.name)
-    assert done.returncode != 0
-    assert "nothing here" in done.stderr
-    assert not (tmp_path / "out" / DATABASE).exists()
+# ---------------------------------------------------------------- one process, damaged shares, lost pictures
 
 
 def test_a_process_alone_is_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Builds and trainings killed where it hurts most: what was there stays whole, and the next run ends as if undisturbed.
 
-`tests/long/test_random_kills.py` does so before every change to the folder or the database, and at random moments.
+`tests/long/test_random_kills.py` does so at more moments, before every change to the folder or the database, and at
+random.
 """
 
 from __future__ import annotations
@@ -180,27 +181,29 @@ def galleries(checkpoint: Callable[[str], Path], run: Runner, tmp_path_factory: 
     return Galleries(tmp_path_factory.mktemp("galleries"), checkpoint("clip"), run)
 
 
-MOMENTS = {  # when it dies, whether it is the new gallery then, and how many pictures are embedded again at the most
-    "within the first page of a journal": (Fault(size=300), False, 3),
-    "within the second page of a journal": (Fault(size=70_000), False, 3),
+Moment = tuple[Fault, bool, int]
+
+MOMENTS: dict[str, Moment] = {  # when it dies, whether it is the new gallery then, and how many are embedded again
     "within the file": (Fault(size=200_000), False, 3),
-    "some embeddings are committed": (Fault(before=("sql", "COMMIT"), after=3), False, 2),
-    "all are, and the records not begun": (Fault(before=("sql", "DELETE FROM picture")), False, 0),
     "records are replaced, not committed": (Fault(before=("sql", "INSERT INTO meta")), False, 0),
     "all is committed, not packed": (Fault(before=("sql", "VACUUM")), True, 0),
     "the index is written, not in place": (Fault(before=("os.rename", "/text_embeds.faiss")), True, 0),
 }
 
 
+def assert_old_or_new_when_killed(galleries: Galleries, name: str, moment: Moment) -> None:
+    fault, new, most = moment
+    folder = galleries.copy(name)
+    assert galleries.build(folder, fault) in KILLED
+    assert galleries.assert_old_or_new(folder) is new
+    assert galleries.assert_finishes(folder) <= most  # what was embedded is not embedded again
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_while_it_is_brought_up_to_date_a_gallery_is_the_old_one_or_the_new(
     moment: str, galleries: Galleries
 ) -> None:
-    fault, new, most = MOMENTS[moment]
-    folder = galleries.copy(moment)
-    assert galleries.build(folder, fault) in KILLED
-    assert galleries.assert_old_or_new(folder) is new
-    assert galleries.assert_finishes(folder) <= most  # what was embedded is not embedded again
+    assert_old_or_new_when_killed(galleries, moment, MOMENTS[moment])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The service as it is started: a process of its own, watched from outside."""
+"""The service as it is started: a process of its own, watched from outside.
+
+`tests/long/test_no_network.py` starts it where there is no network at all.
+"""
 
 import io
 import json
@@ -162,33 +165,6 @@ def test_the_watch_would_have_seen_it(watched, tmp_path):
         env = {**os.environ, "PYTHONPATH": str(watched), "WATCHED": str(seen)}
         assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).returncode
         assert seen.read_text()
-
-
-LONELY = """
-import fcntl, socket, struct, sys
-with socket.socket() as any:  # where the machine is not ours alone, it is up already
-    try:
-        fcntl.ioctl(any, 0x8914, struct.pack("16sh", b"lo", 1))
-    except OSError:
-        pass
-from tests.test_service_process import drive
-from tests.http_client import Visitor, running
-with running() as app, Visitor(app.address) as visitor:
-    drive(visitor)
-"""
-
-
-def test_it_works_where_there_is_no_network_at_all(tmp_path):
-    """In a network of its own with nothing in it, where one may be made: there not even libraries of C find a way."""
-    alone = ["unshare", "--map-root-user", "--net"]
-    try:
-        may = subprocess.run([*alone, "true"], capture_output=True).returncode == 0
-    except FileNotFoundError:  # macOS, Windows
-        may = False
-    command = [*(alone if may else []), sys.executable, "-c", LONELY]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_personal_is_logged(driven):

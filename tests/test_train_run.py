@@ -1,4 +1,7 @@
-"""Whole runs on pictures that can be learnt: what they bring and leave, killed and resumed, stopped, chosen, shared."""
+"""Whole runs on pictures that can be learnt: what they bring and leave, killed and resumed, stopped, chosen.
+
+`tests/long/` has kills at random moments and runs of two processes.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,8 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -374,24 +374,6 @@ def assert_nothing_happened(resumed: Path, whole: Path) -> None:
     assert not (resumed / SETTINGS).exists()
 
 
-def test_killed_at_any_moment_it_ends_with_the_weights_of_an_undisturbed_run(
-    start: Start, checkpoint: Checkpoint, flags: Path, undisturbed: Callable[[Sequence[str]], Path], tmp_path: Path
-) -> None:
-    whole, folder = undisturbed(FULL), tmp_path / "o"
-    assert not same(whole, checkpoint("vit-bert"), 1e-3)
-    process = start(*called(checkpoint, flags, folder), *FULL)
-    wait_for(lambda: whole_checkpoints(folder) > 0, process)
-    time.sleep(random.uniform(0, 0.2))
-    kill(process, folder)
-    checkpoints = sorted(folder.glob("checkpoints/*/complete"), key=lambda path: path.stat().st_mtime)
-    half = folder / "checkpoints" / "checkpoint-60"  # as if the kill had come while this one was written
-    shutil.copytree(checkpoints[-1].parent, half)
-    (half / "complete").unlink()
-    (half / "model.safetensors").write_bytes(b"half")
-    finish(start("--resume", "--output", str(folder)))
-    assert_nothing_happened(folder, whole)
-
-
 def test_with_kept_images_and_in_another_place_too(
     start: Start, checkpoint: Checkpoint, flags: Path, undisturbed: Callable[[Sequence[str]], Path], tmp_path: Path
 ) -> None:
@@ -538,31 +520,3 @@ def test_a_run_killed_before_its_first_step_is_begun_again_with_its_kept_images(
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="file is not an empty folder"):
         acquire(tmp_path / "file", resume=False)
-
-
-# ---------------------------------------------------------------- two processes
-
-
-def test_two_processes_come_to_the_weights_of_one_with_the_joint_batch(
-    start: Start, checkpoint: Checkpoint, flags: Path, tmp_path: Path
-) -> None:
-    options = ["--model", str(checkpoint("clip")), "--data", str(flags), "--preset", "full", "--no-augment"]
-    options += ["--batch-size", "9", "--max-steps", "6", "--measure-every", "3", "--learning-rate", "1e-3"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "alignment.train", *options, "--output", str(two), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    finish(start(*options, "--batch-size", "8", "--output", str(one)))
-
-    assert record_of(two).plan["processes"] == 2
-    assert record_of(two).plan["batch_size"] == 8  # each process has half
-    assert done.stderr.count("Fine-tuning ") == 1
-    assert done.stdout.count("Model and report: ") == 1
-    assert not same(two, checkpoint("clip"), 1e-3)
-    assert same(one, two, 1e-4)
-    sums = [
-        [entry["eval_recall_sum"] for entry in record_of(run).history if "eval_recall_sum" in entry]
-        for run in (one, two)
-    ]
-    assert sums[0] == pytest.approx(sums[1])

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
 
 import app
 from alignment.gallery import Gallery, Picture
@@ -15,6 +15,11 @@ from alignment.ui.strings import pick_language, text
 
 SLOW = 30_000  # milliseconds; the machine may be busy
 expect.set_options(timeout=SLOW)
+LOCALE = "en-US"
+CHROMIUM = {
+    "executable_path": shutil.which("chromium") or None,
+    "args": ["--no-sandbox", "--disable-dev-shm-usage"],
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,25 +55,62 @@ def address(engine, uploads) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def playwright() -> Iterator[Playwright]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium") or None, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        yield browser
-        browser.close()
+        yield playwright
+
+
+@pytest.fixture(scope="session")
+def browser(playwright) -> Iterator[Browser]:
+    """A browser whose contexts are new ones, and know nothing."""
+    browser = playwright.chromium.launch(**CHROMIUM)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="session")
+def profile(playwright, tmp_path_factory) -> Iterator[BrowserContext]:
+    """A browser that keeps compiled scripts on disk: to compile them is half of the work of opening the page."""
+    folder = tmp_path_factory.mktemp("profile")
+    profile = playwright.chromium.launch_persistent_context(folder, locale=LOCALE, **CHROMIUM)
+    profile.set_default_timeout(SLOW)
+    yield profile
+    profile.close()
+
+
+def forget(profile: BrowserContext, address: str) -> None:
+    """Close the pages of a test, and delete what they have left: all but files of the server and compiled scripts."""
+    first, *pages = profile.pages
+    for page in pages:
+        page.close()
+    kept = "cookies,local_storage,indexeddb,service_workers,cache_storage,file_systems"
+    session = profile.new_cdp_session(first)
+    session.send("Storage.clearDataForOrigin", {"origin": address.rstrip("/"), "storageTypes": kept})
+    session.detach()
+    profile.clear_cookies()
+    profile.clear_permissions()
 
 
 @pytest.fixture
-def visit(browser, address) -> Iterator[Callable[..., Page]]:
-    """Open the page: `visit("?lang=zh", locale=..., width=...)`; no complaint and no foreign request goes unnoticed."""
+def visit(browser, profile, address) -> Iterator[Callable[..., Page]]:
+    """Open the page: `visit("?lang=zh", locale=..., width=...)`; no complaint and no foreign request goes unnoticed.
+
+    Each visit of a test is another visitor's, with a context of its own.
+    """
     contexts, complaints = [], []
 
-    def open_page(query: str = "", *, locale: str = "en-US", width: int = 1280, height: int = 900, **options) -> Page:
-        context = browser.new_context(locale=locale, viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
+    def open_context(locale: str, **options) -> BrowserContext:
+        if locale == LOCALE and not options and profile not in contexts:
+            return profile
+        context = browser.new_context(locale=locale, **options)
         context.set_default_timeout(SLOW)
+        return context
+
+    def open_page(query: str = "", *, locale: str = LOCALE, width: int = 1280, height: int = 900, **options) -> Page:
+        context = open_context(locale, **options)
+        contexts.append(context)
         page = context.new_page()
+        page.set_viewport_size({"width": width, "height": height})
 
         def check(request):
             if not request.url.startswith((address, address.replace("http", "ws"), "data:", "blob:")):
@@ -88,7 +130,10 @@ def visit(browser, address) -> Iterator[Callable[..., Page]]:
 
     yield open_page
     for context in contexts:
-        context.close()
+        if context is profile:
+            forget(profile, address)
+        else:
+            context.close()
     assert complaints == []
 
 

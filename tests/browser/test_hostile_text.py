@@ -139,16 +139,16 @@ LINKS = (
 )
 
 
-def test_links_run_nothing(watched):
-    for query in LINKS:
-        page = watched(f"?{urlencode(query)}")
-        key = query.get("tab", "")
-        if key in ("pictures", "photos"):
-            expect(page.locator(f"#{key}-query").get_by_role("textbox")).to_have_value(ASK)
-            expect(page.locator(f"#{key}-results h2")).to_be_visible()
-        if key == "matrix" and ASK in query["q"]:
-            expect(page.locator("#matrix-table tbody th").first).to_have_text(ASK)
-        assert page.evaluate("window.__ran") is None, query
+@pytest.mark.parametrize("query", LINKS, ids=range(len(LINKS)))
+def test_links_run_nothing(watched, query):
+    page = watched(f"?{urlencode(query)}")
+    key = query.get("tab", "")
+    if key in ("pictures", "photos"):
+        expect(page.locator(f"#{key}-query").get_by_role("textbox")).to_have_value(ASK)
+        expect(page.locator(f"#{key}-results h2")).to_be_visible()
+    if key == "matrix" and ASK in query["q"]:
+        expect(page.locator("#matrix-table tbody th").first).to_have_text(ASK)
+    assert page.evaluate("window.__ran") is None
 
 
 def test_a_data_set_is_text_in_its_report(watched, tmp_path):

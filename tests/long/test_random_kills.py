@@ -11,15 +11,41 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from fault_injection import Fault, Runner
-from test_kills import KILLED, Galleries, Trainings, galleries, run, trainings
+from test_kills import (
+    KILLED,
+    Galleries,
+    Moment,
+    Trainings,
+    assert_old_or_new_when_killed,
+    galleries,
+    run,
+    trainings,
+)
+from test_train_run import (
+    FULL,
+    Checkpoint,
+    Start,
+    assert_nothing_happened,
+    called,
+    finish,
+    flags,
+    kill,
+    same,
+    start,
+    undisturbed,
+    wait_for,
+    whole_checkpoints,
+)
 
-__all__ = ["galleries", "run", "trainings"]
+__all__ = ["flags", "galleries", "run", "start", "trainings", "undisturbed"]
 
 SEED = int(os.environ.get("ALIGNMENT_SEED", "0"))
 BUILDS, UPDATES, TRAININGS = 20, 20, 14
@@ -86,6 +112,39 @@ def test_trainings_killed_at_random_until_they_are_done(trainings: Trainings, tm
             assert "is finished" in trainings.run.said, (status, trainings.run.said)
         trainings.assert_undisturbed(folder)
     print(f"seed {SEED}: {kills} kills in {rounds} trainings; {ended} had ended before")
+
+
+def test_killed_at_any_moment_it_ends_with_the_weights_of_an_undisturbed_run(
+    start: Start, checkpoint: Checkpoint, flags: Path, undisturbed: Callable[[Sequence[str]], Path], tmp_path: Path
+) -> None:
+    whole, folder = undisturbed(FULL), tmp_path / "o"
+    assert not same(whole, checkpoint("vit-bert"), 1e-3)
+    process = start(*called(checkpoint, flags, folder), *FULL)
+    wait_for(lambda: whole_checkpoints(folder) > 0, process)
+    time.sleep(random.Random(SEED + 3).uniform(0, 0.2))
+    kill(process, folder)
+    checkpoints = sorted(folder.glob("checkpoints/*/complete"), key=lambda path: path.stat().st_mtime)
+    half = folder / "checkpoints" / "checkpoint-60"  # as if the kill had come while this one was written
+    shutil.copytree(checkpoints[-1].parent, half)
+    (half / "complete").unlink()
+    (half / "model.safetensors").write_bytes(b"half")
+    finish(start("--resume", "--output", str(folder)))
+    assert_nothing_happened(folder, whole)
+
+
+MOMENTS: dict[str, Moment] = {
+    "within the first page of a journal": (Fault(size=300), False, 3),
+    "within the second page of a journal": (Fault(size=70_000), False, 3),
+    "some embeddings are committed": (Fault(before=("sql", "COMMIT"), after=3), False, 2),
+    "all are, and the records not begun": (Fault(before=("sql", "DELETE FROM picture")), False, 0),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_it_is_brought_up_to_date_a_gallery_is_the_old_one_or_the_new(
+    moment: str, galleries: Galleries
+) -> None:
+    assert_old_or_new_when_killed(galleries, moment, MOMENTS[moment])
 
 
 @pytest.mark.parametrize("what", ["new", "update"])
