@@ -113,7 +113,7 @@ def test_a_bad_file_is_named_and_the_page_goes_on(visit, bad_file, picture):
     drop(page, "captions", bad_file)
     problem = page.locator("#captions-drop [role=alert]")
     expect(problem).to_have_text(f"notes.jpg: {text('en', 'error.image.not_an_image')}")
-    expect(page.locator("#captions-results li")).to_have_count(10)
+    expect(page.locator("#captions-results .al-words")).to_have_count(10)
     page.locator("#language").get_by_text("中文").click()
     expect(problem).to_have_text(f"notes.jpg: {text('zh', 'error.image.not_an_image')}")
     drop(page, "captions", bad_file)  # the same file again is judged again
