@@ -675,4 +675,4 @@ def test_torchvision_is_not_used(family: str, checkpoint: Callable) -> None:
 def test_a_run_length_bitmap_is_refused_before_it_is_decoded(encoded: Callable[..., bytes]) -> None:
     data = bytearray(encoded(Image.new("P", (8, 8)), "BMP"))
     data[30] = 1  # the compression in its header
-    assert refused(bytes(data)).values == {"kind": "Run-length BMP files"}
+    assert refused(bytes(data)).values == {"kind": "RLE BMP files"}

@@ -93,7 +93,7 @@ def _check_codec(image: Image.Image) -> None:
     """Refuse codecs whose decoding time is out of proportion to the picture."""
     codecs = {tile[0] for tile in getattr(image, "tile", ())}
     if "bmp_rle" in codecs:  # the run-length data may be of any length, whatever the size in pixels
-        raise unsupported("Run-length BMP files")
+        raise unsupported("RLE BMP files")
     if codecs & _SLOW_CODECS and image.width * image.height > _MAX_SLOW_PIXELS:
         raise unsupported("PPM files")
 
