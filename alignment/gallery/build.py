@@ -1,7 +1,7 @@
 """Embed pictures and captions into a gallery folder; what has not changed is kept.
 
-Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threads scan files ahead of the model. What
-is embedded goes into the database at once, so a killed build is resumed; the records are replaced at the end.
+Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threads scan files ahead of the model.
+What is embedded goes into the database at once, the records at the end.
 """
 
 import logging
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -107,7 +108,7 @@ def build_gallery(
                     delete_database(share)
             build = _Build(writer, encoder, metadata, report, progress, growing, like)
             build.finish(*build.embed(*build.with_unlisted(pictures, captions)), calibrate)
-    with closing(GalleryDatabase.open(out, encoder.name)) as database:
+    with closing(GalleryDatabase(out, encoder.name)) as database:
         if remote is not None:
             remote.push(database, lambda done, total, what: progress(done, total) if progress else None)
         for kind in KINDS if remote is None else ():
@@ -181,7 +182,7 @@ class _Build:
         self.before: GalleryMetadata | None = None  # of the gallery in the folder, if this model made it
         self.pictures, self.captions, self.cohort = list[Picture](), list[Caption](), dict[str, Tensor]()
         try:
-            with closing(GalleryDatabase.open(writer.path.parent, encoder.name)) as database:
+            with closing(GalleryDatabase(writer.path.parent, encoder.name)) as database:
                 if database.metadata.fingerprint == encoder.fingerprint:
                     self.pictures, self.captions = database.records()
                     self.before, self.cohort = database.metadata, database.cohort()
@@ -317,12 +318,15 @@ class _Build:
         metadata = replace(self.metadata, built=datetime.now(UTC).isoformat(timespec="seconds"))
         cohort = self._cohort() if calibrate else None
         if cohort:
-            rows = _Rows(self.writer, "picture", pictures), _Rows(self.writer, "caption", captions)
+            embeds = partial(self._embeds, "picture", pictures), partial(self._embeds, "caption", captions)
             ids, scenes = [picture.id for picture in pictures], [caption.scene for caption in captions]
-            calibration, how = fit_calibration(ids, scenes, *rows, cohort)
+            calibration, how = fit_calibration(ids, scenes, *embeds, cohort)
             judged_by = f"{how}; background {cohort_version()}"
             metadata = replace(metadata, calibration=calibration.to_dict(), judged_by=judged_by)
         self.writer.finish(pictures, captions, metadata, cohort.tensors() if cohort else {})
+
+    def _embeds(self, kind: Kind, items: Sequence[Picture | Caption], positions: Tensor) -> Tensor:
+        return self.writer.embeds(kind, [content_of(items[position]) for position in positions.tolist()])
 
     def _cohort(self) -> Cohort:
         """Take over the cohort of the gallery, or of the one that lends it, while it is up to date."""
@@ -332,13 +336,3 @@ class _Build:
         if self.like and self.like.judge and self.like.metadata.judged_by.endswith(version):
             return self.like.judge.cohort
         return build_cohort(self.encoder)
-
-
-@dataclass
-class _Rows:  # embeddings by position
-    writer: GalleryWriter
-    kind: Kind
-    items: Sequence[Picture | Caption]
-
-    def __getitem__(self, positions: Tensor) -> Tensor:
-        return self.writer.embeds(self.kind, [content_of(self.items[row]) for row in positions.tolist()])
