@@ -26,7 +26,7 @@ from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calib
 from alignment.data import Partition, read_data
 from alignment.data.collector import ReadIssues
 from alignment.gallery import records
-from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
+from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase
 from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.modality import write_index
 from alignment.gallery.old_format import import_gallery
@@ -288,7 +288,7 @@ class _Build:
         if self.growing and len(self.read) - len(self.waiting) >= max(_MIN_GROWING, 1.5 * self.grown):
             self.grown = len(self.read) - len(self.waiting)
             known = [picture for picture in self.read if picture.file and picture.file.sha256 not in self.waiting]
-            images = self.writer.embeds("picture", [content_of(picture) for picture in known])
+            images = self.writer.embeds("picture", known, torch.arange(len(known)))
             judge, none = self.like.judge if self.like else None, torch.empty(0, self.encoder.embed_dim)
             self.growing(Gallery(known, (), images, none, self.metadata, judge=judge))
 
@@ -318,15 +318,13 @@ class _Build:
         metadata = replace(self.metadata, built=datetime.now(UTC).isoformat(timespec="seconds"))
         cohort = self._cohort() if calibrate else None
         if cohort:
-            embeds = partial(self._embeds, "picture", pictures), partial(self._embeds, "caption", captions)
+            images = partial(self.writer.embeds, "picture", pictures)
+            texts = partial(self.writer.embeds, "caption", captions)
             ids, scenes = [picture.id for picture in pictures], [caption.scene for caption in captions]
-            calibration, how = fit_calibration(ids, scenes, *embeds, cohort)
+            calibration, how = fit_calibration(ids, scenes, images, texts, cohort)
             judged_by = f"{how}; background {cohort_version()}"
             metadata = replace(metadata, calibration=calibration.to_dict(), judged_by=judged_by)
         self.writer.finish(pictures, captions, metadata, cohort.tensors() if cohort else {})
-
-    def _embeds(self, kind: Kind, items: Sequence[Picture | Caption], positions: Tensor) -> Tensor:
-        return self.writer.embeds(kind, [content_of(items[position]) for position in positions.tolist()])
 
     def _cohort(self) -> Cohort:
         """Take over the cohort of the gallery, or of the one that lends it, while it is up to date."""

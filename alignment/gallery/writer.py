@@ -105,9 +105,9 @@ class GalleryWriter(SQLiteFile):
         rows = zip((self._key(kind, content) for content in contents), _blobs(embeds), strict=True)
         self("INSERT OR IGNORE INTO embedding(key, embeds, crc) VALUES (?1, ?2, crc_of(?1, ?2))", many=rows)
 
-    def embeds(self, kind: Kind, contents: Sequence[str]) -> Tensor:
-        """Fetch embeddings by content, (n, embed_dim) float16; KeyError when one is missing."""
-        keys = [self._key(kind, content) for content in contents]
+    def embeds(self, kind: Kind, items: Sequence[Picture | Caption], positions: Tensor) -> Tensor:
+        """Fetch the embeddings of the items at some positions, (n, embed_dim) float16; KeyError when one is missing."""
+        keys = [self._key(kind, content_of(items[position])) for position in positions.tolist()]
         sql = f"SELECT key, embeds FROM embedding WHERE key IN {CHOSEN}"
         found: dict[int, bytes] = dict(self(sql, (json.dumps(keys),)))
         return to_tensor((found[key] for key in keys), "<f2").reshape(len(keys), self.embed_dim)
