@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 
 TEMP_PREFIX = ".writing-"  # of the names of files that are being written; readers ignore them
@@ -91,7 +90,7 @@ def exclusive_lock(folder: Path, *, timeout: float = 0) -> Iterator[None]:
         raise BlockingIOError(text) from None
     try:
         with suppress(OSError):  # a full disk
-            since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            since = time.strftime("%Y-%m-%d %H:%M:%S%z")
             path.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}), "utf-8")
         yield
     finally:

@@ -272,7 +272,7 @@ def compact() -> tuple[DualEncoder, Gallery, Cohort]:
     captions = [caption for line in lines for caption in json.loads(line).values()]
     texts = encoder.encode_texts(random.Random(0).sample(captions, 1024))
     empty, nonsense = encoder.encode_images(blank_images()), encoder.encode_texts(random_texts())
-    return encoder, gallery, Cohort(gallery.image_embeds, texts, empty, nonsense)
+    return encoder, gallery, Cohort(gallery.images.embeds, texts, empty, nonsense)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_captions_find_pictures_or_nothing(
     encoder, gallery, cohort = compact
     query = encoder.encode_texts([caption])[0]
     judged = DEFAULT_CALIBRATION.assess(
-        gallery.image_embeds @ query,
+        gallery.images.embeds @ query,
         query,
         "text_to_image",
         num_candidates=len(gallery.pictures),
@@ -313,13 +313,13 @@ def test_an_empty_photo_finds_no_caption(compact: tuple[DualEncoder, Gallery, Co
 
 def test_most_photos_find_captions(compact: tuple[DualEncoder, Gallery, Cohort]) -> None:
     # Every one of them has its caption in the gallery. The line costs some: textures and documents above all.
-    found = [judge_picture(compact, embed) for embed in compact[1].image_embeds]
+    found = [judge_picture(compact, embed) for embed in compact[1].images.embeds]
     assert sum(found) > len(found) / 2
 
 
 def judge_picture(compact: tuple[DualEncoder, Gallery, Cohort], query: Tensor) -> bool:
     _, gallery, cohort = compact
     english = torch.tensor([caption.lang == "en" for caption in gallery.captions])
-    scores = gallery.text_embeds[english] @ query
+    scores = gallery.texts.embeds[english] @ query
     judged = DEFAULT_CALIBRATION.assess(scores, query, "image_to_text", num_candidates=len(scores), cohort=cohort)
     return judged.verdict in ("fits", "may_fit")

@@ -55,7 +55,7 @@ def test_captions_are_ranked_by_their_cosine(engine, pictures):
     embed = engine.embed_image(pictures[0])
     matches = engine.search_captions(embed, k=4).matches
     texts = [caption.text for caption in engine.gallery.captions]
-    cosines = engine.gallery.text_embeds @ embed
+    cosines = engine.gallery.texts.embeds @ embed
     best = cosines.argsort(descending=True, stable=True)[:4].tolist()
     assert [match.item.text for match in matches] == [texts[row] for row in best]
     assert [match.similarity for match in matches] == pytest.approx(cosines[best].tolist(), abs=2e-3)
@@ -126,7 +126,7 @@ def test_bad_files_are_named_and_the_others_kept(engine):
         ("cut.png", "image.truncated"),
         ("none.gif", "image.empty"),
     ]
-    torch.testing.assert_close(photos.gallery.image_embeds[1], engine.embed_image(photo(3)))
+    torch.testing.assert_close(photos.gallery.images.embeds[1], engine.embed_image(photo(3)))
 
 
 def test_photos_are_added_to_those_there_without_changing_them(engine):
@@ -151,14 +151,14 @@ def test_a_photo_can_be_taken_out(engine):
     photos, _ = engine.add_photos(engine.no_photos(), [("a.png", photo(1)), ("b.png", photo(2))])
     left = engine.without(photos, photos.gallery.pictures[0].id)
     assert [picture.source for picture in left.gallery.pictures] == ["b.png"]
-    torch.testing.assert_close(left.gallery.image_embeds, photos.gallery.image_embeds[1:])
+    torch.testing.assert_close(left.gallery.images.embeds, photos.gallery.images.embeds[1:])
     assert len(engine.without(left, "unknown")) == 1
 
 
 def test_the_gallerys_pictures_can_be_taken_as_photos(engine):
     photos = engine.gallery_photos(["three", "one"])
     assert [picture.id for picture in photos.gallery.pictures] == ["three", "one"]
-    torch.testing.assert_close(photos.gallery.image_embeds[1], engine.picture_embed("one"))
+    torch.testing.assert_close(photos.gallery.images.embeds[1], engine.picture_embed("one"))
 
 
 # ---------------------------------------------------------------- pictures to show
@@ -166,7 +166,7 @@ def test_the_gallerys_pictures_can_be_taken_as_photos(engine):
 
 def test_thumbnails_are_those_of_the_gallery(engine):
     assert open_image(engine.thumbnail("three")).size == (150, 60)
-    assert engine.thumbnail("three") == engine.gallery.thumbnail(engine.gallery.picture("three"))
+    assert engine.thumbnail("three") == engine.gallery.thumbnail(engine.gallery.pictures.find("three"))
     with pytest.raises(KeyError):
         engine.thumbnail("unknown")
 
@@ -175,7 +175,7 @@ def test_thumbnails_that_a_gallery_lacks_are_made_once_for_each_state_of_a_file(
     def with_file(sha256: str) -> Gallery:
         picture = Picture("a", str(tmp_path / "a.png"), file=FileFingerprint(1, 1, sha256))
         known = engine.gallery
-        return Gallery([picture], (), known.image_embeds[:1], known.text_embeds[:0], known.metadata)
+        return Gallery([picture], (), known.images.embeds[:1], known.texts.embeds[:0], known.metadata)
 
     (tmp_path / "a.png").write_bytes(photo(1))
     other = AlignmentEngine(engine.encoder, with_file("00"))
@@ -199,7 +199,7 @@ def test_a_record_that_another_process_deletes_is_left_out_of_the_results(engine
     kept = {id for name, id in before.items() if name != "3.png"}
     found = old.search_images("two cats", 6)
     assert {match.item.id for match in found.matches} == {picture.id for picture in old.gallery.pictures} == kept
-    assert old.gallery.picture(before["3.png"]) is None
+    assert old.gallery.pictures.find(before["3.png"]) is None
     composed = old.compose_query([Term("two cats"), Term("pasta", -1.0)])
     assert {match.item.id for match in old.search_images(composed, 6).matches} == kept
     with pytest.raises(KeyError):
@@ -305,7 +305,7 @@ def test_what_is_still_there_to_show_is_told_without_opening_it(engine, tmp_path
     pictures = [Picture("there", "there.png", root=str(tmp_path)), Picture("gone", "gone.png", root=str(tmp_path))]
     pictures.append(Picture("package", "package:nowhere_at_all/x.png"))
     (tmp_path / "there.png").write_bytes(b"of any kind")
-    embeds = engine.gallery.image_embeds[[0, 1, 2]]
+    embeds = engine.gallery.images.embeds[[0, 1, 2]]
     none = torch.empty(0, engine.encoder.embed_dim)
     other = AlignmentEngine(engine.encoder, Gallery(pictures, (), embeds, none, engine.gallery.metadata))
     assert [other.can_show(picture.id) for picture in pictures] == [True, False, False]
@@ -340,7 +340,7 @@ def test_the_compact_model_finds_the_picture(compact_engine, query, id):
 
 @pytest.mark.parametrize(("lang", "word"), [("en", "cat"), ("zh", "猫")])
 def test_the_compact_model_finds_a_caption(compact_engine, lang, word):
-    embed = compact_engine.embed_image(compact_engine.gallery.picture("cat").path)
+    embed = compact_engine.embed_image(compact_engine.gallery.pictures.find("cat").path)
     matches = compact_engine.search_captions(embed, 5, lang).matches
     assert {match.item.lang for match in matches} == {lang}
     assert any(word in match.item.text.lower() for match in matches)

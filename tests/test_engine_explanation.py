@@ -64,8 +64,8 @@ def test_the_scale_is_what_unrelated_items_score(engine):
 
 def test_a_gallery_without_a_background_is_its_own(engine):
     known = engine.gallery
-    gallery = Gallery(known.pictures, known.captions, known.image_embeds, known.text_embeds, known.metadata)
-    cosines = known.image_embeds @ known.text_embeds.T
+    gallery = Gallery(known.pictures, known.captions, known.images.embeds, known.texts.embeds, known.metadata)
+    cosines = known.images.embeds @ known.texts.embeds.T
     scale = Scale.of(gallery)
     spread = cosines.std().item()
     assert scale.unrelated == pytest.approx(cosines.mean().item(), abs=0.02 * spread)  # of a sample

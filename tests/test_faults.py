@@ -194,7 +194,7 @@ def test_the_app_goes_on_with_its_gallery_while_another_process_builds_it_anew(g
         gallery = Gallery.load(folder, galleries.encoder)
     engine = AlignmentEngine(galleries.encoder, gallery)
     found = engine.search_images("a dog", 5).matches
-    embeds = gallery.image_embeds.clone()
+    embeds = gallery.images.embeds.clone()
     assert galleries.build(folder) == 0
     left = {picture.id for picture in galleries.after.pictures if picture in [match.item for match in found]}
     assert [match.item.id for match in engine.search_images("a dog", 5).matches if match.item.id in left]

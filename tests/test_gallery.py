@@ -148,11 +148,11 @@ def test_a_gallery_is_loaded_as_it_was_built(photos: Path, tmp_path: Path, encod
     assert list(copy.pictures) == list(gallery.pictures)
     assert copy.metadata == gallery.metadata
     expected = encoder.encode_images([picture.path for picture in gallery.pictures])
-    torch.testing.assert_close(copy.image_embeds, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(copy.images.embeds, expected, atol=1e-3, rtol=0)
     assert all(isinstance(copy.thumbnail(picture), bytes) for picture in copy.pictures)
     assert all(picture.path.is_file() for picture in copy.pictures)
-    assert copy.image_embeds.dtype == torch.float32
-    torch.testing.assert_close(copy.image_embeds.norm(dim=1), torch.ones(3))
+    assert copy.images.embeds.dtype == torch.float32
+    torch.testing.assert_close(copy.images.embeds.norm(dim=1), torch.ones(3))
 
 
 def test_the_stamp_tells_the_model(photos: Path, tmp_path: Path, other: DualEncoder) -> None:

@@ -90,7 +90,7 @@ def test_a_folder_is_read_to_the_bottom(photos: Path, tmp_path: Path, encoder: D
     assert [picture.source for picture in gallery.pictures] == ["a.png", "holiday/b.png", "holiday/day 1/c.JPG"]
     assert counts(report) == (3, 0, 0)
     expected = encoder.encode_images([picture.path for picture in gallery.pictures])
-    torch.testing.assert_close(gallery.image_embeds, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(gallery.images.embeds, expected, atol=1e-3, rtol=0)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [DATABASE]
 
 
@@ -161,7 +161,7 @@ def test_a_gallery_without_the_table_of_scanned_files_is_brought_up_to_date(
     first, _ = build(photos, tmp_path / "out", encoder)
     with closing(sqlite3.connect(tmp_path / "out" / DATABASE)) as connection, connection:
         connection.execute("DROP TABLE scanned")
-    assert GalleryDatabase.open(tmp_path / "out").check() == []
+    assert GalleryDatabase(tmp_path / "out").check() == []
     second, report = build(photos, tmp_path / "out", encoder)
     assert counts(report) == (0, 3, 0)
     assert list(second.pictures) == list(first.pictures)
@@ -172,7 +172,7 @@ def test_a_new_date_alone_is_no_change(photos: Path, tmp_path: Path, encoder: Du
     touch(photos / "a.png")
     second, report = build(photos, tmp_path / "out", encoder)
     assert counts(report) == (0, 3, 0)
-    assert torch.equal(first.image_embeds, second.image_embeds)
+    assert torch.equal(first.images.embeds, second.images.embeds)
     assert second.pictures[0].file.mtime_ns == (photos / "a.png").stat().st_mtime_ns
 
 
@@ -189,7 +189,7 @@ def test_changed_new_moved_and_removed_pictures_are_followed(
     assert [picture.source for picture in second.pictures] == ["a.png", "moved.png", "new.png"]
     assert counts(report) == (2, 1, 0)
     expected = encoder.encode_images([picture.path for picture in second.pictures])
-    torch.testing.assert_close(second.image_embeds, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(second.images.embeds, expected, atol=1e-3, rtol=0)
     assert stored(tmp_path / "out") == {"embedding": 3, "thumbnail": 3}  # nothing of what is gone
     assert second.pictures[0].id == name
     thumbnail = np.asarray(open_image(second.thumbnail(second.pictures[0])), dtype=float)
@@ -207,7 +207,7 @@ def test_pictures_that_trade_places_trade_thumbnails_without_encoding(
     (photos / "spare").rename(photos / "holiday" / "b.png")
     second, report = build(photos, tmp_path / "out", encoder)
     assert counts(report) == (0, 3, 0)
-    assert torch.equal(second.image_embeds, first.image_embeds[[1, 0, 2]])
+    assert torch.equal(second.images.embeds, first.images.embeds[[1, 0, 2]])
     traded = [second.thumbnail(picture) for picture in second.pictures]
     assert traded == [thumbnails[1], thumbnails[0], thumbnails[2]]
 
@@ -216,7 +216,7 @@ def test_the_same_picture_twice_is_encoded_once(photos: Path, tmp_path: Path, en
     (photos / "again.png").write_bytes((photos / "a.png").read_bytes())
     gallery, report = build(photos, tmp_path / "out", encoder)
     assert counts(report) == (3, 1, 0)
-    assert torch.equal(gallery.image_embeds[0], gallery.image_embeds[1])
+    assert torch.equal(gallery.images.embeds[0], gallery.images.embeds[1])
     assert stored(tmp_path / "out") == {"embedding": 3, "thumbnail": 3}
     assert gallery.thumbnail(gallery.pictures[0]) == gallery.thumbnail(gallery.pictures[1])
 
@@ -238,7 +238,7 @@ def test_another_model_encodes_everything_again(
     gallery, report = build(photos, tmp_path / "out", other)
     assert counts(report) == (3, 0, 0)
     torch.testing.assert_close(
-        gallery.image_embeds, other.encode_images([p.path for p in gallery.pictures]), atol=1e-3, rtol=0
+        gallery.images.embeds, other.encode_images([p.path for p in gallery.pictures]), atol=1e-3, rtol=0
     )
 
 
@@ -258,7 +258,7 @@ def test_times_are_not_trusted_across_sources(
     os.utime(elsewhere / "a.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     gallery, report = build(elsewhere, tmp_path / "out", encoder)
     assert counts(report) == (1, 0, 0)
-    torch.testing.assert_close(gallery.image_embeds, encoder.encode_images([elsewhere / "a.png"]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(gallery.images.embeds, encoder.encode_images([elsewhere / "a.png"]), atol=1e-3, rtol=0)
 
 
 def test_an_interrupted_build_leaves_the_old_gallery(photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:
@@ -299,7 +299,7 @@ def test_a_captioned_data_set_can_be_found_from_both_sides(photos: Path, tmp_pat
     assert gallery.pictures[0].caption("zh") == "一只猫在奔跑"
     assert {caption.scene for caption in gallery.captions[:2]} == {gallery.pictures[0].id}
     texts = [caption.text for caption in gallery.captions]
-    torch.testing.assert_close(gallery.text_embeds, encoder.encode_texts(texts), atol=1e-3, rtol=0)
+    torch.testing.assert_close(gallery.texts.embeds, encoder.encode_texts(texts), atol=1e-3, rtol=0)
     assert report.encoded["captions"] == 3
     assert [name.endswith("bad.png") for name, _ in report.skipped] == [True]
     table.write_text("image,caption\na.png,two cats\na.png,two dogs\n", "utf-8")
@@ -345,8 +345,8 @@ def test_captions_alone_make_a_gallery(tmp_path: Path, encoder: DualEncoder) -> 
     source.mkdir()
     (source / CAPTIONS).write_text('{"id": "a", "topic": "pets", "en": "two cats", "zh": "一只猫"}\n', "utf-8")
     gallery, _ = build(source, tmp_path / "out", encoder)
-    assert gallery.image_embeds.shape == (0, encoder.embed_dim)
-    assert [match.item.id for match in gallery.search_captions(gallery.text_embeds[1], 1, lang="zh").matches] == [
+    assert gallery.images.embeds.shape == (0, encoder.embed_dim)
+    assert [match.item.id for match in gallery.search_captions(gallery.texts.embeds[1], 1, lang="zh").matches] == [
         "a.zh"
     ]
 
@@ -359,7 +359,7 @@ def test_a_scene_has_one_embedding_in_all_its_languages(tmp_path: Path, encoder:
     scenes = [{"id": "a", "topic": "pets", **texts}, {"id": "b", "topic": "pets", "en": "a dog"}]
     (source / CAPTIONS).write_text("\n".join(map(json.dumps, scenes)), "utf-8")
     gallery, report = build(source, tmp_path / "out", encoder)
-    english, chinese, dog, *of_picture = gallery.text_embeds
+    english, chinese, dog, *of_picture = gallery.texts.embeds
     alone = encoder.encode_texts([*texts.values(), "a dog"])
     mean = torch.nn.functional.normalize(alone[:2].mean(0), dim=0)
     torch.testing.assert_close(
@@ -446,7 +446,7 @@ def test_the_model_gets_one_stream_of_new_pictures_whatever_lies_between(
     assert streams == [27, 20]
     assert counts(report) == (20, 14, 7)
     expected = encoder.encode_images([picture.path for picture in gallery.pictures])
-    torch.testing.assert_close(gallery.image_embeds, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(gallery.images.embeds, expected, atol=1e-3, rtol=0)
 
 
 def test_threads_change_nothing_about_the_order(many: Path, tmp_path: Path, encoder: DualEncoder) -> None:
@@ -469,7 +469,7 @@ def test_a_file_too_large_to_hold_gives_the_same_gallery(
     second, report = build(photos, tmp_path / "other", encoder)
     assert counts(report) == (3, 0, 0)
     assert list(second.pictures) == list(first.pictures)
-    assert torch.equal(second.image_embeds, first.image_embeds)
+    assert torch.equal(second.images.embeds, first.images.embeds)
 
 
 def test_a_large_photo_is_decoded_in_reduced_size_and_looks_the_same(
@@ -677,7 +677,7 @@ def test_damaged_rows_are_made_again_and_the_rest_is_kept(
     assert main(["check", str(tmp_path / "out")]) == 0
     assert list(second.pictures) == list(first.pictures)
     assert [second.thumbnail(picture) for picture in second.pictures] == thumbnails
-    torch.testing.assert_close(second.image_embeds, first.image_embeds, atol=1e-3, rtol=0)
+    torch.testing.assert_close(second.images.embeds, first.images.embeds, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["caf\udce9.png", "a\n'\"b.png", "雪 %41?.png"], ids=ascii)

@@ -126,7 +126,7 @@ def test_a_damaged_judge_is_an_error_that_says_what_to_run(checkpoint, tmp_path,
         metadata = replace(metadata, calibration={"match": {}})
     else:
         tensors = {"image_embeds": tensors["image_embeds"]}
-    embeds = {"picture": [built.image_embeds], "caption": [built.text_embeds]}
+    embeds = {"picture": [built.images.embeds], "caption": [built.texts.embeds]}
     write_gallery(
         tmp_path / "out",
         built.pictures,
@@ -154,7 +154,7 @@ def test_curves_are_fitted_where_there_are_pairs_enough_and_borrowed_elsewhere(c
     ids = [f"p{row}" for row in range(count + 20)]  # twenty have no caption
     texts = functional.normalize(images[:count] + 0.8 * unit(count, 32, seed=2), dim=-1)
     background = Cohort(unit(30, 32, seed=3), unit(100, 32, seed=4))
-    calibration, how = fit_calibration(ids, ids[:count], images, texts, background)
+    calibration, how = fit_calibration(ids, ids[:count], images.__getitem__, texts.__getitem__, background)
     assert (calibration == DEFAULT_CALIBRATION) is borrowed
     assert how.startswith("borrowed" if borrowed else f"fitted on {count} pictures")
     assert set(calibration.thresholds) == set(DIRECTIONS)

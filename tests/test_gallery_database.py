@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_everything_is_read_as_it_was_written(folder: Path) -> None:
-    database = GalleryDatabase.open(folder)
+    database = GalleryDatabase(folder)
     assert database.metadata == replace(METADATA, num_pictures=4, num_captions=3)
     ids = database.ids("picture")
     assert ids.equal(item_ids(PICTURES))
@@ -77,7 +77,7 @@ def test_everything_is_read_as_it_was_written(folder: Path) -> None:
 
 
 def test_folders_and_languages_are_tags(folder: Path) -> None:
-    database = GalleryDatabase.open(folder)
+    database = GalleryDatabase(folder)
     pictures, captions = database.ids("picture"), database.ids("caption")
     assert database.tags("picture") == {"a'b": 1, "caf\udce9": 2, "caf\udce9/a": 1}
     assert database.tags("caption") == {"": 1, "en": 1, "zh": 1}
@@ -88,7 +88,7 @@ def test_folders_and_languages_are_tags(folder: Path) -> None:
 
 
 def test_an_id_that_is_gone_is_an_error(folder: Path) -> None:
-    database = GalleryDatabase.open(folder)
+    database = GalleryDatabase(folder)
     for fetch in (database.pictures, database.captions):
         with pytest.raises(KeyError):
             fetch([1])
@@ -102,7 +102,7 @@ def test_no_gallery_and_no_finished_gallery_are_not_found(tmp_path: Path) -> Non
     (tmp_path / "file").touch()
     for name in ("none", "begun", "file"):
         with pytest.raises(FileNotFoundError, match=r"gallery build SOURCE --out .*--model my/model"):
-            GalleryDatabase.open(tmp_path / name, "my/model")
+            GalleryDatabase(tmp_path / name, "my/model")
 
 
 def test_no_flipped_bit_is_served(folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_no_flipped_bit_is_served(folder: Path) -> None:
         data[place] ^= 1 << draw.randrange(8)
         path.write_bytes(data)
         try:
-            database = GalleryDatabase.open(folder)
+            database = GalleryDatabase(folder)
             faults = database.check()
             database.close()
             if not faults:
@@ -129,7 +129,7 @@ def test_no_flipped_bit_is_served(folder: Path) -> None:
 
 
 def _content(folder: Path) -> list[object]:
-    database = GalleryDatabase.open(folder)
+    database = GalleryDatabase(folder)
     pictures = database.pictures(database.ids("picture").tolist())
     everything = [
         database.metadata,
@@ -162,7 +162,7 @@ def test_check_finds_damage_in_every_table(damage: str, folder: Path) -> None:
     with sqlite3.connect(folder / DATABASE) as connection:
         assert connection.execute(damage).rowcount == 1
     connection.close()
-    assert GalleryDatabase.open(folder).check()
+    assert GalleryDatabase(folder).check()
 
 
 @pytest.mark.parametrize("size", [0, 100, 70_000, -1])
@@ -170,7 +170,7 @@ def test_what_is_cut_short_or_no_database_is_damaged(size: int, folder: Path) ->
     path = folder / DATABASE
     path.write_bytes(path.read_bytes()[:size] if size >= 0 else os.urandom(200_000))
     with pytest.raises((ValueError, FileNotFoundError), match="gallery build"):
-        GalleryDatabase.open(folder)
+        GalleryDatabase(folder)
 
 
 def test_a_source_beside_the_gallery_moves_with_it(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_source_beside_the_gallery_moves_with_it(tmp_path: Path) -> None:
     metadata = replace(METADATA, source=str(photos))
     write_gallery(gallery, PICTURES[:1], [], {"picture": [ROWS["picture"][:1]]}, 16, metadata, {})
     (tmp_path / "here").rename(tmp_path / "there")
-    database = GalleryDatabase.open(tmp_path / "there" / "gallery")
+    database = GalleryDatabase(tmp_path / "there" / "gallery")
     assert database.metadata.source == str(tmp_path / "there" / "photos")
     [picture] = database.pictures(database.ids("picture").tolist())
     assert picture.path == tmp_path / "there" / "photos" / PICTURES[0].source
@@ -187,7 +187,7 @@ def test_a_source_beside_the_gallery_moves_with_it(tmp_path: Path) -> None:
 
 def test_a_gallery_of_nothing_but_captions_is_one(tmp_path: Path) -> None:
     write_gallery(tmp_path, [], CAPTIONS, {"caption": [ROWS["caption"]]}, 16, METADATA, {})
-    database = GalleryDatabase.open(tmp_path)
+    database = GalleryDatabase(tmp_path)
     assert database.cohort() == {}
     assert database.embeds("picture", database.ids("picture")).shape == (0, 16)
     assert list(database.batches("picture")) == []
@@ -199,10 +199,10 @@ def test_a_gallery_on_a_read_only_medium_can_be_read(folder: Path) -> None:
     folder.chmod(0o555)
     try:
         obey_permissions()
-        assert GalleryDatabase.open(folder).check() == []
+        assert GalleryDatabase(folder).check() == []
         (folder / DATABASE).chmod(0)
         with pytest.raises(PermissionError):
-            GalleryDatabase.open(folder)
+            GalleryDatabase(folder)
     finally:
         obey_permissions(False)
         folder.chmod(0o755)
@@ -224,7 +224,7 @@ def test_what_a_killed_process_left_half_written_is_undone(folder: Path) -> None
     try:
         obey_permissions()
         with pytest.raises(PermissionError):  # it cannot be undone here, and is not served
-            GalleryDatabase.open(copy)
+            GalleryDatabase(copy)
     finally:
         obey_permissions(False)
         copy.chmod(0o755)
@@ -233,7 +233,7 @@ def test_what_a_killed_process_left_half_written_is_undone(folder: Path) -> None
 
 
 def test_threads_read_while_another_connection_writes(folder: Path) -> None:
-    database = GalleryDatabase.open(folder)
+    database = GalleryDatabase(folder)
     ids, wrong = database.ids("picture"), list[object]()
 
     def read() -> None:

@@ -109,9 +109,9 @@ def same(one: Path, other: Path, encoder: DualEncoder) -> None:
     fitted = [torch.tensor(numbers(each.pop("calibration"))) for each in metadata]
     assert metadata[0] == metadata[1]
     torch.testing.assert_close(fitted[0], fitted[1], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(first.image_embeds, second.image_embeds, **LAST_BIT)
-    torch.testing.assert_close(first.text_embeds, second.text_embeds, **LAST_BIT)
-    databases = [GalleryDatabase.open(folder) for folder in (one, other)]
+    torch.testing.assert_close(first.images.embeds, second.images.embeds, **LAST_BIT)
+    torch.testing.assert_close(first.texts.embeds, second.texts.embeds, **LAST_BIT)
+    databases = [GalleryDatabase(folder) for folder in (one, other)]
     cohorts = [database.cohort() for database in databases]
     for name in cohorts[0]:
         torch.testing.assert_close(cohorts[0][name], cohorts[1][name], **LAST_BIT)
@@ -178,7 +178,7 @@ def test_shares_and_a_command_without_one_make_the_gallery_too(
     assert "  pictures: 0 encoded" in capsys.readouterr().out
     assert build_gallery(shards, tmp_path / "one", encoder).pictures
     same(tmp_path / "one", tmp_path / "out", encoder)
-    assert GalleryDatabase.open(tmp_path / "out").check() == []
+    assert GalleryDatabase(tmp_path / "out").check() == []
 
 
 def test_a_share_that_was_broken_off_goes_on_without_reading_again(
@@ -213,7 +213,7 @@ def test_a_share_that_was_broken_off_goes_on_without_reading_again(
     gallery = build_gallery(source, out, encoder, report=report)
     assert [path for path in opened if path.parent == source] == []
     torch.testing.assert_close(
-        gallery.image_embeds, encoder.encode_images([p.path for p in gallery.pictures]), atol=1e-3, rtol=0
+        gallery.images.embeds, encoder.encode_images([p.path for p in gallery.pictures]), atol=1e-3, rtol=0
     )
 
 
@@ -232,7 +232,7 @@ def test_a_picture_that_changed_after_its_share_was_done_is_embedded_again(
     gallery = build_gallery(source, out, encoder, report=report)
     assert (report.encoded["pictures"], len(gallery.pictures)) == (1, 2)
     expected = encoder.encode_images([photo(0), photo(99)])
-    torch.testing.assert_close(gallery.image_embeds, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(gallery.images.embeds, expected, atol=1e-3, rtol=0)
     thumbnail = np.asarray(open_image(gallery.thumbnail(gallery.pictures[1])), dtype=float)
     with Image.open(io.BytesIO(photo(99))) as image:
         assert np.abs(thumbnail - np.asarray(image)).mean() < 20
@@ -281,7 +281,7 @@ def test_a_damaged_share_is_embedded_again(tmp_path: Path, encoder: DualEncoder)
     build_gallery(source, out, encoder, calibrate=False, report=report)
     assert report.encoded["pictures"] == 3
     assert [path.name for path in out.iterdir()] == [DATABASE]
-    assert GalleryDatabase.open(out).check() == []
+    assert GalleryDatabase(out).check() == []
 
 
 def test_pictures_of_shards_are_shown_even_if_they_are_no_longer_unpacked(

@@ -53,7 +53,7 @@ def gallery(count: int = MANY, logit_bias: float | None = None) -> Gallery:
 
 
 def save(made: Gallery, folder: Path) -> None:
-    embeds = {"picture": [made.image_embeds], "caption": [made.text_embeds]}
+    embeds = {"picture": [made.images.embeds], "caption": [made.texts.embeds]}
     cohort = made.judge.cohort.tensors() if made.judge else {}
     write_gallery(folder, made.pictures, made.captions, embeds, DIM, made.metadata, cohort)
 
@@ -64,7 +64,7 @@ def load(folder: Path) -> Gallery:
 
 def write_indexes(folder: Path) -> None:
     """As the end of a build does."""
-    database = GalleryDatabase.open(folder)
+    database = GalleryDatabase(folder)
     for kind in KINDS:
         write_index(database, kind)
     database.close()
@@ -90,7 +90,7 @@ def test_a_gallery_is_loaded_as_it_was_saved(saved: Path) -> None:
     rows = torch.tensor([4000, 3, 3, 17])
     torch.testing.assert_close(loaded.images[rows], made.images[rows], atol=1e-3, rtol=0)
     torch.testing.assert_close(loaded.images[rows].norm(dim=1), torch.ones(4))
-    torch.testing.assert_close(loaded.image_embeds, made.image_embeds, atol=1e-3, rtol=0)
+    torch.testing.assert_close(loaded.images.embeds, made.images.embeds, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("tag", [None, "trip 1", "trip 2/7", "nowhere"])
@@ -118,7 +118,7 @@ def test_folders_and_languages_are_counted_alike(saved: Path) -> None:
 @pytest.mark.parametrize("bias", [None, -5.0])
 def test_shares_of_many_are_near_those_over_all(tmp_path: Path, bias: float | None) -> None:
     made = gallery(LARGE + 500, bias)
-    logits = 20 * made.image_embeds @ unit(DIM, seed=5) + (bias or 0.0)
+    logits = 20 * made.images.embeds @ unit(DIM, seed=5) + (bias or 0.0)
     exact = logits.softmax(0) if bias is None else logits.sigmoid()
     found = made.search_images(unit(DIM, seed=5), 12)
     for match in found.matches:
@@ -127,10 +127,10 @@ def test_shares_of_many_are_near_those_over_all(tmp_path: Path, bias: float | No
 
 def test_duplicates_are_listed_beside_more_results_that_differ() -> None:
     made = gallery()
-    copies = torch.nn.functional.normalize(made.image_embeds[:1] + 0.01 * unit(300, DIM, seed=3), dim=-1)
-    embeds = torch.cat([copies, made.image_embeds[300:]])
+    copies = torch.nn.functional.normalize(made.images.embeds[:1] + 0.01 * unit(300, DIM, seed=3), dim=-1)
+    embeds = torch.cat([copies, made.images.embeds[300:]])
     many = Gallery(made.pictures, made.captions, embeds, made.texts, made.metadata, judge=made.judge)
-    found = many.search_images(made.image_embeds[0], 12)
+    found = many.search_images(made.images.embeds[0], 12)
     assert len(found.duplicates) == 12
     assert len(found.duplicates[0]) == 300
 
@@ -198,7 +198,7 @@ def test_records_are_read_when_they_are_asked_for(saved: Path) -> None:
     assert loaded.pictures[-1].id == f"p{MANY - 1}"
     assert [picture.id for picture in loaded.pictures[10:30:10]] == ["p10", "p20"]
     assert loaded.pictures.find("p4321") == pictures(4322)[4321]
-    assert loaded.picture("unknown") is None
+    assert loaded.pictures.find("unknown") is None
     assert loaded.images.embed("unknown") is None
     torch.testing.assert_close(loaded.images.embed("p17"), gallery(18).images[torch.tensor([17])][0], atol=1e-3, rtol=0)
     with pytest.raises(IndexError):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from index_contract import search_all, unit
 from torch import Tensor
 
-from alignment.index import EXACT_ROWS, LocalIndex, local
+from alignment.index import EXACT_ROWS, FileIndex, LocalIndex, local
 
 MANY = EXACT_ROWS + 2000
 
@@ -48,10 +48,10 @@ def recall(found: Tensor, embeds: Tensor, queries: Tensor, candidates: Sequence[
     )
 
 
-def stored(folder: Path, embeds: Tensor, tagged: Callable[[str], Tensor] | None = None) -> LocalIndex:
+def stored(folder: Path, embeds: Tensor, tagged: Callable[[str], Tensor] | None = None) -> FileIndex:
     """Write an index and open it."""
-    LocalIndex.write(folder / "index.faiss", [embeds], "stamp")
-    return LocalIndex.open(folder / "index.faiss", "stamp", tagged)
+    FileIndex.write(folder / "index.faiss", [embeds], "stamp")
+    return FileIndex(folder / "index.faiss", "stamp", tagged)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def many() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def large(many: Tensor, tmp_path_factory: pytest.TempPathFactory) -> LocalIndex:
+def large(many: Tensor, tmp_path_factory: pytest.TempPathFactory) -> FileIndex:
     """An index with as many rows in a file; the tag "7" is carried by every seventh row from the first on."""
     return stored(tmp_path_factory.mktemp("large"), many, lambda tag: torch.arange(0, MANY, int(tag)))
 
@@ -143,7 +143,7 @@ def test_many_rows_are_ranked_as_the_slow_reference_does(kind: Callable[..., Ten
 
 
 def test_the_recall_that_was_asked_for_decides_how_much_is_searched(
-    tmp_path: Path, many: Tensor, large: LocalIndex, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, many: Tensor, large: FileIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "TARGET_RECALL", 0.5)
     careless, queries = stored(tmp_path, many), between(many, 100)
@@ -161,7 +161,7 @@ def test_ties_of_many_rows_go_by_id(copies: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("k", [100, 1000, MANY])
-def test_many_results_are_found(k: int, many: Tensor, large: LocalIndex) -> None:
+def test_many_results_are_found(k: int, many: Tensor, large: FileIndex) -> None:
     queries = between(many, 10)
     assert recall(search_all(large, queries, k)[1], many, queries) >= 0.998
 
@@ -177,7 +177,7 @@ def test_tags_of_many_rows_are_ranked_as_the_slow_reference_does(every: int, tmp
     assert (scores[:, 1:] <= scores[:, :-1]).all()
 
 
-def test_extra_rows_of_many_are_true_cosines_in_order_without_repetition(many: Tensor, large: LocalIndex) -> None:
+def test_extra_rows_of_many_are_true_cosines_in_order_without_repetition(many: Tensor, large: FileIndex) -> None:
     queries = between(many, 20)
     scores, ids = search_all(large, queries, 10, extra=90)
     assert torch.equal(ids[:, :10], search_all(large, queries, 10)[1])
@@ -188,6 +188,6 @@ def test_extra_rows_of_many_are_true_cosines_in_order_without_repetition(many: T
     assert recall(ids, many, queries) > 0.9
 
 
-def test_no_results_asked_for_are_none(large: LocalIndex) -> None:
+def test_no_results_asked_for_are_none(large: FileIndex) -> None:
     assert large.search(unit(1, 64)[0], 0)[1].shape == (0,)
     assert large.search(unit(1, 64)[0], 0, extra=5)[1].shape == (5,)

@@ -10,7 +10,7 @@ import torch
 from index_contract import IndexContract, NewIndex, unit
 from torch import Tensor
 
-from alignment.index import LocalIndex, VectorIndex
+from alignment.index import FileIndex, LocalIndex, VectorIndex
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -22,8 +22,8 @@ def new_index(request: pytest.FixtureRequest, tmp_path: Path) -> NewIndex:
         if request.param == "memory":
             return LocalIndex(embeds, tagged)
         path = tmp_path / "index.faiss"
-        LocalIndex.write(path, embeds.split(7), "stamp")
-        return LocalIndex.open(path, "stamp", tagged)
+        FileIndex.write(path, embeds.split(7), "stamp")
+        return FileIndex(path, "stamp", tagged)
 
     return new
 

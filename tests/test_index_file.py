@@ -14,19 +14,19 @@ import pytest
 import torch
 from index_contract import search_all, unit
 
-from alignment.index import EXACT_ROWS, LocalIndex
+from alignment.index import EXACT_ROWS, FileIndex, LocalIndex
 
 COUNT, DIM = EXACT_ROWS + 500, 16
 IDS = torch.arange(COUNT)
 
 
 def write(path: Path, seed: int = 0, stamp: str = "one") -> None:
-    LocalIndex.write(path, unit(COUNT, DIM, seed).split(1000), stamp)
+    FileIndex.write(path, unit(COUNT, DIM, seed).split(1000), stamp)
 
 
 def seed_of(path: Path, stamp: str = "one") -> int:
     """Tell which rows a sound file holds."""
-    rows = LocalIndex.open(path, stamp).embeds(IDS)
+    rows = FileIndex(path, stamp).embeds(IDS)
     (seed,) = (seed for seed in (0, 1) if torch.equal(rows, unit(COUNT, DIM, seed).half().float()))
     return seed
 
@@ -46,7 +46,7 @@ def path(original: bytes, tmp_path: Path) -> Path:
 
 
 def test_an_index_is_opened_as_it_was_written(path: Path) -> None:
-    index, embeds = LocalIndex.open(path, "one"), unit(COUNT, DIM).half()
+    index, embeds = FileIndex(path, "one"), unit(COUNT, DIM).half()
     assert (len(index), index.embed_dim) == (COUNT, DIM)
     assert torch.equal(index.embeds(IDS), embeds.float())
     queries = embeds[::500].float()
@@ -55,7 +55,7 @@ def test_an_index_is_opened_as_it_was_written(path: Path) -> None:
 
 
 def test_the_same_rows_make_the_same_file(path: Path, original: bytes, tmp_path: Path) -> None:
-    LocalIndex.write(tmp_path / "again", iter([unit(COUNT, DIM)]), "one")  # in one batch
+    FileIndex.write(tmp_path / "again", iter([unit(COUNT, DIM)]), "one")  # in one batch
     assert (tmp_path / "again").read_bytes() == original
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
 
@@ -65,21 +65,21 @@ def test_rows_are_no_memory_of_the_process(tmp_path: Path) -> None:
     code = """if True:
         import sys, torch, faiss
         from pathlib import Path
-        from alignment.index import LocalIndex
+        from alignment.index import FileIndex, LocalIndex
         def private():
             lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
             return int(lines["RssAnon"].split()[0]) * 1024
         path, query = Path(sys.argv[1]), torch.ones(512) / 512**0.5
         LocalIndex(query.half().repeat(5000, 1)).search(query, 10)
         before = private()
-        index = LocalIndex.open(path, "one")
+        index = FileIndex(path, "one")
         index.search(query, 10)
         for part in torch.arange(10_000).split(100):
             index.embeds(part)
         print(private() - before)
     """
     embeds = unit(10_000, 512).half()
-    LocalIndex.write(tmp_path / "index", [embeds], "one")
+    FileIndex.write(tmp_path / "index", [embeds], "one")
     command = [sys.executable, "-c", code, str(tmp_path / "index")]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert int(result.stdout) < embeds.nbytes / 2
@@ -87,7 +87,7 @@ def test_rows_are_no_memory_of_the_process(tmp_path: Path) -> None:
 
 def test_embeddings_that_are_not_finite_are_refused_and_the_old_file_stays(path: Path) -> None:
     with pytest.raises(ValueError, match="finite"):
-        LocalIndex.write(path, [unit(COUNT, DIM), torch.full((1, DIM), torch.nan)], "two")
+        FileIndex.write(path, [unit(COUNT, DIM), torch.full((1, DIM), torch.nan)], "two")
     assert seed_of(path) == 0
     assert list(path.parent.iterdir()) == [path]
 
@@ -97,12 +97,12 @@ def test_embeddings_that_are_not_finite_are_refused_and_the_old_file_stays(path:
 
 def test_no_file_is_another_error_than_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        LocalIndex.open(tmp_path / "index.faiss", "one")
+        FileIndex(tmp_path / "index.faiss", "one")
 
 
 def test_a_file_of_another_state_is_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="another state"):
-        LocalIndex.open(path, "two")
+        FileIndex(path, "two")
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_a_file_of_another_state_is_refused(path: Path) -> None:
 def test_damage_is_noticed_when_opening(harm: Callable[[bytes], bytes], path: Path, original: bytes) -> None:
     path.write_bytes(harm(original))
     with pytest.raises(ValueError, match=r"index\.faiss is damaged"):
-        LocalIndex.open(path, "one")
+        FileIndex(path, "one")
 
 
 def test_a_file_of_another_format_is_refused(path: Path, original: bytes) -> None:
     page = json.dumps({**json.loads(original[8:4096]), "format": 1}).encode().ljust(4088)
     path.write_bytes(b"%08x" % zlib.crc32(page) + page + original[4096:])
     with pytest.raises(ValueError, match="of another version"):
-        LocalIndex.open(path, "one")
+        FileIndex(path, "one")
 
 
 def test_flipped_bits_in_codes_crash_nothing(path: Path, original: bytes) -> None:
@@ -137,7 +137,7 @@ def test_flipped_bits_in_codes_crash_nothing(path: Path, original: bytes) -> Non
     for place in torch.randint(COUNT * (DIM + 8), (2000,), generator=generator).tolist():
         data[-1 - place] ^= 1 << place % 8
     path.write_bytes(data)
-    scores, _ = search_all(LocalIndex.open(path, "one"), unit(20, DIM, seed=3), 10)
+    scores, _ = search_all(FileIndex(path, "one"), unit(20, DIM, seed=3), 10)
     assert (scores[:, 1:] <= scores[:, :-1]).all()
 
 
@@ -179,12 +179,12 @@ def test_a_full_disk_is_an_os_error_and_the_old_file_stays(path: Path) -> None:
     code = """if True:
         import resource, signal, sys, torch
         from pathlib import Path
-        from alignment.index import LocalIndex
+        from alignment.index import FileIndex
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
         embeds = torch.nn.functional.normalize(torch.randn(5000, 16), dim=-1)
         try:
-            LocalIndex.write(Path(sys.argv[1]), [embeds], "two")
+            FileIndex.write(Path(sys.argv[1]), [embeds], "two")
         except OSError:
             print("OSError")
     """
@@ -197,7 +197,7 @@ def test_a_full_disk_is_an_os_error_and_the_old_file_stays(path: Path) -> None:
 
 
 def test_an_open_index_goes_on_with_the_rows_that_were_there(path: Path) -> None:
-    reader, queries = LocalIndex.open(path, "one"), unit(COUNT, DIM)[::500]
+    reader, queries = FileIndex(path, "one"), unit(COUNT, DIM)[::500]
     write(path, seed=1, stamp="two")
     assert torch.equal(search_all(reader, queries, 1)[1][:, 0], IDS[::500])
     assert seed_of(path, "two") == 1

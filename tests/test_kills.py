@@ -64,7 +64,7 @@ class Contents:
         metadata = asdict(gallery.metadata) | {"built": ""}
         return cls(
             pictures, captions, [picture.file for picture in pictures], metadata,
-            gallery.image_embeds, gallery.text_embeds, thumbnails,
+            gallery.images.embeds, gallery.texts.embeds, thumbnails,
         )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:
@@ -168,7 +168,7 @@ def paint(path: Path, seed: int) -> None:
 
 def layout(folder: Path) -> dict[str, object]:
     """List all files, and count the rows of each table; nothing is damaged."""
-    with closing(GalleryDatabase.open(folder)) as database:
+    with closing(GalleryDatabase(folder)) as database:
         assert database.check() == []
     with closing(sqlite3.connect(folder / DATABASE)) as connection:
         tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]

@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_gallery_is_converted_with_all_it_holds(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        database = GalleryDatabase.open(folder)
+        database = GalleryDatabase(folder)
     assert "converted to gallery.db" in caplog.text
     assert [path.name for path in folder.iterdir()] == [DATABASE]
     assert database.check() == []
@@ -49,7 +49,7 @@ def test_a_gallery_is_converted_with_all_it_holds(folder: Path, caplog: pytest.L
     assert thumbnail == (OLD / "thumbnails" / "p1.webp").read_bytes()
     database.close()
     caplog.clear()
-    GalleryDatabase.open(folder).close()
+    GalleryDatabase(folder).close()
     assert not caplog.records
 
 
@@ -62,7 +62,7 @@ def test_a_damaged_one_is_not(name: str, folder: Path) -> None:
     data[-30] ^= 1
     path.write_bytes(data)
     with pytest.raises(FileNotFoundError, match=r"alignment\.gallery build"):
-        GalleryDatabase.open(folder)
+        GalleryDatabase(folder)
     assert (folder / "gallery.json").exists()
 
 
@@ -71,7 +71,7 @@ def test_one_that_cannot_be_written_is_told(folder: Path) -> None:
     try:
         obey_permissions()
         with pytest.raises(PermissionError):
-            GalleryDatabase.open(folder)
+            GalleryDatabase(folder)
     finally:
         obey_permissions(False)
         folder.chmod(0o755)

@@ -108,7 +108,7 @@ def test_a_rescan_takes_in_what_has_changed_while_the_old_gallery_answers(engine
     photos.wait()
     assert set(answered) == {(old, False)}  # and only one scan goes on at a time
     assert (photos.scan.added, photos.scan.changed, photos.scan.removed) == (1, 1, 1)
-    assert engine.gallery.picture(ids["00.png"]) is None
+    assert engine.gallery.pictures.find(ids["00.png"]) is None
     assert engine.thumbnail(ids["01.png"]) != thumbnail
     with pytest.raises(KeyError):
         engine.thumbnail(ids["00.png"])

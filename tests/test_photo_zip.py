@@ -239,7 +239,7 @@ def test_pictures_of_any_zip_are_taken_as_photos(engine, zipped):
     assert [picture.source for picture in steps[-1].photos.gallery.pictures] == [f"{seed}.png" for seed in range(6)]
     assert [skip.error.code for skip in steps[-1].skipped] == ["image.not_an_image", "photo.duplicate"]
     expected = engine.embed_image(picture(3))
-    torch.testing.assert_close(steps[-1].photos.gallery.image_embeds[3], expected)
+    torch.testing.assert_close(steps[-1].photos.gallery.images.embeds[3], expected)
 
 
 def test_a_zip_without_pictures_is_said_to_have_none(engine, zipped):
@@ -262,7 +262,7 @@ def test_an_album_comes_back_without_being_embedded_again(engine, photos, album,
     back, skipped = added(engine, path)
     assert skipped == []
     assert [(p.id, p.source) for p in back.gallery.pictures] == [(p.id, p.source) for p in photos.gallery.pictures]
-    torch.testing.assert_close(back.gallery.image_embeds, photos.gallery.image_embeds, atol=1e-3, rtol=0)
+    torch.testing.assert_close(back.gallery.images.embeds, photos.gallery.images.embeds, atol=1e-3, rtol=0)
     assert {id: open_image(data).size for id, data in back.thumbnails.items()} == dict.fromkeys(
         photos.thumbnails, (320, 320)
     )
@@ -422,13 +422,13 @@ def test_thumbnails_are_decoded_and_encoded_anew(engine, tampered, album):
     assert b"secret-place" not in thumbnail
     assert open_image(thumbnail).size == (100, 60)
     assert sorted(skipped) == ["album.damaged"] * 3 + ["album.missing"]
-    assert len(found.gallery.image_embeds) == 1
+    assert len(found.gallery.images.embeds) == 1
 
 
 def test_embeddings_follow_the_photos_that_are_left(engine, tampered, album, photos):
     first, third = (photos.gallery.pictures[row].id for row in (0, 2))
     found, _ = added(engine, tampered({f"thumbnails/{first}.webp": b"x", f"thumbnails/{third}.webp": b"x"}))
-    torch.testing.assert_close(found.gallery.image_embeds, photos.gallery.image_embeds[[1, 3, 4]], atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.gallery.images.embeds, photos.gallery.images.embeds[[1, 3, 4]], atol=1e-3, rtol=0)
 
 
 def test_the_background_of_a_stranger_judges_nothing(engine, tampered, album):

@@ -132,14 +132,14 @@ def test_captions_and_pictures_are_brought_to_one_scale(engine, text):
 
 def test_scores_are_the_weighted_sum_of_the_terms(engine):
     query = engine.compose_query([*parse_query("2 x a lion + a rock - 0.5 x running"), picture(engine, "cat", -1.5)])
-    background, pictures = engine.gallery.judge.cohort.image_embeds.double(), engine.gallery.image_embeds.double()
+    background, pictures = engine.gallery.judge.cohort.image_embeds.double(), engine.gallery.images.embeds.double()
     expected = torch.zeros(len(pictures)).double()
     for term in query.terms:
         unrelated = background @ term.embed.double()
         unrelated = unrelated[unrelated < 0.99]
         standard = (pictures @ term.embed.double() - unrelated.mean()) / unrelated.std(correction=0)
         expected += term.weight * (standard if term.weight > 0 else (standard - MINUS_THRESHOLD).clamp(min=0))
-    torch.testing.assert_close(scores(query, engine.gallery.image_embeds, background.float()), expected)
+    torch.testing.assert_close(scores(query, engine.gallery.images.embeds, background.float()), expected)
     found = engine.search_images(query, 12)
     rows = {item.id: row for row, item in enumerate(engine.gallery.pictures)}
     assert [match.similarity for match in found.matches] == [float(expected[rows[id]]) for id in ids(found)]
@@ -151,7 +151,7 @@ def test_scores_are_the_weighted_sum_of_the_terms(engine):
 @pytest.mark.parametrize("text", ["a lion + a rock", "2 x a lion - a rock", "a lion + a horse - 3 x running - a cat"])
 def test_of_many_pictures_the_best_are_found_without_scoring_all(engine, text, monkeypatch):
     count = 6000
-    kinds = engine.gallery.image_embeds[torch.arange(count) % len(engine.gallery.pictures)]
+    kinds = engine.gallery.images.embeds[torch.arange(count) % len(engine.gallery.pictures)]
     noise = torch.randn(count, kinds.shape[1], generator=torch.Generator().manual_seed(0))
     embeds = torch.nn.functional.normalize(kinds + 0.08 * noise, dim=-1)
     pictures = [Picture(f"p{row}", f"{row}.jpg") for row in range(count)]
@@ -172,7 +172,7 @@ def test_of_many_pictures_the_best_are_found_without_scoring_all(engine, text, m
 
 
 def test_a_minus_term_never_raises_a_score(engine):
-    pictures, background = engine.gallery.image_embeds, engine.gallery.judge.cohort.image_embeds
+    pictures, background = engine.gallery.images.embeds, engine.gallery.judge.cohort.image_embeds
     plain = scores(engine.compose_query(parse_query("a wild animal")), pictures, background)
     minus = scores(engine.compose_query(parse_query("a wild animal - a lion")), pictures, background)
     assert (minus <= plain + 1e-5).all()

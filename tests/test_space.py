@@ -166,7 +166,7 @@ def test_of_ones_own_photos_only_thumbnails_captions_and_names_become_public(
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.rglob("*") if path.is_file()]
     for word in (str(photos.parent), str(tmp_path), "Ännchen", "Schulfest", "taken at home", *hashes):
         assert word.encode() not in sent, word
-    copy = GalleryDatabase.open(folder / space.place)
+    copy = GalleryDatabase(folder / space.place)
     pictures = copy.pictures(copy.ids("picture").tolist())
     assert sorted(picture.source for picture in pictures) == ["one.jpg", "three.png", "two.jpg"]
     assert {(picture.file.size, picture.file.mtime_ns) for picture in pictures} == {(0, 0)}
@@ -341,7 +341,7 @@ def test_a_model_of_the_hub_is_fetched_by_the_space_at_the_commit_that_lies_here
         "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert front["suggested_hardware"] == "zero-a10g"
-    metadata = GalleryDatabase.open(tmp_path / "space" / space.place).metadata
+    metadata = GalleryDatabase(tmp_path / "space" / space.place).metadata
     assert (metadata.model, metadata.source, metadata.options) == (fetched, "", "")
 
 

@@ -66,13 +66,13 @@ def test_the_starter_gallery_is_up_to_date(starter: tuple[list[Picture], list[Ca
     texts = torch.stack(
         [encoder.encode_texts(caption.translations or [caption.text]).mean(0) for caption in starter[1][some]]
     )
-    assert functional.cosine_similarity(texts, gallery.text_embeds[some]).min() > 0.999
+    assert functional.cosine_similarity(texts, gallery.texts.embeds[some]).min() > 0.999
     images = encoder.encode_images([picture.path for picture in gallery.pictures[::6]])
-    assert functional.cosine_similarity(images, gallery.image_embeds[::6]).min() > 0.999
+    assert functional.cosine_similarity(images, gallery.images.embeds[::6]).min() > 0.999
 
 
 def test_the_starter_gallery_names_no_place_on_the_machine_it_was_made_on() -> None:
-    database = GalleryDatabase.open(STARTER)
+    database = GalleryDatabase(STARTER)
     assert database.metadata.source == str(STARTER / "sources")  # it is stored relative to the gallery
     pictures = database.pictures(database.ids("picture").tolist())
     assert all(picture.package for picture in pictures)  # a package is found on each machine
@@ -80,7 +80,7 @@ def test_the_starter_gallery_names_no_place_on_the_machine_it_was_made_on() -> N
 
 
 def test_the_starter_gallery_is_sound_and_not_too_large() -> None:
-    assert GalleryDatabase.open(STARTER).check() == []
+    assert GalleryDatabase(STARTER).check() == []
     assert (STARTER / DATABASE).stat().st_size < 30 * 2**20
     assert {path.name for path in STARTER.iterdir()} == {"README.md", "sources", DATABASE}
 

@@ -87,7 +87,7 @@ def test_its_pictures_stay_in_the_gallery(mode: int, photos: Path, tmp_path: Pat
     assert sorted(report.held) == (["b/c.png", "b/d.png"] if mode != 0o311 else [])  # which may be read if known
     assert not report.is_complete
     again = [picture.source for picture in gallery.pictures].index("b/d.png")
-    assert (gallery.image_embeds[again] == before.image_embeds[row]).all()
+    assert (gallery.images.embeds[again] == before.images.embeds[row]).all()
     assert all(isinstance(gallery.thumbnail(picture), bytes) for picture in gallery.pictures)
     healed, report = build(photos, tmp_path / "out", encoder)
     assert (sources(healed), sum(report.encoded.values()), report.is_complete) == (sources(gallery), 0, True)

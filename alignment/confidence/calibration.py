@@ -11,9 +11,9 @@ Recognition, Interspeech 2017 (`TAIL` is their adaptive selection).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from alignment.similarity import cosine_similarity, top_k
 
 Verdict = Literal["fits", "may_fit", "nothing_close", "no_meaning"]
 """Of a result or of a whole answer; `no_meaning`: the query is out of distribution (random text, a blank image)."""
+
+Fetch: TypeAlias = Callable[[Tensor], Tensor]  # embeddings by position
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """All verdicts, the best first."""
@@ -274,12 +276,6 @@ def draw_searches(
 # ---------------------------------------------------------------- a gallery's own calibration
 
 
-class Embeddings(Protocol):
-    """Embeddings by position: a tensor, or what reads them when asked."""
-
-    def __getitem__(self, positions: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class MatchCalibrator:
     """A calibration with the cohort it was fitted on."""
@@ -310,15 +306,15 @@ class MatchCalibrator:
 
 
 def fit_calibration(
-    picture_ids: Sequence[str], scenes: Sequence[str], image_embeds: Embeddings, text_embeds: Embeddings, cohort: Cohort
+    picture_ids: Sequence[str], scenes: Sequence[str], image_embeds: Fetch, text_embeds: Fetch, cohort: Cohort
 ) -> tuple[Calibration, str]:
     """Fit the curves on a gallery's own captioned pictures; below `MIN_FITTED` of them take `DEFAULT_CALIBRATION`.
 
     On pictures that the model was trained on, the probabilities come out too high.
 
-    Rows of `image_embeds` (num_pictures, embed_dim) belong to `picture_ids`, rows of `text_embeds` (num_captions,
-    embed_dim) describe the pictures whose ids are in `scenes`; the cohort holds none of these items. The second value
-    describes what it was fitted on.
+    `image_embeds` and `text_embeds` return embeddings, (n, embed_dim), by positions: of pictures in `picture_ids`, and
+    of captions that describe the pictures whose ids are in `scenes`; the cohort holds none of these items. The second
+    value describes what it was fitted on.
     """
     own: dict[str, list[int]] = {id: [] for id in picture_ids}
     for row, scene in enumerate(scenes):
@@ -331,6 +327,6 @@ def fit_calibration(
     texts = [(place, row) for place, image in enumerate(chosen) for row in own[picture_ids[image]][:_MAX_CAPTIONS]]
     owners, rows = torch.tensor(texts).T
     relevance = (owners[None] == torch.arange(len(chosen))[:, None]).float()
-    images, captions = image_embeds[torch.tensor(chosen)].float(), text_embeds[rows].float()
+    images, captions = image_embeds(torch.tensor(chosen)).float(), text_embeds(rows).float()
     fitted = Calibration.fit(images, captions, relevance, cohort, prior=DEFAULT_CALIBRATION)
     return fitted, f"fitted on {len(chosen)} pictures with {len(rows)} captions of this gallery"

@@ -184,7 +184,7 @@ class AlignmentEngine:
 
     def align_both(self, photos: Photos, captions: Sequence[str]) -> tuple[Alignment, ...]:
         """Score photos against captions by this model and, if it has embedded them too, by the second."""
-        first = self.align(photos.gallery.image_embeds, captions)
+        first = self.align(photos.gallery.images.embeds, captions)
         if self.second is None or photos.second_embeds is None:
             return (first,)
         encoder = self.second.encoder
@@ -236,7 +236,7 @@ class AlignmentEngine:
         second_embeds: Tensor | None = None,
     ) -> Photos:  # fmt: skip
         """Add photos with their embeddings, (num_pictures, embed_dim); `second_embeds` are those of all photos."""
-        embeds, thumbnails = torch.cat([photos.gallery.image_embeds, embeds]), {**photos.thumbnails, **thumbnails}
+        embeds, thumbnails = torch.cat([photos.gallery.images.embeds, embeds]), {**photos.thumbnails, **thumbnails}
         return self._photos([*photos.gallery.pictures, *pictures], embeds, thumbnails, second_embeds)
 
     def _second_embeds(self, photos: Photos, more: Sequence[Image.Image]) -> Tensor | None:
@@ -250,7 +250,7 @@ class AlignmentEngine:
         kept = [photos.gallery.pictures[row] for row in rows]
         thumbnails = {picture.id: photos.thumbnails[picture.id] for picture in kept}
         second = None if photos.second_embeds is None else photos.second_embeds[rows]
-        return self._photos(kept, photos.gallery.image_embeds[rows], thumbnails, second)
+        return self._photos(kept, photos.gallery.images.embeds[rows], thumbnails, second)
 
     def _photos(
         self, pictures: Sequence[Picture], embeds: Tensor, thumbnails: Mapping[str, bytes], second: Tensor | None
@@ -292,7 +292,7 @@ class AlignmentEngine:
     def _find(self, id: str) -> tuple[Gallery, Picture]:
         """Find a picture in the gallery or in the starter gallery; KeyError if it is in neither."""
         for gallery in (self.gallery, self.starter):
-            if (picture := gallery.picture(id)) is not None:
+            if (picture := gallery.pictures.find(id)) is not None:
                 return gallery, picture
         raise KeyError(id)
 

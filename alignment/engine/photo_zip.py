@@ -57,7 +57,7 @@ def export_zip(photos: Photos, encoder: DualEncoder) -> bytes:
     header = asdict(replace(gallery.metadata, model=name, source="", options="", built=built))
     cohort = gallery.judge.cohort.tensors() if gallery.judge else {}
     tensors = {f"background.{name}": embeds for name, embeds in cohort.items()}
-    tensors |= {"image_embeds": gallery.image_embeds, "text_embeds": torch.empty(0, encoder.embed_dim)}
+    tensors |= {"image_embeds": gallery.images.embeds, "text_embeds": torch.empty(0, encoder.embed_dim)}
     halves = {name: embeds.half().contiguous() for name, embeds in tensors.items()}
     files: dict[str, str | bytes] = {
         _STAMP: json.dumps(header, ensure_ascii=False, indent=2) + "\n",

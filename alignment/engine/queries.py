@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignment.confidence import MatchCalibrator, MatchConfidence
-from alignment.gallery import Gallery, Picture, SearchResult
-from alignment.gallery.modality import Modality, is_large
+from alignment.gallery import Gallery, Picture, SearchResult, modality
+from alignment.gallery.modality import Modality
 from alignment.preprocess import InputError
 from alignment.similarity import cosine_similarity, top_k
 
@@ -177,7 +177,7 @@ def _best(pictures: Modality[Picture], query: Query, unrelated: Tensor, k: int) 
     the nearest to that direction can score higher than the last of these scores for the plus terms alone.
     """
     count = len(pictures)
-    if not is_large(count):
+    if count <= modality.LARGE:
         rows = torch.arange(count)
         return scores(query, pictures[rows], unrelated), rows
     wanted = Query(tuple(term for term in query.terms if term.wanted))

@@ -32,7 +32,7 @@ def starter_gallery(encoder: DualEncoder) -> Gallery:
     The latter is in memory (`Gallery.folder` is None) and holds the pictures and their own captions. ValueError when
     the bundled gallery is damaged, or its sources cannot be read.
     """
-    with closing(GalleryDatabase.open(Path(bundled(GALLERY)), encoder.name)) as database:
+    with closing(GalleryDatabase(Path(bundled(GALLERY)), encoder.name)) as database:
         is_ours = database.metadata.fingerprint == encoder.fingerprint
     try:
         return Gallery.load(bundled(GALLERY) if is_ours else _starter_folder(encoder), encoder)

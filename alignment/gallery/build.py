@@ -1,7 +1,7 @@
 """Embed pictures and captions into a gallery folder; what has not changed is kept.
 
-Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threads scan files ahead of the model. What
-is embedded goes into the database at once, so a killed build is resumed; the records are replaced at the end.
+Place in the flow: `SOURCE -> records -> embeddings (here) -> gallery.db`. Threads scan files ahead of the model.
+What is embedded goes into the database at once, the records at the end.
 """
 
 import logging
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,7 +26,7 @@ from alignment.confidence import Cohort, build_cohort, cohort_version, fit_calib
 from alignment.data import Partition, read_data
 from alignment.data.collector import ReadIssues
 from alignment.gallery import records
-from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase, Kind
+from alignment.gallery.database import DATABASE, KINDS, GalleryDatabase
 from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.modality import write_index
 from alignment.gallery.old_format import import_gallery
@@ -107,7 +108,7 @@ def build_gallery(
                     delete_database(share)
             build = _Build(writer, encoder, metadata, report, progress, growing, like)
             build.finish(*build.embed(*build.with_unlisted(pictures, captions)), calibrate)
-    with closing(GalleryDatabase.open(out, encoder.name)) as database:
+    with closing(GalleryDatabase(out, encoder.name)) as database:
         if remote is not None:
             remote.push(database, lambda done, total, what: progress(done, total) if progress else None)
         for kind in KINDS if remote is None else ():
@@ -181,7 +182,7 @@ class _Build:
         self.before: GalleryMetadata | None = None  # of the gallery in the folder, if this model made it
         self.pictures, self.captions, self.cohort = list[Picture](), list[Caption](), dict[str, Tensor]()
         try:
-            with closing(GalleryDatabase.open(writer.path.parent, encoder.name)) as database:
+            with closing(GalleryDatabase(writer.path.parent, encoder.name)) as database:
                 if database.metadata.fingerprint == encoder.fingerprint:
                     self.pictures, self.captions = database.records()
                     self.before, self.cohort = database.metadata, database.cohort()
@@ -287,7 +288,7 @@ class _Build:
         if self.growing and len(self.read) - len(self.waiting) >= max(_MIN_GROWING, 1.5 * self.grown):
             self.grown = len(self.read) - len(self.waiting)
             known = [picture for picture in self.read if picture.file and picture.file.sha256 not in self.waiting]
-            images = self.writer.embeds("picture", [content_of(picture) for picture in known])
+            images = self.writer.embeds("picture", known, torch.arange(len(known)))
             judge, none = self.like.judge if self.like else None, torch.empty(0, self.encoder.embed_dim)
             self.growing(Gallery(known, (), images, none, self.metadata, judge=judge))
 
@@ -317,9 +318,10 @@ class _Build:
         metadata = replace(self.metadata, built=datetime.now(UTC).isoformat(timespec="seconds"))
         cohort = self._cohort() if calibrate else None
         if cohort:
-            rows = _Rows(self.writer, "picture", pictures), _Rows(self.writer, "caption", captions)
+            images = partial(self.writer.embeds, "picture", pictures)
+            texts = partial(self.writer.embeds, "caption", captions)
             ids, scenes = [picture.id for picture in pictures], [caption.scene for caption in captions]
-            calibration, how = fit_calibration(ids, scenes, *rows, cohort)
+            calibration, how = fit_calibration(ids, scenes, images, texts, cohort)
             judged_by = f"{how}; background {cohort_version()}"
             metadata = replace(metadata, calibration=calibration.to_dict(), judged_by=judged_by)
         self.writer.finish(pictures, captions, metadata, cohort.tensors() if cohort else {})
@@ -332,13 +334,3 @@ class _Build:
         if self.like and self.like.judge and self.like.metadata.judged_by.endswith(version):
             return self.like.judge.cohort
         return build_cohort(self.encoder)
-
-
-@dataclass
-class _Rows:  # embeddings by position
-    writer: GalleryWriter
-    kind: Kind
-    items: Sequence[Picture | Caption]
-
-    def __getitem__(self, positions: Tensor) -> Tensor:
-        return self.writer.embeds(self.kind, [content_of(self.items[row]) for row in positions.tolist()])

@@ -129,10 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace, remote: Remote | None) -> int:
-    with closing(GalleryDatabase.open(Path(args.folder))) as database:
+    with closing(GalleryDatabase(Path(args.folder))) as database:
         if faults := database.check():
-            more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-            raise database.damaged("; ".join(faults[:3]) + more)
+            raise database.damaged(join_first(faults))
         metadata = database.metadata
         if remote is not None:
             for kind in (kind for kind in KINDS if len(database.ids(kind))):
@@ -142,7 +141,7 @@ def _check(args: argparse.Namespace, remote: Remote | None) -> int:
 
 
 def _push(args: argparse.Namespace, remote: Remote) -> int:
-    with closing(GalleryDatabase.open(Path(args.folder))) as database:
+    with closing(GalleryDatabase(Path(args.folder))) as database:
         if args.drop:
             for name, count in remote.drop(database.metadata.fingerprint).items():
                 print(f"{name}: deleted, {count} rows")

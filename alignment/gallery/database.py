@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -102,11 +102,6 @@ class SQLiteFile:
         with self._errors():
             self._connection.commit()
 
-    def rollback(self) -> None:
-        """Undo what was not committed."""
-        with self._errors():
-            self._connection.rollback()
-
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -161,13 +156,7 @@ def to_tensor(blobs: Iterable[bytes], dtype: Literal["<f2", "<i8"]) -> Tensor:
 class GalleryDatabase(SQLiteFile):
     """A finished gallery, read-only. Methods may be called from several threads."""
 
-    def __init__(self, folder: Path, model: str) -> None:
-        """Open a gallery; see `open`."""
-        self.folder, self.metadata = folder, GalleryMetadata("", model, 1.0, None)  # until it is read
-        super().__init__(folder / DATABASE, "ro")
-
-    @classmethod
-    def open(cls, folder: Path, model: str = "MODEL") -> Self:
+    def __init__(self, folder: Path, model: str = "MODEL") -> None:
         """Open the gallery in a folder, whichever model made it; one of the previous format is converted first.
 
         `model` is the name of the one in use, for the advice in the errors: FileNotFoundError when there is no finished
@@ -179,9 +168,10 @@ class GalleryDatabase(SQLiteFile):
 
             with exclusive_lock(folder, timeout=_IMPORT_TIMEOUT_S):
                 import_gallery(folder)
+        self.folder, self.metadata = folder, GalleryMetadata("", model, 1.0, None)  # until it is read
         try:
             with path.open("rb"):  # for the operating system's own errors
-                return cls(folder, model)
+                super().__init__(path, "ro")
         except (FileNotFoundError, NotADirectoryError):
             build = rebuild_command(folder, model)
             raise FileNotFoundError(f"There is no gallery in {folder}. Build one: {build}") from None
@@ -253,7 +243,10 @@ class GalleryDatabase(SQLiteFile):
 
     def captions(self, ids: Sequence[int]) -> list[Caption]:
         """Fetch records; as `pictures`."""
-        return [_caption(row) for row in self._records("caption", ids)]
+        return [
+            Caption(scene + name if name.startswith(".") else name, text, lang, scene, topic)  # see `GalleryWriter`
+            for _, name, text, lang, scene, topic, *_ in self._records("caption", ids)
+        ]
 
     def records(self) -> tuple[list[Picture], list[Caption]]:
         """Fetch all records, in order of position."""
@@ -314,11 +307,6 @@ class GalleryDatabase(SQLiteFile):
                 yield f"there are {len(there)} records of {kind}s instead of {count}"
             if missing := list(there.values()).count(0):
                 yield f"{missing} {kind}s have no embedding"
-
-
-def _caption(row: Row) -> Caption:
-    _, name, text, lang, scene, topic, *_ = row
-    return Caption(scene + name if name.startswith(".") else name, text, lang, scene, topic)  # see `GalleryWriter`
 
 
 def source_from_folder(folder: Path, source: str) -> str:

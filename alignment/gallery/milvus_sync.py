@@ -135,7 +135,7 @@ class Remote:
         """Fetch embeddings that the folder lacks; returns the number of items. ValueError if the server lacks them."""
         with exclusive_lock(self.folder):
             import_gallery(self.folder, self.embeds)
-            with closing(GalleryDatabase.open(self.folder)) as old:
+            with closing(GalleryDatabase(self.folder)) as old:
                 pictures, captions = old.records()
                 with closing(GalleryWriter(self.folder / DATABASE, old.metadata.fingerprint, old.embed_dim)) as writer:
                     self._fetch("picture", old.ids("picture"), list(map(content_of, pictures)), writer, show)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from alignment.gallery.database import SIDES, GalleryDatabase, Kind
 from alignment.gallery.milvus_sync import Remote
 from alignment.gallery.records import Caption, Picture, tags_of
-from alignment.index import EXACT_ROWS, LocalIndex, VectorIndex
+from alignment.index import EXACT_ROWS, FileIndex, LocalIndex, VectorIndex
 from alignment.similarity import logits_per_image, match_probabilities
 
 logger = logging.getLogger(__name__)
@@ -101,17 +101,17 @@ class _StoredRecords(Records[Item]):
     def tagged(self, tag: str) -> Tensor:
         return torch.isin(self._ids, self._database.ids(self._kind, tag)).nonzero().flatten()
 
-    def open_index(self, *, write: bool) -> LocalIndex:
+    def open_index(self, *, write: bool) -> FileIndex:
         """Map the index of all items; if it is missing or outdated, write it, or raise OSError or ValueError."""
         path, model = self._database.folder / f"{SIDES[self._kind]}.faiss", self._database.metadata.fingerprint
         stamp = hashlib.sha256(model.encode() + self._ids.numpy().tobytes()).hexdigest()
         try:
-            return LocalIndex.open(path, stamp, self.tagged)
+            return FileIndex(path, stamp, self.tagged)
         except (FileNotFoundError, ValueError):
             if not write:
                 raise
-        LocalIndex.write(path, (rows for _, rows in self._database.batches(self._kind)), stamp)
-        return LocalIndex.open(path, stamp, self.tagged)
+        FileIndex.write(path, (rows for _, rows in self._database.batches(self._kind)), stamp)
+        return FileIndex(path, stamp, self.tagged)
 
 
 class Modality(Generic[Item]):
@@ -143,8 +143,12 @@ class Modality(Generic[Item]):
         it, ValueError when it is damaged or the server holds other items, OSError when the server does not answer.
         """
         every = ids = database.ids(kind)
-        if kind == "picture" and (missing := _missing_pictures(database)):
-            ids = every[~torch.isin(every, torch.tensor(missing))]
+        if kind == "picture":
+            packaged = zip(database.packaged, database.pictures(database.packaged), strict=True)
+            missing = {id: picture.package for id, picture in packaged if not picture.exists}
+            ids = every[~torch.isin(every, torch.tensor(list(missing), dtype=torch.int64))]
+            for package, count in Counter(missing.values()).items():
+                logger.warning("%d pictures of the package %s are left out: it is not installed here.", count, package)
         items: _StoredRecords[Item] = _StoredRecords(database, kind, ids)
         if remote is not None and len(ids):
             return cls(items, remote.open(kind, database.metadata.fingerprint, every), ids)
@@ -205,7 +209,7 @@ class Modality(Generic[Item]):
         50,000 the median relative error is 7 % for the compact model, and 1 % for one with CLIP's `logit_scale`.
         """
         count = self.count(tag)
-        if bias is None and is_large(count) and len(found):
+        if bias is None and count > LARGE and len(found):
             cosines = self.sample(tag) @ query
             rest = ((cosines - found[0]) * scale).exp()[cosines < found[-1]].sum() / len(cosines) * count
             weights = ((found - found[0]) * scale).exp()
@@ -216,18 +220,9 @@ class Modality(Generic[Item]):
 
     def _sample(self, tag: str | None = None) -> Tensor:  # (n, embed_dim); of many items, `SAMPLED` at equal distances
         positions = torch.arange(len(self)) if tag is None else self.items.tagged(tag)
-        if is_large(len(positions)):
+        if len(positions) > LARGE:
             positions = positions[torch.linspace(0, len(positions) - 1, SAMPLED, dtype=torch.double).long()]
         return self[positions]
-
-
-def _missing_pictures(database: GalleryDatabase) -> list[int]:
-    """List the ids of pictures inside packages that are not installed here; a warning counts them."""
-    pictures = zip(database.packaged, database.pictures(database.packaged), strict=True)
-    missing = {id: picture.package for id, picture in pictures if not picture.exists}
-    for package, count in Counter(missing.values()).items():
-        logger.warning("%d pictures of the package %s are left out: it is not installed here.", count, package)
-    return list(missing)
 
 
 def write_index(database: GalleryDatabase, kind: Kind) -> None:
@@ -237,8 +232,3 @@ def write_index(database: GalleryDatabase, kind: Kind) -> None:
         _StoredRecords[Any](database, kind, ids).open_index(write=True)
     else:
         (database.folder / f"{SIDES[kind]}.faiss").unlink(missing_ok=True)
-
-
-def is_large(count: int) -> bool:
-    """Whether so many candidates are too many to score them all for every query."""
-    return count > LARGE

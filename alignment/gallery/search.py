@@ -113,7 +113,7 @@ class Gallery:
         """
         for _ in range(_TRIES):
             with suppress(KeyError):  # another process replaced the gallery meanwhile
-                return cls._load(GalleryDatabase.open(Path(folder), encoder.name), encoder, remote)
+                return cls._load(GalleryDatabase(Path(folder), encoder.name), encoder, remote)
         raise ValueError(f"The gallery in {folder} was replaced {_TRIES} times while it was opened.")
 
     @classmethod
@@ -138,23 +138,9 @@ class Gallery:
         return cls((), (), images, texts, metadata, judge=judge, database=database)
 
     @property
-    def image_embeds(self) -> Tensor:
-        """See `Modality.embeds`."""
-        return self.images.embeds
-
-    @property
-    def text_embeds(self) -> Tensor:
-        """See `Modality.embeds`."""
-        return self.texts.embeds
-
-    @property
     def languages(self) -> tuple[str, ...]:
         """The known languages of the captions."""
         return tuple(filter(None, self.captions.tags))
-
-    def picture(self, name: str) -> Picture | None:
-        """Fetch the record of a picture by its public name."""
-        return self.pictures.find(name)
 
     def with_captions_of(self, other: "Gallery") -> "Gallery":
         """Combine these pictures with another gallery's captions, both embedded by the same model."""

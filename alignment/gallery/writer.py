@@ -79,8 +79,8 @@ class GalleryWriter(SQLiteFile):
     def close(self) -> None:
         """Close the file, and delete it if it holds nothing; what was not committed is gone."""
         empty = False
-        with suppress(OSError, ValueError):  # an earlier error is the one to report
-            self.rollback()
+        with suppress(OSError, ValueError), self._errors():  # an earlier error is the one to report
+            self._connection.rollback()
             empty = not any(self(f"SELECT 1 FROM {table} LIMIT 1") for table in ("meta", "embedding", "scanned"))
         for file in self._files[1:]:
             file.close()
@@ -105,9 +105,9 @@ class GalleryWriter(SQLiteFile):
         rows = zip((self._key(kind, content) for content in contents), _blobs(embeds), strict=True)
         self("INSERT OR IGNORE INTO embedding(key, embeds, crc) VALUES (?1, ?2, crc_of(?1, ?2))", many=rows)
 
-    def embeds(self, kind: Kind, contents: Sequence[str]) -> Tensor:
-        """Fetch embeddings by content, (n, embed_dim) float16; KeyError when one is missing."""
-        keys = [self._key(kind, content) for content in contents]
+    def embeds(self, kind: Kind, items: Sequence[Picture | Caption], positions: Tensor) -> Tensor:
+        """Fetch the embeddings of the items at some positions, (n, embed_dim) float16; KeyError when one is missing."""
+        keys = [self._key(kind, content_of(items[position])) for position in positions.tolist()]
         sql = f"SELECT key, embeds FROM embedding WHERE key IN {CHOSEN}"
         found: dict[int, bytes] = dict(self(sql, (json.dumps(keys),)))
         return to_tensor((found[key] for key in keys), "<f2").reshape(len(keys), self.embed_dim)
@@ -130,20 +130,17 @@ class GalleryWriter(SQLiteFile):
         return int(self(f"SELECT count(*) FROM embedding WHERE id NOT IN {_USED}")[0][0])
 
     def merge(self, share: Path) -> None:
-        """Take over the embeddings, thumbnails and files of another database; what is there already stays."""
+        """Take over embeddings, thumbnails and files that this database lacks; after an error it can only be closed."""
         self("ATTACH ? AS share", (f"{share.absolute().as_uri()}?mode=rw",))
-        try:
-            for table, columns in ((table, f"{COLUMNS[table]}, crc") for table in _CONTENT):
-                last = self(f"SELECT max(id) FROM share.{table}")[0][0] or 0
-                for start in range(0, last, _BATCH):
-                    rows = f"SELECT {columns} FROM share.{table} WHERE id > {start} AND id <= {start + _BATCH}"
-                    self(f"INSERT OR IGNORE INTO {table}({columns}) {rows} ORDER BY id")
-                    self.commit()
-            self("INSERT OR REPLACE INTO scanned SELECT * FROM share.scanned")
-            self.commit()
-        finally:
-            self.rollback()
-            self("DETACH share")
+        for table, columns in ((table, f"{COLUMNS[table]}, crc") for table in _CONTENT):
+            last = self(f"SELECT max(id) FROM share.{table}")[0][0] or 0
+            for start in range(0, last, _BATCH):
+                rows = f"SELECT {columns} FROM share.{table} WHERE id > {start} AND id <= {start + _BATCH}"
+                self(f"INSERT OR IGNORE INTO {table}({columns}) {rows} ORDER BY id")
+                self.commit()
+        self("INSERT OR REPLACE INTO scanned SELECT * FROM share.scanned")
+        self.commit()
+        self("DETACH share")
 
     def finish(
         self, pictures: Sequence[Picture], captions: Sequence[Caption], metadata: GalleryMetadata,
@@ -165,7 +162,9 @@ class GalleryWriter(SQLiteFile):
         meta: dict[str, Any] = {name: part.numpy().astype("<i8").tobytes() for name, part in ids.items()}
         meta |= {COHORT + name: b"".join(_blobs(part)) for name, part in cohort.items()}
         header = asdict(metadata) | {"num_pictures": len(pictures), "num_captions": len(captions)}
-        header["source"] = _source_to_folder(self.path.parent, metadata.source)
+        here = Path(os.path.abspath(self.path.parent))
+        if Path(metadata.source).is_relative_to(here.parent):  # in or beside the gallery: the two may move together
+            header["source"] = "./" + os.path.relpath(metadata.source, here).replace(os.sep, "/")
         self._replace_meta(meta | {"embed_dim": self.embed_dim}, header, self._connection.total_changes > before)
         self.commit()
         pages, free = (self(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count"))
@@ -192,13 +191,6 @@ class GalleryWriter(SQLiteFile):
             meta |= {"metadata": json.dumps(header), "build": secrets.token_hex(8)}
             self("DELETE FROM meta")
             self("INSERT INTO meta VALUES (?1, ?2, crc_of(?1, ?2))", many=meta.items())
-
-
-def _source_to_folder(folder: Path, source: str) -> str:
-    """Name a source in or beside the gallery relative to it, as the two may move together; else as it is."""
-    here = Path(os.path.abspath(folder))
-    is_near = os.path.isabs(source) and Path(source).is_relative_to(here.parent)
-    return "./" + os.path.relpath(source, here).replace(os.sep, "/") if is_near else source
 
 
 def delete_database(path: Path) -> None:

@@ -44,10 +44,7 @@ _PARALLEL_FROM = 1 << 15  # numbers from which torch distributes work over threa
 _ALL_IN_FLOAT64 = 4  # times k: so few rows are scored without a float32 pass
 
 TARGET_RECALL = 0.9975
-"""Share of the exact best ten of these queries that the candidates must hold, and of those the visited lists.
-
-So at least .995 are found. Of 1,200 captions asked of mixtures of pictures: .9997 among 10,000, all among 100,000.
-"""
+"""Share of the exact best ten of these queries that the candidates must hold, and of those the visited lists: .995."""
 
 _FORMAT = 2  # a file of another format is written anew
 _PAGE = 4096
@@ -66,16 +63,49 @@ class LocalIndex(VectorIndex):
         self._rows, self.embed_dim, self._tagged = embeds.numpy(), embeds.shape[1], tagged
         self._carriers = lru_cache(_CACHED_TAGS)(self._find_carriers)
 
-    @staticmethod
-    def open(path: Path, stamp: str, tagged: Callable[[str], Tensor] | None = None) -> "LocalIndex":
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def embeds(self, ids: Tensor) -> Tensor:
+        """See `VectorIndex`."""
+        return _widened(np.take(self._rows, ids.numpy(), axis=0), torch.float32)
+
+    def _rank(self, query: NDArray[np.float64], k: int, wanted: int, tag: str | None) -> Ranking:
+        positions = None if tag is None else np.flatnonzero(np.unpackbits(self._carriers(tag)[1], bitorder="little"))
+        return rank(self._rows, query, wanted, positions)
+
+    def _find_carriers(self, tag: str) -> tuple[int, NDArray[np.uint8]]:  # how many, and a bit for each row
+        mask = np.zeros(len(self), bool)
+        mask[self._tagged(tag).numpy() if self._tagged else []] = True
+        return int(mask.sum()), np.packbits(mask, bitorder="little")
+
+
+class FileIndex(LocalIndex):
+    """A mapped file: of many rows, faiss names candidates by their codes, and only these are ranked."""
+
+    def __init__(self, path: Path, stamp: str, tagged: Callable[[str], Tensor] | None = None) -> None:
         """Map a file; FileNotFoundError if there is none, ValueError if it is damaged or has another stamp."""
-        return _FileIndex(path, stamp, tagged)
+        with path.open("rb") as file:
+            page = file.read(_PAGE)
+        header: dict[str, Any] = json.loads(page[8:]) if page[:8] == b"%08x" % zlib.crc32(page[8:]) else {}
+        damaged = f"The search index {path} is damaged or of another version: delete it, it will be made again."
+        if header.get("format") != _FORMAT or path.stat().st_size != header["size"]:
+            raise ValueError(damaged)
+        if header["stamp"] != stamp:
+            raise ValueError(f"The search index {path} was made of another state of the gallery.")
+        # Copy on write, though nothing writes: torch warns of arrays that may not be written to.
+        rows = np.memmap(path, np.float16, "c", _PAGE, (header["count"], header["embed_dim"]))
+        self._data = np.memmap(path, np.uint8, "r", _PAGE + rows.nbytes)
+        if zlib.crc32(self._data[: header["head"]].data) != header["head_crc"]:
+            raise ValueError(damaged)
+        super().__init__(torch.from_numpy(rows), tagged)
+        self._depth, self._nprobe = int(header["depth"]), int(header["nprobe"])
 
     @staticmethod
     def write(path: Path, batches: Iterable[Tensor], stamp: str) -> None:
         """Write unit-norm embeddings, batches of (n, embed_dim), and replace the old file at the end.
 
-        `open` asks for the stamp, which says what they were made of. OSError when the file cannot be written,
+        To open it takes the stamp, which says what they were made of. OSError when the file cannot be written,
         ValueError when an embedding is not finite.
         """
         import faiss
@@ -98,44 +128,6 @@ class LocalIndex(VectorIndex):
             page = json.dumps(header).encode().ljust(_PAGE - 8)
             file.seek(0)
             file.write(b"%08x" % zlib.crc32(page) + page)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def embeds(self, ids: Tensor) -> Tensor:
-        """See `VectorIndex`."""
-        return _widened(np.take(self._rows, ids.numpy(), axis=0), torch.float32)
-
-    def _rank(self, query: NDArray[np.float64], k: int, wanted: int, tag: str | None) -> Ranking:
-        bits = None if tag is None else self._carriers(tag)[1]
-        positions = None if bits is None else np.flatnonzero(np.unpackbits(bits, bitorder="little"))
-        return rank(self._rows, query, wanted, positions)
-
-    def _find_carriers(self, tag: str) -> tuple[int, NDArray[np.uint8]]:  # how many, and a bit for each row
-        mask = np.zeros(len(self), bool)
-        mask[self._tagged(tag).numpy() if self._tagged else []] = True
-        return int(mask.sum()), np.packbits(mask, bitorder="little")
-
-
-class _FileIndex(LocalIndex):
-    """A mapped file: of many rows, faiss names candidates by their codes, and only these are ranked."""
-
-    def __init__(self, path: Path, stamp: str, tagged: Callable[[str], Tensor] | None) -> None:
-        with path.open("rb") as file:
-            page = file.read(_PAGE)
-        header: dict[str, Any] = json.loads(page[8:]) if page[:8] == b"%08x" % zlib.crc32(page[8:]) else {}
-        damaged = f"The search index {path} is damaged or of another version: delete it, it will be made again."
-        if header.get("format") != _FORMAT or path.stat().st_size != header["size"]:
-            raise ValueError(damaged)
-        if header["stamp"] != stamp:
-            raise ValueError(f"The search index {path} was made of another state of the gallery.")
-        # Copy on write, though nothing writes: torch warns of arrays that may not be written to.
-        rows = np.memmap(path, np.float16, "c", _PAGE, (header["count"], header["embed_dim"]))
-        self._data = np.memmap(path, np.uint8, "r", _PAGE + rows.nbytes)
-        if zlib.crc32(self._data[: header["head"]].data) != header["head_crc"]:
-            raise ValueError(damaged)
-        super().__init__(torch.from_numpy(rows), tagged)
-        self._depth, self._nprobe = int(header["depth"]), int(header["nprobe"])
 
     @cached_property
     def _index(self) -> tuple[Any, Any, Tensor]:

@@ -204,7 +204,7 @@ def copy_gallery(source: Path, target: Path, model: ModelSource) -> str:
     free pages may contain deleted rows. Raises FileNotFoundError without a gallery, and ValueError when another model
     made it, it is damaged, thumbnails are missing, or a caption contains a secret or the path it was built from.
     """
-    database = GalleryDatabase.open(source, model.name)
+    database = GalleryDatabase(source, model.name)
     metadata = database.metadata
     if metadata.fingerprint != DualEncoder.load(model.folder, device="cpu").fingerprint:
         name, commit = (model.name, f" at {model.revision[:12]}") if model.revision else (str(model.folder), "")

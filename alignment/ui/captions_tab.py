@@ -61,13 +61,13 @@ class CaptionsTab(Tab):
     def translate(self, lang: str, *values: Any) -> Changes:
         """Rank the captions of the other language; a picture that has left the gallery makes way for the first."""
         (asked,) = values
-        if not asked.photo and self.engine.gallery.picture(asked.name) is None:
+        if not asked.photo and self.engine.gallery.pictures.find(asked.name) is None:
             asked = replace(self.first, bad_file=asked.bad_file, error=asked.error)
         return self.redraw(lang, self.outputs, asked)
 
     def load_from_url(self, lang: str, asked: str) -> Changes:
         """Show the gallery's picture of this id, or the first one."""
-        picture = self.engine.gallery.picture(asked)
+        picture = self.engine.gallery.pictures.find(asked)
         return self.redraw(lang, self.url_outputs, self._gallery_query(picture) if picture else self.first)
 
     def _add_upload(self, event: gr.EventData, lang: str, asked: ImageQuery) -> Changes:
@@ -91,7 +91,7 @@ class CaptionsTab(Tab):
         caption, embed = gallery.captions.find(picked(event)), gallery.texts.embed(picked(event))
         if caption is None or embed is None or asked.embed is None:
             return None
-        if not asked.photo and gallery.picture(asked.name) is None:
+        if not asked.photo and gallery.pictures.find(asked.name) is None:
             return None
         image = open_image(asked.photo) if asked.photo else self.engine.picture_image(asked.name)
         cosine = float(asked.embed @ embed)  # as the list shows it; that of the smaller copy may differ
@@ -101,7 +101,7 @@ class CaptionsTab(Tab):
         return ImageQuery(self.engine.picture_embed(picture.id), self.examples.preview(picture), picture.id)
 
     def _name(self, lang: str, asked: ImageQuery) -> str:
-        picture = None if asked.photo else self.engine.gallery.picture(asked.name)
+        picture = None if asked.photo else self.engine.gallery.pictures.find(asked.name)
         return (self._title(picture, lang) if picture else "") or asked.name
 
     def _title(self, picture: Picture, lang: str) -> str:

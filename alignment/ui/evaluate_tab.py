@@ -118,7 +118,7 @@ class EvaluateTab(Tab):
         example = self.example(lang)
         if example is None:
             return {"heading": text(lang, "evaluate.results"), "note": text(lang, "evaluate.nothing")}
-        pictures = [picture for id in example.thumbnails if (picture := self.engine.starter.picture(id))]
+        pictures = [picture for id in example.thumbnails if (picture := self.engine.starter.pictures.find(id))]
         images = {picture.id: self.examples.image_of(picture) for picture in pictures}
         names = {picture.id: picture.caption(lang) for picture in pictures}
         heading, note = text(lang, "evaluate.example"), text(lang, "evaluate.example.note")

@@ -46,8 +46,8 @@ class Examples:
             return (picture for picture in pictures if picture and self.engine.can_show(picture.id))
 
         others = (picture for picture in gallery.pictures if picture.id not in FAVOURITES)  # may be a million
-        pictures = list(islice(shown(chain(map(gallery.picture, FAVOURITES), others)), NUM_SAMPLE))
-        described = list(shown(map(gallery.picture, DESCRIBED))) or pictures
+        pictures = list(islice(shown(chain(map(gallery.pictures.find, FAVOURITES), others)), NUM_SAMPLE))
+        described = list(shown(map(gallery.pictures.find, DESCRIBED))) or pictures
         return pictures, described[:NUM_CHIPS]
 
     def name(self, picture: Picture, lang: str) -> str:

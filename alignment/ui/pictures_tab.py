@@ -93,7 +93,7 @@ class SearchTab(Tab):
         self, weight: float, id: str, lang: str, typed: str, asked: TextQuery, *photos: PhotoState
     ) -> Changes:
         gallery, pictures = self._gallery(*photos), asked.pictures
-        picture, embed = gallery.picture(id), gallery.images.embed(id)
+        picture, embed = gallery.pictures.find(id), gallery.images.embed(id)
         if picture is not None and embed is not None:
             name = self._name(lang, id, *photos) if photos else ""
             term = Term(weight=weight, picture=id, embed=embed)
@@ -120,7 +120,7 @@ class SearchTab(Tab):
         return self.examples.image_of(picture)
 
     def _name(self, lang: str, id: str, photos: PhotoState | None = None) -> str:
-        picture = self._gallery(photos).picture(id)
+        picture = self._gallery(photos).pictures.find(id)
         if picture is None:
             return id
         return photos.name(picture, lang) if photos else self.examples.name(picture, lang) or id

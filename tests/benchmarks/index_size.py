@@ -53,7 +53,7 @@ def write(folder: Path, count: int) -> None:
     ]
     metadata = GalleryMetadata(FINGERPRINT, "some/model", 20.0, None)
     write_gallery(folder, pictures, [], {"picture": batches(count)}, WIDTH, metadata, {})
-    with closing(GalleryDatabase.open(folder)) as database:
+    with closing(GalleryDatabase(folder)) as database:
         write_index(database, "picture")
 
 
@@ -70,7 +70,7 @@ def search_ms(folder: Path) -> tuple[float, float]:
     from alignment.gallery.modality import Modality
 
     start = time.perf_counter()
-    images: Modality = Modality.open(GalleryDatabase.open(folder), "picture")
+    images: Modality = Modality.open(GalleryDatabase(folder), "picture")
     opened = (time.perf_counter() - start) * 1000
     return opened, median_ms(lambda query: images.search(query, 10, 10))
 

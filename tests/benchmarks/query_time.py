@@ -69,7 +69,7 @@ def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[Row
     checkpoint = ROOT / "checkpoints" / "compact" if model == "compact" else save_clip(folder / "model")
     encoder = DualEncoder.load(checkpoint, device="cpu")
     made = make_gallery(encoder, arguments.pictures, arguments.scattered)
-    embeds = {"picture": [made.image_embeds], "caption": [made.text_embeds]}
+    embeds = {"picture": [made.images.embeds], "caption": [made.texts.embeds]}
     cohort = made.judge.cohort.tensors() if made.judge else {}
     write_gallery(folder / "gallery", made.pictures, made.captions, embeds, encoder.embed_dim, made.metadata, cohort)
     engine = AlignmentEngine(encoder, Gallery.load(folder / "gallery", encoder))

@@ -32,7 +32,7 @@ forwards and backwards; every time is the median of {QUERIES} queries, and every
   faiss refine  `PCA128,IVF,SQ8,Refine(SQfp16)` by faiss alone, with as many lists and candidates as ours has chosen
   usearch       HNSW, float16, as it comes, but for `expansion_search`, which is doubled until recall reaches
                 {PEER_RECALL}; it takes minutes to build, so only up to --peer-rows
-  ours          `LocalIndex`, written and opened; once more among the tenth of the rows that carry a tag
+  ours          `FileIndex`, written and opened; once more among the tenth of the rows that carry a tag
 
 recall is the share of the exact best {K} (float64 on float16 rows) that was found. "open" is opening alone, "first" the
 first answer after it, faiss imported. Memory is what a process of its own has more after {QUERIES} searches than before
@@ -136,7 +136,7 @@ def gallery_seeds(folder: Path) -> tuple[Any, Any]:
 
     from alignment.gallery.database import GalleryDatabase
 
-    database = GalleryDatabase.open(folder)
+    database = GalleryDatabase(folder)
     pictures, texts = (
         unit(np.concatenate([rows.float().numpy() for _, rows in database.batches(kind)]))
         for kind in ("picture", "caption")
@@ -204,19 +204,19 @@ def measure(count: int, folder: Path, arguments: argparse.Namespace, found: list
 def write_index(path: Path, rows: Any) -> None:
     import torch
 
-    from alignment.index import LocalIndex
+    from alignment.index import FileIndex
 
-    LocalIndex.write(path, torch.from_numpy(rows).split(16_384), "")
+    FileIndex.write(path, torch.from_numpy(rows).split(16_384), "")
 
 
 def open_index(path: Path) -> Any:
     """Open what was written; the tag "tenth" is carried by every tenth row."""
     import torch
 
-    from alignment.index import LocalIndex
+    from alignment.index import FileIndex
 
     count = header_of(path)["count"]
-    return LocalIndex.open(path, "", lambda tag: torch.arange(3, count, 10))
+    return FileIndex(path, "", lambda tag: torch.arange(3, count, 10))
 
 
 def header_of(path: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_a_killed_process_ends_the_build_and_the_next_one_goes_on(
     encoder = DualEncoder.load(model, device="cpu")
     gallery, expected = Gallery.load(out, encoder), build_gallery(source, tmp_path / "one", encoder, calibrate=False)
     assert list(gallery.pictures) == list(expected.pictures)
-    torch.testing.assert_close(gallery.image_embeds, expected.image_embeds, atol=1e-6, rtol=2**-10)  # a last bit
+    torch.testing.assert_close(gallery.images.embeds, expected.images.embeds, atol=1e-6, rtol=2**-10)  # a last bit
     assert all(isinstance(gallery.thumbnail(picture), bytes) for picture in gallery.pictures)
 
 

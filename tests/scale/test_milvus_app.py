@@ -94,7 +94,7 @@ def test_a_gallery_is_built_onto_the_server_and_served_from_it(
     assert (report.encoded["pictures"], report.reused["pictures"]) == (1, 5)
     assert len(again.images.index) == 6
     expected = encoder.encode_images([picture.path for picture in again.pictures])
-    torch.testing.assert_close(again.image_embeds, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(again.images.embeds, expected, atol=1e-3, rtol=0)
     assert main(["check", str(folder), "--index", remote.server.uri]) == 0
 
     monkeypatch.setenv("ALIGNMENT_INDEX", remote.server.uri)
@@ -132,9 +132,9 @@ def test_a_gallery_of_the_previous_format_is_fetched_from_the_server(folder: Pat
     shutil.copy(here / "milvus.json", there)
     shutil.copy(here / "milvus.json", folder)
     with pytest.raises(FileNotFoundError):
-        GalleryDatabase.open(there)
+        GalleryDatabase(there)
     assert main(["pull", str(there), "--index", remote.server.uri]) == 0
-    with closing(GalleryDatabase.open(here)) as pushed, closing(GalleryDatabase.open(there)) as pulled:
+    with closing(GalleryDatabase(here)) as pushed, closing(GalleryDatabase(there)) as pulled:
         assert pulled.check() == []
         ids = pulled.ids("caption")
         assert pulled.embeds("caption", ids).equal(pushed.embeds("caption", ids))

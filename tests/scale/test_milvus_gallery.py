@@ -81,7 +81,7 @@ def push(folder: Path, remote: Remote, *options: str) -> None:
 
 def opened(folder: Path, remote: Remote) -> MilvusIndex:
     """Open the pictures' collection as the app does."""
-    with closing(GalleryDatabase.open(folder)) as database:
+    with closing(GalleryDatabase(folder)) as database:
         return replace(remote, folder=folder).open("picture", database.metadata.fingerprint, database.ids("picture"))
 
 
@@ -108,7 +108,7 @@ def test_a_push_says_what_it_does_and_a_second_one_does_nothing(
 
 def test_rows_and_tags_of_the_folder_are_on_the_server(folder: Path, remote: Remote) -> None:
     push(folder, remote)
-    with closing(GalleryDatabase.open(folder)) as database, closing(opened(folder, remote)) as index:
+    with closing(GalleryDatabase(folder)) as database, closing(opened(folder, remote)) as index:
         ids = database.ids("picture")
         torch.testing.assert_close(index.embeds(ids), database.embeds("picture", ids).float())
         for tag in (None, "trip 1", "trip 1/7", "trip", "nowhere"):
@@ -148,7 +148,7 @@ def test_a_changed_gallery_is_brought_up_to_date(folder: Path, remote: Remote) -
         with pytest.raises(ValueError, match="bring the server up to date"):
             opened(folder, remote)
         push(folder, remote)
-        with closing(GalleryDatabase.open(folder)) as database, closing(opened(folder, remote)) as new:
+        with closing(GalleryDatabase(folder)) as database, closing(opened(folder, remote)) as new:
             ids = database.ids("picture")
             assert new.ids().equal(ids.sort().values)
             assert search_all(old, unit(4, DIM, seed=7), 1)[1].flatten().equal(ids[-4:])
@@ -173,20 +173,20 @@ def test_damaged_rows_are_not_sent_and_can_be_fetched_back(
     folder: Path, remote: Remote, capsys: pytest.CaptureFixture[str]
 ) -> None:
     push(folder, remote)
-    with closing(GalleryDatabase.open(folder)) as database:
+    with closing(GalleryDatabase(folder)) as database:
         expected = database.embeds("picture", database.ids("picture"))
     with closing(sqlite3.connect(folder / DATABASE)) as connection:
         connection.execute("UPDATE embedding SET embeds = zeroblob(?) WHERE id IN (5, 7)", (2 * DIM,))
         connection.execute("DELETE FROM embedding WHERE id > 2000")
         connection.commit()
-    with closing(GalleryDatabase.open(folder)) as database:
+    with closing(GalleryDatabase(folder)) as database:
         assert database.check()
     with pytest.raises(ValueError, match="damaged"):
         push(folder, Remote(remote.server, "elsewhere", folder), "--index-name", "elsewhere")
     Remote(remote.server, "elsewhere", folder).drop(FINGERPRINT)
     run("pull", folder, remote)
     assert f"{COUNT} pictures and {len(CAPTIONS)} captions are here again" in capsys.readouterr().out
-    with closing(GalleryDatabase.open(folder)) as database:
+    with closing(GalleryDatabase(folder)) as database:
         assert database.check() == []
         assert database.embeds("picture", database.ids("picture")).equal(expected)
 

@@ -85,7 +85,7 @@ def test_a_role_that_may_not_wait_for_the_index_can_push(
     metadata = GalleryMetadata("f00d" * 16, "some/model", 20.0, None)
     write_gallery(tmp_path, pictures, [], {"picture": [unit(5000)]}, 16, metadata, {})
     remote = Remote(Server(guarded.uri, "limited:limited1"), "limited", tmp_path)
-    with closing(GalleryDatabase.open(tmp_path)) as database:
+    with closing(GalleryDatabase(tmp_path)) as database:
 
         def is_granted() -> bool:
             with suppress(PermissionError):
