@@ -27,10 +27,10 @@ from alignment.data import Partition
 from alignment.engine import AlignmentEngine
 from alignment.gallery import BuildReport, Gallery, build_gallery, main
 from alignment.gallery.build import embed_share
-from alignment.workers import worker_group
 from alignment.gallery.database import DATABASE, GalleryDatabase
 from alignment.model import DualEncoder
 from alignment.preprocess import open_image
+from alignment.workers import worker_group
 
 ROOT = Path(__file__).parents[1]
 PER_SHARD = 50
