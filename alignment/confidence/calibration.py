@@ -187,8 +187,7 @@ class Calibration:
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
         """Invert `to_dict`; a single number among the lines, as in older galleries, is `may_fit`.
 
-        Raises:
-            ValueError: on anything else.
+        Raises ValueError on anything else.
         """
         try:
             match, any_match = ({way: Curve(**data[part][way]) for way in DIRECTIONS} for part in ("match", "fits"))
@@ -268,11 +267,7 @@ class MatchCalibrator:
 
     @classmethod
     def restored(cls, calibration: Mapping[str, Any] | None, cohort: Mapping[str, Tensor]) -> MatchCalibrator | None:
-        """Restore what a gallery holds; None where it holds no calibration or no cohort.
-
-        Raises:
-            ValueError: when it is damaged.
-        """
+        """Restore what a gallery holds; None where that is no calibration or no cohort; ValueError if it is damaged."""
         if calibration is None or not cohort:
             return None
         try:
@@ -286,11 +281,7 @@ class MatchCalibrator:
     ) -> MatchConfidence:
         """Rate the results of one query, at even odds that the candidates hold a match.
 
-        Args:
-            similarity: (num_results,) cosines; the best of all candidates must be among them.
-            query_embed: (embed_dim,).
-            direction: what the query is.
-            num_candidates: how many were searched.
+        `similarity` (num_results,) are cosines, the best of all candidates among them; `query_embed` is (embed_dim,).
         """
         if not len(similarity):
             return MatchConfidence(torch.empty(0), 0.0, ())

@@ -126,9 +126,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         self.tail = Tail(blocks[config.tail_start :])
         if config.embed_dim:
             self.concept = ConceptBranch(config, Tail(_blocks(config)[config.tail_start :]))
-            self.head = AlignmentHead(
-                HEAD_CHANNELS, HEAD_CHANNELS, config.embed_dim, config.num_queries, config.hidden_dim, config.dropout
-            )
+            self.head = AlignmentHead(HEAD_CHANNELS, HEAD_CHANNELS, config)
         else:
             self.classifier = nn.Linear(HEAD_CHANNELS, config.num_classes)
         self.post_init()

@@ -118,9 +118,7 @@ class NgramTextModel(PreTrainedModel):
         self.pool = nn.Linear(width, config.sentence_dim)
         self.sentence = SentenceHead(config.sentence_dim)
         if config.embed_dim:
-            self.head = AlignmentHead(
-                config.sentence_dim, width, config.embed_dim, config.num_queries, config.hidden_dim, config.dropout
-            )
+            self.head = AlignmentHead(config.sentence_dim, width, config)
             self.concept_norm = FixedNorm(config.sentence_dim)
         self.post_init()
 
