@@ -33,6 +33,7 @@ if os.environ.get("SPACES_ZERO_GPU") == "true":  # on Hugging Face's ZeroGPU; ha
 if __name__ == "__main__" and not (os.environ.get("GRADIO_SERVER_PORT") or "7860").isdecimal():
     sys.exit("error: GRADIO_SERVER_PORT is no port: choose a number from 1 to 65535.")  # Gradio raises on import
 
+from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -118,7 +119,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def load_engine(args: Namespace) -> AlignmentEngine:
-    """Load models and gallery, with the text tower warm; `AlignmentEngine.warm_images` follows later.
+    """Load models and gallery, and run the text tower once; `serve` runs the image tower later.
 
     Under a model that has no starter gallery yet, that has few pictures and captions until `background_scan` is done.
 
@@ -133,7 +134,7 @@ def load_engine(args: Namespace) -> AlignmentEngine:
     starts = args.photos or (remote is None and Path(args.gallery).resolve() == Path(bundled(GALLERY)).resolve())
     gallery = starter_gallery(encoder) if starts else Gallery.load(args.gallery, encoder, remote)
     engine = AlignmentEngine(encoder, gallery, second, names_files=bool(args.photos))
-    engine.warm_texts()
+    engine.embed_caption("a")  # a tower's first run is slow
     return engine
 
 
@@ -213,7 +214,7 @@ def serve(engine: AlignmentEngine, args: Namespace, service: server.Service, pho
     gc.freeze()
     gc.enable()
     print(f"Open {url}", flush=True)
-    warming = Timer(WARMUP_DELAY_S, engine.warm_images)
+    warming = Timer(WARMUP_DELAY_S, engine.embed_image, [Image.new("RGB", (64, 64))])
     warming.start()
     if photos is not None:
         photos.start()

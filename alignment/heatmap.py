@@ -41,15 +41,14 @@ def heat_colours(values: object, *, dark: bool = False) -> NDArray[np.uint8]:
 
 
 def patch_overlay(
-    image: Image.Image, relevance: object, *, limits: tuple[float, float] | None = None, opacity: float = 0.6
+    image: Image.Image, relevance: object, *, limits: tuple[float, float], opacity: float = 0.6
 ) -> Image.Image:
     """Lay the relevance of patches over the photograph: the least is dark, the most is bright.
 
     Args:
         image: the picture that the patches cover edge to edge; the result has its size, in RGB.
         relevance: (rows, columns) numbers of any range, first row at the top; what is not finite counts as the least.
-        limits: relevance of the first and last colour, low < high, which makes pictures comparable. None takes the
-            smallest and largest here; relevance that is the same everywhere then leaves the picture as it is.
+        limits: relevance of the first and last colour, low < high, which makes pictures comparable.
         opacity: of the colours over the photograph, in [0, 1].
 
     Raises ValueError when the relevance is no matrix or empty, or limits or opacity are out of range.
@@ -57,15 +56,12 @@ def patch_overlay(
     matrix = np.asarray(relevance, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0:
         raise ValueError(f"Expected a matrix with rows and columns, not shape {matrix.shape}.")
-    if limits is not None and not limits[0] < limits[1]:
+    low, high = limits
+    if not low < high:
         raise ValueError(f"Limits must be (low, high), not {limits}.")
     if not 0 <= opacity <= 1:
         raise ValueError(f"Opacity must lie between 0 and 1, it is {opacity}.")
-    finite = np.isfinite(matrix)
-    if limits is None and (not finite.any() or np.ptp(matrix[finite]) == 0):
-        return image.convert("RGB")
-    low, high = limits or (matrix[finite].min(), matrix[finite].max())
-    scaled = (np.where(finite, matrix, low) - low) / (high - low)
+    scaled = (np.where(np.isfinite(matrix), matrix, low) - low) / (high - low)
     # Clipped before it is made smooth, or an outlier would outshine its neighbours. Bicubic overshoots a little at
     # sharp edges; heat_colours clips that.
     patches = Image.fromarray(scaled.clip(0, 1).astype(np.float32))

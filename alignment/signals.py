@@ -1,11 +1,13 @@
-"""Handle signals while a block runs, so that a command ends in good order."""
+"""Run a command, and handle signals while a block runs, so that it ends in good order."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 
 @contextmanager
@@ -23,3 +25,11 @@ def handle_signals(handler: Callable[[int, FrameType | None], Any], *numbers: in
         yield restore
     finally:
         restore()
+
+
+def run_command(package: str) -> NoReturn:
+    """Run `main` of a package's module `command`, and exit with its status; 130 after an interrupt, also of imports."""
+    try:
+        sys.exit(import_module(f"{package}.command").main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -24,13 +24,14 @@ from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 
 import app
-from alignment.engine import AlignmentEngine
+from alignment.engine import Alignment, AlignmentEngine
 from alignment.gallery import Gallery
 from alignment.gallery.records import GalleryMetadata
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 from alignment.server import GuardedBlocks, Service, Settings
 from alignment.ui.api import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS, Api, add_api
+from alignment.ui.api_schemas import matrix
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
 from tests.http_client import run_coroutine
 
@@ -194,6 +195,15 @@ def test_the_matrix_is_what_the_embeddings_say(ask, photo):
     assert table["best_captions"] == [1, 0]
     assert table["best_images"][:2] == [1, 0]
     assert table["sigmoid"] is None
+
+
+def test_the_first_of_equals_is_the_best_of_each_picture_and_caption():
+    similarity = torch.tensor([[0.1, 0.9, 0.9], [0.8, 0.2, 0.3]])
+    table = matrix(Alignment(similarity, similarity * 10), None)
+    assert table["best_captions"] == [1, 0]
+    assert table["best_images"] == [1, 0, 0]
+    torch.testing.assert_close(torch.tensor(table["softmax_over_captions"]).sum(dim=1), torch.ones(2))
+    torch.testing.assert_close(torch.tensor(table["softmax_over_images"]).sum(dim=0), torch.ones(3))
 
 
 def test_a_model_with_a_bias_judges_each_pair_by_itself(checkpoint, pictures, encoded):

@@ -441,7 +441,7 @@ def test_nothing_outside_the_upload_folder_is_read_or_deleted(upload_folder, tmp
 
 
 def test_what_a_page_sends_is_doubted():
-    assert uploads_of(None) == uploads_of({"files": "x"}) == uploads_of({"files": [1, None]}) == []
+    assert uploads_of({}) == uploads_of({"files": "x"}) == uploads_of({"files": [1, None]}) == []
     assert uploads_of({"files": [{"name": 5, "path": None, "problem": "size"}]}) == [Upload("5", "", "size")]
     assert len(uploads_of({"files": [{"name": "x" * 999}]})[0].name) == 120
 

@@ -13,7 +13,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from alignment.confidence import DEFAULT_CALIBRATION, DIRECTIONS, VERDICTS, Calibration, Cohort, Direction, Thresholds
+from alignment.confidence import (
+    DEFAULT_CALIBRATION,
+    DIRECTIONS,
+    VERDICTS,
+    Calibration,
+    Cohort,
+    Direction,
+    MatchCalibrator,
+    Thresholds,
+)
 from alignment.confidence.calibration import FITS_THRESHOLD
 from alignment.confidence.cohort import blank_images, random_texts
 from alignment.confidence.curve import Curve
@@ -137,7 +146,9 @@ def test_query_among_the_probes_is_out_of_distribution_and_ordinary_ones_are_not
     queries = torch.cat([corner[10:], unit(50, 256, seed=3)])
     assert cohort.is_out_of_distribution(queries, "text_to_image").tolist() == [True] * 10 + [False] * 50
     assert not cohort.is_out_of_distribution(queries, "image_to_text").any()
-    judged = DEFAULT_CALIBRATION.assess(torch.ones(3), corner[10], "text_to_image", num_candidates=3, cohort=cohort)
+    judged = MatchCalibrator(DEFAULT_CALIBRATION, cohort).assess(
+        torch.ones(3), corner[10], "text_to_image", num_candidates=3
+    )
     assert judged.verdict == "no_meaning"
     assert judged.verdicts == ("no_meaning",) * 3
     assert judged.probabilities.tolist() == [0, 0, 0]
@@ -176,7 +187,9 @@ def test_more_candidates_make_the_same_score_less_sure(cohort: Cohort) -> None:
 def test_probability_rises_with_the_score(cosines: list[float], size: int, direction: str) -> None:
     cohort = Cohort(unit(3, 8, seed=1), unit(9, 8, seed=2))
     scores = torch.tensor(sorted(cosines))
-    judged = DEFAULT_CALIBRATION.assess(scores, unit(8, seed=3), direction, num_candidates=size, cohort=cohort)
+    judged = MatchCalibrator(DEFAULT_CALIBRATION, cohort).assess(
+        scores, unit(8, seed=3), direction, num_candidates=size
+    )
     assert (judged.probabilities.diff() >= 0).all()
     assert judged.probabilities.min() >= 0
     assert judged.probabilities.max() <= 1
@@ -188,14 +201,16 @@ def test_probability_rises_with_the_score(cosines: list[float], size: int, direc
 @pytest.mark.parametrize("width", [1, 8])
 def test_smallest_background_and_one_candidate(width: int) -> None:
     cohort = Cohort(torch.ones(1, width), torch.ones(1, width))
-    judged = DEFAULT_CALIBRATION.assess(
-        torch.tensor([1.0]), torch.ones(width), "image_to_text", num_candidates=1, cohort=cohort
+    judged = MatchCalibrator(DEFAULT_CALIBRATION, cohort).assess(
+        torch.tensor([1.0]), torch.ones(width), "image_to_text", num_candidates=1
     )
     assert judged.probabilities.isfinite().all()
 
 
 def test_search_without_results_fits_nothing(cohort: Cohort) -> None:
-    judged = DEFAULT_CALIBRATION.assess(torch.empty(0), unit(32), "text_to_image", num_candidates=0, cohort=cohort)
+    judged = MatchCalibrator(DEFAULT_CALIBRATION, cohort).assess(
+        torch.empty(0), unit(32), "text_to_image", num_candidates=0
+    )
     assert judged.verdict == "nothing_close"
     assert judged.p_any_match == 0
 
@@ -204,7 +219,7 @@ def test_collapsed_model_is_calibrated_to_the_odds() -> None:
     same = torch.ones(40, 4)
     cohort = Cohort(same[:5], same[:5])
     calibration = Calibration.fit(same, same, torch.eye(40), cohort)
-    judged = calibration.assess(torch.ones(10), same[0], "text_to_image", num_candidates=40, cohort=cohort)
+    judged = MatchCalibrator(calibration, cohort).assess(torch.ones(10), same[0], "text_to_image", num_candidates=40)
     assert judged.p_any_match == pytest.approx(0.5, abs=0.05)
     assert float(judged.probabilities.std()) < 1e-6
 
@@ -295,12 +310,8 @@ def test_captions_find_pictures_or_nothing(
 ) -> None:
     encoder, gallery, cohort = compact
     query = encoder.encode_texts([caption])[0]
-    judged = DEFAULT_CALIBRATION.assess(
-        gallery.images.embeds @ query,
-        query,
-        "text_to_image",
-        num_candidates=len(gallery.pictures),
-        cohort=cohort,
+    judged = MatchCalibrator(DEFAULT_CALIBRATION, cohort).assess(
+        gallery.images.embeds @ query, query, "text_to_image", num_candidates=len(gallery.pictures)
     )
     assert (judged.verdict in ("fits", "may_fit")) is fits, f"{judged.p_any_match:.2f}"
 
@@ -321,5 +332,7 @@ def judge_picture(compact: tuple[DualEncoder, Gallery, Cohort], query: Tensor) -
     _, gallery, cohort = compact
     english = torch.tensor([caption.lang == "en" for caption in gallery.captions])
     scores = gallery.texts.embeds[english] @ query
-    judged = DEFAULT_CALIBRATION.assess(scores, query, "image_to_text", num_candidates=len(scores), cohort=cohort)
+    judged = MatchCalibrator(DEFAULT_CALIBRATION, cohort).assess(
+        scores, query, "image_to_text", num_candidates=len(scores)
+    )
     return judged.verdict in ("fits", "may_fit")

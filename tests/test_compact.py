@@ -54,6 +54,7 @@ from alignment.towers import (
 
 ROOT = Path(__file__).parents[1]
 SIDE, EMBED_DIM, WIDTH = 64, 16, 20
+SMALL = NgramTextConfig(embed_dim=EMBED_DIM, num_queries=4, hidden_dim=32, dropout=0.1)
 TEXTS = ("a dog", "一只猫在桌子上睡觉", "two children play football on the wet grass", "x")
 
 
@@ -226,7 +227,7 @@ def test_photographs_are_read_with_both_languages(tmp_path: Path) -> None:
 
 
 def small_aligner(tower: EfficientNetLiteModel) -> Aligner:
-    head = AlignmentHead(1280, 1280, EMBED_DIM, 4, 32, 0.1)
+    head = AlignmentHead(1280, 1280, SMALL)
     teachers = {language: Teacher(WIDTH, EMBED_DIM, 0.1) for language in ("en", "zh")}
     return Aligner(copy.deepcopy(tower.tail), head, teachers)
 
@@ -425,7 +426,7 @@ def test_the_text_head_learns(miniature: Miniature, preprocessor: Preprocessor) 
             ),
             center=features.sentences.mean(0),
         )
-    head = AlignmentHead(12, 40, EMBED_DIM, 4, 32, 0.1)
+    head = AlignmentHead(12, 40, SMALL)
     head.summary_norm.deviation.fill_(12**-0.5)
     frozen = copy.deepcopy(aligner.state_dict())
     before = text_losses(head, targets, features, data.train)
@@ -457,8 +458,10 @@ def test_the_checkpoint_holds_its_limits_and_rewrites_only_what_was_trained(
 ) -> None:
     image, text = convert_image_tower(), convert_text_tower()
     teachers = {"en": Teacher(1664, 512, 0.3), "zh": Teacher(896, 512, 0.3)}
-    aligner = Aligner(copy.deepcopy(image.tail), AlignmentHead(1280, 1280, 512, 8, 1024, 0.3), teachers)
-    head = AlignmentHead(512, 1280, 512, 8, 512, 0.3)
+    aligner = Aligner(
+        copy.deepcopy(image.tail), AlignmentHead(1280, 1280, EfficientNetLiteConfig(embed_dim=512)), teachers
+    )
+    head = AlignmentHead(512, 1280, NgramTextConfig(embed_dim=512))
     class_embeds = functional.normalize(torch.randn(1000, 512), dim=-1)
     preprocessor, folder = compact_preprocessor(tokenizer, 260), tmp_path / "compact"
     center = 0.05 * torch.randn(512)

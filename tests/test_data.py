@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from alignment.data import Pair, read_data, read_pairs
+from alignment.data import Pair, read_data
+from tests.data_sets import read_pairs
 
 
 def picture(path: Path, shade: int = 0) -> Path:

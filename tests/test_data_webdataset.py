@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignment.data import Partition, read_data, read_pairs
+from alignment.data import Partition, read_data
 from alignment.data.image_store import MAX_SHARDS, MAX_TEXT_BYTES, expand_braces
+from tests.data_sets import read_pairs
 
 Parts = Mapping[str, bytes | str]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alignment.engine import MAX_PHOTOS, Alignment, AlignmentEngine, Term, as_webp
+from alignment.engine import MAX_PHOTOS, AlignmentEngine, Term, as_webp
 from alignment.engine.core import Thumbnails
 from alignment.gallery import Gallery, Picture, build_gallery
 from alignment.gallery.records import FileFingerprint
@@ -97,15 +97,6 @@ def test_alignment_is_the_models_own_arithmetic(engine, pictures):
     expected = engine.encoder.encode_images(pictures) @ engine.encoder.encode_texts(captions).T
     torch.testing.assert_close(alignment.similarity, expected)
     torch.testing.assert_close(alignment.logits_per_image, expected * engine.encoder.logit_scale)
-    torch.testing.assert_close(alignment.over_captions.sum(dim=1), torch.ones(3))
-    torch.testing.assert_close(alignment.over_pictures.sum(dim=0), torch.ones(2))
-
-
-def test_best_matches_of_each_picture_and_caption():
-    similarity = torch.tensor([[0.1, 0.9, 0.9], [0.8, 0.2, 0.3]])
-    alignment = Alignment(similarity, similarity * 10)
-    assert alignment.best_captions == [1, 0]  # the first of equals
-    assert alignment.best_pictures == [1, 0, 0]
 
 
 # ---------------------------------------------------------------- photos

@@ -400,15 +400,15 @@ def test_the_command_prints_a_table_and_writes_json(
 
 
 def test_the_scale_of_the_model_is_not_used(data: Path, checkpoint: Callable[[str], Path]) -> None:
-    from alignment.data import read_pairs
+    from alignment.data import read_data
     from alignment.model import DualEncoder
 
     encoder = DualEncoder.load(checkpoint("siglip"), device="cpu")
-    before = evaluate_retrieval(encoder, read_pairs(data), resamples=0)
+    before = evaluate_retrieval(encoder, read_data(data).pairs, resamples=0)
     with torch.no_grad():
         encoder.module.logit_scale.fill_(-20.0)
         encoder.module.logit_bias.fill_(9.0)
-    assert evaluate_retrieval(encoder, read_pairs(data), resamples=0) == before
+    assert evaluate_retrieval(encoder, read_data(data).pairs, resamples=0) == before
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from PIL import Image
 from test_kills import KILLED, Contents, Galleries, Trainings, galleries, paint, run, trainings
 
 from alignment.atomic import LOCK, exclusive_lock
-from alignment.data import read_pairs
+from alignment.data import read_data
 from alignment.engine import AlignmentEngine
 from alignment.file_errors import describe_error
 from alignment.gallery import Gallery, build_gallery, main, modality
@@ -314,22 +314,22 @@ def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_damaged_pictures_and_lists_of_a_converted_data_set_are_made_again(
     harm: str, shard: Path, tmp_path: Path
 ) -> None:
-    expected = read_pairs(shard)
+    expected = read_data(shard).pairs
     contents = [Path(pair.image).read_bytes() for pair in expected]
     for path in sorted((tmp_path / "cache").rglob("*.*")):
         HARMS[harm](path)
         later = path.parent.stat().st_mtime_ns + 10**9  # after the list was written
         if path.exists():
             os.utime(path, ns=(later, later))
-        assert read_pairs(shard) == expected
+        assert read_data(shard).pairs == expected
         assert [Path(pair.image).read_bytes() for pair in expected] == contents
 
 
 def test_something_in_the_place_of_a_converted_picture_is_told(shard: Path) -> None:
-    path = Path(read_pairs(shard)[0].image)
+    path = Path(read_data(shard).pairs[0].image)
     HARMS["a folder"](path)
     with pytest.raises(IsADirectoryError):
-        read_pairs(shard)
+        read_data(shard)
     path.rmdir()
-    with Image.open(read_pairs(shard)[0].image) as image:
+    with Image.open(read_data(shard).pairs[0].image) as image:
         assert image.size == (60, 40)

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from alignment.engine import AlignmentEngine, Scale, SecondModel
-from alignment.engine.matrix import colour_limits, named_captions
+from alignment.engine.matrix import COLOUR_LIMITS, named_captions
 from alignment.gallery import build_gallery
 from alignment.model import DualEncoder
+from alignment.preprocess.captions import caption_lines
 from alignment.ui.examples import Examples
 from alignment.ui.explanation import ExplanationDialog
 from alignment.ui.matrix_tab import NUM_COMPARED, MatrixTab
@@ -88,23 +89,24 @@ NAMES = ["cat.jpg", "My Dog.PNG", "img_1.jpg", "sea, 2.jpg"]
     ],
 )
 def test_a_caption_names_its_picture_at_the_beginning_of_the_line(line, read):
-    assert named_captions(line, NAMES) == [read]
+    assert named_captions([line], NAMES) == [read]
 
 
 def test_a_name_without_its_ending_counts_only_where_every_line_has_one():
-    assert named_captions("cat: asleep\nimg_1, by the sea", NAMES) == [(0, "asleep"), (2, "by the sea")]
-    mixed = named_captions("cat, black and white\na dog", NAMES)
+    assert named_captions(["cat: asleep", "img_1, by the sea"], NAMES) == [(0, "asleep"), (2, "by the sea")]
+    mixed = named_captions(["cat, black and white", "a dog"], NAMES)
     assert mixed == [(None, "cat, black and white"), (None, "a dog")]
 
 
 def test_several_captions_may_name_one_picture_and_blank_lines_do_not_count():
-    assert named_captions("cat.jpg: one\n \n\u200b\ncat.jpg: two", NAMES) == [(0, "one"), (0, "two")]
+    lines = caption_lines("cat.jpg: one\n \n\u200b\ncat.jpg: two", limit=2)
+    assert named_captions(lines, NAMES) == [(0, "one"), (0, "two")]
 
 
 def test_a_name_that_two_pictures_share_names_neither():
-    assert named_captions("cat.jpg: a cat", ["cat.jpg", "Cat.jpg"]) == [(None, "cat.jpg: a cat")]
-    assert named_captions("cat: a cat", ["cat.jpg", "cat.png"]) == [(None, "cat: a cat")]
-    assert named_captions("cat.png: a cat", ["cat.jpg", "cat.png"]) == [(1, "a cat")]
+    assert named_captions(["cat.jpg: a cat"], ["cat.jpg", "Cat.jpg"]) == [(None, "cat.jpg: a cat")]
+    assert named_captions(["cat: a cat"], ["cat.jpg", "cat.png"]) == [(None, "cat: a cat")]
+    assert named_captions(["cat.png: a cat"], ["cat.jpg", "cat.png"]) == [(1, "a cat")]
 
 
 # ---------------------------------------------------------------- two models
@@ -146,8 +148,8 @@ def test_a_second_model_is_measured_when_it_is_loaded(checkpoint):
 
 
 def test_colours_depend_on_the_model_and_stay_within_cosines():
-    assert colour_limits(Scale(0.02, 0.1)) == pytest.approx((-0.18, 0.62))
-    assert colour_limits(Scale(0.5, 0.4)) == (pytest.approx(-0.3), 1.0)
+    assert Scale(0.02, 0.1).limits(*COLOUR_LIMITS) == pytest.approx((-0.18, 0.62))
+    assert Scale(0.5, 0.4).limits(*COLOUR_LIMITS) == (pytest.approx(-0.3), 1.0)
 
 
 # ---------------------------------------------------------------- what the page is told
@@ -161,7 +163,7 @@ def test_the_page_is_told_captions_as_rows_and_the_models_side_by_side(tab, engi
     for model, alignment in zip(table["models"], compared.alignments, strict=True):
         torch.testing.assert_close(torch.tensor(model["cosines"]), alignment.similarity.T)
         assert (model["scale"], model["bias"]) == (alignment.logit_scale, None)
-    assert table["models"][0]["limits"] == list(colour_limits(engine.scale))
+    assert table["models"][0]["limits"] == list(engine.scale.limits(*COLOUR_LIMITS))
     assert table["views"] == ["cosine", "captions", "pictures"]
 
 

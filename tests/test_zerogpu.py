@@ -190,7 +190,7 @@ print(">", engine.encoder.device, there.device, next(there.get().parameters()).d
 page = app.build_page(engine)
 print(">", page._queue.max_size > 1)  # what ZeroGPU makes of it where nobody says
 page.launch(prevent_thread_lock=True, **app.launch_options(engine))
-engine.warm_images()
+engine.embed_image(Image.new("RGB", (64, 64)))
 pictures = [Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in range(0, 240, 12)]
 print(">", *engine.embed_images(pictures).shape)
 print(">", engine.search_images("a dog").matches[0].item.id != "")

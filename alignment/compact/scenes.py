@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignment.data import Pair, read_pairs
+from alignment.data import Pair, read_data
 
 LANGUAGES = ("en", "zh")
 TABLES = {language: f"captions.{language}.jsonl" for language in LANGUAGES}
@@ -48,7 +48,7 @@ def read_photos(folders: Iterable[Path], chinese: Path | None = None) -> list[Ph
 
 def _read_folder(folder: Path) -> list[Photo]:
     tables = {language: folder / name for language, name in TABLES.items() if (folder / name).is_file()}
-    read = {language: read_pairs(path) for language, path in (tables or {"en": folder}).items()}
+    read = {language: read_data(path).pairs for language, path in (tables or {"en": folder}).items()}
     found: dict[str, dict[str, Pair]] = defaultdict(dict)
     for language, pairs in read.items():
         for pair in pairs:

@@ -124,27 +124,6 @@ class Calibration:
         if any(set(part) != set(DIRECTIONS) for part in (self.match, self.any_match, self.thresholds)):
             raise ValueError(f"A calibration has curves and thresholds for {' and '.join(DIRECTIONS)}.")
 
-    def assess(
-        self, similarity: Tensor, query_embed: Tensor, direction: Direction, num_candidates: int, cohort: Cohort
-    ) -> MatchConfidence:
-        """Rate the results of one query, at even odds that the candidates hold a match.
-
-        Args:
-            similarity: (num_results,) cosines; the best of all candidates must be among them.
-            query_embed: (embed_dim,).
-            direction: what the query is.
-            num_candidates: how many were searched.
-            cohort: the one it was fitted on; for `DEFAULT_CALIBRATION` one of the same items.
-        """
-        if not len(similarity):
-            return MatchConfidence(torch.empty(0), 0.0, ())
-        if cohort.is_out_of_distribution(query_embed[None], direction):
-            return MatchConfidence.out_of_distribution(len(similarity))
-        evidence = cohort.evidence(similarity[None], query_embed[None], num_candidates, direction)[0]
-        p_any_match = float(self.any_match[direction].probability(evidence[similarity.argmax()]))
-        probabilities = self.match[direction].probability(evidence).float()
-        return MatchConfidence.of(probabilities, p_any_match, self.thresholds[direction])
-
     @classmethod
     def fit(
         cls,
@@ -210,8 +189,7 @@ class Calibration:
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
         """Invert `to_dict`; a single number among the lines, as in older galleries, is `may_fit`.
 
-        Raises:
-            ValueError: on anything else.
+        Raises ValueError on anything else.
         """
         try:
             match, any_match = ({way: Curve(**data[part][way]) for way in DIRECTIONS} for part in ("match", "fits"))
@@ -278,18 +256,14 @@ def draw_searches(
 
 @dataclass(frozen=True)
 class MatchCalibrator:
-    """A calibration with the cohort it was fitted on."""
+    """A calibration with the cohort it was fitted on; `DEFAULT_CALIBRATION` with one of the same items."""
 
     calibration: Calibration
     cohort: Cohort
 
     @classmethod
     def restored(cls, calibration: Mapping[str, Any] | None, cohort: Mapping[str, Tensor]) -> MatchCalibrator | None:
-        """Restore what a gallery holds; None where it holds no calibration or no cohort.
-
-        Raises:
-            ValueError: when it is damaged.
-        """
+        """Restore what a gallery holds; None where that is no calibration or no cohort; ValueError if it is damaged."""
         if calibration is None or not cohort:
             return None
         try:
@@ -301,8 +275,19 @@ class MatchCalibrator:
     def assess(
         self, similarity: Tensor, query_embed: Tensor, direction: Direction, num_candidates: int
     ) -> MatchConfidence:
-        """Rate the results of one query, see `Calibration.assess`."""
-        return self.calibration.assess(similarity, query_embed, direction, num_candidates, self.cohort)
+        """Rate the results of one query, at even odds that the candidates hold a match.
+
+        `similarity` (num_results,) are cosines, the best of all candidates among them; `query_embed` is (embed_dim,).
+        """
+        if not len(similarity):
+            return MatchConfidence(torch.empty(0), 0.0, ())
+        if self.cohort.is_out_of_distribution(query_embed[None], direction):
+            return MatchConfidence.out_of_distribution(len(similarity))
+        evidence = self.cohort.evidence(similarity[None], query_embed[None], num_candidates, direction)[0]
+        curves = self.calibration
+        p_any_match = float(curves.any_match[direction].probability(evidence[similarity.argmax()]))
+        probabilities = curves.match[direction].probability(evidence).float()
+        return MatchConfidence.of(probabilities, p_any_match, curves.thresholds[direction])
 
 
 def fit_calibration(

@@ -7,8 +7,7 @@ the pictures and counts what is left out or repaired. What is ambiguous is an er
 
 from alignment.data.collector import AmbiguousImageNames, EmptyDataset, Pair, describe_issues, describe_truncated
 from alignment.data.deduplicate import ImageHash, drop_leaked, hash_images, merge_duplicates, summarize_data
-from alignment.data.reader import Partition, ReadResult, read_data, read_pairs
+from alignment.data.reader import Partition, ReadResult, read_data
 
 __all__ = ["AmbiguousImageNames", "EmptyDataset", "ImageHash", "Pair", "Partition", "ReadResult", "describe_issues"]
-__all__ += ["describe_truncated", "drop_leaked", "hash_images", "merge_duplicates", "read_data", "read_pairs"]
-__all__ += ["summarize_data"]
+__all__ += ["describe_truncated", "drop_leaked", "hash_images", "merge_duplicates", "read_data", "summarize_data"]

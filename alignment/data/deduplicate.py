@@ -4,7 +4,6 @@ Place in the flow: `read_data -> hash_images (once) -> summarize_data, merge_dup
 Captions of a picture must never count as wrong for its duplicate, and no picture may be both trained and evaluated on.
 """
 
-import hashlib
 import logging
 import os
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from alignment.checksum import sha256_of
 from alignment.data.collector import Pair, describe_issues
 from alignment.data.reader import ReadResult
 from alignment.prefetch import prefetch_map
@@ -71,8 +71,7 @@ def _hash_image(path: str) -> ImageHash | str:
     """Hash one picture, or say why it cannot be opened."""
     try:
         difference = _difference_hash(open_image(path))
-        with Path(path).open("rb") as file:
-            return ImageHash(hashlib.file_digest(file, "sha256").hexdigest(), difference)
+        return ImageHash(sha256_of(Path(path)), difference)
     except (InputError, OSError) as error:
         reason = message_with_option(error) if isinstance(error, InputError) else str(error)
         return f"{sanitize_text(os.path.basename(path))} ({reason})"

@@ -220,8 +220,3 @@ def _read_file(file: Path, format: str, collector: Collector) -> None:
             f"{file} cannot be read as {format} ({type(error).__name__}: {error}); "
             "check that it is complete and saved as UTF-8, or name another format."
         ) from error
-
-
-def read_pairs(source: str | os.PathLike[str], format: str | None = None, split: str | None = None) -> list[Pair]:
-    """Read the pictures of a data set with their captions: the `pairs` of `read_data`."""
-    return read_data(source, format=format, split=split).pairs

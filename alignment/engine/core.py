@@ -117,14 +117,6 @@ class AlignmentEngine:
             raise ValueError(f"The gallery was made by {gallery.metadata.model}, and {self.encoder.name} is in use.")
         self.gallery = gallery
 
-    def warm_texts(self) -> None:
-        """Run the text tower once, before a visitor waits for its slow first run."""
-        self.embed_caption("a")
-
-    def warm_images(self) -> None:
-        """Run the image tower once, as `warm_texts`."""
-        self.embed_image(Image.new("RGB", (64, 64)))
-
     @property
     def scale(self) -> Scale:
         """How to judge the cosines of this gallery's model."""

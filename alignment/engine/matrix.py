@@ -12,14 +12,14 @@ from typing import Self
 from torch import Tensor
 
 from alignment.confidence import Cohort, cohort_items
-from alignment.engine.explanation import Limits, Scale
+from alignment.engine.explanation import Scale
 from alignment.model import DualEncoder
-from alignment.similarity import cosine_similarity, logits_per_image, match_probabilities
+from alignment.similarity import cosine_similarity, logits_per_image
 
 NAME_ENDS = ":：,，\t"  # between a picture's file name and its caption at the beginning of a line
 # Of Flickr8k's dev captions nine in ten lie 1.9 to 6.3 spreads above the unrelated, half of them above 4.4, and nine
 # in ten unrelated ones between 2.1 below and 2.3 above (200 pictures, compact model).
-_LOWEST, _HIGHEST = -2, 6
+COLOUR_LIMITS = (-2, 6)  # of the first and last colour, for `Scale.limits`: by the model alone, to compare two tables
 _NUM_PICTURES, _NUM_CAPTIONS = 64, 256  # of the cohort that measures a second model's scale
 
 
@@ -41,26 +41,6 @@ class Alignment:
         similarity, scale, bias = cosine_similarity(image_embeds, text_embeds), encoder.logit_scale, encoder.logit_bias
         return cls(similarity, logits_per_image(similarity, scale, bias), scale, bias)
 
-    @property
-    def over_captions(self) -> Tensor:
-        """Softmax over the captions: each picture's row adds up to 1."""
-        return match_probabilities(self.logits_per_image, dim=1)
-
-    @property
-    def over_pictures(self) -> Tensor:
-        """Softmax over the pictures: each caption's column adds up to 1."""
-        return match_probabilities(self.logits_per_image, dim=0)
-
-    @property
-    def best_captions(self) -> list[int]:
-        """For each picture the index of the best caption; the first of equals."""
-        return [int(row.argmax()) for row in self.similarity]
-
-    @property
-    def best_pictures(self) -> list[int]:
-        """For each caption the index of the best picture; the first of equals."""
-        return [int(column.argmax()) for column in self.similarity.T]
-
 
 @dataclass(frozen=True)
 class SecondModel:
@@ -78,13 +58,8 @@ class SecondModel:
         return cls(encoder, Scale(*cohort.units["text_to_image"]))
 
 
-def colour_limits(scale: Scale) -> Limits:
-    """Choose the cosines of the first and last colour; by the model alone, so that two tables can be compared."""
-    return scale.limits(_LOWEST, _HIGHEST)
-
-
-def named_captions(text: str, names: Sequence[str]) -> list[tuple[int | None, str]]:
-    """Split pictures' file names from the beginnings of caption lines; blank lines are skipped.
+def named_captions(lines: Sequence[str], names: Sequence[str]) -> list[tuple[int | None, str]]:
+    """Split pictures' file names from the beginnings of caption lines.
 
         cat.jpg: a cat asleep      the picture cat.jpg, "a cat asleep"
         cat, stretching            cat.jpg as well, if every line begins with a name; else a caption like any other
@@ -92,7 +67,6 @@ def named_captions(text: str, names: Sequence[str]) -> list[tuple[int | None, st
     A file name that occurs twice names no picture. Returns for each line the picture's place in `names`, or None, and
     the caption without the name.
     """
-    lines = [line for line in text.splitlines() if _is_visible(line)]
     full, short = _unique(names), _unique([PurePath(name).stem for name in names])
     found = [_named(line, short | full) for line in lines]
     return found if all(place is not None for place, _ in found) else [_named(line, full) for line in lines]

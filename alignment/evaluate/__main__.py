@@ -1,11 +1,6 @@
 """Run the command: `python -m alignment.evaluate --help`."""
 
-import sys
+from alignment.signals import run_command
 
 if __name__ == "__main__":
-    try:
-        from alignment.evaluate.command import main
-
-        sys.exit(main())
-    except KeyboardInterrupt:  # during the imports
-        sys.exit(130)
+    run_command("alignment.evaluate")

@@ -6,13 +6,15 @@ what builds models is imported in the functions that do.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+
+from alignment.preprocess.config import load_json
 
 SMALL_FILES = ["*.json", "*.txt", "*.model"]  # configuration and vocabularies: no code, no pickle
 TRAINING_FILES = ("recipe.json", "run.json", "trainer_state.json", "training_args.json")  # not part of a model
@@ -69,11 +71,9 @@ def _foreign(folder: Path, name: str) -> str:
 
 def _is_dual(folder: Path) -> bool:
     """Whether a configuration has both sides, or is one of ours."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and {"text_config", "vision_config"} <= config.keys()
+    with suppress(OSError, ValueError):
+        return {"text_config", "vision_config"} <= load_json(folder / "config.json").keys()
+    return False
 
 
 def checkpoint_files(folder: Path) -> list[str]:

@@ -122,14 +122,10 @@ class DualEncoder:
         encoder = cls(module, Preprocessor.load(folder), name=name, device=device, runtime=runtime)
         encoder._cache, encoder._info, encoder._lazy.exposed = cache, info, False
         if on_zerogpu:
-            encoder._use_zerogpu(load_module())
+            zerogpu.patch_cuda_capture()
+            gpu = TorchTower(LazyModule(load_module(), torch.device(zerogpu.GPU_DEVICE)), "image")
+            encoder._zerogpu = zerogpu.ZeroGPUTower(gpu, lambda inputs: encoder._local_tower("image")(inputs))
         return encoder
-
-    def _use_zerogpu(self, module: Any) -> None:
-        """Let ZeroGPU run the image tower for many pictures at once."""
-        zerogpu.patch_cuda_capture()
-        gpu = TorchTower(LazyModule(module, torch.device(zerogpu.GPU_DEVICE)), "image")
-        self._zerogpu = zerogpu.ZeroGPUTower(gpu, lambda inputs: self._local_tower("image")(inputs))
 
     @classmethod
     def compose(

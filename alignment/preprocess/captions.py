@@ -62,18 +62,14 @@ def clean_caption(text: str) -> str:
 
 def parse_captions(text: str, *, limit: int = MAX_CAPTIONS) -> list[str]:
     """Read one caption a line; raise an InputError on no caption, more than `limit`, or one that is too long."""
-    lines = _caption_lines(text, limit)
+    lines = caption_lines(text, limit=limit)
     if not lines:
         raise InputError("There is no caption; type one a line.", "captions.none")
     return [clean_caption(line) for line in lines]
 
 
-def count_captions(text: str, *, limit: int = MAX_CAPTIONS) -> int:
-    """Count the captions that `parse_captions` would read; raise an InputError on more than `limit`."""
-    return len(_caption_lines(text, limit))
-
-
-def _caption_lines(text: str, limit: int) -> list[str]:
+def caption_lines(text: str, *, limit: int) -> list[str]:
+    """Split captions, one a line, and skip blank lines; raise an InputError on more than `limit`."""
     lines = [line for line in text.splitlines() if _collapse(line)]
     if len(lines) > limit:
         message = "There are {count} captions and the limit is {limit}; remove some."

@@ -20,6 +20,7 @@ class InputError(ValueError):
 
 damaged = partial(InputError, "The picture is damaged or cut off; copy or download it again.", "image.truncated")
 empty = partial(InputError, "The file is empty; choose one with a picture in it.", "image.empty")
+unsupported = partial(InputError, "{kind} cannot be read here; save the picture as JPEG or PNG.", "image.unsupported")
 
 _OPTION_OF_CODE = {"image.too_large": "--max-megapixels N", "image.too_narrow": "--max-aspect-ratio N"}
 
@@ -28,8 +29,3 @@ def message_with_option(error: InputError) -> str:
     """Return the message, followed by the command-line option that would accept the picture, if there is one."""
     option = _OPTION_OF_CODE.get(error.code)
     return f"{error} Or say {option}." if option else str(error)
-
-
-def unsupported(kind: str) -> InputError:
-    """Make the error for a kind of picture that is not read."""
-    return InputError("{kind} cannot be read here; save the picture as JPEG or PNG.", "image.unsupported", kind=kind)

@@ -93,9 +93,9 @@ def _check_codec(image: Image.Image) -> None:
     """Refuse codecs whose decoding time is out of proportion to the picture."""
     codecs = {tile[0] for tile in getattr(image, "tile", ())}
     if "bmp_rle" in codecs:  # the run-length data may be of any length, whatever the size in pixels
-        raise unsupported("RLE BMP files")
+        raise unsupported(kind="RLE BMP files")
     if codecs & _SLOW_CODECS and image.width * image.height > _MAX_SLOW_PIXELS:
-        raise unsupported("PPM files")
+        raise unsupported(kind="PPM files")
 
 
 def _unidentified(head: bytes) -> InputError:
@@ -103,7 +103,7 @@ def _unidentified(head: bytes) -> InputError:
     if _READABLE.match(head):
         return damaged()
     if name := next((name for name, magic in _FOREIGN.items() if magic.match(head)), None):
-        return unsupported(f"{name} files")
+        return unsupported(kind=f"{name} files")
     message = "This file is not a picture; choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file."
     return InputError(message, "image.not_an_image")
 
@@ -111,7 +111,7 @@ def _unidentified(head: bytes) -> InputError:
 def _check_icon(file: BinaryIO) -> None:
     """Check the sizes of the pictures in an icon: Pillow decodes one of them when it opens the file."""
     if file.seek(0, 2) > _MAX_ICON_BYTES:
-        raise unsupported("ICO files")
+        raise unsupported(kind="ICO files")
     file.seek(4)
     directory = file.read(2 + 16 * int.from_bytes(file.read(2), "little"))
     for entry in range(0, len(directory) - 15, 16):
@@ -195,7 +195,7 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     white = 1 if image.mode == "F" else 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
     values: NDArray[Any] = np.asarray(image)
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= white):
-        raise unsupported(f"Pictures with values outside 0 to {white}")
+        raise unsupported(kind=f"Pictures with values outside 0 to {white}")
     grey = np.rint(values.astype(np.float32) * (255 / white)).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == 0:
         grey = 255 - grey

@@ -1,11 +1,6 @@
 """Run the command: `python -m alignment.space`."""
 
-import sys
+from alignment.signals import run_command
 
 if __name__ == "__main__":
-    try:
-        from alignment.space.command import main
-
-        sys.exit(main())
-    except KeyboardInterrupt:  # while modules are imported; `main` handles later ones
-        sys.exit(130)
+    run_command("alignment.space")

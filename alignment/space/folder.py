@@ -5,7 +5,6 @@ its gallery and its model. Hidden files, caches, tests and the packages that onl
 """
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -193,7 +192,7 @@ def _chosen(*patterns: str) -> Iterator[str]:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(os.path.realpath(source), target)  # the Hub's cache consists of links
+    shutil.copyfile(source, target)  # follows links, of which the Hub's cache consists
 
 
 def copy_gallery(source: Path, target: Path, model: ModelSource) -> str:

@@ -1,5 +1,7 @@
 """What both towers end in: the projection into the shared space."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -8,19 +10,18 @@ from torch.nn import functional
 class AlignmentHead(nn.Module):
     """Project one tower's summary vector, and what a few attention queries pick from its tokens, into the shared space.
 
-    The summary says what a whole is about, the queries may look at the part a caption names.
+    The summary says what a whole is about, the queries may look at the part a caption names. `config` is the tower's.
     """
 
-    def __init__(
-        self, summary_width: int, token_width: int, embed_dim: int, num_queries: int, hidden_dim: int, dropout: float
-    ) -> None:
+    def __init__(self, summary_width: int, token_width: int, config: Any) -> None:
         super().__init__()
+        embed_dim, num_queries = config.embed_dim, config.num_queries
         self.summary_norm = FixedNorm(summary_width)
         self.token_norm = FixedNorm(token_width)
         self.key = nn.Linear(token_width, num_queries)
         self.value = nn.Parameter(torch.randn(num_queries, token_width, embed_dim // num_queries) / token_width**0.5)
-        self.summary = ResidualMLP(summary_width, embed_dim, hidden_dim, dropout)
-        self.picked = ResidualMLP(embed_dim, embed_dim, hidden_dim, dropout)
+        self.summary = ResidualMLP(summary_width, embed_dim, config.hidden_dim, config.dropout)
+        self.picked = ResidualMLP(embed_dim, embed_dim, config.hidden_dim, config.dropout)
 
     def forward(self, summary: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Project (n, summary_width) and (n, num_tokens, token_width) to (n, embed_dim), unit norm."""

@@ -126,9 +126,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         self.tail = Tail(blocks[config.tail_start :])
         if config.embed_dim:
             self.concept = ConceptBranch(config, Tail(_blocks(config)[config.tail_start :]))
-            self.head = AlignmentHead(
-                HEAD_CHANNELS, HEAD_CHANNELS, config.embed_dim, config.num_queries, config.hidden_dim, config.dropout
-            )
+            self.head = AlignmentHead(HEAD_CHANNELS, HEAD_CHANNELS, config)
         else:
             self.classifier = nn.Linear(HEAD_CHANNELS, config.num_classes)
         self.post_init()
@@ -139,11 +137,6 @@ class EfficientNetLiteModel(PreTrainedModel):
         for block in self.trunk:
             maps = block(maps)
         return maps
-
-    def align(self, maps: Tensor) -> Tensor:
-        """Embed the last feature map in the space learnt from captions: (n, embed_dim), unit norm."""
-        embeds: Tensor = self.head(maps.mean((2, 3)), maps.flatten(2).transpose(1, 2))
-        return embeds
 
     def until(self, stage: Literal["trunk_maps", "last_maps"], pixel_values: Tensor) -> dict[str, Tensor]:
         """Run the aligned tower's frozen beginning on pictures (n, 3, side, side), for `forward` to go on from.
@@ -171,12 +164,13 @@ class EfficientNetLiteModel(PreTrainedModel):
         if pixel_values is not None:
             trunk_maps = self.trunk_maps(pixel_values)
         last = self.tail(trunk_maps) if last_maps is None else last_maps
+        tokens, pooled = last.flatten(2).transpose(1, 2), last.mean((2, 3))
         if not self.config.embed_dim:
-            return BaseModelOutputWithPooling(last.flatten(2).transpose(1, 2), last.mean((2, 3)))
+            return BaseModelOutputWithPooling(tokens, pooled)
         if concepts is None:
             concepts, certainty = self.concept(trunk_maps)
         low, high = self.config.concept_weight
-        embeds = join_parts(self.align(last), concepts, low + (high - low) * certainty)
+        embeds = join_parts(self.head(pooled, tokens), concepts, low + (high - low) * certainty)
         return BaseModelOutputWithPooling(pooler_output=embeds)
 
 

@@ -118,9 +118,7 @@ class NgramTextModel(PreTrainedModel):
         self.pool = nn.Linear(width, config.sentence_dim)
         self.sentence = SentenceHead(config.sentence_dim)
         if config.embed_dim:
-            self.head = AlignmentHead(
-                config.sentence_dim, width, config.embed_dim, config.num_queries, config.hidden_dim, config.dropout
-            )
+            self.head = AlignmentHead(config.sentence_dim, width, config)
             self.concept_norm = FixedNorm(config.sentence_dim)
         self.post_init()
 
@@ -134,15 +132,6 @@ class NgramTextModel(PreTrainedModel):
         pooled = (self.pool(features) * mask).sum(1) / mask.sum(1).clamp(min=1).sqrt()
         return features, self.sentence(pooled)
 
-    def align(self, features: Tensor, sentences: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embed sentences in the space learnt from captions: (n, embed_dim), unit norm."""
-        embeds: Tensor = self.head(sentences, features, attention_mask)
-        return embeds
-
-    def concepts(self, sentences: Tensor) -> Tensor:
-        """Take what all names share out of sentence embeddings (n, sentence_dim), unit norm again."""
-        return functional.normalize(self.concept_norm(sentences), dim=-1)
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
         """Encode token ids (n, length): `pooler_output` (n, sentence_dim), aligned (n, embed_dim + sentence_dim)."""
         if attention_mask is None:
@@ -150,5 +139,6 @@ class NgramTextModel(PreTrainedModel):
         features, sentences = self.sentences(input_ids, attention_mask)
         if not self.config.embed_dim:
             return BaseModelOutputWithPooling(features, sentences)
-        aligned, concepts = self.align(features, sentences, attention_mask), self.concepts(sentences)
+        aligned = self.head(sentences, features, attention_mask)
+        concepts = functional.normalize(self.concept_norm(sentences), dim=-1)  # without what all names share
         return BaseModelOutputWithPooling(features, join_parts(aligned, concepts, self.config.concept_weight))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from alignment.model import DualEncoder
@@ -155,5 +154,4 @@ def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Copy all weights to the CPU."""
-    with torch.no_grad():
-        return {name: weight.detach().cpu().clone() for name, weight in module.named_parameters()}
+    return {name: weight.detach().cpu().clone() for name, weight in module.named_parameters()}

@@ -120,11 +120,11 @@ def matrix(scores: Alignment, logit_bias: float | None) -> Matrix:
     pairs = None if logit_bias is None else rows(match_probabilities(logits, dim=1, logit_bias=logit_bias))
     return {
         "similarity": rows(scores.similarity),
-        "softmax_over_captions": rows(scores.over_captions),
-        "softmax_over_images": rows(scores.over_pictures),
+        "softmax_over_captions": rows(match_probabilities(logits, dim=1)),
+        "softmax_over_images": rows(match_probabilities(logits, dim=0)),
         "sigmoid": pairs,
-        "best_captions": scores.best_captions,
-        "best_images": scores.best_pictures,
+        "best_captions": [int(row.argmax()) for row in scores.similarity],
+        "best_images": [int(column.argmax()) for column in scores.similarity.T],
     }
 
 

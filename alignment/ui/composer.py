@@ -3,7 +3,7 @@
 Place in the flow: `search box + pictures -> terms -> engine.compose_query`; an edited term changes the box or pictures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -56,9 +56,8 @@ def _caption_terms(asked: TextQuery) -> tuple[Term, ...]:
         return ()
 
 
-def edit_query(asked: TextQuery, data: object) -> tuple[str, tuple[QueryPicture, ...]]:
+def edit_query(asked: TextQuery, sent: Mapping[str, Any]) -> tuple[str, tuple[QueryPicture, ...]]:
     """Return search box and pictures after the untrusted event of `composer.js`; an invalid one changes nothing."""
-    sent = data if isinstance(data, dict) else {}
     for place, picture in enumerate(asked.pictures):
         if picture.term.picture == sent.get("picture"):
             new = [replace(picture, term=term) for term in _edit(picture.term, sent.get("act"))]

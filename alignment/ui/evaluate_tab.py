@@ -68,7 +68,9 @@ class EvaluateTab(Tab):
                     elif job.stopped:
                         break
                     else:
-                        yield {self.drop: self._busy_value(lang, step)}
+                        said = text(lang, STEPS[step.what], done=step.done + 1, total=step.total)
+                        progress = {"done": step.share, "total": 1, "text": said}
+                        yield {self.drop: self._drop_value(lang, Measured()) | {"progress": progress}}
         except InputError as error:
             measured = replace(measured, bad_file=uploads[0].name, error=error)  # the report before it stays
         finally:
@@ -93,10 +95,6 @@ class EvaluateTab(Tab):
         how = text(lang, "evaluate.how", limit=MAX_ZIP_MB)
         area = drop_value(lang, text(lang, "evaluate.drop"), accept=".zip", how=how, error=error)
         return area | parts_value(1, run)
-
-    def _busy_value(self, lang: str, step: dataset_eval.Progress) -> Value:
-        said = text(lang, STEPS[step.what], done=step.done + 1, total=step.total)
-        return self._drop_value(lang, Measured()) | {"progress": {"done": step.share, "total": 1, "text": said}}
 
     def _help_value(self, lang: str, *_: Any) -> Value:
         pictures, captions = dataset_eval.MAX_TRIAL_PICTURES, f"{dataset_eval.MAX_TRIAL_CAPTIONS:,}"

@@ -13,11 +13,11 @@ import gradio as gr
 import numpy as np
 
 from alignment.engine import Alignment
-from alignment.engine.matrix import colour_limits, named_captions
+from alignment.engine.matrix import COLOUR_LIMITS, named_captions
 from alignment.gallery import Picture
 from alignment.heatmap import heat_colours
 from alignment.preprocess import InputError, open_image, parse_captions
-from alignment.preprocess.captions import count_captions
+from alignment.preprocess.captions import caption_lines
 from alignment.server.gradio_internals import event_data
 from alignment.server.sessions import Immutable
 from alignment.ui.explanation import Pair
@@ -89,8 +89,8 @@ class MatrixTab(Tab):
     def compare(self, photos: PhotoState, typed: str) -> Compared:
         """Score the pictures against the captions typed, one a line."""
         try:
-            count_captions(typed, limit=MAX_CAPTIONS)
-            read = named_captions(typed, [PurePath(picture.source).name for picture in photos.photos.gallery.pictures])
+            lines = caption_lines(typed, limit=MAX_CAPTIONS)
+            read = named_captions(lines, [PurePath(picture.source).name for picture in photos.photos.gallery.pictures])
             captions = tuple(parse_captions("\n".join(caption for _, caption in read), limit=MAX_CAPTIONS))
             named = tuple(place for place, _ in read)
             with user_errors():
@@ -179,7 +179,7 @@ class MatrixTab(Tab):
                 "cosines": [[round(value, 7) for value in row] for row in scores.similarity.T.double().tolist()],
                 "scale": scores.logit_scale,
                 "bias": scores.logit_bias,
-                "limits": list(colour_limits(model.scale)),
+                "limits": list(model.scale.limits(*COLOUR_LIMITS)),
             }
             for model, scores in models
             if model

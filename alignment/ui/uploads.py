@@ -5,7 +5,7 @@ Place in the flow: `event of drop.js -> Upload -> bytes (here) -> engine`; `add_
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -59,9 +59,9 @@ class PhotoState(Immutable):
         return (picture.caption(lang) if self.sample else picture.source) or picture.id
 
 
-def uploads_of(data: object) -> list[Upload]:
+def uploads_of(sent: Mapping[str, Any]) -> list[Upload]:
     """Parse the untrusted event "files" of `drop.js`."""
-    files = data.get("files") if isinstance(data, dict) else None
+    files = sent.get("files")
     uploads = []
     for file in files if isinstance(files, list) else []:
         if isinstance(file, dict):
@@ -271,8 +271,7 @@ def parts_value(batch: int, run: int) -> Value:
     return {"batch": batch, "run": run, "maxZipBytes": MAX_ZIP_MB * 2**20}
 
 
-def part_of(data: object) -> tuple[int, bool]:
+def part_of(sent: Mapping[str, Any]) -> tuple[int, bool]:
     """Parse the number of the part that the untrusted event "files" brings, and whether it is the first."""
-    sent = data if isinstance(data, dict) else {}
     run = sent.get("run")
     return run if type(run) is int and 0 <= run < 2**31 else 0, sent.get("first") is not False

@@ -35,6 +35,7 @@ from alignment.confidence import (
     Calibration,
     Cohort,
     Direction,
+    MatchCalibrator,
     Thresholds,
     build_cohort,
 )
@@ -371,7 +372,7 @@ def answers(side: Side, direction: Direction, calibration: Calibration, cohort: 
     values, ids = (side.queries @ side.candidates.T).topk(RESULTS, dim=1)
     count, told = len(side.candidates), []
     for similarity, query in zip(values, side.queries, strict=True):
-        judged = calibration.assess(similarity, query, direction, num_candidates=count, cohort=cohort)
+        judged = MatchCalibrator(calibration, cohort).assess(similarity, query, direction, num_candidates=count)
         told.append((float(judged.probabilities[0]), judged.verdict in ("fits", "may_fit")))
     said, fits = zip(*told, strict=True)
     right = side.relevance.gather(1, ids[:, :1]).squeeze(1)
@@ -440,7 +441,9 @@ def refusals(data: Data, calibration: Calibration, cohort: Cohort, encoder: Dual
         hits = []
         for query in queries:
             similarity = (candidates @ query).topk(min(RESULTS, len(candidates))).values
-            judged = calibration.assess(similarity, query, direction, num_candidates=len(candidates), cohort=cohort)
+            judged = MatchCalibrator(calibration, cohort).assess(
+                similarity, query, direction, num_candidates=len(candidates)
+            )
             hits.append(judged.verdict in ("nothing_close", "no_meaning"))
         return wilson(torch.tensor(hits))
 

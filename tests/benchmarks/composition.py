@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignment.data import read_pairs
+from alignment.data import read_data
 from alignment.engine.queries import Query, Term, scores
 from alignment.evaluate import embed_pairs
 from alignment.evaluate.retrieval import bootstrap, estimates
@@ -61,7 +61,7 @@ def embedded(arguments: argparse.Namespace, encoder: DualEncoder) -> dict[str, T
     """Embed the split, the words, and some pictures saved again; read it from `--keep` if that is there."""
     if arguments.keep and Path(arguments.keep).is_file():
         return load_file(arguments.keep)
-    pairs = read_pairs(arguments.data, split=arguments.split)
+    pairs = read_data(arguments.data, split=arguments.split).pairs
     data = embed_pairs(encoder, pairs)
     captions = [set(re.findall(r"\w+", caption.lower())) for caption in data.texts]
     said = torch.tensor([[bool(words & set(forms.split())) for forms in FORMS.values()] for words in captions])

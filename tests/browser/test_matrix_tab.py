@@ -145,8 +145,8 @@ def test_every_view_shows_what_python_computes(visit, sample):
     compare(page, SWAPPED)
     for view, expected, step in (
         ("cosine", sample.similarity, 1e-3),
-        ("captions", sample.over_captions * 100, 0.1),
-        ("pictures", sample.over_pictures * 100, 0.1),
+        ("captions", sample.logits_per_image.softmax(1) * 100, 0.1),
+        ("pictures", sample.logits_per_image.softmax(0) * 100, 0.1),
     ):
         pick(page, view)
         expect(page.locator("#matrix-table .al-below .al-note")).to_have_text(text("en", f"matrix.meaning.{view}"))
@@ -158,8 +158,9 @@ def test_an_error_is_a_ring_without_a_mark(visit, sample):
     page = open_matrix(visit())
     compare(page, SWAPPED)
     assert with_class(page, "al-pair") == [(0, 0), (1, 1), (2, 2), (3, 3)]
-    assert with_class(page, "al-best-picture") == [(row, column) for row, column in enumerate(sample.best_pictures)]
-    assert sorted(with_class(page, "al-best-caption")) == sorted((row, c) for c, row in enumerate(sample.best_captions))
+    best_captions, best_pictures = (sample.similarity.argmax(dim).tolist() for dim in (1, 0))
+    assert with_class(page, "al-best-picture") == [(row, column) for row, column in enumerate(best_pictures)]
+    assert sorted(with_class(page, "al-best-caption")) == sorted((row, c) for c, row in enumerate(best_captions))
     expect(cell(page, 0, 0)).to_have_text(re.compile(f", {text('en', 'matrix.label.pair')}$"))
     assert "al-best" not in cell(page, 0, 0).get_attribute("class")
     pick(page, "none", "pairing")
@@ -182,7 +183,7 @@ def test_recall_and_loss_are_those_of_the_package_at_every_temperature(visit, sa
     tool(page, "own")
     expect(slider).to_have_attribute("aria-valuetext", own)
     expect(page.locator("#matrix-table .al-measures dd").nth(2)).to_have_text(measures(page)[2])
-    torch.testing.assert_close(torch.tensor(shown(page)), sample.over_pictures.T * 100, atol=0.1, rtol=0)
+    torch.testing.assert_close(torch.tensor(shown(page)), sample.logits_per_image.softmax(0).T * 100, atol=0.1, rtol=0)
 
 
 def test_captions_are_paired_by_the_file_names_before_them(visit, picture):
@@ -436,7 +437,7 @@ def test_before_after_and_difference_stand_side_by_side(comparing, both):
     expect(titles).to_have_text(["Difference"])
     torch.testing.assert_close(torch.tensor(shown(page)), expected[:, 8:], atol=0.00051, rtol=0)
     pick(page, "captions")
-    change = (after.over_captions - before.over_captions).T * 100
+    change = (after.logits_per_image.softmax(1) - before.logits_per_image.softmax(1)).T * 100
     torch.testing.assert_close(torch.tensor(shown(page)), change, atol=0.051, rtol=0)
     pick(page, "cosine")
     pick(page, "all", "show")
@@ -450,7 +451,7 @@ def test_recall_and_loss_of_both_models_and_what_changed_are_shown(comparing, bo
     losses = [float(softmax_loss(one.logits_per_image)) for one in (before, after)]
     change = f"{losses[1] - losses[0]:+.4f}"
     expect(rows.nth(2).locator("td")).to_have_text([f"{losses[0]:.4f}", f"{losses[1]:.4f}", change])
-    found = [[best == row for row, best in enumerate(one.best_pictures)] for one in (before, after)]
+    found = [[best == row for row, best in enumerate(one.similarity.argmax(0).tolist())] for one in (before, after)]
     for column, hits in enumerate(found):
         expect(rows.nth(0).locator("td").nth(column)).to_have_text(f"{25 * sum(hits)} % ({sum(hits)}/4)")
     gained = sum(new and not old for old, new in zip(*found, strict=True))
