@@ -429,8 +429,9 @@ def check_said(error: InputError) -> None:
         assert words.endswith((".", "。")), words
     assert english[0].isupper(), english
     assert re.search("[\u4e00-\u9fff]", chinese), chinese
-    ours = _FILES.sub("", chinese.replace(str(error.values.get("name", "")), ""))  # a damaged name has any letters
-    assert set(_LATIN.findall(ours)) <= _NAMES, chinese
+    for key in ("name", "file"):  # names of what was uploaded have any letters
+        chinese = chinese.replace(str(error.values.get(key, "")), "")
+    assert set(_LATIN.findall(_FILES.sub("", chinese))) <= _NAMES, chinese
 
 
 # ---------------------------------------------------------------- in a process of its own

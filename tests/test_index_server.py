@@ -67,6 +67,25 @@ def test_pymilvus_is_not_imported_before_a_server_is_asked_for() -> None:
     assert shown.split() == ["False", "False"]
 
 
+def test_pymilvus_closes_no_log_of_this_process() -> None:
+    script = """
+import logging
+from alignment.index import Server
+from alignment.index.server import Connection
+class Handler(logging.Handler):
+    def close(self):
+        raise SystemExit("closed")
+logging.getLogger().addHandler(handler := Handler())
+try:
+    Connection(Server("http://127.0.0.1:9"))
+except ConnectionError:
+    handler.close = lambda: None  # Python closes it at the end
+    print("open")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "open\n", done.stderr
+
+
 def test_without_pymilvus_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     with pytest.raises(ValueError, match=r'pip install -e "\.\[milvus\]"'):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
+from unittest import mock
 from urllib.parse import urlsplit
 
 TOKEN = "ALIGNMENT_INDEX_TOKEN"
@@ -56,8 +57,9 @@ class Connection:
         """Connect; errors as of `call`, or ValueError if pymilvus is not installed."""
         self._server = server
         try:
-            import grpc
-            import pymilvus
+            with mock.patch("logging.config.dictConfig"):  # pymilvus' would close the handlers of the whole process
+                import grpc
+                import pymilvus
         except ImportError as error:
             install = 'python -m pip install -e ".[milvus]"'
             raise ValueError(f"An index on a Milvus server needs one more package; run: {install}") from error

@@ -94,8 +94,9 @@ def test_a_killed_process_ends_the_build_and_the_next_one_goes_on(
     source, out = tmp_path / "photos", tmp_path / "out"
     source.mkdir()
     rng = np.random.default_rng(0)
-    for number in range(128):
-        pixels = rng.integers(0, 256, (1000, 1000, 3), dtype=np.uint8)  # they take a while to open
+    count = 384  # several seconds: a process commits every two
+    for number in range(count):
+        pixels = rng.integers(0, 256, (700, 700, 3), dtype=np.uint8)  # they take a while to open
         Image.fromarray(pixels).save(source / f"{number:03}.bmp")
     model = checkpoint("clip")
     command = ["-m", "alignment.gallery", "build", source, "--out", out, "--model", model, "--no-calibration"]
@@ -109,7 +110,7 @@ def test_a_killed_process_ends_the_build_and_the_next_one_goes_on(
         assert running.wait(timeout=PATIENCE) == 0
     told = (tmp_path / "log 2").read_text()
     encoded, reused = (int(word) for word in told.split("  pictures: ")[1].split()[0:3:2])
-    assert encoded + reused == 128
+    assert encoded + reused == count
     assert reused >= kept
     encoder = DualEncoder.load(model, device="cpu")
     gallery, expected = Gallery.load(out, encoder), build_gallery(source, tmp_path / "one", encoder, calibrate=False)
