@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
-from unittest import mock
 from urllib.parse import urlsplit
 
 TOKEN = "ALIGNMENT_INDEX_TOKEN"
@@ -55,6 +54,8 @@ class Connection:
 
     def __init__(self, server: Server) -> None:
         """Connect; errors as of `call`, or ValueError if pymilvus is not installed."""
+        from unittest import mock
+
         self._server = server
         try:
             with mock.patch("logging.config.dictConfig"):  # pymilvus' would close the handlers of the whole process

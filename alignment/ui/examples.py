@@ -18,6 +18,7 @@ from alignment.ui.widgets import data_url
 FAVOURITES = ("cat", "coffee", "motorcycle", "airplane", "sunset", "meadow", "wall-clock", "cameraman", "lion")
 DESCRIBED = ("airplane", "sunset", "meadow", "wall-clock")
 NUM_CHIPS, NUM_SAMPLE = 6, 12
+MAX_TRIED = 1000  # pictures of a gallery; where none of them can be shown, as after a move, there are no examples
 PREVIEW_PIXELS = 720
 THUMBNAIL_ROUTE = "thumbnails/{id}.webp"
 
@@ -45,7 +46,7 @@ class Examples:
         def shown(pictures: Iterable[Picture | None]) -> Iterator[Picture]:
             return (picture for picture in pictures if picture and self.engine.can_show(picture.id))
 
-        others = (picture for picture in gallery.pictures if picture.id not in FAVOURITES)  # may be a million
+        others = (picture for picture in islice(gallery.pictures, MAX_TRIED) if picture.id not in FAVOURITES)
         pictures = list(islice(shown(chain(map(gallery.pictures.find, FAVOURITES), others)), NUM_SAMPLE))
         described = list(shown(map(gallery.pictures.find, DESCRIBED))) or pictures
         return pictures, described[:NUM_CHIPS]
