@@ -285,7 +285,7 @@ class MatchCalibrator:
             return MatchConfidence.out_of_distribution(len(similarity))
         evidence = self.cohort.evidence(similarity[None], query_embed[None], num_candidates, direction)[0]
         curves = self.calibration
-        p_any_match = float(curves.any_match[direction].probability(evidence[similarity.argmax()]))
+        p_any_match = float(curves.any_match[direction].probability(evidence).max())  # that of the best result
         probabilities = curves.match[direction].probability(evidence).float()
         return MatchConfidence.of(probabilities, p_any_match, curves.thresholds[direction])
 

@@ -16,6 +16,7 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -37,6 +38,7 @@ COHORT_CAPTIONS = 1024
 
 _MIN_PICTURES = 3  # fewer do not tell how far apart pictures lie
 _MIN_SPREAD = 1e-4  # of cosines; below, the model scores everything alike
+_MIN_LENGTH = 1e-12  # of a vector that has a direction
 _NEAREST = 3  # probes around a query
 _DRAWINGS = "package:alignment/"  # the curves were fitted against the photographs alone
 
@@ -103,7 +105,7 @@ class Cohort:
         probes, ordinary, half_way = self._probes[direction]
         here = _nearness(query_embeds, probes)
         beyond = here > half_way  # false for nearly all queries, which saves the comparison with ordinary items
-        return beyond & (here > _nearness(query_embeds, ordinary)) if beyond.any() else beyond
+        return torch.from_numpy(beyond & (here > _nearness(query_embeds, ordinary)) if beyond.any() else beyond)
 
     @cached_property
     def _probes(self) -> dict[Direction, tuple[Tensor, Tensor, float]]:
@@ -134,22 +136,30 @@ class Cohort:
         """
         items = self._unit["text_embeds" if direction == "image_to_text" else "image_embeds"]
         centre, spread = self.units[direction]
-        unrelated = (_cosines(query_embeds, items).double() - centre) / spread
-        sizes = torch.as_tensor(num_candidates, dtype=torch.double).clamp_min(1).log()
-        tail = unrelated.topk(min(TAIL, len(items))).values.mean(1)
-        scores = (similarity.double() - centre) / spread
-        of_query = (tail, unrelated.mean(1), sizes.expand(len(query_embeds)))
-        return torch.stack([scores, *(column[:, None].expand_as(scores) for column in of_query)], dim=-1)
+        unrelated = (_cosines(query_embeds, items).astype(np.float64) - centre) / spread
+        scores = (similarity.double().numpy() - centre) / spread
+        sizes = np.log(np.maximum(np.asarray(num_candidates, np.float64), 1))
+        of_query = (_mean_of_highest(unrelated, TAIL), unrelated.mean(1), np.broadcast_to(sizes, len(scores)))
+        columns = (scores, *(np.broadcast_to(column[:, None], scores.shape) for column in of_query))
+        return torch.from_numpy(np.stack(columns, axis=-1))
 
 
-def _cosines(queries: Tensor, items: Tensor) -> Tensor:
+# numpy: for one query, torch spends longer on its calls than on their work.
+def _cosines(queries: Tensor, items: Tensor) -> NDArray[np.float32]:
     """Cosines of queries with items of unit norm."""
-    return functional.normalize(queries.float(), dim=-1) @ items.T
+    rows = queries.float().numpy()
+    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
+    return torch.mm(torch.from_numpy(rows / np.maximum(lengths, _MIN_LENGTH)), items.T).numpy()
 
 
-def _nearness(queries: Tensor, items: Tensor) -> Tensor:
+def _nearness(queries: Tensor, items: Tensor) -> NDArray[np.float32]:
     """Mean cosine with the `_NEAREST` items, which have unit norm."""
-    return _cosines(queries, items).topk(min(_NEAREST, len(items))).values.mean(1)
+    return _mean_of_highest(_cosines(queries, items), _NEAREST)
+
+
+def _mean_of_highest(cosines: NDArray[np.floating], count: int) -> NDArray[np.floating]:
+    count = min(count, cosines.shape[1])
+    return np.partition(cosines, -count, axis=1)[:, -count:].mean(1)
 
 
 def cohort_items() -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import astuple, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -31,8 +32,8 @@ class Curve:
 
     def probability(self, evidence: Tensor) -> Tensor:
         """Evaluate the curve at (..., 4) evidence; float64, in [0, 1]."""
-        *weights, bias = astuple(self)
-        return (evidence @ evidence.new_tensor(weights) + bias).sigmoid()
+        weights = np.array([self.score, self.tail, self.mean, self.log_size])
+        return torch.from_numpy(evidence.numpy() @ weights + self.bias).sigmoid()
 
     @classmethod
     def fit(cls, evidence: Tensor, labels: Tensor, *, prior: Curve | None = None, strength: float = 1.0) -> Curve:

@@ -29,7 +29,7 @@ def results_value(
         alike_key = "captions.alike" if key == "captions" else "pictures.alike"
         alike_text = text(lang, alike_key, count=len(group) - 1) if alike else ""
         rows.append({**result, "alike": alike, "alikeText": alike_text})
-    words = labels(lang, "result.") | {"remove": text(lang, "photos.remove")}
+    words = {**labels(lang, "result."), "remove": text(lang, "photos.remove")}
     shown = {"count": len(rows), "total": f"{total:,}"}
     return {
         "heading": text(lang, f"{key}.results"),

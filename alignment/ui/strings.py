@@ -33,7 +33,8 @@ def text(lang: str, key: str, **values: object) -> str:
     return strings()[lang][key].format(**values)
 
 
-def labels(lang: str, prefix: str) -> dict[str, str]:
+@cache
+def labels(lang: str, prefix: str) -> Mapping[str, str]:
     """Return the texts whose keys begin with `prefix`, by the rest of the key; scripts fill their placeholders."""
     return {key.removeprefix(prefix): words for key, words in strings()[lang].items() if key.startswith(prefix)}
 

@@ -28,7 +28,7 @@ import orjson
 import torch
 from torch.nn.functional import normalize
 
-from alignment.confidence import DEFAULT_CALIBRATION, Cohort, MatchCalibrator, cohort_items
+from alignment.confidence import DEFAULT_CALIBRATION, MatchCalibrator, build_cohort, cohort_items
 from alignment.engine import AlignmentEngine
 from alignment.gallery import Gallery, Picture
 from alignment.gallery.records import GalleryMetadata
@@ -127,13 +127,9 @@ def report(model: str, took: dict[str, list[float]]) -> list[Row]:
 
 
 def make_gallery(encoder: DualEncoder, count: int, scattered: bool) -> Gallery:
-    """Make pictures up, with descriptions in English and Chinese, and a cohort to judge by."""
-
-    def unit(rows: int) -> torch.Tensor:
-        return normalize(torch.randn(rows, encoder.embed_dim), dim=-1)
-
+    """Make pictures up, with descriptions in English and Chinese, and the model's cohort."""
     torch.manual_seed(0)
-    embeds = unit(count)
+    embeds = normalize(torch.randn(count, encoder.embed_dim), dim=-1)
     if not scattered:
         captions = encoder.encode_texts(cohort_items()[1])
         captions -= captions.mean(0)  # what all captions have in common, pictures do not
@@ -144,7 +140,7 @@ def make_gallery(encoder: DualEncoder, count: int, scattered: bool) -> Gallery:
         Picture(f"p{row}", f"{row % 100}/p{row}.jpg", {"en": f"picture number {row}", "zh": f"第 {row} 张图片"})
         for row in range(count)
     ]
-    judge = MatchCalibrator(DEFAULT_CALIBRATION, Cohort(unit(24), unit(1024), unit(8), unit(64)))
+    judge = MatchCalibrator(DEFAULT_CALIBRATION, build_cohort(encoder))
     metadata = GalleryMetadata(
         encoder.fingerprint,
         encoder.name,
