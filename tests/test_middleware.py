@@ -59,7 +59,7 @@ def serve(echo, tmp_path, monkeypatch) -> Iterator[Callable[..., TestClient]]:
     with ExitStack() as stack:
 
         def start(**settings: Any) -> TestClient:
-            service = Service(Settings(**settings), tmp_path / "uploads")
+            service = Service(Settings(**settings))
             with GuardedBlocks(analytics_enabled=False) as page:
                 gr.api(echo.echo, api_name="echo", concurrency_id="echo", concurrency_limit=AT_ONCE)
             page.queue(max_size=100, api_open=False)

@@ -9,9 +9,11 @@ import math
 import os
 import secrets
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,7 +22,7 @@ from alignment.server.errors import ServiceError, Translate
 from alignment.server.gradio_internals import blocks_of, queue_status, streaming_session
 from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
 from alignment.server.logging import log_event
-from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
+from alignment.server.sessions import COOKIE, SessionOwners, new_cookie
 
 if TYPE_CHECKING:
     from alignment.server.service import Service
@@ -34,7 +36,7 @@ INTERNAL_TOKEN_HEADER = "x-alignment-internal"
 """Carries a random token in requests that this process makes to itself for its MCP tools; they pass without limits."""
 
 BODY_TIMEOUT_S = 60.0
-"""For each megabyte of a body."""
+"""For the first megabyte of a body, and for each that has arrived."""
 
 _MB = 2**20
 _MAX_BODIES = 4  # requests of the largest size that may be arriving at once
@@ -86,14 +88,16 @@ class GuardedRequest:
 
     def __init__(self, guard: RequestGuard, scope: Scope, receive: Receive, send: Send) -> None:
         self.id, self.begun = secrets.token_hex(8), time.monotonic()
-        self.client, self._cookie = client_address(scope, guard.settings.proxies), cookie_of(scope)
+        self.client = client_address(scope, guard.settings.proxies)
+        self.count_upload: Callable[[int], None] | None = None  # set by the upload route
         self._guard, self._scope, self._receive, self._send = guard, scope, receive, send
-        self._page, self._path, self._headers = blocks_of(scope), scope["path"], Headers(scope=scope)
+        self._page, self._path, self._http = blocks_of(scope), scope["path"], HTTPConnection(scope)
+        self._cookie = self._http.cookies.get(COOKIE, "")
         self._kind = routes.route_kind(scope["method"], self._path)
         self._is_agents = self._path.startswith(routes.MCP)
         self._error: ServiceError | None = None
         self._received = self._sent = self._status = 0
-        self._is_whole, self._left_s = False, BODY_TIMEOUT_S
+        self._is_whole, self._body_end = False, b""
         scope[GUARDED] = self
 
     def may_use(self, session: str) -> bool:
@@ -108,34 +112,28 @@ class GuardedRequest:
                 self._check(has_room)
                 if self._kind in ("call", "upload"):
                     work.add(self)
-                if self._is_agents:
-                    self._pass_token_on()
+                if self._is_agents:  # its tool makes a request with these headers, which is not counted again
+                    headers = MutableHeaders(scope=self._scope)
+                    headers[INTERNAL_TOKEN_HEADER] = guard.service.token
+                    del headers["cookie"]  # the session of that request is shared by all agents
                 await guard.app(self._scope, self._read, self._write)
             except Exception as error:
                 self._error = self._error or self._service_error(error)
                 if not self._status:  # the answer has not begun
-                    response = self._error.response(self._headers, guard.translate)
+                    response = self._error.response(self._http.headers, guard.translate)
                     await response(self._scope, self._receive, self._respond)
             finally:
                 work.discard(self)
                 guard.arriving -= self._received if self._kind == "call" else 0
                 self._log()
 
-    def _pass_token_on(self) -> None:
-        """Mark the request that Gradio makes for an agent's tool, with the headers of this one, as counted here.
-
-        Its session is shared by all agents, and so belongs to no cookie.
-        """
-        headers = [(name, value) for name, value in self._scope["headers"] if name != b"cookie"]
-        token = self._guard.service.token.encode()
-        self._scope["headers"] = [*headers, (INTERNAL_TOKEN_HEADER.encode(), token)]
-
     def _check(self, has_room: bool) -> None:
+        """Raise ServiceError where the request is not served."""
         guard, kind = self._guard, self._kind
-        token = self._headers.get(INTERNAL_TOKEN_HEADER, "").encode()
+        token = self._http.headers.get(INTERNAL_TOKEN_HEADER, "").encode()
         if kind is None:
             raise ServiceError("service.closed")
-        if kind == "health" or (not self._is_agents and secrets.compare_digest(token, guard.service.token.encode())):
+        if kind == "health" or secrets.compare_digest(token, guard.service.token.encode()):
             return
         if not has_room:
             raise ServiceError("service.open")
@@ -144,32 +142,26 @@ class GuardedRequest:
         if kind in guard.rates and (seconds := math.ceil(guard.rates[kind].wait(self.client))):
             raise ServiceError("service.rate", retry_s=seconds, seconds=seconds)
         if kind == "call":
-            self._check_call()
-        if kind == "stream" and not self._is_agents:  # all agents share a session
-            self._check_session()
+            self._check_size(int(self._http.headers.get("content-length", 0)))
+            if queue_status(self._page).waiting >= guard.settings.queue:
+                raise ServiceError("service.queue")
+            endpoint = routes.called_endpoint(self._path)
+            if endpoint is not None and endpoint not in self._endpoints() | {"predict"}:  # any function, by its number
+                raise ServiceError("service.closed")
+        if kind == "stream" and not self._is_agents and not self._may_stream():  # all agents share a session
+            raise ServiceError("service.closed")
+
+    def _may_stream(self) -> bool:
+        """Tell whether the messages asked for are those of a known session, and of no other browser's."""
+        name = self._path.rstrip("/").rpartition("/")[2]
+        if self._path.startswith(routes.QUEUE_DATA):
+            name = self._http.query_params.get("session_hash", "")
+        session = name if self._path.startswith(routes.HEARTBEAT) else streaming_session(self._page, name)
+        return bool(session) and self.may_use(session)
 
     def _check_size(self, size: int) -> None:
         if size > self._guard.settings.request_mb * _MB:
             raise ServiceError("service.size", limit=f"{self._guard.settings.request_mb:g}")
-
-    def _check_call(self) -> None:
-        self._check_size(int(self._headers.get("content-length", 0)))
-        if queue_status(self._page).waiting >= self._guard.settings.queue:
-            raise ServiceError("service.queue")
-        endpoint = routes.called_endpoint(self._path)
-        if endpoint is not None and endpoint not in self._endpoints() | {"predict"}:  # any function, by its number
-            raise ServiceError("service.closed")
-
-    def _check_session(self) -> None:
-        """Refuse messages of unknown sessions, and those of other browsers' sessions."""
-        path, query = self._path.rstrip("/"), QueryParams(self._scope["query_string"])
-        session = name = path.rpartition("/")[2]
-        if path == routes.QUEUE_DATA:
-            session = streaming_session(self._page, query.get("session_hash", ""))
-        elif not path.startswith(routes.HEARTBEAT):
-            session = streaming_session(self._page, event_id=name)
-        if not session or not self.may_use(session):
-            raise ServiceError("service.closed")
 
     def _endpoints(self) -> set[str]:
         return {str(fn.api_name) for fn in self._page.fns.values()}
@@ -178,27 +170,31 @@ class GuardedRequest:
         """Receive a part of the body, in time and within its limit."""
         if self._is_whole:
             return await self._receive()  # waits for the client to disconnect
-        begun, megabytes = time.monotonic(), self._received // _MB
+        due = self.begun + BODY_TIMEOUT_S * (1 + self._received // _MB)
         try:
-            message = await asyncio.wait_for(self._receive(), self._left_s)
-            self._count(len(message.get("body", b"")))
+            async with asyncio.timeout(due - time.monotonic()):
+                message = await self._receive()
+            self._is_whole = not message.get("more_body")
+            self._count(message.get("body", b""))
         except (TimeoutError, ServiceError) as error:
             # The framework would answer in its own way; `_write` raises this instead.
             self._error = error if isinstance(error, ServiceError) else ServiceError("service.slow")
             raise self._error from None
-        waited = time.monotonic() - begun
-        self._left_s = BODY_TIMEOUT_S if self._received // _MB > megabytes else self._left_s - waited
-        self._is_whole = not message.get("more_body")
         return message
 
-    def _count(self, size: int) -> None:
-        self._received += size
+    def _count(self, body: bytes) -> None:
+        self._received += len(body)
         if self._kind == "call":
-            self._guard.arriving += size
+            self._guard.arriving += len(body)
             if self._guard.arriving > _MAX_BODIES * self._guard.settings.request_mb * _MB:
                 raise ServiceError("service.queue")
             self._check_size(self._received)
-        elif self._kind != "upload" and self._received > _SMALL:  # `UploadQuota` counts uploads
+        elif self.count_upload:
+            self.count_upload(len(body))
+            self._body_end = (self._body_end + body)[-4:]
+            if self._is_whole and not self._body_end.rstrip().endswith(b"--"):  # its last file is cut off
+                raise ServiceError("upload.lost")
+        elif self._received > _SMALL:
             raise ServiceError("service.request", status=413)
 
     async def _write(self, message: Message) -> None:

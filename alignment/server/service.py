@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import gradio as gr
@@ -37,7 +36,7 @@ from alignment.server.logging import log_event
 from alignment.server.middleware import GuardedRequest, RequestGuard
 from alignment.server.routes import UPLOAD
 from alignment.server.settings import Settings
-from alignment.server.uploads import UploadQuota, expire_files, receive_upload
+from alignment.server.uploads import UploadQuota, receive_upload
 from alignment.signals import handle_signals
 
 logger = logging.getLogger(__name__)
@@ -74,9 +73,8 @@ def _call_libc(name: str, *args: int) -> None:
 class Service:
     """What stands around the page: limits before it, clean-up behind it, and how it is stopped."""
 
-    def __init__(self, settings: Settings | None = None, folder: Path | None = None) -> None:
-        """Apply the settings; `folder` is where uploads lie, None where old files are not to be deleted."""
-        self.settings, self.folder = settings or Settings(), folder
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
         self.uploads, self.token = UploadQuota(self.settings), secrets.token_urlsafe(24)
         self.stopping, self.since = threading.Event(), time.monotonic()
         self.requests = set[GuardedRequest]()  # calls and uploads under way
@@ -97,15 +95,16 @@ class Service:
         settings = self.settings
         # Behind a reverse proxy all connections are the proxy's.
         configure_uvicorn(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
-        guard = Middleware(RequestGuard, self, translate)
         health = Route("/healthz", partial(self._health, describe))
         receive = partial(receive_upload, self.uploads, max_file_mb)
         upload = [Route(path, receive, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
-        app = {"routes": [health, *upload, *routes], "middleware": [guard], "lifespan": self._clean_up}
-        return {
-            "app_kwargs": {**app, "exception_handlers": {RequestValidationError: _refuse, HTTPException: _refuse}},
-            "root_path": settings.root_path,
+        app_kwargs = {
+            "routes": [health, *upload, *routes],
+            "middleware": [Middleware(RequestGuard, self, translate)],
+            "exception_handlers": dict.fromkeys((RequestValidationError, HTTPException), _refuse),
+            "lifespan": self._clean_up,
         }
+        return {"app_kwargs": app_kwargs, "root_path": settings.root_path}
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
@@ -153,25 +152,20 @@ class Service:
     @asynccontextmanager
     async def _clean_up(self, app: Any) -> AsyncIterator[None]:
         """Prepare the page before it is served, and clean up periodically for as long as it is."""
-        page = blocks_of({"app": app})
+        page, kept_s = blocks_of({"app": app}), 60 * self.settings.keep_minutes
         harden_mcp(page)
-        sessions = LightSessions(page, self.settings.sessions_mb * 2**20)
+        LightSessions(page, self.settings.sessions_mb * 2**20, kept_s)
         janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
-        async with asyncio.TaskGroup() as group:
-            task = group.create_task(self._clean_up_forever(sessions, janitor))
-            yield
-            task.cancel()
+        task = asyncio.create_task(self._clean_up_forever(janitor, kept_s))
+        yield
+        task.cancel()
 
-    async def _clean_up_forever(self, sessions: LightSessions, janitor: QueueJanitor) -> None:
-        seconds = 60 * self.settings.keep_minutes
+    async def _clean_up_forever(self, janitor: QueueJanitor, kept_s: float) -> None:
         while True:
             await asyncio.sleep(CLEAN_UP_PERIOD_S)
             try:
                 janitor.collect()
-                sessions.expire(seconds)
-                if self.folder:
-                    await run_sync(expire_files, self.folder, seconds)
-                self.uploads.collect_consumed()
+                self.uploads.collect(kept_s)
                 await run_sync(trim_memory)
             except Exception:  # logged whole; the loop goes on, or uploads and sessions would pile up until a restart
                 logger.exception("A clean-up failed")
