@@ -185,6 +185,7 @@ def test_open_requests_are_counted(serve, echo):
     echo.may_go_on.set()
     waiting.join(60)
     until(lambda: ask(client).status_code == 200)
+    until(lambda: not client.service.requests)  # none takes memory once it is answered
 
 
 # ---------------------------------------------------------------- uploads

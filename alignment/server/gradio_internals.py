@@ -23,16 +23,13 @@ import gradio as gr
 import uvicorn.config
 from gradio import routes
 from gradio.state_holder import SessionState, StateHolder
-from gradio_client.utils import traverse
+from gradio_client.utils import is_file_obj_with_meta, traverse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from alignment.server.sessions import estimate_bytes
 
-SUPPORTED_GRADIO = ("6.31", "6.32")
-"""The minor version that was tested, and the next one; requirements.txt says the same."""
-
-HEADER_TIMEOUT_S = 20.0
-"""From a connection, or the end of a response, to the last header of the next request."""
+SUPPORTED_GRADIO = ("6.31", "6.32")  # the minor version that was tested, and the next one; as in requirements.txt
+HEADER_TIMEOUT_S = 20.0  # from a connection, or the end of a response, to the last header of the next request
 
 
 def check_gradio(installed: str = gr.__version__) -> None:
@@ -174,21 +171,19 @@ class LightSessions(StateHolder):
 def harden_mcp(page: gr.Blocks) -> None:
     """Let a page's MCP tools answer in JSON, and open no file of this machine that an agent names.
 
-    Gradio writes answers as Python's `str`. Its client in this process uploads the file at any path in the arguments;
-    here only the bare path is passed on, which is an earlier upload or refused.
+    Gradio writes answers as Python's `str`. Its client in this process uploads what is a file object in the arguments
+    from any path; here only the bare path is passed on, which is an earlier upload or refused.
     """
     tools: Any = page.mcp_server_obj
     if tools is None:
         return
     text = partial(tools.types.TextContent, type="text")
-    tools.convert_strings_to_filedata = lambda value, positions: traverse(value, itemgetter("path"), _has_path)
+    tools.convert_strings_to_filedata = lambda value, positions: traverse(
+        value, itemgetter("path"), is_file_obj_with_meta
+    )
     tools.postprocess_output_data = lambda answers, root_url: [
         text(text=json.dumps(answer, ensure_ascii=False)) for answer in answers
     ]
-
-
-def _has_path(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("path"), str)
 
 
 def configure_uvicorn(max_connections: int) -> None:

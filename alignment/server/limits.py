@@ -1,9 +1,9 @@
-"""Server, limits: token buckets and open requests per client address, in bounded memory."""
+"""Server, limits: the rate of each client address, in bounded memory, and what its address is."""
 
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from starlette.types import Scope
@@ -35,27 +35,6 @@ class TokenBucket:
         if len(self.full_at) > self._max_addresses:
             self.full_at.popitem(last=False)
         return missing_s
-
-
-class ConcurrencyLimiter:
-    """Open requests per client address, at most `limit` (0 for any number); an address without any takes no memory."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self.open = limit, Counter[str]()
-
-    @contextmanager
-    def request(self, address: str) -> Iterator[bool]:
-        """Count a request for as long as the context lasts; yields whether it is within the limit."""
-        if self.open[address] >= self._limit > 0:
-            yield False
-            return
-        self.open[address] += 1
-        try:
-            yield True
-        finally:
-            self.open[address] -= 1
-            if not self.open[address]:
-                del self.open[address]
 
 
 def client_address(scope: Scope, proxies: int) -> str:

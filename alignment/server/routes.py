@@ -37,16 +37,6 @@ OWN_NAMES = frozenset(
 """First parts of the addresses above; none may begin a root path."""
 
 
-def strip_root_path(root_path: str, path: str) -> str | None:
-    """Take the page's own path off an address where a reverse proxy has left it on.
-
-    Returns None for the root path without its slash, relative to which a browser would look for files in vain.
-    """
-    if not root_path or not f"{path}/".startswith(f"{root_path}/"):
-        return path
-    return path[len(root_path) :] or None
-
-
 def route_kind(method: str, path: str) -> RouteKind | None:
     """Classify a request; None if there is nothing at its address."""
     request = f"{method} {path.rstrip('/') or '/'}"

@@ -23,18 +23,14 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from alignment import __version__
+from alignment.server import gradio_internals
 from alignment.server.errors import ServiceError, Translate
-from alignment.server.gradio_internals import (
-    LightSessions,
-    QueueJanitor,
-    blocks_of,
-    configure_uvicorn,
-    harden_mcp,
-    queue_status,
-)
+from alignment.server.gradio_internals import blocks_of, queue_status
+from alignment.server.limits import TokenBucket
 from alignment.server.logging import log_event
-from alignment.server.middleware import GuardedRequest, RequestGuard
+from alignment.server.middleware import GuardedRequest, guard_requests
 from alignment.server.routes import UPLOAD
+from alignment.server.sessions import SessionOwners
 from alignment.server.settings import Settings
 from alignment.server.uploads import UploadQuota, receive_upload
 from alignment.signals import handle_signals
@@ -44,6 +40,7 @@ logger = logging.getLogger(__name__)
 CLEAN_UP_PERIOD_S = 10.0
 MAX_IDLE_SESSIONS = 2000  # with an answer that their client has not fetched
 _ANSWER_AGE_S = 300.0  # for which an answer waits for a program to fetch it
+_UPLOAD_RATE = 4  # times the rate: a client's photos come one by one
 _CONNECTIONS_PER_REQUEST = 2  # a browser opens some ahead
 _POLL_S = 0.1
 _DELIVERY_S = 2.0  # for which an answer waits at the end for a client that may never fetch it
@@ -71,13 +68,15 @@ def _call_libc(name: str, *args: int) -> None:
 
 
 class Service:
-    """What stands around the page: limits before it, clean-up behind it, and how it is stopped."""
+    """What stands around the page: limits and what counts for them, clean-up, and how it is stopped."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self.uploads, self.token = UploadQuota(self.settings), secrets.token_urlsafe(24)
+        counted, uploads = TokenBucket(self.settings.rate), TokenBucket(self.settings.rate * _UPLOAD_RATE)
+        self.rates = {"call": counted, "page": counted, "upload": uploads}
+        self.uploads, self.owners, self.token = UploadQuota(self.settings), SessionOwners(), secrets.token_urlsafe(24)
         self.stopping, self.since = threading.Event(), time.monotonic()
-        self.requests = set[GuardedRequest]()  # calls and uploads under way
+        self.requests = set[GuardedRequest]()  # that are open
 
     def launch_options(
         self,
@@ -94,13 +93,13 @@ class Service:
         """
         settings = self.settings
         # Behind a reverse proxy all connections are the proxy's.
-        configure_uvicorn(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
+        gradio_internals.configure_uvicorn(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
         health = Route("/healthz", partial(self._health, describe))
         receive = partial(receive_upload, self.uploads, max_file_mb)
         upload = [Route(path, receive, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
         app_kwargs = {
             "routes": [health, *upload, *routes],
-            "middleware": [Middleware(RequestGuard, self, translate)],
+            "middleware": [Middleware(guard_requests, self, translate)],
             "exception_handlers": dict.fromkeys((RequestValidationError, HTTPException), _refuse),
             "lifespan": self._clean_up,
         }
@@ -131,7 +130,8 @@ class Service:
         begun = busy_at = now = time.monotonic()
         while (now := time.monotonic()) - begun < self.settings.stop_seconds:
             status = queue_status(page)
-            if status.waiting or status.active or self.requests:
+            works = any(request.kind in ("call", "upload") for request in list(self.requests))
+            if status.waiting or status.active or works:
                 busy_at = now
             elif not status.undelivered or now - busy_at > _DELIVERY_S:
                 break
@@ -153,14 +153,15 @@ class Service:
     async def _clean_up(self, app: Any) -> AsyncIterator[None]:
         """Prepare the page before it is served, and clean up periodically for as long as it is."""
         page, kept_s = blocks_of({"app": app}), 60 * self.settings.keep_minutes
-        harden_mcp(page)
-        LightSessions(page, self.settings.sessions_mb * 2**20, kept_s)
-        janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
-        task = asyncio.create_task(self._clean_up_forever(janitor, kept_s))
-        yield
-        task.cancel()
+        gradio_internals.harden_mcp(page)
+        gradio_internals.LightSessions(page, self.settings.sessions_mb * 2**20, kept_s)  # in the place of Gradio's
+        janitor = gradio_internals.QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(self._clean_up_forever(janitor, kept_s))
+            yield
+            task.cancel()
 
-    async def _clean_up_forever(self, janitor: QueueJanitor, kept_s: float) -> None:
+    async def _clean_up_forever(self, janitor: gradio_internals.QueueJanitor, kept_s: float) -> None:
         while True:
             await asyncio.sleep(CLEAN_UP_PERIOD_S)
             try:

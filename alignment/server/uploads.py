@@ -47,9 +47,6 @@ def upload_folder() -> Path:
     return Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
 
 
-# ---------------------------------------------------------------- the folder of this process
-
-
 @contextmanager
 def process_folder() -> Iterator[Path]:
     """Make a folder of random name for Gradio and all temporary files of this process, and delete it at the end.
@@ -79,9 +76,6 @@ def _remove_orphans(base: Path) -> None:
                 shutil.rmtree(path.with_name(path.name.removesuffix(_LOCK)), ignore_errors=True)
                 path.unlink(missing_ok=True)
             logger.info("Deleted the uploads of a process that was killed")
-
-
-# ---------------------------------------------------------------- quotas
 
 
 @dataclass(eq=False)
@@ -160,9 +154,6 @@ class UploadQuota:
         if is_full or shutil.disk_usage(upload_folder()).free < bytes + _SPARE_MB * _MB:
             return ServiceError("service.full")
         return None
-
-
-# ---------------------------------------------------------------- the route
 
 
 async def receive_upload(quota: UploadQuota, max_file_mb: int, request: Request) -> JSONResponse:
