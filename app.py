@@ -193,10 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_size_options(args.max_megapixels, args.max_aspect_ratio)
         engine = load_engine(args)
         photos = background_scan(engine, args)
-        with server.process_folder() as folder:
-            service = server.Service(server.Settings.from_args(args), folder)
-            with service.handle_signals():  # from here on a signal stops the app in order
-                serve(engine, args, service, photos)
+        service = server.Service(server.Settings.from_args(args))
+        with server.process_folder(), service.handle_signals():  # from here on a signal stops the app in order
+            serve(engine, args, service, photos)
     except (OSError, ValueError) as error:  # mistakes of the operator
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2

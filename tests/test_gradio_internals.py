@@ -92,7 +92,7 @@ def page(gate, tmp_path_factory) -> Iterator[Recorder]:
         configure_uvicorn(0)
         page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, mcp_server=True)
         harden_mcp(page)
-        LightSessions(page, 10**9)
+        LightSessions(page, 10**9, 3600)
         yield page
         gate.set()
         page.close()
@@ -155,7 +155,7 @@ def test_the_queue_tells_what_waits_and_forgets_only_what_is_over(page, gate):
     janitor = QueueJanitor(page, max_age_s=3600, max_idle=1)
 
     def known() -> list[str]:
-        return [id for id in ids if streaming_session(page, event_id=id)]
+        return [id for id in ids if streaming_session(page, id)]
 
     ids = [call(page, "wait", "x") for _ in range(3)]  # one runs, two wait
     until(lambda: (queue_status(page).waiting, queue_status(page).active) == (2, 1))
@@ -221,15 +221,21 @@ def test_sessions_describe_no_components_and_are_bounded(page):
     assert "bob" in sessions
     assert len(list(sessions["bob"].components)) < len(page.blocks)
     until(lambda: not queue_status(page).active)
-    sessions.expire(60)
+    sessions.delete_all_expired_state()
     assert "bob" in sessions.time_last_used
-    sessions.expire(0)
+    expire_all(sessions)
     assert "bob" not in sessions
     assert "bob" not in sessions.time_last_used
 
 
+def expire_all(sessions: LightSessions) -> None:
+    before, sessions.max_idle_s = sessions.max_idle_s, 0
+    sessions.delete_all_expired_state()
+    sessions.max_idle_s = before
+
+
 def test_a_call_without_a_session_opens_none(page):
-    page.state_holder.expire(0)
+    expire_all(page.state_holder)
     assert "event: complete" in fetch(page, "keep", call(page, "keep", "x"))
     assert not page.state_holder.session_data
 

@@ -59,7 +59,7 @@ def serve(echo, tmp_path, monkeypatch) -> Iterator[Callable[..., TestClient]]:
     with ExitStack() as stack:
 
         def start(**settings: Any) -> TestClient:
-            service = Service(Settings(**settings), tmp_path / "uploads")
+            service = Service(Settings(**settings))
             with GuardedBlocks(analytics_enabled=False) as page:
                 gr.api(echo.echo, api_name="echo", concurrency_id="echo", concurrency_limit=AT_ONCE)
             page.queue(max_size=100, api_open=False)
@@ -185,6 +185,7 @@ def test_open_requests_are_counted(serve, echo):
     echo.may_go_on.set()
     waiting.join(60)
     until(lambda: ask(client).status_code == 200)
+    until(lambda: not client.service.requests)  # none takes memory once it is answered
 
 
 # ---------------------------------------------------------------- uploads

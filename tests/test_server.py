@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import sys
-import time
 import tomllib
 from argparse import ArgumentParser, Namespace
 from typing import Any
@@ -17,14 +16,14 @@ import uvicorn
 import alignment
 import app
 from alignment.server import Settings, add_options, limit_arenas, process_folder
-from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
+from alignment.server.limits import TokenBucket, client_address
 from alignment.server.logging import HumanFormatter, JsonFormatter
 from alignment.server.page import is_possible_path
 from alignment.server.routes import log_name
 from alignment.server.service import trim_memory
 from alignment.server.sessions import SessionOwners, new_cookie
 from alignment.server.settings import variable
-from alignment.server.uploads import expire_files
+from alignment.server.uploads import UploadQuota
 
 # ---------------------------------------------------------------- settings
 
@@ -113,20 +112,15 @@ def test_a_bucket_holds_half_a_minute_and_refills_steadily():
 def test_no_rate_is_no_limit():
     rate = TokenBucket(0)
     assert not any(rate.wait("a") for _ in range(1000))
-    assert len(rate) == 0
+    assert not rate.full_at
 
 
 def test_limits_take_bounded_memory():
     rate = TokenBucket(2, max_addresses=10)
     for number in range(100):
         rate.wait(str(number))
-    assert len(rate) == 10
+    assert len(rate.full_at) == 10
     assert rate.wait("99") > 0  # the last is remembered
-    limiter = ConcurrencyLimiter(1)
-    for number in range(100):
-        with limiter.request(str(number)) as first, limiter.request(str(number)) as second:
-            assert (first, second) == (True, False)
-    assert len(limiter) == 0
 
 
 @pytest.mark.parametrize(
@@ -163,7 +157,7 @@ def test_a_session_belongs_to_the_browser_that_began_it():
     assert not owners.admit("session", "bob")
     assert not owners.admit("session", "")
     assert owners.admit("program", "")
-    assert len(owners) == 1  # a session without a cookie takes no memory
+    assert len(owners.cookies) == 1  # a session without a cookie takes no memory
     assert owners.admit("program", "later")
 
 
@@ -191,29 +185,28 @@ def test_the_folder_of_a_process_goes_with_it_and_others_stay(tmp_path, monkeypa
         assert folder.stat().st_mode & 0o077 == 0
         (folder / "a" / "b").mkdir(parents=True)
         (folder / "a" / "b" / "x.png").write_bytes(b"x")
-        with process_folder(tmp_path):
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+        with process_folder():
             assert folder.is_dir()
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_files_that_were_not_used_for_long_expire_with_their_folders(tmp_path):
-    old, new = tmp_path / "old" / "deep" / "x.png", tmp_path / "new" / "y.png"
-    for file in (old, new):
-        file.parent.mkdir(parents=True)
-        file.write_bytes(b"x")
-    expire_files(tmp_path, 3600)
-    assert old.exists()
-    assert new.exists()
-    time.sleep(0.05)
-    new.write_bytes(b"y")
-    expire_files(tmp_path, 0.04)
-    assert (old.exists(), new.exists()) == (False, True)
-    end = time.monotonic() + 60
-    while list(tmp_path.iterdir()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-        expire_files(tmp_path, 0.01)
+def test_files_that_were_not_used_for_long_expire_with_their_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    quota = UploadQuota(Settings(client_files=1))
+    with quota.batch("anna", 1) as old:
+        (old.folder / "x.png").write_bytes(b"x")
+    with quota.batch("bob", 1) as arriving:
+        (arriving.folder / "y.png").write_bytes(b"y")
+        quota.collect(3600)
+        assert old.folder.exists()
+        quota.collect(-1)
+        assert list(tmp_path.iterdir()) == [arriving.folder]
+    with quota.batch("anna", 1):  # the expired file counts no more
+        pass
+    quota.collect(-1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_free_memory_is_returned(monkeypatch):

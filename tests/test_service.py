@@ -65,7 +65,7 @@ def serve(engine, tmp_path, monkeypatch) -> Iterator[Callable[..., httpx.Client]
     open_now: list[Any] = []
 
     def start(*, mcp: bool = False, **settings: Any) -> httpx.Client:
-        service = Service(Settings(**settings), tmp_path / "uploads")
+        service = Service(Settings(**settings))
         page = app.build_page(engine, "en", service.settings.queue)
         options = app.launch_options(engine, service)
         _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", mcp_server=mcp, **options)
@@ -207,14 +207,14 @@ def test_a_slow_sender_is_refused_and_nothing_stays(serve, monkeypatch, tmp_path
 def test_an_announced_upload_reserves_nothing(serve):
     client = serve(disk_mb=2, client_mb=2)
     with connect(client, f"{UPLOAD}Content-Length: {2 * 2**20 - 9}\r\n\r\n--b\r\n".encode()):
-        until(lambda: len(client.service.uploads) == 1)
+        until(lambda: len(client.service.uploads.batches) == 1)
         assert client.post("/gradio_api/upload", files={"files": ("a.png", b"x" * 900_000)}).status_code == 200
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(serve, tmp_path):
     client = serve()
     connect(client, f"{UPLOAD}Content-Length: {2**20}\r\n\r\n".encode() + PART).close()
-    until(lambda: not len(client.service.uploads) and not list((tmp_path / "uploads").rglob("*")))
+    until(lambda: not client.service.uploads.batches and not list((tmp_path / "uploads").rglob("*")))
 
 
 # ---------------------------------------------------------------- sessions and the end
@@ -271,7 +271,7 @@ def test_a_stop_waits_for_an_upload_under_way(serve):
         connect(client, f"{UPLOAD}Content-Length: {len(whole)}\r\n\r\n".encode() + whole[:-9]) as sender,
         ThreadPoolExecutor(1) as pool,
     ):
-        until(lambda: len(client.service.uploads) == 1)
+        until(lambda: len(client.service.uploads.batches) == 1)
         client.service.stopping.set()
         ended = pool.submit(client.service.serve, client.page)
         with pytest.raises(TimeoutError):

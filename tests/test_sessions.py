@@ -41,7 +41,7 @@ def launched(tmp_path_factory) -> Iterator[GuardedBlocks]:
             thing, said, basket = gr.Textbox(), gr.Textbox(), session_state(FIRST)
             thing.submit(put, [thing, basket], [said, basket], api_name="put")
         page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
-        LightSessions(page, 10**9)
+        LightSessions(page, 10**9, 3600)
         yield page
         page.close()
 
@@ -49,7 +49,9 @@ def launched(tmp_path_factory) -> Iterator[GuardedBlocks]:
 @pytest.fixture
 def page(launched) -> GuardedBlocks:
     """The page without any session."""
-    launched.state_holder.expire(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launched.state_holder, "max_idle_s", -1)
+        launched.state_holder.delete_all_expired_state()
     assert not launched.state_holder.session_data
     return launched
 

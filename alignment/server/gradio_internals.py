@@ -12,9 +12,10 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import partial
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,16 +23,13 @@ import gradio as gr
 import uvicorn.config
 from gradio import routes
 from gradio.state_holder import SessionState, StateHolder
+from gradio_client.utils import is_file_obj_with_meta, traverse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from alignment.server.limits import ConcurrencyLimiter
 from alignment.server.sessions import estimate_bytes
 
-SUPPORTED_GRADIO = ("6.31", "6.32")
-"""The minor version that was tested, and the next one; requirements.txt says the same."""
-
-HEADER_TIMEOUT_S = 20.0
-"""From a connection, or the end of a response, to the last header of the next request."""
+SUPPORTED_GRADIO = ("6.31", "6.32")  # the minor version that was tested, and the next one; as in requirements.txt
+HEADER_TIMEOUT_S = 20.0  # from a connection, or the end of a response, to the last header of the next request
 
 
 def check_gradio(installed: str = gr.__version__) -> None:
@@ -81,10 +79,13 @@ def queue_status(page: gr.Blocks) -> QueueStatus:
     return QueueStatus(len(queue), queue.get_active_worker_count(), undelivered, queue.stopped)
 
 
-def streaming_session(page: gr.Blocks, session: str = "", event_id: str = "") -> str:
-    """Return the session, given or of an event, that may fetch messages, else ""; Gradio breaks off other streams."""
+def streaming_session(page: gr.Blocks, name: str) -> str:
+    """Return the session of this name, or of the event with this id, if messages of it are left to fetch, else "".
+
+    Gradio breaks off the streams of others.
+    """
     queue = page._queue
-    session = next((name for name, ids in queue.pending_event_ids_session.items() if event_id in ids), session)
+    session = next((session for session, ids in queue.pending_event_ids_session.items() if name in ids), name)
     return session if session in queue.pending_messages_per_session else ""
 
 
@@ -116,27 +117,25 @@ class QueueJanitor:
 
 
 class LightSessions(StateHolder):
-    """Gradio's sessions, without a configuration of every component for each, and bounded in bytes.
+    """Gradio's sessions, without a configuration of every component for each, and bounded in bytes and in age.
 
     Gradio describes every component of the page for each new session, and opens one for every API call that names none:
     15 ms and 0.3 MB for a query of 1 ms. The descriptions serve deep links, which this page does not make.
     """
 
-    def __init__(self, page: gr.Blocks, max_bytes: float) -> None:
-        """Keep the sessions of a page; beyond so many bytes, as estimated, drop those not used for longest."""
+    def __init__(self, page: gr.Blocks, max_bytes: float, max_idle_s: float) -> None:
+        """Drop a page's sessions after `max_idle_s`, and beyond `max_bytes`, as estimated, those used longest ago."""
         super().__init__()
-        self.max_bytes, self._sizes = max_bytes, dict[str, int]()
+        self.max_bytes, self.max_idle_s, self._sizes = max_bytes, max_idle_s, dict[str, int]()
+        self._unfinished = page._queue.event_ids_to_events
         self.set_blocks(page)
         page.app.state_holder = self
+        self.blocks: Any = SimpleNamespace(default_config=page.default_config, blocks={})  # that a session describes
 
     def __getitem__(self, session_id: str) -> SessionState:
         """Return a session, new where it is unknown."""
-        if session_id not in self.session_data:
-            page: Any = SimpleNamespace(default_config=self.blocks.default_config, blocks={})
-            session = SessionState(page)
-            if session_id in self.blocks._queue.event_ids_to_events:  # a call without a session: its id is the event's
-                return session
-            self.session_data[session_id] = session
+        if session_id not in self.session_data and session_id in self._unfinished:
+            return SessionState(self.blocks)  # is not kept: a call without a session has its event's id for one
         return super().__getitem__(session_id)
 
     def update(self, session_id: str) -> None:
@@ -149,9 +148,9 @@ class LightSessions(StateHolder):
             while (surplus := self._surplus(session_id)) is not None:
                 self._drop(surplus)
 
-    def expire(self, seconds: float) -> None:
-        """Drop sessions that were not used for so long."""
-        limit = datetime.now() - timedelta(seconds=seconds)
+    def delete_all_expired_state(self) -> None:
+        """Drop sessions that were idle for too long; Gradio calls this every second."""
+        limit = datetime.now() - timedelta(seconds=self.max_idle_s)
         with self.lock:
             for session_id in [name for name, used in self.time_last_used.items() if used < limit]:
                 self._drop(session_id)
@@ -172,25 +171,19 @@ class LightSessions(StateHolder):
 def harden_mcp(page: gr.Blocks) -> None:
     """Let a page's MCP tools answer in JSON, and open no file of this machine that an agent names.
 
-    Gradio writes answers as Python's `str`. Its client in this process uploads the file at any path in the arguments;
-    here only the bare path is passed on, which is an earlier upload or refused.
+    Gradio writes answers as Python's `str`. Its client in this process uploads what is a file object in the arguments
+    from any path; here only the bare path is passed on, which is an earlier upload or refused.
     """
     tools: Any = page.mcp_server_obj
     if tools is None:
         return
     text = partial(tools.types.TextContent, type="text")
-    tools.convert_strings_to_filedata = lambda value, positions: _bare_paths(value)
+    tools.convert_strings_to_filedata = lambda value, positions: traverse(
+        value, itemgetter("path"), is_file_obj_with_meta
+    )
     tools.postprocess_output_data = lambda answers, root_url: [
         text(text=json.dumps(answer, ensure_ascii=False)) for answer in answers
     ]
-
-
-def _bare_paths(value: Any) -> Any:
-    """Replace each file object by its path, at any depth."""
-    if isinstance(value, dict):
-        path = value.get("path")
-        return path if isinstance(path, str) else {name: _bare_paths(part) for name, part in value.items()}
-    return [_bare_paths(part) for part in value] if isinstance(value, list) else value
 
 
 def configure_uvicorn(max_connections: int) -> None:
@@ -198,7 +191,7 @@ def configure_uvicorn(max_connections: int) -> None:
 
     An address may hold so many connections, 0 for any number. uvicorn's own handlers would write another format.
     """
-    HeaderTimeoutProtocol.limiter = ConcurrencyLimiter(max_connections)
+    HeaderTimeoutProtocol.max_connections = max_connections
     uvicorn.config.HTTP_PROTOCOLS["auto"] = HeaderTimeoutProtocol  # type: ignore[assignment]  # a class does as well
     uvicorn.config.LOGGING_CONFIG["loggers"] = {}
 
@@ -210,17 +203,18 @@ class HeaderTimeoutProtocol(H11Protocol):
     minute would hold a socket of the process for ever, before any middleware sees it.
     """
 
-    limiter: ClassVar = ConcurrencyLimiter(0)
+    max_connections: ClassVar = 0
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Count the connection and start the timer."""
+        """Start the timer, or close a connection too many."""
         super().connection_made(transport)
-        self._counted = ExitStack()
-        if self._counted.enter_context(self.limiter.request(self.client[0] if self.client else "")):
-            self._set_timer(True)
-        else:
+        self.address = self.client[0] if self.client else ""
+        held = sum(getattr(other, "address", None) == self.address for other in self.connections)
+        if held > self.max_connections > 0:
             transport.abort()
+        else:
+            self._set_timer(True)
 
     def data_received(self, data: bytes) -> None:
         """Stop the timer once a request is complete, start it after the response."""
@@ -228,9 +222,8 @@ class HeaderTimeoutProtocol(H11Protocol):
         self._set_timer(self.cycle is None or self.cycle.response_complete)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Remove the connection from the count."""
+        """Stop the timer."""
         self._set_timer(False)
-        self._counted.close()
         super().connection_lost(exc)
 
     def _set_timer(self, runs: bool) -> None:

@@ -1,9 +1,9 @@
-"""Server, limits: token buckets and open requests per client address, in bounded memory."""
+"""Server, limits: the rate of each client address, in bounded memory, and what its address is."""
 
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from starlette.types import Scope
@@ -22,46 +22,19 @@ class TokenBucket:
         self._interval_s = 60 / per_minute if per_minute else 0.0  # between two tokens
         self._filling_s = max(1.0, per_minute * _BURST) * self._interval_s  # of an empty bucket
         self._clock, self._max_addresses = clock, max_addresses
-        self._full_at: OrderedDict[str, float] = OrderedDict()  # address -> when its bucket is full again
-
-    def __len__(self) -> int:
-        return len(self._full_at)
+        self.full_at = OrderedDict[str, float]()  # address -> when its bucket is full again
 
     def wait(self, address: str) -> float:
         """Take a token; returns 0, or the seconds until there is one."""
         if not self._interval_s:
             return 0.0
         now = self._clock()
-        full_at = max(now, self._full_at.pop(address, now))
+        full_at = max(now, self.full_at.pop(address, now))
         missing_s = max(0.0, full_at + self._interval_s - now - self._filling_s)
-        self._full_at[address] = full_at if missing_s else full_at + self._interval_s
-        if len(self._full_at) > self._max_addresses:
-            self._full_at.popitem(last=False)
+        self.full_at[address] = full_at if missing_s else full_at + self._interval_s
+        if len(self.full_at) > self._max_addresses:
+            self.full_at.popitem(last=False)
         return missing_s
-
-
-class ConcurrencyLimiter:
-    """Open requests per client address, at most `limit` (0 for any number); an address without any takes no memory."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._open = limit, Counter[str]()
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    @contextmanager
-    def request(self, address: str) -> Iterator[bool]:
-        """Count a request for as long as the context lasts; yields whether it is within the limit."""
-        if self._open[address] >= self._limit > 0:
-            yield False
-            return
-        self._open[address] += 1
-        try:
-            yield True
-        finally:
-            self._open[address] -= 1
-            if not self._open[address]:
-                del self._open[address]
 
 
 def client_address(scope: Scope, proxies: int) -> str:

@@ -9,36 +9,31 @@ import math
 import os
 import secrets
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alignment.server import routes
 from alignment.server.errors import ServiceError, Translate
 from alignment.server.gradio_internals import blocks_of, queue_status, streaming_session
-from alignment.server.limits import ConcurrencyLimiter, TokenBucket, client_address
+from alignment.server.limits import client_address
 from alignment.server.logging import log_event
-from alignment.server.sessions import SessionOwners, cookie_of, new_cookie
+from alignment.server.sessions import COOKIE, new_cookie
 
 if TYPE_CHECKING:
     from alignment.server.service import Service
 
 logger = logging.getLogger(__name__)
 
-GUARDED = "alignment.request"
-"""Key of the ASGI scope under which its `GuardedRequest` is passed on."""
-
-INTERNAL_TOKEN_HEADER = "x-alignment-internal"
-"""Carries a random token in requests that this process makes to itself for its MCP tools; they pass without limits."""
-
-BODY_TIMEOUT_S = 60.0
-"""For each megabyte of a body."""
-
+GUARDED = "alignment.request"  # key of the ASGI scope under which its `GuardedRequest` is passed on
+INTERNAL_TOKEN_HEADER = "x-alignment-internal"  # for what this process requests of itself for MCP tools: no limits
+BODY_TIMEOUT_S = 60.0  # for the first megabyte of a body, and for each that has arrived
 _MB = 2**20
 _MAX_BODIES = 4  # requests of the largest size that may be arriving at once
-_UPLOAD_RATE = 4  # times the rate: a client's photos come one by one
 _SMALL = 2**16  # bytes; bodies of other requests
 _HUB = "https://huggingface.co https://*.huggingface.co https://*.hf.space"
 _HEADERS = {
@@ -55,150 +50,134 @@ _HEADERS = {
 }
 
 
-class RequestGuard:
-    """ASGI middleware with the limits of the service."""
+def guard_requests(app: ASGIApp, service: "Service", translate: Translate) -> ASGIApp:
+    """Wrap Gradio's app in ASGI middleware with the limits of the service."""
 
-    def __init__(self, app: ASGIApp, service: "Service", translate: Translate) -> None:
-        """Wrap Gradio's app."""
-        self.app, self.service, self.settings, self.translate = app, service, service.settings, translate
-        counted, uploads = TokenBucket(self.settings.rate), TokenBucket(self.settings.rate * _UPLOAD_RATE)
-        self.rates = {"call": counted, "page": counted, "upload": uploads}
-        self.open, self.owners = ConcurrencyLimiter(self.settings.at_once), SessionOwners()
-        self.arriving = 0  # bytes of calls that are being read
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it here."""
+    async def guarded_app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
+            await app(scope, receive, send)
         if scope["type"] != "http":
             return  # nothing here answers a websocket
-        path = routes.strip_root_path(self.settings.root_path, scope["path"])
-        if path is None:
+        path, root_path = scope["path"], service.settings.root_path
+        if f"{path}/".startswith(f"{root_path}/"):  # a reverse proxy has left it on
+            path = path.removeprefix(root_path)
+        if not path:  # without the slash a browser would look for the page's files beside the root path
             query = scope["query_string"].decode("latin-1")
-            await RedirectResponse(f"{self.settings.root_path}/?{query}".rstrip("?"))(scope, receive, send)
+            await RedirectResponse(f"{root_path}/?{query}".rstrip("?"))(scope, receive, send)
             return
         scope.update(path=path, root_path="")  # Gradio has its root path from `launch`
-        await GuardedRequest(self, scope, receive, send).answer()
+        await GuardedRequest(app, service, scope, receive, send).answer(translate)
+
+    return guarded_app
 
 
 class GuardedRequest:
     """One request on its way through; sizes in bytes."""
 
-    def __init__(self, guard: RequestGuard, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, app: ASGIApp, service: "Service", scope: Scope, receive: Receive, send: Send) -> None:
         self.id, self.begun = secrets.token_hex(8), time.monotonic()
-        self.client, self._cookie = client_address(scope, guard.settings.proxies), cookie_of(scope)
-        self._guard, self._scope, self._receive, self._send = guard, scope, receive, send
-        self._page, self._path, self._headers = blocks_of(scope), scope["path"], Headers(scope=scope)
-        self._kind = routes.route_kind(scope["method"], self._path)
+        self.client = client_address(scope, service.settings.proxies)
+        self.kind, self.received = routes.route_kind(scope["method"], scope["path"]), 0
+        self.count_upload: Callable[[int], None] | None = None  # set by the upload route
+        self._app, self._service, self._settings = app, service, service.settings
+        self._scope, self._receive, self._send = scope, receive, send
+        self._page, self._path, self._http = blocks_of(scope), scope["path"], HTTPConnection(scope)
+        self._cookie = self._http.cookies.get(COOKIE, "")
+        self._endpoints = {str(fn.api_name) for fn in self._page.fns.values()}
         self._is_agents = self._path.startswith(routes.MCP)
         self._error: ServiceError | None = None
-        self._received = self._sent = self._status = 0
-        self._is_whole, self._left_s = False, BODY_TIMEOUT_S
+        self._sent = self._status = 0
+        self._is_whole, self._body_end = False, b""
         scope[GUARDED] = self
 
     def may_use(self, session: str) -> bool:
         """Tell whether a session belongs to this request's browser."""
-        return self._guard.owners.admit(session, self._cookie)
+        return self._service.owners.admit(session, self._cookie)
 
-    async def answer(self) -> None:
+    async def answer(self, translate: Translate) -> None:
         """Pass the request on to Gradio, or refuse it, and log it."""
-        guard, work = self._guard, self._guard.service.requests
-        with guard.open.request(self.client) as has_room:
-            try:
-                self._check(has_room)
-                if self._kind in ("call", "upload"):
-                    work.add(self)
-                if self._is_agents:
-                    self._pass_token_on()
-                await guard.app(self._scope, self._read, self._write)
-            except Exception as error:
-                self._error = self._error or self._service_error(error)
-                if not self._status:  # the answer has not begun
-                    response = self._error.response(self._headers, guard.translate)
-                    await response(self._scope, self._receive, self._respond)
-            finally:
-                work.discard(self)
-                guard.arriving -= self._received if self._kind == "call" else 0
-                self._log()
+        self._service.requests.add(self)
+        try:
+            self._check()
+            if self._is_agents:  # its tool makes a request with these headers, which is not counted again
+                headers = MutableHeaders(scope=self._scope)
+                headers[INTERNAL_TOKEN_HEADER] = self._service.token
+                del headers["cookie"]  # the session of that request is shared by all agents
+            await self._app(self._scope, self._read, self._write)
+        except Exception as error:
+            self._error = self._error or self._service_error(error)
+            if not self._status:  # the answer has not begun
+                response = self._error.response(self._http.headers, translate)
+                await response(self._scope, self._receive, self._respond)
+        finally:
+            self._service.requests.discard(self)
+            self._log()
 
-    def _pass_token_on(self) -> None:
-        """Mark the request that Gradio makes for an agent's tool, with the headers of this one, as counted here.
-
-        Its session is shared by all agents, and so belongs to no cookie.
-        """
-        headers = [(name, value) for name, value in self._scope["headers"] if name != b"cookie"]
-        token = self._guard.service.token.encode()
-        self._scope["headers"] = [*headers, (INTERNAL_TOKEN_HEADER.encode(), token)]
-
-    def _check(self, has_room: bool) -> None:
-        guard, kind = self._guard, self._kind
-        token = self._headers.get(INTERNAL_TOKEN_HEADER, "").encode()
+    def _check(self) -> None:
+        """Raise ServiceError where the request is not served."""
+        service, kind = self._service, self.kind
+        token = self._http.headers.get(INTERNAL_TOKEN_HEADER, "").encode()
         if kind is None:
             raise ServiceError("service.closed")
-        if kind == "health" or (not self._is_agents and secrets.compare_digest(token, guard.service.token.encode())):
+        if kind == "health" or secrets.compare_digest(token, service.token.encode()):
             return
-        if not has_room:
+        if sum(other.client == self.client for other in service.requests) > self._settings.at_once > 0:
             raise ServiceError("service.open")
-        if kind in ("call", "upload") and guard.service.stopping.is_set():
+        if kind in ("call", "upload") and service.stopping.is_set():
             raise ServiceError("service.stopping")
-        if kind in guard.rates and (seconds := math.ceil(guard.rates[kind].wait(self.client))):
+        if kind in service.rates and (seconds := math.ceil(service.rates[kind].wait(self.client))):
             raise ServiceError("service.rate", retry_s=seconds, seconds=seconds)
         if kind == "call":
-            self._check_call()
-        if kind == "stream" and not self._is_agents:  # all agents share a session
-            self._check_session()
+            self._check_size(int(self._http.headers.get("content-length", 0)))
+            if queue_status(self._page).waiting >= self._settings.queue:
+                raise ServiceError("service.queue")
+            endpoint = routes.called_endpoint(self._path)
+            if endpoint is not None and endpoint not in self._endpoints | {"predict"}:  # any function, by its number
+                raise ServiceError("service.closed")
+        if kind == "stream" and not self._is_agents and not self._may_stream():  # all agents share a session
+            raise ServiceError("service.closed")
+
+    def _may_stream(self) -> bool:
+        """Tell whether the messages asked for are those of a known session, and of no other browser's."""
+        name = self._path.rstrip("/").rpartition("/")[2]
+        if self._path.startswith(routes.QUEUE_DATA):
+            name = self._http.query_params.get("session_hash", "")
+        session = name if self._path.startswith(routes.HEARTBEAT) else streaming_session(self._page, name)
+        return bool(session) and self.may_use(session)
 
     def _check_size(self, size: int) -> None:
-        if size > self._guard.settings.request_mb * _MB:
-            raise ServiceError("service.size", limit=f"{self._guard.settings.request_mb:g}")
-
-    def _check_call(self) -> None:
-        self._check_size(int(self._headers.get("content-length", 0)))
-        if queue_status(self._page).waiting >= self._guard.settings.queue:
-            raise ServiceError("service.queue")
-        endpoint = routes.called_endpoint(self._path)
-        if endpoint is not None and endpoint not in self._endpoints() | {"predict"}:  # any function, by its number
-            raise ServiceError("service.closed")
-
-    def _check_session(self) -> None:
-        """Refuse messages of unknown sessions, and those of other browsers' sessions."""
-        path, query = self._path.rstrip("/"), QueryParams(self._scope["query_string"])
-        session = name = path.rpartition("/")[2]
-        if path == routes.QUEUE_DATA:
-            session = streaming_session(self._page, query.get("session_hash", ""))
-        elif not path.startswith(routes.HEARTBEAT):
-            session = streaming_session(self._page, event_id=name)
-        if not session or not self.may_use(session):
-            raise ServiceError("service.closed")
-
-    def _endpoints(self) -> set[str]:
-        return {str(fn.api_name) for fn in self._page.fns.values()}
+        if size > self._settings.request_mb * _MB:
+            raise ServiceError("service.size", limit=f"{self._settings.request_mb:g}")
 
     async def _read(self) -> Message:
         """Receive a part of the body, in time and within its limit."""
         if self._is_whole:
             return await self._receive()  # waits for the client to disconnect
-        begun, megabytes = time.monotonic(), self._received // _MB
+        due = self.begun + BODY_TIMEOUT_S * (1 + self.received // _MB)
         try:
-            message = await asyncio.wait_for(self._receive(), self._left_s)
-            self._count(len(message.get("body", b"")))
+            async with asyncio.timeout(due - time.monotonic()):
+                message = await self._receive()
+            self._is_whole = not message.get("more_body")
+            self._count(message.get("body", b""))
         except (TimeoutError, ServiceError) as error:
             # The framework would answer in its own way; `_write` raises this instead.
             self._error = error if isinstance(error, ServiceError) else ServiceError("service.slow")
             raise self._error from None
-        waited = time.monotonic() - begun
-        self._left_s = BODY_TIMEOUT_S if self._received // _MB > megabytes else self._left_s - waited
-        self._is_whole = not message.get("more_body")
         return message
 
-    def _count(self, size: int) -> None:
-        self._received += size
-        if self._kind == "call":
-            self._guard.arriving += size
-            if self._guard.arriving > _MAX_BODIES * self._guard.settings.request_mb * _MB:
+    def _count(self, body: bytes) -> None:
+        self.received += len(body)
+        if self.kind == "call":
+            arriving = sum(other.received for other in self._service.requests if other.kind == "call")
+            if arriving > _MAX_BODIES * self._settings.request_mb * _MB:
                 raise ServiceError("service.queue")
-            self._check_size(self._received)
-        elif self._kind != "upload" and self._received > _SMALL:  # `UploadQuota` counts uploads
+            self._check_size(self.received)
+        elif self.count_upload:
+            self.count_upload(len(body))
+            self._body_end = (self._body_end + body)[-4:]
+            if self._is_whole and not self._body_end.rstrip().endswith(b"--"):  # its last file is cut off
+                raise ServiceError("upload.lost")
+        elif self.received > _SMALL:
             raise ServiceError("service.request", status=413)
 
     async def _write(self, message: Message) -> None:
@@ -212,7 +191,7 @@ class GuardedRequest:
             headers = MutableHeaders(scope=message)
             headers.update({**_HEADERS, "X-Request-ID": self.id})
             if self._path == "/" and not self._cookie:
-                headers.append("Set-Cookie", new_cookie(self._scope, self._guard.settings.root_path))
+                headers.append("Set-Cookie", new_cookie(self._scope, self._settings.root_path))
         self._sent += len(message.get("body", b""))
         await self._send(message)
 
@@ -224,19 +203,19 @@ class GuardedRequest:
         """
         if isinstance(error, ServiceError):
             return error
-        if isinstance(error, OSError) and self._kind == "asset":  # a name that no file can have
+        if isinstance(error, OSError) and self.kind == "asset":  # a name that no file can have
             return ServiceError("service.closed")
-        if self._kind == "call" and not isinstance(error, OSError | RuntimeError | MemoryError):
+        if self.kind == "call" and not isinstance(error, OSError | RuntimeError | MemoryError):
             logger.info("Gradio could not read a call", exc_info=error)
             return ServiceError("service.request")
         logger.exception("A request failed")
         return ServiceError("internal")
 
     def _log(self) -> None:
-        if self._error is None and self._kind not in ("call", "upload") and self._status < 500:
+        if self._error is None and self.kind not in ("call", "upload") and self._status < 500:
             return
         outcome = self._error.word if self._error else "ok" if self._status < 400 else "error"
-        endpoint = routes.log_name(self._path, self._endpoints()) if self._kind else "none"
+        endpoint = routes.log_name(self._path, self._endpoints) if self.kind else "none"
         ms = round((time.monotonic() - self.begun) * 1000, 1)
         numbers = {"ms": ms, "outcome": outcome, "status": self._status}
-        log_event(logger, "request", id=self.id, endpoint=endpoint, **numbers, received=self._received, sent=self._sent)
+        log_event(logger, "request", id=self.id, endpoint=endpoint, **numbers, received=self.received, sent=self._sent)

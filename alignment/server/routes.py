@@ -37,16 +37,6 @@ OWN_NAMES = frozenset(
 """First parts of the addresses above; none may begin a root path."""
 
 
-def strip_root_path(root_path: str, path: str) -> str | None:
-    """Take the page's own path off an address where a reverse proxy has left it on.
-
-    Returns None for the root path without its slash, relative to which a browser would look for files in vain.
-    """
-    if not root_path or not f"{path}/".startswith(f"{root_path}/"):
-        return path
-    return path[len(root_path) :] or None
-
-
 def route_kind(method: str, path: str) -> RouteKind | None:
     """Classify a request; None if there is nothing at its address."""
     request = f"{method} {path.rstrip('/') or '/'}"
@@ -55,14 +45,13 @@ def route_kind(method: str, path: str) -> RouteKind | None:
 
 def called_endpoint(path: str) -> str | None:
     """Return the API name in a call's address, such as "search_images"; None for other addresses."""
-    found = re.match(r"/+gradio_api/+(?:call|run)(?:$|/+(?:v2(?:$|/+))?([^/]*))", path)
-    return (found[1] or "") if found else None
+    found = re.match(r"/gradio_api/(?:call|run)/(?:v2/)?([^/]*)", path)
+    return found[1] if found else None
 
 
 def log_name(path: str, endpoints: Collection[str]) -> str:
     """Name what is requested, for the log; a name that is none of `endpoints` becomes "other"."""
-    parts = [part for part in path.split("/") if part]
+    parts = path.removeprefix("/gradio_api").strip("/").split("/")
     if (endpoint := called_endpoint(path)) is not None:
-        return f"{parts[1]}/{endpoint if endpoint in endpoints else 'other'}"
-    place = parts[1:] if parts[:1] == ["gradio_api"] else parts
-    return "/".join(place[:2]) if place[:1] == ["queue"] else (place or ["page"])[0]
+        return f"{parts[0]}/{endpoint if endpoint in endpoints else 'other'}"
+    return "/".join(parts[:2]) if parts[0] == "queue" else parts[0] or "page"

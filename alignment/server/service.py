@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import gradio as gr
@@ -24,20 +23,16 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from alignment import __version__
+from alignment.server import gradio_internals
 from alignment.server.errors import ServiceError, Translate
-from alignment.server.gradio_internals import (
-    LightSessions,
-    QueueJanitor,
-    blocks_of,
-    configure_uvicorn,
-    harden_mcp,
-    queue_status,
-)
+from alignment.server.gradio_internals import blocks_of, queue_status
+from alignment.server.limits import TokenBucket
 from alignment.server.logging import log_event
-from alignment.server.middleware import GuardedRequest, RequestGuard
+from alignment.server.middleware import GuardedRequest, guard_requests
 from alignment.server.routes import UPLOAD
+from alignment.server.sessions import SessionOwners
 from alignment.server.settings import Settings
-from alignment.server.uploads import UploadQuota, expire_files, receive_upload
+from alignment.server.uploads import UploadQuota, receive_upload
 from alignment.signals import handle_signals
 
 logger = logging.getLogger(__name__)
@@ -45,6 +40,7 @@ logger = logging.getLogger(__name__)
 CLEAN_UP_PERIOD_S = 10.0
 MAX_IDLE_SESSIONS = 2000  # with an answer that their client has not fetched
 _ANSWER_AGE_S = 300.0  # for which an answer waits for a program to fetch it
+_UPLOAD_RATE = 4  # times the rate: a client's photos come one by one
 _CONNECTIONS_PER_REQUEST = 2  # a browser opens some ahead
 _POLL_S = 0.1
 _DELIVERY_S = 2.0  # for which an answer waits at the end for a client that may never fetch it
@@ -72,14 +68,15 @@ def _call_libc(name: str, *args: int) -> None:
 
 
 class Service:
-    """What stands around the page: limits before it, clean-up behind it, and how it is stopped."""
+    """What stands around the page: limits and what counts for them, clean-up, and how it is stopped."""
 
-    def __init__(self, settings: Settings | None = None, folder: Path | None = None) -> None:
-        """Apply the settings; `folder` is where uploads lie, None where old files are not to be deleted."""
-        self.settings, self.folder = settings or Settings(), folder
-        self.uploads, self.token = UploadQuota(self.settings), secrets.token_urlsafe(24)
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        counted, uploads = TokenBucket(self.settings.rate), TokenBucket(self.settings.rate * _UPLOAD_RATE)
+        self.rates = {"call": counted, "page": counted, "upload": uploads}
+        self.uploads, self.owners, self.token = UploadQuota(self.settings), SessionOwners(), secrets.token_urlsafe(24)
         self.stopping, self.since = threading.Event(), time.monotonic()
-        self.requests = set[GuardedRequest]()  # calls and uploads under way
+        self.requests = set[GuardedRequest]()  # that are open
 
     def launch_options(
         self,
@@ -96,16 +93,17 @@ class Service:
         """
         settings = self.settings
         # Behind a reverse proxy all connections are the proxy's.
-        configure_uvicorn(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
-        guard = Middleware(RequestGuard, self, translate)
+        gradio_internals.configure_uvicorn(0 if settings.proxies else _CONNECTIONS_PER_REQUEST * settings.at_once)
         health = Route("/healthz", partial(self._health, describe))
         receive = partial(receive_upload, self.uploads, max_file_mb)
         upload = [Route(path, receive, methods=["POST"]) for path in (UPLOAD, f"{UPLOAD}/")]
-        app = {"routes": [health, *upload, *routes], "middleware": [guard], "lifespan": self._clean_up}
-        return {
-            "app_kwargs": {**app, "exception_handlers": {RequestValidationError: _refuse, HTTPException: _refuse}},
-            "root_path": settings.root_path,
+        app_kwargs = {
+            "routes": [health, *upload, *routes],
+            "middleware": [Middleware(guard_requests, self, translate)],
+            "exception_handlers": dict.fromkeys((RequestValidationError, HTTPException), _refuse),
+            "lifespan": self._clean_up,
         }
+        return {"app_kwargs": app_kwargs, "root_path": settings.root_path}
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
@@ -132,7 +130,8 @@ class Service:
         begun = busy_at = now = time.monotonic()
         while (now := time.monotonic()) - begun < self.settings.stop_seconds:
             status = queue_status(page)
-            if status.waiting or status.active or self.requests:
+            works = any(request.kind in ("call", "upload") for request in list(self.requests))
+            if status.waiting or status.active or works:
                 busy_at = now
             elif not status.undelivered or now - busy_at > _DELIVERY_S:
                 break
@@ -153,25 +152,21 @@ class Service:
     @asynccontextmanager
     async def _clean_up(self, app: Any) -> AsyncIterator[None]:
         """Prepare the page before it is served, and clean up periodically for as long as it is."""
-        page = blocks_of({"app": app})
-        harden_mcp(page)
-        sessions = LightSessions(page, self.settings.sessions_mb * 2**20)
-        janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
+        page, kept_s = blocks_of({"app": app}), 60 * self.settings.keep_minutes
+        gradio_internals.harden_mcp(page)
+        gradio_internals.LightSessions(page, self.settings.sessions_mb * 2**20, kept_s)  # in the place of Gradio's
+        janitor = gradio_internals.QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(self._clean_up_forever(sessions, janitor))
+            task = group.create_task(self._clean_up_forever(janitor, kept_s))
             yield
             task.cancel()
 
-    async def _clean_up_forever(self, sessions: LightSessions, janitor: QueueJanitor) -> None:
-        seconds = 60 * self.settings.keep_minutes
+    async def _clean_up_forever(self, janitor: gradio_internals.QueueJanitor, kept_s: float) -> None:
         while True:
             await asyncio.sleep(CLEAN_UP_PERIOD_S)
             try:
                 janitor.collect()
-                sessions.expire(seconds)
-                if self.folder:
-                    await run_sync(expire_files, self.folder, seconds)
-                self.uploads.collect_consumed()
+                self.uploads.collect(kept_s)
                 await run_sync(trim_memory)
             except Exception:  # logged whole; the loop goes on, or uploads and sessions would pile up until a restart
                 logger.exception("A clean-up failed")

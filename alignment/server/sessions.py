@@ -10,7 +10,6 @@ from dataclasses import is_dataclass
 from typing import Any, Self
 
 import gradio as gr
-from starlette.requests import HTTPConnection
 from starlette.types import Scope
 from torch import Tensor
 
@@ -46,29 +45,19 @@ def estimate_bytes(value: object) -> int:
 
 
 class SessionOwners:
-    """The cookie that each session belongs to."""
+    """The cookie that each session belongs to, in bounded memory."""
 
     def __init__(self) -> None:
-        self._cookies: OrderedDict[str, str] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._cookies)
+        self.cookies = OrderedDict[str, str]()  # session -> cookie, the least recently used first
 
     def admit(self, session: str, cookie: str) -> bool:
         """Tell whether a client may use a session; the first with a cookie becomes its owner."""
-        owner = self._cookies.get(session, cookie)
+        owner = self.cookies.pop(session, cookie)
         if owner:
-            self._cookies[session] = owner
-            self._cookies.move_to_end(session)
-        if len(self._cookies) > _MAX_SESSIONS:
-            self._cookies.popitem(last=False)
-        return secrets.compare_digest(owner, cookie)
-
-
-def cookie_of(scope: Scope) -> str:
-    """Read a browser's cookie; "" if it has none."""
-    value = HTTPConnection(scope).cookies.get(COOKIE, "")
-    return value if value.isascii() else ""
+            self.cookies[session] = owner
+        if len(self.cookies) > _MAX_SESSIONS:
+            self.cookies.popitem(last=False)
+        return secrets.compare_digest(owner.encode(), cookie.encode())
 
 
 def new_cookie(scope: Scope, root_path: str = "") -> str:

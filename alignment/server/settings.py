@@ -87,9 +87,6 @@ def _amount(kind: type[int] | type[float], text: str) -> float:
     return value
 
 
-# ---------------------------------------------------------------- host and port
-
-
 def read_port(text: str) -> int:
     """Parse a port number; for argparse."""
     if not text.isdecimal() or not 1 <= int(text) <= 65535:

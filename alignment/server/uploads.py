@@ -6,6 +6,7 @@ sent the same would share it, until the first one answered deleted it.
 """
 
 import logging
+import math
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from anyio.to_thread import run_sync
@@ -24,11 +26,10 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
-from starlette.types import Message, Receive
 
 from alignment.server.errors import ServiceError
 from alignment.server.gradio_internals import temp_folder
-from alignment.server.middleware import GUARDED
+from alignment.server.middleware import GUARDED, GuardedRequest
 from alignment.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -46,18 +47,15 @@ def upload_folder() -> Path:
     return Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
 
 
-# ---------------------------------------------------------------- the folder of this process
-
-
 @contextmanager
-def process_folder(base: Path | None = None) -> Iterator[Path]:
+def process_folder() -> Iterator[Path]:
     """Make a folder of random name for Gradio and all temporary files of this process, and delete it at the end.
 
-    It lies in `base`, else in GRADIO_TEMP_DIR or the system's temporary folder, and only this user may read it. Folders
-    of processes that were killed are deleted first. A file lock, which the system releases with its process, tells them
-    from those of living ones, across containers too. Raises OSError when it cannot be made there.
+    It lies in GRADIO_TEMP_DIR or the system's temporary folder, and only this user may read it. Folders of processes
+    that were killed are deleted first. A file lock, which the system releases with its process, tells them from those
+    of living ones, across containers too. Raises OSError when it cannot be made there.
     """
-    base = Path(base or os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()).resolve()
+    base = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()).resolve()
     base.mkdir(parents=True, exist_ok=True)
     path = base / f"{_PREFIX}{secrets.token_hex(8)}"
     lock_file = Path(f"{path}{_LOCK}")
@@ -80,20 +78,6 @@ def _remove_orphans(base: Path) -> None:
             logger.info("Deleted the uploads of a process that was killed")
 
 
-def expire_files(folder: Path, seconds: float) -> None:
-    """Delete files below a folder that were not read or written for so long, and folders that are empty by then."""
-    limit = time.time() - seconds
-    for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds comes before it
-        with suppress(OSError):  # it is gone, or not empty
-            status = path.lstat()
-            if max(status.st_mtime, status.st_atime, status.st_ctime) <= limit:
-                remove = path.rmdir if path.is_dir() and not path.is_symlink() else path.unlink
-                remove()
-
-
-# ---------------------------------------------------------------- quotas
-
-
 @dataclass(eq=False)
 class UploadBatch:
     """The files of one request, as far as they have arrived."""
@@ -102,18 +86,15 @@ class UploadBatch:
     folder: Path
     bytes: int = 0
     files: int = 0
-    complete: bool = False
+    received_at: float = math.inf  # when the last of them had arrived
 
 
 class UploadQuota:
     """Limits on the files that wait to be read, per client and in all; used in the server's event loop only."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._batches = settings, list[UploadBatch]()
+        self._settings, self.batches = settings, list[UploadBatch]()
         self._files, self._bytes = Counter[str](), Counter[str]()  # by client
-
-    def __len__(self) -> int:
-        return len(self._batches)
 
     @contextmanager
     def batch(self, client: str, announced: int) -> Iterator[UploadBatch]:
@@ -126,11 +107,11 @@ class UploadQuota:
         batch.folder.parent.mkdir(parents=True, exist_ok=True)
         self._check(client, 1, announced)
         batch.folder.mkdir(mode=0o700)
-        self._batches.append(batch)
+        self.batches.append(batch)
         self._add(batch, 1, 0)
         try:
             yield batch
-            batch.complete = True
+            batch.received_at = time.monotonic()
         except BaseException:
             self._discard(batch)
             raise
@@ -140,16 +121,17 @@ class UploadQuota:
         self._check(batch.client, files, bytes)
         self._add(batch, files, bytes)
 
-    def collect_consumed(self) -> None:
-        """Forget batches that have been read, with their empty folders."""
-        for batch in [batch for batch in self._batches if batch.complete]:
-            if not any(path.is_file() for path in batch.folder.rglob("*")):
+    def collect(self, max_age_s: float = math.inf) -> None:
+        """Forget batches that have been read, and delete those that have waited for longer."""
+        for batch in [batch for batch in self.batches if batch.received_at < math.inf]:
+            is_read = not any(path.is_file() for path in batch.folder.rglob("*"))
+            if is_read or time.monotonic() - batch.received_at > max_age_s:
                 self._discard(batch)
         self._files, self._bytes = +self._files, +self._bytes  # without clients that have nothing here
 
     def _discard(self, batch: UploadBatch) -> None:
         shutil.rmtree(batch.folder, ignore_errors=True)
-        self._batches.remove(batch)
+        self.batches.remove(batch)
         self._add(batch, -batch.files, -batch.bytes)
 
     def _add(self, batch: UploadBatch, files: int, bytes: int) -> None:
@@ -159,7 +141,7 @@ class UploadQuota:
 
     def _check(self, client: str, files: int, bytes: int) -> None:
         if self._refusal(client, files, bytes):
-            self.collect_consumed()
+            self.collect()
             if refusal := self._refusal(client, files, bytes):
                 raise refusal
 
@@ -168,13 +150,10 @@ class UploadQuota:
         limits = self._settings
         if self._files[client] + files > limits.client_files or self._bytes[client] + bytes > limits.client_mb * _MB:
             return ServiceError("service.waiting", files=limits.client_files, limit=f"{limits.client_mb:g}")
-        is_full = self._bytes.total() + bytes > limits.disk_mb * _MB or len(self._batches) > _MAX_BATCHES
+        is_full = self._bytes.total() + bytes > limits.disk_mb * _MB or len(self.batches) > _MAX_BATCHES
         if is_full or shutil.disk_usage(upload_folder()).free < bytes + _SPARE_MB * _MB:
             return ServiceError("service.full")
         return None
-
-
-# ---------------------------------------------------------------- the route
 
 
 async def receive_upload(quota: UploadQuota, max_file_mb: int, request: Request) -> JSONResponse:
@@ -182,10 +161,11 @@ async def receive_upload(quota: UploadQuota, max_file_mb: int, request: Request)
 
     A request with anything but whole files in fields called "files" is refused, and nothing of it stays.
     """
-    with quota.batch(request.scope[GUARDED].client, int(request.headers.get("content-length", 0))) as batch:
-        counted = Request(request.scope, _counting(request, quota, batch))
+    guarded: GuardedRequest = request.scope[GUARDED]
+    with quota.batch(guarded.client, int(request.headers.get("content-length", 0))) as batch:
+        guarded.count_upload = partial(quota.count, batch, 0)
         try:
-            async with counted.form(max_files=_MAX_FILES, max_fields=0) as form:
+            async with request.form(max_files=_MAX_FILES, max_fields=0) as form:
                 files = [part for name, part in form.multi_items() if name == "files" and isinstance(part, UploadFile)]
                 if not files or len(files) != len(form.multi_items()):
                     raise ServiceError("upload.lost")
@@ -201,23 +181,6 @@ async def receive_upload(quota: UploadQuota, max_file_mb: int, request: Request)
             is_name = "header" in cause.lower()  # the longest word of a part's header is the file's name
             raise ServiceError("upload.name" if is_name else "upload.lost") from error
     return JSONResponse([str(path) for path in paths])
-
-
-def _counting(request: Request, quota: UploadQuota, batch: UploadBatch) -> Receive:
-    """Count what arrives of a body, and refuse one without its closing boundary, of which a file is cut off."""
-    tail = b""
-
-    async def receive() -> Message:
-        nonlocal tail
-        message = await request.receive()
-        body = message.get("body", b"")
-        tail = (tail + body)[-4:]
-        quota.count(batch, 0, len(body))
-        if message["type"] == "http.request" and not message.get("more_body") and not tail.rstrip().endswith(b"--"):
-            raise ServiceError("upload.lost")
-        return message
-
-    return receive
 
 
 def _store(file: UploadFile, folder: Path) -> Path:
