@@ -27,6 +27,7 @@ from alignment.server.gradio_internals import (
     SUPPORTED_GRADIO,
     HeaderTimeoutProtocol,
     LightSessions,
+    PatientQueue,
     QueueJanitor,
     check_gradio,
     configure_uvicorn,
@@ -92,6 +93,7 @@ def page(gate, tmp_path_factory) -> Iterator[Recorder]:
         configure_uvicorn(0)
         page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, mcp_server=True)
         harden_mcp(page)
+        PatientQueue.adopt(page)
         LightSessions(page, 10**9)
         yield page
         gate.set()
@@ -194,6 +196,21 @@ def test_a_session_whose_client_has_left_is_forgotten(page, gate):
     until(forgotten)
     gate.set()
     assert "event: complete" in fetch(page, "wait", first)
+
+
+def test_the_queue_looks_seldom_for_events_while_none_come(page, gate, monkeypatch):
+    pauses: list[float] = []
+    pause = PatientQueue.sleep_when_free.fget
+    kept = property(lambda queue: (pauses.append(pause(queue)), pauses[-1])[1], lambda queue, seconds: None)
+    monkeypatch.setattr(PatientQueue, "sleep_when_free", kept)
+    usual = gr.Blocks()._queue.sleep_when_free
+    until(lambda: pauses[-1:] and pauses[-1] > 10 * usual)  # it is idle
+    gate.clear()
+    first = call(page, "wait", "x")
+    until(lambda: pauses[-1] == usual)
+    gate.set()
+    assert "event: complete" in fetch(page, "wait", first)
+    assert page._queue.progress_update_sleep_when_free > gr.Blocks()._queue.progress_update_sleep_when_free
 
 
 def test_what_a_script_sends_reaches_its_listener():

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import gradio as gr
 import uvicorn.config
 from gradio import routes
+from gradio.queueing import Queue
 from gradio.state_holder import SessionState, StateHolder
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -113,6 +114,37 @@ class QueueJanitor:
             if not ids.get(name) or now - self._since[name] > self._max_age_s or place < excess:
                 for table in (ids, messages, self._since):
                     table.pop(name, None)
+
+
+class PatientQueue(Queue):
+    """Gradio's queue, which looks for events less often while none come.
+
+    Gradio looks 1,000 times a second, and 100 times for progress that this page reports in another way: a twentieth of
+    a core for as long as the app runs.
+    """
+
+    _BUSY_S, _IDLE_S, _PROGRESS_S = 0.001, 0.02, 0.2
+    _LINGER_S = 1.0  # from the last event until the queue counts as idle
+    _used_at = 0.0
+
+    @classmethod
+    def adopt(cls, page: gr.Blocks) -> None:
+        """Let a page's queue, which may run already, behave as one of this class."""
+        queue: Any = page._queue
+        queue.__class__ = cls
+        queue.progress_update_sleep_when_free = cls._PROGRESS_S
+
+    @property
+    def sleep_when_free(self) -> float:
+        """Seconds until the queue looks again; read before each pause."""
+        now = time.monotonic()
+        if self.event_ids_to_events:
+            self._used_at = now
+        return self._BUSY_S if now - self._used_at < self._LINGER_S else self._IDLE_S
+
+    @sleep_when_free.setter
+    def sleep_when_free(self, seconds: float) -> None:
+        """Ignore Gradio's constant."""
 
 
 class LightSessions(StateHolder):

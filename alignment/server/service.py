@@ -27,6 +27,7 @@ from alignment import __version__
 from alignment.server.errors import ServiceError, Translate
 from alignment.server.gradio_internals import (
     LightSessions,
+    PatientQueue,
     QueueJanitor,
     blocks_of,
     configure_uvicorn,
@@ -155,6 +156,7 @@ class Service:
         """Prepare the page before it is served, and clean up periodically for as long as it is."""
         page = blocks_of({"app": app})
         harden_mcp(page)
+        PatientQueue.adopt(page)
         sessions = LightSessions(page, self.settings.sessions_mb * 2**20)
         janitor = QueueJanitor(page, _ANSWER_AGE_S, MAX_IDLE_SESSIONS)
         async with asyncio.TaskGroup() as group:
