@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores, and so do the processes that they start
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -143,7 +144,10 @@ def encoded() -> Callable[..., bytes]:
 
 @pytest.fixture
 def first_answer(tmp_path: Path, free_port: str) -> Callable[..., dict]:
-    """Start an app in a process of its own, and ask it for pictures of a caption over HTTP: `first_answer(command)`."""
+    """Start an app in a process of its own, ask it for pictures of a caption over HTTP, and interrupt it.
+
+    It serves the first picture's thumbnail, and ends in order.
+    """
 
     def ask(command: list[str], cwd: Path, caption: str = "a cat", **environment: str) -> dict:
         ours = ("ALIGNMENT_", "GRADIO_", "PYTHON")
@@ -154,10 +158,16 @@ def first_answer(tmp_path: Path, free_port: str) -> Callable[..., dict]:
             try:
                 assert process.stdout
                 assert process.stdout.readline() == f"Open http://127.0.0.1:{free_port}/\n"
-                with httpx.Client(base_url=f"http://127.0.0.1:{free_port}/gradio_api/call", trust_env=False) as client:
-                    asked = client.post("/v2/search_images", json={"caption": caption, "k": 3}).json()
-                    told = client.get(f"/search_images/{asked['event_id']}", timeout=60).text
-                return json.loads(told.partition("event: complete\ndata: ")[2])[0]
+                with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", trust_env=False) as client:
+                    call = "/gradio_api/call"
+                    asked = client.post(f"{call}/v2/search_images", json={"caption": caption, "k": 3}).json()
+                    told = client.get(f"{call}/search_images/{asked['event_id']}", timeout=60).text
+                    found = json.loads(told.partition("event: complete\ndata: ")[2])[0]
+                    thumbnail = client.get(f"/thumbnails/{found['matches'][0]['id']}.webp")
+                assert (thumbnail.status_code, thumbnail.headers["content-type"]) == (200, "image/webp")
+                process.send_signal(signal.SIGINT)
+                assert process.wait(60) == 0
+                return found
             finally:
                 process.kill()
 

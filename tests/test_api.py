@@ -529,19 +529,18 @@ def shell(address, photo, tmp_path) -> Callable[..., str]:
     return run
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_python_of_the_readme_runs(shell, address, name):
-    (code,) = blocks(name, "python")
-    assert "\n1 cat 0." in shell(sys.executable, "-c", code.replace(HERE, address))
-
-
-@pytest.mark.parametrize(("name", "words"), [(PAGES[0], ("cat",)), (PAGES[1], ("猫", "没有合适的描述"))])
-def test_the_python_of_the_page_runs(shell, address, name, words):
-    (code,) = blocks(name, "python")
-    said = shell(sys.executable, "-c", code.replace(HERE, address))
-    assert "1 cat 0." in said
-    assert any(word in said for word in words)
-    assert re.search(r"\[\[0\.\d+, 0\.\d+\]\] \[0\]$", said.strip())  # the cat, not the coffee
+def test_the_python_of_the_readmes_and_the_pages_runs(shell, address):
+    names = ("README.md", "README.zh-CN.md", *PAGES)
+    programs = [block.replace(HERE, address) for name in names for block in blocks(name, "python")]
+    assert len(programs) == len(names)
+    said = shell(sys.executable, "-c", f"for program in {programs!r}:\n    exec(program, {{}})\n    print('---')")
+    *answers, end = said.split("---\n")
+    assert end == ""
+    for answer in answers:
+        assert re.search(r"^1 cat 0\.", answer, re.MULTILINE)
+    for answer, words in zip(answers[2:], (("cat",), ("猫", "没有合适的描述")), strict=True):
+        assert any(word in answer for word in words)
+        assert re.search(r"\[\[0\.\d+, 0\.\d+\]\] \[0\]$", answer.strip())  # the cat, not the coffee
 
 
 @pytest.mark.parametrize("name", PAGES)

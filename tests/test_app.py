@@ -1,6 +1,5 @@
 import json
 import re
-import signal
 import socket
 import string
 import subprocess
@@ -63,12 +62,16 @@ def engine(folders) -> AlignmentEngine:
     return AlignmentEngine(encoder, Gallery.load(folders[1], encoder))
 
 
+def without_settings(patch: pytest.MonkeyPatch) -> None:
+    for name in ("MODEL", "REVISION", "GALLERY", "COMPARE", "LANG", "MCP"):
+        patch.delenv(f"ALIGNMENT_{name}", raising=False)
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+        patch.delenv(name, raising=False)
+
+
 @pytest.fixture(autouse=True)
 def upload_folder(tmp_path, monkeypatch) -> Path:
-    for name in ("MODEL", "REVISION", "GALLERY", "COMPARE", "LANG", "MCP"):
-        monkeypatch.delenv(f"ALIGNMENT_{name}", raising=False)
-    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+    without_settings(monkeypatch)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     (tmp_path / "uploads").mkdir()
@@ -204,40 +207,29 @@ HEAVY = (
     *("skimage", "sympy", "sentencepiece", "tensorboard", "torch._dynamo", "torch.distributed.tensor"),
 )
 LOADED = f"print(*[name for name in {HEAVY} if name in sys.modules])"
+IMPORT = f"import gc, sys, app; {LOADED}; print(gc.isenabled())"
+SERVE = "engine = app.load_engine(app.parse([])); page = app.build_page(engine); engine.search_images('a dog')"
 
 
-def run(code: str) -> str:
-    """Run Python in a process of its own; what it prints."""
-    command = [sys.executable, "-c", f"import sys\n{code}"]
-    return subprocess.run(command, cwd=app.ROOT, capture_output=True, text=True, check=True).stdout
+@pytest.fixture(scope="module")
+def started() -> list[str]:
+    """Import the app and answer a caption in a process of its own; what it prints."""
+    command = [sys.executable, "-c", f"{IMPORT}; {SERVE}; {LOADED}; print(*engine.encoder.in_memory)"]
+    with pytest.MonkeyPatch.context() as patch:
+        without_settings(patch)
+        app.load_engine(app.parse([])).search_images("a dog")  # the first start of all makes the graphs
+        done = subprocess.run(command, cwd=app.ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
-def test_what_is_heavy_and_not_needed_to_serve_is_not_imported():
-    assert run(f"import gc, app; {LOADED}; print(gc.isenabled())").splitlines() == ["", "True"]
+def test_what_is_heavy_and_not_needed_to_serve_is_not_imported(started):
+    assert started[:2] == ["", "True"]
 
 
-def test_captions_are_answered_without_the_image_tower_and_what_builds_models(tmp_path, monkeypatch):
-    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path))
-    app.load_engine(app.parse([])).search_images("a dog")  # the first start of all makes the graphs
-    serve = "engine = app.load_engine(app.parse([])); page = app.build_page(engine); engine.search_images('a dog')"
-    code = f"import app; {serve}; {LOADED}; print(*engine.encoder.in_memory)"
-    loaded, towers = run(code).splitlines()
+def test_captions_are_answered_without_the_image_tower_and_what_builds_models(started):
+    loaded, towers = started[2:]
     assert loaded.split() == ["openvino"]  # the starter gallery is searched in memory, without faiss
     assert towers.split() == ["text"]
-
-
-def test_the_command_serves_and_ends_when_it_is_interrupted(free_port):
-    command = [sys.executable, "app.py", "--port", free_port]
-    with subprocess.Popen(command, cwd=app.ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout
-            assert process.stdout.readline() == f"Open http://127.0.0.1:{free_port}/\n"
-            status, kind, _ = fetch(f"http://127.0.0.1:{free_port}/thumbnails/cat.webp")
-            assert (status, kind) == (200, "image/webp")
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
 
 
 # ---------------------------------------------------------------- words

@@ -196,6 +196,13 @@ def test_a_session_whose_client_has_left_is_forgotten(page, gate):
     assert "event: complete" in fetch(page, "wait", first)
 
 
+def test_the_queue_looks_less_often_for_events_than_gradios_own(page):
+    usual, ours = gr.Blocks()._queue, page._queue
+    QueueJanitor(page, 3600, 100)
+    assert ours.sleep_when_free > usual.sleep_when_free > 0
+    assert ours.progress_update_sleep_when_free > usual.progress_update_sleep_when_free > 0
+
+
 def test_what_a_script_sends_reaches_its_listener():
     assert event_data(gr.EventData(None, {"id": "a"})) == {"id": "a"}
     assert event_data(gr.EventData(None, None)) == event_data(gr.EventData(None, [1])) == {}

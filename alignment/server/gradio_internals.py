@@ -29,6 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from alignment.server.sessions import estimate_bytes
 
 SUPPORTED_GRADIO = ("6.31", "6.32")  # the minor version that was tested, and the next one; as in requirements.txt
+_POLL_S, _PROGRESS_POLL_S = 0.005, 0.2  # Gradio polls its queue each 0.001 and 0.01 s: a twentieth of a core when idle
 HEADER_TIMEOUT_S = 20.0  # from a connection, or the end of a response, to the last header of the next request
 
 
@@ -100,6 +101,7 @@ class QueueJanitor:
         """Let an answer wait for `max_age_s` to be fetched, in `max_idle` sessions; beyond that forget the oldest."""
         queue: Any = page._queue
         queue.pending_messages_per_session = dict(queue.pending_messages_per_session)
+        queue.sleep_when_free, queue.progress_update_sleep_when_free = _POLL_S, _PROGRESS_POLL_S
         self._queue, self._max_age_s, self._max_idle = queue, max_age_s, max_idle
         self._since: dict[str, float] = {}  # idle session -> first seen
 

@@ -1,25 +1,28 @@
 """The page as it is served, with the compact model and the starter gallery, in a real browser."""
 
+import os
 import shutil
+import struct
+import zlib
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
+from filelock import FileLock
+from PIL import Image
+from playwright.sync_api import Browser, BrowserContext, Page, Playwright, Request, expect, sync_playwright
 
 import app
 from alignment.gallery import Gallery, Picture
 from alignment.server import Service, Settings
 from alignment.ui.strings import pick_language, text
+from tests.browser_window import LOCALE, SLOW, Window
 
-SLOW = 30_000  # milliseconds; the machine may be busy
 expect.set_options(timeout=SLOW)
-LOCALE = "en-US"
-CHROMIUM = {
-    "executable_path": shutil.which("chromium") or None,
-    "args": ["--no-sandbox", "--disable-dev-shm-usage"],
-}
+CHROMIUM = {"executable_path": shutil.which("chromium") or None}
+ARGS = ["--no-sandbox", "--disable-dev-shm-usage"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,7 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def engine():
-    return app.load_engine(app.parse(["--model", str(app.ROOT / "checkpoints/compact")]))
+    with FileLock(Path(os.environ["ALIGNMENT_CACHE"], "browser.lock")):  # one worker makes the graphs for all
+        engine = app.load_engine(app.parse(["--model", str(app.ROOT / "checkpoints/compact")]))
+        engine.embed_image(engine.gallery.pictures[0].path)
+    return engine
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +69,7 @@ def playwright() -> Iterator[Playwright]:
 @pytest.fixture(scope="session")
 def browser(playwright) -> Iterator[Browser]:
     """A browser whose contexts are new ones, and know nothing."""
-    browser = playwright.chromium.launch(**CHROMIUM)
+    browser = playwright.chromium.launch(args=ARGS, **CHROMIUM)
     yield browser
     browser.close()
 
@@ -72,54 +78,44 @@ def browser(playwright) -> Iterator[Browser]:
 def profile(playwright, tmp_path_factory) -> Iterator[BrowserContext]:
     """A browser that keeps compiled scripts on disk: to compile them is half of the work of opening the page."""
     folder = tmp_path_factory.mktemp("profile")
-    profile = playwright.chromium.launch_persistent_context(folder, locale=LOCALE, **CHROMIUM)
+    profile = playwright.chromium.launch_persistent_context(folder, args=["--lang=en-US", *ARGS], **CHROMIUM)
     profile.set_default_timeout(SLOW)
     yield profile
     profile.close()
 
 
-def forget(profile: BrowserContext, address: str) -> None:
-    """Close the pages of a test, and delete what they have left: all but files of the server and compiled scripts."""
-    first, *pages = profile.pages
-    for page in pages:
-        page.close()
-    kept = "cookies,local_storage,indexeddb,service_workers,cache_storage,file_systems"
-    session = profile.new_cdp_session(first)
-    session.send("Storage.clearDataForOrigin", {"origin": address.rstrip("/"), "storageTypes": kept})
-    session.detach()
-    profile.clear_cookies()
-    profile.clear_permissions()
+@pytest.fixture(scope="session")
+def only_window(profile) -> Window:
+    return Window(profile.pages[0])
 
 
 @pytest.fixture
-def visit(browser, profile, address) -> Iterator[Callable[..., Page]]:
+def window(only_window) -> Iterator[Window]:
+    """The window of this test, with nothing in it."""
+    yield only_window
+    only_window.forget()
+
+
+@pytest.fixture
+def visit(browser_context, window, address) -> Iterator[Callable[..., Page]]:
     """Open the page: `visit("?lang=zh", locale=..., width=...)`; no complaint and no foreign request goes unnoticed.
 
-    Each visit of a test is another visitor's, with a context of its own.
+    Each visit of a test is another visitor's: the second one has a context of its own.
     """
-    contexts, complaints = [], []
+    pages: list[Page] = []
+    complaints: list[str] = []
 
-    def open_context(locale: str, **options) -> BrowserContext:
-        if locale == LOCALE and not options and profile not in contexts:
-            return profile
-        context = browser.new_context(locale=locale, **options)
-        context.set_default_timeout(SLOW)
-        return context
+    def check(request: Request) -> None:
+        if not request.url.startswith((address, address.replace("http", "ws"), "data:", "blob:")):
+            complaints.append(f"foreign request: {request.url}")
 
-    def open_page(query: str = "", *, locale: str = LOCALE, width: int = 1280, height: int = 900, **options) -> Page:
-        context = open_context(locale, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_viewport_size({"width": width, "height": height})
-
-        def check(request):
-            if not request.url.startswith((address, address.replace("http", "ws"), "data:", "blob:")):
-                complaints.append(f"foreign request: {request.url}")
-
-        page.on("request", check)
-        page.on("pageerror", lambda error: complaints.append(f"script: {error}"))
-        page.on("console", lambda line: line.type == "error" and complaints.append(f"console: {line.text}"))
-        page.goto(address + query)
+    def open_page(query: str = "", *, locale: str = LOCALE, **size: int) -> Page:
+        visitor = Window(browser_context().new_page()) if pages else window
+        visitor.listen("request", check)
+        visitor.listen("pageerror", lambda error: complaints.append(f"script: {error}"))
+        visitor.listen("console", lambda line: line.type == "error" and complaints.append(f"console: {line.text}"))
+        page = visitor.open(address + query, locale, **size)
+        pages.append(page)
         expect(page.locator("#captions-results h2")).to_be_attached()  # an address may lead to another tab
         expect(page.locator("#link button")).to_be_visible()
         # All of the page changes its language at once; what is typed or dropped before is drawn over.
@@ -129,12 +125,22 @@ def visit(browser, profile, address) -> Iterator[Callable[..., Page]]:
         return page
 
     yield open_page
-    for context in contexts:
-        if context is profile:
-            forget(profile, address)
-        else:
-            context.close()
     assert complaints == []
+
+
+@pytest.fixture
+def browser_context(request) -> Iterator[Callable[[], BrowserContext]]:
+    """Open a context that knows nothing, in a browser that starts only where a test asks for one."""
+    contexts: list[BrowserContext] = []
+
+    def open_context() -> BrowserContext:
+        contexts.append(request.getfixturevalue("browser").new_context())
+        contexts[-1].set_default_timeout(SLOW)
+        return contexts[-1]
+
+    yield open_context
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture(scope="session")
@@ -150,3 +156,19 @@ def bad_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("bad") / "notes.jpg"
     path.write_text("This is no picture.")
     return path
+
+
+@pytest.fixture(scope="session")
+def large_pictures() -> Callable[[int], list[bytes]]:
+    """Make many PNG files that take long to read: `large_pictures(count)`, one picture with another comment in each."""
+
+    def make(count: int) -> list[bytes]:
+        buffer = BytesIO()
+        Image.new("RGB", (900, 900), (120, 90, 90)).save(buffer, "PNG")
+        picture, end = buffer.getvalue()[:-12], buffer.getvalue()[-12:]
+        comments = [b"tEXtComment\0%d" % number for number in range(count)]
+        sizes = [struct.pack(">I", len(comment) - 4) for comment in comments]
+        sums = [struct.pack(">I", zlib.crc32(comment)) for comment in comments]
+        return [picture + b"".join(chunk) + end for chunk in zip(sizes, comments, sums, strict=True)]
+
+    return make

@@ -132,12 +132,10 @@ def test_what_cannot_be_measured_is_said_and_the_report_stays(visit, data, tmp_p
     expect(page.locator("#evaluate-results h2")).to_have_text(text("en", "evaluate.yours", name="data.zip"))
 
 
-def test_measuring_can_be_stopped(visit, tmp_path):
+def test_measuring_can_be_stopped(visit, large_pictures, tmp_path):
     with zipfile.ZipFile(tmp_path / "many.zip", "w") as file:
-        for row in range(200):
-            buffer = BytesIO()
-            Image.new("RGB", (900, 900), (row, 90, 90)).save(buffer, "PNG")
-            file.writestr(f"{row}.png", buffer.getvalue())
+        for row, data in enumerate(large_pictures(200)):
+            file.writestr(f"{row}.png", data)
             file.writestr(f"{row}.txt", f"picture {row}")
     page = visit()
     open_evaluate(page)

@@ -11,7 +11,7 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Request, expect
 
 from alignment.ui.strings import text
 
@@ -35,14 +35,18 @@ TURNING = "a\u202egnp.exe\u2066\u200fb"
 
 
 @pytest.fixture
-def watched(visit) -> Iterator[Callable[..., Page]]:
+def watched(visit, window) -> Iterator[Callable[..., Page]]:
     """Open the page as `visit` does; whatever runs, asks for something, or turns text round, is noticed at the end."""
     pages, seen = [], []
 
+    def note(request: Request) -> None:
+        if "hostile-probe" in urlsplit(request.url).path:
+            seen.append(request.url)
+
     def open_page(query: str = "", **options) -> Page:
         page = visit(query, **options)
-        page.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: "hostile-probe" in urlsplit(request.url).path and seen.append(request.url))
+        window.listen("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
+        window.listen("request", note)
         pages.append(page)
         return page
 

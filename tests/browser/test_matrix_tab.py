@@ -3,13 +3,13 @@
 import csv
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 import app
 from alignment.engine import AlignmentEngine, SecondModel
@@ -20,6 +20,7 @@ from alignment.ui.examples import FAVOURITES
 from alignment.ui.matrix_tab import NUM_COMPARED
 from alignment.ui.strings import text
 from alignment.ui.widgets import ASSETS
+from tests.browser_window import Window
 
 SWAPPED = (
     "a cup of coffee on a wooden table\na cat with green eyes\na red motorcycle in a garage\na plane in a blue sky"
@@ -88,10 +89,10 @@ def sample(engine):
 # ---------------------------------------------------------------- the arithmetic of the page
 
 
-@pytest.fixture
-def maths(browser) -> Callable[[str, object], object]:
+@pytest.fixture(scope="module")
+def maths(profile) -> Iterator[Callable[[str, object], object]]:
     """Call a function of matrix_maths.js."""
-    page = browser.new_page()
+    page = profile.new_page()
     source = (ASSETS / "matrix_maths.js").read_text("utf-8")
 
     def call(expression: str, values: object) -> object:
@@ -407,8 +408,8 @@ def both(engine, second, uploads) -> AlignmentEngine:
 
 
 @pytest.fixture(scope="module")
-def comparing(both, browser: Browser, uploads) -> Page:
-    """A page that compares two models."""
+def comparing(both, profile, uploads) -> Iterator[Page]:
+    """A page that compares two models; for the last tests here, as `visit` clears the cookies of all windows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
         patch.setenv("no_proxy", "127.0.0.1,localhost")
@@ -416,9 +417,7 @@ def comparing(both, browser: Browser, uploads) -> Page:
         _, url, _ = blocks.launch(
             prevent_thread_lock=True, server_name="127.0.0.1", **app.launch_options(both, Service(Settings(rate=0)))
         )
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(30_000)
-        page.goto(url)
+        page = Window(profile.new_page()).open(url)
         yield open_matrix(page)
         page.close()
         blocks.close()

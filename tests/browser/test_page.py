@@ -202,10 +202,10 @@ def test_switching_the_language_keeps_the_state(visit, picture):
     expect(page.locator("#captions-results li p[lang=zh]")).to_have_count(10)
 
 
-def test_all_of_the_page_changes_its_language_at_once(visit):
+def test_all_of_the_page_changes_its_language_at_once(visit, window):
     page = visit("?lang=en", locale="zh-CN")
     posted: list[str] = []
-    page.on("request", lambda request: posted.append(request.url) if request.method == "POST" else None)
+    window.listen("request", lambda request: request.method == "POST" and posted.append(request.url))
     page.locator("#language").get_by_text("中文").click()
     for key in TABS:
         open_tab(page, key, "zh")

@@ -135,12 +135,10 @@ def test_the_first_photos_can_be_searched_while_the_rest_is_on_its_way_and_it_ca
     best(page, picture("coffee").name)  # what was searched for meanwhile is still shown
 
 
-def test_reading_a_zip_can_be_stopped(visit, drawings, tmp_path):
+def test_reading_a_zip_can_be_stopped(visit, drawings, large_pictures, tmp_path):
     with zipfile.ZipFile(tmp_path / "many.zip", "w") as file:
-        for row in range(300):
-            image = tmp_path / "one.png"
-            Image.new("RGB", (900, 900), (row % 256, row // 256, 90)).save(image)
-            file.write(image, f"{row}.png")
+        for row, data in enumerate(large_pictures(300)):
+            file.writestr(f"{row}.png", data)
     page = visit()
     open_photos(page)
     drop(page, tmp_path / "many.zip")

@@ -165,11 +165,11 @@ def test_why_explains_the_first_caption_that_is_wanted(composer):
     expect(dialog).not_to_contain_text("running")
 
 
-def test_a_chinese_input_method_never_fires_a_search_half_way(composer):
+def test_a_chinese_input_method_never_fires_a_search_half_way(composer, window):
     page = composer("zh")
     before = first_result(page).get_attribute("src")
     joined = []
-    page.on("request", lambda request: "queue/join" in request.url and joined.append(request.post_data))
+    window.listen("request", lambda request: "queue/join" in request.url and joined.append(request.post_data))
     box(page).fill("")
     client = page.context.new_cdp_session(page)
     for letters in ("k", "ka", "kafei"):

@@ -8,30 +8,34 @@ from playwright.sync_api import Page, expect
 import app
 from alignment.server import Service, Settings
 from alignment.ui.strings import text
+from tests.browser_window import LOCALE
+from tests.http_client import free_port
 
-SLOW = 30_000
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    """The same for each service of this module: the browser has compiled the scripts of this address."""
+    return free_port()
 
 
 @pytest.fixture
-def strict(engine, browser, uploads, address) -> Iterator[Callable[..., Page]]:
+def strict(engine, window, address, port) -> Iterator[Callable[..., Page]]:
     """Open the page of a service with limits of its own: `strict(rate=10, locale="zh-CN")`."""
     open_now = []
 
-    def start(locale: str = "en-US", **settings) -> Page:
+    def start(locale: str = LOCALE, **settings) -> Page:
         page = app.build_page(engine, "en")
+        open_now.append(page)
         options = app.launch_options(engine, Service(Settings(**settings)))
-        _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", **options)
-        context = browser.new_context(locale=locale)
-        context.set_default_timeout(SLOW)
-        open_now.extend((context, page))
-        tab = context.new_page()
-        tab.goto(url)
+        _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", server_port=port, **options)
+        tab = window.open(url, locale)
         expect(tab.locator("#link button")).to_be_visible()
         return tab
 
     yield start
-    for part in open_now:
-        part.close()
+    window.forget()  # or the service would wait for its streams to end
+    for page in open_now:
+        page.close()
 
 
 def use_up_the_rate(page: Page) -> None:

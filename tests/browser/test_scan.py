@@ -7,12 +7,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 import app
 from alignment.engine import AlignmentEngine, PhotoFolder
 from alignment.server import Service, Settings
 from alignment.ui.strings import text
+from tests.browser_window import Window
 
 
 @pytest.fixture
@@ -33,27 +34,27 @@ def photos(engine, folder, tmp_path, monkeypatch) -> PhotoFolder:
 
 
 @pytest.fixture
-def open_page(browser: Browser, photos, uploads, monkeypatch) -> Iterator[Callable[..., Page]]:
+def open_page(window, profile, photos, uploads, monkeypatch) -> Iterator[Callable[..., Page]]:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     page = app.build_page(photos.engine, "en", photos=photos)
     options = app.launch_options(photos.engine, Service(Settings(rate=0)), photos)
     _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", **options)
-    contexts, complaints = [], []
+    windows: list[Window] = []
+    complaints: list[str] = []
 
     def visit(locale: str, width: int) -> Page:
-        context = browser.new_context(locale=locale, viewport={"width": width, "height": 900})
-        contexts.append(context)
-        shown = context.new_page()
-        shown.on("pageerror", lambda error: complaints.append(f"script: {error}"))
-        shown.on("console", lambda line: line.type == "error" and complaints.append(f"console: {line.text}"))
-        shown.goto(url)
+        windows.append(Window(profile.new_page()) if windows else window)
+        windows[-1].listen("pageerror", lambda error: complaints.append(f"script: {error}"))
+        windows[-1].listen("console", lambda line: line.type == "error" and complaints.append(f"console: {line.text}"))
+        shown = windows[-1].open(url, locale, width)
         expect(shown.locator("#scan button")).to_be_enabled()
         return shown
 
     yield visit
-    for context in contexts:
-        context.close()
+    for other in windows[1:]:
+        other.page.close()
+    window.forget()
     page.close()
     assert complaints == []
 
