@@ -9,7 +9,6 @@ import csv
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from fault_injection import forkserver
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,7 +39,7 @@ from alignment.train.trainer import Validator
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange", "cyan", "brown")
 # Some short steps with all that is random: dropout of the text tower, crops, chunks, drawn captions.
-BUSY = ("--batch-size", "8", "--chunk-size", "4", "--epochs", "8", "--measure-every", "3", "--patience", "99")
+BUSY = ("--batch-size", "8", "--chunk-size", "4", "--epochs", "6", "--measure-every", "3", "--patience", "99")
 FULL = ("--preset", "full", "--learning-rate", "1e-3", *BUSY)
 LOCKED = ("--preset", "lit", "--keep-images", "--learning-rate", "1e-3", *BUSY)
 
@@ -301,8 +301,7 @@ def start() -> Iterator[Start]:
     """Run the command in a process of its own, imports done: `start("--model", ...)`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["alignment.train.run", "alignment.train.command"])
+        context = forkserver()
         started: list[BaseProcess] = []
 
         def start(*arguments: str) -> BaseProcess:
