@@ -15,9 +15,10 @@ import signal
 import sqlite3
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,22 @@ from alignment.train.command import main as train_main
 transformers.CLIPModel, transformers.CLIPImageProcessorPil, transformers.AutoModel  # noqa: B018 - imported when asked for
 
 FEW = 3  # pictures that are few here: more lie in an index
+HARMS: dict[str, Callable[[Path], object]] = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a bit flipped": lambda path: flip(path, path.stat().st_size * 4 + 1),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "missing": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
 _CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.unlink()  # it may be mapped
+    path.write_bytes(data)
 
 
 @dataclass(frozen=True)
@@ -160,14 +176,20 @@ def run(command: str, arguments: list[str], folder: str, fault: Fault, log: Path
     sys.exit(status)
 
 
+def forkserver() -> ForkServerContext:
+    """What starts processes with all imports done: one server for a worker's tests, with the environment it found."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fault_injection", "alignment.train.run"])
+    return context
+
+
 class Runner:
     """Starts commands; ends all of them at last."""
 
     def __init__(self, logs: Path) -> None:
         """Take a folder for what the commands say."""
         self.logs = logs
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["fault_injection", "alignment.train.run"])
+        self.context = forkserver()
         self.started: list[BaseProcess] = []
 
     def start(self, command: str, *arguments: object, folder: Path, fault: Fault = NEVER) -> BaseProcess:

@@ -1,6 +1,6 @@
 """Several processes build one gallery: it is the same as one process makes.
 
-`tests/long/test_torchrun.py` has processes that fail.
+`tests/long/test_torchrun.py` has torchrun start them, and processes that fail.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fault_injection import forkserver
 from PIL import Image
 
 from alignment.data import Partition
@@ -32,9 +33,7 @@ from alignment.model import DualEncoder
 from alignment.preprocess import open_image
 from alignment.workers import worker_group
 
-ROOT = Path(__file__).parents[1]
 PER_SHARD = 50
-BUILD = ("-m", "alignment.gallery", "build")
 LAST_BIT = {"atol": 1e-6, "rtol": 2**-10}  # of a half, as galleries keep them
 
 
@@ -83,13 +82,52 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-def torchrun(*arguments: str | Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [*start, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=240, env=environment
-    )
+@dataclass(frozen=True)
+class Done:
+    """How several processes ended: the worst exit status, and what all of them said, by rank."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Together = Callable[..., Done]
+
+
+def _begin(environment: dict[str, str], folder: Path, words: list[str]) -> None:
+    os.environ |= environment
+    rank = environment["RANK"]
+    sys.stdout, sys.stderr = ((folder / f"{name}-{rank}").open("w", encoding="utf-8") for name in ("out", "err"))
+    sys.exit(main(words))
+
+
+@pytest.fixture
+def two_processes(tmp_path: Path, cache: Path, free_port: str) -> Together:
+    """Run the command in two processes that find what torchrun tells its own."""
+
+    def run(*words: str | Path) -> Done:
+        folder = tmp_path / "said"
+        folder.mkdir()
+        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port, "ALIGNMENT_CACHE": str(cache)}
+        started = []
+        for rank in ("0", "1"):
+            environment = told | {"RANK": rank, "LOCAL_RANK": rank}
+            process = forkserver().Process(target=_begin, args=(environment, folder, list(map(str, words))))
+            process.start()
+            started.append(process)
+        statuses = []
+        for process in started:
+            process.join(240)
+            statuses.append(1 if process.exitcode is None else abs(process.exitcode))
+            process.kill()
+            process.join()
+            process.close()
+        said = {
+            name: "".join((folder / f"{name}-{rank}").read_text("utf-8") for rank in "01") for name in ("out", "err")
+        }
+        return Done(max(statuses), said["out"], said["err"])
+
+    return run
 
 
 def numbers(tree: Any) -> list[float]:
@@ -124,8 +162,17 @@ def same(one: Path, other: Path, encoder: DualEncoder) -> None:
 # ---------------------------------------------------------------- the whole of it
 
 
-def test_two_processes_make_the_gallery_of_one(shards: Path, cache: Path, tmp_path: Path, encoder: DualEncoder) -> None:
-    done = torchrun(*BUILD, shards, "--out", tmp_path / "two", "--model", encoder.name)
+def test_two_processes_make_the_gallery_of_one(
+    two_processes: Together, shards: Path, tmp_path: Path, encoder: DualEncoder
+) -> None:
+    done = two_processes("build", shards, "--out", tmp_path / "two", "--model", encoder.name)
+    assert_gallery_of_one(done, shards, tmp_path, encoder)
+
+
+def assert_gallery_of_one(
+    done: Done | subprocess.CompletedProcess[str], shards: Path, tmp_path: Path, encoder: DualEncoder
+) -> None:
+    """Compare what two processes made of the shards, in the folder `two`, and said, with what one makes."""
     assert done.returncode == 0, done.stderr
     report = BuildReport()
     gallery = build_gallery(shards, tmp_path / "one", encoder, report=report)

@@ -1,4 +1,6 @@
-"""Builds and trainings killed where it hurts most: what was there stays whole, and the next run ends as if undisturbed.
+"""Builds and trainings that are killed where it hurts most, that find a full disk, or another in their folder.
+
+What was there stays whole, and the next run ends as if undisturbed.
 
 `tests/long/test_random_kills.py` does so at more moments, before every change to the folder or the database, and at
 random.
@@ -6,10 +8,13 @@ random.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import sqlite3
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -20,17 +25,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fault_injection import FEW, NEVER, Fault, Runner, runner
+from fault_injection import FEW, HARMS, NEVER, Fault, Runner, flip, runner
 from PIL import Image
 from test_train_run import paint as paint_flags
 from test_train_run import record_of, same
 from torch import Tensor
 
+from alignment.atomic import LOCK, exclusive_lock
+from alignment.engine import AlignmentEngine
+from alignment.file_errors import describe_error
 from alignment.gallery import Caption, Gallery, Picture, modality
 from alignment.gallery.database import DATABASE, GalleryDatabase
 from alignment.model import DualEncoder
-from alignment.train.run_dir import RECORD, SETTINGS
+from alignment.train.run_dir import RECORD, SETTINGS, last_checkpoint, read_resume_state
 
+Checkpoint = Callable[[str], Path]
 KILLED = (-signal.SIGKILL, -signal.SIGXFSZ)
 
 
@@ -223,6 +232,96 @@ def test_killed_while_shares_are_merged_nothing_is_embedded_again(fault: Fault, 
     assert galleries.assert_finishes(folder, galleries.fresh) == 0
 
 
+# ---------------------------------------------------------------- galleries that cannot be written
+
+
+@pytest.mark.parametrize("size", [150, 70_000, 300_000])
+def test_a_full_disk_is_told_and_the_old_gallery_stays(size: int, galleries: Galleries) -> None:
+    folder = galleries.copy(f"full {size}")
+    assert galleries.build(folder, Fault(size=size, full=True)) == 2
+    assert "error: There is no room left" in galleries.run.said
+    assert "Traceback" not in galleries.run.said
+    assert "skipped" not in galleries.run.said.lower()  # no picture is left out for lack of room
+    assert galleries.assert_old_or_new(folder) is False
+    galleries.assert_finishes(folder)
+
+
+def test_a_folder_that_may_not_be_written_is_told(run: Runner, checkpoint: Checkpoint) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        shutil.copytree(checkpoint("clip"), root / "model")
+        for path in (root / "model").iterdir():
+            path.chmod(0o644)
+        (root / "photos").mkdir()
+        paint(root / "photos" / "a.png", 1)
+        (root / "out").mkdir(mode=0o555)
+        os.chmod(root, 0o755)
+        words = ["build", root / "photos", "--out", root / "out", "--model", root / "model", "--no-calibration"]
+        assert run("gallery", *words, folder=root / "out", fault=Fault(nobody=True)) == 2
+        assert "out" in run.said
+        assert "may not be read or written (Permission denied): change its permissions" in run.said
+        (root / "file").touch()
+        words[3] = root / "file" / "out"
+        assert run("gallery", *words, folder=root / "file") == 2
+        assert "is in the way (Not a directory): move it" in run.said
+        os.chmod(root / "out", 0o755)
+
+
+def test_two_builds_of_one_gallery_do_not_mix(galleries: Galleries, tmp_path: Path) -> None:
+    folder = galleries.copy("written by several")
+    with exclusive_lock(folder):
+        assert galleries.build(folder) == 2
+        assert f"error: Another process ({os.getpid()} on " in galleries.run.said
+        assert f"is writing to {folder} now: wait until it is done" in galleries.run.said
+        assert galleries.assert_old_or_new(folder) is False
+    started = [galleries.start(folder) for _ in range(3)]
+    ended = [galleries.run.end(process) for process in started]
+    assert 0 in ended
+    assert set(ended) <= {0, 2}
+    galleries.assert_finishes(folder)
+    assert not (folder / LOCK).exists()
+
+
+def test_who_loads_while_another_builds_gets_the_old_gallery_or_the_new(galleries: Galleries) -> None:
+    folder = galleries.copy("loaded")
+    stop, wrong, seen = threading.Event(), list[object](), set[bool]()
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                gallery = Gallery.load(folder, galleries.encoder)
+                seen.add(len(gallery.pictures) == len(galleries.after.pictures))
+            except Exception as error:
+                wrong.append(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modality, "EXACT_ROWS", FEW)
+        thread = threading.Thread(target=load)
+        thread.start()
+        assert galleries.build(folder) == 0
+        stop.set()
+        thread.join()
+    assert not wrong
+    assert seen
+
+
+def test_the_app_goes_on_with_its_gallery_while_another_process_builds_it_anew(galleries: Galleries) -> None:
+    folder = galleries.copy("served")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modality, "EXACT_ROWS", FEW)
+        gallery = Gallery.load(folder, galleries.encoder)
+    engine = AlignmentEngine(galleries.encoder, gallery)
+    found = engine.search_images("a dog", 5).matches
+    embeds = gallery.images.embeds.clone()
+    assert galleries.build(folder) == 0
+    left = {picture.id for picture in galleries.after.pictures if picture in [match.item for match in found]}
+    assert [match.item.id for match in engine.search_images("a dog", 5).matches if match.item.id in left]
+    assert torch.equal(gallery.images[torch.arange(len(embeds))], embeds)
+    for match in found:  # one picture is gone, and its thumbnail with it
+        if engine.can_show(match.item.id):
+            assert engine.thumbnail(match.item.id)
+
+
 # ---------------------------------------------------------------- training
 
 OPTIONS = "--preset full --learning-rate 1e-3 --batch-size 8 --epochs 4 --measure-every 3 --no-interpolate --device cpu"
@@ -283,3 +382,66 @@ def test_killed_at_its_very_end_a_run_is_finished_and_clears_away(trainings: Tra
     assert trainings.go_on(folder) == 1
     assert "is finished; fine-tune further with --model" in trainings.run.said
     trainings.assert_undisturbed(folder)
+
+
+@pytest.fixture(scope="module")
+def killed(trainings: Trainings) -> Path:
+    """Provide a run that was killed while it wrote its third checkpoint."""
+    folder = trainings.root / "killed"
+    assert trainings.begin(folder, Fault(before=("os.rename", "/complete"), after=2)) in KILLED
+    return folder
+
+
+def test_of_damaged_checkpoints_the_one_before_is_gone_on_with(
+    killed: Path, trainings: Trainings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(killed, tmp_path / "run"))
+    whole = sorted((folder / "checkpoints").glob("*/complete"))
+    assert [path.parent.name for path in whole] == ["checkpoint-3", "checkpoint-6"]
+    names = {path.name for path in whole[1].parent.iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"} <= names
+    for name in names:
+        for harm in HARMS.values():
+            copy = tmp_path / "copy"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(folder / "checkpoints", copy)
+            harm(copy / "checkpoint-6" / name)
+            assert last_checkpoint(copy) == copy / "checkpoint-3"
+            assert not (copy / "checkpoint-6").exists()
+    assert "is damaged, and is removed" in caplog.text
+    flip(folder / "checkpoints" / "checkpoint-6" / "optimizer.pt", 999)
+    assert trainings.go_on(folder) == 0, trainings.run.said
+    assert "checkpoint-6 was not finished or is damaged" in trainings.run.said
+    trainings.assert_undisturbed(folder)
+
+
+@pytest.mark.parametrize("harm", [name for name in HARMS if name != "missing"])
+def test_a_damaged_note_of_a_run_is_told(harm: str, killed: Path, tmp_path: Path) -> None:
+    shutil.copy(killed / SETTINGS, tmp_path)
+    assert read_resume_state(tmp_path).recipe.max_steps == 12
+    HARMS[harm](tmp_path / SETTINGS)
+    with pytest.raises((ValueError, IsADirectoryError)) as met:
+        read_resume_state(tmp_path)
+    wanted = "is in the way (Is a directory)" if harm == "a folder" else "start a new run with another --output"
+    assert str(tmp_path / SETTINGS) in describe_error(met.value)
+    assert wanted in describe_error(met.value)
+
+
+@pytest.mark.parametrize("size", [60_000])
+def test_a_training_on_a_full_disk_says_so_and_can_be_gone_on_with(
+    size: int, trainings: Trainings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert trainings.begin(folder, Fault(size=size, full=True)) == 1
+    assert "train: There is no room left" in trainings.run.said
+    assert "Traceback" not in trainings.run.said
+    assert trainings.go_on(folder) == 0, trainings.run.said
+    trainings.assert_undisturbed(folder)
+
+
+def test_a_second_training_does_not_write_into_the_folder_of_the_first(trainings: Trainings, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with exclusive_lock(folder):
+        assert trainings.begin(folder) == 1
+        assert f"train: Another process ({os.getpid()} on " in trainings.run.said
+        assert [path.name for path in folder.iterdir()] == [LOCK]

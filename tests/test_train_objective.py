@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fault_injection import forkserver
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, multiprocessing, nn
@@ -276,7 +277,10 @@ def two_processes(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFacto
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(pair.image)
     folders = {name: str(checkpoint(name)) for name in ("siglip", "vit-bert", "composed", "clip")}
     # The processes meet at a file: no port that could be taken.
-    started = multiprocessing.spawn(_process, (str(folder), folders), nprocs=PROCESSES, join=False)
+    method = forkserver().get_start_method()
+    started = multiprocessing.start_processes(
+        _process, (str(folder), folders), nprocs=PROCESSES, join=False, start_method=method
+    )
     try:
         for _ in range(24):
             if started.join(timeout=10):

@@ -9,7 +9,6 @@ import csv
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from fault_injection import forkserver
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -301,8 +301,7 @@ def start() -> Iterator[Start]:
     """Run the command in a process of its own, imports done: `start("--model", ...)`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["alignment.train.run", "alignment.train.command"])
+        context = forkserver()
         started: list[BaseProcess] = []
 
         def start(*arguments: str) -> BaseProcess:

@@ -15,12 +15,13 @@ from torch import Tensor
 from alignment.evaluate.embedding import Embedded
 from alignment.evaluate.ranks import DIRECTIONS, KS
 
-Statistics = Callable[[Tensor], Mapping[str, float]]
-"""Metrics by name when image i is drawn `draws[i]` times; draws is (num_images,) int64."""
+Statistics = Callable[[Tensor], Mapping[str, Tensor]]
+"""Metrics by name, each (num_draws,) float64, when draw d has image i `draws[d, i]` times; draws is int64."""
 
 Sampled = Mapping[str, tuple[float, Tensor]]
 """Metrics by name: of the data set, and of its resamples, (num_resamples,) float64; without these the value alone."""
 
+_NUMBERS_AT_ONCE = 2**16  # of draws times images: draws of small data sets are computed together, and all stay in cache
 LOWER_IS_BETTER = "median_rank"  # suffix of the metrics that are better when low
 
 
@@ -104,9 +105,9 @@ def _bootstrap(embedded: Embedded, resamples: int, seed: int) -> Sampled:
     sides = zip(embedded.ranks.items(), embedded.sides, strict=True)
     directions = [_statistics(name, ranks, images) for (name, ranks), (_, images) in sides]
 
-    def statistics(draws: Tensor) -> dict[str, float]:
-        found = {name: value for direction in directions for name, value in direction(draws).items()}
-        return found | {"recall_sum": sum(found[f"{name}_recall_sum"] for name in DIRECTIONS)}
+    def statistics(draws: Tensor) -> dict[str, Tensor]:
+        found = {name: values for direction in directions for name, values in direction(draws).items()}
+        return found | {"recall_sum": torch.stack([found[f"{name}_recall_sum"] for name in DIRECTIONS]).sum(0)}
 
     return bootstrap(statistics, len(embedded.images), resamples=resamples, seed=seed)
 
@@ -117,14 +118,16 @@ def _statistics(direction: str, ranks: Tensor, images: Tensor) -> Statistics:
     images = images[order]
     within = {k: int((ranks <= k).sum()) for k in KS}
 
-    def statistics(draws: Tensor) -> dict[str, float]:
-        cumulative = draws[images].cumsum(0)
-        total = int(cumulative[-1])
-        recalls = {k: int(cumulative[count - 1]) / total if count else 0.0 for k, count in within.items()}
+    def statistics(draws: Tensor) -> dict[str, Tensor]:
+        cumulative = draws[:, images].cumsum(1)
+        totals = cumulative[:, -1:]
+        hits = {k: cumulative[:, count - 1] if count else torch.zeros(len(draws)) for k, count in within.items()}
+        recalls = {k: found.double() / totals[:, 0] for k, found in hits.items()}
         found = {f"{direction}_recall@{k}": recall for k, recall in recalls.items()}
         # The lower median: the first rank that half of the queries do not exceed.
-        median = float(ascending[torch.searchsorted(cumulative, (total + 1) // 2)])
-        return found | {f"{direction}_recall_sum": sum(recalls.values()), f"{direction}_median_rank": median}
+        medians = ascending[torch.searchsorted(cumulative, (totals + 1) // 2)[:, 0]].double()
+        sums = torch.stack(list(recalls.values())).sum(0)
+        return found | {f"{direction}_recall_sum": sums, f"{direction}_median_rank": medians}
 
     return statistics
 
@@ -135,14 +138,17 @@ def bootstrap(statistics: Statistics, num_images: int, *, resamples: int, seed: 
     The draws depend on `num_images` and `seed` alone. So two models measured on one data set are paired, and the
     interval of their difference is narrower than their own intervals suggest.
     """
-    values = statistics(torch.ones(num_images, dtype=torch.long))
+    values = statistics(torch.ones(1, num_images, dtype=torch.long))
     generator = torch.Generator().manual_seed(seed)
-    samples: dict[str, list[float]] = {name: [] if resamples else [value] for name, value in values.items()}
-    for _ in range(resamples):
-        draws = torch.randint(num_images, (num_images,), generator=generator).bincount(minlength=num_images)
-        for name, value in statistics(draws).items():
-            samples[name].append(value)
-    return {name: (value, torch.tensor(samples[name], dtype=torch.double)) for name, value in values.items()}
+    num_draws = max(1, _NUMBERS_AT_ONCE // num_images)
+    parts = []
+    for first in range(0, resamples, num_draws):
+        shape = min(num_draws, resamples - first), num_images
+        images = torch.randint(num_images, shape, generator=generator)
+        counts = torch.zeros(shape, dtype=torch.long).scatter_add_(1, images, torch.ones_like(images))
+        parts.append(statistics(counts))
+    samples = {name: torch.cat([part[name] for part in parts or [values]]) for name in values}
+    return {name: (value.item(), samples[name]) for name, value in values.items()}
 
 
 def estimates(sampled: Sampled) -> dict[str, Estimate]:

@@ -160,8 +160,8 @@ def compare_zero_shot(before: Tensor, after: Tensor, *, resamples: int = 1000, s
 def _bootstrap(ranks: Tensor, resamples: int, seed: int) -> Sampled:
     hits = {f"zero_shot_top{k}": ranks <= k for k in _TOPS}
 
-    def statistics(draws: Tensor) -> dict[str, float]:
-        return {name: int(draws[hit].sum()) / len(ranks) for name, hit in hits.items()}
+    def statistics(draws: Tensor) -> dict[str, Tensor]:
+        return {name: draws[:, hit].sum(1).double() / len(ranks) for name, hit in hits.items()}
 
     return bootstrap(statistics, len(ranks), resamples=resamples, seed=seed)
 

@@ -13,8 +13,8 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
@@ -175,13 +175,27 @@ def _converted(tower: nn.Module, inputs: Inputs) -> Any:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _frozen(tower):
         warnings.simplefilter("ignore")  # the probes find values that a trace took for constants
-        traced = torch.jit.trace(tower, tuple(inputs.values()), check_trace=False, strict=False)
+        # As a function, whose weights are constants: the trace of a module would compile each of its layers first.
+        traced = torch.jit.trace(lambda *batch: tower(*batch), tuple(inputs.values()), check_trace=False, strict=False)
         frontend = FrontEndManager().load_by_framework("pytorch")
         decoder = TorchScriptPythonDecoder(traced)
         loaded = frontend.load(decoder)  # it reads from the decoder until it is converted
         return frontend.convert(loaded)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Let no weight require a gradient meanwhile: a trace takes only such tensors for constants."""
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in trained:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
 
 
 def mark_first_layers_precise(graph: str, share: float) -> str:

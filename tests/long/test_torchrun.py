@@ -9,15 +9,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_gallery_distributed import BUILD, encoder, photo, torchrun
+from test_gallery_distributed import assert_gallery_of_one, cache, encoder, photo, shards
 from test_train_run import Start, finish, flags, record_of, same, start
 
 from alignment.gallery.database import DATABASE
 from alignment.model import DualEncoder
 
-__all__ = ["encoder", "flags", "start"]
+__all__ = ["cache", "encoder", "flags", "shards", "start"]
 
 Checkpoint = Callable[[str], Path]
+ROOT = Path(__file__).parents[2]
+BUILD = ("-m", "alignment.gallery", "build")
+
+
+def torchrun(*arguments: str | Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [*start, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=240, env=environment
+    )
 
 
 # ---------------------------------------------------------------- training
@@ -49,6 +60,11 @@ def test_two_processes_come_to_the_weights_of_one_with_the_joint_batch(
 
 
 # ---------------------------------------------------------------- galleries
+
+
+def test_two_processes_make_the_gallery_of_one(shards: Path, cache: Path, tmp_path: Path, encoder: DualEncoder) -> None:
+    done = torchrun(*BUILD, shards, "--out", tmp_path / "two", "--model", encoder.name)
+    assert_gallery_of_one(done, shards, tmp_path, encoder)
 
 
 def test_another_model_is_refused_before_anything_is_embedded(checkpoint: Checkpoint, tmp_path: Path) -> None:
