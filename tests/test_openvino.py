@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -307,18 +307,23 @@ assert encoder.tower("text").backend == "openvino" and sys.modules["openvino_tel
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
 
 
-def test_without_openvino_pytorch_runs_the_towers_and_says_so_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    script = f"""
-import logging, sys
-sys.modules["openvino"] = None
-logging.basicConfig(level=logging.INFO)
-from alignment.model import DualEncoder
-for _ in range(2):
-    encoder = DualEncoder.load({str(checkpoint("clip"))!r}, device="cpu", runtime="openvino")
-    assert encoder.encode_texts(["a dog"]).shape == (1, encoder.embed_dim)
-"""
-    said = run(script, tmp_path).stderr
-    assert said.count("PyTorch encodes pictures and captions") == 1
+@pytest.fixture
+def no_openvino(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    openvino.cache_clear()
+    yield
+    openvino.cache_clear()
+
+
+@pytest.mark.usefixtures("no_openvino")
+def test_without_openvino_pytorch_runs_the_towers_and_says_so_once(
+    checkpoint: Checkpoint, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        encoder = load(checkpoint("clip"))
+        assert encoder.encode_texts(["a dog"]).shape == (1, encoder.embed_dim)
+    assert encoder.tower("text").backend == "torch"
+    assert caplog.text.count("PyTorch encodes pictures and captions") == 1
 
 
 def test_probes_are_the_same_pictures_every_time_and_captions_differ_in_length() -> None:
