@@ -422,7 +422,7 @@ def test_the_text_head_learns(miniature: Miniature, preprocessor: Preprocessor) 
             images=join_parts(
                 functional.normalize(pictures, dim=-1),
                 functional.normalize(torch.randn(26, VIEWS, 12), dim=-1),
-                recipe.image_weight[0],
+                recipe.trained_image_weight[0],
             ),
             center=features.sentences.mean(0),
         )
@@ -444,7 +444,7 @@ def text_losses(head: AlignmentHead, targets: TextTargets, features: TextFeature
     rows = torch.cat([english.first[train], targets.scenes])
     tokens, sentences, mask = features.batch(rows)
     captions, scenes = head(sentences, tokens, mask).split([len(train), len(targets.scenes)])
-    wholes = targets.whole(captions, sentences[: len(train)], Recipe.text_weight)
+    wholes = targets.whole(captions, sentences[: len(train)], Recipe.trained_text_weight)
     contrast = softmax_loss(targets.images[train, 0] @ wholes.T / 0.07)
     held = (1 - (captions * english.features[rows[: len(train)]]).sum(-1)).mean()
     return torch.stack([contrast, held, (1 - (scenes * targets.scene_teacher).sum(-1)).mean()])

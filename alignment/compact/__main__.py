@@ -215,15 +215,15 @@ class Run:
         return torch.cat([aligner.images(part)[0] for part in maps])
 
     def _concepts(self, view: int, class_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Return every picture's concept part, and its share of the whole."""
-        low, high = self.recipe.image_weight
+        """Return every picture's concept part, and its share of the whole while the text head learns."""
+        low, high = self.recipe.trained_image_weight
         probabilities = self.image.classifier(self.features.pooled[:, view]).softmax(-1)
         certainty = probabilities.amax(-1, keepdim=True)
         return functional.normalize(probabilities @ class_embeds, dim=-1), low + (high - low) * certainty
 
     def _embed_texts(self, head: AlignmentHead, targets: TextTargets, language: str, rows: Tensor) -> Tensor:
         batches = map(self.text_features.batch, self.texts.captions[language][0][rows].split(256))
-        weight = self.recipe.text_weight
+        weight = self.recipe.trained_text_weight
         return torch.cat([targets.whole(head(said, tokens, mask), said, weight) for tokens, said, mask in batches])
 
     def _teacher_features(self, language: str, rows: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class Recipe:
     average: float = 0.995  # decay of the running average of the weights, which is what is kept
     image_weight: tuple[float, float] = (0.0, 0.45)  # of the concept part where ImageNet's head is unsure, and sure
     text_weight: float = 0.15  # of the plain sentence embedding of a text
+    trained_image_weight: tuple[float, float] = (0.1, 0.4)  # both while the text head learns: better on dev than those
+    trained_text_weight: float = 0.2
 
     def optimiser(self, module: nn.Module, groups: Groups, steps: int) -> Optimiser:
         """Make the optimiser of a stage."""
@@ -291,7 +293,7 @@ def train_text(head: AlignmentHead, aligner: Aligner, data: Training, targets: T
         sizes = [*map(len, captioned), len(scenes), len(classes)]
         embeds = head(sentences, tokens, mask)
         parts = embeds.split(sizes)
-        wholes = targets.whole(embeds, sentences, recipe.text_weight).split(sizes)
+        wholes = targets.whole(embeds, sentences, recipe.trained_text_weight).split(sizes)
         pictures = targets.images[data.train, torch.randint(VIEWS, (len(data.train),))]
         with torch.no_grad():
             prototypes = aligner.pooled(data.prototypes.draw(classes))
