@@ -31,6 +31,11 @@ def until(true: Callable[[], Any], seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+def entries(folder: Path) -> list[Path]:
+    """List all files and folders below a folder from which the service may delete some meanwhile."""
+    return [Path(root, name) for root, folders, files in os.walk(folder) for name in (*folders, *files)]
+
+
 def run_coroutine(work: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine in a thread of its own: after browser tests an event loop is running in the main thread."""
     with ThreadPoolExecutor(1) as pool:

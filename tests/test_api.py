@@ -33,7 +33,7 @@ from alignment.server import GuardedBlocks, Service, Settings
 from alignment.ui.api import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS, Api, add_api
 from alignment.ui.api_schemas import matrix
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
-from tests.http_client import run_coroutine
+from tests.http_client import entries, run_coroutine
 
 ENDPOINTS = {"search_images", "search_captions", "similarity_matrix", "embed_images", "embed_captions", "describe"}
 HERE = "http://127.0.0.1:7860"  # what the documentation says
@@ -80,7 +80,7 @@ def photo(engine) -> Callable[[str], Path]:
 
 
 def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in entries(folder) if path.is_file()]
 
 
 def data_url(path: Path) -> str:

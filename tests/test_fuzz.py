@@ -30,6 +30,7 @@ from alignment.preprocess import InputError, open_image, sanitize_text
 from alignment.server import Service, Settings
 from alignment.ui.strings import error_text
 from alignment.ui.uploads import MAX_NAME
+from tests.http_client import entries
 
 SEED = 1
 IN_A_PROCESS, HERE, ZIPS, OVER_HTTP = 600, 600, 120, 12
@@ -203,7 +204,7 @@ def visitor(address, uploads) -> Iterator[Callable[[str], Visitor]]:
     yield come
     for one in visitors:
         one.close()
-    assert [file for file in uploads.rglob("*") if file.is_file()] == []
+    assert [path for path in entries(uploads) if path.is_file()] == []
 
 
 def said(name: str, error: InputError | None, lang: str) -> list[str]:

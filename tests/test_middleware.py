@@ -24,7 +24,7 @@ from alignment.server import service as service_module
 from alignment.server.middleware import INTERNAL_TOKEN_HEADER
 from alignment.server.routes import route_kind
 from alignment.ui.strings import error_for_browser
-from tests.http_client import until
+from tests.http_client import entries, until
 
 KEYS = {"error", "detail", "code"}
 AT_ONCE = 4
@@ -197,7 +197,7 @@ def send(client: httpx.Client, *sizes: int) -> httpx.Response:
 
 
 def left(folder: Path) -> list[Path]:
-    return list((folder / "uploads").rglob("*"))
+    return entries(folder / "uploads")
 
 
 def form(*parts: tuple[str, bytes]) -> dict[str, Any]:

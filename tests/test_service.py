@@ -25,7 +25,7 @@ from alignment.model import DualEncoder
 from alignment.server import Service, Settings, gradio_internals, middleware
 from alignment.server import service as service_module
 from alignment.server.gradio_internals import queue_status
-from tests.http_client import run_coroutine, until
+from tests.http_client import entries, run_coroutine, until
 
 
 class Held(AlignmentEngine):
@@ -201,7 +201,7 @@ def test_a_slow_sender_is_refused_and_nothing_stays(serve, monkeypatch, tmp_path
             with suppress(TimeoutError):
                 told = slow.recv(4096)
     assert told.startswith(b"HTTP/1.1 408")
-    until(lambda: not list((tmp_path / "uploads").rglob("*")))
+    until(lambda: not entries(tmp_path / "uploads"))
 
 
 def test_an_announced_upload_reserves_nothing(serve):
@@ -214,7 +214,7 @@ def test_an_announced_upload_reserves_nothing(serve):
 def test_an_upload_that_breaks_off_leaves_nothing(serve, tmp_path):
     client = serve()
     connect(client, f"{UPLOAD}Content-Length: {2**20}\r\n\r\n".encode() + PART).close()
-    until(lambda: not client.service.uploads.batches and not list((tmp_path / "uploads").rglob("*")))
+    until(lambda: not client.service.uploads.batches and not entries(tmp_path / "uploads"))
 
 
 # ---------------------------------------------------------------- sessions and the end
