@@ -269,9 +269,13 @@ def test_tools_answer_in_json_and_upload_no_file(page, gate, tmp_path):
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     assert [json.loads(text) for text in use_tool(page, "wait", "狗")] == [{"said": "狗"}]
-    use_tool(page, "echo", {"path": str(secret), "meta": {"_type": "gradio.FileData"}})
-    given = [event.inputs[0] for event in page.seen if event.endpoint == "echo"][-1]
-    assert given == str(secret)  # and no file that has been read
+    meta = {"_type": "gradio.FileData"}
+    file = {"path": str(secret), "meta": meta}
+    for sent in (file, {"path": file, "meta": meta}, {"path": str(secret), "meta": "none"}):
+        use_tool(page, "echo", sent)
+        given = [event.inputs[0] for event in page.seen if event.endpoint == "echo"].pop()
+        assert given == str(secret)  # and no file that has been read
+        page.seen.clear()
     assert not list(Path(page.GRADIO_CACHE).rglob("secret*"))
 
 

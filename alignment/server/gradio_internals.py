@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import partial
-from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,7 +22,7 @@ import gradio as gr
 import uvicorn.config
 from gradio import routes
 from gradio.state_holder import SessionState, StateHolder
-from gradio_client.utils import is_file_obj_with_meta, traverse
+from gradio_client.utils import is_file_obj
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from alignment.server.sessions import estimate_bytes
@@ -180,12 +179,18 @@ def harden_mcp(page: gr.Blocks) -> None:
     if tools is None:
         return
     text = partial(tools.types.TextContent, type="text")
-    tools.convert_strings_to_filedata = lambda value, positions: traverse(
-        value, itemgetter("path"), is_file_obj_with_meta
-    )
+    tools.convert_strings_to_filedata = lambda value, positions: _bare_paths(value)
     tools.postprocess_output_data = lambda answers, root_url: [
         text(text=json.dumps(answer, ensure_ascii=False)) for answer in answers
     ]
+
+
+def _bare_paths(value: Any) -> Any:
+    """Replace each file object by its path, the innermost first: what its path becomes could make another of it."""
+    if isinstance(value, dict):
+        value = {name: _bare_paths(part) for name, part in value.items()}
+        return value["path"] if is_file_obj(value) else value
+    return [_bare_paths(part) for part in value] if isinstance(value, list) else value
 
 
 def configure_uvicorn(max_connections: int) -> None:

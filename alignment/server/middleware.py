@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import MutableHeaders
@@ -83,12 +84,15 @@ class GuardedRequest:
         self._scope, self._receive, self._send = scope, receive, send
         self._page, self._path, self._http = blocks_of(scope), scope["path"], HTTPConnection(scope)
         self._cookie = self._http.cookies.get(COOKIE, "")
-        self._endpoints = {str(fn.api_name) for fn in self._page.fns.values()}
         self._is_agents = self._path.startswith(routes.MCP)
         self._error: ServiceError | None = None
         self._sent = self._status = 0
         self._is_whole, self._body_end = False, b""
         scope[GUARDED] = self
+
+    @cached_property
+    def _endpoints(self) -> set[str]:
+        return {str(fn.api_name) for fn in self._page.fns.values()}
 
     def may_use(self, session: str) -> bool:
         """Tell whether a session belongs to this request's browser."""
