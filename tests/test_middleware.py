@@ -144,8 +144,10 @@ def test_a_request_that_is_too_large_is_refused(serve):
 def test_a_full_queue_refuses(serve, echo):
     client = serve(queue=2)
     echo.may_go_on.clear()
-    asked = [ask(client) for _ in range(AT_ONCE)]
-    until(lambda: client.get("/healthz").json()["working"] == AT_ONCE)
+    asked = []
+    for working in range(1, AT_ONCE + 1):  # what the queue has not yet passed on waits in it, and it takes two
+        asked.append(ask(client))
+        until(lambda working=working: client.get("/healthz").json()["working"] == working)
     asked += [ask(client), ask(client)]
     full = ask(client)
     refused(full, 503, "queue")
