@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 
+from tests.http_client import shown
+
 LEAKS = re.compile(r"Traceback|Exception|/tmp/|/home/|/root/|site-packages|\.py\b|__i18n__|error\.[a-z]+\.")
 TABS = ("captions", "pictures", "matrix", "photos", "evaluate")
 TEXTS = {
@@ -65,7 +67,7 @@ class Visitor:
         if not part["queue"]:
             answer = self.post("run/predict", body)
             assert answer.status_code == 200, (element, event, answer.text)
-            return answer.json()["data"]
+            return [shown(value) for value in answer.json()["data"]]
         joined = self.post("queue/join", body)
         assert joined.status_code == 200, (element, event, joined.text)
         return self._last()
@@ -80,7 +82,7 @@ class Visitor:
             if message["msg"] == "process_completed":
                 assert message["success"], message
                 assert not LEAKS.search(json.dumps(message["output"], ensure_ascii=False)), message
-                return message["output"]["data"]
+                return [shown(value) for value in message["output"]["data"]]
         raise AssertionError("no answer")
 
     def post(self, route: str, body: Any) -> httpx.Response:
@@ -108,8 +110,8 @@ class Visitor:
     def drop(self, tab: str, *files: tuple[str, str]) -> list[str]:
         """Drop uploaded files, each its name and path, onto a tab; what the page says of those it does not take."""
         data = {"files": [{"name": name, "path": path} for name, path in files], "run": 1, "first": True}
-        shown = self.trigger(f"{tab}-drop", "files", data)
-        value = next(part for part in shown if isinstance(part, dict) and "maxFiles" in part)
+        changed = self.trigger(f"{tab}-drop", "files", data)
+        value = next(part for part in changed if isinstance(part, dict) and "maxFiles" in part)
         return [
             *filter(None, [value.get("error")]),
             *(f"{name}: {reason}" for name, reason in value.get("skipped", [])),

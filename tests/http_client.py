@@ -105,7 +105,12 @@ class Visitor:
 
     def _shown(self, dependency: dict[str, Any], data: list[Any]) -> dict[str, Any]:
         ids = (self.parts[id].get("elem_id") for id in dependency["outputs"])
-        return {id: value for id, value in zip(ids, data, strict=True) if id}
+        return {id: shown(value) for id, value in zip(ids, data, strict=True) if id}
+
+
+def shown(value: Any) -> Any:
+    """Read what an element shows from the value that Gradio sends; see `_as_json` in alignment/ui/widgets.py."""
+    return json.loads(value["json"]) if isinstance(value, dict) and value.keys() == {"json"} else value
 
 
 def _changed(shown: list[Any], data: list[Any]) -> list[Any]:

@@ -37,6 +37,7 @@ from alignment.ui.uploads import (
     uploads_of,
 )
 from alignment.ui.widgets import ASSETS, user_errors
+from tests.http_client import shown
 
 UI = Path(app.__file__).parent / "alignment" / "ui"
 
@@ -544,7 +545,7 @@ def test_statistics_are_not_public(served):
 
 def test_the_first_page_holds_results_in_every_tab(engine):
     config = app.build_page(engine, "zh").get_config_file()
-    values = {part["props"].get("elem_id"): part["props"].get("value") for part in config["components"]}
+    values = {part["props"].get("elem_id"): shown(part["props"].get("value")) for part in config["components"]}
     assert values["captions-results"]["rows"]
     assert values["pictures-results"]["rows"]
     assert values["matrix-table"]["rows"]

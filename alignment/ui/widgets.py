@@ -5,9 +5,12 @@ not escaped here, and none may be put into a template.
 """
 
 import base64
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from inspect import isgeneratorfunction
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -72,13 +75,23 @@ def widget(name: str, value: object, parts: Sequence[str] = (), **options: Any) 
     """Make an element that `assets/ui/NAME.js` draws with the scripts `parts`; its events are attributes of it."""
     script = "\n".join((ASSETS / f"{file}.js").read_text("utf-8") for file in ("dom", *parts, name))
     return gr.HTML(
-        value,
+        _as_json(value),
         html_template='<div class="al-root"></div>',
         js_on_load=script,
         apply_default_css=False,
         elem_classes=["al-widget"],
         **options,
     )
+
+
+def _as_json(value: object) -> dict[str, str]:
+    """Return a value of an element as Gradio holds it: one text.
+
+    For each event the browser copies what it holds of all elements, number by number: beside a matrix of 64 x 64 in
+    plain lists a search took 0.41 s of its main thread, instead of 0.16. A new object is noticed though it says the
+    same.
+    """
+    return {"json": json.dumps(value, ensure_ascii=False)}
 
 
 def queue_options(work: str) -> dict[str, Any]:
@@ -96,7 +109,7 @@ def on_event(
     a later one has overtaken; not for events that carry data.
     """
     event(
-        handler,
+        _with_json(handler),
         list(inputs),
         list(outputs),
         api_visibility="private",
@@ -105,6 +118,24 @@ def on_event(
         queue=bool(work),
         **(queue_options(work) if work else {}),
     )
+
+
+def _with_json(handler: Handler) -> Handler:
+    """Let a handler's changes reach Gradio with the values of elements as JSON."""
+
+    def encode(changes: Changes) -> Changes:
+        return {part: _as_json(value) if isinstance(part, gr.HTML) else value for part, value in changes.items()}
+
+    @wraps(handler)
+    def answer(*values: Any) -> Changes | None:
+        changes = handler(*values)
+        return changes and encode(changes)
+
+    @wraps(handler)
+    def answers(*values: Any) -> Iterator[Changes]:
+        yield from map(encode, handler(*values))
+
+    return answers if isgeneratorfunction(handler) else answer
 
 
 def picked(event: gr.EventData) -> str:

@@ -66,7 +66,7 @@ element.addEventListener("click", (event) => {
   if (button?.dataset.query) trigger("pick", { id: button.dataset.query });
   else if (button?.dataset.act) {
     const index = Number(button.dataset.index);
-    const { text, picture } = props.value.terms[index];
+    const { text, picture } = current().terms[index];
     trigger("edit", { act: button.dataset.act, index, text, picture });
   }
 });

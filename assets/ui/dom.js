@@ -86,7 +86,10 @@ const heading = (value) =>
     value.count ? make("p", { "aria-live": "polite" }, value.count) : null,
   );
 
+// What the element shows; see `_as_json` in alignment/ui/widgets.py.
+const current = () => JSON.parse(props.value?.json || "{}");
+
 const keep = (render) => {
-  render(props.value || {});
-  watch("value", () => render(props.value || {}));
+  render(current());
+  watch("value", () => render(current()));
 };

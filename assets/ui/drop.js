@@ -37,10 +37,10 @@ const skipped = (value) =>
 
 // How far all files are, of which a part is being read.
 const overall = (progress) => {
-  if (!job || job.files.length === 1 || !props.value?.batch) return progress;
+  if (!job || job.files.length === 1 || !current().batch) return progress;
   const done = job.at + (job.size * progress.done) / progress.total;
   const total = job.files.length;
-  const text = fill(props.value.labels.reading, { done: Math.min(Math.floor(done) + 1, total), total });
+  const text = fill(current().labels.reading, { done: Math.min(Math.floor(done) + 1, total), total });
   return { done, total, text };
 };
 
@@ -89,7 +89,7 @@ const tick = (value) => {
 };
 
 const render = () => {
-  const value = props.value || {};
+  const value = current();
   if (value.progress) busy = job?.progress?.text || value.progress.text;
   const focused = document.activeElement === input;
   const status = busy ? "" : [ended, value.status].filter(Boolean).join(" ");
@@ -110,7 +110,7 @@ const begin = (files) => {
 };
 
 const finish = () => {
-  if (job?.stopped) ended = props.value.labels.stopped;
+  if (job?.stopped) ended = current().labels.stopped;
   if (job?.stopped) waiting = [];
   job = null;
   busy = "";
@@ -144,7 +144,7 @@ const refusalOf = (error) => {
 };
 
 const sendPart = async () => {
-  const value = props.value || {};
+  const value = current();
   const files = nextFiles(value);
   const sent = [];
   const mine = job;
@@ -184,9 +184,9 @@ const sendPart = async () => {
 };
 
 const send = (list) => {
-  const files = [...list].slice(0, props.value?.many ? list.length : 1);
+  const files = [...list].slice(0, current().many ? list.length : 1);
   if (!files.length) return;
-  if (busy) waiting = props.value?.many ? [...waiting, ...files] : files;
+  if (busy) waiting = current().many ? [...waiting, ...files] : files;
   else begin(files);
 };
 
@@ -205,7 +205,7 @@ const advance = () => {
 
 render();
 watch("value", () => {
-  const value = props.value || {};
+  const value = current();
   if (value.progress) {
     if (job?.files.length === 1 && !job.progress) Object.assign(job, { begun: performance.now(), from: value.progress.done });
     if (job) job.progress = overall(value.progress);

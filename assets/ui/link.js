@@ -7,10 +7,10 @@ const asked = (key) => {
 
 const address = () => {
   const inSight = (key) => [...document.querySelectorAll(`[id^="${key}-"]`)].some((node) => node.offsetParent);
-  const key = props.value.tabs.find(inSight);
+  const key = current().tabs.find(inSight);
   const query = new URLSearchParams({ tab: key });
   if (asked(key)) query.set("q", asked(key));
-  query.set("lang", props.value.lang);
+  query.set("lang", current().lang);
   return `${location.origin}${location.pathname}?${query}`;
 };
 
@@ -19,7 +19,7 @@ let byHand = false;
 let timer = 0;
 
 const render = () => {
-  const { labels } = props.value;
+  const { labels } = current();
   const done = copied && !byHand;
   show(
     make(

@@ -43,13 +43,13 @@ const tick = () => {
 const look = async () => {
   clearTimeout(timer);
   try {
-    const answer = await fetch(`${props.value.url}?lang=${props.value.lang}`);
+    const answer = await fetch(`${current().url}?lang=${current().lang}`);
     if (answer.ok) {
       const before = value;
       value = await answer.json();
       if (value.running && before.running && before.lang === value.lang) tick();
       else draw();
-      const stale = value.version !== props.value.version;
+      const stale = value.version !== current().version;
       if (stale && (renewed.version !== value.version || Date.now() - renewed.at > PATIENCE)) {
         renewed = { version: value.version, at: Date.now() };
         trigger("renew", { lang: value.lang });
@@ -58,7 +58,7 @@ const look = async () => {
   } catch {
     // the server is not there just now
   }
-  if (value.running || value.version !== props.value.version) timer = setTimeout(look, EVERY);
+  if (value.running || value.version !== current().version) timer = setTimeout(look, EVERY);
 };
 
 keep((now) => {
@@ -76,5 +76,5 @@ element.addEventListener("click", (event) => {
 });
 
 document.addEventListener("visibilitychange", () => {
-  if (document.visibilityState === "visible" && props.value?.ready) look();
+  if (document.visibilityState === "visible" && current().ready) look();
 });
