@@ -50,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
     import transformers
 
+    import alignment.server.gradio_internals  # noqa: F401 - before a test imports Gradio, which takes longer by itself
+
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

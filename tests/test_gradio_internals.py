@@ -16,7 +16,7 @@ import gradio as gr
 import httpx
 import pytest
 import uvicorn
-from gradio import processing_utils
+from gradio import component_meta, processing_utils
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
@@ -109,6 +109,11 @@ def fetch(page: gr.Blocks, name: str, id: str) -> str:
 
 
 # ---------------------------------------------------------------- versions
+
+
+def test_gradio_writes_no_type_stubs_when_it_is_imported():
+    assert component_meta.create_or_modify_pyi.__module__ == gradio_internals.__name__
+    assert "create_or_modify_pyi" in component_meta.ComponentMeta.__new__.__code__.co_names
 
 
 def test_an_unsupported_gradio_is_named_with_the_version_to_install():
