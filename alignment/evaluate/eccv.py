@@ -8,9 +8,10 @@ of a picture as right, although captions of others often fit. ECCV Caption (Chun
 import io
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,13 @@ def _package() -> Any:
             "ECCV Caption and CxC need the package `eccv_caption`: install this project with its extra `coco` "
             "(pip install '.[coco]')."
         ) from error
-    return Metrics()
+    return _read_labels(Metrics)
+
+
+@cache
+def _read_labels(metrics: Callable[[], Any]) -> Any:
+    """Make the package's metrics, whose labels take a second to read, once."""
+    return metrics()
 
 
 def _check_complete(labels: Mapping[int, Sequence[int]], image_ids: set[int], caption_ids: set[int]) -> None:
