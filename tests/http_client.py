@@ -109,7 +109,7 @@ class Visitor:
 
 
 def shown(value: Any) -> Any:
-    """Read what an element shows from the value that Gradio sends; see `_as_json` in alignment/ui/widgets.py."""
+    """Read what an element shows from the value that Gradio sends; see `as_json` in alignment/ui/widgets.py."""
     return json.loads(value["json"]) if isinstance(value, dict) and value.keys() == {"json"} else value
 
 

@@ -86,7 +86,7 @@ const heading = (value) =>
     value.count ? make("p", { "aria-live": "polite" }, value.count) : null,
   );
 
-// What the element shows; see `_as_json` in alignment/ui/widgets.py.
+// What the element shows; see `as_json` in alignment/ui/widgets.py.
 const current = () => JSON.parse(props.value?.json || "{}");
 
 const keep = (render) => {

@@ -37,6 +37,7 @@ from alignment.model import DualEncoder
 from alignment.ui.examples import Examples
 from alignment.ui.explanation import ExplanationDialog
 from alignment.ui.pictures_tab import PicturesTab
+from alignment.ui.widgets import as_json
 
 ROOT = Path(__file__).resolve().parents[2]
 AIM = 1.3
@@ -79,7 +80,7 @@ def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[Row
         tab.build(gr.Radio(["en"]), "en")
     eager = DualEncoder.load(checkpoint, device="cpu", runtime="torch").module.get_text_features
     steps: dict[str, Callable[[str], object]] = {
-        "handler": lambda caption: orjson.dumps([*tab.search("en", caption, ()).values()][2:]),
+        "handler": lambda caption: orjson.dumps([*map(as_json, [*tab.search("en", caption, ()).values()][2:])]),
         "embedding": lambda caption: encoder.encode_texts([caption]),
         "search": lambda caption: engine.gallery.search_images(embeds[caption], 12),
     }
