@@ -20,6 +20,7 @@ from alignment.model import DualEncoder
 from alignment.preprocess import InputError
 from alignment.ui.explanation import ExplanationDialog, ExplanationState, Pair
 from alignment.ui.strings import strings, text
+from tests.http_client import shown
 
 PHOTOGRAPHS = ("cheetah-running", "cat", "coffee", "cameraman", "motorcycle", "rocket")
 
@@ -172,7 +173,7 @@ def answers(engine: AlignmentEngine, pick) -> list[dict]:
         explanation.build("en")
         explanation.on_event(button.click, pick, [language])
     handler = page.fns[max(page.fns)].fn
-    return [changes[explanation.dialog] for changes in handler(gr.EventData(None, {}), "en")]
+    return [shown(changes[explanation.dialog]) for changes in handler(gr.EventData(None, {}), "en")]
 
 
 def test_the_dialog_is_busy_first_and_then_explains(engine):
