@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -385,6 +385,7 @@ def test_the_tail_learns_in_runs(miniature: Miniature, tmp_path: Path) -> None:
 
 def test_a_stopped_tail_stage_goes_on_from_its_last_epoch(miniature: Miniature, tmp_path: Path) -> None:
     state, start = tmp_path / "state.safetensors", copy.deepcopy(miniature.aligner)
+    data = replace(miniature.data, recipe=replace(miniature.recipe, tail_epochs=(4,)))
     seen: list[int] = []
 
     def stop(epoch: int, average: Aligner) -> None:
@@ -392,12 +393,12 @@ def test_a_stopped_tail_stage_goes_on_from_its_last_epoch(miniature: Miniature, 
         if seen == [1, 2, 3]:
             raise KeyboardInterrupt
 
-    train_tail(miniature.aligner, miniature.data, 0, lambda epoch, average: None, tmp_path / "unbroken.safetensors")
+    train_tail(miniature.aligner, data, 0, lambda epoch, average: None, tmp_path / "unbroken.safetensors")
     with pytest.raises(KeyboardInterrupt):
-        train_tail(copy.deepcopy(start), miniature.data, 0, stop, state)
+        train_tail(copy.deepcopy(start), data, 0, stop, state)
     resumed = copy.deepcopy(start)
-    train_tail(resumed, miniature.data, 0, stop, state)
-    assert seen == [1, 2, 3, 3, 4, 5, 6, 7, 8], "the epoch that was broken off is done again, the others are not"
+    train_tail(resumed, data, 0, stop, state)
+    assert seen == [1, 2, 3, 3, 4], "the epoch that was broken off is done again, the others are not"
     whole = miniature.aligner.state_dict()
     for name, value in resumed.state_dict().items():
         torch.testing.assert_close(value, whole[name], atol=1e-5, rtol=1e-4)
