@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from alignment.ui.explanation import ExplanationDialog
 from alignment.ui.matrix_tab import NUM_COMPARED, MatrixTab
 from alignment.ui.strings import text
 from alignment.ui.uploads import PhotoState
+from alignment.ui.widgets import as_json
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +269,8 @@ def test_examples_speak_the_other_language_and_own_captions_stay(tab):
     assert tab.compared not in changes
     assert changes[tab.table]["rows"] == ["my own"]
     assert changes[tab.table]["labels"]["sort"] == text("zh", "matrix.label.sort")
+
+
+def test_numbers_of_numpy_and_what_is_no_number_reach_the_page():
+    value = {"row": np.arange(2, dtype=np.float32), "one": np.float64(0.5), "none": float("nan")}
+    assert json.loads(as_json(value)["json"]) == {"row": [0.0, 1.0], "one": 0.5, "none": None}

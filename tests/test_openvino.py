@@ -191,11 +191,12 @@ def test_what_is_damaged_is_made_again(name: str, kept: tuple[Path, Path]) -> No
         return (graphs.info() if name == "facts.json" else graphs.tower("text")) is not None
 
     assert is_whole()
-    (entry / name).unlink()
-    assert not is_whole()
     for damage in DAMAGES.values():
         (entry / name).write_bytes(damage(content))
         assert not is_whole()
+    assert_made_again(folder, entry, right)
+    (entry / name).unlink()
+    assert not is_whole()
     assert_made_again(folder, entry, right)
     assert is_whole()
 
