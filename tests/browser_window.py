@@ -1,11 +1,31 @@
 """A browser's window that one test after the other uses."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 from playwright.sync_api import Page
 
+from alignment.ui.strings import text
+
 LOCALE = "en-US"
 SLOW = 30_000  # milliseconds; the machine may be busy
+
+
+def open_tab(page: Page, key: str, lang: str = "en") -> None:
+    """Open a tab by its key, and let Gradio finish it."""
+    page.get_by_role("tab", name=text(lang, f"{key}.tab"), exact=True).click()
+    let_finish(page)
+
+
+def files_in(folder: Path) -> list[str]:
+    """List the files below a folder, in which others may be deleted meanwhile."""
+    return [name for _, _, names in os.walk(folder) for name in names]
+
+
+def let_finish(page: Page) -> None:
+    """Wait until the boxes of a tab keep what is typed: some 70 ms after they appear, Gradio sets them once more."""
+    page.evaluate("() => new Promise((done) => setTimeout(() => requestIdleCallback(done), 100))")
 
 
 class Window:

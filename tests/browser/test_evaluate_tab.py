@@ -8,6 +8,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from alignment.ui.strings import text
+from tests.browser_window import files_in, open_tab
 
 IDS = ("cat", "coffee", "motorcycle", "rocket", "cheetah-face", "lion")
 
@@ -35,7 +36,7 @@ def data(engine, picture, tmp_path):
 
 
 def open_evaluate(page: Page, lang: str = "en") -> None:
-    page.get_by_role("tab", name=text(lang, "evaluate.tab"), exact=True).click()
+    open_tab(page, "evaluate", lang)
     expect(page.locator("#evaluate-results table")).to_be_visible()
 
 
@@ -73,7 +74,7 @@ def test_own_data_is_measured_and_reported(visit, data, lang, tmp_path, uploads)
     assert (report["data"], report["num_images"], report["model"]) == ("data.zip", 6, "compact")
     assert report["metrics"]["text_to_image_recall@1"]["value"] > 3 * report["chance"]["text_to_image_recall@1"]
     assert report["metrics"]["text_to_image_recall@5"]["low"] <= report["metrics"]["text_to_image_recall@5"]["value"]
-    assert [path for path in uploads.rglob("*") if path.is_file()] == []
+    assert files_in(uploads) == []
 
 
 def test_the_report_speaks_the_other_language_and_stays(visit, data):

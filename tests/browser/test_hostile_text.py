@@ -14,6 +14,7 @@ from PIL import Image
 from playwright.sync_api import Page, Request, expect
 
 from alignment.ui.strings import text
+from tests.browser_window import open_tab
 
 RUN = "window.__ran=1"
 PAYLOADS = {
@@ -60,10 +61,6 @@ def watched(visit, window) -> Iterator[Callable[..., Page]]:
     assert seen == []
 
 
-def tab(page: Page, key: str, lang: str = "en") -> None:
-    page.get_by_role("tab", name=text(lang, f"{key}.tab"), exact=True).click()
-
-
 def photo(name: str, colour: str = "teal") -> dict:
     buffer = io.BytesIO()
     Image.new("RGB", (80, 60), colour).save(buffer, "PNG")
@@ -82,7 +79,7 @@ def search(page: Page, key: str, query: str) -> None:
 
 def test_a_query_is_text(watched):
     page = watched()
-    tab(page, "pictures")
+    open_tab(page, "pictures")
     for hostile in PAYLOADS.values():
         search(page, "pictures", f"2 x {hostile} + dog")
         expect(page.locator("#pictures-composer .al-part-name").first).to_have_text(hostile)
@@ -94,7 +91,7 @@ def test_a_query_is_text(watched):
 
 def test_captions_of_the_matrix_are_text(watched):
     page = watched()
-    tab(page, "matrix")
+    open_tab(page, "matrix")
     page.locator("#matrix-captions textarea").fill("\n".join(PAYLOADS.values()))
     page.locator("#matrix-compare").click()
     expect(page.locator("#matrix-table tbody th")).to_have_text(list(PAYLOADS.values()))
@@ -117,22 +114,22 @@ def test_names_of_files_are_text_on_every_tab(watched):
     drop(page, "captions", photo(NAME))
     expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(re.escape(NAME)))
     page.locator("#captions-results [data-act=why]").first.wait_for(state="attached")
-    tab(page, "pictures", lang)
+    open_tab(page, "pictures", lang)
     drop(page, "pictures", bad)
     expect(page.locator("#pictures-drop .al-problem")).to_contain_text(NAME)
     drop(page, "pictures", photo(NAME))
     expect(page.locator("#pictures-composer img").first).to_have_attribute("title", NAME)
-    tab(page, "matrix", lang)
+    open_tab(page, "matrix", lang)
     drop(page, "matrix", bad, photo(NAME))
     expect(page.locator("#matrix-drop .al-problem strong")).to_have_text(NAME)
     expect(page.locator("#matrix-table thead img")).to_have_attribute("alt", NAME)
-    tab(page, "photos", lang)
+    open_tab(page, "photos", lang)
     drop(page, "photos", bad, photo(NAME), photo("b.png", "red"))
     expect(page.locator("#photos-drop .al-problem strong")).to_have_text(NAME)
     for summary in page.locator("#photos-results .al-verdict summary").all():
         summary.click()
     expect(page.locator("#photos-results .al-text", has_text=NAME)).to_be_attached()
-    tab(page, "evaluate", lang)
+    open_tab(page, "evaluate", lang)
     drop(page, "evaluate", {**bad, "name": NAME + ".zip"})
     expect(page.locator("#evaluate-drop .al-problem")).to_contain_text(NAME)
 
@@ -166,7 +163,7 @@ def test_a_data_set_is_text_in_its_report(watched, tmp_path):
         file.writestr(f"{TURNING}.png", b"x")
         file.writestr("metadata.jsonl", "\n".join(json.dumps(line) for line in lines))
     page = watched()
-    tab(page, "evaluate")
+    open_tab(page, "evaluate")
     page.locator("#evaluate-drop input[type=file]").set_input_files(
         {"name": f"{TURNING}.zip", "mimeType": "application/zip", "buffer": path.read_bytes()}
     )
@@ -183,7 +180,7 @@ def test_a_data_set_is_text_in_its_report(watched, tmp_path):
 
 def test_marks_that_turn_text_round_are_left_out(watched):
     page = watched()
-    tab(page, "photos")
+    open_tab(page, "photos")
     drop(page, "photos", photo(f"{TURNING}.png"), {"name": f"{TURNING}.gif", "mimeType": "image/gif", "buffer": b"x"})
     expect(page.locator("#photos-drop .al-problem strong")).to_have_text("agnp.exeb.gif")
     for summary in page.locator("#photos-results .al-verdict summary").all():
@@ -196,7 +193,7 @@ def test_marks_that_turn_text_round_are_left_out(watched):
 
 def test_words_written_from_the_right_stand_apart_and_no_cell_of_a_file_is_a_formula(watched):
     page = watched()
-    tab(page, "matrix")
+    open_tab(page, "matrix")
     drop(page, "matrix", photo("=1+1.png"), photo("@x.png", "red"))
     expect(page.locator("#matrix-table thead img")).to_have_count(2)
     page.locator("#matrix-captions textarea").fill("\n".join([*FORMULAS, HEBREW]))

@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from alignment.ui.strings import text
+from tests.browser_window import open_tab
 
 
 def copied(page: Page, lang: str) -> dict[str, str]:
@@ -39,7 +40,7 @@ def test_an_address_opens_the_tab_asks_the_question_and_can_be_copied_again(visi
 
 def test_what_was_typed_is_in_the_link(visit):
     page = visit("?lang=en")
-    page.get_by_role("tab", name=text("en", "pictures.tab")).click()
+    open_tab(page, "pictures")
     box = page.locator("#pictures-query").get_by_role("textbox")
     box.fill("2 x cat - dog")
     box.press("Enter")

@@ -20,7 +20,7 @@ from alignment.ui.examples import FAVOURITES
 from alignment.ui.matrix_tab import NUM_COMPARED
 from alignment.ui.strings import text
 from alignment.ui.widgets import ASSETS
-from tests.browser_window import Window
+from tests.browser_window import Window, open_tab
 
 SWAPPED = (
     "a cup of coffee on a wooden table\na cat with green eyes\na red motorcycle in a garage\na plane in a blue sky"
@@ -29,7 +29,7 @@ IDS = FAVOURITES[:NUM_COMPARED]
 
 
 def open_matrix(page: Page, lang: str = "en") -> Page:
-    page.get_by_role("tab", name=text(lang, "matrix.tab")).click()
+    open_tab(page, "matrix", lang)
     expect(page.locator("#matrix-table .al-cell").first).to_be_visible()
     # The example captions change with the label: what is typed before would be replaced.
     expect(page.locator("#matrix-captions")).to_contain_text(text(lang, "matrix.captions"))

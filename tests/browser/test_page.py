@@ -6,12 +6,13 @@ from playwright.sync_api import Page, expect
 
 from alignment.ui.examples import DESCRIBED
 from alignment.ui.strings import strings, text
+from tests.browser_window import files_in, open_tab
 
 TABS = ("captions", "pictures", "matrix", "photos", "evaluate")
 
 
-def open_tab(page: Page, key: str, lang: str = "en") -> None:
-    page.get_by_role("tab", name=text(lang, f"{key}.tab")).click()
+def show_tab(page: Page, key: str, lang: str = "en") -> None:
+    open_tab(page, key, lang)
     expect(page.locator(f"#{key}-{'table td' if key == 'matrix' else 'results li'}").first).to_be_visible()
 
 
@@ -38,7 +39,7 @@ def test_every_tab_opens_with_a_worked_example_in_the_browsers_language(visit, l
     expect(page).to_have_title(text(lang, "title"))
     expect(page.locator("html")).to_have_attribute("lang", "zh-CN" if lang == "zh" else "en")
     for key in TABS:
-        open_tab(page, key, lang)
+        show_tab(page, key, lang)
     expect(page.locator("#photos-results h2")).to_have_text(text(lang, "pictures.results"))
 
 
@@ -58,7 +59,7 @@ def test_nothing_sticks_out_on_a_phone(visit, lang, dark):
     page = visit(f"?lang={lang}&__theme={'dark' if dark else 'light'}", width=390, height=844)
     expect(page.get_by_role("tab")).to_have_count(5)  # none is hidden in a menu
     for key in TABS:
-        open_tab(page, key, lang)
+        show_tab(page, key, lang)
         widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
         assert widths[0] <= widths[1], (key, widths)
     dark_body = page.evaluate("document.body.classList.contains('dark')")
@@ -67,7 +68,7 @@ def test_nothing_sticks_out_on_a_phone(visit, lang, dark):
 
 def test_the_grids_show_thumbnails_not_originals(visit):
     page = visit()
-    open_tab(page, "pictures")
+    show_tab(page, "pictures")
     image = page.locator("#pictures-results img").first
     expect(image).to_have_js_property("complete", True)
     assert 0 < image.evaluate("node => Math.max(node.naturalWidth, node.naturalHeight)") <= 320
@@ -76,7 +77,7 @@ def test_the_grids_show_thumbnails_not_originals(visit):
 def test_the_page_does_not_say_where_anything_lies_on_the_server(visit, engine):
     page = visit()
     for key in TABS:
-        open_tab(page, key)
+        show_tab(page, key)
     html = page.content()
     for picture in engine.gallery.pictures:
         assert str(picture.path) not in html
@@ -91,7 +92,7 @@ def test_a_photo_of_a_cat_finds_captions_about_cats(visit, picture, uploads):
     expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(picture("cat").name))
     captions = page.locator("#captions-results .al-words p").all_text_contents()
     assert any("cat" in caption.lower() for caption in captions[:5]), captions
-    assert [path for path in uploads.rglob("*") if path.is_file()] == []  # nothing stays
+    assert files_in(uploads) == []  # nothing stays
 
 
 def test_a_picture_is_read_as_a_person_sees_it(visit, picture, tmp_path):
@@ -151,7 +152,7 @@ def test_a_pasted_picture_is_taken(visit, picture):
 @pytest.mark.parametrize(("query", "found"), [("一杯咖啡", "espresso"), ("a red motorcycle", "motorcycle")])
 def test_a_caption_in_either_language_finds_the_picture(visit, query, found):
     page = visit()
-    open_tab(page, "pictures")
+    show_tab(page, "pictures")
     before = ranked(page, "pictures")
     search(page, "pictures", query)
     expect(page.locator("#pictures-results li .al-text").first).to_contain_text(found)
@@ -160,7 +161,7 @@ def test_a_caption_in_either_language_finds_the_picture(visit, query, found):
 
 def test_an_empty_caption_is_answered_in_words(visit):
     page = visit("?lang=zh")
-    open_tab(page, "pictures", "zh")
+    show_tab(page, "pictures", "zh")
     search(page, "pictures", "   ")
     expect(page.locator("#pictures-results [role=alert]")).to_have_text(text("zh", "error.caption.empty"))
     page.locator("#pictures-examples button").first.click()
@@ -169,7 +170,7 @@ def test_an_empty_caption_is_answered_in_words(visit):
 
 def test_what_is_typed_never_becomes_markup(visit):
     page = visit()
-    open_tab(page, "matrix")
+    show_tab(page, "matrix")
     wicked = '<img src=x onerror="window.hit=1"> ${window.hit=1} {{x}}'
     page.locator("#matrix-captions textarea").fill(wicked)
     page.locator("#matrix-compare").click()
@@ -184,7 +185,7 @@ def test_switching_the_language_keeps_the_state(visit, picture):
     page = visit("?lang=en", locale="zh-CN")
     drop(page, "captions", picture("rocket"))
     expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(picture("rocket").name))
-    open_tab(page, "pictures")
+    show_tab(page, "pictures")
     search(page, "pictures", "a cheetah of my own choosing")
     expect(page.locator("#pictures-results li .al-text").first).to_contain_text("cheetah")
     order = [
@@ -197,7 +198,7 @@ def test_switching_the_language_keeps_the_state(visit, picture):
     expect(page.locator("#pictures-query").get_by_role("textbox")).to_have_value("a cheetah of my own choosing")
     after = page.locator("#pictures-results img").evaluate_all("all => all.map(i => i.src)")
     assert [image.split("?")[0] for image in after] == order
-    page.get_by_role("tab", name=text("zh", "captions.tab")).click()
+    open_tab(page, "captions", "zh")
     expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile(picture("rocket").name))
     expect(page.locator("#captions-results li p[lang=zh]")).to_have_count(10)
 
@@ -208,7 +209,7 @@ def test_all_of_the_page_changes_its_language_at_once(visit, window):
     window.listen("request", lambda request: request.method == "POST" and posted.append(request.url))
     page.locator("#language").get_by_text("中文").click()
     for key in TABS:
-        open_tab(page, key, "zh")
+        show_tab(page, key, "zh")
     assert len(posted) == 1, posted
 
 
@@ -216,7 +217,7 @@ def test_the_chinese_page_speaks_no_english(visit):
     page = visit("?lang=zh")
     english = [sentence for sentence in strings()["en"].values() if len(sentence) > 8 and "{" not in sentence]
     for key in TABS:
-        open_tab(page, key, "zh")
+        show_tab(page, key, "zh")
         shown = page.locator("body").inner_text()
         assert [sentence for sentence in english if sentence in shown] == []
         assert "__i18n__" not in shown

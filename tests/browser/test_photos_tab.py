@@ -8,10 +8,11 @@ from playwright.sync_api import Page, Route, expect
 
 from alignment.gallery import Gallery
 from alignment.ui.strings import text
+from tests.browser_window import files_in, open_tab
 
 
 def open_photos(page: Page, lang: str = "en") -> None:
-    page.get_by_role("tab", name=text(lang, "photos.tab")).click()
+    open_tab(page, "photos", lang)
     expect(page.locator("#photos-results li").first).to_be_visible()
 
 
@@ -74,7 +75,7 @@ def test_own_photos_are_searched_and_cleared(visit, bad_file, picture, uploads):
         search(page, query)
         best(page, name)
         assert sorted(ranked(page)) == sorted(names)
-    assert [path for path in uploads.rglob("*") if path.is_file()] == []
+    assert files_in(uploads) == []
 
     other = visit()  # another visitor sees the sample only
     open_photos(other)
@@ -161,7 +162,7 @@ def test_an_album_brings_the_photos_back(visit, engine, picture, tmp_path, uploa
     best(page, picture("motorcycle").name)
     cosines = page.locator("#photos-results li dd").all_inner_texts()
     album = download(page, tmp_path)
-    assert [path for path in uploads.rglob("*") if path.is_file()] == []
+    assert files_in(uploads) == []
     with zipfile.ZipFile(album) as file:
         file.extractall(tmp_path)
     assert len(Gallery.load(tmp_path / "my_photos", engine.encoder).pictures) == 4

@@ -1,12 +1,12 @@
 import json
 import re
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
 from alignment.ui.strings import text
+from tests.browser_window import files_in, open_tab
 
 PARTS = "#pictures-composer .al-part"
 
@@ -15,13 +15,13 @@ PARTS = "#pictures-composer .al-part"
 def composer(visit):
     """Open the tab: `composer(lang)`."""
 
-    def open_tab(lang: str = "en", **options) -> Page:
+    def open_composer(lang: str = "en", **options) -> Page:
         page = visit(f"?lang={lang}", **options)
-        page.get_by_role("tab", name=text(lang, "pictures.tab")).click()
+        open_tab(page, "pictures", lang)
         expect(page.locator("#pictures-results li").first).to_be_visible()
         return page
 
-    return open_tab
+    return open_composer
 
 
 def box(page: Page):
@@ -111,7 +111,7 @@ def test_a_picture_of_ones_own_joins_the_query_by_button_and_by_drop(composer, p
     )
     expect(page.locator(f"{PARTS} img")).to_have_count(2)
     assert "加上：dropped.webp 1×" in parts(page)
-    assert [path for path in Path(uploads).rglob("*") if path.is_file()] == []
+    assert files_in(uploads) == []
 
 
 def test_the_query_and_its_parts_survive_a_change_of_language(composer):
@@ -202,7 +202,7 @@ def test_pictures_that_are_nearly_the_same_are_folded_and_open_in_place(visit, p
     image.save(tmp_path / "again.jpg", quality=40)
     image.crop((width // 20, height // 20, width - width // 20, height - height // 20)).save(tmp_path / "cropped.png")
     page = visit()
-    page.get_by_role("tab", name=text("en", "photos.tab")).click()
+    open_tab(page, "photos")
     files = [picture("cat"), tmp_path / "again.jpg", tmp_path / "cropped.png", picture("coffee")]
     page.locator("#photos-drop input[type=file]").set_input_files([str(file) for file in files])
     expect(page.locator("#photos-results .al-card")).to_have_count(2)

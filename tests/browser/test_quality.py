@@ -11,6 +11,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from alignment.ui.strings import strings, text
+from tests.browser_window import let_finish
 
 QUALITY = (Path(__file__).parent / "quality.js").read_text("utf-8")
 REFUSED = ("", "xqzv wkjh", "字" * 1001, "\n".join("一二三四五" * 14))  # nothing, nonsense, too long, too many
@@ -23,6 +24,7 @@ def tabs(page: Page) -> Iterator[tuple[str, Locator]]:
     page.evaluate(QUALITY)
     for tab in page.get_by_role("tab").all():
         tab.click()
+        let_finish(page)
         panel = page.locator("[role=tabpanel]:visible")
         expect(panel.locator(".al-root").first).to_be_attached()
         expect(panel.locator("[data-act], td, input, button").first).to_be_visible()

@@ -8,7 +8,7 @@ from playwright.sync_api import Page, expect
 import app
 from alignment.server import Service, Settings
 from alignment.ui.strings import text
-from tests.browser_window import LOCALE
+from tests.browser_window import LOCALE, let_finish
 from tests.http_client import free_port
 
 
@@ -47,6 +47,7 @@ def test_who_searches_too_often_reads_why_in_their_language(strict, locale, said
     page = strict(locale, rate=12)
     expect(page.locator("html")).to_have_attribute("lang", locale if locale == "zh-CN" else "en")
     page.locator("[role=tab]").nth(1).click()
+    let_finish(page)
     page.locator("#pictures-query textarea, #pictures-query input").fill("a cat")
     use_up_the_rate(page)
     page.locator("#pictures-search").click()
