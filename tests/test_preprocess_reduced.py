@@ -11,7 +11,7 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image, ImageOps
-from test_preprocess import STORED, bomb_jpeg
+from test_preprocess_images import STORED, bomb_jpeg
 
 from alignment.model import DualEncoder
 from alignment.preprocess import InputError, Preprocessor, open_image
