@@ -1,10 +1,10 @@
-"""A browser's window that one test after the other uses."""
+"""A browser's window that one test after the other uses, and what tests of the page do in it."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 from alignment.ui.strings import text
 
@@ -18,14 +18,15 @@ def open_tab(page: Page, key: str, lang: str = "en") -> None:
     let_finish(page)
 
 
-def files_in(folder: Path) -> list[str]:
-    """List the files below a folder, in which others may be deleted meanwhile."""
-    return [name for _, _, names in os.walk(folder) for name in names]
-
-
 def let_finish(page: Page) -> None:
-    """Wait until the boxes of a tab keep what is typed: some 70 ms after they appear, Gradio sets them once more."""
-    page.evaluate("() => new Promise((done) => setTimeout(() => requestIdleCallback(done), 100))")
+    """Wait until the open tab's boxes keep what is typed: some 70 ms after they appear, Gradio sets them once more."""
+    expect(page.locator("[role=tabpanel]:visible .al-root").first).to_be_attached()
+    page.evaluate("() => new Promise((done) => setTimeout(() => requestIdleCallback(() => done()), 100))")
+
+
+def files_in(folder: Path) -> list[Path]:
+    """List the files below a folder, in which others may be deleted meanwhile."""
+    return [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
 
 
 class Window:

@@ -39,8 +39,8 @@ LONGEST = (
     "test_quality.py", "test_train_run.py", "test_kills.py", "test_openvino.py", "test_fuzz.py", "test_matrix_tab.py",
     "test_preprocess_preprocessor.py", "test_hostile_text.py", "test_page.py", "test_api.py", "test_photos_tab.py",
     "test_compact.py", "test_train_trainer.py", "test_train_objective.py", "test_service_process.py",
-    "test_pictures_tab.py", "test_evaluate_tab.py", "test_app.py", "test_model.py", "test_evaluate_eccv.py",
-    "test_space_publish.py", "test_gallery_build.py", "test_explain.py", "test_train_presets.py", "test_scan.py",
+    "test_pictures_tab.py", "test_evaluate_tab.py", "test_app.py", "test_gallery_command.py", "test_evaluate_eccv.py",
+    "test_space_publish.py", "test_model_composition.py", "test_explain.py", "test_train_presets.py", "test_scan.py",
     "test_service.py", "test_index_file.py", "test_refusals.py", "test_explanation.py", "test_middleware.py",
     "test_space.py", "test_summaries.py", "test_calibration.py", "test_zerogpu.py", "test_gallery_distributed.py",
 )  # fmt: skip

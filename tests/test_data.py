@@ -1,4 +1,4 @@
-"""Read a tiny data set of every format, and data sets with missing, malformed or hostile parts."""
+"""Tables, image folders and data sets of the Hub, whole and with missing, malformed or hostile parts."""
 
 from __future__ import annotations
 
@@ -379,6 +379,16 @@ def test_any_csv_reads_like_the_same_json_lines(tmp_path: Path, rows: list[tuple
         csv.writer(handle).writerows([("image", "caption"), *rows])
     lines = "\n".join(json.dumps({"image": name, "caption": caption}) for name, caption in rows)
     assert read(tmp_path / "t.csv") == read(write(tmp_path / "t.jsonl", lines))
+
+
+def test_a_name_cannot_do_anything_to_the_terminal_that_shows_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"file_name": "a.jpg", "caption": "a"}, {"file_name": "\x1b[2J\u202egpj.\ud800\nb.png", "caption": "b"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    picture(tmp_path / "a.jpg")
+    read_pairs(tmp_path)
+    assert "left out 1 missing pictures ([2Jgpj. b.png)" in caplog.text
 
 
 # ---------------------------------------------------------------- the Hub

@@ -12,9 +12,9 @@ from test_data import flickr8k, karpathy_image, picture, read, splits, write
 from alignment.data import Pair
 from tests.data_sets import read_pairs
 
-# ---------------------------------------------------------------- Flickr
-
 __all__ = ["flickr8k"]  # a fixture
+
+# ---------------------------------------------------------------- Flickr
 
 
 def test_flickr8k_is_read_whole(flickr8k: Path) -> None:
@@ -44,16 +44,6 @@ def test_missing_pictures_are_logged_once_each(flickr8k: Path, caplog: pytest.Lo
     # A service logs what comes before the first argument.
     assert len(caplog.records) == 2
     assert all(str(record.msg).partition("%")[0].startswith("Read a data set") for record in caplog.records)
-
-
-def test_a_name_cannot_do_anything_to_the_terminal_that_shows_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = [{"file_name": "a.jpg", "caption": "a"}, {"file_name": "\x1b[2J\u202egpj.\ud800\nb.png", "caption": "b"}]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    picture(tmp_path / "a.jpg")
-    read_pairs(tmp_path)
-    assert "left out 1 missing pictures ([2Jgpj. b.png)" in caplog.text
 
 
 def test_what_is_missing_in_another_split_is_not_reported(flickr8k: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Malformed annotations: every row and every file is read or reported, and no caption is joined to another picture."""
+"""Malformed annotations: every row and every file is read or reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds of a gallery: what is new is embedded, what has not changed is kept, and the command says what happened."""
+"""Builds of a gallery: what is new is embedded, what has not changed is kept, what is damaged mended."""
 
 from __future__ import annotations
 

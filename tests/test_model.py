@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-from alignment.model import DualEncoder, torch_tower
+from alignment.model import DualEncoder, best_device, find_device, torch_tower
 from alignment.model.torch_tower import embed_in_half, weights_sha256
 from alignment.preprocess import InputError
 from alignment.similarity import cosine_similarity, logits_per_image
@@ -383,3 +383,57 @@ def test_loading_draws_nothing_on_the_terminal(checkpoint: Checkpoint, capfd: py
     finally:
         logging.disable_progress_bar()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "xpu", "", "cpu:x"])
+def test_a_device_that_is_not_here_is_refused_in_one_sentence(name: str, checkpoint: Callable[[str], Path]) -> None:
+    if not name:
+        assert find_device(name).type == find_device().type == best_device()
+        return
+    with pytest.raises(ValueError, match=f"no device '{name}'"):
+        DualEncoder.load(checkpoint("clip"), device=name)
+
+
+def test_a_folder_has_no_revisions(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="leave --revision v1 out"):
+        DualEncoder.load(checkpoint("clip"), revision="v1", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"modules.json": "[]", "0_CLIPModel/config.json": "{dual}"},
+            "sentence-transformers .* say .*0_CLIPModel",
+        ),
+        ({"modules.json": "[]", "config.json": "{}", "model.safetensors": ""}, "sentence-transformers .*text alone"),
+        ({"open_clip_config.json": "{}", "open_clip_model.safetensors": ""}, "an open_clip checkpoint"),
+        ({"open_clip_pytorch_model.bin": ""}, "an open_clip checkpoint"),
+        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "an adapter .*merge_and_unload"),
+        ({"model_index.json": "{}", "unet/config.json": "{}"}, "a diffusers pipeline"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_folder_of_another_library_is_called_by_its_name(files: dict[str, str], said: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content.replace("{dual}", '{"text_config": {}, "vision_config": {}}'))
+    with pytest.raises(FileNotFoundError, match=said):
+        DualEncoder.load(tmp_path, device="cpu")
+
+
+def test_a_file_is_no_checkpoint(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(FileNotFoundError, match="is a file: name the folder"):
+        DualEncoder.load(checkpoint("clip") / "model.safetensors", device="cpu")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_embeddings_that_are_no_numbers_are_refused(number: float, checkpoint: Callable[[str], Path]) -> None:
+    encoder = DualEncoder.load(checkpoint("clip"), device="cpu")
+    with torch.no_grad():
+        for parameter in encoder.module.parameters():
+            parameter.fill_(number)
+    with pytest.raises(ValueError, match="no numbers"):
+        encoder.encode_texts(["a cat"])
+    with pytest.raises(ValueError, match="no numbers"):
+        encoder.encode_images([Image.new("RGB", (32, 32))])

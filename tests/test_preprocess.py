@@ -8,13 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_preprocess_images import refused
 from transformers import AutoProcessor, AutoTokenizer
 
-from alignment.preprocess import (
-    Preprocessor,
-    TokenizerSpec,
-)
+from alignment.preprocess import Preprocessor, TokenizerSpec
 
 TEXTS = ["a dog runs on the beach", "A PLATE of pasta", "一只狗在海滩上奔跑"]
 # How each family's own documentation calls its own processor.
@@ -149,9 +145,3 @@ def test_many_threads_may_tokenize_at_once(checkpoint: Callable) -> None:
 def test_torchvision_is_not_used(family: str, checkpoint: Callable) -> None:
     assert Preprocessor.load(checkpoint(family)).image_processor.backend == "pil"
     assert "torchvision" not in sys.modules
-
-
-def test_a_run_length_bitmap_is_refused_before_it_is_decoded(encoded: Callable[..., bytes]) -> None:
-    data = bytearray(encoded(Image.new("P", (8, 8)), "BMP"))
-    data[30] = 1  # the compression in its header
-    assert refused(bytes(data)).values == {"kind": "RLE BMP files"}

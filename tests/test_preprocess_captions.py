@@ -2,11 +2,7 @@
 
 import pytest
 
-from alignment.preprocess import (
-    InputError,
-    clean_caption,
-    parse_captions,
-)
+from alignment.preprocess import InputError, clean_caption, parse_captions
 
 
 def test_a_caption_is_cleaned() -> None:

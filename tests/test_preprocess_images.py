@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from alignment.preprocess import (
-    InputError,
-    images,
-    open_image,
-)
+from alignment.preprocess import InputError, images, open_image
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 # Four different quarters: every one of the eight orientations looks different.
@@ -220,6 +216,12 @@ def test_an_error_can_be_put_in_another_language() -> None:
     error = InputError("The limit is {limit}.", code="captions.too_many", limit=3)
     assert (str(error), error.code, error.values) == ("The limit is 3.", "captions.too_many", {"limit": 3})
     assert isinstance(error, ValueError)
+
+
+def test_a_run_length_bitmap_is_refused_before_it_is_decoded(encoded: Callable[..., bytes]) -> None:
+    data = bytearray(encoded(Image.new("P", (8, 8)), "BMP"))
+    data[30] = 1  # the compression in its header
+    assert refused(bytes(data)).values == {"kind": "RLE BMP files"}
 
 
 # ---------------------------------------------------------------- what comes out right

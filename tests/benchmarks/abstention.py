@@ -4,12 +4,13 @@ A caption counts as right for a photograph by how close it is in meaning to what
 sentence encoder with the nearest of the photograph's own captions, turned into a probability by a line that is fitted
 on pairs judged by eye (`assets/caption_verdicts.jsonl`: 2, all that is said is there; 1, a person who searched for it
 would accept the picture, though a side detail is wrong or not to be seen; 0, the main thing, what it does or the place
-is wrong; 1 and 2 fit). Dev photographs search the starter gallery's captions, their captions search the photographs:
-for these the line is corrected by pairs of a caption and the first picture that the model found for it.
-What is fitted on one half of the photographs is measured on the other, both ways. Intervals are 95 %, over photographs
-drawn with all their queries. `--save` fits on all of them; the result is `DEFAULT_CALIBRATION` of
-`alignment/confidence/calibration.py`. Nonsense, empty pictures and captions that no starter picture shows, told by
-their words, are to be refused. Needs the extra `compact` (the sentence encoders); `--diagram` also needs `train`.
+is wrong; 1 and 2 fit). Dev photographs search the starter gallery's captions, their captions search the photographs.
+For the latter the line is fitted anew, on graded pairs of a caption and another photograph than its own that a search
+found. The curves are fitted on one half of the photographs and measured on the other, both ways; the lines on all
+pairs, and what is "right" is what they say. Intervals are 95 %, over photographs drawn with all their queries. `--save`
+fits on all of them; the result is `DEFAULT_CALIBRATION` of `alignment/confidence/calibration.py`. Nonsense, empty
+pictures, and captions that share no content word with those of the starter pictures are to be refused.
+Needs the extra `compact` (the sentence encoders); `--diagram` also needs `train`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -52,6 +54,8 @@ SENTENCE_ENCODERS = {"en": "mpnet", "zh": "e5"}
 NONSENSE, EMPTY = 60, 30  # of each kind
 RESULTS = 10
 BINS = 10
+FLAT_STRENGTH, PRIOR_STRENGTH = 0.01, 1.0  # of the regularisation of a line, without and with a prior
+EVEN_ODDS_SIZE = 100  # pictures in the galleries of `at_even_odds`
 FUNCTION_WORDS = (
     "a an the of on in at with and is are to by for from it his her its their up down over out into near beside behind "
     "while through two one three some several other another this that as off under between against along front"
@@ -128,6 +132,8 @@ def blank_images(seed: int = 1) -> dict[str, list[Image.Image]]:
 
 # ---------------------------------------------------------------- what describes what
 
+Line: TypeAlias = tuple[float, float]  # slope and bias
+
 
 def read_judged() -> list[dict]:
     """Read the pairs that were judged by eye: a photo, and a scene or the photo whose first caption found it, by id.
@@ -155,24 +161,25 @@ class Meaning:
             return torch.tensor([(rows[pair["photo"]], places[pair[key]], pair[language] >= 1) for pair in known])
 
         self.first = [int((self.owners == row).nonzero()[0]) for row in range(len(photos))]
-        self.judged, self.judged_captions = judged("scene", scenes), judged("caption_of", rows)
-        self.line = self._fit(f"{language}, scenes", self.bank, self.judged, torch.zeros(5, dtype=torch.double), 0.01)
-        # What the model finds itself fits more often than the line for scenes says.
+        self.judged = judged("scene", scenes)
+        self.line = self._fit(f"{language}, scenes", self.bank, self.judged)
         first = self.own[self.first]
-        self.caption_line = self._fit(f"{language}, captions", first, self.judged_captions, self.line, 1.0)
+        self.caption_line = self._fit(f"{language}, captions", first, judged("caption_of", rows), self.line)
 
-    def _fit(self, what: str, embeds: Tensor, judged: Tensor, start: Tensor, strength: float) -> Tensor:
-        """Fit the line from cosine to probability on judged pairs, (photo, place in `embeds`, whether it fits)."""
+    def _fit(self, what: str, embeds: Tensor, judged: Tensor, prior: Line | None = None) -> Line:
+        """Fit slope and bias, from cosine to log odds, on judged pairs, (photo, place in `embeds`, whether it fits)."""
         photo, place, fits = judged.T
-        cosines, columns = self.to_photos(embeds)[photo, place].double(), torch.zeros(len(judged), 4).double()
-        columns[:, 0] = cosines
-        line = logistic_regression(columns, fits.double(), start, strength)
+        columns = torch.zeros(len(judged), 4, dtype=torch.double)
+        columns[:, 0] = cosines = self.to_photos(embeds)[photo, place].double()
+        start = torch.zeros(5, dtype=torch.double)
+        start[[0, -1]] = torch.tensor(prior or (0.0, 0.0), dtype=torch.double)
+        line = logistic_regression(columns, fits.double(), start, PRIOR_STRENGTH if prior else FLAT_STRENGTH)
+        slope, bias = float(line[0]), float(line[-1])
         print(
-            f"{what}: {len(judged)} judged pairs, {int(fits.sum())} fit; {self.encoder}: "
-            f"AUROC {auroc(cosines, fits.bool()):.3f}, even odds at cosine {-float(line[-1] / line[0]):.3f}, "
-            f"slope {float(line[0]):.1f}"
+            f"{what}: {len(judged)} judged pairs, {int(fits.sum())} fit; {self.encoder}: AUROC "
+            f"{auroc(cosines, fits.bool()):.3f}, even odds at cosine {-bias / slope:.3f}, slope {slope:.1f}"
         )
-        return line
+        return slope, bias
 
     def to_photos(self, embeds: Tensor) -> Tensor:
         """Cosine with the nearest of each photograph's own captions: (num_photos, len(embeds))."""
@@ -180,9 +187,9 @@ class Meaning:
         best = torch.full((int(self.owners.max()) + 1, len(embeds)), -1.0)
         return best.scatter_reduce(0, self.owners[:, None].expand_as(cosines), cosines, "amax")
 
-    def probability(self, embeds: Tensor, line: Tensor) -> Tensor:
-        """How likely a person says that each text describes each photograph: (num_photos, len(embeds)) float32."""
-        return (line[0] * self.to_photos(embeds) + line[-1]).sigmoid().float()
+    def probability(self, embeds: Tensor, line: Line) -> Tensor:
+        """How likely a person says that each text describes each photograph: (num_photos, len(embeds))."""
+        return (line[0] * self.to_photos(embeds) + line[1]).sigmoid()
 
 
 def shared_words(photos: Sequence[Photo], bank: Sequence[str], language: str) -> Tensor:
@@ -246,6 +253,7 @@ class Answers:
         sure = said >= 0.5
         return {
             "something fits": float(fits.double().mean()),
+            "said of the first result": float(said.double().mean()),
             "first result right": float(right.double().mean()),
             "said at least a half": float(sure.double().mean()),
             "right of these": float(right[sure].double().mean()) if sure.any() else float("nan"),
@@ -315,7 +323,8 @@ def load(arguments: argparse.Namespace, encoder: DualEncoder) -> tuple[Data, lis
         shared = shared_words(photos, list(bank.values()), language)
         found["image_to_text"][language] = Side(images, texts, relevance, rows, meaning.judged, texts, shared)
         relevance = meaning.probability(meaning.own[meaning.first], meaning.caption_line).clamp(max=0.999)
-        relevance, own = relevance.fill_diagonal_(1.0).T, [meaning.texts[row] for row in meaning.first]
+        relevance = relevance.fill_diagonal_(1.0).T
+        own = [meaning.texts[row] for row in meaning.first]
         shared = shared_words(photos, own, language).T
         queries = encoder.encode_texts(own)
         found["text_to_image"][language] = Side(queries, images, relevance, rows, shared=shared, texts=own)
@@ -394,18 +403,15 @@ def answers(side: Side, direction: Direction, calibration: Calibration, cohort: 
 
 
 def at_even_odds(side: Side, calibration: Calibration, cohort: Cohort) -> tuple[Tensor, Tensor]:
-    """Search with every caption in galleries of which half hold its photograph, as a probability supposes.
+    """Search galleries of `EVEN_ODDS_SIZE` pictures, half of them without the caption's own, as `assess` supposes.
 
     Returns:
         What is said of the first result, and how likely it is right.
     """
     similarity, generator = side.queries @ side.candidates.T, torch.Generator().manual_seed(2)
-    said, right = [], []
-    for s in draw_searches(similarity, side.relevance, SEARCHED["text_to_image"], generator):
-        evidence = cohort.evidence(s.similarity, side.queries, s.sizes, "text_to_image")[:, 0]
-        said.append(calibration.match["text_to_image"].probability(evidence))
-        right.append(s.right[:, 0])
-    return torch.cat(said), torch.cat(right).double()
+    (found,) = draw_searches(similarity, side.relevance, [EVEN_ODDS_SIZE], generator)
+    evidence = cohort.evidence(found.similarity, side.queries, found.sizes, "text_to_image")[:, 0]
+    return calibration.match["text_to_image"].probability(evidence), found.right[:, 0].double()
 
 
 def cross_fit(
@@ -437,9 +443,9 @@ def cross_fit(
                 said, right = torch.cat([part[0] for part in drawn]), torch.cat([part[1] for part in drawn])
                 at_odds.append((said, right))
                 print(
-                    f"    of half of the captions the photograph is missing: said {float(said.mean()):.3f}, right "
-                    f"{float(right.mean()):.3f}, calibration error {calibration_error(said, right):.3f}, "
-                    f"AUROC {auroc(said, right >= 0.5):.3f}"
+                    f"    half of the captions search without their photograph, among {EVEN_ODDS_SIZE}: said "
+                    f"{float(said.mean()):.3f}, right {float(right.mean()):.3f}, calibration error "
+                    f"{calibration_error(said, right):.3f}, AUROC {auroc(said, right >= 0.5):.3f}"
                 )
             for source in sorted(set(sources)):
                 rows = torch.tensor([sources[row] == source for row in joined.photo.tolist()])
@@ -459,8 +465,9 @@ def cross_fit(
         )
         print(f"    calibration error {calibration_error(said, fits):.3f}, AUROC {auroc(said, fits):.3f}")
         print(f"    said at least a half: {len(sure)}, of which fit {float(sure.mean()):.3f}")
-    said_of_pictures, right = map(torch.cat, zip(*at_odds, strict=True))
-    return {"image_to_text": (said, fits), "text_to_image": (said_of_pictures, right)}
+    scenes = said, fits
+    said, right = map(torch.cat, zip(*at_odds, strict=True))
+    return {"image_to_text": scenes, "text_to_image": (said, right)}
 
 
 def refusals(
@@ -490,8 +497,9 @@ def refusals(
                 for row, text in enumerate(side.texts)
                 if sources[row] == source and not _words(text, language) & shown
             ]
-            said = refused(side.queries[absent], starter, "text_to_image")
-            print(f"    without a word of the starter pictures' captions, {source:12} {len(absent):3} {said}")
+            if absent:
+                said = refused(side.queries[absent], starter, "text_to_image")
+                print(f"    sharing no content word with the starter pictures', {source:10} {len(absent):3} {said}")
     own = encoder.encode_texts([caption for picture in pictures for caption in picture.captions.values()])
     print(f"  captions of the starter pictures{'':31} {refused(own, starter, 'text_to_image')}")
     for kind, texts in nonsense().items():

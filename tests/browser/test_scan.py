@@ -13,7 +13,7 @@ import app
 from alignment.engine import AlignmentEngine, PhotoFolder
 from alignment.server import Service, Settings
 from alignment.ui.strings import text
-from tests.browser_window import Window
+from tests.browser_window import Window, open_tab
 
 
 @pytest.fixture
@@ -88,6 +88,6 @@ def test_photos_take_the_starter_gallerys_place_and_a_rescan_takes_in_what_chang
     page.locator("#pictures-results [data-act=why]").first.click()
     expect(page.locator("#explanation img").first).to_be_visible()
     page.keyboard.press("Escape")
-    page.get_by_role("tab", name=text("en", "captions.tab")).click()
+    open_tab(page, "captions")
     expect(page.locator("#captions-drop img")).to_have_attribute("alt", re.compile("my cat.jpg"))
     expect(page.locator("#captions-results li").first).to_be_attached()  # a caption of the starter gallery
