@@ -4,12 +4,9 @@ Place in the flow: `encode (model) -> score (here) -> ranking`. Matrices are (nu
 Nothing here knows about devices, models or files.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-_FEW = 64  # rows up to which numpy multiplies faster than torch: beyond, its threads wake up
 
 
 def cosine_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
@@ -69,16 +66,17 @@ def group_near_duplicates(embeds: Tensor, k: int, threshold: float) -> list[list
     `embeds` is (n, embed_dim), unit norm, best ranked first. Returns at most k groups of places in that order: of a, b,
     a', c with a' nearly a, and k = 2, [[0, 2], [1]].
     """
-    free = np.ones(len(embeds), bool)
+    rows = embeds.numpy()  # numpy: torch wakes threads up
+    alike: list[list[bool]] = []
     groups: list[list[int]] = []
-    rows = embeds.numpy()
-    while free.any() and len(groups) < k:
-        first = int(free.argmax())
-        cosines = rows @ rows[first] if len(rows) <= _FEW else torch.mv(embeds, embeds[first]).numpy()
-        alike = (cosines >= threshold) & free
-        alike[first] = True
-        free &= ~alike
-        groups.append(alike.nonzero()[0].tolist())
+    free = list(range(len(rows)))
+    while free and len(groups) < k:
+        first = free[0]
+        if first >= len(alike):
+            alike += (rows[len(alike) : first + k] @ rows.T >= threshold).tolist()
+        alike[first][first] = True
+        groups.append([place for place in free if alike[first][place]])
+        free = [place for place in free if not alike[first][place]]
     return groups
 
 

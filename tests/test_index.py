@@ -133,9 +133,9 @@ def test_an_empty_index_finds_nothing() -> None:
 @pytest.mark.parametrize("kind", [clustered, unit])
 def test_many_rows_are_ranked_as_the_slow_reference_does(kind: Callable[..., Tensor], tmp_path: Path) -> None:
     embeds = kind(MANY, 64).half()
-    queries = between(embeds, 150)
+    queries = between(embeds, 400)
     scores, ids = search_all(stored(tmp_path, embeds), queries, 10)
-    assert recall(ids, embeds, queries) >= 0.999
+    assert recall(ids, embeds, queries) >= 0.997
     for query, row in zip(queries, ids.tolist(), strict=True):
         assert row == slow_search(embeds, query, 10, sorted(row))
     expected = torch.stack([embeds[row].double() @ query.double() for row, query in zip(ids, queries, strict=True)])
@@ -146,7 +146,7 @@ def test_the_recall_that_was_asked_for_decides_how_much_is_searched(
     tmp_path: Path, many: Tensor, large: FileIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "TARGET_RECALL", 0.5)
-    careless, queries = stored(tmp_path, many), between(many, 100)
+    careless, queries = stored(tmp_path, many), between(many, 400)
     assert recall(search_all(large, queries, 10)[1], many, queries) >= 0.999
     assert recall(search_all(careless, queries, 10)[1], many, queries) < 0.97
 
@@ -162,14 +162,14 @@ def test_ties_of_many_rows_go_by_id(copies: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("k", [100, 1000, MANY])
 def test_many_results_are_found(k: int, many: Tensor, large: FileIndex) -> None:
-    queries = between(many, 10)
+    queries = between(many, 50)
     assert recall(search_all(large, queries, k)[1], many, queries) >= 0.998
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 40, 1000])
 def test_tags_of_many_rows_are_ranked_as_the_slow_reference_does(every: int, tmp_path: Path) -> None:
     embeds = clustered(3 * MANY, 32).half()  # so that both many and few rows carry the tag
-    carriers, queries = list(range(0, 3 * MANY, every)), between(embeds, 30)
+    carriers, queries = list(range(0, 3 * MANY, every)), between(embeds, 200)
     index = stored(tmp_path, embeds, lambda tag: torch.arange(0, 3 * MANY, int(tag)))
     scores, ids = search_all(index, queries, 10, tag=str(every))
     assert set(ids.flatten().tolist()) <= set(carriers)

@@ -133,13 +133,19 @@ def test_a_file_of_another_format_is_refused(path: Path, original: bytes) -> Non
         FileIndex(path, "one")
 
 
-def test_flipped_bits_in_codes_crash_nothing(path: Path, original: bytes) -> None:
+def test_with_flipped_bits_in_codes_and_positions_all_rows_are_searched(
+    path: Path, original: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     data, generator = bytearray(original), torch.Generator().manual_seed(0)
     for place in torch.randint(COUNT * (DIM + 8), (2000,), generator=generator).tolist():
         data[-1 - place] ^= 1 << place % 8
     path.write_bytes(data)
-    scores, _ = search_all(FileIndex(path, "one"), unit(20, DIM, seed=3), 10)
-    assert (scores[:, 1:] <= scores[:, :-1]).all()
+    queries = unit(20, DIM, seed=3)
+    found, expected = (
+        search_all(index, queries, 10) for index in (FileIndex(path, "one"), LocalIndex(unit(COUNT, DIM).half()))
+    )
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert "is damaged" in caplog.text
 
 
 # ---------------------------------------------------------------- kills and readers

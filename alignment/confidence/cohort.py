@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -90,9 +90,9 @@ class Cohort:
         return None if few else cosines_within(self.image_embeds).mean().item()
 
     @cached_property
-    def _unit(self) -> dict[str, Tensor]:
+    def _unit(self) -> dict[str, NDArray[np.float32]]:
         """The tensors with unit norm, computed once."""
-        return {name: functional.normalize(embeds.float(), dim=-1) for name, embeds in self.tensors().items()}
+        return {name: functional.normalize(embeds.float(), dim=-1).numpy() for name, embeds in self.tensors().items()}
 
     def is_out_of_distribution(self, query_embeds: Tensor, direction: Direction) -> Tensor:
         """Find the queries that lie among the random texts or blank images; (num_queries,) bool.
@@ -103,19 +103,21 @@ class Cohort:
         if direction not in self._probes:
             return torch.zeros(len(query_embeds), dtype=torch.bool)
         probes, ordinary, half_way = self._probes[direction]
-        here = _nearness(query_embeds, probes)
+        queries = _normalised(query_embeds)
+        here = _nearness(queries, probes)
         beyond = here > half_way  # false for nearly all queries, which saves the comparison with ordinary items
-        return torch.from_numpy(beyond & (here > _nearness(query_embeds, ordinary)) if beyond.any() else beyond)
+        return torch.from_numpy(beyond & (here > _nearness(queries, ordinary)) if beyond.any() else beyond)
 
     @cached_property
-    def _probes(self) -> dict[Direction, tuple[Tensor, Tensor, float]]:
+    def _probes(self) -> dict[Direction, tuple[NDArray[np.float32], NDArray[np.float32], float]]:
         """Direction, where it has enough probes -> probes, ordinary items, and the threshold half-way between them."""
         unit = self._unit
-        found: dict[Direction, tuple[Tensor, Tensor, float]] = {}
+        found: dict[Direction, tuple[NDArray[np.float32], NDArray[np.float32], float]] = {}
         for direction, side, kind in zip(DIRECTIONS, ("image", "text"), ("empty", "nonsense"), strict=True):
             probes, ordinary = unit.get(f"{kind}_{side}_embeds"), unit[f"{side}_embeds"]
             if probes is not None and len(probes) > _NEAREST:
-                inside = (probes @ probes.T).fill_diagonal_(-1).topk(_NEAREST).values.mean()  # without each with itself
+                among = probes @ probes.T - 2 * np.eye(len(probes), dtype=np.float32)  # without each with itself
+                inside = _mean_of_highest(among, _NEAREST).mean()
                 found[direction] = probes, ordinary, float(inside + _nearness(ordinary, probes).mean()) / 2
         return found
 
@@ -136,30 +138,29 @@ class Cohort:
         """
         items = self._unit["text_embeds" if direction == "image_to_text" else "image_embeds"]
         centre, spread = self.units[direction]
-        unrelated = (_cosines(query_embeds, items).astype(np.float64) - centre) / spread
-        scores = (similarity.double().numpy() - centre) / spread
-        sizes = np.log(np.maximum(np.asarray(num_candidates, np.float64), 1))
-        of_query = (_mean_of_highest(unrelated, TAIL), unrelated.mean(1), np.broadcast_to(sizes, len(scores)))
-        columns = (scores, *(np.broadcast_to(column[:, None], scores.shape) for column in of_query))
-        return torch.from_numpy(np.stack(columns, axis=-1))
+        unrelated = ((_normalised(query_embeds) @ items.T).astype(np.float64) - centre) / spread
+        found = np.empty((*similarity.shape, 4))
+        found[..., 0] = (similarity.numpy().astype(np.float64) - centre) / spread
+        found[..., 1] = _mean_of_highest(unrelated, TAIL)[:, None]
+        found[..., 2] = unrelated.mean(1)[:, None]
+        found[..., 3] = np.log(np.maximum(np.asarray(num_candidates, np.float64), 1)).reshape(-1, 1)
+        return torch.from_numpy(found)
 
 
 # numpy: for one query, torch spends longer on its calls than on their work.
-def _cosines(queries: Tensor, items: Tensor) -> NDArray[np.float32]:
-    """Cosines of queries with items of unit norm."""
-    rows = queries.float().numpy()
-    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
-    return torch.mm(torch.from_numpy(rows / np.maximum(lengths, _MIN_LENGTH)), items.T).numpy()
+def _normalised(embeds: Tensor) -> NDArray[np.float32]:
+    rows = embeds.float().numpy()
+    return rows / np.maximum(np.sqrt(np.einsum("ij,ij->i", rows, rows)), _MIN_LENGTH)[:, None]
 
 
-def _nearness(queries: Tensor, items: Tensor) -> NDArray[np.float32]:
-    """Mean cosine with the `_NEAREST` items, which have unit norm."""
-    return _mean_of_highest(_cosines(queries, items), _NEAREST)
+def _nearness(queries: NDArray[np.float32], items: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean cosine with the `_NEAREST` items; all have unit norm."""
+    return _mean_of_highest(queries @ items.T, _NEAREST)
 
 
-def _mean_of_highest(cosines: NDArray[np.floating], count: int) -> NDArray[np.floating]:
+def _mean_of_highest(cosines: NDArray[Any], count: int) -> NDArray[Any]:
     count = min(count, cosines.shape[1])
-    return np.partition(cosines, -count, axis=1)[:, -count:].mean(1)
+    return np.add.reduce(np.partition(cosines, -count, axis=1)[:, -count:], axis=1) / count
 
 
 def cohort_items() -> tuple[list[str], list[str]]:

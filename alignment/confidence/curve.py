@@ -33,7 +33,7 @@ class Curve:
     def probability(self, evidence: Tensor) -> Tensor:
         """Evaluate the curve at (..., 4) evidence; float64, in [0, 1]."""
         weights = np.array([self.score, self.tail, self.mean, self.log_size])
-        return torch.as_tensor(evidence.numpy() @ weights + self.bias).sigmoid()
+        return torch.as_tensor(np.exp(-np.logaddexp(0, -(evidence.numpy() @ weights + self.bias))))
 
     @classmethod
     def fit(cls, evidence: Tensor, labels: Tensor, *, prior: Curve | None = None, strength: float = 1.0) -> Curve:

@@ -167,7 +167,8 @@ class Modality(Generic[Item]):
         if "embeds" in self.__dict__:
             return self.embeds[positions]
         rows = self.index.embeds(positions if self._ids is None else self._ids[positions]).numpy()
-        return torch.from_numpy(rows / np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None])  # numpy: one thread
+        rows /= np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]  # numpy: one thread
+        return torch.from_numpy(rows)
 
     @cached_property
     def embeds(self) -> Tensor:

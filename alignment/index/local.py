@@ -5,15 +5,16 @@ where a row stands, so scores are summed in float64 and rounded to float32. As t
 goes first, and only rows that could reach the best k within its error are scored again.
 
 Layout of the file: a page with a checksum and JSON, the rows in order as float16, a faiss index of their projections
-(PCA, IVF, SQ8). All of it is mapped, which does not count as memory of the process. It is derived from a gallery's
-database and may be deleted at any time. A query visits the lists whose centres are nearest. How many lists and
-candidates is measured at writing, against the exact best ten of mixtures of rows and random directions: captions lie
-between pictures, and also where there are none.
+(PCA, IVF, SQ8). All of it is mapped, no memory of the process, and may be deleted at any time. A query visits the lists
+whose centres are nearest, and faiss scores what their codes name by the rows. How many lists and candidates is measured
+at writing, against the exact best ten of mixtures of rows and random directions, as captions lie between pictures.
 """
 
 import json
+import logging
 import math
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,29 +28,26 @@ from torch import Tensor
 from alignment.atomic import atomic_write
 from alignment.index.vector_index import Floats, Ranking, VectorIndex
 
-EXACT_ROWS = 4096
-"""Rows up to which all are scored: of a gallery, which then needs no file, or of those that carry a tag.
+logger = logging.getLogger(__name__)
 
-Best 10 of 1024 dimensions, captions asked of mixtures of pictures, 2 busy cores: 1.2 ms for 4,096 rows in memory and
-3.0 ms for 10,000; by a file 0.32 ms for 10,000 (recall .9997) and 0.63 ms for 100,000 (recall 1.0).
-"""
+EXACT_ROWS = 4096
+"""Rows up to which all are scored, in about a millisecond: of a gallery, which needs no file, or those with a tag."""
 
 _CACHED_TAGS = 32  # a bit for each row
-_PER_RESULT = 8  # candidates for each of k, at least
-_DEEPER = 8  # times as many, where equal rows may be missing or too few were found
+_PER_RESULT = 8  # candidates for each of k, at least; and times as many where some may be missing
 _MIN_ROWS_PER_CANDIDATE = 4  # with more candidates than that, all rows are scored
-_EQUAL = 1e-6  # quantised scores of equal rows differ by less
+_EQUAL = 1e-6  # scores of equal rows by their codes differ by less
 _BLOCK_ROWS = 2048  # scored at a time: 4 MB as float32 at 512 dimensions, which stays in the cache
-_PARALLEL_FROM = 1 << 15  # numbers from which torch distributes work over threads
+_FEW = 64  # rows up to which numpy multiplies faster than torch
 _ALL_IN_FLOAT64 = 4  # times k: so few rows are scored without a float32 pass
 
-TARGET_RECALL = 0.9975
-"""Share of the exact best ten of these queries that the candidates must hold, and of those the visited lists: .995."""
+TARGET_RECALL = 0.998
+"""Share of the exact best ten of these queries that the candidates must hold, and of those the visited lists: .996."""
 
-_FORMAT = 2  # a file of another format is written anew
+_FORMAT = 3  # a file of another format is written anew
 _PAGE = 4096
 _WIDTH = 128  # of the projections
-_MIN_SAMPLE, _PER_LIST = 20_000, 40  # rows from which projections and codes are learnt, at least and for each list
+_MIN_SAMPLE, _PER_LIST = 20_000, 20  # rows from which projections and codes are learnt, at least and for each list
 _QUERIES, _MIXED = 512, 8  # of the measurement, and rows in each: of fewer, they are easier to answer than captions
 _DEPTHS = 128, 1024  # candidates, at least and at most
 _BLOCK = 16_384  # rows at a time
@@ -68,7 +66,7 @@ class LocalIndex(VectorIndex):
 
     def embeds(self, ids: Tensor) -> Tensor:
         """See `VectorIndex`."""
-        return torch.from_numpy(np.take(self._rows, ids.numpy(), axis=0)).float()
+        return torch.from_numpy(np.take(self._rows, ids.numpy(), axis=0).astype(np.float32))
 
     def _rank(self, query: NDArray[np.float64], k: int, wanted: int, tag: str | None) -> Ranking:
         positions = None if tag is None else np.flatnonzero(np.unpackbits(self._carriers(tag)[1], bitorder="little"))
@@ -100,6 +98,8 @@ class FileIndex(LocalIndex):
             raise ValueError(damaged)
         super().__init__(torch.from_numpy(rows), tagged)
         self._depth, self._nprobe = int(header["depth"]), int(header["nprobe"])
+        self._ids_crc, self._damaged = header["ids_crc"], damaged
+        self._parameters = lru_cache(_CACHED_TAGS)(self._find_parameters)
 
     @staticmethod
     def write(path: Path, batches: Iterable[Tensor], stamp: str) -> None:
@@ -124,105 +124,113 @@ class FileIndex(LocalIndex):
             file.write(data)
             head = len(data) - count * (faiss.extract_index_ivf(index).code_size + 8)  # codes and positions come last
             header = {"format": _FORMAT, "stamp": stamp, "count": count, "embed_dim": embed_dim, "size": file.tell()}
-            header |= {"nprobe": nprobe, "depth": depth, "head": head, "head_crc": zlib.crc32(data[:head])}
+            header |= {"nprobe": nprobe, "depth": depth, "ids_crc": _crc_of_ids(index)}
+            header |= {"head": head, "head_crc": zlib.crc32(data[:head])}
             page = json.dumps(header).encode().ljust(_PAGE - 8)
             file.seek(0)
             file.write(b"%08x" % zlib.crc32(page) + page)
 
     @cached_property
-    def _index(self) -> tuple[Any, Any, Tensor]:
-        """The faiss index, its lists and its projection; it is opened late, as importing faiss takes longer."""
-        import faiss
+    def _indexes(self) -> tuple[Any, Any, int] | None:
+        """The faiss index of the codes, one that scores what it finds by the rows, and the lists; None if damaged."""
+        import faiss  # late: it takes longer than to open the file
 
-        index = faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(self._data), len(self._data)))
-        return index, faiss.extract_index_ivf(index), torch.from_numpy(_projection(index))
+        codes = faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(self._data), len(self._data)))
+        if _crc_of_ids(codes) != self._ids_crc:  # faiss would read beyond the rows
+            logger.warning("%s Until then every search reads all rows.", self._damaged)
+            return None
+        rows = faiss.IndexScalarQuantizer(self.embed_dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        data = self._rows.view(np.uint8).ravel()
+        rows.codes = faiss.MaybeOwnedVectorUInt8.create_view(faiss.swig_ptr(data), data.size, rows.codes.owner)
+        rows.ntotal = len(self)
+        return codes, faiss.IndexRefine(codes, rows), faiss.extract_index_ivf(codes).nlist
 
     def _rank(self, query: NDArray[np.float64], k: int, wanted: int, tag: str | None) -> Ranking:
-        count, bits = (len(self), None) if tag is None else self._carriers(tag)
-        depth = max(self._depth, _PER_RESULT * k, wanted)  # candidates
-        while count > EXACT_ROWS and depth * _MIN_ROWS_PER_CANDIDATE <= count:
-            looks, near = self._candidates(query, depth, count, bits)
-            scores, best = rank(self._rows, query, wanted, near)
-            # The last of the k must look better than the last candidate, whose equals may have lower positions.
-            if len(best) == wanted and (not k or len(near) < depth or looks[near == best[k - 1]] > looks[-1] + _EQUAL):
-                return scores, best
-            depth *= _DEEPER
+        count = len(self) if tag is None else self._carriers(tag)[0]
+        depth, vector = max(self._depth, _PER_RESULT * k, wanted), query.astype(np.float32)[None]
+        while count > EXACT_ROWS and depth * _MIN_ROWS_PER_CANDIDATE <= count and self._indexes:
+            codes, rows, lists = self._indexes
+            # The fewer rows compete, the more lists are visited.
+            nprobe = min(max(self._nprobe * len(self), 2 * depth * lists) // count + 1, lists)
+            by_codes, by_rows = self._parameters(nprobe, tag)
+            rough, near = (found[0] for found in rows.search(vector, depth, params=by_rows))
+            if near[max(wanted - 1, k)] >= 0:  # -1 where fewer were found
+                close = int(np.count_nonzero(rough >= rough[k] - 2 * _float32_error(query)))
+                scores, best = rank(self._rows, query, close, near[:close])
+                are_all = not k or scores[k] < scores[k - 1]
+                if not are_all:  # equals of the last of the k have its code, so all are there if the last code is worse
+                    looks, named = (found[0] for found in codes.search(vector, depth, params=by_codes))
+                    are_all = looks[named == best[k - 1]] > looks[-1] + _EQUAL
+                if are_all:
+                    scores, best = np.concatenate((scores, rough[close:])), np.concatenate((best, near[close:]))
+                    return scores[:wanted], best[:wanted]
+            depth *= _PER_RESULT
         return super()._rank(query, k, wanted, tag)
 
-    def _candidates(
-        self, query: NDArray[np.float64], depth: int, count: int, bits: NDArray[np.uint8] | None
-    ) -> Ranking:
-        """Find at most `depth` rows that score high by their codes: scores, which are not cosines, and positions.
-
-        Only `count` rows compete, those whose bits are set, the lowest first; the fewer, the more lists are visited.
-        """
+    def _find_parameters(self, nprobe: int, tag: str | None) -> tuple[Any, Any]:  # to search by codes, and by rows
         import faiss
 
-        _, lists, projection = self._index
-        visited = max(self._nprobe * len(self), 2 * depth * lists.nlist) // count
-        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
-        asked = faiss.SearchParametersIVF(nprobe=min(max(visited, 1), lists.nlist), sel=selector)
-        projected = torch.mv(projection, torch.from_numpy(query.astype(np.float32)))
-        looks, near = lists.search(projected[None].numpy(), depth, params=asked)
-        there = (near[0] >= 0) & (near[0] < len(self))  # the codes of a damaged file may name others
-        return looks[0][there], near[0][there]
+        selector = None if tag is None else faiss.IDSelectorBitmap(self._carriers(tag)[1])
+        lists = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
+        by_codes = faiss.SearchParametersPreTransform(index_params=lists)
+        return by_codes, faiss.IndexRefineSearchParameters(k_factor=1, base_index_params=by_codes)
+
+
+def _crc_of_ids(index: Any) -> int:
+    """Compute the checksum of the positions that the lists of a faiss index name."""
+    import faiss
+
+    lists = faiss.extract_index_ivf(index).invlists
+    full = [number for number in range(lists.nlist) if lists.list_size(number)]
+    return zlib.crc32(b"".join(faiss.rev_swig_ptr(lists.get_ids(number), lists.list_size(number)) for number in full))
 
 
 def rank(rows: Floats, query: NDArray[np.float64], k: int, chosen: NDArray[np.int64] | None = None) -> Ranking:
-    """Find the k best of unit-norm rows, (n, embed_dim), or of those at the chosen positions; ties by lower position.
-
-    Source: the error of a float32 sum in any order, Higham, Accuracy and Stability of Numerical Algorithms, 3.1.
-    """
+    """Find the k best of unit-norm rows, (n, embed_dim), or of those at chosen positions; ties by lower position."""
     positions = np.arange(len(rows)) if chosen is None else chosen
     if len(positions) > _ALL_IN_FLOAT64 * k > 0:
         rough = _score(rows, query.astype(np.float32), chosen)
-        error = (len(query) + 8) * 2.0**-24 * max(float(np.linalg.norm(query)), 1.0)
-        chosen = positions = positions[rough >= np.partition(rough, -k)[-k] - 2 * error]
+        chosen = positions = positions[rough >= np.partition(rough, -k)[-k] - 2 * _float32_error(query)]
     scores = _score(rows, query, chosen).astype(np.float32)
     order = np.lexsort((positions, -scores))[:k]
     return scores[order], positions[order]
 
 
 def _score(rows: Floats, query: Floats, chosen: NDArray[np.int64] | None) -> Floats:
-    """Compute cosines, (count,), in the precision of the query; by torch, which widens halves twenty times faster.
-
-    A few rows are widened in pieces that torch does not distribute: on a busy machine threads wait to be scheduled.
-    """
+    """Compute cosines, (count,), in the precision of the query: of many rows by torch, whose threads numpy lacks."""
     count = len(rows) if chosen is None else len(chosen)
     scores, factor = np.empty(count, query.dtype), torch.from_numpy(query)
-    few = count < _BLOCK_ROWS and rows.dtype != query.dtype
-    step = max(1, (_PARALLEL_FROM - 1) // len(query)) if few else _BLOCK_ROWS
-    for start in range(0, count, step):
-        here = slice(start, start + step)
+    if count <= _FEW:  # threads would have to wake up
+        return (rows if chosen is None else np.take(rows, chosen, axis=0)).astype(query.dtype) @ query
+    for start in range(0, count, _BLOCK_ROWS):
+        here = slice(start, start + _BLOCK_ROWS)
         block = rows[here] if chosen is None else np.take(rows, chosen[here], axis=0)
         scores[here] = torch.mv(torch.from_numpy(block).to(factor.dtype), factor).numpy()
     return scores
 
 
-def _projection(index: Any) -> NDArray[np.float32]:
-    """Read the projection, (width, embed_dim); faiss would centre queries as well, which does not rank by cosine."""
-    import faiss
-
-    pca = faiss.downcast_VectorTransform(index.chain.at(0))
-    return np.asarray(faiss.vector_to_array(pca.A).reshape(pca.d_out, pca.d_in))
+def _float32_error(query: NDArray[np.float64]) -> float:
+    """Bound the error of a cosine summed in any order: Higham, Accuracy and Stability of Numerical Algorithms, 3.1."""
+    return (len(query) + 8) * 2.0**-24 * max(math.sqrt(query @ query), 1.0)
 
 
 def _train(rows: Floats) -> tuple[Any, int, int]:  # the index, lists to visit, candidates
     import faiss
 
-    rng, num_lists = np.random.default_rng(0), 2 ** round(0.55 * math.log2(len(rows)))
+    rng, num_lists = np.random.default_rng(0), 2 ** round(0.6 * math.log2(len(rows)))
     drawn = rng.permutation(len(rows))[: max(_MIN_SAMPLE, _PER_LIST * num_lists)]
     sample = rows[np.sort(drawn)].astype(np.float32)
     spec = f"PCA{min(_WIDTH, *rows.shape)},IVF{num_lists},SQ8"
     index = faiss.index_factory(rows.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
     clustering = faiss.extract_index_ivf(index).cp
-    clustering.niter, clustering.min_points_per_centroid, clustering.max_points_per_centroid = 8, 1, _PER_LIST
+    clustering.niter, clustering.min_points_per_centroid, clustering.max_points_per_centroid = 6, 1, _PER_LIST
     index.train(sample)
     for block in _blocks(rows):
         index.add(block)
+    faiss.downcast_VectorTransform(index.chain.at(0)).have_bias = False  # a centred query does not rank by cosine
     queries = sample[rng.integers(len(sample), size=(_MIXED, _QUERIES))].mean(0) - sample.mean(0)
     faiss.normalize_L2(queries)
-    queries += rng.standard_normal(queries.shape, np.float32) / math.sqrt(rows.shape[1])
+    queries += rng.standard_normal(queries.shape, np.float32) / math.sqrt(len(queries[0]))
     return index, *_tune(index, rows, queries)
 
 
@@ -236,15 +244,15 @@ def _tune(index: Any, rows: Floats, queries: NDArray[np.float32]) -> tuple[int, 
     from faiss.contrib.exhaustive_search import knn_ground_truth
 
     truth = knn_ground_truth(queries, _blocks(rows), min(10, len(rows)), faiss.METRIC_INNER_PRODUCT)[1]
-    lists, projected = faiss.extract_index_ivf(index), queries @ _projection(index).T
+    lists = faiss.extract_index_ivf(index).nlist
 
     def recalls(nprobe: int, depth: int) -> NDArray[np.float64]:  # at 1, 2, ..., depth candidates
-        near = lists.search(projected, depth, params=faiss.SearchParametersIVF(nprobe=nprobe))[1]
+        asked = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(nprobe=nprobe))
+        near = index.search(queries, depth, params=asked)[1]
         return np.asarray((near[:, :, None] == truth[:, None, :]).sum((0, 2)).cumsum() / truth.size)
 
     least, most = (min(depth, len(rows)) for depth in _DEPTHS)
-    held = recalls(lists.nlist, most)
-    depth, nprobe = min(max(least, int(np.searchsorted(held, TARGET_RECALL)) + 1), most), 1
-    while nprobe < lists.nlist and recalls(nprobe, depth)[-1] < TARGET_RECALL * held[depth - 1]:
-        nprobe += max(1, nprobe // 4)
-    return min(nprobe, lists.nlist), depth
+    held = recalls(lists, most)
+    depth = min(max(least, bisect_left(held, TARGET_RECALL) + 1), most)
+    recall = TARGET_RECALL * held[depth - 1]
+    return bisect_left(range(1, lists), recall, key=lambda nprobe: recalls(nprobe, depth)[-1]) + 1, depth

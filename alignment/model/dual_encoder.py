@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -300,20 +301,20 @@ class DualEncoder:
             yield from batches
 
     def _encode_batches(self, kind: Kind, batches: Iterable[Inputs], total: int, progress: Progress | None) -> Tensor:
-        embeds, done = [torch.empty(0, self.embed_dim)], 0
+        embeds, done = list[Tensor](), 0
         with closing(self._stream(kind, batches)) as embedded:
             for rows in embedded:
                 embeds.append(rows)
                 done += len(rows)
                 if progress is not None:
                     progress(done, total)
-        return torch.cat(embeds)
+        return embeds[0] if len(embeds) == 1 else torch.cat([torch.empty(0, self.embed_dim), *embeds])
 
     def _stream(self, kind: Kind, batches: Iterable[Inputs]) -> Generator[Tensor]:
         """Embed batch after batch; refuse embeddings that are not finite."""
         with closing(self.tower(kind).stream(batches)) as embedded:
             for embeds in embedded:
-                if not bool(embeds.isfinite().all()):
+                if not np.isfinite(embeds.numpy()).all():
                     raise ValueError(
                         f"{self.name} makes embeddings that are no numbers (NaN or infinite): its weights are damaged, "
                         "or its training failed. Download or train it again, or choose another --model."
