@@ -56,6 +56,7 @@ RESULTS = 10
 BINS = 10
 FLAT_STRENGTH, PRIOR_STRENGTH = 0.01, 1.0  # of the regularisation of a line, without and with a prior
 EVEN_ODDS_SIZE = 100  # pictures in the galleries of `at_even_odds`
+AT_EVEN_ODDS = ("said of the first result", "first result right", "calibration error", "AUROC")  # measured there
 FUNCTION_WORDS = (
     "a an the of on in at with and is are to by for from it his her its their up down over out into near beside behind "
     "while through two one three some several other another this that as off under between against along front"
@@ -138,9 +139,22 @@ Line: TypeAlias = tuple[float, float]  # slope and bias
 def read_judged() -> list[dict]:
     """Read the pairs that were judged by eye: a photo, and a scene or the photo whose first caption found it, by id.
 
-    For each language there may be a grade, 0 to 2.
+    For each language there may be a grade, 0 to 2, and a `second` one, by another judge who did not see the first.
     """
     return [json.loads(line) for line in VERDICTS.read_text("utf-8").splitlines()]
+
+
+def print_agreement() -> None:
+    """Print how often two judges gave a pair the same verdict, fits or not, and Cohen's kappa."""
+    both = [
+        (pair[language] >= 1, grade >= 1)
+        for pair in read_judged()
+        for language, grade in pair.get("second", {}).items()
+    ]
+    one, other = torch.tensor(both, dtype=torch.double).T
+    agreed = float((one == other).double().mean())
+    chance = float(one.mean() * other.mean() + (1 - one.mean()) * (1 - other.mean()))
+    print(f"two judges: {agreed:.3f} of {len(both)} pairs alike, kappa {(agreed - chance) / (1 - chance):.3f}")
 
 
 class Meaning:
@@ -245,6 +259,11 @@ class Answers:
     fits: Tensor
     photo: Tensor
     shared: Tensor  # whether the first shares a content word with the photograph's captions, and one of the first three
+
+    @classmethod
+    def joined(cls, parts: Sequence[Answers]) -> Answers:
+        """Join the answers to other queries."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def measures(self, rows: Tensor | None = None) -> dict[str, float]:
         """Measure some rows, or all."""
@@ -402,16 +421,13 @@ def answers(side: Side, direction: Direction, calibration: Calibration, cohort: 
     return Answers(torch.tensor(said), right, torch.tensor(fits), side.photo, either)
 
 
-def at_even_odds(side: Side, calibration: Calibration, cohort: Cohort) -> tuple[Tensor, Tensor]:
-    """Search galleries of `EVEN_ODDS_SIZE` pictures, half of them without the caption's own, as `assess` supposes.
-
-    Returns:
-        What is said of the first result, and how likely it is right.
-    """
+def at_even_odds(side: Side, calibration: Calibration, cohort: Cohort) -> Answers:
+    """Search galleries of `EVEN_ODDS_SIZE` pictures, half of them without the caption's own, as `assess` supposes."""
     similarity, generator = side.queries @ side.candidates.T, torch.Generator().manual_seed(2)
     (found,) = draw_searches(similarity, side.relevance, [EVEN_ODDS_SIZE], generator)
     evidence = cohort.evidence(found.similarity, side.queries, found.sizes, "text_to_image")[:, 0]
-    return calibration.match["text_to_image"].probability(evidence), found.right[:, 0].double()
+    said, right = calibration.match["text_to_image"].probability(evidence), found.right[:, 0].double()
+    return Answers(said, right, found.found >= 0.5, side.photo, torch.zeros(len(said), 2))
 
 
 def cross_fit(
@@ -423,7 +439,7 @@ def cross_fit(
         What the reliability diagram shows, by direction: the probability said, and how likely it is right; captions of
         a picture are those judged by eye, pictures of a caption the first results, see `at_even_odds`.
     """
-    at_odds: list[tuple[Tensor, Tensor]] = []
+    at_odds: list[Answers] = []
     total = len(data["image_to_text"]["en"].photo)
     half = torch.randperm(total, generator=torch.Generator().manual_seed(1)) % 2
     fitted = [fit(data, (half == part).nonzero()[:, 0], cohort) for part in (0, 1)]
@@ -433,20 +449,19 @@ def cross_fit(
                 answers(whole.of((half != part).nonzero()[:, 0], direction), direction, fitted[part], cohort)
                 for part in (0, 1)
             ]
-            joined = Answers(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Answers)))
+            joined = Answers.joined(parts)
             print(f"{direction}, {language}: {len(joined.said)} queries, {len(parts[0].said)} photographs a half")
             for name, (value, low, high) in joined.with_intervals(resamples).items():
                 print(f"    {name:28}{value:.3f} [{low:.3f}, {high:.3f}]")
             if direction == "text_to_image":
                 halves = [(whole.of((half != part).nonzero()[:, 0], direction), fitted[part]) for part in (0, 1)]
-                drawn = [at_even_odds(side, calibration, cohort) for side, calibration in halves]
-                said, right = torch.cat([part[0] for part in drawn]), torch.cat([part[1] for part in drawn])
-                at_odds.append((said, right))
-                print(
-                    f"    half of the captions search without their photograph, among {EVEN_ODDS_SIZE}: said "
-                    f"{float(said.mean()):.3f}, right {float(right.mean()):.3f}, calibration error "
-                    f"{calibration_error(said, right):.3f}, AUROC {auroc(said, right >= 0.5):.3f}"
+                at_odds.append(
+                    Answers.joined([at_even_odds(side, calibration, cohort) for side, calibration in halves])
                 )
+                print(f"    half of the captions search without their photograph, among {EVEN_ODDS_SIZE}:")
+                for name, (value, low, high) in at_odds[-1].with_intervals(resamples).items():
+                    if name in AT_EVEN_ODDS:
+                        print(f"        {name:28}{value:.3f} [{low:.3f}, {high:.3f}]")
             for source in sorted(set(sources)):
                 rows = torch.tensor([sources[row] == source for row in joined.photo.tolist()])
                 told = ", ".join(f"{name} {value:.3f}" for name, value in joined.measures(rows).items())
@@ -466,8 +481,8 @@ def cross_fit(
         print(f"    calibration error {calibration_error(said, fits):.3f}, AUROC {auroc(said, fits):.3f}")
         print(f"    said at least a half: {len(sure)}, of which fit {float(sure.mean()):.3f}")
     scenes = said, fits
-    said, right = map(torch.cat, zip(*at_odds, strict=True))
-    return {"image_to_text": scenes, "text_to_image": (said, right)}
+    both = Answers.joined(at_odds)
+    return {"image_to_text": scenes, "text_to_image": (both.said, both.right)}
 
 
 def refusals(
@@ -552,6 +567,7 @@ def main() -> None:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     encoder = DualEncoder.load(arguments.model, device="cpu")
     cohort, (data, sources) = build_cohort(encoder), load(arguments, encoder)
+    print_agreement()
     measured = cross_fit(data, sources, cohort, arguments.resamples)
     whole = fit(data, torch.arange(len(data["image_to_text"]["en"].photo)), cohort)
     refusals(data, sources, whole, cohort, encoder)
