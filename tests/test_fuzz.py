@@ -33,7 +33,7 @@ from alignment.ui.uploads import MAX_NAME
 from tests.http_client import entries
 
 SEED = 1
-IN_A_PROCESS, HERE, ZIPS, OVER_HTTP = 600, 600, 120, 12
+IN_A_PROCESS, HERE, ZIPS, OVER_HTTP = 300, 300, 120, 12
 
 FULL_SIZE_MB = 700
 """The most that opening one picture takes: 50 megapixels of 4 bytes, thrice where transparency comes out on white."""

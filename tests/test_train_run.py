@@ -39,7 +39,7 @@ from alignment.train.trainer import Validator
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange", "cyan", "brown")
 # Some short steps with all that is random: dropout of the text tower, crops, chunks, drawn captions.
-BUSY = ("--batch-size", "8", "--chunk-size", "4", "--epochs", "8", "--measure-every", "3", "--patience", "99")
+BUSY = ("--batch-size", "8", "--chunk-size", "4", "--epochs", "5", "--measure-every", "3", "--patience", "99")
 FULL = ("--preset", "full", "--learning-rate", "1e-3", *BUSY)
 LOCKED = ("--preset", "lit", "--keep-images", "--learning-rate", "1e-3", *BUSY)
 
