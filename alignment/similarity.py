@@ -66,14 +66,15 @@ def group_near_duplicates(embeds: Tensor, k: int, threshold: float) -> list[list
     `embeds` is (n, embed_dim), unit norm, best ranked first. Returns at most k groups of places in that order: of a, b,
     a', c with a' nearly a, and k = 2, [[0, 2], [1]].
     """
-    rows = embeds.numpy()  # numpy: torch wakes threads up
-    alike: list[list[bool]] = []
+    rows = embeds.numpy()
+    alike: dict[int, list[bool]] = {}
     groups: list[list[int]] = []
     free = list(range(len(rows)))
     while free and len(groups) < k:
         first = free[0]
-        if first >= len(alike):
-            alike += (rows[len(alike) : first + k] @ rows.T >= threshold).tolist()
+        if first not in alike:  # several at a time
+            some = free[: k - len(groups)]
+            alike |= zip(some, (rows[some] @ rows.T >= threshold).tolist(), strict=True)
         alike[first][first] = True
         groups.append([place for place in free if alike[first][place]])
         free = [place for place in free if not alike[first][place]]

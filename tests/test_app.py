@@ -210,15 +210,18 @@ HEAVY = (
 LOADED = f"print(*[name for name in {HEAVY} if name in sys.modules])"
 IMPORT = f"import gc, sys, app; {LOADED}; print(gc.isenabled())"
 SERVE = "engine = app.load_engine(app.parse([])); page = app.build_page(engine); engine.search_images('a dog')"
+SEE = "engine.embed_image(engine.gallery.pictures[0].path)"
 
 
 @pytest.fixture(scope="module")
 def started() -> list[str]:
-    """Import the app and answer a caption in a process of its own; what it prints."""
-    command = [sys.executable, "-c", f"{IMPORT}; {SERVE}; {LOADED}; print(*engine.encoder.in_memory)"]
+    """Import the app, answer a caption and embed a picture in a process of its own; what it prints."""
+    command = [sys.executable, "-c", f"{IMPORT}; {SERVE}; {LOADED}; print(*engine.encoder.in_memory); {SEE}; {LOADED}"]
     with pytest.MonkeyPatch.context() as patch:
         without_settings(patch)
-        app.load_engine(app.parse([])).search_images("a dog")  # the first start of all makes the graphs
+        engine = app.load_engine(app.parse([]))  # the first start of all makes the graphs
+        engine.search_images("a dog")
+        engine.embed_image(engine.gallery.pictures[0].path)
         done = subprocess.run(command, cwd=app.ROOT, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
@@ -228,9 +231,10 @@ def test_what_is_heavy_and_not_needed_to_serve_is_not_imported(started):
 
 
 def test_captions_are_answered_without_the_image_tower_and_what_builds_models(started):
-    loaded, towers = started[2:]
+    loaded, towers, loaded_by_pictures = started[2:]
     assert loaded.split() == ["openvino"]  # the starter gallery is searched in memory, without faiss
     assert towers.split() == ["text"]
+    assert loaded_by_pictures.split() == ["openvino"]
 
 
 # ---------------------------------------------------------------- words

@@ -188,6 +188,14 @@ def test_extra_rows_of_many_are_true_cosines_in_order_without_repetition(many: T
     assert recall(ids, many, queries) > 0.9
 
 
+def test_equal_rows_beyond_the_first_k_go_by_id(tmp_path: Path) -> None:
+    embeds = clustered(MANY // 2, 64).repeat(2, 1).half()
+    scores, ids = search_all(stored(tmp_path, embeds), between(embeds, 20), 10, extra=90)
+    equal = scores[:, 1:] == scores[:, :-1]
+    assert equal.sum() > 20 * 40
+    assert (ids[:, 1:] > ids[:, :-1])[equal].all()
+
+
 def test_no_results_asked_for_are_none(large: FileIndex) -> None:
     assert large.search(unit(1, 64)[0], 0)[1].shape == (0,)
     assert large.search(unit(1, 64)[0], 0, extra=5)[1].shape == (5,)

@@ -148,6 +148,19 @@ def test_with_flipped_bits_in_codes_and_positions_all_rows_are_searched(
     assert "is damaged" in caplog.text
 
 
+@pytest.mark.parametrize("damaged", [5, 40, COUNT])
+def test_rows_that_are_no_numbers_are_never_found(damaged: int, path: Path, original: bytes) -> None:
+    data = bytearray(original)
+    for row in range(damaged):
+        data[4096 + row * DIM * 2 : 4096 + row * DIM * 2 + 2] = b"\0\x7e"  # NaN
+    path.write_bytes(data)
+    index = FileIndex(path, "one")
+    for query in unit(20, DIM, seed=3):
+        scores, ids = index.search(query, 10, extra=30)
+        assert not scores.isnan().any()
+        assert (ids >= damaged).all()
+
+
 # ---------------------------------------------------------------- kills and readers
 
 

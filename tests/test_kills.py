@@ -194,9 +194,7 @@ Moment = tuple[Fault, bool, int]
 
 MOMENTS: dict[str, Moment] = {  # when it dies, whether it is the new gallery then, and how many are embedded again
     "within the file": (Fault(size=200_000), False, 3),
-    "records are replaced, not committed": (Fault(before=("sql", "INSERT INTO meta")), False, 0),
     "all is committed, not packed": (Fault(before=("sql", "VACUUM")), True, 0),
-    "the index is written, not in place": (Fault(before=("os.rename", "/text_embeds.faiss")), True, 0),
 }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -321,20 +319,3 @@ def test_what_is_saved_is_what_transformers_saves(checkpoint: Callable, tmp_path
             assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
         shutil.rmtree(ours)
         shutil.rmtree(theirs)
-
-
-LIGHT = """
-import sys
-from PIL import Image
-from alignment.preprocess import Preprocessor, clean_caption, open_image
-assert "transformers" not in sys.modules, "by the import"
-preprocessor = Preprocessor.load(sys.argv[1])
-assert preprocessor.images([open_image(Image.new("RGB", (90, 60)))])["pixel_values"].shape == (1, 3, 260, 260)
-assert preprocessor.texts([clean_caption("a dog")])["input_ids"].shape[0] == 1
-assert "transformers" not in sys.modules, "by its use"
-"""
-
-
-def test_the_compact_model_is_served_without_transformers() -> None:
-    run = subprocess.run([sys.executable, "-c", LIGHT, COMPACT], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr

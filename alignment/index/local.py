@@ -5,9 +5,10 @@ where a row stands, so scores are summed in float64 and rounded to float32. As t
 goes first, and only rows that could reach the best k within its error are scored again.
 
 Layout of the file: a page with a checksum and JSON, the rows in order as float16, a faiss index of their projections
-(PCA, IVF, SQ8). All of it is mapped, no memory of the process, and may be deleted at any time. A query visits the lists
-whose centres are nearest, and faiss scores what their codes name by the rows. How many lists and candidates is measured
-at writing, against the exact best ten of mixtures of rows and random directions, as captions lie between pictures.
+(PCA, IVF, SQ8). All of it is mapped, which does not count as memory of the process. It is derived from a gallery's
+database and may be deleted at any time. A query visits the lists whose centres are nearest; faiss picks candidates by
+their codes and scores these by their rows. How many of both is measured at writing, with the exact best ten of mixtures
+of rows and random directions. Among hundreds of nearly equal rows, an equal of the last one may be missed.
 """
 
 import json
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 EXACT_ROWS = 4096
 """Rows up to which all are scored, in about a millisecond: of a gallery, which needs no file, or those with a tag."""
 
-_CACHED_TAGS = 32  # a bit for each row
-_PER_RESULT = 8  # candidates for each of k, at least; and times as many where some may be missing
+_CACHED_TAGS = 32  # a bit for each row; and parameters of searches
+_PER_RESULT = 8  # candidates for each of k, at least; also the factor by which to go deeper where some may be missing
 _MIN_ROWS_PER_CANDIDATE = 4  # with more candidates than that, all rows are scored
 _EQUAL = 1e-6  # scores of equal rows by their codes differ by less
 _BLOCK_ROWS = 2048  # scored at a time: 4 MB as float32 at 512 dimensions, which stays in the cache
@@ -91,8 +92,7 @@ class FileIndex(LocalIndex):
             raise ValueError(damaged)
         if header["stamp"] != stamp:
             raise ValueError(f"The search index {path} was made of another state of the gallery.")
-        # Copy on write, though nothing writes: torch warns of arrays that may not be written to.
-        rows = np.memmap(path, np.float16, "c", _PAGE, (header["count"], header["embed_dim"]))
+        rows = np.memmap(path, np.float16, "c", _PAGE, (header["count"], header["embed_dim"]))  # torch warns of "r"
         self._data = np.memmap(path, np.uint8, "r", _PAGE + rows.nbytes)
         if zlib.crc32(self._data[: header["head"]].data) != header["head_crc"]:
             raise ValueError(damaged)
@@ -150,11 +150,10 @@ class FileIndex(LocalIndex):
         depth, vector = max(self._depth, _PER_RESULT * k, wanted), query.astype(np.float32)[None]
         while count > EXACT_ROWS and depth * _MIN_ROWS_PER_CANDIDATE <= count and self._indexes:
             codes, rows, lists = self._indexes
-            # The fewer rows compete, the more lists are visited.
-            nprobe = min(max(self._nprobe * len(self), 2 * depth * lists) // count + 1, lists)
+            nprobe = min(-(-max(self._nprobe * len(self), 2 * depth * lists) // count), lists)  # more if few compete
             by_codes, by_rows = self._parameters(nprobe, tag)
             rough, near = (found[0] for found in rows.search(vector, depth, params=by_rows))
-            if near[max(wanted - 1, k)] >= 0:  # -1 where fewer were found
+            if near[max(wanted - 1, k)] >= 0 and not np.isnan(rough).any():  # -1: fewer were found; NaN: a damaged row
                 close = int(np.count_nonzero(rough >= rough[k] - 2 * _float32_error(query)))
                 scores, best = rank(self._rows, query, close, near[:close])
                 are_all = not k or scores[k] < scores[k - 1]
@@ -163,7 +162,8 @@ class FileIndex(LocalIndex):
                     are_all = looks[named == best[k - 1]] > looks[-1] + _EQUAL
                 if are_all:
                     scores, best = np.concatenate((scores, rough[close:])), np.concatenate((best, near[close:]))
-                    return scores[:wanted], best[:wanted]
+                    order = np.lexsort((best, -scores))[:wanted]  # faiss orders equals by itself
+                    return scores[order], best[order]
             depth *= _PER_RESULT
         return super()._rank(query, k, wanted, tag)
 
@@ -199,9 +199,9 @@ def rank(rows: Floats, query: NDArray[np.float64], k: int, chosen: NDArray[np.in
 def _score(rows: Floats, query: Floats, chosen: NDArray[np.int64] | None) -> Floats:
     """Compute cosines, (count,), in the precision of the query: of many rows by torch, whose threads numpy lacks."""
     count = len(rows) if chosen is None else len(chosen)
-    scores, factor = np.empty(count, query.dtype), torch.from_numpy(query)
     if count <= _FEW:  # threads would have to wake up
         return (rows if chosen is None else np.take(rows, chosen, axis=0)).astype(query.dtype) @ query
+    scores, factor = np.empty(count, query.dtype), torch.from_numpy(query)
     for start in range(0, count, _BLOCK_ROWS):
         here = slice(start, start + _BLOCK_ROWS)
         block = rows[here] if chosen is None else np.take(rows, chosen[here], axis=0)

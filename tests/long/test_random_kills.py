@@ -137,6 +137,8 @@ MOMENTS: dict[str, Moment] = {
     "within the second page of a journal": (Fault(size=70_000), False, 3),
     "some embeddings are committed": (Fault(before=("sql", "COMMIT"), after=3), False, 2),
     "all are, and the records not begun": (Fault(before=("sql", "DELETE FROM picture")), False, 0),
+    "records are replaced, not committed": (Fault(before=("sql", "INSERT INTO meta")), False, 0),
+    "the index is written, not in place": (Fault(before=("os.rename", "/text_embeds.faiss")), True, 0),
 }
 
 
