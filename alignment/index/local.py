@@ -35,7 +35,7 @@ EXACT_ROWS = 4096
 """Rows up to which all are scored, in about a millisecond: of a gallery, which needs no file, or those with a tag."""
 
 _CACHED_TAGS = 32  # a bit for each row; and parameters of searches
-_PER_RESULT = 8  # candidates for each of k, at least; also the factor by which to go deeper where some may be missing
+_PER_RESULT, _DEEPER = 8, 8  # candidates for each of k, at least; times as many where some may be missing
 _MIN_ROWS_PER_CANDIDATE = 4  # with more candidates than that, all rows are scored
 _EQUAL = 1e-6  # scores of equal rows by their codes differ by less
 _BLOCK_ROWS = 2048  # scored at a time: 4 MB as float32 at 512 dimensions, which stays in the cache
@@ -164,7 +164,7 @@ class FileIndex(LocalIndex):
                     scores, best = np.concatenate((scores, rough[close:])), np.concatenate((best, near[close:]))
                     order = np.lexsort((best, -scores))[:wanted]  # faiss orders equals by itself
                     return scores[order], best[order]
-            depth *= _PER_RESULT
+            depth *= _DEEPER
         return super()._rank(query, k, wanted, tag)
 
     def _find_parameters(self, nprobe: int, tag: str | None) -> tuple[Any, Any]:  # to search by codes, and by rows
