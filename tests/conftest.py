@@ -12,7 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -79,6 +81,17 @@ def ports() -> None:
     """Let each worker look for free ports of its own: between the look and the use another could take one."""
     if server := sys.modules.get("gradio.http_server"):
         server.INITIAL_PORT_VALUE += server.TRY_NUM_PORTS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+
+
+@pytest.fixture
+def no_thread_stays() -> Iterator[None]:
+    """Fail if a thread that the test has started does not end; the server's own stay, and those of others may end."""
+    before = set(threading.enumerate())
+    yield
+    patience = time.monotonic() + 10
+    while left := {one for one in set(threading.enumerate()) - before if not one.name.startswith("AnyIO")}:
+        assert time.monotonic() < patience, left
+        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,21 +53,16 @@ def engine(checkpoint, tmp_path_factory) -> AlignmentEngine:
 
 
 @pytest.fixture(autouse=True)
-def scratch(tmp_path, monkeypatch) -> Iterator[Path]:
+def scratch(tmp_path, monkeypatch, no_thread_stays) -> Iterator[Path]:
     """Where temporary files are made; none is left, no thread is either, and Pillow is as it was for everybody else."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     settings = [(Image, "MAX_IMAGE_PIXELS"), (ImageFile, "LOAD_TRUNCATED_IMAGES"), (Image, "WARN_POSSIBLE_FORMATS")]
     before = [getattr(place, name) for place, name in settings]
-    threads = set(threading.enumerate())
     yield folder
     assert [getattr(place, name) for place, name in settings] == before
     assert list(folder.iterdir()) == []
-    patience = time.monotonic() + 10  # a thread that works ahead ends by itself, but not at once; the server's stay
-    while left := {one for one in set(threading.enumerate()) - threads if not one.name.startswith("AnyIO")}:
-        assert time.monotonic() < patience, left
-        time.sleep(0.05)
 
 
 def in_a_process(*args: str) -> dict:

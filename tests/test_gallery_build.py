@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sqlite3
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -257,6 +256,7 @@ def test_times_are_not_trusted_across_sources(
     torch.testing.assert_close(gallery.images.embeds, encoder.encode_images([elsewhere / "a.png"]), atol=1e-3, rtol=0)
 
 
+@pytest.mark.usefixtures("no_thread_stays")
 def test_an_interrupted_build_leaves_the_old_gallery(photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:
     before = list(build(photos, tmp_path / "out", encoder)[0].pictures)
     for row, path in enumerate(photos.rglob("*.*")):
@@ -269,7 +269,6 @@ def test_an_interrupted_build_leaves_the_old_gallery(photos: Path, tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         build(photos, tmp_path / "out", encoder, progress=ctrl_c)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
     loaded = Gallery.load(tmp_path / "out", encoder)
     assert list(loaded.pictures) == before
     assert all(isinstance(loaded.thumbnail(picture), bytes) for picture in before)
@@ -493,6 +492,7 @@ def test_a_large_photo_is_decoded_in_reduced_size_and_looks_the_same(
     assert np.abs(np.asarray(thumbnail, dtype=float) - expected).mean() < 3
 
 
+@pytest.mark.usefixtures("no_thread_stays")
 def test_of_a_build_that_fails_only_what_is_embedded_is_left(
     many: Path, tmp_path: Path, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,7 +510,6 @@ def test_of_a_build_that_fails_only_what_is_embedded_is_left(
     gallery, report = build(many, tmp_path / "out", encoder)
     assert report.encoded["pictures"] == 27 - 3
     assert len(gallery.pictures) == 28
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def test_progress_counts_up_to_the_end(photos: Path, tmp_path: Path, encoder: DualEncoder) -> None:
