@@ -35,17 +35,19 @@ pytest.register_assert_rewrite("index_contract")
 FAMILIES = ("clip", "siglip", "siglip2", "siglip2-naflex", "chinese-clip", "vit-bert", "clip-roberta", "composed")
 
 
-# Files that take longest, those that wait for much among those that compute: a worker that begins with one of them last
-# would be waited for. Of the first three, one makes the graphs of the compact model, which the others then find.
+# What one worker runs: files on a line share a browser, or the server whose processes have done their imports already.
+# Those that take longest come first: a worker that begins with one of them last would be waited for.
 LONGEST = (
-    "test_quality.py", "test_train_run.py", "test_kills.py", "test_openvino.py", "test_fuzz.py", "test_matrix_tab.py",
-    "test_preprocess_preprocessor.py", "test_hostile_text.py", "test_page.py", "test_api.py", "test_photos_tab.py",
-    "test_compact.py", "test_train_trainer.py", "test_train_objective.py", "test_service_process.py",
-    "test_pictures_tab.py", "test_evaluate_tab.py", "test_app.py", "test_gallery_command.py", "test_evaluate_eccv.py",
-    "test_space_publish.py", "test_model_composition.py", "test_explain.py", "test_train_presets.py", "test_scan.py",
-    "test_service.py", "test_index_file.py", "test_refusals.py", "test_explanation.py", "test_middleware.py",
-    "test_space.py", "test_summaries.py", "test_calibration.py", "test_zerogpu.py", "test_gallery_distributed.py",
-)  # fmt: skip
+    "test_quality.py test_hostile_text.py test_page.py test_explanation.py test_scan.py",
+    "test_kills.py test_train_run.py test_train_objective.py test_gallery_distributed.py test_service_process.py",
+    "test_openvino.py",
+    "test_matrix_tab.py test_photos_tab.py test_pictures_tab.py test_evaluate_tab.py test_links.py test_nothing_fits.py"
+    " test_refusals.py",
+    *("test_fuzz.py", "test_train_trainer.py", "test_api.py", "test_app.py", "test_space.py", "test_index.py"),
+    *("test_preprocess_preprocessor.py", "test_evaluate_eccv.py", "test_train_presets.py", "test_compact.py"),
+    *("test_middleware.py", "test_explain.py", "test_zerogpu.py", "test_service.py", "test_gallery_command.py"),
+    *("test_summaries.py", "test_calibration.py", "test_space_publish.py", "test_compact_checkpoint.py"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,9 +65,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that the workers end together."""
-    place = {name: number for number, name in enumerate(LONGEST)}
+    """Begin with what takes longest, so that the workers end together, and tell them which files are one's."""
+    place = {name: number for number, names in enumerate(LONGEST) for name in names.split()}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(str(place.get(item.path.name, item.path.stem))))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -81,6 +85,16 @@ def ports() -> None:
     """Let each worker look for free ports of its own: between the look and the use another could take one."""
     if server := sys.modules.get("gradio.http_server"):
         server.INITIAL_PORT_VALUE += server.TRY_NUM_PORTS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+
+
+@pytest.fixture(scope="module")
+def rough_tuning() -> Iterator[None]:
+    """Ask fewer queries when an index is written, which takes most of its time: for tests of anything but recall."""
+    from alignment.index import local
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "_QUERIES", 64)
+        yield
 
 
 @pytest.fixture

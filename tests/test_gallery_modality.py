@@ -19,6 +19,8 @@ from alignment.gallery.records import FileFingerprint, GalleryMetadata
 from alignment.gallery.writer import write_gallery
 from alignment.index import EXACT_ROWS, LocalIndex
 
+pytestmark = pytest.mark.usefixtures("rough_tuning")
+
 MANY = EXACT_ROWS + 404
 DIM = 24
 

@@ -17,6 +17,8 @@ from index_contract import search_all, unit
 
 from alignment.index import EXACT_ROWS, FileIndex, LocalIndex
 
+pytestmark = pytest.mark.usefixtures("rough_tuning")
+
 COUNT, DIM = EXACT_ROWS + 500, 16
 IDS = torch.arange(COUNT)
 

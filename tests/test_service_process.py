@@ -17,8 +17,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fault_injection import forkserver
 from PIL import Image
 
+from alignment.server.uploads import process_folder
 from tests.http_client import ROOT, AppProcess, Visitor, running, until
 
 # Is imported by Python itself before anything else runs; every try to leave the machine is written down, and fails.
@@ -80,12 +82,19 @@ def watched(tmp_path_factory) -> Path:
 def orphan(uploads) -> Path:
     """An upload that a killed process has left behind, beside a file that is not its own."""
     (uploads / "another.txt").write_text("not ours")
-    with running(GRADIO_TEMP_DIR=str(uploads)) as killed, Visitor(killed.address) as visitor:
-        path = Path(visitor.upload("secret.png", photo(7)))
-        killed.process.kill()
-        killed.process.wait()
-    assert path.is_file()
+    killed = forkserver().Process(target=receive_and_die, args=(uploads,))
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+    (path,) = uploads.glob("*/secret.png")
     return path
+
+
+def receive_and_die(uploads: Path) -> None:
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    with process_folder() as folder:
+        (folder / "secret.png").write_bytes(photo(7))
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
