@@ -4,6 +4,9 @@ Place in the flow: `encode (model) -> score (here) -> ranking`. Matrices are (nu
 Nothing here knows about devices, models or files.
 """
 
+from itertools import islice
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -66,18 +69,18 @@ def group_near_duplicates(embeds: Tensor, k: int, threshold: float) -> list[list
     `embeds` is (n, embed_dim), unit norm, best ranked first. Returns at most k groups of places in that order: of a, b,
     a', c with a' nearly a, and k = 2, [[0, 2], [1]].
     """
-    rows = embeds.numpy()
-    alike: dict[int, list[bool]] = {}
-    groups: list[list[int]] = []
-    free = list(range(len(rows)))
+    rows, groups = embeds.numpy(), list[list[int]]()
+    free = dict.fromkeys(range(len(rows)))
     while free and len(groups) < k:
-        first = free[0]
-        if first not in alike:  # several at a time
-            some = free[: k - len(groups)]
-            alike |= zip(some, (rows[some] @ rows.T >= threshold).tolist(), strict=True)
-        alike[first][first] = True
-        groups.append([place for place in free if alike[first][place]])
-        free = [place for place in free if not alike[first][place]]
+        some = list(islice(free, k - len(groups)))  # several at a time
+        near: dict[int, list[int]] = {first: [] for first in some}
+        for row, place in np.argwhere(rows[some] @ rows.T >= threshold).tolist():
+            near[some[row]].append(place)
+        for first in filter(free.__contains__, some):
+            del free[first]
+            groups.append([first, *(place for place in near[first] if place in free)])
+            for place in groups[-1][1:]:
+                del free[place]
     return groups
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from alignment.confidence.cohort import DIRECTIONS, Cohort, Direction
 from alignment.confidence.curve import Curve
@@ -155,9 +156,10 @@ class Calibration:
             ValueError: when no text describes an image.
         """
         similarity = cosine_similarity(image_embeds, text_embeds)
+        images, texts = (functional.normalize(embeds.float(), dim=-1) for embeds in (image_embeds, text_embeds))
         ways: dict[Direction, tuple[Tensor, Tensor, Tensor]] = {
-            "image_to_text": (similarity, relevance, image_embeds),
-            "text_to_image": (similarity.T, relevance.T, text_embeds),
+            "image_to_text": (similarity, relevance, images),
+            "text_to_image": (similarity.T, relevance.T, texts),
         }
         match: dict[Direction, Curve] = {}
         any_match: dict[Direction, Curve] = {}
@@ -277,7 +279,8 @@ class MatchCalibrator:
     ) -> MatchConfidence:
         """Rate the results of one query, at even odds that the candidates hold a match.
 
-        `similarity` (num_results,) are cosines, the best of all candidates among them; `query_embed` is (embed_dim,).
+        `similarity` (num_results,) are cosines, the best of all candidates among them; `query_embed` is (embed_dim,),
+        unit norm.
         """
         if not len(similarity):
             return MatchConfidence(torch.empty(0), 0.0, ())

@@ -38,7 +38,6 @@ COHORT_CAPTIONS = 1024
 
 _MIN_PICTURES = 3  # fewer do not tell how far apart pictures lie
 _MIN_SPREAD = 1e-4  # of cosines; below, the model scores everything alike
-_MIN_LENGTH = 1e-12  # of a vector that has a direction
 _NEAREST = 3  # probes around a query
 _DRAWINGS = "package:alignment/"  # the curves were fitted against the photographs alone
 
@@ -95,15 +94,15 @@ class Cohort:
         return {name: functional.normalize(embeds.float(), dim=-1).numpy() for name, embeds in self.tensors().items()}
 
     def is_out_of_distribution(self, query_embeds: Tensor, direction: Direction) -> Tensor:
-        """Find the queries that lie among the random texts or blank images; (num_queries,) bool.
+        """Find the queries, (num_queries, embed_dim) of unit norm, that lie among the random texts or blank images.
 
-        Such a query is closer to these probes than to any ordinary item, and closer than half-way between how close
-        ordinary items come to the probes and how close the probes lie to each other.
+        Returns (num_queries,) bool. Such a query is closer to these probes than to any ordinary item, and closer than
+        half-way between how close ordinary items come to the probes and how close the probes lie to each other.
         """
         if direction not in self._probes:
             return torch.zeros(len(query_embeds), dtype=torch.bool)
         probes, ordinary, half_way = self._probes[direction]
-        queries = _normalised(query_embeds)
+        queries = query_embeds.float().numpy()
         here = _nearness(queries, probes)
         beyond = here > half_way  # false for nearly all queries, which saves the comparison with ordinary items
         return torch.from_numpy(beyond & (here > _nearness(queries, ordinary)) if beyond.any() else beyond)
@@ -128,7 +127,7 @@ class Cohort:
 
         Args:
             similarity: (num_queries, num_results) cosines.
-            query_embeds: (num_queries, embed_dim).
+            query_embeds: (num_queries, embed_dim), unit norm.
             num_candidates: how many were searched, one number or (num_queries,).
             direction: what the queries are.
 
@@ -138,7 +137,7 @@ class Cohort:
         """
         items = self._unit["text_embeds" if direction == "image_to_text" else "image_embeds"]
         centre, spread = self.units[direction]
-        unrelated = ((_normalised(query_embeds) @ items.T).astype(np.float64) - centre) / spread
+        unrelated = ((query_embeds.float().numpy() @ items.T).astype(np.float64) - centre) / spread
         found = np.empty((*similarity.shape, 4))
         found[..., 0] = (similarity.numpy().astype(np.float64) - centre) / spread
         found[..., 1] = _mean_of_highest(unrelated, TAIL)[:, None]
@@ -148,11 +147,6 @@ class Cohort:
 
 
 # numpy: for one query, torch spends longer on its calls than on their work.
-def _normalised(embeds: Tensor) -> NDArray[np.float32]:
-    rows = embeds.float().numpy()
-    return rows / np.maximum(np.sqrt(np.einsum("ij,ij->i", rows, rows)), _MIN_LENGTH)[:, None]
-
-
 def _nearness(queries: NDArray[np.float32], items: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mean cosine with the `_NEAREST` items; all have unit norm."""
     return _mean_of_highest(queries @ items.T, _NEAREST)

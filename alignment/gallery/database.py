@@ -234,10 +234,10 @@ class GalleryDatabase(SQLiteFile):
 
     def pictures(self, ids: Sequence[int]) -> list[Picture]:
         """Fetch records, in the order of their ids; KeyError when one is gone, as the gallery was replaced."""
-        pictures = []
-        for _, name, source, _, captions, credit, size, mtime_ns, sha256, *_ in self._records("picture", ids):
+        pictures, records = list[Picture](), self._records("picture", ids)
+        captions = json.loads(f"[{','.join(row[4] or '{}' for row in records)}]")  # one call takes half as long
+        for (_, name, source, _, _, credit, size, mtime_ns, sha256, *_), texts in zip(records, captions, strict=True):
             file = FileFingerprint(size, mtime_ns, sha256.hex()) if sha256 else None
-            texts = json.loads(captions) if captions else {}
             pictures.append(Picture(name, os.fsdecode(source), texts, credit, self.metadata.source, file))
         return pictures
 

@@ -67,7 +67,7 @@ class LocalIndex(VectorIndex):
 
     def embeds(self, ids: Tensor) -> Tensor:
         """See `VectorIndex`."""
-        return torch.from_numpy(np.take(self._rows, ids.numpy(), axis=0).astype(np.float32))
+        return torch.from_numpy(np.take(self._rows, ids.numpy(), axis=0)).float()  # numpy converts halves slowly
 
     def _rank(self, query: NDArray[np.float64], k: int, wanted: int, tag: str | None) -> Ranking:
         positions = None if tag is None else np.flatnonzero(np.unpackbits(self._carriers(tag)[1], bitorder="little"))

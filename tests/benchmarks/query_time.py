@@ -40,7 +40,7 @@ from alignment.ui.pictures_tab import PicturesTab
 from alignment.ui.widgets import as_json
 
 ROOT = Path(__file__).resolve().parents[2]
-AIM = 1.3
+AIM = 2.5  # times the forward pass as the app runs it
 NOISE = 0.5  # length, beside the 1 of what a picture shows
 SUBJECTS = ("dog", "cat", "boy", "girl", "man", "bus", "horse", "bird")
 PLACES = ("on a beach", "in the snow", "at night", "by a lake", "in a park", "under a tree")
@@ -107,9 +107,10 @@ def report(model: str, took: dict[str, list[float]]) -> list[Row]:
     found = {name: median(times) for name, times in took.items()}
     print(f"{model}: " + ", ".join(f"{name} {time:.2f} ms" for name, time in found.items()))
     rows = []
-    for reference, what in (("forward", "the forward pass alone"), ("eager", "the forward pass in eager PyTorch")):
+    references = ("forward", "the forward pass alone", AIM), ("eager", "the forward pass in eager PyTorch", None)
+    for reference, what, aim in references:
         ratio = median(ours / other for ours, other in zip(took["handler"], took[reference], strict=True))
-        print(f"  handler / {what}: {ratio:.2f} (median of the rounds' ratios; the aim is {AIM})")
+        print(f"  handler / {what}: {ratio:.2f} (median of the rounds' ratios; aim: {aim})")
         note = (
             f"embedding {found['embedding']:.2f} ms, search {found['search']:.2f} ms" if reference == "forward" else ""
         )
@@ -120,7 +121,7 @@ def report(model: str, took: dict[str, list[float]]) -> list[Row]:
                 "ours": found["handler"],
                 "reference": found[reference],
                 "ratio": ratio,
-                "target": AIM,
+                "target": aim,
                 "note": note,
             }
         )
