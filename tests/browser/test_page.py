@@ -5,7 +5,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from alignment.ui.examples import DESCRIBED
-from alignment.ui.strings import strings, text
+from alignment.ui.strings import text
 from tests.browser_window import files_in, open_tab
 
 TABS = ("captions", "pictures", "matrix", "photos", "evaluate")
@@ -53,8 +53,7 @@ def test_results_show_rank_bar_cosine_and_probability_with_its_meaning(visit):
     expect(page.locator("#captions-results .al-note")).to_contain_text(first.locator("dd").nth(0).inner_text())
 
 
-@pytest.mark.parametrize("lang", ["en", "zh"])
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize(("lang", "dark"), [("en", False), ("zh", True)])
 def test_nothing_sticks_out_on_a_phone(visit, lang, dark):
     page = visit(f"?lang={lang}&__theme={'dark' if dark else 'light'}", width=390, height=844)
     expect(page.get_by_role("tab")).to_have_count(5)  # none is hidden in a menu
@@ -149,14 +148,14 @@ def test_a_pasted_picture_is_taken(visit, picture):
 # ---------------------------------------------------------------- caption to images
 
 
-@pytest.mark.parametrize(("query", "found"), [("一杯咖啡", "espresso"), ("a red motorcycle", "motorcycle")])
-def test_a_caption_in_either_language_finds_the_picture(visit, query, found):
+def test_a_caption_in_either_language_finds_the_picture(visit):
     page = visit()
     show_tab(page, "pictures")
-    before = ranked(page, "pictures")
-    search(page, "pictures", query)
-    expect(page.locator("#pictures-results li .al-text").first).to_contain_text(found)
-    assert ranked(page, "pictures") != before
+    for query, found in (("一杯咖啡", "espresso"), ("a red motorcycle", "motorcycle")):
+        before = ranked(page, "pictures")
+        search(page, "pictures", query)
+        expect(page.locator("#pictures-results li .al-text").first).to_contain_text(found)
+        assert ranked(page, "pictures") != before
 
 
 def test_an_empty_caption_is_answered_in_words(visit):
@@ -166,16 +165,6 @@ def test_an_empty_caption_is_answered_in_words(visit):
     expect(page.locator("#pictures-results [role=alert]")).to_have_text(text("zh", "error.caption.empty"))
     page.locator("#pictures-examples button").first.click()
     expect(page.locator("#pictures-results li")).to_have_count(12)
-
-
-def test_what_is_typed_never_becomes_markup(visit):
-    page = visit()
-    show_tab(page, "matrix")
-    wicked = '<img src=x onerror="window.hit=1"> ${window.hit=1} {{x}}'
-    page.locator("#matrix-captions textarea").fill(wicked)
-    page.locator("#matrix-compare").click()
-    expect(page.locator("#matrix-table tbody th")).to_have_text([wicked])
-    assert page.evaluate("window.hit") is None
 
 
 # ---------------------------------------------------------------- languages
@@ -211,15 +200,3 @@ def test_all_of_the_page_changes_its_language_at_once(visit, window):
     for key in TABS:
         show_tab(page, key, "zh")
     assert len(posted) == 1, posted
-
-
-def test_the_chinese_page_speaks_no_english(visit):
-    page = visit("?lang=zh")
-    english = [sentence for sentence in strings()["en"].values() if len(sentence) > 8 and "{" not in sentence]
-    for key in TABS:
-        show_tab(page, key, "zh")
-        shown = page.locator("body").inner_text()
-        assert [sentence for sentence in english if sentence in shown] == []
-        assert "__i18n__" not in shown
-        labels = page.evaluate("[...document.querySelectorAll('[aria-label]')].map((node) => node.ariaLabel)")
-        assert [label for label in labels if label in english] == []

@@ -104,12 +104,15 @@ RAW = re.compile(r"__i18n__|\{\w+\}|\bundefined\b|\bNaN\b|\[object ")
 
 
 def not_chinese(page: Page) -> set[tuple[str, str]]:
+    english = {sentence for sentence in strings()["en"].values() if len(sentence) > 8}  # shorter ones may be names
     keys = strings()["en"].keys()
     page.evaluate(QUALITY)
     said = [(kind, words) for kind, words in page.evaluate("quality.said()")]
     assert len(said) > 15
     return {
-        (kind, words) for kind, words in said if ENGLISH.search(words) or RAW.search(words) or keys & set(words.split())
+        (kind, words)
+        for kind, words in said
+        if words in english or ENGLISH.search(words) or RAW.search(words) or keys & set(words.split())
     }
 
 
