@@ -37,7 +37,7 @@ app: $(APP_STAMP)  ## open the app on http://127.0.0.1:7860 (GRADIO_SERVER_PORT=
 
 test: $(TEST_STAMP) $(BROWSER_STAMP)  ## check style, floors, names, types and known vulnerabilities, then run every test
 	@$(MAKE) --no-print-directory audit & $(MAKE) --no-print-directory lint && wait $$!  # one waits for the network
-	$(BIN)/pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(TEST_STAMP) $(BROWSER_STAMP)  ## kill builds and trainings, run torchrun, build the wheel, keep the app under load: some half an hour
 	$(BIN)/pytest tests/long $(ARGS)

@@ -19,11 +19,13 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from xdist.scheduler import LoadFileScheduling
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # graphs of one run are not those of another; its workers share them
     _CACHE = TemporaryDirectory(prefix="alignment-cache-")
@@ -48,6 +50,7 @@ LONGEST = (
     *("test_middleware.py", "test_explain.py", "test_zerogpu.py", "test_service.py", "test_gallery_command.py"),
     *("test_summaries.py", "test_calibration.py", "test_space_publish.py", "test_compact_checkpoint.py"),
 )
+PLACE = {name: number for number, names in enumerate(LONGEST) for name in names.split()}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,11 +68,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, so that the workers end together, and tell them which files are one's."""
-    place = {name: number for number, names in enumerate(LONGEST) for name in names.split()}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(place.get(item.path.name, item.path.stem))))
+    """Begin with what takes longest, so that the workers end together."""
+    items.sort(key=lambda item: PLACE.get(item.path.name, len(LONGEST)))
+
+
+class SharingScheduler(LoadFileScheduling):
+    """Gives one worker the files that share something; pytest 9.2 ignores the groups of pytest-xdist 3.8."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return str(PLACE.get(Path(file).name, file))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """Let pytest-xdist use it."""
+    return SharingScheduler(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
