@@ -383,11 +383,10 @@ def test_what_looks_like_a_secret_stops_the_publication(tmp_path: Path, name: st
 
 def test_a_secret_is_found_at_the_end_of_many_captions(tmp_path: Path) -> None:
     with (tmp_path / "captions.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(f'{{"id": "{row}", "text": "a caption like others"}}\n' for row in range(20_000))
-    check_folder(tmp_path)
-    with (tmp_path / "captions.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(f'{{"id": "{row}", "text": "{"a caption " * 100}"}}\n' for row in range(17_000))
         file.write("hf_" + "aB3" * 11)
-    with pytest.raises(ValueError, match="secret"):
+    assert (tmp_path / "captions.jsonl").stat().st_size > 2**24
+    with pytest.raises(ValueError, match=r"secret \(hf_aB3"):
         check_folder(tmp_path)
 
 

@@ -53,7 +53,8 @@ def test_results_show_rank_bar_cosine_and_probability_with_its_meaning(visit):
     expect(page.locator("#captions-results .al-note")).to_contain_text(first.locator("dd").nth(0).inner_text())
 
 
-@pytest.mark.parametrize(("lang", "dark"), [("en", False), ("zh", True)])
+@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("dark", [False, True])
 def test_nothing_sticks_out_on_a_phone(visit, lang, dark):
     page = visit(f"?lang={lang}&__theme={'dark' if dark else 'light'}", width=390, height=844)
     expect(page.get_by_role("tab")).to_have_count(5)  # none is hidden in a menu

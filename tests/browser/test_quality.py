@@ -112,7 +112,11 @@ def not_chinese(page: Page) -> set[tuple[str, str]]:
     return {
         (kind, words)
         for kind, words in said
-        if words in english or ENGLISH.search(words) or RAW.search(words) or keys & set(words.split())
+        if words in english
+        or (kind == "text" and any(sentence in words for sentence in english))
+        or ENGLISH.search(words)
+        or RAW.search(words)
+        or keys & set(words.split())
     }
 
 
