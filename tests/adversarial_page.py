@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from tests.http_client import shown
+from tests.http_client import LOCAL, shown
 
 LEAKS = re.compile(r"Traceback|Exception|/tmp/|/home/|/root/|site-packages|\.py\b|__i18n__|error\.[a-z]+\.")
 TABS = ("captions", "pictures", "matrix", "photos", "evaluate")
@@ -43,7 +43,7 @@ class Visitor:
 
     def __init__(self, address: str, lang: str) -> None:
         self.address, self.lang, self.name = address.rstrip("/"), lang, f"visitor{next(_visitors)}"
-        self.http = httpx.Client(trust_env=False, timeout=120)
+        self.http = httpx.Client(**LOCAL, timeout=120)
         config = self.http.get(f"{self.address}/config").json()
         self.ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
         self.events = {tuple(target): part for part in config["dependencies"] for target in part["targets"]}

@@ -101,6 +101,31 @@ def ports() -> None:
         server.INITIAL_PORT_VALUE += server.TRY_NUM_PORTS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """Collect the garbage of the module before, and leave out what stays: each training collects all garbage twice."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cohorts() -> Iterator[None]:
+    """Embed the cohort once with each model, not for each gallery that a test builds with it."""
+    from alignment.gallery import build
+
+    of_models: dict[str, Any] = {}
+
+    def build_cohort(encoder: Any) -> Any:
+        if encoder.fingerprint not in of_models:
+            of_models[encoder.fingerprint] = embedded(encoder)
+        return of_models[encoder.fingerprint]
+
+    with pytest.MonkeyPatch.context() as patch:
+        embedded = build.build_cohort
+        patch.setattr(build, "build_cohort", build_cohort)
+        yield
+
+
 @pytest.fixture(scope="module")
 def rough_tuning() -> Iterator[None]:
     """Ask fewer queries when an index is written, which takes most of its time: for tests of anything but recall."""

@@ -33,7 +33,7 @@ from alignment.server import GuardedBlocks, Service, Settings
 from alignment.ui.api import MAX_CAPTIONS, MAX_PICTURES, MAX_RESULTS, Api, add_api
 from alignment.ui.api_schemas import matrix
 from alignment.ui.widgets import SEARCHES_AT_ONCE, UPLOADS_AT_ONCE
-from tests.http_client import entries, run_coroutine
+from tests.http_client import LOCAL, entries, run_coroutine
 
 ENDPOINTS = {"search_images", "search_captions", "similarity_matrix", "embed_images", "embed_captions", "describe"}
 HERE = "http://127.0.0.1:7860"  # what the documentation says
@@ -89,7 +89,7 @@ def data_url(path: Path) -> str:
 
 def over_http(address: str, name: str, **values: Any) -> tuple[str, Any]:
     """Call an endpoint by plain HTTP; the kind of its last event, and what it says."""
-    with httpx.Client(trust_env=False, timeout=60) as http:
+    with httpx.Client(**LOCAL, timeout=60) as http:
         id = http.post(f"{address}/gradio_api/call/v2/{name}", json=values).json()["event_id"]
         event, data = http.get(f"{address}/gradio_api/call/{name}/{id}").text.strip().split("\n")[-2:]
     return event.removeprefix("event: "), json.loads(data.removeprefix("data: "))
@@ -99,7 +99,7 @@ def over_http(address: str, name: str, **values: Any) -> tuple[str, Any]:
 
 
 def test_every_endpoint_is_named_typed_and_described(address):
-    info = httpx.get(f"{address}/gradio_api/info", trust_env=False).json()["named_endpoints"]
+    info = httpx.get(f"{address}/gradio_api/info", **LOCAL).json()["named_endpoints"]
     assert {name.strip("/") for name in info} == ENDPOINTS
     for endpoint in info.values():
         assert " Returns: " in endpoint["description"]
@@ -155,7 +155,7 @@ def test_a_caption_finds_pictures(ask, caption, id):
 
 def test_the_thumbnail_of_a_result_can_be_opened(ask, address):
     best = ask("search_images", caption="a rocket", k=1)["matches"][0]
-    answer = httpx.get(f"{address}/{best['thumbnail']}", trust_env=False)
+    answer = httpx.get(f"{address}/{best['thumbnail']}", **LOCAL)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
 
 
@@ -372,10 +372,10 @@ def test_no_address_is_opened_for_a_program(address, elsewhere, ask):
 
 def test_the_pages_own_events_open_no_address_either(address, elsewhere):
     url, seen = elsewhere
-    config = httpx.get(f"{address}/config", trust_env=False).json()
+    config = httpx.get(f"{address}/config", **LOCAL).json()
     hidden = [part for part in config["dependencies"] if part["api_visibility"] == "private" and part["inputs"]]
     assert len(hidden) > 5
-    with httpx.Client(trust_env=False, timeout=60) as http:
+    with httpx.Client(**LOCAL, timeout=60) as http:
         for part in hidden:
             inputs = [sent(f"{url}/{part['id']}.png") for _ in part["inputs"]]
             body = {"data": inputs, "fn_index": part["id"], "session_hash": "visitor"}
@@ -459,7 +459,7 @@ def test_an_agent_searches_and_reads_json(address):
 
 def test_an_agent_sends_a_picture_by_the_address_its_upload_got(address, photo, uploads):
     with photo("coffee").open("rb") as file:
-        upload = httpx.post(f"{address}/gradio_api/upload", files={"files": file}, trust_env=False).json()[0]
+        upload = httpx.post(f"{address}/gradio_api/upload", files={"files": file}, **LOCAL).json()[0]
     values = {"image": f"{address}/gradio_api/file={upload}", "k": 3, "lang": "en"}
     answer = with_tools(address, lambda session: session.call_tool("search_captions", values))
     assert "coffee" in answer.content[0].text
@@ -574,7 +574,7 @@ def test_the_agents_configuration_of_the_page_works(shell, address, photo, tmp_p
 
 
 def test_the_pages_list_what_is_served_with_its_limits(address):
-    info = httpx.get(f"{address}/gradio_api/info", trust_env=False).json()["named_endpoints"]
+    info = httpx.get(f"{address}/gradio_api/info", **LOCAL).json()["named_endpoints"]
     for name in PAGES:
         rows = re.findall(r"^\| `(\w+)` \|(?:[^|\n]*\|){2} ([^|\n]+) \|$", page(name), re.MULTILINE)
         assert {endpoint for endpoint, limits in rows if limits.strip()} == {key.strip("/") for key in info}, name

@@ -36,7 +36,7 @@ from alignment.server.gradio_internals import (
     streaming_session,
     temp_folder,
 )
-from tests.http_client import run_coroutine, until
+from tests.http_client import LOCAL, run_coroutine, until
 
 
 class Event(NamedTuple):
@@ -101,11 +101,11 @@ def page(gate, tmp_path_factory) -> Iterator[Recorder]:
 def call(page: gr.Blocks, name: str, *data: Any, **more: Any) -> str:
     """Put an event into the queue; its id."""
     url = f"{page.local_url}gradio_api/call/{name}"
-    return httpx.post(url, json={"data": data, **more}, trust_env=False).json()["event_id"]
+    return httpx.post(url, json={"data": data, **more}, **LOCAL).json()["event_id"]
 
 
 def fetch(page: gr.Blocks, name: str, id: str) -> str:
-    return httpx.get(f"{page.local_url}gradio_api/call/{name}/{id}", trust_env=False, timeout=60).text
+    return httpx.get(f"{page.local_url}gradio_api/call/{name}/{id}", **LOCAL, timeout=60).text
 
 
 # ---------------------------------------------------------------- versions
@@ -189,7 +189,7 @@ def test_a_session_whose_client_has_left_is_forgotten(page, gate):
     until(lambda: queue_status(page).active == 1)
     call(page, "wait", "y", session_hash="leaver")
     url, params = f"{page.local_url}gradio_api/queue/data", {"session_hash": "leaver"}
-    with httpx.stream("GET", url, params=params, trust_env=False, timeout=60) as events:
+    with httpx.stream("GET", url, params=params, **LOCAL, timeout=60) as events:
         assert "estimation" in next(events.iter_lines())
 
     def forgotten() -> bool:
@@ -259,7 +259,7 @@ def use_tool(page: gr.Blocks, name: str, value: Any, **headers: str) -> list[Any
     """Let an agent call a tool; the texts of its answer."""
 
     async def talk() -> list[Any]:
-        http = httpx.AsyncClient(headers=headers, trust_env=False)
+        http = httpx.AsyncClient(headers=headers, **LOCAL)
         stream = streamable_http_client(f"{page.local_url}gradio_api/mcp/", http_client=http)
         async with http, stream as (read, write, _), ClientSession(read, write) as session:
             await session.initialize()

@@ -36,9 +36,11 @@ def between(rows: Tensor, count: int, seed: int = 0) -> Tensor:
 
 
 def slow_search(embeds: Tensor, query: Tensor, k: int, candidates: Sequence[int] | None = None) -> list[int]:
-    """Score every candidate; Python's sort is stable, so ties keep the lower position."""
-    scores = (embeds.double() @ query.double()).float().tolist()
-    return sorted(range(len(embeds)) if candidates is None else candidates, key=lambda i: -scores[i])[:k]
+    """Score every candidate; the sort is stable, so ties keep the lower position."""
+    scores = (embeds.double() @ query.double()).float().numpy()
+    positions = np.arange(len(embeds)) if candidates is None else np.array(candidates, dtype=np.int64)
+    found: list[int] = positions[np.argsort(-scores[positions], kind="stable")[:k]].tolist()
+    return found
 
 
 def recall(found: Tensor, embeds: Tensor, queries: Tensor, candidates: Sequence[int] | None = None) -> float:

@@ -25,7 +25,7 @@ from alignment.model import DualEncoder
 from alignment.server import Service, Settings, gradio_internals, middleware
 from alignment.server import service as service_module
 from alignment.server.gradio_internals import queue_status
-from tests.http_client import entries, run_coroutine, until
+from tests.http_client import LOCAL, entries, run_coroutine, until
 
 
 class Held(AlignmentEngine):
@@ -69,7 +69,7 @@ def serve(engine, tmp_path, monkeypatch) -> Iterator[Callable[..., httpx.Client]
         page = app.build_page(engine, "en", service.settings.queue)
         options = app.launch_options(engine, service)
         _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", mcp_server=mcp, **options)
-        client = httpx.Client(base_url=url.rstrip("/"), trust_env=False, timeout=60)
+        client = httpx.Client(base_url=url.rstrip("/"), **LOCAL, timeout=60)
         client.service = service  # type: ignore[attr-defined]
         client.page = page  # type: ignore[attr-defined]
         open_now.extend((client, page))
@@ -96,7 +96,7 @@ class Proxy(httpx.HTTPTransport):
     """A reverse proxy that shows the page at https://photos.example/search/."""
 
     def __init__(self, address: httpx.URL, strips: bool) -> None:
-        super().__init__(trust_env=False)
+        super().__init__(**LOCAL)
         self.address, self.strips = address, strips
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -225,7 +225,7 @@ def test_the_request_that_a_tool_makes_is_not_counted_again(serve):
 
     async def talk() -> list[bool]:
         headers = {"X-Forwarded-For": "8.8.8.8", "Cookie": "alignment_visitor=anna"}
-        http = httpx.AsyncClient(headers=headers, trust_env=False, timeout=60)
+        http = httpx.AsyncClient(headers=headers, **LOCAL, timeout=60)
         stream = streamable_http_client(f"{client.base_url}/gradio_api/mcp/", http_client=http)
         async with http, stream as (read, write, _), ClientSession(read, write) as session:
             await session.initialize()

@@ -21,7 +21,7 @@ from fault_injection import forkserver
 from PIL import Image
 
 from alignment.server.uploads import process_folder
-from tests.http_client import ROOT, AppProcess, Visitor, running, until
+from tests.http_client import LOCAL, ROOT, AppProcess, Visitor, running, until
 
 # Is imported by Python itself before anything else runs; every try to leave the machine is written down, and fails.
 WATCH = """
@@ -265,7 +265,7 @@ def test_photos_and_their_results_are_their_owners_alone(anna, bob):
 
 
 def test_health_is_said(app):
-    answer = httpx.get(f"{app.address}/healthz", trust_env=False)
+    answer = httpx.get(f"{app.address}/healthz", **LOCAL)
     said = answer.json()
     assert (answer.status_code, said["status"], said["model"], said["images"]) == (200, "ok", "compact", 28)
     assert {"version", "uptime_s", "queue", "working", "captions", "fingerprint"} <= said.keys()

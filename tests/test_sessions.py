@@ -14,6 +14,7 @@ from torch import Tensor
 from alignment.server import GuardedBlocks
 from alignment.server.gradio_internals import LightSessions
 from alignment.server.sessions import Immutable, estimate_bytes, session_state
+from tests.http_client import LOCAL
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def page(launched) -> GuardedBlocks:
 
 
 def call(page: GuardedBlocks, thing: str, **more: str) -> str:
-    with httpx.Client(base_url=page.local_url, trust_env=False, timeout=60) as http:
+    with httpx.Client(base_url=page.local_url, **LOCAL, timeout=60) as http:
         id = http.post("gradio_api/call/put", json={"data": [thing], **more}).json()["event_id"]
         return http.get(f"gradio_api/call/put/{id}").text
 

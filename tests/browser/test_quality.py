@@ -151,7 +151,7 @@ def unfold(panel: Locator) -> list[Locator]:
 def provoke(page: Page, panel: Locator, files: list[Any], words: Sequence[str], check: Callable[..., None]) -> None:
     """Make everything go wrong that can (files that are no pictures, words that are not searched for) and look.
 
-    `check` gets the number of the file or word, and the only place that has changed, if it is known.
+    `check` gets the number of the file or word, and the places that have changed.
     """
     for drop in panel.locator("input[type=file]").all():
         for kind, file in enumerate(files, 1):
@@ -165,7 +165,7 @@ def provoke(page: Page, panel: Locator, files: list[Any], words: Sequence[str], 
             go(panel, box)
             expect(panel).not_to_have_text(before, use_inner_text=True)
             page.wait_for_timeout(300)  # where more follows
-            check(kind)
+            check(kind, panel, page.locator(".toast-wrap"))
 
 
 def go(panel: Locator, box: Locator) -> None:
