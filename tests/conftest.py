@@ -103,7 +103,7 @@ def ports() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def little_to_collect() -> None:
-    """Collect the garbage of the module before, and leave out what stays: each training collects all garbage twice."""
+    """Collect the garbage of the module before, and leave out what stays: accelerate collects all at each training."""
     gc.collect()
     gc.freeze()
 
