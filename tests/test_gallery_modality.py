@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -17,7 +18,7 @@ from alignment.gallery.database import KINDS, GalleryDatabase
 from alignment.gallery.modality import LARGE, Modality, write_index
 from alignment.gallery.records import FileFingerprint, GalleryMetadata
 from alignment.gallery.writer import write_gallery
-from alignment.index import EXACT_ROWS, LocalIndex
+from alignment.index import EXACT_ROWS, FileIndex, LocalIndex
 
 pytestmark = pytest.mark.usefixtures("rough_tuning")
 
@@ -91,8 +92,19 @@ def test_a_gallery_is_loaded_as_it_was_saved(saved: Path) -> None:
     assert loaded.metadata == made.metadata
     rows = torch.tensor([4000, 3, 3, 17])
     torch.testing.assert_close(loaded.images[rows], made.images[rows], atol=1e-3, rtol=0)
-    torch.testing.assert_close(loaded.images[rows].norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(loaded.images[rows].norm(dim=1), torch.ones(4), atol=2**-11, rtol=0)
     torch.testing.assert_close(loaded.images.embeds, made.images.embeds, atol=1e-3, rtol=0)
+
+
+def test_the_index_is_tuned_by_the_captions_of_the_cohort(tmp_path: Path) -> None:
+    made, texts = gallery(), unit(300, DIM, seed=9).half()
+    made.judge = MatchCalibrator(DEFAULT_CALIBRATION, Cohort(unit(30, DIM, seed=8), texts.float()))
+    save(made, tmp_path)
+    write_indexes(tmp_path)
+    path = tmp_path / "image_embeds.faiss"
+    stamp = json.loads(path.read_bytes()[8:4096])["stamp"]
+    FileIndex.write(tmp_path / "expected", [made.images.embeds], stamp, texts)
+    assert path.read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 @pytest.mark.parametrize("tag", [None, "trip 1", "trip 2/7", "nowhere"])

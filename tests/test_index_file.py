@@ -60,6 +60,19 @@ def test_an_index_is_opened_as_it_was_written(path: Path) -> None:
 def test_the_same_rows_make_the_same_file(path: Path, original: bytes, tmp_path: Path) -> None:
     FileIndex.write(tmp_path / "again", iter([unit(COUNT, DIM)]), "one")  # in one batch
     assert (tmp_path / "again").read_bytes() == original
+
+
+def test_typical_queries_decide_how_much_is_visited(tmp_path: Path, path: Path, original: bytes) -> None:
+    centres = unit(256, DIM, 2)
+    rows = torch.nn.functional.normalize(centres.repeat(20, 1) + 0.01 * unit(20 * 256, DIM, 3), dim=-1)
+
+    def nprobe(queries: torch.Tensor) -> int:
+        FileIndex.write(tmp_path / "tuned", [rows], "one", queries)
+        return int(json.loads((tmp_path / "tuned").read_bytes()[8:4096])["nprobe"])
+
+    assert nprobe(centres) < nprobe(unit(256, DIM, 4))  # all of their best ten are in one cluster
+    FileIndex.write(path, [unit(COUNT, DIM)], "one", unit(20, DIM, 4))
+    assert path.read_bytes() == original, "too few queries to go by"
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
 
 

@@ -110,7 +110,8 @@ class _StoredRecords(Records[Item]):
         except (FileNotFoundError, ValueError):
             if not write:
                 raise
-        FileIndex.write(path, (rows for _, rows in self._database.batches(self._kind)), stamp)
+        queries = self._database.cohort().get("text_embeds" if self._kind == "picture" else "image_embeds")
+        FileIndex.write(path, (rows for _, rows in self._database.batches(self._kind)), stamp, queries)
         return FileIndex(path, stamp, self.tagged)
 
 
@@ -163,12 +164,10 @@ class Modality(Generic[Item]):
         return len(self.items)
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        """Fetch the embeddings of some items, (n, embed_dim) float32, unit norm."""
+        """Fetch the embeddings of some items, (n, embed_dim) float32, unit norm within half precision."""
         if "embeds" in self.__dict__:
             return self.embeds[positions]
-        rows = self.index.embeds(positions if self._ids is None else self._ids[positions]).numpy()
-        rows /= np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]  # numpy: one thread
-        return torch.from_numpy(rows)
+        return self.index.embeds(positions if self._ids is None else self._ids[positions])
 
     @cached_property
     def embeds(self) -> Tensor:

@@ -7,15 +7,15 @@ goes first, and only rows that could reach the best k within its error are score
 Layout of the file: a page with a checksum and JSON, the rows in order as float16, a faiss index of their projections
 (PCA, IVF, SQ8). All of it is mapped, which does not count as memory of the process. It is derived from a gallery's
 database and may be deleted at any time. A query visits the lists whose centres are nearest; faiss picks candidates by
-their codes and scores these by their rows. How many of both is measured at writing, with the exact best ten of mixtures
-of rows and random directions. Among hundreds of nearly equal rows, an equal of the last one may be missed.
+their codes and scores these by their rows. How many of both is measured at writing, with the exact best ten of queries
+like those to come. Among hundreds of nearly equal rows, an equal of the last one may be missed.
 """
 
 import json
 import logging
 import math
 import zlib
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -42,16 +42,16 @@ _BLOCK_ROWS = 2048  # scored at a time: 4 MB as float32 at 512 dimensions, which
 _FEW = 64  # rows up to which numpy multiplies faster than torch
 _ALL_IN_FLOAT64 = 4  # times k: so few rows are scored without a float32 pass
 
-TARGET_RECALL = 0.998
-"""Share of the exact best ten of these queries that the candidates must hold, and of those the visited lists: .996."""
+TARGET_RECALL = 0.9985
+"""Share of the exact best ten of these queries that the candidates must hold, and of those the visited lists: .997."""
 
 _FORMAT = 3  # a file of another format is written anew
-_PAGE = 4096
-_WIDTH = 128  # of the projections
+_PAGE, _BLOCK = 4096, 16_384  # bytes of the first page, and rows at a time
+_WIDTH = 96  # of the projections
 _MIN_SAMPLE, _PER_LIST = 20_000, 20  # rows from which projections and codes are learnt, at least and for each list
-_QUERIES, _MIXED = 512, 8  # of the measurement, and rows in each: of fewer, they are easier to answer than captions
-_DEPTHS = 128, 1024  # candidates, at least and at most
-_BLOCK = 16_384  # rows at a time
+_QUERIES, _MIN_QUERIES = 512, 256  # of the measurement; with fewer typical ones, mixtures of rows stand for them
+_MIXED = 8  # rows in each: of fewer, they are easier to answer than captions; these take up to three times as long
+_DEPTHS = 64, 2048  # candidates, at least and at most
 
 
 class LocalIndex(VectorIndex):
@@ -102,11 +102,11 @@ class FileIndex(LocalIndex):
         self._parameters = lru_cache(_CACHED_TAGS)(self._find_parameters)
 
     @staticmethod
-    def write(path: Path, batches: Iterable[Tensor], stamp: str) -> None:
+    def write(path: Path, batches: Iterable[Tensor], stamp: str, queries: Tensor | None = None) -> None:
         """Write unit-norm embeddings, batches of (n, embed_dim), and replace the old file at the end.
 
-        To open it takes the stamp, which says what they were made of. OSError when the file cannot be written,
-        ValueError when an embedding is not finite.
+        To open it takes the `stamp`. Typical `queries`, (num_queries, embed_dim), tell how much a search has to visit.
+        OSError when the file cannot be written, ValueError when an embedding is not finite.
         """
         import faiss
 
@@ -119,7 +119,7 @@ class FileIndex(LocalIndex):
                 file.write(rows.data)
             file.flush()
             count, embed_dim = (file.tell() - _PAGE) // (2 * rows.shape[1]), rows.shape[1]
-            index, nprobe, depth = _train(np.memmap(temp, np.float16, "c", _PAGE, (count, embed_dim)))
+            index, nprobe, depth = _train(np.memmap(temp, np.float16, "c", _PAGE, (count, embed_dim)), queries)
             data = faiss.serialize_index(index)
             file.write(data)
             head = len(data) - count * (faiss.extract_index_ivf(index).code_size + 8)  # codes and positions come last
@@ -153,17 +153,17 @@ class FileIndex(LocalIndex):
             nprobe = min(-(-max(self._nprobe * len(self), 2 * depth * lists) // count), lists)  # more if few compete
             by_codes, by_rows = self._parameters(nprobe, tag)
             rough, near = (found[0] for found in rows.search(vector, depth, params=by_rows))
-            if near[max(wanted - 1, k)] >= 0 and not np.isnan(rough).any():  # -1: fewer were found; NaN: a damaged row
-                close = int(np.count_nonzero(rough >= rough[k] - 2 * _float32_error(query)))
-                scores, best = rank(self._rows, query, close, near[:close])
+            if near[max(wanted - 1, k)] >= 0 and not math.isnan(rough.min()):  # -1: fewer were found; NaN: damage
+                close = bisect_right(rough, 2 * _float32_error(query) - rough[k], key=lambda score: -score)
+                rough[:close] = _score(self._rows, query, near[:close])
+                order = np.lexsort((near, -rough))  # faiss orders equals by itself
+                scores, best = rough[order], near[order]
                 are_all = not k or scores[k] < scores[k - 1]
                 if not are_all:  # equals of the last of the k have its code, so all are there if the last code is worse
                     looks, named = (found[0] for found in codes.search(vector, depth, params=by_codes))
                     are_all = looks[named == best[k - 1]] > looks[-1] + _EQUAL
                 if are_all:
-                    scores, best = np.concatenate((scores, rough[close:])), np.concatenate((best, near[close:]))
-                    order = np.lexsort((best, -scores))[:wanted]  # faiss orders equals by itself
-                    return scores[order], best[order]
+                    return scores[:wanted], best[:wanted]
             depth *= _DEEPER
         return super()._rank(query, k, wanted, tag)
 
@@ -214,7 +214,7 @@ def _float32_error(query: NDArray[np.float64]) -> float:
     return (len(query) + 8) * 2.0**-24 * max(math.sqrt(query @ query), 1.0)
 
 
-def _train(rows: Floats) -> tuple[Any, int, int]:  # the index, lists to visit, candidates
+def _train(rows: Floats, typical: Tensor | None) -> tuple[Any, int, int]:  # the index, lists to visit, candidates
     import faiss
 
     rng, num_lists = np.random.default_rng(0), 2 ** round(0.6 * math.log2(len(rows)))
@@ -228,6 +228,8 @@ def _train(rows: Floats) -> tuple[Any, int, int]:  # the index, lists to visit, 
     for block in _blocks(rows):
         index.add(block)
     faiss.downcast_VectorTransform(index.chain.at(0)).have_bias = False  # a centred query does not rank by cosine
+    if typical is not None and len(typical) >= _MIN_QUERIES:
+        return index, *_tune(index, rows, typical[:_QUERIES].float().numpy())
     queries = sample[rng.integers(len(sample), size=(_MIXED, _QUERIES))].mean(0) - sample.mean(0)
     faiss.normalize_L2(queries)
     queries += rng.standard_normal(queries.shape, np.float32) / math.sqrt(len(queries[0]))

@@ -37,7 +37,7 @@ class VectorIndex(ABC):
         if query.shape != (self.embed_dim,) or min(k, extra) < 0:
             takes = f"A search takes one embedding ({self.embed_dim},) and a k and extra of at least 0"
             raise ValueError(f"{takes}, not {tuple(query.shape)}, {k} and {extra}.")
-        scores, ids = self._rank(query.detach().cpu().double().numpy(), k, k + extra, tag)
+        scores, ids = self._rank(query.numpy(force=True).astype(np.float64), k, k + extra, tag)
         return torch.from_numpy(scores), torch.from_numpy(ids)
 
     @abstractmethod

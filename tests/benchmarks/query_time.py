@@ -6,7 +6,8 @@ runs it, and as eager PyTorch does. Round after round asks the same caption of e
 the second time of two: by then the threads of the one before have gone to sleep.
 
 The pictures are made up: records without files. Their embeddings are mixtures of captions' and noise, so that some are
-closer to a query than most, as in any gallery; with `--scattered` they point anywhere, the worst case for an index.
+closer to a query than most, as in any gallery; with `--scattered` they point anywhere, the worst case for an index. The
+cohort's captions, with which an index is tuned, are not among them.
 """
 
 from __future__ import annotations
@@ -133,7 +134,9 @@ def make_gallery(encoder: DualEncoder, count: int, scattered: bool) -> Gallery:
     torch.manual_seed(0)
     embeds = normalize(torch.randn(count, encoder.embed_dim), dim=-1)
     if not scattered:
-        captions = encoder.encode_texts(cohort_items()[1])
+        scenes = map(json.loads, (ROOT / "assets" / "parallel_captions.jsonl").read_text("utf-8").splitlines())
+        others = dict.fromkeys(text for scene in scenes for text in scene.values()).keys() - set(cohort_items()[1])
+        captions = encoder.encode_texts(sorted(others))
         captions -= captions.mean(0)  # what all captions have in common, pictures do not
         shares = torch.distributions.Dirichlet(torch.ones(3)).sample((count,))
         mixed = (captions[torch.randint(0, len(captions), (count, 3))] * shares[:, :, None]).sum(1)

@@ -18,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 K, QUERIES = 10, 100
+TYPICAL = 512  # queries like those that are measured, with which our index is tuned, as a gallery's is by its cohort
 INDEX = "index.faiss"
 PEERS = ("usearch",)
 PEER_RECALL = 0.99
@@ -42,7 +43,8 @@ DATA = """\
 The rows are made up, like embeddings of an encoder: clusters in clusters, along some directions more than along others,
 captions in another cone than pictures. Queries are captions. With --gallery, the rows are a gallery's pictures (or its
 captions, if there are more) with differences between neighbours added, the queries captions of it that were left out;
-with --scattered they have nothing to do with each other, the worst case for any index.
+with --scattered they have nothing to do with each other, the worst case for any index. Our index is tuned with 512
+other queries of the same kind, or the gallery's cohort.
 
 examples:
   python tests/benchmarks/search_speed.py                                 # a few minutes
@@ -96,13 +98,13 @@ def parsed_arguments() -> argparse.Namespace:
 
 
 def make(count: int, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Make float16 rows, (count, dim), and float32 queries, (QUERIES, dim)."""
+    """Make float16 rows, (count, dim), and float32 queries, (QUERIES + TYPICAL, dim)."""
     import numpy as np
 
     rng = np.random.default_rng(0)
     if arguments.scattered:
         seeds, queries = unit(rng.standard_normal((2, count, arguments.dim), dtype=np.float32))
-        return seeds.astype(np.float16), queries[:QUERIES]
+        return seeds.astype(np.float16), queries[: QUERIES + TYPICAL]
     seeds, queries = gallery_seeds(arguments.gallery) if arguments.gallery else made_up_seeds(arguments.dim)
     near = np.argsort(-(seeds @ seeds.T), axis=1)[:, 1:9]
     blocks = []
@@ -126,7 +128,7 @@ def made_up_seeds(dim: int) -> tuple[Any, Any]:
     clusters = topics[rng.integers(20, size=200)] + rng.standard_normal((200, dim), dtype=np.float32)
     things = clusters[rng.integers(200, size=4000)] + 0.8 * rng.standard_normal((4000, dim), dtype=np.float32)
     things = unit(things * weights)
-    about = things[rng.integers(4000, size=(QUERIES, 3))].mean(1)
+    about = things[rng.integers(4000, size=(QUERIES + TYPICAL, 3))].mean(1)
     cones = unit(rng.standard_normal((2, dim), dtype=np.float32))
     return unit(0.65 * things + 0.75 * cones[0]), unit(0.65 * unit(about) + 0.75 * cones[1])
 
@@ -141,7 +143,8 @@ def gallery_seeds(folder: Path) -> tuple[Any, Any]:
         unit(np.concatenate([rows.float().numpy() for _, rows in database.batches(kind)]))
         for kind in ("picture", "caption")
     )
-    return (pictures if len(pictures) > len(texts) else texts[:-QUERIES]), texts[-QUERIES:]
+    queries = np.concatenate([texts[-QUERIES:], unit(database.cohort()["text_embeds"].float().numpy())])
+    return (pictures if len(pictures) > len(texts) else texts[:-QUERIES]), queries
 
 
 def unit(rows: Any) -> Any:
@@ -176,7 +179,8 @@ def measure(count: int, folder: Path, arguments: argparse.Namespace, found: list
     faiss.omp_set_num_threads(arguments.threads)
     folder.mkdir()
     rows, queries = make(count, arguments)
-    built = timed(lambda: write_index(folder / INDEX, rows)) / 1000
+    queries, typical = queries[:QUERIES], queries[QUERIES:]
+    built = timed(lambda: write_index(folder / INDEX, rows, typical)) / 1000
     opening = median(timed(lambda: open_index(folder / INDEX)) for _ in range(20))
     index = open_index(folder / INDEX)
     first = timed(lambda: index.search(torch.from_numpy(queries[0]), K))
@@ -201,12 +205,12 @@ def measure(count: int, folder: Path, arguments: argparse.Namespace, found: list
     return opening
 
 
-def write_index(path: Path, rows: Any) -> None:
+def write_index(path: Path, rows: Any, typical: Any) -> None:
     import torch
 
     from alignment.index import FileIndex
 
-    FileIndex.write(path, torch.from_numpy(rows).split(16_384), "")
+    FileIndex.write(path, torch.from_numpy(rows).split(16_384), "", torch.from_numpy(typical))
 
 
 def open_index(path: Path) -> Any:
