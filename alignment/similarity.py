@@ -6,7 +6,6 @@ Nothing here knows about devices, models or files.
 
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -74,7 +73,8 @@ def group_near_duplicates(embeds: Tensor, k: int, threshold: float) -> list[list
     while free and len(groups) < k:
         some = list(islice(free, k - len(groups)))  # several at a time
         near: dict[int, list[int]] = {first: [] for first in some}
-        for row, place in np.argwhere(rows[some] @ rows.T >= threshold).tolist():
+        are_near = rows[some] @ rows.T >= threshold
+        for row, place in zip(*(places.tolist() for places in are_near.nonzero()), strict=True):
             near[some[row]].append(place)
         for first in filter(free.__contains__, some):
             del free[first]

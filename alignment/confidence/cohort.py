@@ -103,9 +103,11 @@ class Cohort:
             return torch.zeros(len(query_embeds), dtype=torch.bool)
         probes, ordinary, half_way = self._probes[direction]
         queries = query_embeds.float().numpy()
-        here = _nearness(queries, probes)
-        beyond = here > half_way  # false for nearly all queries, which saves the comparison with ordinary items
-        return torch.from_numpy(beyond & (here > _nearness(queries, ordinary)) if beyond.any() else beyond)
+        cosines = queries @ probes.T
+        if not (cosines > half_way).any():  # as for nearly all queries
+            return torch.zeros(len(queries), dtype=torch.bool)
+        here = _mean_of_highest(cosines, _NEAREST)
+        return torch.from_numpy((here > half_way) & (here > _nearness(queries, ordinary)))
 
     @cached_property
     def _probes(self) -> dict[Direction, tuple[NDArray[np.float32], NDArray[np.float32], float]]:
@@ -141,7 +143,7 @@ class Cohort:
         found = np.empty((*similarity.shape, 4))
         found[..., 0] = (similarity.numpy().astype(np.float64) - centre) / spread
         found[..., 1] = _mean_of_highest(unrelated, TAIL)[:, None]
-        found[..., 2] = unrelated.mean(1)[:, None]
+        found[..., 2] = np.add.reduce(unrelated, axis=1)[:, None] / len(items)
         found[..., 3] = np.log(np.maximum(np.asarray(num_candidates, np.float64), 1)).reshape(-1, 1)
         return torch.from_numpy(found)
 

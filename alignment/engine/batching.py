@@ -94,5 +94,8 @@ class DynamicBatcher(Generic[Item]):
             for request in batch:  # retry one by one to isolate the failing request
                 self._answer([request])
             return
+        if len(batch) == 1:
+            batch[0].set_result(embeds)
+            return
         for request, own in zip(batch, embeds.split([len(request.items) for request in batch]), strict=True):
             request.set_result(torch.clone(own))  # a view would keep the whole batch in memory

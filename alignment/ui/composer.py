@@ -96,7 +96,7 @@ def _replace_at(items: tuple[Any, ...], place: int, new: Sequence[Any]) -> tuple
 
 def composer_value(lang: str, asked: TextQuery, names: Sequence[str]) -> Value:
     """Lay the terms out for `composer.js`, with the names of the pictures; one plain caption needs no chip."""
-    captions = _caption_terms(asked)
+    captions = asked.query.captions if asked.query else _caption_terms(asked)
     if len(captions) == 1 and captions[0].weight == 1 and not asked.pictures:
         captions = ()
     terms = [{**_term_value(lang, term.text, term), "text": term.text} for term in captions]
