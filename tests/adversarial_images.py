@@ -416,22 +416,25 @@ _NAMES = {  # of things that Chinese has no other words for
     *("PPM", "MB", "zip", "gallery", "pictures", "embeddings", "json", "jsonl", "safetensors", "JSON", "thumbnails"),
     *("clip", "CSV", "UTF", "RLE", "image", "caption"),
 }
-_LEAKS = re.compile(r"Traceback|Error\b|Exception|0x[0-9a-f]+|/tmp|/home|/root|/usr|site-packages|\.py\b|\{|\}|\$|__")
+_PLACES = re.compile(r"/tmp|/home|/root|/usr|site-packages")
+_CODE = re.compile(r"Traceback|Error\b|Exception|0x[0-9a-f]+|\.py\b|\{|\}|\$|__")
 
 
 def check_said(error: InputError) -> None:
     """See that an error is a sentence in both languages that tells nothing of this machine."""
     assert f"error.{error.code}" in strings()["zh"], error.code
-    english, chinese = error_text("en", error), error_text("zh", error)
-    for words in (english, chinese, str(error)):
-        assert not _LEAKS.search(words), words
+    said = [error_text("en", error), error_text("zh", error), str(error)]
+    for words in said:
+        assert not _PLACES.search(words), words
         assert len(words) < 400
         assert words.endswith((".", "。")), words
-    assert english[0].isupper(), english
-    assert re.search("[\u4e00-\u9fff]", chinese), chinese
+    assert said[0][0].isupper(), said[0]
+    assert re.search("[\u4e00-\u9fff]", said[1]), said[1]
     for key in ("name", "file"):  # names of what was uploaded have any letters
-        chinese = chinese.replace(str(error.values.get(key, "")), "")
-    assert set(_LATIN.findall(_FILES.sub("", chinese))) <= _NAMES, chinese
+        said = [words.replace(str(error.values.get(key, "")), "") for words in said]
+    for words in said:
+        assert not _CODE.search(words), words
+    assert set(_LATIN.findall(_FILES.sub("", said[1]))) <= _NAMES, said[1]
 
 
 # ---------------------------------------------------------------- in a process of its own

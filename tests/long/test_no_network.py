@@ -28,6 +28,6 @@ def test_it_works_where_there_is_no_network_at_all(tmp_path):
     except FileNotFoundError:  # macOS, Windows
         may = False
     command = [*(alone if may else []), sys.executable, "-c", LONELY]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(tmp_path)}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "GRADIO_TEMP_DIR": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
