@@ -143,7 +143,7 @@ class Cohort:
         found = np.empty((*similarity.shape, 4))
         found[..., 0] = (similarity.numpy().astype(np.float64) - centre) / spread
         found[..., 1] = _mean_of_highest(unrelated, TAIL)[:, None]
-        found[..., 2] = np.add.reduce(unrelated, axis=1)[:, None] / len(items)
+        found[..., 2] = unrelated.mean(1)[:, None]
         found[..., 3] = np.log(np.maximum(np.asarray(num_candidates, np.float64), 1)).reshape(-1, 1)
         return torch.from_numpy(found)
 

@@ -30,7 +30,7 @@ forwards and backwards; every time is the median of {QUERIES} queries, and every
 
   numpy         float32 in memory, one product with all rows
   faiss flat    its fp16 scalar quantizer, memory-mapped: what faiss reads is as much as ours keeps
-  faiss refine  `PCA128,IVF,SQ8,Refine(SQfp16)` by faiss alone, with as many lists and candidates as ours has chosen
+  faiss refine  `PCA96,IVF,SQ8,Refine(SQfp16)` by faiss alone, with as many lists and candidates as ours has chosen
   usearch       HNSW, float16, as it comes, but for `expansion_search`, which is doubled until recall reaches
                 {PEER_RECALL}; it takes minutes to build, so only up to --peer-rows
   ours          `FileIndex`, written and opened; once more among the tenth of the rows that carry a tag
@@ -259,7 +259,7 @@ def all_contenders(
     flat = faiss.read_index(str(folder / "flat.faiss"), faiss.IO_FLAG_MMAP_IFC)
     yield "faiss flat", lambda query: flat.search(query, K)[1][0]
     header = header_of(folder / INDEX)
-    spec = f"PCA128,IVF{2 ** round(0.55 * math.log2(len(rows)))},SQ8,Refine(SQfp16)"
+    spec = f"PCA96,IVF{2 ** round(0.6 * math.log2(len(rows)))},SQ8,Refine(SQfp16)"
     refined = faiss.index_factory(rows.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
     refined.train(wide[:: max(1, len(wide) // 80_000)])
     refined.add(wide)
